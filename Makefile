@@ -1,0 +1,74 @@
+# One command a task; `make help` lists them. Everything made lies in .venv/ and .athanor/.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup up down status logs demo test check format lock screenshots clean
+
+VENV   := .venv
+PYTHON := $(CURDIR)/$(VENV)/bin/python
+STAMP  := $(VENV)/.athanor-setup
+# the Python that makes the virtual environment; override with `make setup PYTHON3=python3.12`
+PYTHON3 ?= python3
+RECIPE  ?= demo
+# a JSON object of trigger form fields, such as PARAMS='{"alignment": "dpo"}'
+PARAMS  ?= {}
+# what `make test` runs; `make test TESTS=tests/unit`
+TESTS   ?= tests
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## virtual environment with everything, from constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON3) >/dev/null || { \
+	  echo "error: $(PYTHON3) is not on PATH; install Python 3.11 or newer, or say which: make setup PYTHON3=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $$($(PYTHON3) --version) is too old; Athanor needs Python 3.11 or newer. Say which to use: make setup PYTHON3=python3.12" >&2; exit 1; }
+	@[ -x $(VENV)/bin/python ] || $(PYTHON3) -m venv $(VENV) || { \
+	  echo "error: $(PYTHON3) -m venv failed; on Debian and Ubuntu install the package python3-venv" >&2; exit 1; }
+	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(VENV)/bin/python -m ensurepip --upgrade
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'
+	$(VENV)/bin/uv pip install --python $(VENV)/bin/python --constraint constraints.txt $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} \
+	  --editable '.[airflow,train,deepspeed,stack,dev]'
+	@touch $(STAMP)
+
+up: $(STAMP) ## start Airflow, Ray and MLflow on this machine; prints URLs and login
+	@$(PYTHON) -m infra up
+
+down: ## stop exactly what `make up` started
+	@if [ -x $(PYTHON) ]; then $(PYTHON) -m infra down; else echo "nothing to stop: there is no $(VENV)"; fi
+
+status: $(STAMP) ## what runs, since when, with how much memory
+	@$(PYTHON) -m infra status
+
+logs: $(STAMP) ## follow the logs of the stack; `make logs COMPONENT=scheduler` for one
+	@$(PYTHON) -m infra logs $(COMPONENT)
+
+demo: $(STAMP) ## raw text to aligned model: setup and up if needed, run llm_pipeline, show it live
+	@$(PYTHON) -m infra demo --recipe '$(RECIPE)' --params '$(PARAMS)'
+
+test: $(STAMP) ## all tests
+	$(PYTHON) -m pytest $(TESTS)
+
+check: $(STAMP) ## format, lint, types, floors and fast tests, in under a minute
+	ruff format --check .
+	ruff check .
+	pyright
+	lint-imports
+	$(PYTHON) -m pytest -q -m 'not slow and not integration' tests/unit
+
+format: $(STAMP) ## rewrite the code in the project's format
+	ruff format .
+	ruff check --fix .
+
+lock: $(STAMP) ## resolve constraints.txt anew
+	{ head -2 constraints.txt; env -u PIP_FIND_LINKS uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
+	  --no-annotate --no-header --quiet; } > constraints.txt.new
+	mv constraints.txt.new constraints.txt
+
+screenshots: $(STAMP) ## pictures for docs/images, of the running stack (needs chromium)
+	$(PYTHON) -m tests.browser.screenshots
+
+clean: down ## stop the stack and remove .venv and .athanor, artifacts and all
+	rm -rf $(VENV) .athanor
