@@ -1,0 +1,174 @@
+"""Artifacts: identity by fingerprint, publication with the manifest last, and verified reading.
+
+An artifact exists when its manifest exists. Everything that reads starts from the manifest.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from stages.config.base import Config
+from stages.config.errors import DamagedArtifactError
+from stages.config.graph import GRAPH, Stage
+from stages.config.request import ArtifactRef, FileEntry, Manifest
+from stages.store import Store, open_store
+
+MANIFEST = "manifest.json"
+_CHUNK = 1 << 20
+
+
+def fingerprint(
+    stage: Stage, config: Config, *, inputs: Mapping[str, ArtifactRef], sources: Mapping[str, str] | None = None
+) -> str:
+    """Identity of what a stage will produce: sha256 over stage, version, config, inputs and outside data.
+
+    Resources, storage location, log cadence and code version are absent by construction: they live in
+    ExecutionConfig and RunInfo, which this function never sees.
+    """
+    identity = {
+        "stage": stage.value,
+        "version": GRAPH[stage].version,
+        "config": config.model_dump(mode="json"),
+        "inputs": {role: ref.fingerprint for role, ref in inputs.items()},
+        "sources": dict(sources or {}),
+    }
+    return hashlib.sha256(canonical_json(identity)).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one spelling of a JSON value: sorted keys, no spaces, UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def artifact_key(kind: str, fingerprint: str) -> str:
+    return f"artifacts/{kind}/{fingerprint}"
+
+
+def run_key(run_id: str, stage: Stage, name: str) -> str:
+    """Key of one of a run's small records: config.json, result.json, failure.json, progress.json."""
+    return f"runs/{run_id}/{stage.value}/{name}"
+
+
+def artifact_uri(store: Store, kind: str, fingerprint: str) -> str:
+    return f"{store.root_uri}/{artifact_key(kind, fingerprint)}"
+
+
+def find_manifest(store: Store, kind: str, fingerprint: str) -> Manifest | None:
+    """Return the manifest of a complete artifact, or None."""
+    key = f"{artifact_key(kind, fingerprint)}/{MANIFEST}"
+    return Manifest.model_validate_json(store.read_bytes(key)) if store.exists(key) else None
+
+
+def read_manifest(ref: ArtifactRef | str) -> Manifest:
+    """Read the manifest behind a reference or an artifact URI."""
+    uri = ref if isinstance(ref, str) else ref.uri
+    store, key = split_artifact_uri(uri)
+    return Manifest.model_validate_json(store.read_bytes(f"{key}/{MANIFEST}"))
+
+
+def split_artifact_uri(uri: str) -> tuple[Store, str]:
+    """Return the store and the key of `<store root>/artifacts/<kind>/<fingerprint>`."""
+    root, _, tail = uri.rpartition("/artifacts/")
+    return open_store(root), f"artifacts/{tail.strip('/')}"
+
+
+def hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def content_digest(files: tuple[FileEntry, ...]) -> str:
+    """Hash over names and contents of the files, in name order."""
+    entries = sorted((entry.path, entry.sha256) for entry in files)
+    return hashlib.sha256(canonical_json(entries)).hexdigest()
+
+
+def upload_files(store: Store, folder: Path, *, kind: str, fingerprint: str) -> tuple[FileEntry, ...]:
+    """Copy every file below `folder` into the artifact and return their entries; the manifest is the caller's last step."""
+    key = artifact_key(kind, fingerprint)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+
+    def upload(path: Path) -> FileEntry:
+        name = path.relative_to(folder).as_posix()
+        store.upload(path, f"{key}/{name}")
+        return FileEntry(path=name, size=path.stat().st_size, sha256=hash_file(path))
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return tuple(pool.map(upload, paths))
+
+
+def publish(store: Store, manifest: Manifest) -> ArtifactRef:
+    """Write the manifest; from here on the artifact exists. A concurrent identical build keeps the first manifest."""
+    key = artifact_key(manifest.kind, manifest.fingerprint)
+    store.put_if_absent(f"{key}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
+    published = Manifest.model_validate_json(store.read_bytes(f"{key}/{MANIFEST}"))
+    return published.ref(artifact_uri(store, manifest.kind, manifest.fingerprint))
+
+
+def verify(store: Store, manifest: Manifest, *, hashes: bool = False) -> None:
+    """Compare stored files with their manifest: sizes always, contents when `hashes`.
+
+    Raises DamagedArtifactError that names the object.
+    """
+    key = artifact_key(manifest.kind, manifest.fingerprint)
+    for entry in manifest.files:
+        size = store.size(f"{key}/{entry.path}")
+        if size != entry.size:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise DamagedArtifactError(
+                f"{store.root_uri}/{key}/{entry.path} {found}, its manifest says {entry.size} bytes",
+                advice="The artifact is set aside and its stage runs again.",
+            )
+        if hashes:
+            with tempfile.TemporaryDirectory() as scratch:
+                _verified_file(store, key, entry, Path(scratch))
+
+
+def discard(store: Store, manifest: Manifest) -> None:
+    """Remove a damaged artifact, manifest first, so that no reader meets it half gone."""
+    key = artifact_key(manifest.kind, manifest.fingerprint)
+    store.delete(f"{key}/{MANIFEST}")
+    store.delete(key)
+
+
+def fetch(ref: ArtifactRef, cache_dir: Path) -> Path:
+    """Return a local folder with the artifact's files, contents verified against the manifest.
+
+    A `file://` store is read in place; an `s3://` store is copied once into `cache_dir`.
+    """
+    store, key = split_artifact_uri(ref.uri)
+    manifest = read_manifest(ref)
+    if manifest.digest != ref.digest:
+        raise DamagedArtifactError(
+            f"{ref.uri} has digest {manifest.digest[:12]}, the run expects {ref.digest[:12]}",
+            advice="Something replaced the artifact after it was built; clear the stage that produced it.",
+        )
+    target = cache_dir / manifest.kind / manifest.fingerprint
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        list(pool.map(lambda entry: _verified_file(store, key, entry, target), manifest.files))
+    return store.local_path(key) or target
+
+
+def _verified_file(store: Store, key: str, entry: FileEntry, target: Path) -> None:
+    path = store.local_path(f"{key}/{entry.path}")
+    if path is None:
+        path = target / entry.path
+        if not path.is_file():
+            store.download(f"{key}/{entry.path}", path)
+    if not path.is_file() or path.stat().st_size != entry.size or hash_file(path) != entry.sha256:
+        raise DamagedArtifactError(
+            f"{store.root_uri}/{key}/{entry.path} does not have the content that its manifest records",
+            advice="Clear the stage that produced it; it will be built again.",
+        )
+
+
+def utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

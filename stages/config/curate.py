@@ -1,0 +1,181 @@
+"""What `curate` reads, keeps and holds out; every field changes the result, resources are not among them."""
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from stages.config.base import Config
+
+INSTALLED_DOCS = "installed-docs"
+DERIVED = "derived"
+
+
+class QualityThresholds(Config):
+    """Limits of the Gopher, C4 and FineWeb quality filters (https://arxiv.org/abs/2112.11446, 2406.17557)."""
+
+    min_words: int
+    """Fewest words (punctuation not counted) a document may have."""
+    max_words: int
+    """Most words a document may have."""
+    min_alpha_fraction: float
+    """Least share of words (punctuation counts as a word) with at least one letter."""
+    top_ngrams: tuple[tuple[int, float], ...]
+    """(n, most share of the characters which the commonest n-gram may cover)."""
+    duplicate_ngrams: tuple[tuple[int, float], ...]
+    """(n, most share of the characters inside repeated n-grams)."""
+    min_punctuated_lines: float
+    """Least share of lines that end in terminal punctuation."""
+    max_short_lines: float
+    """Most share of lines of at most 30 characters."""
+    max_duplicate_characters: float
+    """Most share of characters in repeated lines."""
+    max_newlines_per_word: float
+    """Most line breaks per word."""
+    c4: bool
+    """Whether C4's rules apply (they also rewrite the text: short and policy lines and [1]-style citations go)."""
+    unwrap_lines: bool
+    """Whether hard-wrapped paragraphs are joined to one line before the other rules look at lines."""
+
+
+_DUPLICATE_NGRAMS = ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10))
+
+QUALITY_PROFILES: dict[str, QualityThresholds] = {
+    # FineWeb as published: datatrove examples/fineweb.py with the blocks' defaults.
+    "web": QualityThresholds(
+        min_words=50,
+        max_words=100_000,
+        min_alpha_fraction=0.8,
+        top_ngrams=((2, 0.20), (3, 0.18), (4, 0.16)),
+        duplicate_ngrams=_DUPLICATE_NGRAMS,
+        min_punctuated_lines=0.12,
+        max_short_lines=0.67,
+        max_duplicate_characters=0.01,
+        max_newlines_per_word=0.3,
+        c4=True,
+        unwrap_lines=False,
+    ),
+    # Reference pages of software: names, signatures and lists count as good text.
+    "docs": QualityThresholds(
+        min_words=30,
+        max_words=100_000,
+        min_alpha_fraction=0.5,
+        top_ngrams=((2, 0.25), (3, 0.25), (4, 0.25)),
+        duplicate_ngrams=((5, 0.30), (6, 0.30), (7, 0.30), (8, 0.30), (9, 0.30), (10, 0.30)),
+        min_punctuated_lines=0.05,
+        max_short_lines=0.9,
+        max_duplicate_characters=0.1,
+        max_newlines_per_word=0.5,
+        c4=False,
+        unwrap_lines=False,
+    ),
+    # Prose, often hard-wrapped and full of dialogue: punctuation counts as words, so fewer words have letters.
+    "books": QualityThresholds(
+        min_words=50,
+        max_words=5_000_000,
+        min_alpha_fraction=0.7,
+        top_ngrams=((2, 0.20), (3, 0.18), (4, 0.16)),
+        duplicate_ngrams=_DUPLICATE_NGRAMS,
+        min_punctuated_lines=0.12,
+        max_short_lines=0.67,
+        max_duplicate_characters=0.05,
+        max_newlines_per_word=0.3,
+        c4=False,
+        unwrap_lines=True,
+    ),
+}
+
+
+class CurateConfig(Config):
+    """Settings of the `curate` stage."""
+
+    documents: tuple[str, ...] = Field(default=(INSTALLED_DOCS,), min_length=1)
+    """Text sources: `installed-docs`, a file, a folder, `s3://bucket/prefix` (.txt .md .rst .jsonl .json .parquet,
+    .gz and .zst), or `hf://name?split=train&config=..&text=..&revision=..`."""
+    instructions: tuple[str, ...] = (DERIVED,)
+    """Instruction sources: `derived` (from installed-docs), or files, folders, s3:// or hf:// of rows
+    {instruction, input?, response}, {prompt, response} or {messages}; empty for none."""
+    preferences: tuple[str, ...] = (DERIVED,)
+    """Preference sources: `derived`, or files, folders, s3:// or hf:// of rows {prompt, chosen, rejected}
+    or hh-rlhf transcripts {chosen, rejected}; empty for none."""
+    packages: tuple[str, ...] = ()
+    """Distributions read by `installed-docs`; empty for every installed one."""
+    exclude_packages: tuple[str, ...] = ("kubernetes", "kubernetes-asyncio")
+    """Distributions `installed-docs` leaves out (by default the generated kubernetes clients)."""
+    include_stdlib: bool = False
+    """Whether `installed-docs` also reads Python's standard library."""
+    text_field: str = "text"
+    """Name of the text column in JSONL, JSON and Parquet document sources."""
+    max_bytes: int = Field(default=0, ge=0)
+    """Most bytes (UTF-8) of documents that go into the filters, drawn by `seed` and document id; 0 for no limit."""
+    max_bad_fraction: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Largest share (0..1) of unreadable records in any one source before the stage fails."""
+    heldout_packages: tuple[str, ...] = ()
+    """Distributions whose documents and pairs are held out for evaluation."""
+    heldout_fraction: float = Field(default=0.02, ge=0.0, lt=1.0)
+    """Share (0..1) held out, by hash of file or row, of sources that have no `heldout_packages`."""
+    profile: Literal["web", "docs", "books"] = "docs"
+    """Quality thresholds: FineWeb's (`web`), technical documentation (`docs`) or prose (`books`)."""
+    word_splitter: Literal["regex", "spacy"] = "regex"
+    """How the quality filters count words: a regular expression, or spaCy as FineWeb does (about 10 times slower)."""
+    language: str = Field(default="en", pattern=r"^[a-z]{2,3}$")
+    """Language to keep, as ISO 639 code."""
+    min_language_score: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Least confidence (0..1) of the language classifier; FineWeb uses 0.65."""
+    toxicity: Literal["classifier", "word-list", "none"] = "classifier"
+    """How toxic text is found: a linear classifier, hits of a word list, or not at all."""
+    toxicity_threshold: float = Field(default=0.9, gt=0.0, le=1.0)
+    """Score (0..1) from which a text counts as toxic; a word list scores 1 - 0.5^hits."""
+    toxicity_word_list: str = ""
+    """File or s3:// object with one word or phrase a line, for toxicity=`word-list`."""
+    scrub_pii: bool = True
+    """Whether e-mail, IP, phone, card, IBAN and US social security numbers become placeholders such as <EMAIL>."""
+    near_duplicates: bool = True
+    """Whether near duplicates (MinHash) are removed besides exact ones."""
+    minhash_ngram: int = Field(default=5, gt=0)
+    """Words per shingle."""
+    minhash_buckets: int = Field(default=14, gt=0)
+    """Number of bands; more find more."""
+    minhash_hashes: int = Field(default=8, gt=0)
+    """Hashes per band; more find less. 14 x 8 finds 92 % of pairs with similarity 0.8."""
+    planted: int = Field(default=6, ge=0)
+    """Labelled planted documents per kind that measure the filters; none of them is published. 0 for none."""
+    max_instructions: int = Field(default=20_000, ge=0)
+    """Most training instruction pairs."""
+    max_preferences: int = Field(default=12_000, ge=0)
+    """Most training preference pairs."""
+    max_heldout_pairs: int = Field(default=1_000, ge=0)
+    """Most held-out instruction pairs, and most held-out preference pairs."""
+    preference_mix: tuple[float, float, float] = (0.4, 0.3, 0.3)
+    """Shares of derived rejected answers: `mismatch`, `truncated`, `rambling`; they add up to 1."""
+    samples_per_reason: int = Field(default=3, ge=0)
+    """Dropped documents shown in the ledger for each reason."""
+    seed: int = 0
+    """Seed of caps, held-out fraction, planted documents and question templates."""
+
+    @property
+    def quality(self) -> QualityThresholds:
+        """Thresholds of the chosen profile."""
+        return QUALITY_PROFILES[self.profile]
+
+    @property
+    def outside_sources(self) -> tuple[str, ...]:
+        """Every source whose content lies outside the pipeline, once each, in the order of their use."""
+        word_list = (self.toxicity_word_list,) if self.toxicity == "word-list" else ()
+        uris = self.documents + self.instructions + self.preferences + word_list
+        return tuple(dict.fromkeys(uri for uri in uris if uri != DERIVED))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "CurateConfig":
+        if self.toxicity == "word-list" and not self.toxicity_word_list:
+            raise ValueError("toxicity='word-list' needs toxicity_word_list; give a file or use 'classifier' or 'none'")
+        if not math.isclose(sum(self.preference_mix), 1.0, abs_tol=1e-6) or min(self.preference_mix) < 0:
+            raise ValueError(f"preference_mix={self.preference_mix} must be three shares >= 0 that add up to 1")
+        outside = sorted(set(self.heldout_packages) - set(self.packages)) if self.packages else []
+        if outside:
+            raise ValueError(f"heldout_packages={outside} are not among packages; add them there or hold out others")
+        for name in ("instructions", "preferences"):
+            uris = getattr(self, name)
+            if DERIVED in uris and len(uris) > 1:
+                raise ValueError(f"{name}={uris} mixes 'derived' with given sources; given sources replace derived")
+        return self

@@ -1,0 +1,51 @@
+"""The dozen fields a person fills in; the Airflow trigger form is generated from this class and typed nowhere else."""
+
+import re
+from enum import StrEnum
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from stages.config.base import Config
+from stages.config.graph import Alignment, Stage
+
+
+class Promotion(StrEnum):
+    """What happens after the evaluation."""
+
+    AUTO = "auto"
+    NEVER = "never"
+
+
+class PipelineParams(Config):
+    """What one run of `llm_pipeline` is asked to do."""
+
+    recipe: str = Field("demo", title="Recipe")
+    """Complete configuration to start from. `demo`: a 10M-parameter model on two CPU cores. `tiny`: seconds per stage, for tests. `llama_1b`: a billion parameters on GPUs."""
+    run_name: str = Field("athanor", title="Run name", min_length=1, max_length=64)
+    """Prefix of the registered models (`<name>-base`, `-sft`, `-reward`, `-aligned`); letters, digits, `.`, `_`, `-`."""
+    documents: list[str] = Field(default_factory=list, title="Documents", examples=["installed-docs", "s3://bucket/prefix"])
+    """Raw text, one source a line: `installed-docs`, a folder, an `s3://` prefix (text, JSONL, Parquet) or `hf://dataset?split=train`. Empty: the recipe's."""
+    instructions: list[str] = Field(default_factory=list, title="Instructions", examples=["derived", "s3://bucket/sft.jsonl"])
+    """Instruction data, one source a line; `derived` makes pairs from the documents. Empty: the recipe's."""
+    preferences: list[str] = Field(default_factory=list, title="Preferences", examples=["derived", "s3://bucket/pairs.jsonl"])
+    """Preference pairs, one source a line; `derived` makes pairs from the documents. Empty: the recipe's."""
+    base_model: str = Field("", title="Base model", examples=["models:/athanor-base@champion", "/models/llama"])
+    """Model to start from instead of pretraining: an artifact URI, `models:/name@alias` or a Hugging Face directory. Empty: pretrain from scratch."""
+    alignment: Alignment = Field(Alignment.BOTH, title="Alignment")
+    """Reinforcement learning (`ppo`), direct preference optimisation (`dpo`), `both`, or `none`."""
+    last_stage: Stage = Field(Stage.REPORT, title="Last stage")
+    """Stop after this stage; later ones are skipped."""
+    seed: int = Field(0, title="Seed", ge=0, le=2**31 - 1)
+    """Every random choice of the run follows from it."""
+    promotion: Promotion = Field(Promotion.AUTO, title="Promotion")
+    """`auto` moves the alias `champion` when the aligned model wins; `never` registers candidates only."""
+    overrides: dict[str, Any] = Field(default_factory=dict, title="Overrides")
+    """Changes to the recipe by dotted path, as JSON: `{"sft.optimizer.learning_rate": 0.0002}`. Unknown paths are refused."""
+
+    @field_validator("run_name")
+    @classmethod
+    def _run_name_is_safe(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+            raise ValueError(f"run_name={value!r} may hold letters, digits, '.', '_' and '-' only and starts with a letter or digit")
+        return value

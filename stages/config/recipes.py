@@ -1,0 +1,181 @@
+"""Recipes: functions that return a complete configuration. Add one by adding a function and its name to RECIPES."""
+
+from collections.abc import Callable
+
+from stages.config.closing import EvaluateConfig
+from stages.config.curate import CurateConfig
+from stages.config.execution import Engine, ExecutionConfig
+from stages.config.pipeline import Executions, PipelineConfig
+from stages.config.tokens import TokenizeConfig
+from stages.config.train import (
+    DPOConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PPOConfig,
+    PretrainConfig,
+    RewardConfig,
+    Schedule,
+    SFTConfig,
+)
+
+_HEAVY = "gpu"
+"""Airflow pool of the stages that fill the machine; one slot on a laptop, one per GPU on a cluster."""
+
+
+def demo(*, seed: int = 0) -> PipelineConfig:
+    """Ten million parameters from the documentation of the installed packages, on two CPU cores in minutes."""
+    train = ExecutionConfig(micro_batch_size=8, checkpoint_every=50, pool=_HEAVY, cpus_per_worker=2)
+    return PipelineConfig(
+        recipe="demo",
+        run_name="demo",
+        curate=CurateConfig(),
+        tokenize=TokenizeConfig(vocab_size=8192, sequence_length=512, max_prompt_length=96),
+        pretrain=PretrainConfig(
+            model=ModelConfig(hidden_size=320, intermediate_size=864, num_layers=6, num_heads=5, num_kv_heads=5),
+            max_tokens=1_800_000,
+            global_batch_size=8,
+            optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.1, warmup_fraction=0.05),
+            seed=seed,
+        ),
+        sft=SFTConfig(
+            num_epochs=2,
+            global_batch_size=8,
+            optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate_ratio=0.05),
+            seed=seed,
+        ),
+        reward=RewardConfig(
+            num_epochs=1, global_batch_size=64, optimizer=OptimizerConfig(learning_rate=5e-4), seed=seed
+        ),
+        ppo=PPOConfig(
+            num_rollouts=40,
+            rollout_size=64,
+            global_batch_size=32,
+            num_epochs=2,
+            max_response_length=48,
+            optimizer=OptimizerConfig(learning_rate=5e-5, schedule=Schedule.CONSTANT),
+            seed=seed,
+        ),
+        dpo=DPOConfig(num_epochs=1, global_batch_size=64, optimizer=OptimizerConfig(learning_rate=2e-4), seed=seed),
+        execution=Executions(
+            curate=ExecutionConfig(cpus_per_worker=2, pool=_HEAVY),
+            pretrain=train,
+            sft=train,
+            reward=train,
+            ppo=train,
+            dpo=train,
+            evaluate=ExecutionConfig(pool=_HEAVY, cpus_per_worker=2),
+        ),
+    )
+
+
+def tiny(*, seed: int = 0) -> PipelineConfig:
+    """Every stage in seconds, for tests: proves that the machinery works, teaches a model nothing."""
+    train = ExecutionConfig(micro_batch_size=4, checkpoint_every=4)
+    optimizer = OptimizerConfig(learning_rate=1e-3)
+    return PipelineConfig(
+        recipe="tiny",
+        run_name="tiny",
+        curate=CurateConfig(),
+        tokenize=TokenizeConfig(vocab_size=512, sequence_length=128, bpe_train_bytes=200_000, max_prompt_length=64),
+        pretrain=PretrainConfig(
+            model=ModelConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1),
+            max_tokens=8_192,
+            global_batch_size=4,
+            optimizer=optimizer,
+            eval_items=8,
+            seed=seed,
+        ),
+        sft=SFTConfig(num_epochs=0.5, global_batch_size=4, optimizer=optimizer, eval_items=8, seed=seed),
+        reward=RewardConfig(num_epochs=0.5, global_batch_size=8, optimizer=optimizer, eval_items=16, seed=seed),
+        ppo=PPOConfig(
+            num_rollouts=2,
+            rollout_size=8,
+            global_batch_size=4,
+            max_response_length=8,
+            optimizer=optimizer,
+            eval_items=8,
+            seed=seed,
+        ),
+        dpo=DPOConfig(num_epochs=0.5, global_batch_size=8, optimizer=optimizer, eval_items=16, seed=seed),
+        evaluate=EvaluateConfig(
+            max_documents_tokens=4096, max_instructions=16, max_preferences=32, max_prompts=8, num_samples=2,
+            max_response_length=8,
+        ),
+        execution=Executions(pretrain=train, sft=train, reward=train, ppo=train, dpo=train),
+    )
+
+
+def llama_1b(*, seed: int = 0) -> PipelineConfig:
+    """A Llama-style model of 1.2 billion parameters on eight GPUs; bring your own documents."""
+    train = ExecutionConfig(
+        num_workers=8,
+        cpus_per_worker=8,
+        gpus_per_worker=1,
+        entrypoint_cpus=1,
+        engine=Engine.FSDP,
+        micro_batch_size=4,
+        gradient_checkpointing=True,
+        compile=True,
+        checkpoint_every=500,
+        log_every=10,
+        max_retries=5,
+        pool=_HEAVY,
+    )
+    post = train.model_copy(update={"micro_batch_size": 2, "checkpoint_every": 100})
+    return PipelineConfig(
+        recipe="llama_1b",
+        run_name="llama-1b",
+        curate=CurateConfig(profile="web", packages=(), max_bytes=0, planted=False),
+        tokenize=TokenizeConfig(
+            vocab_size=32_768, sequence_length=4096, bpe_train_bytes=2_000_000_000, max_prompt_length=2048
+        ),
+        pretrain=PretrainConfig(
+            model=ModelConfig(
+                hidden_size=2048, intermediate_size=8192, num_layers=16, num_heads=32, num_kv_heads=8,
+                rope_theta=500_000.0,
+            ),
+            max_tokens=25_000_000_000,
+            global_batch_size=256,
+            optimizer=OptimizerConfig(learning_rate=3e-4, weight_decay=0.1, warmup_fraction=0.01),
+            eval_every=1000,
+            eval_items=512,
+            seed=seed,
+        ),
+        sft=SFTConfig(
+            num_epochs=2, global_batch_size=64, optimizer=OptimizerConfig(learning_rate=2e-5), eval_every=200, seed=seed
+        ),
+        reward=RewardConfig(
+            num_epochs=1, global_batch_size=128, optimizer=OptimizerConfig(learning_rate=1e-5), eval_every=200, seed=seed
+        ),
+        ppo=PPOConfig(
+            num_rollouts=1000,
+            rollout_size=512,
+            global_batch_size=128,
+            num_epochs=2,
+            max_response_length=512,
+            kl_target=6.0,
+            optimizer=OptimizerConfig(learning_rate=1e-6, schedule=Schedule.CONSTANT),
+            eval_every=100,
+            seed=seed,
+        ),
+        dpo=DPOConfig(
+            num_epochs=1, global_batch_size=128, optimizer=OptimizerConfig(learning_rate=5e-7), eval_every=100, seed=seed
+        ),
+        evaluate=EvaluateConfig(
+            max_documents_tokens=2_000_000, max_instructions=2000, max_preferences=2000, max_prompts=512,
+            max_response_length=512,
+        ),
+        execution=Executions(
+            curate=ExecutionConfig(entrypoint_cpus=16, cpus_per_worker=16, pool="default_pool"),
+            tokenize=ExecutionConfig(entrypoint_cpus=16, cpus_per_worker=16),
+            pretrain=train,
+            sft=post,
+            reward=post,
+            ppo=post,
+            dpo=post,
+            evaluate=ExecutionConfig(num_workers=1, cpus_per_worker=8, gpus_per_worker=1, entrypoint_cpus=1, pool=_HEAVY),
+        ),
+    )
+
+
+RECIPES: dict[str, Callable[..., PipelineConfig]] = {"demo": demo, "tiny": tiny, "llama_1b": llama_1b}

@@ -1,0 +1,149 @@
+"""From the form to the frozen configuration: recipe, then the form's fields, then dotted overrides. Wrong input fails here."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from stages.config.errors import ConfigError
+from stages.config.graph import Stage, selected_stages
+from stages.config.params import PipelineParams
+from stages.config.pipeline import PipelineConfig
+from stages.config.recipes import RECIPES
+
+Model = TypeVar("Model", bound=BaseModel)
+
+_SEEDED = (Stage.CURATE, Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO, Stage.EVALUATE)
+
+
+def resolve(values: Mapping[str, Any]) -> PipelineConfig:
+    """Turn the trigger form's values into a validated PipelineConfig.
+
+    Raises ConfigError that names the field, the value, what is allowed and what to do.
+    """
+    params = parse_params(values)
+    recipe = RECIPES.get(params.recipe)
+    if recipe is None:
+        raise ConfigError(
+            f"recipe={params.recipe!r} does not exist; allowed: {', '.join(sorted(RECIPES))}",
+            advice=_did_you_mean(params.recipe, RECIPES) or "Choose one of the recipes above.",
+        )
+    _refuse_impossible_end(params)
+    tree = recipe(seed=params.seed).model_dump(mode="json")
+    _apply_form(tree, params)
+    for path, value in _flatten(params.overrides):
+        _set_dotted(tree, path, value)
+    _apply_seed(tree, params)
+    return validated(PipelineConfig, tree)
+
+
+def parse_params(values: Mapping[str, Any]) -> PipelineParams:
+    """Validate the form's fields alone."""
+    return validated(PipelineParams, dict(values))
+
+
+def validated(model: type[Model], data: Mapping[str, Any]) -> Model:
+    """Validate and turn pydantic's report into one sentence a field."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, model), advice="Correct the named fields and trigger the run again.") from None
+
+
+def _apply_form(tree: dict[str, Any], params: PipelineParams) -> None:
+    for name in ("run_name", "alignment", "last_stage", "base_model"):
+        tree[name] = getattr(params, name)
+    for name in ("documents", "instructions", "preferences"):
+        if given := getattr(params, name):
+            tree["curate"][name] = list(given)
+    tree["tokenize"]["base_model"] = params.base_model
+    tree["promote"] |= {"run_name": params.run_name, "promotion": params.promotion}
+    tree["report"]["title"] = params.run_name
+
+
+def _apply_seed(tree: dict[str, Any], params: PipelineParams) -> None:
+    """The form's seed reaches every stage, except where an override set a stage's own."""
+    overridden = {path for path, _ in _flatten(params.overrides)}
+    for stage in _SEEDED:
+        if f"{stage}.seed" not in overridden:
+            tree[stage]["seed"] = params.seed
+
+
+def _refuse_impossible_end(params: PipelineParams) -> None:
+    wanted = selected_stages(
+        alignment=params.alignment, last_stage=params.last_stage, has_base_model=bool(params.base_model)
+    )
+    if params.last_stage not in wanted:
+        allowed = selected_stages(
+            alignment=params.alignment, last_stage=Stage.REPORT, has_base_model=bool(params.base_model)
+        )
+        names = ", ".join(stage for stage in Stage if stage in allowed)
+        raise ConfigError(
+            f"last_stage={params.last_stage.value!r} is not part of a run with alignment={params.alignment.value!r} "
+            f"and base_model={params.base_model!r}; allowed: {names}",
+            advice="Choose another last stage or another alignment.",
+        )
+
+
+def _flatten(overrides: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested objects and dotted paths mean the same; return dotted paths."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in overrides.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            pairs.extend(_flatten(value, f"{path}."))
+        else:
+            pairs.append((path, value))
+    return pairs
+
+
+def _set_dotted(tree: dict[str, Any], path: str, value: Any) -> None:
+    *parents, leaf = path.split(".")
+    node: Any = tree
+    for depth, part in enumerate((*parents, leaf)):
+        if not isinstance(node, dict) or part not in node:
+            here = ".".join((*parents, leaf)[:depth])
+            known = _known_paths(tree)
+            raise ConfigError(
+                f"overrides: {path!r} does not exist" + (f" ({part!r} is not a field of {here!r})" if here else ""),
+                advice=_did_you_mean(path, known) or f"Known fields: {', '.join(sorted(tree))}.",
+            )
+        if depth < len(parents):
+            node = node[part]
+    if isinstance(node[leaf], dict):
+        raise ConfigError(
+            f"overrides: {path!r} is a group of fields, not a value; got {value!r}",
+            advice=f"Set one of its fields: {', '.join(f'{path}.{name}' for name in sorted(node[leaf]))}.",
+        )
+    node[leaf] = value
+
+
+def _known_paths(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    paths: list[str] = []
+    for key, value in tree.items():
+        paths.extend(_known_paths(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"])
+    return paths
+
+
+def _did_you_mean(word: str, known: Mapping[str, Any] | list[str]) -> str:
+    names = list(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    if not close and "." not in word:
+        leaves = {name.rsplit(".", 1)[-1]: name for name in names}
+        close = [leaves[leaf] for leaf in difflib.get_close_matches(word, list(leaves), n=1, cutoff=0.6)]
+    return f"Did you mean {close[0]!r}?" if close else ""
+
+
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
+    sentences = []
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"]) or model.__name__
+        if problem["type"] == "extra_forbidden":
+            hint = _did_you_mean(str(problem["loc"][-1]), list(model.model_fields)) if len(problem["loc"]) == 1 else ""
+            sentences.append(f"{field}: unknown field. {hint}".strip())
+        elif problem["type"] == "value_error":
+            sentences.append(f"{field}: {problem['msg'].removeprefix('Value error, ')}")
+        else:
+            sentences.append(f"{field}={problem['input']!r}: {problem['msg']}")
+    return "; ".join(sentences)

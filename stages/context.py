@@ -1,0 +1,58 @@
+"""What a verb is given: its config, its inputs as local folders, a place to write, and ways to report."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stages.artifacts import fetch
+from stages.config.base import Config
+from stages.config.errors import ConfigError
+from stages.config.execution import ExecutionConfig
+from stages.config.request import ArtifactRef, RunInfo, StageRequest
+from stages.progress import Progress
+from stages.store import Store
+from stages.tracking import NullTracker, Tracker
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """What a verb hands back; its files lie in `output_dir`."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    ledger: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """One attempt at one stage. Inputs are verified when they are first opened."""
+
+    request: StageRequest
+    config: Config
+    fingerprint: str
+    sources: dict[str, str]
+    store: Store
+    work_dir: Path
+    output_dir: Path
+    tracker: Tracker | NullTracker
+    progress: Progress
+
+    @property
+    def execution(self) -> ExecutionConfig:
+        return self.request.execution
+
+    @property
+    def run(self) -> RunInfo:
+        return self.request.run
+
+    @property
+    def inputs(self) -> dict[str, ArtifactRef]:
+        return self.request.inputs
+
+    def input_dir(self, role: str) -> Path:
+        """Return a local folder with the files of an upstream artifact."""
+        if role not in self.inputs:
+            raise ConfigError(
+                f"stage {self.request.stage.value} needs an input {role!r}, it was given: {', '.join(self.inputs) or 'none'}",
+                advice="Run the stage that produces it, or give a base model.",
+            )
+        return fetch(self.inputs[role], self.work_dir.parent / "cache")

@@ -1,0 +1,94 @@
+"""How far a stage is: a marked line in the job's log for Airflow, and `progress.json` in the store for everybody else.
+
+Storage is written from a thread of its own, about once a second, so a slow store never slows the work. The file also
+carries the cost so far, which is how the cost of an attempt that was killed is not forgotten.
+"""
+
+import json
+import logging
+import resource
+import threading
+import time
+
+from stages.artifacts import run_key
+from stages.config.graph import Stage
+from stages.config.request import Cost
+from stages.store import Store, read_json, write_json
+
+MARKER = "ATHANOR_PROGRESS"
+_INTERVAL_SECONDS = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """Call it with `done` and `total`; it rate-limits itself."""
+
+    def __init__(self, store: Store, run_id: str, stage: Stage, *, num_gpus: float = 0.0) -> None:
+        self._store, self._stage = store, stage
+        self._key = run_key(run_id, stage, "progress.json")
+        self._num_gpus = num_gpus
+        self._before = self._cost_of_earlier_attempts()
+        self._started = time.monotonic()
+        self._latest: dict[str, object] = {}
+        self._printed_at = 0.0
+        self._first: tuple[float, float] | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._write_until_stopped, name="progress", daemon=True)
+        self._thread.start()
+
+    def __call__(self, done: float, total: float, unit: str = "step", **numbers: float | str) -> None:
+        """Report position; `rate`, `rate_unit` may be given, otherwise the rate of `unit` since the first call is used."""
+        now = time.monotonic()
+        if self._first is None or done < self._first[1]:
+            self._first = (now, done)
+        seconds, units = now - self._first[0], done - self._first[1]
+        pace = units / seconds if seconds > 0 else 0.0
+        eta = (total - done) / pace if pace > 0 else None
+        self._latest = {
+            "stage": self._stage.value,
+            "done": done,
+            "total": total,
+            "unit": unit,
+            "rate": round(pace, 3),
+            "rate_unit": f"{unit}s/s",
+            "eta_seconds": None if eta is None else round(eta, 1),
+            **{name: round(value, 5) if isinstance(value, float) else value for name, value in numbers.items()},
+        }
+        if now - self._printed_at >= _INTERVAL_SECONDS or done >= total:
+            self._printed_at = now
+            print(MARKER, json.dumps(self._latest), flush=True)  # noqa: T201 - the job's log is the channel
+
+    def cost(self) -> Cost:
+        """Return what all attempts have spent so far."""
+        usage, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+        wall = time.monotonic() - self._started
+        return Cost(
+            wall_seconds=round(self._before.wall_seconds + wall, 3),
+            cpu_seconds=round(
+                self._before.cpu_seconds + usage.ru_utime + usage.ru_stime + children.ru_utime + children.ru_stime, 3
+            ),
+            gpu_seconds=round(self._before.gpu_seconds + wall * self._num_gpus, 3),
+            peak_memory_bytes=max(self._before.peak_memory_bytes, (usage.ru_maxrss + children.ru_maxrss) * 1024),
+            attempts=self._before.attempts + 1,
+        )
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join(timeout=10)
+        self._write()
+
+    def _cost_of_earlier_attempts(self) -> Cost:
+        if not self._store.exists(self._key):
+            return Cost(attempts=0)
+        return Cost.model_validate(read_json(self._store, self._key)["cost"])
+
+    def _write_until_stopped(self) -> None:
+        while not self._stop.wait(_INTERVAL_SECONDS):
+            self._write()
+
+    def _write(self) -> None:
+        try:
+            write_json(self._store, self._key, {**self._latest, "cost": self.cost().model_dump()})
+        except OSError as error:  # includes every boto3 connection error; progress is a courtesy, the work goes on
+            logger.warning("progress was not written: %s", error)

@@ -1,0 +1,290 @@
+"""From a request to a published artifact: validate, identify outside data, look for a hit, run the verb, manifest last.
+
+Nothing heavy is imported before a verb is needed: a cache hit costs an interpreter start and two small reads.
+"""
+
+import importlib
+import importlib.metadata
+import logging
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from stages.artifacts import (
+    artifact_uri,
+    content_digest,
+    discard,
+    find_manifest,
+    fingerprint,
+    publish,
+    run_key,
+    upload_files,
+    utc_now,
+    verify,
+)
+from stages.config.base import Config
+from stages.config.errors import EXIT_CODES, Category, ConfigError, DamagedArtifactError, ExitCode, StageError
+from stages.config.graph import GRAPH, Stage
+from stages.config.pipeline import stage_config_from_json
+from stages.config.request import Failure, InputEntry, Manifest, StageRequest, StageResult
+from stages.context import StageContext, StageOutcome
+from stages.progress import Progress
+from stages.store import Store, open_store, write_json
+from stages.tracking import Tracker
+
+logger = logging.getLogger("athanor")
+
+_VERSIONED = ("torch", "transformers", "ray", "mlflow", "datatrove", "tokenizers", "athanor")
+
+
+class Stopped(StageError):
+    """The job was asked to stop (SIGTERM): preemption, or somebody stopped it."""
+
+    category = Category.PREEMPTED
+
+
+def run_stage(config_uri: str) -> int:
+    """Run the stage that `config_uri` describes and return the process's exit code."""
+    signal.signal(signal.SIGTERM, _raise_stopped)
+    try:
+        request, store = load_request(config_uri)
+    except StageError as error:
+        logger.error("%s %s", error.message, error.advice)
+        return EXIT_CODES[error.category]
+    try:
+        result = execute(request, store)
+    except BaseException as error:  # every failure is turned into a category, and none is swallowed: exit code and file
+        return _record_failure(store, request, error)
+    write_json(store, run_key(request.run.run_id, request.stage, "result.json"), result.model_dump(mode="json"))
+    logger.info("%s %s: %s", request.stage.value, "hit" if result.hit else "built", result.artifact.uri)
+    return ExitCode.OK
+
+
+def load_request(config_uri: str) -> tuple[StageRequest, Store]:
+    """Read a StageRequest from `<store root>/runs/<run id>/<stage>/config.json`."""
+    root, separator, tail = config_uri.rpartition("/runs/")
+    if not separator:
+        raise ConfigError(
+            f"config uri {config_uri!r} is not of the form <store>/runs/<run id>/<stage>/config.json",
+            advice="Start stages through the Airflow DAG, or write the request there first.",
+        )
+    store = open_store(root)
+    try:
+        data = store.read_bytes(f"runs/{tail}")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"config uri {config_uri!r} does not exist",
+            advice="Check that Airflow and the Ray cluster see the same ARTIFACT_STORE.",
+        ) from None
+    return StageRequest.model_validate_json(data), store
+
+
+def execute(request: StageRequest, store: Store) -> StageResult:
+    """Return the stage's artifact, building it when it does not exist yet."""
+    started = time.monotonic()
+    config = stage_config_from_json(request.stage, request.config)
+    sources = identify_sources(request, config)
+    identity = fingerprint(request.stage, config, inputs=request.inputs, sources=sources)
+    manifest = find_hit(store, request.stage, identity)
+    if manifest is not None:
+        ref = manifest.ref(artifact_uri(store, manifest.kind, identity))
+        return StageResult(stage=request.stage, hit=True, artifact=ref, metrics=manifest.metrics)
+    manifest = _build(request, config, store, sources=sources, identity=identity)
+    ref = manifest.ref(artifact_uri(store, manifest.kind, identity))
+    wall_seconds = round(time.monotonic() - started, 3)
+    return StageResult(
+        stage=request.stage, hit=False, artifact=ref, metrics=manifest.metrics, wall_seconds=wall_seconds
+    )
+
+
+def identify_sources(request: StageRequest, config: Config) -> dict[str, str]:
+    """Digest outside data where it lies; cheap enough to run before every cache look-up."""
+    if not request.sources:
+        return {}
+    if request.stage is Stage.CURATE:
+        from stages.data.readers import snapshot_source
+
+        return {uri: snapshot_source(uri, config) for uri in request.sources}  # type: ignore[arg-type]
+    from stages.models.given import snapshot_base_model
+
+    return {uri: snapshot_base_model(uri) for uri in request.sources}
+
+
+def find_hit(store: Store, stage: Stage, identity: str) -> Manifest | None:
+    """Return the verified manifest of an existing artifact; a damaged one is discarded, named, and built again."""
+    manifest = find_manifest(store, GRAPH[stage].kind, identity)
+    if manifest is None:
+        return None
+    try:
+        verify(store, manifest)
+    except DamagedArtifactError as error:
+        logger.warning("%s %s", error.message, error.advice)
+        discard(store, manifest)
+        return None
+    return manifest
+
+
+def _build(
+    request: StageRequest, config: Config, store: Store, *, sources: dict[str, str], identity: str
+) -> Manifest:
+    verb = importlib.import_module(f"stages.{request.stage.value}")
+    with _scratch_folder() as work_dir:
+        execution = request.execution
+        gpus = execution.gpus_per_worker * max(execution.num_workers, 1)
+        progress = Progress(store, request.run.run_id, request.stage, num_gpus=gpus)
+        tracker = Tracker(request, work_dir / "spool")
+        output_dir = work_dir / "output"
+        output_dir.mkdir()
+        context = StageContext(request, config, identity, sources, store, work_dir, output_dir, tracker, progress)
+        try:
+            tracker.start(fingerprint=identity, params=_flat_params(config), tags=_tags(request))
+            outcome = verb.run(context)
+            manifest = _manifest(context, outcome)
+            model_dir = output_dir if (output_dir / "config.json").exists() else None
+            run_id, model_id = tracker.finish(manifest, model_dir=model_dir)
+            manifest = manifest.model_copy(update={"mlflow_run_id": run_id, "mlflow_model_id": model_id})
+            publish(store, manifest)
+        except BaseException as error:
+            tracker.fail(f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            progress.close()
+        store.delete(f"checkpoints/{identity}")
+        return manifest
+
+
+def _manifest(context: StageContext, outcome: StageOutcome) -> Manifest:
+    request, spec = context.request, GRAPH[context.request.stage]
+    files = upload_files(context.store, context.output_dir, kind=spec.kind, fingerprint=context.fingerprint)
+    return Manifest(
+        kind=spec.kind,
+        stage=spec.stage,
+        version=spec.version,
+        fingerprint=context.fingerprint,
+        digest=content_digest(files),
+        files=files,
+        inputs=tuple(
+            InputEntry(role=role, kind=ref.kind, uri=ref.uri, fingerprint=ref.fingerprint, digest=ref.digest)
+            for role, ref in request.inputs.items()
+        ),
+        sources=context.sources,
+        config=request.config,
+        execution={
+            **request.execution.model_dump(mode="json"),
+            "submission_id": request.submission_id,
+            "git_commit": git_commit(),
+            "python": platform.python_version(),
+            "versions": _versions(),
+        },
+        metrics=outcome.metrics,
+        ledger=outcome.ledger,
+        cost=context.progress.cost(),
+        created_at=utc_now(),
+    )
+
+
+def git_commit() -> str:
+    """Commit of the running code: the image's label, else the checkout's HEAD, else `unknown`."""
+    if labelled := os.environ.get("ATHANOR_GIT_COMMIT"):
+        return labelled
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def _versions() -> dict[str, str]:
+    installed = {}
+    for name in _VERSIONED:
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            installed[name] = "not installed"
+    return installed
+
+
+def _tags(request: StageRequest) -> dict[str, str]:
+    return {
+        "airflow.dag_id": request.run.dag_id,
+        "airflow.run_id": request.run.airflow_run_id,
+        "airflow.task_id": request.task_id,
+        "airflow.try_number": str(request.try_number),
+        "ray.submission_id": request.submission_id,
+        "git.commit": git_commit(),
+    }
+
+
+def _flat_params(config: Config, prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in config:
+        if isinstance(value, Config):
+            flat |= _flat_params(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = str(value)
+    return flat
+
+
+@contextmanager
+def _scratch_folder() -> Iterator[Path]:
+    """A folder of this attempt; downloads go beside it and stay for the next stage of the same machine."""
+    home = Path(os.environ.get("ATHANOR_SCRATCH") or Path(tempfile.gettempdir()) / f"athanor-{os.getuid()}")
+    home.mkdir(parents=True, exist_ok=True)
+    work_dir = Path(tempfile.mkdtemp(dir=home, prefix="stage-"))
+    try:
+        yield work_dir
+    finally:
+        shutil.rmtree(work_dir, ignore_errors=True)
+
+
+def _raise_stopped(signum: int, frame: FrameType | None) -> None:
+    raise Stopped(
+        "the job was asked to stop (SIGTERM)", advice="If nobody stopped it on purpose, the retry resumes from the checkpoint."
+    )
+
+
+def _record_failure(store: Store, request: StageRequest, error: BaseException) -> int:
+    failure = describe_failure(error)
+    key = run_key(request.run.run_id, request.stage, "failure.json")
+    try:
+        write_json(store, key, failure.model_dump(mode="json"))
+    except OSError as problem:
+        logger.error("failure.json was not written: %s", problem)
+    logger.error("%s failed [%s]: %s %s", request.stage.value, failure.category, failure.message, failure.advice)
+    if failure.detail:
+        sys.stdout.write(failure.detail)
+    return EXIT_CODES[Category(failure.category)]
+
+
+def describe_failure(error: BaseException) -> Failure:
+    """Sort an exception into the failure contract; Ray's wrapping of worker errors is looked through."""
+    cause: Any = error
+    for wrapped in getattr(error, "worker_failures", {}).values():
+        cause = getattr(wrapped, "cause", wrapped)
+        break
+    if isinstance(cause, StageError):
+        return Failure(category=cause.category, message=cause.message, advice=cause.advice)
+    detail = "".join(traceback.format_exception(error))[-8000:]
+    if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
+        return Failure(
+            category=Category.OUT_OF_MEMORY,
+            message=f"out of memory: {cause}",
+            advice="Lower execution.<stage>.micro_batch_size or switch on gradient_checkpointing; results stay the same.",
+            detail=detail,
+        )
+    return Failure(
+        category=Category.INFRASTRUCTURE,
+        message=f"{type(cause).__name__}: {cause}",
+        advice="Unexpected; the traceback is in the job's log. The task is retried and resumes from its checkpoint.",
+        detail=detail,
+    )
