@@ -155,8 +155,6 @@ class PPOConfig(TrainConfig):
     """Responses over which the controller reacts."""
     missing_eos_penalty: float = Field(1.0, ge=0)
     """Subtracted from the score of a response without an end token."""
-    value_warmup_rollouts: int = Field(0, ge=0)
-    """First rollouts that train the value function only."""
 
     @model_validator(mode="after")
     def _minibatches_divide(self) -> "PPOConfig":

@@ -1,0 +1,155 @@
+"""Every equation once: pure, summed (never averaged), with masks given and not derived.
+
+Shape legend: N counted tokens, S sequences, P pairs, B rows, T positions, R response tokens of one sequence.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def bradley_terry_loss(chosen_scores_P: Tensor, rejected_scores_P: Tensor) -> Tensor:
+    """Return sum over pairs of -log sigmoid(r_chosen - r_rejected).
+
+    Bradley & Terry 1952; Ouyang et al. 2022 (arXiv:2203.02155), eq. 1. Equal scores give ln 2 a pair.
+    """
+    return -F.logsigmoid(chosen_scores_P - rejected_scores_P).sum()
+
+
+def score_centering_loss(chosen_scores_P: Tensor, rejected_scores_P: Tensor) -> Tensor:
+    """Return sum of (r_chosen + r_rejected)^2, which fixes the scale's free offset (Eisenstein et al. 2023, arXiv:2312.09244)."""
+    return (chosen_scores_P + rejected_scores_P).square().sum()
+
+
+def pair_accuracy(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
+    """Return the sum over pairs of 1 for a win of chosen, one half for a tie."""
+    return (chosen_P > rejected_P).float().sum() + 0.5 * (chosen_P == rejected_P).float().sum()
+
+
+class DPOTerms(NamedTuple):
+    """Loss summed over pairs, and the implicit rewards it is made of."""
+
+    loss_sum: Tensor
+    chosen_rewards_P: Tensor
+    rejected_rewards_P: Tensor
+
+
+def dpo_loss(
+    *,
+    chosen_logprobs_P: Tensor,
+    rejected_logprobs_P: Tensor,
+    ref_chosen_logprobs_P: Tensor,
+    ref_rejected_logprobs_P: Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> DPOTerms:
+    """Direct preference optimisation on log-probabilities summed over each response.
+
+    Rafailov et al. 2023 (arXiv:2305.18290), eq. 7; `label_smoothing` is the conservative variant of Mitchell 2023.
+    Policy equal to reference gives ln 2 a pair.
+    """
+    chosen_rewards_P = beta * (chosen_logprobs_P - ref_chosen_logprobs_P)
+    rejected_rewards_P = beta * (rejected_logprobs_P - ref_rejected_logprobs_P)
+    margins_P = chosen_rewards_P - rejected_rewards_P
+    losses_P = -(1 - label_smoothing) * F.logsigmoid(margins_P) - label_smoothing * F.logsigmoid(-margins_P)
+    return DPOTerms(losses_P.sum(), chosen_rewards_P.detach(), rejected_rewards_P.detach())
+
+
+class PolicyTerms(NamedTuple):
+    """Clipped surrogate summed over tokens, with the counts behind its diagnostics."""
+
+    loss_sum: Tensor
+    clipped_sum: Tensor
+    approx_kl_sum: Tensor
+
+
+def ppo_policy_loss(
+    *, logprobs_N: Tensor, old_logprobs_N: Tensor, advantages_N: Tensor, clip_range: float
+) -> PolicyTerms:
+    """Clipped surrogate objective, negated. Schulman et al. 2017 (arXiv:1707.06347), eq. 7."""
+    log_ratio_N = logprobs_N - old_logprobs_N
+    ratio_N = log_ratio_N.exp()
+    unclipped_N = -advantages_N * ratio_N
+    clipped_N = -advantages_N * ratio_N.clamp(1 - clip_range, 1 + clip_range)
+    with torch.no_grad():
+        clipped_sum = (clipped_N > unclipped_N).float().sum()
+        approx_kl_sum = k3(-log_ratio_N).sum()
+    return PolicyTerms(torch.maximum(unclipped_N, clipped_N).sum(), clipped_sum, approx_kl_sum)
+
+
+def ppo_value_loss(*, values_N: Tensor, old_values_N: Tensor, returns_N: Tensor, clip_range: float) -> Tensor:
+    """Half the squared error with clipped predictions, summed. Schulman et al. 2017, as in OpenAI baselines."""
+    clipped_N = old_values_N + (values_N - old_values_N).clamp(-clip_range, clip_range)
+    return 0.5 * torch.maximum((values_N - returns_N).square(), (clipped_N - returns_N).square()).sum()
+
+
+def k1(log_ratio: Tensor) -> Tensor:
+    """KL(p||q) estimator log p - log q for samples of p: unbiased, may be negative. Schulman 2020, "Approximating KL"."""
+    return log_ratio
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """KL(p||q) estimator (q/p - 1) - log(q/p) with log_ratio = log p - log q: unbiased and never negative."""
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+def entropy(logits_NV: Tensor) -> Tensor:
+    """Return the entropy in nats of each row of logits, shape (N,)."""
+    logprobs_NV = logits_NV.log_softmax(-1)
+    return -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+
+
+class Advantages(NamedTuple):
+    """Per token of one response."""
+
+    advantages_R: Tensor
+    returns_R: Tensor
+
+
+def gae(*, rewards_R: Tensor, values_R: Tensor, gamma: float, gae_lambda: float) -> Advantages:
+    """Generalised advantage estimation of one finished response (value 0 after its end).
+
+    Schulman et al. 2015 (arXiv:1506.02438), eq. 16: A_t = sum_k (gamma lambda)^k delta_{t+k}.
+    """
+    advantages_R = torch.zeros_like(rewards_R)
+    next_value, running = 0.0, 0.0
+    for t in range(len(rewards_R) - 1, -1, -1):
+        delta = rewards_R[t] + gamma * next_value - values_R[t]
+        running = delta + gamma * gae_lambda * running
+        advantages_R[t] = running
+        next_value = values_R[t]
+    return Advantages(advantages_R, advantages_R + values_R)
+
+
+def whiten(values_N: Tensor, *, mean: float, std: float) -> Tensor:
+    """Shift and scale by statistics taken over all ranks; a spread of zero leaves the values centred and finite."""
+    return (values_N - mean) / (std + 1e-8)
+
+
+def shaped_rewards(*, logprobs_R: Tensor, ref_logprobs_R: Tensor, score: float, kl_coefficient: float) -> Tensor:
+    """Penalty for leaving the reference on every token, the score on the last.
+
+    Ziegler et al. 2019 (arXiv:1909.08593), eq. 2; Stiennon et al. 2020 (arXiv:2009.01325).
+    """
+    rewards_R = -kl_coefficient * k1(logprobs_R - ref_logprobs_R)
+    rewards_R[-1] += score
+    return rewards_R
+
+
+def adapted_kl_coefficient(coefficient: float, *, kl: float, target: float, horizon: int, num_responses: int) -> float:
+    """Proportional controller in log space, error clipped to +-0.2. Ziegler et al. 2019, section 2.2."""
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return coefficient * (1.0 + error * num_responses / horizon)
+
+
+def perplexity(mean_loss: float) -> float:
+    """exp of a mean token loss in nats; infinite rather than an overflow for absurd losses."""
+    return math.exp(mean_loss) if mean_loss < 700 else math.inf
+
+
+def bits_per_byte(loss_sum: float, *, num_bytes: int) -> float:
+    """Total loss in nats over the bytes of the text that it predicts: comparable across tokenizers."""
+    return loss_sum / math.log(2) / num_bytes

@@ -1,0 +1,90 @@
+"""Models come from transformers: made from a config, loaded from a folder, saved so that anybody can load them.
+
+Importing transformers' model classes costs seconds, so this module is imported by the verbs that need it, when they do.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import PreTrainedModel
+
+from stages.config.errors import ConfigError
+from stages.config.train import ModelConfig
+from stages.data.tokens import TokensArtifact
+
+
+def new_causal_lm(config: ModelConfig, tokens: TokensArtifact, *, seed: int) -> PreTrainedModel:
+    """Make a Llama-style decoder with random weights that depend on `seed` alone."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=tokens.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            max_position_embeddings=tokens.sequence_length,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=config.tie_embeddings,
+            initializer_range=config.initializer_range,
+            bos_token_id=tokens.bos_id if tokens.bos_id >= 0 else None,
+            eos_token_id=tokens.eos_id,
+            pad_token_id=tokens.pad_id,
+            attn_implementation="sdpa",
+        )
+    )
+
+
+def load_causal_lm(folder: Path, tokens: TokensArtifact) -> PreTrainedModel:
+    """Load weights in float32; raises ConfigError when the model does not fit the run's tokens."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    _check_fit(model, tokens, folder)
+    model.config.pad_token_id = tokens.pad_id
+    return model
+
+
+def load_reward_model(folder: Path, tokens: TokensArtifact) -> PreTrainedModel:
+    """Load a sequence classifier with one output; a language model's folder gives a head of zeros, so training starts at ln 2."""
+    fresh = "ForSequenceClassification" not in (folder / "config.json").read_text()
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=1, dtype=torch.float32, attn_implementation="sdpa", pad_token_id=tokens.pad_id
+    )
+    _check_fit(model, tokens, folder)
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        raise ConfigError(
+            f"reward: {type(model).__name__} has no linear `score` head",
+            advice="Use a decoder architecture whose sequence classifier transformers builds with `score`.",
+        )
+    if fresh:
+        torch.nn.init.zeros_(model.score.weight)
+    return model
+
+
+def save_model(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path, tokens: TokensArtifact) -> None:
+    """Write weights as safetensors with config, generation config and tokenizer beside them."""
+    model.save_pretrained(folder, state_dict=weights)
+    if model.can_generate():
+        model.generation_config.eos_token_id = tokens.eos_id
+        model.generation_config.pad_token_id = tokens.pad_id
+        model.generation_config.bos_token_id = tokens.bos_id if tokens.bos_id >= 0 else None
+        model.generation_config.save_pretrained(folder)
+    shutil.copytree(tokens.tokenizer_dir, folder, dirs_exist_ok=True)
+
+
+def _check_fit(model: PreTrainedModel, tokens: TokensArtifact, folder: Path) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < tokens.vocab_size:
+        raise ConfigError(
+            f"model {folder} embeds {rows} tokens, the run's tokenizer has {tokens.vocab_size}: they do not belong together",
+            advice="Start from a model that was trained with this tokenizer, or let the run use the model's tokenizer.",
+        )
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and limit < tokens.sequence_length:
+        raise ConfigError(
+            f"tokenize.sequence_length={tokens.sequence_length} but the model has only {limit} positions",
+            advice=f"Set tokenize.sequence_length to at most {limit}.",
+        )

@@ -1,0 +1,103 @@
+"""A base model that somebody gives: an artifact of ours, `models:/name@alias` in MLflow, a Hugging Face folder or hub id."""
+
+import re
+from pathlib import Path
+
+from stages.artifacts import canonical_json, fetch, hash_file, read_manifest
+from stages.config.errors import ConfigError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+
+
+def snapshot_base_model(uri: str) -> str:
+    """Return the digest of the model's content without loading it; raises ConfigError when it is not there."""
+    uri = _registered_artifact(uri)
+    if _is_artifact(uri):
+        return _manifest_of(uri).digest
+    folder = Path(uri.removeprefix("file://"))
+    if folder.is_dir():
+        import hashlib
+
+        files = [(path.name, hash_file(path)) for path in _model_files(folder)]
+        return hashlib.sha256(canonical_json(files)).hexdigest()
+    if _HUB_ID.fullmatch(uri):
+        from huggingface_hub import HfApi
+
+        return str(HfApi().model_info(uri).sha)
+    raise _not_there(uri)
+
+
+def base_model_dir(uri: str, cache_dir: Path) -> Path:
+    """Return a local folder with the model's files; weights are safetensors, pickles are refused."""
+    uri = _registered_artifact(uri)
+    if _is_artifact(uri):
+        return fetch(_manifest_of(uri).ref(uri), cache_dir)
+    folder = Path(uri.removeprefix("file://"))
+    if folder.is_dir():
+        _model_files(folder)
+        return folder
+    if _HUB_ID.fullmatch(uri):
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(uri, allow_patterns=list(_WEIGHTS)))
+    raise _not_there(uri)
+
+
+def _is_artifact(uri: str) -> bool:
+    return "/artifacts/" in uri and uri.startswith(("file://", "s3://"))
+
+
+def _manifest_of(uri: str):
+    try:
+        return read_manifest(uri)
+    except FileNotFoundError:
+        raise _not_there(uri) from None
+
+
+def _registered_artifact(uri: str) -> str:
+    """Follow `models:/name@alias` or `models:/name/version` to the artifact that the version was registered from."""
+    if not uri.startswith("models:/"):
+        return uri
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    name = uri.removeprefix("models:/")
+    client = MlflowClient()
+    try:
+        if "@" in name:
+            version = client.get_model_version_by_alias(*name.split("@", 1))
+        else:
+            version = client.get_model_version(*name.rsplit("/", 1))
+    except (MlflowException, TypeError) as error:
+        raise ConfigError(
+            f"base_model={uri!r} is not registered in MLflow: {error}",
+            advice="Use models:/<name>@<alias> or models:/<name>/<version> of a registered model.",
+        ) from error
+    if not (artifact := version.tags.get("artifact.uri")):
+        raise ConfigError(
+            f"base_model={uri!r} has no tag artifact.uri, so it was not registered by this pipeline",
+            advice="Give the folder or URI of its weights instead.",
+        )
+    return artifact
+
+
+def _model_files(folder: Path) -> list[Path]:
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"base_model={str(folder)!r} has no config.json, so it is not a Hugging Face model",
+            advice="Give the folder that save_pretrained wrote.",
+        )
+    if not list(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"base_model={str(folder)!r} has no *.safetensors; other weight formats may run code and are refused",
+            advice="Save it again with save_pretrained.",
+        )
+    return sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)})
+
+
+def _not_there(uri: str) -> ConfigError:
+    return ConfigError(
+        f"base_model={uri!r} does not exist",
+        advice="Give an artifact URI, models:/name@alias, a Hugging Face folder or a hub id; empty pretrains from scratch.",
+    )

@@ -1,0 +1,219 @@
+"""From curated text to token ids: a byte-level BPE (or the base model's tokenizer), a chat template, memory-mapped shards.
+
+Text is always encoded with special tokens switched off: a document that quotes `<|end|>` holds ordinary tokens.
+"""
+
+import gzip
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages.config.errors import ConfigError, DataError
+from stages.config.tokens import TokenizeConfig
+from stages.context import StageContext, StageOutcome
+from stages.data.chat import ChatEncoder
+from stages.data.ragged import RaggedWriter
+from stages.data.tokenizer import LoadedTokenizer, given_tokenizer, train_tokenizer
+from stages.data.tokens import Split
+
+_BATCH_DOCUMENTS = 2000
+
+
+def run(context: StageContext) -> StageOutcome:
+    """Write tokenizer, shards and ledger."""
+    config = context.config
+    assert isinstance(config, TokenizeConfig)
+    curated = context.input_dir("curated")
+    tokenizer = _tokenizer(config, curated, context)
+    tokenizer.save(context.output_dir / "tokenizer")
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    ledger: dict[str, Any] = {}
+    for split in Split:
+        parts = _SplitWriter(curated, context.output_dir, split, tokenizer, config, dtype)
+        ledger[split.value] = {
+            "documents": parts.documents(context),
+            "conversations": parts.conversations(),
+            "preferences": parts.preferences(),
+        }
+    _require_training_text(ledger, config)
+    meta = {
+        "vocab_size": tokenizer.vocab_size,
+        "sequence_length": config.sequence_length,
+        "dtype": dtype.name,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "pad_id": tokenizer.pad_id,
+    }
+    (context.output_dir / "meta.json").write_text(json.dumps(meta, indent=1))
+    (context.output_dir / "ledger.json").write_text(json.dumps(ledger, indent=1))
+    return StageOutcome(metrics=_metrics(ledger, tokenizer), ledger=ledger)
+
+
+def _tokenizer(config: TokenizeConfig, curated: Path, context: StageContext) -> LoadedTokenizer:
+    if config.base_model:
+        from stages.models.given import base_model_dir
+
+        return given_tokenizer(base_model_dir(config.base_model, context.work_dir.parent / "cache"))
+    return train_tokenizer(_evenly(curated, config.bpe_train_bytes), config)
+
+
+def _evenly(curated: Path, max_bytes: int) -> Iterator[str]:
+    """Take every n-th training document so that about `max_bytes` are spread over the whole corpus."""
+    total = sum(len(row["text"].encode()) for row in _rows(curated / "documents" / Split.TRAIN))
+    if not total:
+        raise DataError("there are no training documents", advice="Look at curate's ledger for what was dropped and why.")
+    keep, seen = min(1.0, max_bytes / total), 0.0
+    for row in _rows(curated / "documents" / Split.TRAIN):
+        seen += keep
+        if seen >= 1.0:
+            seen -= 1.0
+            yield row["text"]
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of one .jsonl.gz file or of all of a folder, in name order."""
+    paths = sorted(path.glob("*.jsonl.gz")) if path.is_dir() else [path]
+    for file in paths:
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                yield json.loads(line)
+
+
+class _SplitWriter:
+    """Encodes one split, counting everything that is left out."""
+
+    def __init__(
+        self,
+        curated: Path,
+        output: Path,
+        split: Split,
+        tokenizer: LoadedTokenizer,
+        config: TokenizeConfig,
+        dtype: np.dtype,
+    ) -> None:
+        self._curated, self._output, self._split, self._dtype = curated, output, split, dtype
+        self._tokenizer, self._config = tokenizer, config
+        self._chat = ChatEncoder(tokenizer.backend, tokenizer.chat_template, tokenizer.special_tokens)
+
+    def documents(self, context: StageContext) -> dict[str, int]:
+        folder = self._output / "documents" / self._split
+        writer = RaggedWriter(folder, "tokens", self._dtype)
+        sizes: list[int] = []
+        tokens = 0
+        for batch in _batched(_rows(self._curated / "documents" / self._split), _BATCH_DOCUMENTS):
+            texts = [row["text"] for row in batch]
+            for text, ids in zip(texts, self._tokenizer.encode_texts(texts), strict=True):
+                writer.append(ids)
+                sizes.append(len(text.encode()))
+                tokens += len(ids)
+            context.progress(len(sizes), len(sizes), "document", tokens=tokens)
+        writer.close()
+        np.save(folder / "bytes.npy", np.asarray(sizes, dtype=np.int64))
+        return {"documents": len(sizes), "bytes": int(sum(sizes)), "tokens": tokens}
+
+    def conversations(self) -> dict[str, Any]:
+        folder = self._output / "conversations" / self._split
+        ids_writer, mask_writer = RaggedWriter(folder, "ids", self._dtype), RaggedWriter(folder, "mask", np.dtype(np.uint8))
+        prompts_writer = RaggedWriter(self._output / "prompts" / self._split, "ids", self._dtype)
+        counts: Counter[str] = Counter()
+        seen: set[bytes] = set()
+        prompt_texts: list[str] = []
+        for row in _rows(self._curated / "instructions" / f"{self._split}.jsonl.gz"):
+            counts["in"] += 1
+            messages = row["messages"]
+            prompt = self._chat.encode_prompt(messages[:-1])
+            encoded = self._chat.encode(messages)
+            if reason := self._too_long(prompt, encoded.ids):
+                counts[f"dropped.{reason}"] += 1
+                continue
+            ids_writer.append(encoded.ids)
+            mask_writer.append(encoded.loss_mask)
+            counts["kept"] += 1
+            counts["tokens"] += len(encoded.ids)
+            counts["target_tokens"] += int(encoded.loss_mask.sum())
+            if (key := prompt.tobytes()) not in seen:
+                seen.add(key)
+                prompts_writer.append(prompt)
+                prompt_texts.append(messages[-2]["content"])
+        for writer in (ids_writer, mask_writer, prompts_writer):
+            writer.close()
+        counts["distinct_prompts"] = len(prompt_texts)
+        (self._output / "prompts" / self._split / "texts.json").write_text(json.dumps(prompt_texts, ensure_ascii=False))
+        return dict(counts)
+
+    def preferences(self) -> dict[str, Any]:
+        folder = self._output / "preferences" / self._split
+        writers = {
+            f"{side}-{part}": RaggedWriter(folder, f"{side}-{part}", self._dtype if part == "ids" else np.dtype(np.uint8))
+            for side in ("chosen", "rejected")
+            for part in ("ids", "mask")
+        }
+        counts: Counter[str] = Counter()
+        kinds: list[str] = []
+        for row in _rows(self._curated / "preferences" / f"{self._split}.jsonl.gz"):
+            counts["in"] += 1
+            prompt = self._chat.encode_prompt(row["prompt"])
+            sides = {
+                side: self._chat.encode([*row["prompt"], {"role": "assistant", "content": row[side]}])
+                for side in ("chosen", "rejected")
+            }
+            reason = self._too_long(prompt, *(side.ids for side in sides.values()))
+            if not reason and np.array_equal(sides["chosen"].ids, sides["rejected"].ids):
+                reason = "equal_sides"
+            if reason:
+                counts[f"dropped.{reason}"] += 1
+                continue
+            for name, side in sides.items():
+                writers[f"{name}-ids"].append(side.ids)
+                mask = side.loss_mask.copy()
+                mask[: len(prompt)] = 0  # earlier assistant turns belong to the prompt
+                writers[f"{name}-mask"].append(mask)
+            kinds.append(row.get("kind", "given"))
+            counts["kept"] += 1
+        for writer in writers.values():
+            writer.close()
+        (folder / "kinds.json").write_text(json.dumps(kinds))
+        return dict(counts)
+
+    def _too_long(self, prompt: np.ndarray, *sequences: np.ndarray) -> str:
+        if len(prompt) > self._config.max_prompt_length:
+            return "prompt_too_long"
+        if any(len(ids) > self._config.sequence_length for ids in sequences):
+            return "longer_than_context"
+        return ""
+
+
+def _batched(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    batch: list[dict[str, Any]] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _require_training_text(ledger: dict[str, Any], config: TokenizeConfig) -> None:
+    tokens = ledger["train"]["documents"]["tokens"]
+    if tokens < config.sequence_length:
+        raise ConfigError(
+            f"tokenize.sequence_length={config.sequence_length} but the training text has only {tokens} tokens",
+            advice="Bring more text or lower tokenize.sequence_length.",
+        )
+
+
+def _metrics(ledger: dict[str, Any], tokenizer: LoadedTokenizer) -> dict[str, float]:
+    train, heldout = ledger["train"]["documents"], ledger["heldout"]["documents"]
+    return {
+        "tokens/train": float(train["tokens"]),
+        "tokens/heldout": float(heldout["tokens"]),
+        "tokens/vocab_size": float(tokenizer.vocab_size),
+        "tokens/bytes_per_token": train["bytes"] / max(train["tokens"], 1),
+        "tokens/conversations": float(ledger["train"]["conversations"].get("kept", 0)),
+        "tokens/preferences": float(ledger["train"]["preferences"].get("kept", 0)),
+    }
