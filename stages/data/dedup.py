@@ -1,17 +1,12 @@
-"""Exact and near duplicates over everything at once, so that held-out text has no found duplicate in training.
+"""Near duplicates by datatrove's MinHash, stages 1 to 3, over everything at once.
 
-Of several equal documents the one that stays is chosen by rank: held out before training before planted, then by
-order. Near duplicates are datatrove's MinHash stages 1 to 3; its stage 4 keeps the root of a union-find tree, which is
-nobody's choice, so the last stage is ours.
+Its stage 4 keeps the root of a union-find tree, which is nobody's choice, so which document of a cluster stays is
+decided by `dedup_keys.extra_copies` instead.
 """
 
 import contextlib
-import hashlib
 import io
-import re
 import struct
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from datatrove.pipeline.dedup.minhash import (
@@ -23,44 +18,6 @@ from datatrove.pipeline.dedup.minhash import (
 
 from stages.config.curate import CurateConfig
 from stages.data.filters import SimplifiedTokenizer
-
-_SPACES = re.compile(r"\s+")
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """What deduplication must know of a document. `shard` and `index` are its place."""
-
-    shard: int
-    index: int
-    key: str
-    heldout: bool
-    planted: bool
-
-    @property
-    def rank(self) -> tuple[bool, bool, int, int]:
-        return (self.planted, not self.heldout, self.shard, self.index)
-
-
-def text_key(text: str) -> str:
-    """Hash of the text without regard to case and white space."""
-    simplified = _SPACES.sub(" ", text.lower()).strip()
-    return hashlib.blake2b(simplified.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-def extra_copies(candidates: Iterable[Candidate]) -> set[tuple[int, int]]:
-    """Places of all but the best-ranked document of each key."""
-    best: dict[str, Candidate] = {}
-    extra: set[tuple[int, int]] = set()
-    for candidate in candidates:
-        other = best.get(candidate.key)
-        if other is None:
-            best[candidate.key] = candidate
-            continue
-        loser = max(candidate, other, key=lambda entry: entry.rank)
-        best[candidate.key] = other if loser is candidate else candidate
-        extra.add((loser.shard, loser.index))
-    return extra
 
 
 def minhash_config(config: CurateConfig) -> MinhashConfig:

@@ -10,7 +10,7 @@ from typing import Any
 
 from stages.config.curate import CurateConfig
 from stages.data.ledger import Step
-from stages.data.records import Symbol, stable_hash
+from stages.data.records import Symbol, stable_hash, utf8_size
 
 _QUESTIONS: dict[str, tuple[str, ...]] = {
     "function": (
@@ -47,7 +47,7 @@ def distinct_questions(symbols: Iterable[Symbol], config: CurateConfig, step: St
     kept: list[Question] = []
     everything = sorted(symbols, key=lambda symbol: not symbol.heldout)  # stable: source order within each half
     for symbol in everything:
-        step.entered.add(len(symbol.summary.encode()))
+        step.entered.add(utf8_size(symbol.summary))
         summary = symbol.summary.lower()
         reason = "repeated_name" if symbol.name in names else "repeated_summary" if summary in summaries else ""
         if reason:
@@ -55,7 +55,7 @@ def distinct_questions(symbols: Iterable[Symbol], config: CurateConfig, step: St
             continue
         names.add(symbol.name)
         summaries.add(summary)
-        step.kept.add(len(symbol.summary.encode()))
+        step.kept.add(utf8_size(symbol.summary))
         templates = _QUESTIONS[symbol.kind]
         template = templates[stable_hash(config.seed, "question", symbol.id) % len(templates)]
         kept.append(Question(symbol, template.format(name=symbol.name)))
@@ -72,19 +72,25 @@ def instruction(question: Question) -> dict[str, Any]:
         ],
         "group": question.symbol.group,
         "origin": "derived",
+        "heldout": question.symbol.heldout,
     }
 
 
-def preferences(questions: Sequence[Question], config: CurateConfig) -> list[dict[str, Any]]:
+def preferences(questions: Sequence[Question], config: CurateConfig, step: Step) -> list[dict[str, Any]]:
     """One pair per question; wrong answers come from the same half, so held-out text stays out of training."""
     rows: list[dict[str, Any]] = []
     for heldout in (False, True):
         half = [question for question in questions if question.symbol.heldout is heldout]
         bodies = [question.symbol.body for question in half if len(question.symbol.body) >= _MIN_BODY]
         for position, question in enumerate(half):
+            size = utf8_size(question.symbol.summary)
+            step.entered.add(size)
             kind, rejected = _rejected(question, position, half, bodies, config)
-            if rejected and rejected != question.symbol.summary:
-                rows.append(_preference(question, kind, rejected))
+            if not rejected or rejected == question.symbol.summary:
+                step.drop("no_wrong_answer", question.symbol.id, question.symbol.summary, samples=config.samples_per_reason)
+                continue
+            step.kept.add(size)
+            rows.append(_preference(question, kind, rejected))
     return rows
 
 

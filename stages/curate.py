@@ -1,0 +1,341 @@
+"""From raw sources to curated text: read, filter, deduplicate, scrub, hold out, derive pairs, and account for every loss.
+
+Three passes over the documents: units are read, shards are filtered and signed, shards are finished. Between them this
+process decides what no shard can know: which documents are over the cap and which are extra copies.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.config.curate import DERIVED, INSTALLED_DOCS, CurateConfig
+from stages.config.errors import DataError
+from stages.context import StageContext, StageOutcome
+from stages.data import planted, readers
+from stages.data.dedup_keys import Candidate, extra_copies
+from stages.data.extract import Extracted, documents_file, extract, refuse_bad_sources, store_documents
+from stages.data.ledger import Amount, Step, dropped_by_reason, verify_chain
+from stages.data.passes import PassResult, Shard, filter_shard, finish_shard, match_bucket
+from stages.data.pool import Pool, process_pool
+from stages.data.pairs import PairsResult, build_pairs
+from stages.data.records import SourceDocument, read_lines, stable_hash
+from stages.data.storage import open_decompressed
+
+_SHARD_BYTES = 2_000_000
+_MAX_SHARDS = 64
+_ORIGINAL_CHARACTERS = range(900, 4000)
+
+
+def run(context: StageContext) -> StageOutcome:
+    """Write documents/, instructions/, preferences/, ledger.json and planted.json."""
+    config = context.config
+    assert isinstance(config, CurateConfig)
+    workers = max(1, int(context.execution.cpus_per_worker))
+    with process_pool(workers) as pool:
+        return Curation(context, config, pool).run()
+
+
+class Curation:
+    """One execution of the stage: what the passes found out, until it is written down."""
+
+    def __init__(self, context: StageContext, config: CurateConfig, pool: Pool) -> None:
+        self._context, self._config, self._pool = context, config, pool
+        self._folder: Path = context.work_dir
+        self._output: Path = context.output_dir
+        self._words = _word_list(config)
+        self._seconds: dict[str, float] = {}
+
+    def run(self) -> StageOutcome:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        units, seeds = self._read()
+        pairs = self._pool.submit(
+            build_pairs, self._config, len(units) - bool(seeds), self._words, self._folder, self._output
+        )
+        shards = self._shards(units)
+        filtered = self._filter(shards)
+        finished = self._finish(filtered)
+        steps = _merged([result.step for result in units], filtered, finished, self._config)
+        self._verify(steps)
+        return self._conclude(units, steps, filtered, finished, seeds, pairs.result())
+
+    def _read(self) -> tuple[list[Extracted], list[planted.Planted]]:
+        """First pass; the planted documents become the last unit."""
+        started = time.monotonic()
+        plan = readers.plan(self._config)
+        tasks = [(unit, number, self._config, self._folder) for number, unit in enumerate(plan)]
+        size = 0
+
+        def report(done: int, result: Extracted) -> None:
+            nonlocal size
+            size += result.step.entered.bytes
+            self._context.progress(done, len(tasks), unit="part", phase="read", megabytes=size / 1e6)
+
+        units = self._pool.run(extract, tasks, report)
+        refuse_bad_sources(units, self._config)
+        if not any(result.candidates for result in units):
+            reasons = _losses(result.step for result in units)
+            raise DataError(
+                f"documents={list(self._config.documents)}: nothing could be read, dropped by reason: {reasons}",
+                advice="Check the sources; docs/CURATION.md lists the formats that are understood.",
+            )
+        seeds = planted.plant(self._config.planted, self._config.seed, self._originals(units))
+        if seeds:
+            units.append(self._store_planted([entry.document for entry in seeds], number=len(units)))
+        self._seconds["read"] = time.monotonic() - started
+        return units, seeds
+
+    def _originals(self, units: Sequence[Extracted]) -> list[SourceDocument]:
+        """Real training documents of middle length, drawn by seed, of which near duplicates are planted."""
+        drawn = sorted(
+            (stable_hash(self._config.seed, "original", draw), place.shard, place.index)
+            for result in units
+            for place, size, draw in zip(result.candidates, result.sizes, result.draws, strict=True)
+            if size in _ORIGINAL_CHARACTERS and not place.heldout
+        )[: self._config.planted]
+        rows = {shard: list(read_lines(documents_file(self._folder, shard))) for _, shard, _ in drawn}
+        return [SourceDocument(**rows[shard][index]) for _, shard, index in drawn]
+
+    def _store_planted(self, documents: list[SourceDocument], *, number: int) -> Extracted:
+        step = Step("read")
+        for document in documents:
+            step.entered.add(len(document.text.encode()))
+            step.kept.add(len(document.text.encode()))
+        return store_documents(planted.SOURCE, number, documents, step, self._config, self._folder)
+
+    def _shards(self, units: Sequence[Extracted]) -> list[Shard]:
+        """Consecutive units of about 2 MB together, at most 64 shards; marks for what the cap and exact copies take."""
+        marks: dict[int, dict[int, str]] = {}
+        for place, index in extra_copies(entry for result in units for entry in result.candidates):
+            marks.setdefault(place, {})[index] = "exact_duplicate"
+        for place, index in _over_cap(units, self._config.max_bytes, marks):
+            marks.setdefault(place, {})[index] = "over_max_bytes"
+        total = sum(sum(result.sizes) for result in units)
+        limit = max(_SHARD_BYTES, total // _MAX_SHARDS)
+        groups: list[list[int]] = [[]]
+        size = 0
+        for number, result in enumerate(units):
+            if size >= limit:
+                groups.append([])
+                size = 0
+            groups[-1].append(number)
+            size += sum(result.sizes)
+        return [
+            Shard(number, tuple(group), {unit: marks[unit] for unit in group if unit in marks})
+            for number, group in enumerate(groups)
+        ]
+
+    def _filter(self, shards: Sequence[Shard]) -> list[PassResult]:
+        started = time.monotonic()
+        tasks = [(shard, self._config, self._words, self._folder) for shard in shards]
+        results = self._pool.run(filter_shard, tasks, self._reporter("filter", len(tasks)))
+        self._seconds["filter"] = time.monotonic() - started
+        return results
+
+    def _reporter(self, phase: str, total: int) -> Any:
+        documents = 0
+
+        def report(done: int, result: PassResult) -> None:
+            nonlocal documents
+            documents += result.steps[0].entered.documents
+            self._context.progress(done, total, unit="shard", phase=phase, documents=documents)
+
+        return report
+
+    def _finish(self, filtered: Sequence[PassResult]) -> list[PassResult]:
+        started = time.monotonic()
+        marked: dict[int, set[int]] = {}
+        if self._config.near_duplicates:
+            for place, index in self._near_copies(filtered):
+                marked.setdefault(place, set()).add(index)
+        output = self._output / "documents"
+        tasks = [
+            (shard, marked.get(shard, set()), self._config, self._folder, output) for shard in range(len(filtered))
+        ]
+        results = self._pool.run(finish_shard, tasks, self._reporter("finish", len(tasks)))
+        self._seconds["finish"] = time.monotonic() - started
+        return results
+
+    def _near_copies(self, filtered: Sequence[PassResult]) -> set[tuple[int, int]]:
+        """All but the best-ranked document of every MinHash cluster."""
+        from stages.data.dedup import clusters
+
+        tasks = [(bucket, self._config, self._folder) for bucket in range(self._config.minhash_buckets)]
+        self._pool.run(match_bucket, tasks, lambda done, result: None)
+        cluster_of = clusters(self._config, self._folder)
+        return extra_copies(
+            Candidate(entry.shard, entry.index, str(cluster_of[place]), entry.heldout, entry.planted)
+            for result in filtered
+            for entry in result.candidates
+            if (place := (entry.shard, entry.index)) in cluster_of
+        )
+
+    def _verify(self, steps: Sequence[Step]) -> None:
+        """The account conserves, the files hold what it says, and something is left to train on."""
+        verify_chain(steps)
+        written = Amount()
+        for split in ("train", "heldout"):
+            written.merge(count_published(self._output / "documents" / split))
+        if written != steps[-1].kept:
+            raise DataError(
+                f"the published files hold {written.to_dict()}, the ledger says {steps[-1].kept.to_dict()}",
+                advice="The disk of the Ray job may be damaged or full; free space and retry.",
+            )
+        if not any((self._output / "documents" / "train").glob("*.jsonl.gz")):
+            raise DataError(
+                f"no training document is left, dropped by reason: {_losses(steps)}",
+                advice="Loosen what dropped most (profile, language, heldout_fraction) or give more data.",
+            )
+
+    def _conclude(
+        self,
+        units: Sequence[Extracted],
+        steps: Sequence[Step],
+        filtered: Sequence[PassResult],
+        finished: Sequence[PassResult],
+        seeds: Sequence[planted.Planted],
+        pairs: PairsResult,
+    ) -> StageOutcome:
+        dropped: dict[str, str] = {}
+        texts: dict[str, str] = {}
+        pii: Counter[str] = Counter()
+        for result in [*filtered, *finished]:
+            dropped |= {key: where for key, where in result.planted_dropped.items() if not where.startswith("planted/")}
+            texts |= result.planted_texts
+            pii.update(result.pii)
+        found = planted.score(seeds, dropped, texts)
+        published = {
+            split: count_published(self._output / "documents" / split).to_dict() for split in ("train", "heldout")
+        }
+        ledger = {
+            "documents": {
+                "sources": _by_source(units),
+                "steps": [step.to_dict() for step in steps],
+                "dropped": dropped_by_reason(steps),
+                "published": published,
+            },
+            "instructions": {"steps": [step.to_dict() for step in pairs.instructions]},
+            "preferences": {"steps": [step.to_dict() for step in pairs.preferences], "kinds": pairs.kinds},
+            "published_pairs": pairs.published,
+            "pii": {"documents": dict(sorted(pii.items())), "pairs": pairs.pii},
+            "planted": found,
+            "thresholds": self._config.quality.model_dump(mode="json"),
+            "notes": _notes(self._config),
+        }
+        _write_json(self._output / "ledger.json", ledger)
+        _write_json(self._output / "planted.json", found)
+        return StageOutcome(metrics=self._metrics(steps, published, pairs, found), ledger=ledger)
+
+    def _metrics(
+        self,
+        steps: Sequence[Step],
+        published: dict[str, dict[str, int]],
+        pairs: PairsResult,
+        found: dict[str, dict[str, Any]],
+    ) -> dict[str, float]:
+        """Numbers for MLflow; times are here alone, for files must not depend on them."""
+        entered = steps[0].entered
+        numbers: dict[str, float] = {
+            "curate/documents_in": entered.documents,
+            "curate/bytes_in": entered.bytes,
+            "curate/documents_kept": steps[-1].kept.documents,
+            "curate/bytes_kept": steps[-1].kept.bytes,
+            "curate/bytes_train": published["train"]["bytes"],
+            "curate/bytes_heldout": published["heldout"]["bytes"],
+            "curate/megabytes_per_second": entered.bytes / 1e6 / max(1e-9, sum(self._seconds.values())),
+        }
+        numbers |= {f"curate/dropped_{step.name}": step.entered.documents - step.kept.documents for step in steps}
+        numbers |= {f"curate/{name.replace('/', '_')}": count for name, count in pairs.published.items()}
+        numbers |= {f"curate/seconds_{phase}": seconds for phase, seconds in self._seconds.items()}
+        if total := sum(entry["planted"] for entry in found.values()):
+            numbers["curate/planted_found"] = sum(entry["found"] for entry in found.values()) / total
+        return {name: float(value) for name, value in numbers.items()}
+
+
+def _word_list(config: CurateConfig) -> tuple[str, ...]:
+    if config.toxicity != "word-list":
+        return ()
+    entries = readers.data_files(config.toxicity_word_list, ("",))
+    with open_decompressed(entries[0].uri) as stream:
+        return tuple(stream.read().decode("utf-8-sig", "replace").splitlines())
+
+
+def _over_cap(units: Sequence[Extracted], limit: int, marks: dict[int, dict[int, str]]) -> list[tuple[int, int]]:
+    """Places beyond `limit` bytes of distinct documents, in the order of the draw; planted ones are always in."""
+    if not limit:
+        return []
+    drawn = sorted(
+        (draw, place.shard, place.index, size)
+        for result in units
+        for place, size, draw in zip(result.candidates, result.sizes, result.draws, strict=True)
+        if not place.planted and place.index not in marks.get(place.shard, {})
+    )
+    over: list[tuple[int, int]] = []
+    total = 0
+    for _, shard, index, size in drawn:
+        total += size
+        if total > limit:
+            over.append((shard, index))
+    return over
+
+
+def _merged(
+    read: Sequence[Step], filtered: Sequence[PassResult], finished: Sequence[PassResult], config: CurateConfig
+) -> list[Step]:
+    """One account for all units and shards."""
+    columns = [list(read), *zip(*(result.steps for result in filtered), strict=True)]
+    columns += zip(*(result.steps for result in finished), strict=True)
+    merged: list[Step] = []
+    for column in columns:
+        total = Step(column[0].name)
+        for step in column:
+            total.merge(step, samples=config.samples_per_reason)
+        merged.append(total)
+    return merged
+
+
+def _by_source(units: Sequence[Extracted]) -> dict[str, dict[str, Any]]:
+    sources: dict[str, Step] = {}
+    for result in units:
+        sources.setdefault(result.source, Step("read")).merge(result.step, samples=0)
+    return {
+        source: {
+            "in": step.entered.to_dict(),
+            "kept": step.kept.to_dict(),
+            "dropped": {reason: amount.to_dict() for reason, amount in sorted(step.dropped.items())},
+        }
+        for source, step in sources.items()
+    }
+
+
+def _losses(steps: Any) -> dict[str, int]:
+    losses: Counter[str] = Counter()
+    for step in steps:
+        losses.update({f"{step.name}/{reason}": amount.documents for reason, amount in step.dropped.items()})
+    return dict(losses.most_common())
+
+
+def _notes(config: CurateConfig) -> list[str]:
+    """What a reader of the ledger might else be surprised by."""
+    notes = ["Planted documents measure the filters; they are counted under planted and never published."]
+    if DERIVED in config.instructions + config.preferences:
+        notes.append("Derived pairs come from docstrings; their labels are derived, not judged by people.")
+        if INSTALLED_DOCS not in config.documents:
+            notes.append("Pairs are 'derived' but documents has no 'installed-docs', so there are none.")
+    return notes
+
+
+def count_published(folder: Path) -> Amount:
+    """Documents and bytes of text in published files, by reading them."""
+    amount = Amount()
+    for path in sorted(folder.glob("*.jsonl.gz")):
+        with open_decompressed(str(path)) as stream:
+            for line in stream:
+                amount.add(len(json.loads(line)["text"].encode()))
+    return amount
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,215 @@
+"""Instruction and preference rows, derived or given: counted, freed of duplicates, toxic answers and personal data, capped."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.config.curate import DERIVED, CurateConfig
+from stages.config.errors import DataError
+from stages.data import derive, given
+from stages.data.extract import refuse_bad_share, symbols_file
+from stages.data.ledger import Step, verify_chain
+from stages.data.passes import toxicity_scorer, write_published
+from stages.data.pii import scrub
+from stages.data.records import BadRecord, Symbol, read_lines, stable_hash, utf8_size
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PairsResult:
+    """The accounts of both kinds, and how many rows were published."""
+
+    instructions: list[Step]
+    preferences: list[Step]
+    published: dict[str, int]
+    kinds: dict[str, int]
+    pii: dict[str, int]
+
+
+def build_pairs(config: CurateConfig, units: int, words: tuple[str, ...], folder: Path, output: Path) -> PairsResult:
+    """Write instructions/ and preferences/ under `output`; both files of a kind exist even when they are empty."""
+    pii: Counter[str] = Counter()
+    published: dict[str, int] = {}
+    unique = Step("unique_symbols")
+    questions: list[derive.Question] = []
+    if DERIVED in config.instructions + config.preferences:
+        questions = derive.distinct_questions(_symbols(units, folder), config, unique)
+    prepared = _Preparation(config, words, pii)
+
+    made: list[Step] = [unique] if DERIVED in config.instructions else []
+    if DERIVED in config.instructions:
+        rows = [derive.instruction(question) for question in questions]
+    else:
+        rows = list(_given(config.instructions, given.instruction_row, config, made))
+    rows = prepared.run(rows, _answers, config.max_instructions, made)
+    published |= _publish("instructions", rows, config.instructions, made, output)
+
+    wrong = Step("wrong_answers")
+    paired: list[Step] = [unique, wrong] if DERIVED in config.preferences else []
+    if DERIVED in config.preferences:
+        rows = derive.preferences(questions, config, wrong)
+    else:
+        rows = list(_given(config.preferences, given.preference_row, config, paired))
+    rows = prepared.run(rows, lambda row: row["chosen"], config.max_preferences, paired)
+    published |= _publish("preferences", rows, config.preferences, paired, output)
+    kinds = dict(sorted(Counter(row["kind"] for row in rows).items()))
+    return PairsResult(made, paired, published, kinds, dict(sorted(pii.items())))
+
+
+def _symbols(units: int, folder: Path) -> Iterator[Symbol]:
+    for number in range(units):
+        for row in read_lines(symbols_file(folder, number)):
+            yield Symbol(**row)
+
+
+def _given(
+    sources: Iterable[str],
+    shape: Callable[[str, Row, str, CurateConfig], Row | str],
+    config: CurateConfig,
+    steps: list[Step],
+) -> Iterator[Row]:
+    """Rows of the given sources in our shape; the account has one step, the share of unreadable rows is per source."""
+    total = Step("read")
+    steps.append(total)
+    for number, source in enumerate(sources):
+        step, unreadable = Step("read"), Step("read")
+        for key, record in given.read_given(source, number):
+            step.entered.add(record.size)
+            unreadable.entered.add(record.size)
+            if isinstance(record, BadRecord):
+                for account in (step, unreadable):
+                    account.drop(record.reason, key, record.sample, record.size, samples=config.samples_per_reason)
+                continue
+            row = shape(key, record.values, source, config)
+            if isinstance(row, str):
+                step.drop(row, key, str(record.values), record.size, samples=config.samples_per_reason)
+            else:
+                step.kept.add(record.size)
+                yield row
+        total.merge(step, samples=config.samples_per_reason)
+        refuse_bad_share(source, unreadable, config)
+
+
+def _texts(row: Row) -> list[str]:
+    if "messages" in row:
+        return [turn["content"] for turn in row["messages"]]
+    return [*(turn["content"] for turn in row["prompt"]), row["chosen"], row["rejected"]]
+
+
+def _answers(row: Row) -> str:
+    return "\n".join(turn["content"] for turn in row["messages"] if turn["role"] == "assistant")
+
+
+def _size(row: Row) -> int:
+    return sum(map(utf8_size, _texts(row)))
+
+
+class _Preparation:
+    """What every row passes before it is published."""
+
+    def __init__(self, config: CurateConfig, words: tuple[str, ...], pii: Counter[str]) -> None:
+        self._config, self._pii = config, pii
+        self._scorer = toxicity_scorer(config.toxicity, words)
+
+    def run(self, rows: list[Row], answer: Callable[[Row], str], limit: int, steps: list[Step]) -> list[Row]:
+        """Duplicates, cap, toxicity of the answer to be learned, personal data. Appends its steps.
+
+        The cap comes before the two dear steps, so a few rows less than the limit may be published.
+        """
+        order = sorted(rows, key=lambda row: stable_hash(self._config.seed, "order", row["id"]))
+        rows = self._keep(order, "duplicates", self._repeated(order), steps)
+        rows = self._keep(rows, "cap", self._over(rows, limit), steps)
+        scores = self._scorer.scores([answer(row) for row in rows]) if self._scorer else [0.0] * len(rows)
+        toxic = ["toxic" if score >= self._config.toxicity_threshold else "" for score in scores]
+        rows = self._keep(rows, "toxicity", toxic, steps)
+        return self._scrubbed(rows, steps)
+
+    def _keep(self, rows: list[Row], name: str, reasons: list[str], steps: list[Step]) -> list[Row]:
+        step = Step(name)
+        kept: list[Row] = []
+        for row, reason in zip(rows, reasons, strict=True):
+            size = _size(row)
+            step.entered.add(size)
+            if reason:
+                text = " | ".join(_texts(row))
+                step.drop(reason, row["id"], text, size, samples=self._config.samples_per_reason)
+            else:
+                step.kept.add(size)
+                kept.append(row)
+        steps.append(step)
+        return kept
+
+    def _repeated(self, rows: list[Row]) -> list[str]:
+        seen: set[tuple[str, ...]] = set()
+        reasons: list[str] = []
+        for row in rows:
+            texts = tuple(_texts(row))
+            reasons.append("duplicate" if texts in seen else "")
+            seen.add(texts)
+        return reasons
+
+    def _over(self, rows: list[Row], limit: int) -> list[str]:
+        left = {False: limit, True: self._config.max_heldout_pairs}
+        reasons: list[str] = []
+        for row in rows:
+            left[row["heldout"]] -= 1
+            reasons.append("over_cap" if left[row["heldout"]] < 0 else "")
+        return reasons
+
+    def _scrubbed(self, rows: list[Row], steps: list[Step]) -> list[Row]:
+        step = Step("pii")
+        kept: list[Row] = []
+        for row in rows:
+            before = _size(row)
+            step.entered.add(before)
+            if self._config.scrub_pii:
+                for holder, name in _fields(row):
+                    result = scrub(holder[name])
+                    holder[name] = result.text
+                    self._pii.update(result.counts)
+            step.rewritten += before - _size(row)
+            if "chosen" in row and row["chosen"] == row["rejected"]:  # they differed in a number that is gone now
+                step.drop("equal_sides", row["id"], row["chosen"], _size(row), samples=self._config.samples_per_reason)
+                continue
+            step.kept.add(_size(row))
+            kept.append(row)
+        steps.append(step)
+        return kept
+
+
+def _fields(row: Row) -> list[tuple[dict[str, str], str]]:
+    """Every text of a row as (holder, key), for replacing."""
+    turns = row.get("messages") or row["prompt"]
+    sides = [] if "messages" in row else [(row, "chosen"), (row, "rejected")]
+    return [(turn, "content") for turn in turns] + sides
+
+
+def _publish(
+    name: str, rows: list[Row], sources: tuple[str, ...], steps: list[Step], output: Path
+) -> dict[str, int]:
+    """Verify the account and write both halves; given sources of which nothing is left are an error."""
+    rows_from = next(index for index, step in enumerate(steps) if step.name == "duplicates")
+    verify_chain(steps[:rows_from])
+    verify_chain(steps[rows_from:])
+    before = steps[rows_from - 1].kept.documents if rows_from else 0
+    if before != steps[rows_from].entered.documents or len(rows) != steps[-1].kept.documents:
+        raise DataError(
+            f"the ledger of {name} does not conserve: {before} rows were made, "
+            f"{steps[rows_from].entered.documents} were prepared, {len(rows)} are published of {steps[-1].kept.documents}",
+            advice="This is a defect of curation, not of the data; please report it with ledger.json.",
+        )
+    if sources and DERIVED not in sources and not rows:
+        losses = {reason: amount.documents for step in steps for reason, amount in step.dropped.items()}
+        raise DataError(
+            f"{name}={list(sources)}: no row is left, dropped by reason: {losses}",
+            advice="Check the shape of the rows; docs/CURATION.md lists those that are understood.",
+        )
+    counts: dict[str, int] = {}
+    for split, heldout in (("train", False), ("heldout", True)):
+        half = [{key: value for key, value in row.items() if key != "heldout"} for row in rows if row["heldout"] is heldout]
+        write_published(output / name / f"{split}.jsonl.gz", half)
+        counts[f"{name}/{split}"] = len(half)
+    return counts
