@@ -1,0 +1,108 @@
+"""`python -m infra up|down|status|logs|env|demo`: what the Makefile calls."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+
+from infra.environment import client_environment
+from infra.layout import CHECKOUT, Layout, StackSecrets
+from infra.stack import Stack, StackError, login_lines
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    stack = Stack(Layout(CHECKOUT), say=lambda line: print(f"  {line}", flush=True))
+    try:
+        match arguments.command:
+            case "up":
+                return up(stack)
+            case "down":
+                stack.down()
+                return 0
+            case "status":
+                return status(stack)
+            case "logs":
+                return logs(stack, arguments.component)
+            case "env":
+                return environment(stack)
+            case _:
+                from infra.demo import demo
+
+                return demo(stack, recipe=arguments.recipe, params=arguments.params)
+    except (StackError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m infra", description="The local stack.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("up", help="start what does not run, wait until healthy")
+    commands.add_parser("down", help="stop exactly what `up` started")
+    commands.add_parser("status", help="state and memory of every component")
+    commands.add_parser("logs", help="follow logs").add_argument("component", nargs="?", default="*")
+    commands.add_parser("env", help='shell lines that point programs at the stack: eval "$(python -m infra env)"')
+    demo = commands.add_parser("demo", help="run llm_pipeline and show it live")
+    demo.add_argument("--recipe", default="demo")
+    demo.add_argument("--params", type=_json_object, default={}, help="JSON object of trigger form fields")
+    return parser
+
+
+def _json_object(text: str) -> dict[str, object]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text!r}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object such as {{\"alignment\": \"dpo\"}}, got {text!r}")
+    return value
+
+
+def up(stack: Stack) -> int:
+    record = stack.up()
+    print("\n".join(login_lines(stack.layout, record)))
+    return 0
+
+
+def status(stack: Stack) -> int:
+    """Exit status 3 when something is not healthy, as service managers do."""
+    record = stack.record()
+    total, sick = 0, 0
+    for program, missing, memory in stack.programs(record):
+        total += memory
+        sick += missing is not None
+        since = f"since {time.strftime('%H:%M:%S', time.localtime(program.started_at))}" if program.pid else ""
+        print(f"{program.name:<14} {missing or 'healthy':<28} {since:<16} {memory / 2**20:6.0f} MB")
+    print(f"{'':<60} {total / 2**20:6.0f} MB")
+    print("\n".join(login_lines(stack.layout, record)))
+    return 3 if sick else 0
+
+
+def logs(stack: Stack, component: str) -> int:
+    files = sorted(stack.layout.logs.glob(f"{component}.log"))
+    if not files:
+        names = ", ".join(sorted(file.stem for file in stack.layout.logs.glob("*.log"))) or "none yet"
+        raise StackError(f"no log of {component!r}; there are: {names}")
+    try:
+        return subprocess.call(["tail", "-n", "20", "-F", *map(str, files)])
+    except KeyboardInterrupt:
+        return 0
+
+
+def environment(stack: Stack) -> int:
+    record = stack.record()
+    secrets = StackSecrets.load_or_generate(stack.layout)
+    for name, value in client_environment(record, secrets).items():
+        print(f"export {name}={shlex.quote(value)}")
+    return 0
+
+
+if __name__ == "__main__":
+    os.umask(0o022)
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""A small client of Airflow's REST API: login, pools, triggering a run and following its tasks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+import requests
+
+
+class AirflowApiError(RuntimeError):
+    """The API refused a request; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class TaskState:
+    """One task of a run, as the API reports it."""
+
+    task_id: str
+    state: str
+    try_number: int
+    started: str | None
+    ended: str | None
+    map_index: int = -1
+
+
+class AirflowApi:
+    """Logs in on first use and again when the token is refused."""
+
+    def __init__(self, url: str, *, user: str, password: str, timeout_seconds: float = 30) -> None:
+        self.url = url
+        self._login = {"username": user, "password": password}
+        self._timeout = timeout_seconds
+        self._session = requests.Session()
+        self._session.trust_env = False  # loopback: no proxy, no netrc
+
+    def health(self) -> dict[str, Any]:
+        """Needs no login; raises requests' errors while the server is not up."""
+        response = self._session.get(f"{self.url}/api/v2/monitor/health", timeout=5)
+        response.raise_for_status()
+        return response.json()
+
+    def login(self) -> None:
+        response = self._session.post(f"{self.url}/auth/token", json=self._login, timeout=self._timeout)
+        if not response.ok:
+            raise AirflowApiError(f"login at {self.url} refused: {response.status_code} {_reason(response)}")
+        self._session.headers["Authorization"] = f"Bearer {response.json()['access_token']}"
+
+    def call(self, method: str, path: str, **arguments: Any) -> Any:
+        """One request under /api/v2; a 404 is an AirflowApiError like every other refusal."""
+        response = self._request(method, path, **arguments)
+        if not response.ok:
+            raise AirflowApiError(f"{method} {path}: {response.status_code} {_reason(response)}")
+        return response.json() if response.content else None
+
+    def _request(self, method: str, path: str, **arguments: Any) -> requests.Response:
+        if "Authorization" not in self._session.headers:
+            self.login()
+        for attempt in range(2):
+            response = self._session.request(
+                method, f"{self.url}/api/v2/{path}", timeout=self._timeout, **arguments
+            )
+            if response.status_code != 401 or attempt:
+                break
+            self.login()
+        return response
+
+    def ensure_pool(self, name: str, *, slots: int, description: str) -> None:
+        """Create the pool if it is missing; slots a user changed stay as they are."""
+        response = self._request("GET", f"pools/{quote(name)}")
+        if response.status_code == 404:
+            pool = {"name": name, "slots": slots, "description": description, "include_deferred": True}
+            self.call("POST", "pools", json=pool)
+        elif not response.ok:
+            raise AirflowApiError(f"pool {name}: {response.status_code} {_reason(response)}")
+
+    def import_errors(self) -> dict[str, str]:
+        """DAG file -> last line of its traceback."""
+        rows = self.call("GET", "importErrors")["import_errors"]
+        return {row["filename"]: row["stack_trace"].strip().splitlines()[-1] for row in rows}
+
+    def wait_for_dag(self, dag_id: str, *, seconds: float) -> None:
+        """Until the DAG processor has read it; a DAG that cannot be imported fails at once with the reason."""
+        deadline = time.monotonic() + seconds
+        while True:
+            response = self._request("GET", f"dags/{quote(dag_id)}")
+            if response.ok:
+                return
+            if response.status_code != 404:
+                raise AirflowApiError(f"DAG {dag_id}: {response.status_code} {_reason(response)}")
+            if broken := self.import_errors():
+                raise AirflowApiError("; ".join(f"{file} cannot be imported: {why}" for file, why in broken.items()))
+            if time.monotonic() > deadline:
+                raise AirflowApiError(f"Airflow has not found the DAG {dag_id} after {seconds:.0f} s")
+            time.sleep(0.5)
+
+    def trigger(self, dag_id: str, conf: dict[str, Any]) -> str:
+        """Start a run and return its id."""
+        run = self.call("POST", f"dags/{quote(dag_id)}/dagRuns", json={"logical_date": None, "conf": conf})
+        return run["dag_run_id"]
+
+    def run_state(self, dag_id: str, run_id: str) -> str:
+        return self.call("GET", f"dags/{quote(dag_id)}/dagRuns/{quote(run_id)}")["state"]
+
+    def tasks(self, dag_id: str, run_id: str) -> list[TaskState]:
+        rows = self.call("GET", f"dags/{quote(dag_id)}/dagRuns/{quote(run_id)}/taskInstances")["task_instances"]
+        return [
+            TaskState(
+                task_id=row["task_id"],
+                state=row["state"] or "none",
+                try_number=row["try_number"],
+                started=row["start_date"],
+                ended=row["end_date"],
+                map_index=row["map_index"],
+            )
+            for row in rows
+        ]
+
+
+def _reason(response: requests.Response) -> str:
+    try:
+        body = response.json()
+    except ValueError:
+        return response.text[:300]
+    return str(body.get("detail", body))[:600] if isinstance(body, dict) else str(body)[:600]

@@ -1,0 +1,109 @@
+"""Finding and ending the processes of one stack. A stack is known by a marker in the environment that all its
+processes inherit: process groups are not enough, since Ray's job drivers and workers open sessions of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+MARKER = "ATHANOR_STACK"
+
+
+def marked(stack_id: str) -> list[psutil.Process]:
+    """Every live process that carries the marker, without this one and its ancestors."""
+    own = psutil.Process()
+    spared = {own.pid, *(parent.pid for parent in own.parents())}
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid in spared or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            if process.environ().get(MARKER) == stack_id:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue  # gone meanwhile, or somebody else's: not ours to end
+    return found
+
+
+def end_marked(stack_id: str, *, grace_seconds: float = 5.0) -> list[str]:
+    """TERM, then KILL after the grace, every process that still carries the marker; returns what they were.
+
+    Looks again after each round, because a dying process may have started another one.
+    """
+    asked: dict[int, str] = {}
+    start = time.monotonic()
+    while processes := marked(stack_id):
+        waited = time.monotonic() - start
+        if waited > grace_seconds + 10:
+            raise RuntimeError(f"processes do not end even on SIGKILL: {', '.join(asked.values())}")
+        for process in processes:
+            try:
+                if waited > grace_seconds:
+                    process.kill()
+                elif process.pid not in asked:
+                    asked[process.pid] = f"{process.pid} {describe(process)}"
+                    process.terminate()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(processes, timeout=0.3)
+    return list(asked.values())
+
+
+def describe(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())[:100] or process.name()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return "(gone)"
+
+
+def listener_of(port: int) -> str:
+    """Who listens on a port, in words; empty when nobody does or we may not know."""
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                return f"{connection.pid} {describe(psutil.Process(connection.pid))}"
+    except (psutil.AccessDenied, psutil.NoSuchProcess):
+        return ""
+    return ""
+
+
+def memory_bytes(processes: Sequence[psutil.Process]) -> int:
+    """Proportional memory (PSS: shared pages counted once over their sharers); resident memory where unknown."""
+    total = 0
+    for process in processes:
+        try:
+            total += _pss(process.pid) or process.memory_info().rss
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return total
+
+
+def _pss(pid: int) -> int:
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0
+    match = re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)
+    return int(match.group(1)) * 1024 if match else 0
+
+
+def tree(pid: int) -> list[psutil.Process]:
+    """A process and all its descendants, empty when it is gone."""
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def usable_cpus() -> int:
+    """Cores this process may run on; a container or taskset may allow fewer than the machine has."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS has no affinity
+        return os.cpu_count() or 1

@@ -1,0 +1,268 @@
+"""Starting, stopping and looking at the local stack. `up` may be called at any time: it starts what is missing,
+replaces ports that somebody else took while the stack was down, and ends processes a crash left behind."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import os
+import shutil
+import sqlite3
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from infra import ports, processes
+from infra.components import BIN, Component, airflow_components, mlflow_server, ray_head
+from infra.environment import POOL, stack_environment
+from infra.health import Health
+from infra.layout import (
+    Layout,
+    StackRecord,
+    StackSecrets,
+    choose_runtime_dir,
+    write_airflow_passwords,
+)
+from infra.supervisor import ProgramState, Supervisor, last_lines
+
+START_SECONDS = 180
+KEPT_RAY_SESSIONS = 3
+KEPT_LOG_DAYS = 14
+
+Say = Callable[[str], None]
+
+
+class StackError(RuntimeError):
+    """The stack could not do what was asked; the message is for the user and says what to do."""
+
+
+class Stack:
+    """One local stack, in the checkout's `.athanor/`."""
+
+    def __init__(self, layout: Layout, say: Say) -> None:
+        self.layout = layout
+        self.say = say
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One `up` or `down` at a time."""
+        self.layout.home.mkdir(mode=0o700, exist_ok=True)
+        with (self.layout.home / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.say("another `make up` or `make down` of this checkout is at work; waiting for it")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    # ---------------------------------------------------------------- up
+
+    def up(self) -> StackRecord:
+        """Start whatever does not run and wait until all is healthy. Raises StackError with the reason."""
+        with self._locked():
+            begin = time.monotonic()
+            record = self._running_record()
+            secrets = StackSecrets.load_or_generate(self.layout)
+            if record:
+                self._refuse_other_store(record)
+            else:
+                record = self._prepare(secrets)
+            supervisor = Supervisor(self.layout, record)
+            record = self._start(record, supervisor, secrets)
+            self._wait(record, supervisor, secrets)
+            self._settle(record, secrets)
+            self.say(f"all healthy after {time.monotonic() - begin:.0f} s")
+            return record
+
+    def _running_record(self) -> StackRecord | None:
+        """The record of the stack whose supervisord answers; leftovers of a crashed one are ended first."""
+        record = StackRecord.load(self.layout)
+        if record is None:
+            return None
+        if Supervisor(self.layout, record).answers():
+            return record
+        if left := processes.end_marked(record.stack_id):
+            self.say(f"ended {len(left)} processes that an earlier stack left behind")
+        return None
+
+    def _refuse_other_store(self, record: StackRecord) -> None:
+        wanted = os.environ.get("ARTIFACT_STORE", record.artifact_store)
+        if wanted != record.artifact_store:
+            raise StackError(
+                f"the stack runs with ARTIFACT_STORE={record.artifact_store}, you ask for {wanted}; "
+                "run `make down`, then `make up`"
+            )
+
+    def _prepare(self, secrets: StackSecrets) -> StackRecord:
+        """Directories, ports and the record of a new start."""
+        layout = self.layout
+        for directory in (layout.airflow, layout.mlflow / "artifacts", layout.store, layout.logs / "tasks"):
+            directory.mkdir(parents=True, exist_ok=True)
+        old = StackRecord.load(layout)
+        recorded = old.ports if old else {}
+        assigned = ports.assign(recorded)
+        for name, port in assigned.items():
+            wanted = recorded.get(name, ports.PREFERRED[name])
+            if port != wanted:
+                holder = processes.listener_of(wanted)
+                self.say(f"port {wanted} ({name}) is taken{f' by {holder}' if holder else ''}; using {port}")
+        record = StackRecord(
+            stack_id=uuid.uuid4().hex[:12],
+            ports=assigned,
+            runtime_dir=str(choose_runtime_dir(layout, old.runtime_dir if old else None)),
+            artifact_store=os.environ.get("ARTIFACT_STORE") or layout.store.as_uri(),
+            airflow_version=old.airflow_version if old else "",
+        )
+        record.save(layout)
+        write_airflow_passwords(layout, secrets.admin_password)
+        self._prune(record)
+        return record
+
+    def _prune(self, record: StackRecord) -> None:
+        """Ray keeps every session's logs and Airflow every day's parse logs for ever; we keep the recent ones."""
+        sessions = sorted(d for d in record.ray_dir.glob("session_2*") if d.is_dir() and not d.is_symlink())
+        for directory in sessions[: -KEPT_RAY_SESSIONS + 1]:
+            shutil.rmtree(directory, ignore_errors=True)
+        horizon = time.time() - KEPT_LOG_DAYS * 86_400
+        for directory in (self.layout.logs / "dags").glob("20*"):
+            if directory.stat().st_mtime < horizon:
+                shutil.rmtree(directory, ignore_errors=True)
+
+    def components(self, record: StackRecord) -> list[Component]:
+        return [
+            ray_head(ports=record.ports, session_root=record.ray_dir, num_cpus=processes.usable_cpus()),
+            mlflow_server(port=record.ports["mlflow"], home=self.layout.mlflow),
+            *airflow_components(port=record.ports["airflow"]),
+        ]
+
+    def _start(self, record: StackRecord, supervisor: Supervisor, secrets: StackSecrets) -> StackRecord:
+        environment = stack_environment(self.layout, record, secrets)
+        components = self.components(record)
+        if not supervisor.answers():
+            supervisor.launch(components, environment)
+            deadline = time.monotonic() + 10
+            while not supervisor.answers():
+                if time.monotonic() > deadline:
+                    raise StackError(f"supervisord does not answer:\n{last_lines(self.layout.log_of('supervisord'))}")
+                time.sleep(0.05)
+        for component in components:
+            if component.name in ("ray", "mlflow"):
+                supervisor.start(component.name)
+        record = self._migrated(record, environment)
+        for component in components:
+            supervisor.start(component.name)
+        return record
+
+    def _migrated(self, record: StackRecord, environment: dict[str, str]) -> StackRecord:
+        """Bring Airflow's database to the installed version; once per version, since it takes seconds."""
+        version = importlib.metadata.version("apache-airflow-core")
+        database = self.layout.airflow / "airflow.db"
+        if record.airflow_version == version and database.exists():
+            return record
+        self.say("preparing Airflow's database")
+        # with a write-ahead log readers and the writer do not block each other: "database is locked" is the alternative
+        with closing(sqlite3.connect(database)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+        log = self.layout.log_of("airflow-migrate")
+        with log.open("w") as output:
+            command = [str(BIN / "airflow"), "db", "migrate"]
+            done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False)
+        if done.returncode:
+            raise StackError(f"`airflow db migrate` failed:\n{last_lines(log)}\nfull log: {log}")
+        migrated = record.model_copy(update={"airflow_version": version})
+        migrated.save(self.layout)
+        return migrated
+
+    def _wait(self, record: StackRecord, supervisor: Supervisor, secrets: StackSecrets) -> None:
+        """Until every component is healthy; a component that gives up, or the time limit, is a StackError."""
+        health = Health(record, secrets)
+        begin = time.monotonic()
+        waiting = {state.name for state in supervisor.states()}
+        while waiting:
+            reasons: dict[str, str] = {}
+            for program in supervisor.states():
+                if program.name not in waiting:
+                    continue
+                reason = health.missing(program)
+                if reason is None:
+                    waiting.discard(program.name)
+                    self.say(f"{program.name:<14} healthy after {time.monotonic() - begin:4.1f} s")
+                elif program.state in ("FATAL", "EXITED", "UNKNOWN"):
+                    raise self._broken(program.name, reason)
+                else:
+                    reasons[program.name] = reason
+            if waiting and time.monotonic() - begin > START_SECONDS:
+                name = min(waiting)
+                raise self._broken(name, f"not healthy after {START_SECONDS} s: {reasons.get(name, '')}")
+            time.sleep(0.25)
+
+    def _broken(self, name: str, reason: str) -> StackError:
+        log = self.layout.log_of(name)
+        return StackError(f"{name} failed: {reason}\nlast lines of {log}:\n{last_lines(log)}")
+
+    def _settle(self, record: StackRecord, secrets: StackSecrets) -> None:
+        """What needs a running Airflow: the pool that serialises heavy stages, and a look at the DAGs."""
+        airflow = Health(record, secrets).airflow
+        airflow.ensure_pool(POOL, slots=1, description="heavy stages: as many at a time as there are slots")
+        for file, why in airflow.import_errors().items():
+            self.say(f"warning: {file} cannot be imported: {why}")
+
+    # -------------------------------------------------------------- down
+
+    def down(self) -> None:
+        """Stop exactly what `up` started, whatever state it is in."""
+        with self._locked():
+            record = StackRecord.load(self.layout)
+            if record is None:
+                self.say("nothing to stop")
+                return
+            supervisor = Supervisor(self.layout, record)
+            ran = supervisor.answers()
+            if ran:
+                supervisor.stop_everything()
+                supervisor.wait_gone(seconds=10)
+            left = processes.end_marked(record.stack_id)
+            for line in left:
+                self.say(f"ended {line}")
+            self.say("stopped" if ran or left else "nothing to stop")
+
+    # ------------------------------------------------------------ status
+
+    def record(self) -> StackRecord:
+        """The running stack's record; StackError when it does not run."""
+        record = StackRecord.load(self.layout)
+        if record is None or not Supervisor(self.layout, record).answers():
+            raise StackError("the stack does not run; start it with `make up`")
+        return record
+
+    def programs(self, record: StackRecord) -> list[tuple[ProgramState, str | None, int]]:
+        """For each program its state, what is missing for health (None: nothing), and its memory in bytes."""
+        health = Health(record, StackSecrets.load_or_generate(self.layout))
+        rows = []
+        for program in Supervisor(self.layout, record).states():
+            memory = processes.memory_bytes(processes.tree(program.pid)) if program.pid else 0
+            rows.append((program, health.missing(program), memory))
+        return rows
+
+
+def login_lines(layout: Layout, record: StackRecord) -> list[str]:
+    """Where everything is and how to log in."""
+    password = StackSecrets.load_or_generate(layout).admin_password
+    return [
+        f"Airflow  {record.airflow_url}   user admin, password {password}  (kept in {relative(layout.airflow_passwords)})",
+        f"MLflow   {record.mlflow_url}",
+        f"Ray      {record.ray_url}   token: ray_token in {relative(layout.secrets)}",
+        f"store    {record.artifact_store}",
+        f"logs     {relative(layout.logs)}",
+    ]
+
+
+def relative(path: Path) -> str:
+    """A path as the user would type it from here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

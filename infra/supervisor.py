@@ -1,0 +1,168 @@
+"""supervisord keeps the stack's processes: starts them detached, restarts what crashes, rotates logs, stops by group.
+It is asked over its own Unix socket; pid files are never trusted, so a reboot or kill -9 leaves nothing to clean by hand."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+import subprocess
+import time
+import xmlrpc.client
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra.components import BIN, MIB, Component
+from infra.layout import Layout, StackRecord
+
+RUNNING_STATES = ("STARTING", "RUNNING", "BACKOFF")
+
+
+@dataclass(frozen=True)
+class ProgramState:
+    """What supervisord says of one program."""
+
+    name: str
+    state: str
+    pid: int
+    started_at: int
+    why: str
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=60)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+class _UnixTransport(xmlrpc.client.Transport):
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._path = path
+
+    def make_connection(self, host: object) -> http.client.HTTPConnection:
+        return _UnixConnection(self._path)
+
+
+class Supervisor:
+    """Client of the stack's supervisord; knows how to start it when it does not answer."""
+
+    def __init__(self, layout: Layout, record: StackRecord) -> None:
+        self._layout = layout
+        self._record = record
+        transport = _UnixTransport(str(record.supervisor_socket))
+        self._rpc = xmlrpc.client.ServerProxy("http://localhost", transport=transport).supervisor
+
+    def answers(self) -> bool:
+        """Whether our supervisord runs; one of another stack on a re-used socket does not count."""
+        try:
+            return self._rpc.getIdentification() == self._identifier
+        except (OSError, http.client.HTTPException):
+            return False
+
+    @property
+    def _identifier(self) -> str:
+        return f"athanor-{self._record.stack_id}"
+
+    def launch(self, components: Sequence[Component], environment: Mapping[str, str]) -> None:
+        """Write the configuration and start supervisord as a daemon; no program runs yet."""
+        self._layout.supervisor_config.write_text(self._configuration(components))
+        done = subprocess.run(
+            [str(BIN / "supervisord"), "-c", str(self._layout.supervisor_config)],
+            env=dict(environment),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"supervisord did not start: {(done.stderr or done.stdout).strip()}")
+
+    def states(self) -> list[ProgramState]:
+        rows = self._rpc.getAllProcessInfo()
+        assert isinstance(rows, list)
+        return [ProgramState(r["name"], r["statename"], r["pid"], r["start"], r["spawnerr"]) for r in rows]
+
+    def state(self, name: str) -> ProgramState:
+        return next(state for state in self.states() if state.name == name)
+
+    def start(self, name: str) -> None:
+        """Start a program without waiting for it; a no-op when it runs."""
+        try:
+            self._rpc.startProcess(name, False)
+        except xmlrpc.client.Fault as fault:
+            if "ALREADY_STARTED" not in fault.faultString:
+                raise RuntimeError(f"supervisord cannot start {name}: {fault.faultString}") from fault
+
+    def stop_everything(self) -> None:
+        """Stop all programs side by side, then supervisord itself."""
+        self._rpc.stopAllProcesses(True)
+        self._rpc.shutdown()
+
+    def wait_gone(self, *, seconds: float) -> None:
+        """Until supervisord has answered its last; what lives longer is the caller's to end."""
+        deadline = time.monotonic() + seconds
+        while self.answers() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(0.2)
+
+    def _configuration(self, components: Sequence[Component]) -> str:
+        logs = self._layout.logs
+        sections = {
+            "unix_http_server": {"file": self._record.supervisor_socket, "chmod": "0700"},
+            "supervisord": {
+                "logfile": logs / "supervisord.log",
+                "logfile_maxbytes": 4 * MIB,
+                "logfile_backups": 2,
+                "pidfile": self._layout.home / "supervisord.pid",
+                "identifier": self._identifier,
+                "childlogdir": logs,
+                # said explicitly, or supervisord complains about running as root
+                **({"user": "root"} if os.getuid() == 0 else {}),
+            },
+            "rpcinterface:supervisor": {
+                "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
+            },
+        }
+        sections |= {f"program:{component.name}": self._program(component) for component in components}
+        return "".join(
+            f"[{name}]\n" + "".join(f"{key} = {_escaped(value)}\n" for key, value in keys.items()) + "\n"
+            for name, keys in sections.items()
+        )
+
+    def _program(self, component: Component) -> dict[str, object]:
+        return {
+            "command": " ".join(f'"{word}"' for word in component.command),
+            "directory": self._layout.home,
+            "environment": ",".join(f'{name}="{value}"' for name, value in component.environment.items()),
+            "autostart": "false",
+            "autorestart": "true",
+            "startsecs": 2,
+            "startretries": 2,
+            "stopwaitsecs": component.stop_seconds,
+            "killasgroup": "true",
+            "redirect_stderr": "true",
+            "stdout_logfile": self._layout.log_of(component.name),
+            "stdout_logfile_maxbytes": 16 * MIB,
+            "stdout_logfile_backups": 2,
+        }
+
+
+def _escaped(value: object) -> str:
+    """supervisord expands %(name)s, so a percent sign in a path must be doubled."""
+    return str(value).replace("%", "%%")
+
+
+def last_lines(log: Path, count: int = 15) -> str:
+    """The end of a log file for an error message."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 16_384))
+            return "\n".join(file.read().decode(errors="replace").splitlines()[-count:])
+    except FileNotFoundError:
+        return "(no log yet)"
