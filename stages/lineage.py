@@ -69,7 +69,7 @@ def lineage_tags(manifest: Manifest, uri: str) -> dict[str, str]:
     `lineage.parent.<role>` is the fingerprint of an input model, `lineage.dataset.<role>` the digest of input data.
     """
     tags = {
-        **input_tags(manifest.inputs, manifest.sources, stage=manifest.stage),
+        **input_tags({entry.role: entry for entry in manifest.inputs}, manifest.sources, stage=manifest.stage),
         "lineage.stage": manifest.stage.value,
         "lineage.kind": manifest.kind,
         "lineage.fingerprint": manifest.fingerprint,
@@ -82,13 +82,11 @@ def lineage_tags(manifest: Manifest, uri: str) -> dict[str, str]:
 
 
 def input_tags(
-    inputs: Iterable[InputEntry | ArtifactRef], sources: Mapping[str, str], *, stage: Stage, roles: Iterable[str] = ()
+    inputs: Mapping[str, InputEntry | ArtifactRef], sources: Mapping[str, str], *, stage: Stage
 ) -> dict[str, str]:
-    """Return the tags for the edges into a stage; ArtifactRefs do not know their role, so `roles` names them."""
-    names = list(roles)
+    """Return the tags for the edges into a stage."""
     tags: dict[str, str] = {}
-    for position, entry in enumerate(inputs):
-        role = entry.role if isinstance(entry, InputEntry) else names[position]
+    for role, entry in inputs.items():
         if entry.kind in DATASET_KINDS:
             tags[f"lineage.dataset.{role}"] = entry.digest
         else:
@@ -276,13 +274,15 @@ def resolve_target(target: str) -> str:
     """Return the artifact uri behind `models:/name@alias` or `models:/name/version`; anything else as it is."""
     if not target.startswith("models:/"):
         return target
-    from stages.mlflow_session import artifact_uri_of_model  # mlflow takes seconds to import and is needed only here
+    from stages.mlflow_client import artifact_uri_of_model  # mlflow takes seconds to import and is needed only here
 
     return artifact_uri_of_model(target)
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m stages.lineage", description="Where an artifact came from, and what came of it.")
+    parser = argparse.ArgumentParser(
+        prog="python -m stages.lineage", description="Where an artifact came from, and what came of it."
+    )
     parser.add_argument("direction", choices=("ancestors", "descendants"))
     parser.add_argument("target", help="artifact uri, models:/name@alias, or (descendants) uri or digest of raw data")
     parser.add_argument("--format", choices=("markdown", "json", "svg"), default="markdown")
@@ -308,7 +308,8 @@ def _store_of(target: str) -> str:
     root, separator, _ = target.rpartition("/artifacts/")
     if not separator:
         raise ConfigError(
-            f"no store to search for {target!r}", advice="Set ARTIFACT_STORE or give --store file:///folder or s3://bucket/prefix."
+            f"no store to search for {target!r}",
+            advice="Set ARTIFACT_STORE or give --store file:///folder or s3://bucket/prefix.",
         )
     return root
 
@@ -318,10 +319,13 @@ def _registered_versions(graph: Graph) -> str:
     models = [node for node in graph.nodes if node.kind in MODEL_KINDS]
     if not models or not os.environ.get("MLFLOW_TRACKING_URI"):
         return ""
-    from stages.mlflow_session import registered_versions
+    from stages.mlflow_client import registered_versions
 
     found = registered_versions([node.id for node in models])
-    lines = [f"- {name} version {version}" + (f" ({', '.join(aliases)})" if aliases else "") for name, version, aliases in found]
+    lines = [
+        f"- {name} version {version}" + (f" ({', '.join(aliases)})" if aliases else "")
+        for name, version, aliases in found
+    ]
     return "\nRegistered in MLflow:\n" + ("\n".join(lines) or "- none of them") + "\n"
 
 

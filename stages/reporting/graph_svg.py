@@ -1,4 +1,4 @@
-"""A small layered drawing of a directed acyclic graph as SVG; our lineage has a dozen boxes, which needs no layout engine.
+"""A small layered drawing of a directed acyclic graph as SVG; a dozen boxes need no layout engine.
 
 Colours are CSS variables with fallbacks, so the same drawing stands alone (MLflow artifact) and inside a page (report).
 """
@@ -51,8 +51,8 @@ def draw_graph(boxes: Iterable[Box], edges: Iterable[tuple[str, str, str]]) -> s
         f'<svg xmlns="http://www.w3.org/2000/svg" class="lineage" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" role="img" aria-label="{escape(summary)}">',
         f"<style>{_STYLE}</style>",
-        '<defs><marker id="lg-arrow" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        '<path d="M0 0L8 4L0 8z"/></marker></defs>',
+        '<defs><marker id="lg-arrow" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" '
+        'orient="auto"><path d="M0 0L8 4L0 8z"/></marker></defs>',
         *(_draw_edge(places, source, target, role) for source, target, role in edges),
         *(_draw_box(box, *places[box.id]) for box in boxes),
         "</svg>",
@@ -109,7 +109,7 @@ def _draw_box(box: Box, x: float, y: float) -> str:
         for row, line in enumerate(box.lines[:2])
     )
     return (
-        f'<g><title>{escape(box.tooltip or box.title)}</title>'
+        f"<g><title>{escape(box.tooltip or box.title)}</title>"
         f'<rect class="{escape(box.group)}{root}" x="{x:.0f}" y="{y:.0f}" width="{_WIDTH}" height="{_HEIGHT}" rx="7"/>'
         f'<text x="{x + 10:.0f}" y="{y + 20:.0f}" font-weight="600">{escape(box.title)}</text>{lines}</g>'
     )
