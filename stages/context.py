@@ -8,7 +8,7 @@ from stages.artifacts import fetch
 from stages.config.base import Config
 from stages.config.errors import ConfigError
 from stages.config.execution import ExecutionConfig
-from stages.config.request import ArtifactRef, RunInfo, StageRequest
+from stages.config.request import ArtifactRef, FileEntry, RunInfo, StageRequest
 from stages.progress import Progress
 from stages.store import Store
 from stages.tracking import NullTracker, Tracker
@@ -20,6 +20,8 @@ class StageOutcome:
 
     metrics: dict[str, float] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict)
+    files: tuple[FileEntry, ...] = ()
+    """Files that a worker on another machine has already uploaded."""
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,8 @@ def _build(
 
 def _manifest(context: StageContext, outcome: StageOutcome) -> Manifest:
     request, spec = context.request, GRAPH[context.request.stage]
-    files = upload_files(context.store, context.output_dir, kind=spec.kind, fingerprint=context.fingerprint)
+    written = upload_files(context.store, context.output_dir, kind=spec.kind, fingerprint=context.fingerprint)
+    files = (*outcome.files, *written)
     return Manifest(
         kind=spec.kind,
         stage=spec.stage,

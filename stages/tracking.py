@@ -27,6 +27,7 @@ from stages.artifacts import artifact_uri, run_key
 from stages.config.errors import ConfigError, StageError
 from stages.config.graph import GRAPH, Stage
 from stages.config.request import ArtifactRef, Manifest, StageRequest
+from stages.lineage import ancestors_of_unpublished, to_json, to_markdown, to_svg
 from stages.mlflow_client import MLFLOW_RUN_MARKER, REFUSALS, connect, now_ms, stage_tag
 from stages.mlflow_session import MlflowSession, Point
 from stages.spool import SPOOL_NAME, Event, Spool, leave_spool, read_spool
@@ -317,10 +318,25 @@ def _deliver_group(session: MlflowSession, request: StageRequest, group: list[Ev
             manifest = Manifest.model_validate(event["manifest"])
             uri = artifact_uri(open_store(request.store_uri), manifest.kind, manifest.fingerprint)
             session.finish(manifest, uri=uri, history=event["history"], time_ms=event["time"])
+            _log_lineage(session, manifest, uri)
         case "fail":
             session.fail(event["message"], time_ms=event["time"])
         case other:
             raise AssertionError(f"unknown event {other!r} in the spool")
+
+
+def _log_lineage(session: MlflowSession, manifest: Manifest, uri: str) -> None:
+    """Draw where the artifact came from, on the pipeline run: also runs that stop before the report have their graph."""
+    try:
+        graph = ancestors_of_unpublished(manifest, uri)
+    except StageError as error:
+        logger.warning("no lineage graph of %s: %s", uri, error.message)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        for ending, text in (("svg", to_svg(graph)), ("json", to_json(graph)), ("md", to_markdown(graph))):
+            path = Path(scratch) / f"{manifest.stage.value}.{ending}"
+            path.write_text(text, encoding="utf-8")
+            session.log_file(path, f"lineage/{path.name}", parent=True)
 
 
 def replay(store: Store, run_id: str) -> list[str]:

@@ -1,0 +1,108 @@
+"""Direct preference optimisation of the SFT model, against a frozen copy of itself."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from stages.config.train import DPOConfig
+from stages.context import StageContext, StageOutcome
+from stages.data.packing import Packed
+from stages.data.tokens import PairView, Split, TokensArtifact, require
+from stages.losses import dpo_loss, pair_accuracy
+from stages.models.build import load_causal_lm
+from stages.models.forward import segment_logprobs
+from stages.train.engine import Engine
+from stages.train.objective import LossOutput, ObjectiveState, Step
+from stages.train.pairs import PairSteps, num_pairs, sides
+from stages.train.plan import evenly, share
+from stages.train.run import Prepared, train_stage
+
+
+def run(context: StageContext) -> StageOutcome:
+    return train_stage(context)
+
+
+def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
+    """Policy and reference start as the same SFT model."""
+    config = context.config
+    assert isinstance(config, DPOConfig)
+    pairs = tokens.pairs(Split.TRAIN)
+    require(len(pairs), "training preference pairs", advice="Give preference data, or `derived`.")
+    steps = PairSteps(
+        pairs,
+        num_epochs=config.num_epochs,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        row_length=tokens.sequence_length,
+        micro_batch_size=context.execution.micro_batch_size,
+    )
+    start = context.input_dir("model")
+    return Prepared(
+        parts={"policy": load_causal_lm(start, tokens)},
+        objective=lambda engine: DPOObjective(
+            steps, config, reference=engine.freeze(load_causal_lm(start, tokens)), heldout=tokens.pairs(Split.HELDOUT)
+        ),
+        exported="policy",
+        ledger={"pairs": len(pairs), "epochs": config.num_epochs},
+    )
+
+
+class DPOObjective:
+    """Holds the frozen reference; its log-probabilities are computed beside the policy's, without gradients."""
+
+    def __init__(self, steps: PairSteps, config: DPOConfig, *, reference: nn.Module, heldout: PairView) -> None:
+        self._steps, self._config, self._reference, self._heldout = steps, config, reference, heldout
+        self.num_steps = steps.num_steps
+
+    def steps(self, engine: Engine) -> Iterator[Step]:
+        return self._steps.steps(engine)
+
+    def weight(self, batch: Packed) -> float:
+        return float(num_pairs(batch))
+
+    def loss(self, parts: nn.ModuleDict, batch: Packed) -> LossOutput:
+        chosen_P, rejected_P = sides(segment_logprobs(parts["policy"], batch))
+        with torch.no_grad():
+            ref_chosen_P, ref_rejected_P = sides(segment_logprobs(self._reference, batch))
+        terms = dpo_loss(
+            chosen_logprobs_P=chosen_P,
+            rejected_logprobs_P=rejected_P,
+            ref_chosen_logprobs_P=ref_chosen_P,
+            ref_rejected_logprobs_P=ref_rejected_P,
+            beta=self._config.beta,
+            label_smoothing=self._config.label_smoothing,
+        )
+        count = chosen_P.new_tensor(float(len(chosen_P)))
+        margins_P = terms.chosen_rewards_P - terms.rejected_rewards_P
+        drift_P = (chosen_P - ref_chosen_P).detach()
+        metrics = {
+            "dpo/accuracy": torch.stack([pair_accuracy(terms.chosen_rewards_P, terms.rejected_rewards_P), count]),
+            "dpo/margin": torch.stack([margins_P.sum(), count]),
+            "dpo/chosen_drift": torch.stack([drift_P.sum(), count]),
+        }
+        return LossOutput(terms.loss_sum, metrics)
+
+    def evaluate(self, engine: Engine) -> dict[str, float]:
+        chosen = share(
+            evenly(len(self._heldout), at_most=self._config.eval_items), rank=engine.rank, world_size=engine.world_size
+        )
+        totals = torch.zeros(4)
+        for batch in self._steps.micro_batches(self._heldout, chosen):
+            out = engine.infer(self.loss, batch)
+            accuracy, margin = out.metrics["dpo/accuracy"].cpu(), out.metrics["dpo/margin"].cpu()
+            totals += torch.stack([out.loss_sum.cpu(), accuracy[0], margin[0], accuracy[1]])
+        loss_sum, correct, margin_sum, count = engine.sum(totals.tolist())
+        if not count:
+            return {}
+        return {
+            "eval/loss": loss_sum / count,
+            "eval/dpo_accuracy": correct / count,
+            "eval/dpo_margin": margin_sum / count,
+        }
+
+    def state_dict(self) -> ObjectiveState:
+        return ObjectiveState({"cursor": self._steps.cursor})
+
+    def load_state_dict(self, state: ObjectiveState) -> None:
+        self._steps.cursor = int(state.numbers["cursor"])

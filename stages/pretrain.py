@@ -1,0 +1,54 @@
+"""Pretraining: next-token prediction on packed documents, from random weights."""
+
+import math
+
+import numpy as np
+
+from stages.config.train import PretrainConfig
+from stages.context import StageContext, StageOutcome
+from stages.data.tokens import Split, TokensArtifact, require
+from stages.models.build import new_causal_lm
+from stages.train.next_token import DocumentRows, NextTokenObjective
+from stages.train.plan import shuffled
+from stages.train.run import Prepared, train_stage
+
+
+def run(context: StageContext) -> StageOutcome:
+    return train_stage(context)
+
+
+def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
+    """Model from the config; rows in an order that follows from the seed."""
+    config = context.config
+    assert isinstance(config, PretrainConfig)
+    row_length = tokens.sequence_length
+    rows = DocumentRows(tokens.documents(Split.TRAIN), row_length)
+    require(len(rows), "training rows", advice=f"The text must hold at least {row_length} tokens.")
+    order = _order(len(rows), num_rows=max(1, config.max_tokens // row_length), seed=config.seed)
+    ledger = {
+        "tokens_available": tokens.documents(Split.TRAIN).num_items,
+        "tokens_trained": len(order) * row_length,
+        "rows_available": len(rows),
+        "rows_trained": len(order),
+        "epochs": round(len(order) / len(rows), 3),
+    }
+    return Prepared(
+        parts={"policy": new_causal_lm(config.model, tokens, seed=config.seed)},
+        objective=lambda engine: NextTokenObjective(
+            rows,
+            order,
+            heldout=DocumentRows(tokens.documents(Split.HELDOUT), row_length),
+            row_length=row_length,
+            global_batch_size=config.global_batch_size,
+            micro_batch_size=context.execution.micro_batch_size,
+            eval_items=config.eval_items,
+        ),
+        exported="policy",
+        ledger=ledger,
+    )
+
+
+def _order(available: int, *, num_rows: int, seed: int) -> np.ndarray:
+    """Repeat the data, reshuffled, until there are enough rows."""
+    orders = [shuffled(available, seed=seed, epoch=epoch) for epoch in range(math.ceil(num_rows / available))]
+    return np.concatenate(orders)[:num_rows]

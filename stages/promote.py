@@ -1,0 +1,328 @@
+"""`promote`: register the run's models in MLflow by role and decide whether the aligned model becomes champion.
+
+The current champion and the new model are comparable when their versions carry the same `evaluation.data_digest` and the
+same `evaluation.reward_fingerprint`: then both were scored by the same judge on the same prompts, and the higher
+`eval/score_mean` wins. Otherwise scores mean nothing to each other; the decision falls back to the win rate of the new
+model against its own SFT model and says so in its reason.
+
+Unlike the other stages this one cannot do its work without MLflow: an outage is a failure, and Airflow retries.
+"""
+
+import json
+import logging
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.artifacts import read_manifest
+from stages.config.closing import PromoteConfig
+from stages.config.errors import DataError, StageError
+from stages.config.params import Promotion
+from stages.config.request import ArtifactRef, Manifest
+from stages.context import StageContext, StageOutcome
+from stages.lineage import lineage_tags
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
+_REGISTERED_ROLE = {"base": "base", "sft": "sft", "reward": "reward", "ppo": "aligned", "dpo": "aligned"}
+_ALIGNED = ("ppo", "dpo")
+_DIGEST_TAG, _REWARD_TAG = "evaluation.data_digest", "evaluation.reward_fingerprint"
+_SCORE, _WIN_RATE = "eval/score_mean", "eval/win_rate"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured: metrics by model, and what makes them comparable to another run's."""
+
+    metrics: dict[str, dict[str, float]]
+    data_digest: str = ""
+    reward_fingerprint: str = ""
+
+    def of(self, role: str) -> dict[str, float]:
+        return self.metrics.get(role, {})
+
+    def comparison_tags(self) -> dict[str, str]:
+        tags = {_DIGEST_TAG: self.data_digest, _REWARD_TAG: self.reward_fingerprint}
+        return {key: value for key, value in tags.items() if value}
+
+
+@dataclass(frozen=True)
+class Registered:
+    """One model of the run in the registry."""
+
+    role: str
+    name: str
+    version: str
+    model_id: str
+    fingerprint: str
+    is_new: bool
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The champion before this run, with the evaluation that its version's tags record."""
+
+    version: str
+    fingerprint: str
+    metrics: dict[str, float]
+    data_digest: str
+    reward_fingerprint: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether the chosen aligned model becomes champion, and why in words for people."""
+
+    promoted: bool
+    reason: str
+    comparison: str
+    """`score`, `win_rate`, `same_model` or `none`: what was compared."""
+
+
+def run(context: StageContext) -> StageOutcome:
+    """Register, choose, decide, move aliases; writes promotion.json."""
+    config = context.config
+    if not isinstance(config, PromoteConfig):
+        raise AssertionError(f"promote got a {type(config).__name__}")
+    models = {role: context.inputs[role] for role in _REGISTERED_ROLE if role in context.inputs}
+    evaluation = read_evaluation(context.input_dir("evaluation")) if "evaluation" in context.inputs else Evaluation({})
+    chosen = choose_aligned([role for role in _ALIGNED if role in models], evaluation)
+    with _outage_is_infrastructure():
+        registry = Registry(config.run_name, context.run.experiment)
+        registered = []
+        for done, (role, ref) in enumerate(models.items(), start=1):
+            registered.append(registry.register(role, ref, evaluation))
+            context.progress(done, len(models), unit="model")
+        champion, decision = _decide_and_move_aliases(registry, registered, chosen, evaluation, config)
+        registry.log_evaluation(registered, evaluation, run_id=context.tracker.wait_run_id(20), context=context)
+    record = {
+        "promoted": decision.promoted,
+        "reason": decision.reason,
+        "comparison": decision.comparison,
+        "chosen": chosen,
+        "previous_champion": asdict(champion) if champion else None,
+        "evaluation": asdict(evaluation),
+        "models": [asdict(model) for model in registered],
+    }
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    (context.output_dir / "promotion.json").write_text(text, encoding="utf-8")
+    logger.info("promotion: %s", decision.reason)
+    return StageOutcome(metrics=_outcome_metrics(decision, registered, evaluation.of(chosen or "")))
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """Read metrics.json of an evaluation artifact; values that are not finite numbers are left out, they rank nothing."""
+    data = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    if not isinstance(data.get("models"), dict):
+        raise DataError(
+            "metrics.json of the evaluation has no object `models`", advice="Clear the evaluate task, so that it is made again."
+        )
+    return Evaluation(
+        metrics={role: _finite(values) for role, values in {**data["models"], "reward": data.get("reward") or {}}.items()},
+        data_digest=str((data.get("data") or {}).get("digest") or ""),
+        reward_fingerprint=str(data.get("reward_fingerprint") or ""),
+    )
+
+
+def choose_aligned(roles: list[str], evaluation: Evaluation) -> str | None:
+    """Return the aligned model with the higher win rate against SFT; ties and unmeasured ones go by score, then order."""
+
+    def strength(role: str) -> tuple[float, float]:
+        metrics = evaluation.of(role)
+        return metrics.get(_WIN_RATE, -math.inf), metrics.get(_SCORE, -math.inf)
+
+    return max(roles, key=strength, default=None)
+
+
+def decide(
+    metrics: dict[str, float], fingerprint: str, evaluation: Evaluation, champion: Champion | None, config: PromoteConfig
+) -> Decision:
+    """Decide on the chosen aligned model; pure, so that every reason can be tested."""
+    if config.promotion is Promotion.NEVER:
+        return Decision(False, "promotion=never: the models are registered as candidates only", "none")
+    if champion and champion.fingerprint == fingerprint:
+        return Decision(True, f"the model is champion already (version {champion.version})", "same_model")
+    if champion and _is_comparable(champion, evaluation) and _SCORE in metrics and _SCORE in champion.metrics:
+        new, old = metrics[_SCORE], champion.metrics[_SCORE]
+        verb = "beats" if new > old else "does not beat"
+        reason = (
+            f"mean reward score {new:.4f} {verb} {old:.4f} of the champion (version {champion.version}) "
+            "on the same prompts with the same reward model"
+        )
+        return Decision(new > old, reason, "score")
+    if champion is None:
+        why = "there is no champion yet"
+    else:
+        why = (
+            f"the champion (version {champion.version}) was evaluated on other data or by another reward model, "
+            "so its scores do not compare"
+        )
+    win_rate = metrics.get(_WIN_RATE)
+    if win_rate is None:
+        return Decision(False, f"{why}, and the evaluation has no win rate against SFT for the aligned model", "none")
+    wins = win_rate >= config.min_win_rate
+    relation = "reaches" if wins else "is below"
+    reason = f"{why}; win rate {win_rate:.3f} against its own SFT model {relation} min_win_rate={config.min_win_rate:g}"
+    return Decision(wins, reason, "win_rate")
+
+
+def _is_comparable(champion: Champion, evaluation: Evaluation) -> bool:
+    new = (evaluation.data_digest, evaluation.reward_fingerprint)
+    return all(new) and new == (champion.data_digest, champion.reward_fingerprint)
+
+
+def _decide_and_move_aliases(
+    registry: "Registry", registered: list[Registered], chosen: str | None, evaluation: Evaluation, config: PromoteConfig
+) -> tuple[Champion | None, Decision]:
+    aligned = next((model for model in registered if model.role == chosen), None)
+    for model in registered:
+        if model.role not in _ALIGNED or model is aligned:
+            registry.set_alias(model.name, CANDIDATE, model.version)
+    if aligned is None:
+        return None, Decision(False, "the run has no aligned model", "none")
+    champion = registry.champion(aligned.name)
+    decision = decide(evaluation.of(aligned.role), aligned.fingerprint, evaluation, champion, config)
+    if decision.promoted and decision.comparison != "same_model":
+        # `previous` first: a crash between the two calls leaves a champion, and the repeated run completes the move.
+        if champion:
+            registry.set_alias(aligned.name, PREVIOUS, champion.version)
+        registry.set_alias(aligned.name, CHAMPION, aligned.version)
+    return champion, decision
+
+
+class Registry:
+    """The registered models `<run name>-base, -sft, -reward, -aligned`; every step looks before it makes."""
+
+    def __init__(self, run_name: str, experiment: str) -> None:
+        from stages.mlflow_client import connect, find_or_create_experiment
+
+        self._run_name = run_name
+        self._client: MlflowClient = connect()
+        self._experiment_id = find_or_create_experiment(self._client, experiment)
+
+    def register(self, role: str, ref: ArtifactRef, evaluation: Evaluation) -> Registered:
+        """Return the version of this artifact, made now unless it exists; its evaluation tags are brought up to date."""
+        from stages.mlflow_client import clean_tags, find_or_create_model
+
+        name = f"{self._run_name}-{_REGISTERED_ROLE[role]}"
+        manifest = read_manifest(ref)
+        model = find_or_create_model(self._client, self._experiment_id, manifest, ref.uri, self._run_name)
+        tags = clean_tags(self._version_tags(role, manifest, ref, evaluation))
+        version = self._find_version(name, manifest.fingerprint)
+        is_new = version is None
+        if version is None:
+            self._ensure_registered_model(name)
+            version = self._client.create_model_version(
+                name,
+                source=f"models:/{model.model_id}",
+                run_id=model.source_run_id,
+                tags=tags,
+                model_id=model.model_id,
+                await_creation_for=None,
+            )
+        else:
+            for key, value in tags.items():
+                if version.tags.get(key) != value:
+                    self._client.set_model_version_tag(name, version.version, key, value)
+        return Registered(role, name, str(version.version), model.model_id, manifest.fingerprint, is_new)
+
+    def _version_tags(self, role: str, manifest: Manifest, ref: ArtifactRef, evaluation: Evaluation) -> dict[str, str]:
+        tags = {**lineage_tags(manifest, ref.uri), **self._airflow_tags(manifest), **evaluation.comparison_tags()}
+        tags |= {key: repr(value) for key, value in evaluation.of(role).items()}
+        if role in _ALIGNED:
+            tags["alignment"] = role
+        return tags
+
+    def _airflow_tags(self, manifest: Manifest) -> dict[str, str]:
+        """Who built the artifact is on the run that built it; a hit is promoted by another run."""
+        from mlflow.exceptions import MlflowException
+
+        if manifest.mlflow_run_id is None:
+            return {}
+        try:
+            tags = self._client.get_run(manifest.mlflow_run_id).data.tags
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return {}  # this MLflow is younger than the artifact
+        return {key: value for key, value in tags.items() if key.startswith("airflow.")}
+
+    def _find_version(self, name: str, fingerprint: str) -> "ModelVersion | None":
+        from stages.mlflow_client import tag_filter
+
+        query = f"name = '{name}' and {tag_filter({'lineage.fingerprint': fingerprint})}"
+        found = self._client.search_model_versions(query)
+        return min(found, key=lambda version: int(version.version), default=None)
+
+    def _ensure_registered_model(self, name: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    def champion(self, name: str) -> Champion | None:
+        """Return the current champion, None when no version has the alias."""
+        version = self._client.get_registered_model(name).aliases.get(CHAMPION)
+        if version is None:
+            return None
+        tags = self._client.get_model_version(name, version).tags
+        return Champion(
+            version=str(version),
+            fingerprint=tags.get("lineage.fingerprint", ""),
+            metrics=_finite({key: value for key, value in tags.items() if key.startswith("eval/")}),
+            data_digest=tags.get(_DIGEST_TAG, ""),
+            reward_fingerprint=tags.get(_REWARD_TAG, ""),
+        )
+
+    def set_alias(self, name: str, alias: str, version: str) -> None:
+        self._client.set_registered_model_alias(name, alias, version)
+
+    def log_evaluation(
+        self, models: list[Registered], evaluation: Evaluation, *, run_id: str | None, context: StageContext
+    ) -> None:
+        """Show the evaluation on each LoggedModel, by dataset; without a run of its own there is nowhere to log it."""
+        from mlflow.entities import Metric
+
+        from stages.mlflow_client import dataset_input, short_digest
+
+        if run_id is None or "evaluation" not in context.inputs:
+            return
+        ref = context.inputs["evaluation"]
+        made = int(_created(read_manifest(ref)) * 1000)  # the same time on every repetition: MLflow keeps one point
+        digest = evaluation.data_digest or ref.digest
+        data = dataset_input("held-out", ref.uri, digest, context="evaluation")
+        self._client.log_inputs(run_id, datasets=[data])
+        for model in models:
+            metrics = [
+                Metric(
+                    key,
+                    value,
+                    made,
+                    0,
+                    model_id=model.model_id,
+                    dataset_name="held-out",
+                    dataset_digest=short_digest(digest),
+                    run_id=run_id,
+                )
+                for key, value in evaluation.of(model.role).items()
+            ]
+            if metrics:
+                self._client.log_batch(run_id, metrics=metrics)
+
+
+def _outcome_metrics(decision: Decision, registered: list[Registered], chosen: dict[str, float]) -> dict[str, float]:
+    metrics = {
+        "promotion/promoted": float(decision.promoted),
+        "promotion/registered": float(len(registered)),
+        "promotion/new_versions": float(sum(model.is_new for model in registered)),
+    }
+    return metrics | {key: chosen[key] for key in (_WIN_RATE, _SCORE) if key in chosen}

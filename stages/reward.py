@@ -1,0 +1,96 @@
+"""Reward model: a sequence classifier with one output, trained on pairs with the Bradley-Terry loss."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from stages.config.train import RewardConfig
+from stages.context import StageContext, StageOutcome
+from stages.data.packing import Packed
+from stages.data.tokens import PairView, Split, TokensArtifact, require
+from stages.losses import bradley_terry_loss, pair_accuracy, score_centering_loss
+from stages.models.build import load_reward_model
+from stages.models.forward import segment_scores
+from stages.train.engine import Engine
+from stages.train.objective import LossOutput, ObjectiveState, Step
+from stages.train.pairs import PairSteps, num_pairs, sides
+from stages.train.plan import evenly, share
+from stages.train.run import Prepared, train_stage
+
+
+def run(context: StageContext) -> StageOutcome:
+    return train_stage(context)
+
+
+def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
+    """Start from the SFT model's trunk with a head of zeros."""
+    config = context.config
+    assert isinstance(config, RewardConfig)
+    pairs = tokens.pairs(Split.TRAIN)
+    require(len(pairs), "training preference pairs", advice="Give preference data, or `derived`.")
+    steps = PairSteps(
+        pairs,
+        num_epochs=config.num_epochs,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        row_length=tokens.sequence_length,
+        micro_batch_size=context.execution.micro_batch_size,
+    )
+    objective = RewardObjective(steps, config, heldout=tokens.pairs(Split.HELDOUT), pad_id=tokens.pad_id)
+    return Prepared(
+        parts={"reward": load_reward_model(context.input_dir("model"), tokens)},
+        objective=lambda engine: objective,
+        exported="reward",
+        ledger={"pairs": len(pairs), "epochs": config.num_epochs},
+    )
+
+
+class RewardObjective:
+    """-log sigmoid of the score difference, plus a small pull of the scores towards zero."""
+
+    def __init__(self, steps: PairSteps, config: RewardConfig, *, heldout: PairView, pad_id: int) -> None:
+        self._steps, self._config, self._heldout, self._pad_id = steps, config, heldout, pad_id
+        self.num_steps = steps.num_steps
+
+    def steps(self, engine: Engine) -> Iterator[Step]:
+        return self._steps.steps(engine)
+
+    def weight(self, batch: Packed) -> float:
+        return float(num_pairs(batch))
+
+    def loss(self, parts: nn.ModuleDict, batch: Packed) -> LossOutput:
+        chosen_P, rejected_P = sides(segment_scores(parts["reward"], batch, pad_id=self._pad_id))
+        loss_sum = bradley_terry_loss(chosen_P, rejected_P)
+        loss_sum = loss_sum + self._config.center_coefficient * score_centering_loss(chosen_P, rejected_P)
+        count = chosen_P.new_tensor(float(len(chosen_P)))
+        with torch.no_grad():
+            metrics = {
+                "reward/accuracy": torch.stack([pair_accuracy(chosen_P, rejected_P), count]),
+                "reward/margin": torch.stack([(chosen_P - rejected_P).sum(), count]),
+            }
+        return LossOutput(loss_sum, metrics)
+
+    def evaluate(self, engine: Engine) -> dict[str, float]:
+        chosen = share(
+            evenly(len(self._heldout), at_most=self._config.eval_items), rank=engine.rank, world_size=engine.world_size
+        )
+        totals = torch.zeros(4)
+        for batch in self._steps.micro_batches(self._heldout, chosen):
+            out = engine.infer(self.loss, batch)
+            accuracy, margin = out.metrics["reward/accuracy"].cpu(), out.metrics["reward/margin"].cpu()
+            totals += torch.stack([out.loss_sum.cpu(), accuracy[0], margin[0], accuracy[1]])
+        loss_sum, correct, margin_sum, count = engine.sum(totals.tolist())
+        if not count:
+            return {}
+        return {
+            "eval/loss": loss_sum / count,
+            "eval/reward_accuracy": correct / count,
+            "eval/reward_margin": margin_sum / count,
+        }
+
+    def state_dict(self) -> ObjectiveState:
+        return ObjectiveState({"cursor": self._steps.cursor})
+
+    def load_state_dict(self, state: ObjectiveState) -> None:
+        self._steps.cursor = int(state.numbers["cursor"])

@@ -1,0 +1,52 @@
+"""Supervised fine-tuning: next-token prediction on conversations, loss on the assistant's tokens only."""
+
+import numpy as np
+
+from stages.config.train import SFTConfig
+from stages.context import StageContext, StageOutcome
+from stages.data.tokens import Split, TokensArtifact, require
+from stages.models.build import load_causal_lm
+from stages.models.given import base_model_dir
+from stages.train.next_token import ConversationRows, NextTokenObjective
+from stages.train.plan import epochs
+from stages.train.run import Prepared, train_stage
+
+
+def run(context: StageContext) -> StageOutcome:
+    return train_stage(context)
+
+
+def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
+    """Start from the pretrained or the given base model."""
+    config = context.config
+    assert isinstance(config, SFTConfig)
+    conversations, heldout = tokens.conversations(Split.TRAIN), tokens.conversations(Split.HELDOUT)
+    require(len(conversations), "training conversations", advice="Give instruction data, or `derived`.")
+    order = epochs(len(conversations), num_epochs=config.num_epochs, seed=config.seed)
+    rows = ConversationRows(conversations, order, tokens.sequence_length)
+    objective = NextTokenObjective(
+        rows,
+        np.arange(len(rows)),
+        heldout=ConversationRows(heldout, np.arange(len(heldout)), tokens.sequence_length),
+        row_length=tokens.sequence_length,
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=context.execution.micro_batch_size,
+        eval_items=config.eval_items,
+    )
+    return Prepared(
+        parts={"policy": load_causal_lm(_start_dir(context), tokens)},
+        objective=lambda engine: objective,
+        exported="policy",
+        ledger={
+            "conversations": len(conversations),
+            "conversations_trained": len(order),
+            "rows": len(rows),
+            "row_fill": round(float(conversations.lengths[order].sum()) / (len(rows) * tokens.sequence_length), 4),
+        },
+    )
+
+
+def _start_dir(context: StageContext):
+    if "model" in context.inputs:
+        return context.input_dir("model")
+    return base_model_dir(next(iter(context.sources)), context.work_dir.parent / "cache")

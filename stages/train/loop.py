@@ -1,0 +1,131 @@
+"""THE training loop. Pretraining, SFT, reward, DPO and PPO differ in their Objective, never in here.
+
+The loss is divided by the global number of trained units over all ranks and micro-batches, known before the first
+backward: how a step is cut into micro-batches and spread over ranks does not change its gradient.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from stages.config.errors import NonFiniteError
+from stages.config.execution import ExecutionConfig
+from stages.config.train import TrainConfig
+from stages.data.packing import Packed
+from stages.train.checkpoint import Checkpoint, Checkpointer
+from stages.train.engine import Engine
+from stages.train.objective import LossOutput, Objective, Step
+from stages.train.optimizer import learning_rate
+
+logger = logging.getLogger(__name__)
+
+_MAX_SKIPPED_IN_A_ROW = 5
+
+History = list[dict[str, Any]]
+
+
+class Reporter(Protocol):
+    """Where numbers go: MLflow and the progress line."""
+
+    def __call__(self, metrics: dict[str, float], *, step: int, num_steps: int) -> None: ...
+
+
+def train(
+    objective: Objective,
+    engine: Engine,
+    *,
+    config: TrainConfig,
+    execution: ExecutionConfig,
+    checkpointer: Checkpointer,
+    report: Reporter,
+    clock: Callable[[], float] = time.perf_counter,
+) -> History:
+    """Train to the end, from the newest checkpoint if there is one; return the metrics of every logged step."""
+    step, history = _resume(objective, engine, checkpointer)
+    skipped_in_a_row = num_skipped = 0
+    last = clock()
+    for item in objective.steps(engine):
+        rate = learning_rate(config.optimizer, step=step, num_steps=objective.num_steps)
+        metrics = _accumulate(objective, engine, item)
+        outcome = engine.step(rate)
+        step += 1
+        num_skipped += outcome.skipped
+        skipped_in_a_row = skipped_in_a_row + 1 if outcome.skipped else 0
+        if skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(
+                f"loss or gradient was not finite in {skipped_in_a_row} steps in a row, up to step {step}",
+                advice=f"Lower optimizer.learning_rate (now {config.optimizer.learning_rate}) or use precision=fp32.",
+            )
+        now = clock()
+        metrics |= item.metrics | {
+            "train/grad_norm": outcome.grad_norm,
+            "train/learning_rate": rate,
+            "train/tokens_per_second": metrics.pop("tokens") / (now - last),
+            "train/skipped_steps": float(num_skipped),
+        }
+        last = now
+        if _due(step, config.eval_every, objective.num_steps):
+            metrics |= objective.evaluate(engine)
+            last = clock()
+        if _due(step, execution.log_every, objective.num_steps):
+            history.append({"step": step, **metrics})
+            report(metrics, step=step, num_steps=objective.num_steps)
+        if execution.checkpoint_every and step % execution.checkpoint_every == 0 and step < objective.num_steps:
+            checkpointer.save(Checkpoint(step, engine.state_dict(), objective.state_dict(), list(history)))
+    checkpointer.wait()
+    return history
+
+
+def _resume(objective: Objective, engine: Engine, checkpointer: Checkpointer) -> tuple[int, History]:
+    checkpoint = checkpointer.latest()
+    if checkpoint is None:
+        return 0, []
+    engine.load_state_dict(checkpoint.engine)
+    objective.load_state_dict(checkpoint.objective)
+    logger.info("resumed from the checkpoint of step %d of %d", checkpoint.step, objective.num_steps)
+    return checkpoint.step, checkpoint.history
+
+
+def _accumulate(objective: Objective, engine: Engine, step: Step) -> dict[str, float]:
+    """Run every micro-batch forward and backward; return the step's metrics over all ranks."""
+    counted = step.micro_batches if step.counted else []
+    units, tokens = engine.sum(
+        [sum(objective.weight(batch) for batch in counted), sum(_num_tokens(batch) for batch in counted)]
+    )
+    sums: dict[str, Tensor] = {}
+    batches = _same_count(engine, step)
+    for position, (batch, share) in enumerate(batches):
+        last = position == len(batches) - 1
+        with engine.defer_sync() if not last else torch.enable_grad():
+            out: LossOutput = engine.call(objective.loss, batch)
+            engine.accumulate(out.loss_sum * (share / units), last=last)
+        pairs = out.metrics | {"train/loss": torch.stack([out.loss_sum.detach(), out.loss_sum.new_tensor(0.0)])}
+        for name, pair in pairs.items():
+            sums[name] = sums.get(name, 0) + share * pair
+    names = sorted(sums)
+    totals = engine.sum([value for name in names for value in sums[name].tolist()])
+    metrics = {
+        name: total / (weight if name != "train/loss" else units)
+        for name, total, weight in zip(names, totals[::2], totals[1::2], strict=True)
+        if weight or name == "train/loss"
+    }
+    return metrics | {"tokens": tokens}
+
+
+def _same_count(engine: Engine, step: Step) -> list[tuple[Packed, float]]:
+    """Give every rank the same number of forward passes, each with its share; added ones have share 0."""
+    batches = step.micro_batches
+    missing = int(engine.max(len(batches))) - len(batches)
+    return [(batch, float(step.counted)) for batch in batches] + [(batches[0], 0.0)] * missing
+
+
+def _num_tokens(batch: Packed) -> int:
+    return int((batch.segment_ids_BT >= 0).sum())
+
+
+def _due(step: int, every: int, num_steps: int) -> bool:
+    return step == num_steps or (every > 0 and step % every == 0)

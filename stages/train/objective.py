@@ -1,0 +1,61 @@
+"""The role that pretraining, SFT, reward, DPO and PPO play for the one training loop."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from stages.data.packing import Packed
+from stages.train.engine import Engine
+
+
+class LossOutput(NamedTuple):
+    """A loss summed over units (never averaged), and metrics as pairs (sum, weight) of shape (2,)."""
+
+    loss_sum: Tensor
+    metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step on this rank."""
+
+    micro_batches: list[Packed]
+    counted: bool = True
+    """False on a rank that a small last step leaves without items: it joins the collectives and counts nothing."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Numbers that belong to the step as a whole, already the same on every rank (a rollout's, say)."""
+
+
+@dataclass(frozen=True)
+class ObjectiveState:
+    """What an objective must remember to go on exactly where it was."""
+
+    numbers: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """What the loop asks for. All that `loss` needs is in the batch, so that it is pure."""
+
+    num_steps: int
+    """Optimizer steps of the whole training, also those before a resume."""
+
+    def steps(self, engine: Engine) -> Iterator[Step]:
+        """Yield the remaining steps; PPO rolls out in here, with the live policy."""
+        ...
+
+    def weight(self, batch: Packed) -> float:
+        """Units (tokens, pairs) that the loss of this micro-batch sums over."""
+        ...
+
+    def loss(self, parts: nn.ModuleDict, batch: Packed) -> LossOutput: ...
+
+    def evaluate(self, engine: Engine) -> dict[str, float]:
+        """Measure on held-out data; the same numbers on every rank."""
+        ...
+
+    def state_dict(self) -> ObjectiveState: ...
+
+    def load_state_dict(self, state: ObjectiveState) -> None: ...

@@ -1,0 +1,32 @@
+"""Which items each optimizer step trains on: a function of the seed alone, whatever the number of ranks."""
+
+import math
+
+import numpy as np
+
+
+def shuffled(num_items: int, *, seed: int, epoch: int) -> np.ndarray:
+    """Return a permutation of range(num_items) that depends on (seed, epoch) alone."""
+    return np.random.Generator(np.random.Philox([seed, epoch])).permutation(num_items)
+
+
+def epochs(num_items: int, *, num_epochs: float, seed: int) -> np.ndarray:
+    """Return item indices in training order; a fractional last epoch takes the first part of its permutation."""
+    total = max(1, round(num_items * num_epochs))
+    orders = [shuffled(num_items, seed=seed, epoch=epoch) for epoch in range(math.ceil(total / num_items))]
+    return np.concatenate(orders)[:total]
+
+
+def batches(items: np.ndarray, size: int) -> list[np.ndarray]:
+    """Cut items into steps of `size`; the last may be smaller, nothing is dropped."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def share(items: np.ndarray, *, rank: int, world_size: int) -> np.ndarray:
+    """Return the items of one rank; possibly none."""
+    return items[rank::world_size]
+
+
+def evenly(num_items: int, *, at_most: int) -> np.ndarray:
+    """Return up to `at_most` indices spread evenly over range(num_items)."""
+    return np.unique(np.linspace(0, num_items - 1, num=min(at_most, num_items)).astype(np.int64))
