@@ -1,9 +1,9 @@
 """`promote`: register the run's models in MLflow by role and decide whether the aligned model becomes champion.
 
-The current champion and the new model are comparable when their versions carry the same `evaluation.data_digest` and the
-same `evaluation.reward_fingerprint`: then both were scored by the same judge on the same prompts, and the higher
-`eval/score_mean` wins. Otherwise scores mean nothing to each other; the decision falls back to the win rate of the new
-model against its own SFT model and says so in its reason.
+The current champion and the new model are comparable when their versions carry the same `evaluation.data_digest` and
+the same `evaluation.reward_fingerprint`: then both were scored by the same judge on the same prompts, and the higher
+`eval/score_mean` wins. Otherwise scores mean nothing to each other; the decision falls back to the win rate of the
+new model against its own SFT model and says so in its reason.
 
 Unlike the other stages this one cannot do its work without MLflow: an outage is a failure, and Airflow retries.
 """
@@ -11,7 +11,11 @@ Unlike the other stages this one cannot do its work without MLflow: an outage is
 import json
 import logging
 import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +36,8 @@ _REGISTERED_ROLE = {"base": "base", "sft": "sft", "reward": "reward", "ppo": "al
 _ALIGNED = ("ppo", "dpo")
 _DIGEST_TAG, _REWARD_TAG = "evaluation.data_digest", "evaluation.reward_fingerprint"
 _SCORE, _WIN_RATE = "eval/score_mean", "eval/win_rate"
+
+_ATTACH_SECONDS = 20.0
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +99,7 @@ def run(context: StageContext) -> StageOutcome:
     models = {role: context.inputs[role] for role in _REGISTERED_ROLE if role in context.inputs}
     evaluation = read_evaluation(context.input_dir("evaluation")) if "evaluation" in context.inputs else Evaluation({})
     chosen = choose_aligned([role for role in _ALIGNED if role in models], evaluation)
+    run_id = context.tracker.wait_run_id(_ATTACH_SECONDS)  # by then what earlier stages could not deliver has been
     with _outage_is_infrastructure():
         registry = Registry(config.run_name, context.run.experiment)
         registered = []
@@ -100,7 +107,7 @@ def run(context: StageContext) -> StageOutcome:
             registered.append(registry.register(role, ref, evaluation))
             context.progress(done, len(models), unit="model")
         champion, decision = _decide_and_move_aliases(registry, registered, chosen, evaluation, config)
-        registry.log_evaluation(registered, evaluation, run_id=context.tracker.wait_run_id(20), context=context)
+        registry.log_evaluation(registered, evaluation, run_id=run_id, context=context)
     record = {
         "promoted": decision.promoted,
         "reason": decision.reason,
@@ -117,21 +124,24 @@ def run(context: StageContext) -> StageOutcome:
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    """Read metrics.json of an evaluation artifact; values that are not finite numbers are left out, they rank nothing."""
+    """Read metrics.json of an evaluation artifact; what is not a finite number ranks nothing and is left out."""
     data = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     if not isinstance(data.get("models"), dict):
         raise DataError(
-            "metrics.json of the evaluation has no object `models`", advice="Clear the evaluate task, so that it is made again."
+            "metrics.json of the evaluation has no object `models`",
+            advice="Clear the evaluate task, so that it is made again.",
         )
     return Evaluation(
-        metrics={role: _finite(values) for role, values in {**data["models"], "reward": data.get("reward") or {}}.items()},
+        metrics={
+            role: _finite(values) for role, values in {**data["models"], "reward": data.get("reward") or {}}.items()
+        },
         data_digest=str((data.get("data") or {}).get("digest") or ""),
         reward_fingerprint=str(data.get("reward_fingerprint") or ""),
     )
 
 
 def choose_aligned(roles: list[str], evaluation: Evaluation) -> str | None:
-    """Return the aligned model with the higher win rate against SFT; ties and unmeasured ones go by score, then order."""
+    """Return the aligned model with the higher win rate against SFT; ties go by score, then by order."""
 
     def strength(role: str) -> tuple[float, float]:
         metrics = evaluation.of(role)
@@ -141,7 +151,11 @@ def choose_aligned(roles: list[str], evaluation: Evaluation) -> str | None:
 
 
 def decide(
-    metrics: dict[str, float], fingerprint: str, evaluation: Evaluation, champion: Champion | None, config: PromoteConfig
+    metrics: dict[str, float],
+    fingerprint: str,
+    evaluation: Evaluation,
+    champion: Champion | None,
+    config: PromoteConfig,
 ) -> Decision:
     """Decide on the chosen aligned model; pure, so that every reason can be tested."""
     if config.promotion is Promotion.NEVER:
@@ -178,7 +192,11 @@ def _is_comparable(champion: Champion, evaluation: Evaluation) -> bool:
 
 
 def _decide_and_move_aliases(
-    registry: "Registry", registered: list[Registered], chosen: str | None, evaluation: Evaluation, config: PromoteConfig
+    registry: "Registry",
+    registered: list[Registered],
+    chosen: str | None,
+    evaluation: Evaluation,
+    config: PromoteConfig,
 ) -> tuple[Champion | None, Decision]:
     aligned = next((model for model in registered if model.role == chosen), None)
     for model in registered:
@@ -207,7 +225,7 @@ class Registry:
         self._experiment_id = find_or_create_experiment(self._client, experiment)
 
     def register(self, role: str, ref: ArtifactRef, evaluation: Evaluation) -> Registered:
-        """Return the version of this artifact, made now unless it exists; its evaluation tags are brought up to date."""
+        """Return the version of this artifact, made now unless it exists; evaluation tags become the latest."""
         from stages.mlflow_client import clean_tags, find_or_create_model
 
         name = f"{self._run_name}-{_REGISTERED_ROLE[role]}"
@@ -224,7 +242,7 @@ class Registry:
                 run_id=model.source_run_id,
                 tags=tags,
                 model_id=model.model_id,
-                await_creation_for=None,
+                await_creation_for=0,
             )
         else:
             for key, value in tags.items():
@@ -297,7 +315,9 @@ class Registry:
         if run_id is None or "evaluation" not in context.inputs:
             return
         ref = context.inputs["evaluation"]
-        made = int(_created(read_manifest(ref)) * 1000)  # the same time on every repetition: MLflow keeps one point
+        made = int(
+            datetime.fromisoformat(read_manifest(ref).created_at).timestamp() * 1000
+        )  # the same time on every repetition: MLflow keeps one point
         digest = evaluation.data_digest or ref.digest
         data = dataset_input("held-out", ref.uri, digest, context="evaluation")
         self._client.log_inputs(run_id, datasets=[data])
@@ -326,3 +346,30 @@ def _outcome_metrics(decision: Decision, registered: list[Registered], chosen: d
         "promotion/new_versions": float(sum(model.is_new for model in registered)),
     }
     return metrics | {key: chosen[key] for key in (_WIN_RATE, _SCORE) if key in chosen}
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {}
+    for key, value in values.items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            continue  # a nested table or a text of the evaluation is not a metric
+        if math.isfinite(number):
+            numbers[key] = number
+    return numbers
+
+
+@contextmanager
+def _outage_is_infrastructure() -> Iterator[None]:
+    """Give MLflow's errors the category that Airflow retries."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        raise StageError(
+            f"models were not registered, MLflow at MLFLOW_TRACKING_URI={os.environ.get('MLFLOW_TRACKING_URI', '')!r} "
+            f"answers {error.error_code}: {str(error)[:300]}",
+            advice="Check that the MLflow server runs and is reachable from the Ray cluster; the task is retried.",
+        ) from error

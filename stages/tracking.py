@@ -227,8 +227,8 @@ class _Deliverer(threading.Thread):
     def _announce(self, session: MlflowSession) -> None:
         ids = {"run_id": session.run_id, "experiment_id": session.experiment_id}
         print(MLFLOW_RUN_MARKER, json.dumps(ids), flush=True)  # noqa: T201 - the job's log is the channel to Airflow
-        self.attached.set()
         self._take_up_leftovers(session)
+        self.attached.set()
 
     def _report_outage(self, problem: str) -> None:
         if not self.problem:
@@ -326,7 +326,7 @@ def _deliver_group(session: MlflowSession, request: StageRequest, group: list[Ev
 
 
 def _log_lineage(session: MlflowSession, manifest: Manifest, uri: str) -> None:
-    """Draw where the artifact came from, on the pipeline run: also runs that stop before the report have their graph."""
+    """Draw where the artifact came from, on the pipeline run; so a run that stops early has its graph, too."""
     try:
         graph = ancestors_of_unpublished(manifest, uri)
     except StageError as error:
