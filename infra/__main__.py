@@ -60,7 +60,7 @@ def _json_object(text: str) -> dict[str, object]:
     except json.JSONDecodeError as error:
         raise argparse.ArgumentTypeError(f"not JSON ({error}): {text!r}") from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object such as {{\"alignment\": \"dpo\"}}, got {text!r}")
+        raise argparse.ArgumentTypeError(f'must be a JSON object such as {{"alignment": "dpo"}}, got {text!r}')
     return value
 
 

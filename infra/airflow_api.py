@@ -59,9 +59,7 @@ class AirflowApi:
         if "Authorization" not in self._session.headers:
             self.login()
         for attempt in range(2):
-            response = self._session.request(
-                method, f"{self.url}/api/v2/{path}", timeout=self._timeout, **arguments
-            )
+            response = self._session.request(method, f"{self.url}/api/v2/{path}", timeout=self._timeout, **arguments)
             if response.status_code != 401 or attempt:
                 break
             self.login()

@@ -28,7 +28,7 @@ class Component:
     "How long it may take to end on SIGTERM before its process group gets SIGKILL."
 
 
-# One thread per numeric library in processes that only talk: on small machines idle pools cost memory and context switches.
+# One thread per numeric library in processes that only talk: idle pools cost memory and context switches.
 QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
 
 

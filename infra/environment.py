@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from infra.components import BIN
 from infra.layout import Layout, StackRecord, StackSecrets
-from infra.processes import MARKER
+from infra.processes import marking
 
 # A shell that is attached to another cluster, tracking run or Python must not leak into the stack.
 DROPPED = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH", "MLFLOW_RUN_ID", "PYTHONHOME", "MAKEFLAGS")
@@ -26,7 +26,7 @@ def stack_environment(layout: Layout, record: StackRecord, secrets: StackSecrets
         **_loopback_without_proxy(inherited),
         **client_environment(record, secrets),
         **_airflow(layout, record, secrets),
-        MARKER: record.stack_id,
+        **marking(record.stack_id),
         "PATH": f"{BIN}{os.pathsep}{inherited.get('PATH', os.defpath)}",
         "PYTHONPATH": str(layout.checkout),
         "PYTHONUNBUFFERED": "1",

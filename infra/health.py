@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
+from typing import Any
 
 import requests
 
@@ -15,15 +17,20 @@ HEARTBEATS = {"scheduler": "scheduler", "dag-processor": "dag_processor", "trigg
 
 
 class Health:
-    """Asks each component; an answer of None means healthy, a string says what is missing."""
+    """Asks each component, over HTTP and as one of its clients would."""
 
     def __init__(self, record: StackRecord, secrets: StackSecrets) -> None:
         self._record = record
         self._ray_headers = {"Authorization": f"Bearer {secrets.ray_token}"}
         self.airflow = AirflowApi(record.airflow_url, user="admin", password=secrets.admin_password)
+        self._reported: dict[str, Any] | None = None
 
-    def missing(self, program: ProgramState) -> str | None:
-        """What keeps this program from being healthy, or None."""
+    def round(self, programs: Iterable[ProgramState]) -> dict[str, str | None]:
+        """For each program what keeps it from being healthy, or None; Airflow is asked once for all."""
+        self._reported = None
+        return {program.name: self._missing(program) for program in programs}
+
+    def _missing(self, program: ProgramState) -> str | None:
         if program.state not in ("STARTING", "RUNNING"):
             return f"{program.state.lower()} {program.why}".strip()
         try:
@@ -33,12 +40,17 @@ class Health:
                 case "mlflow":
                     return self._answers(f"{self._record.mlflow_url}/health")
                 case "api-server":
-                    self.airflow.health()
+                    self._airflow_reports()
                     return None
                 case name:
                     return self._heartbeat(HEARTBEATS[name], since=program.started_at)
         except requests.RequestException as error:
             return f"does not answer yet ({type(error).__name__})"
+
+    def _airflow_reports(self) -> dict[str, Any]:
+        if self._reported is None:
+            self._reported = self.airflow.health()
+        return self._reported
 
     def _answers(self, url: str, *, headers: dict[str, str] | None = None) -> str | None:
         with requests.Session() as session:
@@ -48,7 +60,7 @@ class Health:
 
     def _heartbeat(self, name: str, *, since: int) -> str | None:
         """Healthy only with a heartbeat of this very process: the last one's may be seconds old after a restart."""
-        reported = self.airflow.health()[name]
+        reported = self._airflow_reports()[name]
         last = reported[f"latest_{name}_heartbeat"]
         if reported["status"] != "healthy" or last is None:
             return "no heartbeat yet"

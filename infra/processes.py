@@ -14,20 +14,31 @@ import psutil
 MARKER = "ATHANOR_STACK"
 
 
+def marking(stack_id: str) -> dict[str, str]:
+    """The environment that marks a process and all it starts. SPT_NOENV keeps the marker readable: processes that
+    retitle themselves, as Airflow's and Ray's do, would otherwise write the title over their environment."""
+    return {MARKER: stack_id, "SPT_NOENV": "1"}
+
+
 def marked(stack_id: str) -> list[psutil.Process]:
-    """Every live process that carries the marker, without this one and its ancestors."""
+    """Every live process that carries the marker or descends from one that does, without this one and its ancestors."""
     own = psutil.Process()
     spared = {own.pid, *(parent.pid for parent in own.parents())}
-    found = []
+    found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         try:
-            if process.pid in spared or process.status() == psutil.STATUS_ZOMBIE:
-                continue
             if process.environ().get(MARKER) == stack_id:
-                found.append(process)
+                found |= {p.pid: p for p in (process, *process.children(recursive=True))}
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue  # gone meanwhile, or somebody else's: not ours to end
-    return found
+    return [process for pid, process in found.items() if pid not in spared and not is_zombie(process)]
+
+
+def is_zombie(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def end_marked(stack_id: str, *, grace_seconds: float = 5.0) -> list[str]:

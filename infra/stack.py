@@ -180,23 +180,21 @@ class Stack:
         """Until every component is healthy; a component that gives up, or the time limit, is a StackError."""
         health = Health(record, secrets)
         begin = time.monotonic()
-        waiting = {state.name for state in supervisor.states()}
-        while waiting:
-            reasons: dict[str, str] = {}
-            for program in supervisor.states():
-                if program.name not in waiting:
-                    continue
-                reason = health.missing(program)
-                if reason is None:
-                    waiting.discard(program.name)
-                    self.say(f"{program.name:<14} healthy after {time.monotonic() - begin:4.1f} s")
-                elif program.state in ("FATAL", "EXITED", "UNKNOWN"):
-                    raise self._broken(program.name, reason)
-                else:
-                    reasons[program.name] = reason
-            if waiting and time.monotonic() - begin > START_SECONDS:
-                name = min(waiting)
-                raise self._broken(name, f"not healthy after {START_SECONDS} s: {reasons.get(name, '')}")
+        healthy: set[str] = set()
+        while True:
+            programs = {program.name: program for program in supervisor.states()}
+            waiting = {name: program for name, program in programs.items() if name not in healthy}
+            for name, missing in health.round(waiting.values()).items():
+                elapsed = time.monotonic() - begin
+                if missing is None:
+                    healthy.add(name)
+                    self.say(f"{name:<14} healthy after {elapsed:4.1f} s")
+                elif programs[name].state in ("FATAL", "EXITED", "UNKNOWN"):
+                    raise self._broken(name, missing)
+                elif elapsed > START_SECONDS:
+                    raise self._broken(name, f"not healthy after {START_SECONDS} s: {missing}")
+            if len(healthy) == len(programs):
+                return
             time.sleep(0.25)
 
     def _broken(self, name: str, reason: str) -> StackError:
@@ -240,19 +238,20 @@ class Stack:
 
     def programs(self, record: StackRecord) -> list[tuple[ProgramState, str | None, int]]:
         """For each program its state, what is missing for health (None: nothing), and its memory in bytes."""
-        health = Health(record, StackSecrets.load_or_generate(self.layout))
-        rows = []
-        for program in Supervisor(self.layout, record).states():
-            memory = processes.memory_bytes(processes.tree(program.pid)) if program.pid else 0
-            rows.append((program, health.missing(program), memory))
-        return rows
+        programs = Supervisor(self.layout, record).states()
+        missing = Health(record, StackSecrets.load_or_generate(self.layout)).round(programs)
+        return [
+            (program, missing[program.name], processes.memory_bytes(processes.tree(program.pid)) if program.pid else 0)
+            for program in programs
+        ]
 
 
 def login_lines(layout: Layout, record: StackRecord) -> list[str]:
     """Where everything is and how to log in."""
     password = StackSecrets.load_or_generate(layout).admin_password
+    kept = relative(layout.airflow_passwords)
     return [
-        f"Airflow  {record.airflow_url}   user admin, password {password}  (kept in {relative(layout.airflow_passwords)})",
+        f"Airflow  {record.airflow_url}   user admin, password {password}  (kept in {kept})",
         f"MLflow   {record.mlflow_url}",
         f"Ray      {record.ray_url}   token: ray_token in {relative(layout.secrets)}",
         f"store    {record.artifact_store}",

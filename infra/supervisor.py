@@ -1,5 +1,5 @@
 """supervisord keeps the stack's processes: starts them detached, restarts what crashes, rotates logs, stops by group.
-It is asked over its own Unix socket; pid files are never trusted, so a reboot or kill -9 leaves nothing to clean by hand."""
+It is asked over its own Unix socket; pid files are never trusted, so a reboot or kill -9 leaves nothing to clean up."""
 
 from __future__ import annotations
 

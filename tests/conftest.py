@@ -1,0 +1,60 @@
+"""Fixtures every test may use: real servers, started when the first test asks and stopped at the end of the session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.s3 import S3Server
+from tests.s3 import s3_server as start_s3
+from tests.servers import RayServer, end_leftovers, mlflow_tracking, ray_server
+
+# Before anything imports Airflow or MLflow: tests never touch the user's homes, and nothing phones home.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """End servers that a killed test session left behind, before their ports and memory get in our way."""
+    end_leftovers()
+
+
+@pytest.fixture(scope="session")
+def ray_head() -> Iterator[RayServer]:
+    """A Ray head with token authentication and 2 CPUs."""
+    with ray_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of an MLflow server with its own database."""
+    with mlflow_tracking(tmp_path_factory.mktemp("mlflow")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """Ceph's S3 gateway where it is installed, OpenStack Swift otherwise."""
+    with start_s3() as server:
+        yield server
+
+
+@pytest.fixture
+def s3_store(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty s3:// bucket URI, with the AWS variables of this process pointing at its server."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{s3_server.new_bucket()}"
+
+
+@pytest.fixture
+def file_store(tmp_path: Path) -> str:
+    """An empty file:// store URI."""
+    store = tmp_path / "store"
+    store.mkdir()
+    return store.as_uri()

@@ -1,0 +1,193 @@
+"""Real servers for tests: a Ray head, an MLflow server and an S3 server, each in a directory and on ports of its own.
+All their processes carry a marker that names this test session, so that none outlives it, whatever ends it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import requests
+
+from infra.components import RAY_ADDRESS, Component, mlflow_server, ray_head
+from infra.ports import any_free
+from infra.processes import MARKER, end_marked, marking
+from infra.supervisor import last_lines
+
+PREFIX = "pytest"
+STARTED = f"{PREFIX}-{os.getpid()}-{int(psutil.Process().create_time())}"
+
+
+class ServerError(RuntimeError):
+    """A server of the tests did not start; the message ends with its log."""
+
+
+def end_leftovers() -> None:
+    """End servers of test sessions that are gone; a session that still runs keeps its own."""
+    for value in {process_marker(process) for process in psutil.process_iter()}:
+        if value.startswith(f"{PREFIX}-") and not _session_lives(value):
+            end_marked(value, grace_seconds=2)
+
+
+def process_marker(process: psutil.Process) -> str:
+    try:
+        return process.environ().get(MARKER, "")
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return ""
+
+
+def _session_lives(value: str) -> bool:
+    _, pid, created, *_ = value.split("-")
+    try:
+        return int(psutil.Process(int(pid)).create_time()) == int(created)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _die_with_parent() -> None:
+    """In the child before exec: SIGTERM when the test process dies, even by SIGKILL. Only Linux offers it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+@contextmanager
+def running(
+    name: str,
+    command: Sequence[str],
+    *,
+    log: Path,
+    environment: Mapping[str, str],
+    answers: Callable[[], bool],
+    seconds: float = 120,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server until the block ends; it is up when `answers` is true, and gone with all its children after."""
+    marker = f"{STARTED}-{name}-{secrets.token_hex(3)}"
+    inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**inherited, **environment, **marking(marker)},
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+    try:
+        _wait(name, process, log=log, answers=answers, seconds=seconds)
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        end_marked(marker, grace_seconds=2)
+
+
+def _wait(
+    name: str, process: subprocess.Popen[bytes], *, log: Path, answers: Callable[[], bool], seconds: float
+) -> None:
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            if answers():
+                return
+        except (requests.RequestException, OSError):
+            pass  # not listening yet; the deadline bounds the wait
+        time.sleep(0.1)
+    how = f"ended with status {process.returncode}" if process.returncode is not None else f"silent for {seconds:.0f} s"
+    raise ServerError(f"{name} did not start, {how}; end of {log}:\n{last_lines(log, 30)}")
+
+
+def _get(url: str, **arguments: Any) -> requests.Response:
+    with requests.Session() as session:
+        session.trust_env = False
+        return session.get(url, timeout=5, **arguments)
+
+
+def _component(component: Component, *, log: Path, environment: Mapping[str, str], answers: Callable[[], bool]):
+    return running(
+        component.name,
+        component.command,
+        log=log,
+        environment={**component.environment, **environment},
+        answers=answers,
+    )
+
+
+# ------------------------------------------------------------------- Ray
+
+
+@dataclass(frozen=True)
+class RayServer:
+    """A Ray head with token authentication."""
+
+    url: str
+    "The Jobs REST API."
+    token: str
+    gcs_address: str
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token}"}
+
+
+@contextmanager
+def ray_server(*, num_cpus: int = 2, environment: Mapping[str, str] | None = None) -> Iterator[RayServer]:
+    """A Ray head of its own; `environment` is what its jobs inherit, such as ARTIFACT_STORE."""
+    root = Path(tempfile.mkdtemp(prefix="ath-ray-", dir="/tmp"))  # its Unix sockets need a short path
+    ports = {name: any_free() for name in ("ray_gcs", "ray_dashboard", "ray_agent_http")}
+    component = ray_head(ports=ports, session_root=root, num_cpus=num_cpus, object_store_bytes=128 * 2**20)
+    server = RayServer(
+        url=f"http://127.0.0.1:{ports['ray_dashboard']}",
+        token=secrets.token_hex(32),
+        gcs_address=f"{RAY_ADDRESS}:{ports['ray_gcs']}",
+    )
+    shared = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": server.token,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        **(environment or {}),
+    }
+    try:
+        with _component(
+            component,
+            log=root / "head.log",
+            environment=shared,
+            answers=lambda: _get(f"{server.url}/api/jobs/", headers=server.headers).ok,
+        ):
+            yield server
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- MLflow
+
+
+@contextmanager
+def mlflow_tracking(root: Path) -> Iterator[str]:
+    """An MLflow server with SQLite under `root`; yields its URL."""
+    (root / "artifacts").mkdir(parents=True, exist_ok=True)
+    port = any_free()
+    url = f"http://127.0.0.1:{port}"
+    with _component(
+        mlflow_server(port=port, home=root),
+        log=root / "server.log",
+        environment={"MLFLOW_DISABLE_TELEMETRY": "true"},
+        answers=lambda: _get(f"{url}/health").ok,
+    ):
+        yield url
