@@ -18,9 +18,9 @@ from stages.data import planted, readers
 from stages.data.dedup_keys import Candidate, extra_copies
 from stages.data.extract import Extracted, documents_file, extract, refuse_bad_sources, store_documents
 from stages.data.ledger import Amount, Step, dropped_by_reason, verify_chain
-from stages.data.passes import PassResult, Shard, filter_shard, finish_shard, match_bucket
-from stages.data.pool import Pool, process_pool
 from stages.data.pairs import PairsResult, build_pairs
+from stages.data.passes import PassResult, Shard, filter_shard, finish_shard
+from stages.data.pool import Pool, process_pool
 from stages.data.records import SourceDocument, read_lines, stable_hash
 from stages.data.storage import open_decompressed
 
@@ -160,7 +160,7 @@ class Curation:
 
     def _near_copies(self, filtered: Sequence[PassResult]) -> set[tuple[int, int]]:
         """All but the best-ranked document of every MinHash cluster."""
-        from stages.data.dedup import clusters
+        from stages.data.dedup import clusters, match_bucket
 
         tasks = [(bucket, self._config, self._folder) for bucket in range(self._config.minhash_buckets)]
         self._pool.run(match_bucket, tasks, lambda done, result: None)

@@ -24,12 +24,16 @@ class QualityThresholds(Config):
     """(n, most share of the characters which the commonest n-gram may cover)."""
     duplicate_ngrams: tuple[tuple[int, float], ...]
     """(n, most share of the characters inside repeated n-grams)."""
+    max_duplicate_lines: float
+    """Most share of lines that repeat an earlier one."""
+    max_duplicate_line_characters: float
+    """Most share of characters in lines that repeat an earlier one, by Gopher's rule."""
     min_punctuated_lines: float
     """Least share of lines that end in terminal punctuation."""
     max_short_lines: float
     """Most share of lines of at most 30 characters."""
     max_duplicate_characters: float
-    """Most share of characters in repeated lines."""
+    """The same by FineWeb's rule, which is stricter."""
     max_newlines_per_word: float
     """Most line breaks per word."""
     c4: bool
@@ -48,6 +52,8 @@ QUALITY_PROFILES: dict[str, QualityThresholds] = {
         min_alpha_fraction=0.8,
         top_ngrams=((2, 0.20), (3, 0.18), (4, 0.16)),
         duplicate_ngrams=_DUPLICATE_NGRAMS,
+        max_duplicate_lines=0.3,
+        max_duplicate_line_characters=0.2,
         min_punctuated_lines=0.12,
         max_short_lines=0.67,
         max_duplicate_characters=0.01,
@@ -55,16 +61,19 @@ QUALITY_PROFILES: dict[str, QualityThresholds] = {
         c4=True,
         unwrap_lines=False,
     ),
-    # Reference pages of software: names, signatures and lists count as good text.
+    # Reference pages of software: names, signatures and lists count as good text, and a class with its methods repeats
+    # lines by nature (Parameters, Returns, and arguments that many methods share).
     "docs": QualityThresholds(
         min_words=30,
         max_words=100_000,
         min_alpha_fraction=0.5,
         top_ngrams=((2, 0.25), (3, 0.25), (4, 0.25)),
         duplicate_ngrams=((5, 0.30), (6, 0.30), (7, 0.30), (8, 0.30), (9, 0.30), (10, 0.30)),
+        max_duplicate_lines=0.6,
+        max_duplicate_line_characters=0.3,
         min_punctuated_lines=0.05,
         max_short_lines=0.9,
-        max_duplicate_characters=0.1,
+        max_duplicate_characters=0.25,
         max_newlines_per_word=0.5,
         c4=False,
         unwrap_lines=False,
@@ -76,6 +85,8 @@ QUALITY_PROFILES: dict[str, QualityThresholds] = {
         min_alpha_fraction=0.7,
         top_ngrams=((2, 0.20), (3, 0.18), (4, 0.16)),
         duplicate_ngrams=_DUPLICATE_NGRAMS,
+        max_duplicate_lines=0.3,
+        max_duplicate_line_characters=0.2,
         min_punctuated_lines=0.12,
         max_short_lines=0.67,
         max_duplicate_characters=0.05,

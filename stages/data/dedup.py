@@ -15,6 +15,7 @@ from datatrove.pipeline.dedup.minhash import (
     MinhashDedupCluster,
     MinhashDedupSignature,
 )
+from loguru import logger
 
 from stages.config.curate import CurateConfig
 from stages.data.filters import SimplifiedTokenizer
@@ -28,12 +29,14 @@ def minhash_config(config: CurateConfig) -> MinhashConfig:
 
 def signature_block(config: CurateConfig, folder: Path) -> MinhashDedupSignature:
     """Stage 1: writes each document's signatures, one file per bucket and shard."""
+    logger.disable("datatrove")  # every stage logs each file it opens, which drowns the stage's own progress
     words: str = SimplifiedTokenizer()  # pyright: ignore[reportAssignmentType]
     return MinhashDedupSignature(str(folder / "signatures"), config=minhash_config(config), language=words)
 
 
-def match_bucket(config: CurateConfig, folder: Path, bucket: int) -> None:
+def match_bucket(bucket: int, config: CurateConfig, folder: Path) -> None:
     """Stage 2: writes the pairs of documents that agree in one bucket."""
+    logger.disable("datatrove")
     block = MinhashDedupBuckets(
         str(folder / "signatures"), str(folder / "pairs"), config=minhash_config(config), lines_to_buffer=1000
     )
@@ -43,6 +46,7 @@ def match_bucket(config: CurateConfig, folder: Path, bucket: int) -> None:
 
 def clusters(config: CurateConfig, folder: Path) -> dict[tuple[int, int], int]:
     """Stage 3: the cluster number of every document that has a near duplicate, by (shard, index)."""
+    logger.disable("datatrove")
     block = MinhashDedupCluster(
         str(folder / "pairs"), str(folder / "clusters"), config=minhash_config(config), save_cluster_id=True
     )

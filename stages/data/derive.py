@@ -87,7 +87,9 @@ def preferences(questions: Sequence[Question], config: CurateConfig, step: Step)
             step.entered.add(size)
             kind, rejected = _rejected(question, position, half, bodies, config)
             if not rejected or rejected == question.symbol.summary:
-                step.drop("no_wrong_answer", question.symbol.id, question.symbol.summary, samples=config.samples_per_reason)
+                step.drop(
+                    "no_wrong_answer", question.symbol.id, question.symbol.summary, samples=config.samples_per_reason
+                )
                 continue
             step.kept.add(size)
             rows.append(_preference(question, kind, rejected))

@@ -6,11 +6,17 @@ once; with spaCy that split would take nearly all of the time.
 """
 
 import re
+from functools import lru_cache
 from typing import Any
 
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.filters import C4QualityFilter, FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
+from datatrove.pipeline.filters import (
+    C4QualityFilter,
+    FineWebQualityFilter,
+    GopherQualityFilter,
+    GopherRepetitionFilter,
+)
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.utils.word_tokenizers import WordTokenizer, load_word_tokenizer
 
@@ -19,7 +25,8 @@ from stages.data.ledger import Step
 from stages.data.records import utf8_size
 from stages.data.toxicity import ToxicityScorer
 
-_WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
+# Dotted names and runs of one mark are one word each, as in spaCy: with this 98 % of documents get the same verdict.
+_WORD = re.compile(r"\w+(?:[.'’/_-]\w+)*|-+|=+|>+|\.+|#+|\*+|~+|[^\w\s]")
 _SENTENCE = re.compile(r"[^.!?]*[.!?]+[\"')\]]*\s*|[^.!?]+$")
 
 
@@ -107,17 +114,23 @@ class LanguageId(BaseFilter):
     name = "language"
 
     def __init__(self, language: str, min_score: float) -> None:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
         super().__init__()
         self.language, self.min_score = language, min_score
-        self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+        self._identifier = _language_identifier()
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         language, score = self._identifier.classify(doc.text)
         if language != self.language:
             return False, "other_language"
         return True if score >= self.min_score else (False, "uncertain_language")
+
+
+@lru_cache(maxsize=1)
+def _language_identifier() -> Any:
+    """One model per process; unpacking it takes half a second."""
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 class Toxicity(BaseFilter):

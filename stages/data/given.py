@@ -96,9 +96,7 @@ def preference_row(key: str, values: dict[str, Any], source: str, config: Curate
 
 def split_transcript(text: str) -> tuple[list[dict[str, str]], str] | None:
     """Turns before the last answer, and that answer; None when the text is no Human/Assistant transcript."""
-    places = sorted(
-        (start, role, mark) for mark, role in _TURNS for start in _starts("\n\n" + text.lstrip("\n"), mark)
-    )
+    places = sorted((start, role, mark) for mark, role in _TURNS for start in _starts("\n\n" + text.lstrip("\n"), mark))
     body = "\n\n" + text.lstrip("\n")
     turns: list[dict[str, str]] = []
     for position, (start, role, mark) in enumerate(places):

@@ -31,7 +31,9 @@ MIN_SYMBOL_CHARACTERS = 400
 _UNIT_BYTES = 3_000_000
 _TEXT_SUFFIXES = frozenset({".rst", ".md", ".txt"})
 # Test code has few docstrings and much source; licences and author lists are no prose and full of addresses.
-_SKIPPED_FOLDERS = frozenset({"tests", "test", "testing", "_vendor", "vendored", "__pycache__", "node_modules", "idlelib"})
+_SKIPPED_FOLDERS = frozenset(
+    {"tests", "test", "testing", "_vendor", "vendored", "__pycache__", "node_modules", "idlelib"}
+)
 _SKIPPED_NAMES = re.compile(r"(?i)licen[cs]e|copying|notice|authors|contributors|requirements|cmakelists|entry_points")
 _ROLE = re.compile(r":[a-zA-Z][\w:.+-]*:`(?:[^`<]*<)?[~!]?([^`>]+)>?`")
 _MARKUP = re.compile(r"``([^`]*)``|\*\*([^*\n]+)\*\*|`([^`\n]+)`_{0,2}")
@@ -229,7 +231,11 @@ def public_name(root: str, module: str, symbol: str) -> str:
 def _mentioned(root: str, package: str) -> frozenset[str]:
     """All identifiers in a package's __init__.py: its imports, its __all__ and the lists in its docstring."""
     path = Path(root, package, "__init__.py")
-    return frozenset(re.findall(r"\w+", path.read_text(encoding="utf-8", errors="replace"))) if path.is_file() else frozenset()
+    return (
+        frozenset(re.findall(r"\w+", path.read_text(encoding="utf-8", errors="replace")))
+        if path.is_file()
+        else frozenset()
+    )
 
 
 _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -301,9 +307,7 @@ def _symbols(node: _Definition, *, identity: str, name: str, group: str, heldout
                 yield from _symbol(child, identity=key, name=method, kind="method", group=group, heldout=heldout)
 
 
-def _symbol(
-    node: _Definition, *, identity: str, name: str, kind: str, group: str, heldout: bool
-) -> Iterator[Symbol]:
+def _symbol(node: _Definition, *, identity: str, name: str, kind: str, group: str, heldout: bool) -> Iterator[Symbol]:
     documentation = ast.get_docstring(node)
     if not documentation:
         return

@@ -187,9 +187,7 @@ def _fields(row: Row) -> list[tuple[dict[str, str], str]]:
     return [(turn, "content") for turn in turns] + sides
 
 
-def _publish(
-    name: str, rows: list[Row], sources: tuple[str, ...], steps: list[Step], output: Path
-) -> dict[str, int]:
+def _publish(name: str, rows: list[Row], sources: tuple[str, ...], steps: list[Step], output: Path) -> dict[str, int]:
     """Verify the account and write both halves; given sources of which nothing is left are an error."""
     rows_from = next(index for index, step in enumerate(steps) if step.name == "duplicates")
     verify_chain(steps[:rows_from])
@@ -209,7 +207,9 @@ def _publish(
         )
     counts: dict[str, int] = {}
     for split, heldout in (("train", False), ("heldout", True)):
-        half = [{key: value for key, value in row.items() if key != "heldout"} for row in rows if row["heldout"] is heldout]
+        half = [
+            {key: value for key, value in row.items() if key != "heldout"} for row in rows if row["heldout"] is heldout
+        ]
         write_published(output / name / f"{split}.jsonl.gz", half)
         counts[f"{name}/{split}"] = len(half)
     return counts

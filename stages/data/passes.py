@@ -16,7 +16,6 @@ from typing import Any
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
-from loguru import logger as datatrove_logger
 
 from stages.config.curate import CurateConfig
 from stages.data import dedup
@@ -147,7 +146,6 @@ def toxicity_scorer(kind: str, words: tuple[str, ...]) -> ToxicityScorer | None:
 
 def filter_shard(shard: Shard, config: CurateConfig, words: tuple[str, ...], folder: Path) -> PassResult:
     """Cap, exact duplicates, language, quality, toxicity; then MinHash signatures of what is left."""
-    datatrove_logger.disable("datatrove")
     result = PassResult([Step(name) for name in FILTER_STEPS])
     scorer = toxicity_scorer(config.toxicity, words)
     blocks: tuple[list[BaseFilter], ...] = (
@@ -192,15 +190,8 @@ def _written(documents: Any, path: Path, shard: int, candidates: list[Candidate]
             yield document
 
 
-def match_bucket(bucket: int, config: CurateConfig, folder: Path) -> None:
-    """MinHash stage 2 for one bucket."""
-    datatrove_logger.disable("datatrove")
-    dedup.match_bucket(config, folder, bucket)
-
-
 def finish_shard(shard: int, marked: set[int], config: CurateConfig, folder: Path, output: Path) -> PassResult:
     """Near duplicates and planted documents out, personal data scrubbed, the rest published under `output`."""
-    datatrove_logger.disable("datatrove")
     result = PassResult([Step(name) for name in FINISH_STEPS])
     blocks: tuple[list[BaseFilter], ...] = (
         [Marked("near_duplicate")],

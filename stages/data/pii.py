@@ -25,7 +25,31 @@ class Scrubbed:
 
 
 _GENERIC_DOMAINS = frozenset(
-    "com org net edu gov mil int info biz name pro io ai dev app cloud tech online site xyz science eu email".split()
+    [
+        "com",
+        "org",
+        "net",
+        "edu",
+        "gov",
+        "mil",
+        "int",
+        "info",
+        "biz",
+        "name",
+        "pro",
+        "io",
+        "ai",
+        "dev",
+        "app",
+        "cloud",
+        "tech",
+        "online",
+        "site",
+        "xyz",
+        "science",
+        "eu",
+        "email",
+    ]
 )
 _COUNTRIES = frozenset(region.lower() for region in phonenumbers.SUPPORTED_REGIONS) | {"uk", "io", "ai", "me", "tv"}
 
@@ -43,8 +67,12 @@ _PHONE = re.compile(
     r"|\(\d{3}\) ?\d{3}[ .-]\d{4}|\d{3}-\d{3}-\d{4}|\d{3}\.\d{3}\.\d{4})(?![\w-]|\.\d)"
 )
 _CARD_PREFIX = re.compile(r"4|5[1-5]|2[2-7]|3[47]|36|30[0-5]|6011|65|35")
-_VERSION_BEFORE = re.compile(r"(?:\bversions?|\bver\.?|\brelease[ds]?|\bv|[=<>~!]=|\bsince|\badded in|\w-)\s*[:=]?\s*$", re.I)
-_ADDRESS_BEFORE = re.compile(r"(?:\bip\b|address|host|server|client|\bfrom\b|\bdns\b|ping|://|@|peer|remote)[^.\n]{0,24}$", re.I)
+_VERSION_BEFORE = re.compile(
+    r"(?:\bversions?|\bver\.?|\brelease[ds]?|\bv|[=<>~!]=|\bsince|\badded in|\w-)\s*[:=]?\s*$", re.I
+)
+_ADDRESS_BEFORE = re.compile(
+    r"(?:\bip\b|address|host|server|client|\bfrom\b|\bdns\b|ping|://|@|peer|remote)[^.\n]{0,24}$", re.I
+)
 
 
 def luhn_valid(digits: str) -> bool:
@@ -87,7 +115,7 @@ def _is_phone(match: re.Match[str]) -> bool:
 def _is_ipv4(match: re.Match[str]) -> bool:
     """A global address; four small numbers count only where the words before say that they are an address."""
     octets = match[0].split(".")
-    if any(len(octet) > 1 and octet[0] == "0" or int(octet) > 255 for octet in octets):
+    if any((len(octet) > 1 and octet[0] == "0") or int(octet) > 255 for octet in octets):
         return False
     address = ip_address(match[0])
     if not isinstance(address, IPv4Address) or not address.is_global:

@@ -92,7 +92,9 @@ def _document(kind: str, index: int, text: str, rng: random.Random | None = None
 def _altered(text: str, rng: random.Random) -> str:
     """The text with about every fiftieth word, and at least one, replaced."""
     lines = text.split("\n")
-    places = [(row, column) for row, line in enumerate(lines) for column in range(len(line.split(" ")))]
+    places = [
+        (row, column) for row, line in enumerate(lines) for column, word in enumerate(line.split(" ")) if word.isalnum()
+    ]
     for row, column in rng.sample(places, max(1, round(len(places) * _CHANGED_WORDS))):
         words = lines[row].split(" ")
         words[column] = rng.choice(("another", "value", "section", "example", "given"))
@@ -105,7 +107,10 @@ def _translations(count: int, seed: int) -> list[str]:
     spec = find_spec("airflow")
     folders = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
     languages = sorted(
-        path for folder in folders for path in folder.glob("ui/dist/i18n/locales/*") if path.name != "en" and path.is_dir()
+        path
+        for folder in folders
+        for path in folder.glob("ui/dist/i18n/locales/*")
+        if path.name != "en" and path.is_dir()
     )
     chosen = random.Random(f"{seed}/{FOREIGN}").sample(languages, min(count, len(languages)))
     texts: list[str] = []
@@ -130,7 +135,9 @@ def _email(rng: random.Random) -> str:
 
 
 def _ipv4(rng: random.Random) -> str:
-    return f"{rng.choice((52, 63, 81, 93, 151, 188))}.{rng.randint(40, 250)}.{rng.randint(1, 254)}.{rng.randint(1, 254)}"
+    return (
+        f"{rng.choice((52, 63, 81, 93, 151, 188))}.{rng.randint(40, 250)}.{rng.randint(1, 254)}.{rng.randint(1, 254)}"
+    )
 
 
 def _ipv6(rng: random.Random) -> str:
@@ -172,7 +179,9 @@ _SECRETS: dict[str, Callable[[random.Random], str]] = {
 _EXPECTED = {TOXIC: "toxicity", FOREIGN: "language", NEAR_DUPLICATE: "near_duplicates"}
 
 
-def score(planted: Sequence[Planted], dropped: Mapping[str, str], survivors: Mapping[str, str]) -> dict[str, dict[str, object]]:
+def score(
+    planted: Sequence[Planted], dropped: Mapping[str, str], survivors: Mapping[str, str]
+) -> dict[str, dict[str, object]]:
     """For each kind how many were found, dropped by another step, or missed.
 
     `dropped` says by id which `step/reason` took a document, `survivors` is the final text of the others.

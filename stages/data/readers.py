@@ -39,7 +39,9 @@ def plan(config: CurateConfig) -> list[Unit]:
             parse_hub(source)
             units.append(Unit(source, number))
         else:
-            units += [Unit(source, number, stored=entry) for entry in data_files(source, (*TEXT_SUFFIXES, *ROW_SUFFIXES))]
+            units += [
+                Unit(source, number, stored=entry) for entry in data_files(source, (*TEXT_SUFFIXES, *ROW_SUFFIXES))
+            ]
     return units
 
 

@@ -63,7 +63,8 @@ class WordListScorer:
         cleaned = sorted({word.strip().lower() for word in words} - {""})
         if not cleaned:
             raise ConfigError(
-                "toxicity_word_list holds no word", advice="Give one word or phrase a line, or use toxicity='classifier'."
+                "toxicity_word_list holds no word",
+                advice="Give one word or phrase a line, or use toxicity='classifier'.",
             )
         self._pattern = re.compile(r"\b(?:" + "|".join(map(re.escape, cleaned)) + r")\b", re.IGNORECASE)
 
