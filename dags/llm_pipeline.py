@@ -1,0 +1,68 @@
+"""From raw text to an aligned, registered model, the whole story on one screen.
+
+    resolve ─ curate ─ tokenize ─ pretrain ─ sft ─┬─ reward ─ ppo ─┬─ evaluate ─ promote ─ report
+                                                  └────── dpo ─────┘
+
+Every stage is a Ray job. A stage whose artifact exists is not run again; a stage that the run does not ask for skips
+itself. Skipped stages let the rest run, failed ones do not.
+"""
+
+from datetime import timedelta
+from functools import partial
+
+from airflow.sdk import DAG, TriggerRule, chain, get_current_context, task
+
+from operators.failures import MAX_RETRIES, StageRetryPolicy
+from operators.form import trigger_form
+from operators.operator import StageOperator
+from stages.config.graph import Stage
+
+# Stages that fill the machine wait for a slot of the pool `gpu`, which counts deferred tasks too.
+heavy = partial(StageOperator, pool="gpu", timeout=timedelta(days=7))
+light = partial(StageOperator, timeout=timedelta(hours=6))
+
+with DAG(
+    dag_id="llm_pipeline",
+    description="Raw text to an aligned, registered language model",
+    doc_md=__doc__,
+    schedule=None,
+    params=trigger_form(),
+    tags=["llm", "training", "ray"],
+    default_args={
+        "owner": "athanor",
+        "retries": MAX_RETRIES,
+        "retry_delay": timedelta(seconds=5),
+        "retry_policy": StageRetryPolicy(),
+        "trigger_rule": TriggerRule.NONE_FAILED,
+    },
+) as llm_pipeline:
+
+    @task(execution_timeout=timedelta(minutes=5))
+    def resolve() -> dict:
+        """Turn the form into a complete, frozen configuration; wrong input ends the run here, naming the field."""
+        from operators.run import start_run
+
+        return start_run(get_current_context())
+
+    @task(execution_timeout=timedelta(minutes=5))
+    def close() -> str:
+        """Give the MLflow parent run its final status, whatever happened."""
+        from operators.run import finish_run
+
+        return finish_run(get_current_context())
+
+    curate = heavy(stage=Stage.CURATE)
+    tokenize = light(stage=Stage.TOKENIZE)
+    pretrain = heavy(stage=Stage.PRETRAIN)
+    sft = heavy(stage=Stage.SFT)
+    reward = heavy(stage=Stage.REWARD)
+    ppo = heavy(stage=Stage.PPO)
+    dpo = heavy(stage=Stage.DPO)
+    evaluate = heavy(stage=Stage.EVALUATE)
+    promote = light(stage=Stage.PROMOTE)
+    report = light(stage=Stage.REPORT)
+
+    chain(resolve(), curate, tokenize, pretrain, sft)
+    chain(sft, reward, ppo, evaluate)
+    chain(sft, dpo, evaluate)
+    chain(evaluate, promote, report, close().as_teardown())

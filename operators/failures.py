@@ -1,0 +1,178 @@
+"""What a stage's failure means to Airflow: category -> exception -> retry or not.
+
+A retry resumes from the stage's last checkpoint, so the categories that a retry can help are retried with a growing
+delay; a wrong configuration or unusable data fails at once. How often is a setting of the run
+(`execution.<stage>.max_retries`), known only when the task runs, while Airflow's `retries` is fixed at parse time:
+tasks therefore carry the ceiling MAX_RETRIES, and StageRetryPolicy ends earlier.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, ClassVar
+
+from airflow.sdk import RetryPolicy
+from airflow.sdk.definitions.retry_policy import RetryDecision
+
+from operators.jobs import JobInfo, RayRefusedError, RayUnreachableError
+from stages.config.errors import EXIT_CODES, Category, ExitCode, StageError
+from stages.config.request import Failure
+
+MAX_RETRIES = 10
+"""Ceiling of Airflow's own `retries`; reached only by attempts whose process died without a word."""
+UNKNOWN_RETRIES = 2
+"""Retries of a failure that has no category, which is a bug or a broken Airflow."""
+
+
+class StageFailed(Exception):
+    """A stage failed; the text is all that a person needs: what happened, and what to do."""
+
+    category: ClassVar[Category] = Category.INFRASTRUCTURE
+    retryable: ClassVar[bool] = True
+
+    def __init__(self, message: str, *, advice: str = "", max_retries: int | None = None) -> None:
+        super().__init__(f"{message} {advice}".strip())
+        self.message = message
+        self.advice = advice
+        self.max_retries = max_retries
+
+
+class StageConfigFailed(StageFailed):
+    category = Category.CONFIG
+    retryable = False
+
+
+class StageDataFailed(StageFailed):
+    category = Category.DATA
+    retryable = False
+
+
+class StageNonFinite(StageFailed):
+    category = Category.NON_FINITE
+
+
+class StageOutOfMemory(StageFailed):
+    category = Category.OUT_OF_MEMORY
+
+
+class StagePreempted(StageFailed):
+    category = Category.PREEMPTED
+
+
+class StageLost(StageFailed):
+    """The cluster no longer knows the job: its head was restarted."""
+
+    category = Category.LOST
+
+
+class StageInfrastructureFailed(StageFailed):
+    pass
+
+
+class StageTimedOut(StageFailed):
+    """The job ran longer than the task's `timeout` and was stopped; the retry resumes from its checkpoint."""
+
+
+class StageStopped(StageFailed):
+    """Somebody stopped the job on the Ray side; that is an answer, not an accident."""
+
+    category = Category.PREEMPTED
+    retryable = False
+
+
+EXCEPTIONS: dict[Category, type[StageFailed]] = {
+    Category.CONFIG: StageConfigFailed,
+    Category.DATA: StageDataFailed,
+    Category.NON_FINITE: StageNonFinite,
+    Category.OUT_OF_MEMORY: StageOutOfMemory,
+    Category.PREEMPTED: StagePreempted,
+    Category.LOST: StageLost,
+    Category.INFRASTRUCTURE: StageInfrastructureFailed,
+}
+
+_BY_EXIT_CODE = {code: category for category, code in EXIT_CODES.items() if category is not Category.LOST}
+
+# Ray's own reasons (`error_type` of a job) that no retry can help.
+_RAY_CONFIG_ERRORS = ("RUNTIME_ENV_SETUP_FAILURE", "JOB_ENTRYPOINT_COMMAND_START_ERROR")
+
+
+def stage_failure(failure: Failure, *, max_retries: int | None = None) -> StageFailed:
+    """Turn the job's last words (`failure.json`) into the exception of its category."""
+    exception = EXCEPTIONS[Category(failure.category)]
+    return exception(failure.message, advice=failure.advice, max_retries=max_retries)
+
+
+def job_failure(job: JobInfo, *, max_retries: int | None = None) -> StageFailed:
+    """Explain a job that failed without leaving a `failure.json`: by its exit code, else by Ray's reason."""
+    last_words = _last_lines(job.message)
+    if job.error_type in _RAY_CONFIG_ERRORS:
+        return StageConfigFailed(
+            f"Ray could not start the job ({job.error_type}): {last_words}",
+            advice="The cluster's image must hold this project and its dependencies.",
+        )
+    if job.exit_code in (-9, 137):
+        return StageInfrastructureFailed(
+            "The stage's process was killed (signal 9): the machine ran out of memory, or somebody killed it.",
+            advice="The retry resumes from the checkpoint. If it recurs: lower execution.<stage>.micro_batch_size.",
+            max_retries=max_retries,
+        )
+    if job.exit_code in (-15, 143):
+        return StagePreempted("The stage's process was terminated (signal 15).", max_retries=max_retries)
+    category = Category.INFRASTRUCTURE
+    if job.exit_code in set(ExitCode):
+        category = _BY_EXIT_CODE.get(ExitCode(job.exit_code), category)
+    reason = f"exit code {job.exit_code}" if job.exit_code is not None else job.error_type or "no reason given"
+    return EXCEPTIONS[category](f"Ray job {job.submission_id} failed ({reason}): {last_words}", max_retries=max_retries)
+
+
+def _last_lines(text: str, count: int = 5) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return "\n".join(lines[-count:]) or "the job left no message"
+
+
+@contextmanager
+def as_stage_failures(max_retries: int | None = None) -> Iterator[None]:
+    """Let only StageFailed out of a task, so that each failure has a category and reads well."""
+    try:
+        yield
+    except StageError as error:
+        raise EXCEPTIONS[error.category](error.message, advice=error.advice, max_retries=max_retries) from None
+    except RayRefusedError as error:
+        raise StageConfigFailed(str(error), advice=error.advice) from None
+    except RayUnreachableError as error:
+        raise StageInfrastructureFailed(
+            str(error), advice="A job that runs is left alone; the retry attaches to it.", max_retries=max_retries
+        ) from None
+
+
+class StageRetryPolicy(RetryPolicy):
+    """Category decides whether, `execution.<stage>.max_retries` how often, and the delay doubles each time."""
+
+    def __init__(
+        self,
+        retries: int = MAX_RETRIES,
+        *,
+        first_delay: timedelta = timedelta(seconds=5),
+        longest_delay: timedelta = timedelta(minutes=5),
+    ) -> None:
+        self.retries = retries
+        self.first_delay = first_delay
+        self.longest_delay = longest_delay
+
+    def evaluate(self, exception: BaseException, try_number: int, max_tries: int, context: Any = None) -> RetryDecision:
+        # Clearing a task raises max_tries by the tries it already used, so count from there.
+        used = max(0, try_number - 1 - max(0, max_tries - self.retries))
+        if not isinstance(exception, StageFailed):
+            limit, name = UNKNOWN_RETRIES, type(exception).__name__
+        elif not exception.retryable:
+            return RetryDecision.fail(f"{exception.category}: a retry cannot help")
+        else:
+            limit = self.retries if exception.max_retries is None else exception.max_retries
+            name = exception.category.value
+        if used >= limit:
+            return RetryDecision.fail(f"{name}: failed {used + 1} times, {limit} retries are allowed")
+        delay = min(self.first_delay * 2**used, self.longest_delay)
+        return RetryDecision.retry(delay, f"{name}: retry {used + 1} of {limit}")
+
+    def serialize(self) -> dict[str, Any]:
+        return {"__type": "operators.failures.StageRetryPolicy", "retries": self.retries}

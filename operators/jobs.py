@@ -1,0 +1,185 @@
+"""The Ray Jobs API as data, shared by the synchronous hook and the asynchronous client: endpoint, job, errors."""
+
+import json
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+from urllib.parse import quote
+
+DEFAULT_PORT = 8265
+
+
+class RayUnreachableError(Exception):
+    """No usable answer: the head is down, restarting, or behind a broken network. Waiting may help."""
+
+
+class RayRefusedError(Exception):
+    """Ray understood and said no: wrong token, wrong request. Waiting does not help."""
+
+    def __init__(self, message: str, *, advice: str = "") -> None:
+        super().__init__(message)
+        self.advice = advice
+
+
+class JobExistsError(Exception):
+    """The submission id is taken: an earlier POST arrived, although its answer did not."""
+
+
+class JobStatus(StrEnum):
+    """Status of a Ray job, and what a watcher can find instead of one."""
+
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    STOPPED = "STOPPED"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    LOST = "LOST"
+    """The cluster does not know the job."""
+    UNREACHABLE = "UNREACHABLE"
+    """The cluster did not answer for longer than allowed."""
+
+    @property
+    def is_active(self) -> bool:
+        return self in (JobStatus.PENDING, JobStatus.RUNNING)
+
+
+@dataclass(frozen=True)
+class JobInfo:
+    """What the status endpoint says about a job."""
+
+    submission_id: str
+    status: JobStatus
+    message: str = ""
+    error_type: str | None = None
+    exit_code: int | None = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "JobInfo":
+        return cls(
+            submission_id=data.get("submission_id") or data.get("job_id") or "",
+            status=JobStatus(data["status"]),
+            message=data.get("message") or "",
+            error_type=data.get("error_type"),
+            exit_code=data.get("driver_exit_code"),
+        )
+
+
+class ConnectionLike(Protocol):
+    """The parts of an Airflow connection that are read here."""
+
+    conn_id: str
+    host: str | None
+    port: int | None
+    schema: str | None
+    password: str | None
+
+    @property
+    def extra_dejson(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class RayEndpoint:
+    """Where a Ray head is and how to speak to it. Headers carry the token: they are neither shown nor logged."""
+
+    base_url: str
+    dashboard_url: str
+    headers: dict[str, str] = field(repr=False)
+    verify: bool = True
+    ca_path: str = ""
+    timeout_seconds: float = 15.0
+
+    @classmethod
+    def from_connection(cls, connection: ConnectionLike) -> "RayEndpoint":
+        """Read a connection of type `ray_jobs`; raises RayRefusedError that names the connection and the field."""
+        extra = connection.extra_dejson
+        if not connection.host:
+            raise RayRefusedError(
+                f"connection {connection.conn_id!r} has no host",
+                advice="Set it to the address of the Ray head, such as ray-head.example.org.",
+            )
+        base_url = _base_url(connection)
+        headers = {str(name): str(value) for name, value in _headers(connection, extra).items()}
+        if connection.password:
+            headers["Authorization"] = f"Bearer {connection.password}"
+        return cls(
+            base_url=base_url,
+            dashboard_url=str(extra.get("dashboard_url") or base_url).rstrip("/"),
+            headers=headers,
+            verify=bool(extra.get("verify", True)),
+            ca_path=str(extra.get("ca_path") or ""),
+            timeout_seconds=float(extra.get("timeout_seconds") or 15.0),
+        )
+
+    def url(self, path: str) -> str:
+        return f"{self.base_url}{path}"
+
+    def job_page(self, submission_id: str) -> str:
+        """Page of the job in Ray's dashboard."""
+        return f"{self.dashboard_url}/#/jobs/{quote(submission_id)}"
+
+    def ssl_context(self) -> ssl.SSLContext | bool:
+        """What HTTP clients take for TLS: True = the system's authorities, False = no verification."""
+        if self.verify and self.ca_path:
+            return ssl.create_default_context(cafile=self.ca_path)
+        return self.verify
+
+
+def _base_url(connection: ConnectionLike) -> str:
+    host = (connection.host or "").rstrip("/")
+    if "://" in host:
+        return host
+    return f"{connection.schema or 'http'}://{host}:{connection.port or DEFAULT_PORT}"
+
+
+def _headers(connection: ConnectionLike, extra: Mapping[str, Any]) -> Mapping[str, Any]:
+    headers = extra.get("headers") or {}
+    if isinstance(headers, str):
+        try:
+            headers = json.loads(headers)
+        except ValueError:
+            headers = None
+    if not isinstance(headers, Mapping):
+        raise RayRefusedError(
+            f"connection {connection.conn_id!r}: extra field headers is not a JSON object",
+            advice='Write it as {"Header-Name": "value"}.',
+        )
+    return headers
+
+
+def submission_body(
+    *, submission_id: str, entrypoint: str, metadata: Mapping[str, str], num_cpus: float, env_vars: Mapping[str, str]
+) -> dict[str, Any]:
+    """The JSON of POST /api/jobs/.
+
+    `entrypoint_num_cpus` is left out at 0: then the job's own process starts on the head at once, instead of
+    waiting for a resource lease. An empty runtime environment is left out too: jobs with one share no warm workers.
+    """
+    body: dict[str, Any] = {"submission_id": submission_id, "entrypoint": entrypoint, "metadata": dict(metadata)}
+    if num_cpus:
+        body["entrypoint_num_cpus"] = num_cpus
+    if env_vars:
+        body["runtime_env"] = {"env_vars": dict(env_vars)}
+    return body
+
+
+def check_answer(status: int, text: str, *, what: str) -> None:
+    """Raise for every HTTP status that is not a success; 404 is the caller's to interpret."""
+    if status < 400:
+        return
+    if status in (401, 403):
+        raise RayRefusedError(
+            f"Ray refused to {what}: HTTP {status}, the token is missing or wrong.",
+            advice="Put the cluster's token in the password of the ray_jobs connection.",
+        )
+    if "already exists" in text:
+        raise JobExistsError(what)
+    if 400 <= status < 500 and status not in (404, 408, 429):
+        raise RayRefusedError(f"Ray refused to {what}: HTTP {status}: {_shorten(text)}")
+    raise RayUnreachableError(f"Ray could not {what}: HTTP {status}: {_shorten(text)}")
+
+
+def _shorten(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return (lines[-1] if lines else "no text")[:500]

@@ -1,0 +1,61 @@
+"""Buttons on the task's page. Each is an XCom that the operator or its trigger writes as soon as the address is known.
+
+Airflow asks every link for its address once more when the task's process ends and writes the answer over that XCom.
+So the operator remembers in `link_addresses` what was written, also across a deferral, and the links answer from there.
+"""
+
+from typing import Any
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from airflow.sdk import BaseOperatorLink
+
+
+class _KnownLink(BaseOperatorLink):
+    """A link whose address the operator has found out."""
+
+    @property
+    def xcom_key(self) -> str:
+        return f"_link_{type(self).__name__}"
+
+    def get_link(self, operator: Any, *, ti_key: Any) -> str:
+        return operator.link_addresses.get(self.xcom_key, "")
+
+
+class RayJobLink(_KnownLink):
+    """The job in Ray's dashboard."""
+
+    name = "Ray job"  # pyright: ignore[reportAssignmentType]
+
+
+class MlflowRunLink(_KnownLink):
+    """The stage's run in MLflow."""
+
+    name = "MLflow run"  # pyright: ignore[reportAssignmentType]
+
+
+class ArtifactLink(_KnownLink):
+    """The stage's output in the object store."""
+
+    name = "Artifact"  # pyright: ignore[reportAssignmentType]
+
+
+class ReportLink(_KnownLink):
+    """The run's report, an artifact of the MLflow parent run."""
+
+    name = "Report"  # pyright: ignore[reportAssignmentType]
+
+
+def mlflow_run_page(tracking_uri: str, run_id: str, experiment_id: str | None = None) -> str:
+    """Page of an MLflow run; a user name or password in the tracking URI does not get into the link."""
+    base = without_credentials(tracking_uri)
+    place = f"experiments/{quote(experiment_id)}/runs" if experiment_id else "runs"
+    return f"{base}/#/{place}/{quote(run_id)}"
+
+
+def mlflow_artifact_page(tracking_uri: str, run_id: str, path: str, experiment_id: str | None = None) -> str:
+    return f"{mlflow_run_page(tracking_uri, run_id, experiment_id)}/artifacts/{quote(path)}"
+
+
+def without_credentials(uri: str) -> str:
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")

@@ -1,0 +1,125 @@
+"""A job's log on its way into the task log: each line once, without colours, with progress made readable.
+
+Ray's tail always starts at the first byte, so after a reconnect the lines already shown are skipped by counting.
+"""
+
+import json
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+PROGRESS = "ATHANOR_PROGRESS "
+MLFLOW_RUN = "ATHANOR_MLFLOW_RUN "
+MAX_LINE = 4000
+
+_ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+_SHOWN_ALREADY = {"stage", "done", "total", "unit", "rate", "rate_unit", "eta_seconds"}
+
+
+class LogRelay:
+    """Feed it pieces of the log; it hands complete lines to `show`.
+
+    `seen` counts the lines taken so far, hidden ones too; give it back as `skip` to go on after a restart.
+    """
+
+    def __init__(
+        self,
+        show: Callable[[str], None],
+        *,
+        skip: int = 0,
+        progress_seconds: float = 10.0,
+        on_mlflow_run: Callable[[dict[str, Any]], None] = lambda run: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.seen = skip
+        self.mlflow_run: dict[str, Any] | None = None
+        self.progress: dict[str, Any] | None = None
+        self._show = show
+        self._on_mlflow_run = on_mlflow_run
+        self._progress_seconds = progress_seconds
+        self._progress_shown_at = float("-inf")
+        self._clock = clock
+        self._position = 0
+        self._partial = ""
+
+    def restart(self) -> None:
+        """The log begins anew at its first byte."""
+        self._position, self._partial = 0, ""
+
+    def feed(self, text: str) -> None:
+        *lines, self._partial = (self._partial + text).split("\n")
+        for line in lines:
+            self._take(line)
+
+    def finish(self, whole: str) -> None:
+        """Take what is still missing from the complete log, the last line included even when it has no end."""
+        self.restart()
+        self.feed(whole if whole.endswith("\n") or not whole else f"{whole}\n")
+
+    def _take(self, line: str) -> None:
+        self._position += 1
+        if self._position <= self.seen:
+            return
+        self.seen = self._position
+        line = _ANSI.sub("", line).rstrip("\r").rsplit("\r", 1)[-1]
+        if PROGRESS in line:
+            self._take_progress(line)
+        elif MLFLOW_RUN in line:
+            self._take_mlflow_run(line)
+        elif len(line) > MAX_LINE:
+            self._show(f"{line[:MAX_LINE]} … ({len(line) - MAX_LINE} more characters)")
+        else:
+            self._show(line)
+
+    def _take_progress(self, line: str) -> None:
+        progress = _json_after(PROGRESS, line)
+        if progress is None or not {"done", "total"} <= progress.keys():
+            self._show(line[:MAX_LINE])
+            return
+        self.progress = progress
+        now, finished = self._clock(), progress["done"] >= progress["total"]
+        if finished or now - self._progress_shown_at >= self._progress_seconds:
+            self._progress_shown_at = now
+            self._show(readable_progress(progress))
+
+    def _take_mlflow_run(self, line: str) -> None:
+        run = _json_after(MLFLOW_RUN, line)
+        if run is None or "run_id" not in run:
+            self._show(line[:MAX_LINE])
+            return
+        self.mlflow_run = run
+        self._on_mlflow_run(run)
+
+
+def readable_progress(progress: dict[str, Any]) -> str:
+    """`pretrain 120/500 steps (24 %), 7800 tokens/s, 1 min 3 s left, loss 4.2`."""
+    done, total = progress["done"], progress["total"]
+    percent = f" ({100 * done / total:.0f} %)" if total else ""
+    parts = [f"{progress.get('stage', 'progress')} {done:g}/{total:g} {progress.get('unit', 'step')}s{percent}"]
+    if progress.get("rate"):
+        parts.append(f"{progress['rate']:.4g} {progress.get('rate_unit', '')}".rstrip())
+    if progress.get("eta_seconds") and done < total:
+        parts.append(f"{readable_seconds(progress['eta_seconds'])} left")
+    parts.extend(f"{name} {_short(value)}" for name, value in progress.items() if name not in _SHOWN_ALREADY)
+    return ", ".join(parts)
+
+
+def readable_seconds(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _json_after(marker: str, line: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line.split(marker, 1)[1])
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None

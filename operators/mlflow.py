@@ -1,0 +1,158 @@
+"""The MLflow parent run of a pipeline run, over plain REST: opened by `resolve`, ended by the last task.
+
+MLflow being away never stops a pipeline: it is a warning, and the first stage that reaches MLflow makes the parent.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from stages.config.request import RunInfo
+
+logger = logging.getLogger(__name__)
+
+_TIMEOUT_SECONDS = 10.0
+RUN_TAG = "athanor.run_id"
+_STAGE_TAG = "lineage.stage"
+"""Child runs have it, the parent run has not."""
+
+
+class MlflowUnavailableError(Exception):
+    """MLflow gave no usable answer."""
+
+
+def open_parent_run(run: RunInfo) -> str | None:
+    """Find or create the parent run, set it RUNNING and return its id; None when MLflow is away or not configured."""
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not tracking_uri.startswith(("http://", "https://")):
+        logger.warning("MLFLOW_TRACKING_URI=%r is not an HTTP address: no MLflow parent run.", tracking_uri)
+        return None
+    try:
+        with MlflowServer(tracking_uri) as server:
+            return server.open_parent_run(run)
+    except MlflowUnavailableError as error:
+        logger.warning("No MLflow parent run yet: %s", error)
+        return None
+
+
+def end_parent_run(run: RunInfo, *, succeeded: bool) -> None:
+    """Put the parent run into a terminal status; warns when MLflow is away."""
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not tracking_uri.startswith(("http://", "https://")):
+        return
+    status = "FINISHED" if succeeded else "FAILED"
+    try:
+        with MlflowServer(tracking_uri) as server:
+            run_id = run.parent_run_id or server.find_parent_run(run)
+            if run_id is not None:
+                server.update_run(run_id, status)
+                logger.info("MLflow run %s: %s", run_id, status)
+    except MlflowUnavailableError as error:
+        logger.warning("The MLflow parent run was not ended as %s: %s", status, error)
+
+
+class MlflowServer:
+    """The handful of REST calls that are needed; use it as a context manager."""
+
+    def __init__(self, tracking_uri: str) -> None:
+        import httpx
+
+        self._http = httpx.Client(
+            base_url=tracking_uri.rstrip("/"), timeout=_TIMEOUT_SECONDS, headers=_token(), auth=_login()
+        )
+
+    def __enter__(self) -> "MlflowServer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._http.close()
+
+    def open_parent_run(self, run: RunInfo) -> str:
+        experiment_id = self._experiment(run.experiment)
+        run_id = self._search(experiment_id, run)
+        if run_id is not None:
+            self.update_run(run_id, "RUNNING")
+            return run_id
+        tags = {
+            RUN_TAG: run.run_id,
+            "mlflow.runName": run.name,
+            "airflow.dag_id": run.dag_id,
+            "airflow.run_id": run.airflow_run_id,
+            "airflow.url": run.airflow_url,
+        }
+        body = {
+            "experiment_id": experiment_id,
+            "run_name": run.name,
+            "start_time": _now_ms(),
+            "tags": [{"key": key, "value": value} for key, value in tags.items() if value],
+        }
+        return self._call("POST", "runs/create", body)["run"]["info"]["run_id"]
+
+    def find_parent_run(self, run: RunInfo) -> str | None:
+        found = self._call("GET", "experiments/get-by-name", {"experiment_name": run.experiment}, absent_ok=True)
+        return None if found is None else self._search(found["experiment"]["experiment_id"], run)
+
+    def update_run(self, run_id: str, status: str) -> None:
+        body: dict[str, Any] = {"run_id": run_id, "status": status}
+        if status != "RUNNING":
+            body["end_time"] = _now_ms()
+        self._call("POST", "runs/update", body)
+
+    def _experiment(self, name: str) -> str:
+        query = {"experiment_name": name}
+        found = self._call("GET", "experiments/get-by-name", query, absent_ok=True)
+        if found is None:
+            created = self._call("POST", "experiments/create", {"name": name}, exists_ok=True)
+            if created is not None:
+                return created["experiment_id"]
+            found = self._call("GET", "experiments/get-by-name", query)
+        return found["experiment"]["experiment_id"]
+
+    def _search(self, experiment_id: str, run: RunInfo) -> str | None:
+        body = {
+            "experiment_ids": [experiment_id],
+            "filter": f"tags.`{RUN_TAG}` = '{run.run_id}'",
+            "max_results": 100,
+        }
+        for found in self._call("POST", "runs/search", body).get("runs", ()):
+            tags = {tag["key"] for tag in found["data"].get("tags", ())}
+            if _STAGE_TAG not in tags:
+                return found["info"]["run_id"]
+        return None
+
+    def _call(
+        self, method: str, path: str, values: Mapping[str, Any], *, absent_ok: bool = False, exists_ok: bool = False
+    ) -> Any:
+        import httpx
+
+        where = f"/api/2.0/mlflow/{path}"
+        try:
+            if method == "GET":
+                answer = self._http.get(where, params=dict(values))
+            else:
+                answer = self._http.post(where, json=dict(values))
+        except httpx.HTTPError as error:
+            raise MlflowUnavailableError(f"MLflow {path}: {type(error).__name__}: {error}") from None
+        if absent_ok and answer.status_code == 404:
+            return None
+        if exists_ok and "RESOURCE_ALREADY_EXISTS" in answer.text:
+            return None
+        if answer.status_code >= 400:
+            raise MlflowUnavailableError(f"MLflow {path}: HTTP {answer.status_code}: {answer.text[:300]}")
+        return answer.json()
+
+
+def _token() -> dict[str, str]:
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _login() -> tuple[str, str] | None:
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    return (user, os.environ.get("MLFLOW_TRACKING_PASSWORD", "")) if user else None
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

@@ -1,0 +1,89 @@
+"""What a stage needs before its Ray job: the run's configuration, its request, its artifact if that exists."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from stages.artifacts import artifact_uri, discard, find_manifest, fingerprint, run_key, verify
+from stages.config.errors import ConfigError, DamagedArtifactError
+from stages.config.graph import GRAPH, Stage, selected_stages
+from stages.config.pipeline import PipelineConfig, stage_config_from_json
+from stages.config.request import ArtifactRef, RunInfo, StageRequest, StageResult
+from stages.store import Store, write_json
+
+logger = logging.getLogger(__name__)
+
+
+def pipeline_key(run_id: str) -> str:
+    return f"runs/{run_id}/pipeline.json"
+
+
+def load_config(store: Store, run: RunInfo) -> PipelineConfig:
+    """Read what `resolve` stored for this run."""
+    key = pipeline_key(run.run_id)
+    try:
+        return PipelineConfig.model_validate_json(store.read_bytes(key))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{store.root_uri}/{key} does not exist", advice="Clear the task `resolve`; it writes the file."
+        ) from None
+
+
+def selection(config: PipelineConfig) -> frozenset[Stage]:
+    """Return the stages that this run executes."""
+    return selected_stages(
+        alignment=config.alignment, last_stage=config.last_stage, has_base_model=bool(config.base_model)
+    )
+
+
+def input_stages(stage: Stage, config: PipelineConfig) -> dict[str, Stage]:
+    """Return role -> stage for the inputs that this run produces."""
+    selected = selection(config)
+    return {role: source for role, source in GRAPH[stage].inputs if source in selected}
+
+
+def build_request(
+    stage: Stage, *, run: RunInfo, store: Store, config: PipelineConfig, upstream: Mapping[Stage, Any]
+) -> StageRequest:
+    """Put the request together; `upstream` holds what the tasks of the input stages returned."""
+    inputs = {}
+    for role, source in input_stages(stage, config).items():
+        if upstream.get(source) is None:
+            raise ConfigError(
+                f"{stage.value} needs {role!r} from task {source.value!r}, which left no artifact",
+                advice=f"Clear {source.value!r} together with its downstream tasks.",
+            )
+        inputs[role] = ArtifactRef.model_validate(upstream[source])
+    return StageRequest(
+        stage=stage,
+        run=run,
+        store_uri=store.root_uri,
+        config=config.stage_config(stage).model_dump(mode="json"),
+        execution=config.stage_execution(stage),
+        inputs=inputs,
+        sources=config.stage_sources(stage),
+    )
+
+
+def find_hit(store: Store, request: StageRequest) -> StageResult | None:
+    """Return the artifact if it exists and is whole; a damaged one is named, discarded, and built again.
+
+    With outside sources only the job can know, because their identity is established where the data is: None.
+    """
+    if request.sources:
+        return None
+    stage = request.stage
+    identity = fingerprint(stage, stage_config_from_json(stage, request.config), inputs=request.inputs)
+    manifest = find_manifest(store, GRAPH[stage].kind, identity)
+    if manifest is None:
+        return None
+    try:
+        verify(store, manifest)
+    except DamagedArtifactError as error:
+        logger.warning("Damaged artifact: %s %s", error.message, error.advice)
+        discard(store, manifest)
+        return None
+    ref = manifest.ref(artifact_uri(store, manifest.kind, identity))
+    result = StageResult(stage=stage, hit=True, artifact=ref, metrics=manifest.metrics)
+    write_json(store, run_key(request.run.run_id, stage, "result.json"), result.model_dump(mode="json"))
+    return result

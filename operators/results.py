@@ -1,0 +1,58 @@
+"""What a Ray job left behind, as the operator understands it: its result, or why there is none."""
+
+from operators.failures import (
+    StageFailed,
+    StageInfrastructureFailed,
+    StageLost,
+    StageStopped,
+    job_failure,
+    stage_failure,
+)
+from operators.jobs import JobStatus
+from operators.watch import Outcome
+from stages.artifacts import run_key
+from stages.config.graph import Stage
+from stages.config.request import Failure, RunInfo, StageResult
+from stages.store import Store
+
+
+def read_result(stage: Stage, *, run: RunInfo, store: Store, outcome: Outcome, max_retries: int | None) -> StageResult:
+    """Read `result.json` of a job that succeeded."""
+    key = run_key(run.run_id, stage, "result.json")
+    try:
+        return StageResult.model_validate_json(store.read_bytes(key))
+    except FileNotFoundError:
+        raise StageInfrastructureFailed(
+            f"Ray job {outcome.submission_id} succeeded, but {store.root_uri}/{key} does not exist.",
+            advice="Check that Airflow and the Ray cluster see the same ARTIFACT_STORE.",
+            max_retries=max_retries,
+        ) from None
+
+
+def explain_failure(
+    stage: Stage, *, run: RunInfo, store: Store, outcome: Outcome, max_retries: int | None
+) -> StageFailed:
+    """Return the exception for a job that did not succeed; the job's own last words come first."""
+    match JobStatus(outcome.status):
+        case JobStatus.UNREACHABLE:
+            return StageInfrastructureFailed(
+                f"Ray did not answer: {outcome.message}.",
+                advice="The job was left alone; the retry attaches to it if it still runs.",
+                max_retries=max_retries,
+            )
+        case JobStatus.STOPPED:
+            return StageStopped(
+                f"Ray job {outcome.submission_id} was stopped by somebody.",
+                advice="Clear the task to start it again from its last checkpoint.",
+            )
+        case JobStatus.LOST:
+            return StageLost(
+                f"Ray job {outcome.submission_id} is lost: {outcome.message} (was the head restarted?).",
+                advice="The retry resumes from the last checkpoint.",
+                max_retries=max_retries,
+            )
+        case _:
+            key = run_key(run.run_id, stage, "failure.json")
+            if store.exists(key):
+                return stage_failure(Failure.model_validate_json(store.read_bytes(key)), max_retries=max_retries)
+            return job_failure(outcome.job, max_retries=max_retries)

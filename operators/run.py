@@ -1,0 +1,65 @@
+"""Beginning and end of a pipeline run: from the form to a stored configuration, and MLflow's parent run."""
+
+import logging
+import os
+import re
+from typing import Any
+
+from operators.failures import as_stage_failures
+from operators.form import form_values
+from operators.mlflow import end_parent_run, open_parent_run
+from stages.config.request import RunInfo
+
+logger = logging.getLogger(__name__)
+
+_FAILED = ("failed", "upstream_failed")
+
+
+def safe_run_id(airflow_run_id: str) -> str:
+    """The key under `runs/`: everything outside [A-Za-z0-9_.-] replaced by `-`."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", airflow_run_id)
+
+
+def start_run(context: Any) -> dict[str, Any]:
+    """Validate the trigger form, store the PipelineConfig, open the MLflow parent run; return the RunInfo as JSON.
+
+    Raises StageConfigFailed, which is never retried, naming field, value and what is allowed.
+    """
+    from operators.prepare import pipeline_key
+    from stages.config.resolve import resolve
+    from stages.store import open_store
+
+    ti = context["ti"]
+    with as_stage_failures():
+        config = resolve(form_values(context["params"]))
+        store = open_store(os.environ.get("ARTIFACT_STORE", ""))
+        run_id = safe_run_id(ti.run_id)
+        store.write_bytes(pipeline_key(run_id), config.model_dump_json(indent=1).encode())
+    run = RunInfo(
+        run_id=run_id,
+        name=config.run_name,
+        dag_id=ti.dag_id,
+        airflow_run_id=ti.run_id,
+        airflow_url=ti.log_url.split("/tasks/")[0],
+        experiment=config.experiment,
+    )
+    run = run.model_copy(update={"parent_run_id": open_parent_run(run)})
+    logger.info(
+        "Run %s: recipe %s, alignment %s, until %s.", run_id, config.recipe, config.alignment, config.last_stage
+    )
+    return run.model_dump(mode="json")
+
+
+def finish_run(context: Any, *, resolve_task_id: str = "resolve") -> str:
+    """End the MLflow parent run: FAILED when a task of the run failed, else FINISHED. Returns the status."""
+    ti = context["ti"]
+    value = ti.xcom_pull(task_ids=resolve_task_id)
+    if value is None:
+        logger.info("The run never started; nothing to end.")
+        return "NOT STARTED"
+    states = ti.get_task_states(dag_id=ti.dag_id, run_ids=[ti.run_id]).get(ti.run_id, {})
+    failed = sorted(task_id for task_id, state in states.items() if str(state) in _FAILED)
+    if failed:
+        logger.info("Failed tasks: %s", ", ".join(failed))
+    end_parent_run(RunInfo.model_validate(value), succeeded=not failed)
+    return "FAILED" if failed else "FINISHED"
