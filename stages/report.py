@@ -1,0 +1,31 @@
+"""`report`: one HTML page that tells the run's story and needs nothing but itself; also on the MLflow pipeline run."""
+
+from stages.config.closing import ReportConfig
+from stages.context import StageContext, StageOutcome
+from stages.lineage import to_json, to_markdown, to_svg
+from stages.reporting.page import render_page
+from stages.reporting.story import read_story
+
+
+def run(context: StageContext) -> StageOutcome:
+    """Write report.html and the lineage graph as SVG, JSON and Markdown."""
+    config = context.config
+    if not isinstance(config, ReportConfig):
+        raise AssertionError(f"report got a {type(config).__name__}")
+    story = read_story(context.inputs, context.run, title=config.title, max_samples=config.max_samples)
+    context.progress(1, 2, unit="part", phase="read")
+    written = {"report.html": render_page(story)}
+    if story.lineage:
+        written |= {
+            "lineage.svg": to_svg(story.lineage),
+            "lineage.json": to_json(story.lineage),
+            "lineage.md": to_markdown(story.lineage),
+        }
+    for name, text in written.items():
+        path = context.output_dir / name
+        path.write_text(text, encoding="utf-8")
+        context.tracker.log_artifact(
+            path, name if name == "report.html" else name.replace("lineage.", "lineage/run."), parent=True
+        )
+    context.progress(2, 2, unit="part", phase="written")
+    return StageOutcome(metrics={"report/bytes": float(len(written["report.html"].encode()))})

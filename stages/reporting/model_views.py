@@ -1,0 +1,259 @@
+"""What the report says about models: headline facts, learning curves, evaluation, PPO against DPO, samples."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from stages.config.request import Manifest
+from stages.reporting.line_plot import Series, line_plot, number
+from stages.reporting.story import MODEL_ROLES, Story
+from stages.reporting.tables import Cell, Table, best_of, bytes_text, duration_text, num, shown, text
+
+NAMES = {"base": "Base", "sft": "SFT", "reward": "Reward model", "ppo": "PPO", "dpo": "DPO"}
+
+_EVALUATION_COLUMNS = (
+    ("eval/perplexity", "perplexity", False),
+    ("eval/bits_per_byte", "bits per byte", False),
+    ("eval/response_loss", "response loss", False),
+    ("eval/preference_accuracy", "preference accuracy", True),
+    ("eval/score_mean", "mean reward score", True),
+    ("eval/win_rate", "win rate vs SFT", True),
+    ("eval/kl", "KL to SFT (nats)", None),
+)
+"""Key, heading, and whether higher is better (None: neither)."""
+
+_PLOTS: dict[str, tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = {
+    "base": (("Loss", (("train/loss", "training"), ("eval/loss", "held-out"))),),
+    "sft": (("Loss", (("train/loss", "training"), ("eval/loss", "held-out"))),),
+    "reward": (
+        ("Loss", (("train/loss", "training"), ("eval/loss", "held-out"))),
+        ("Accuracy", (("train/accuracy", "training"), ("reward/accuracy", "pairs ranked right"))),
+    ),
+    "ppo": (
+        ("Reward", (("ppo/score", "score"), ("ppo/reward", "score after KL penalty"))),
+        ("KL to the SFT model (nats a response)", (("ppo/kl", "KL"),)),
+        ("Loss", (("train/loss", "policy and value"), ("ppo/value_loss", "value"))),
+        ("Response length (tokens)", (("ppo/response_length", "length"),)),
+    ),
+    "dpo": (
+        ("Loss", (("train/loss", "training"), ("eval/loss", "held-out"))),
+        ("Accuracy", (("dpo/accuracy", "pairs ranked right"),)),
+        ("Margin", (("dpo/margin", "chosen above rejected"),)),
+        ("KL to the SFT model", (("dpo/kl", "KL"),)),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One card at the top."""
+
+    label: str
+    value: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure with its legend (name, colour number)."""
+
+    title: str
+    svg: str
+    legend: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """All figures of one model."""
+
+    name: str
+    steps: int
+    plots: tuple[Plot, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model said."""
+
+    model: str
+    response: str
+    score: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and all answers to it."""
+
+    prompt: str
+    answers: tuple[Answer, ...]
+
+
+def facts(story: Story) -> list[Fact]:
+    """The handful of numbers that say whether anything was learned."""
+    found = [_base_fact(story), _sft_fact(story), _reward_fact(story), *_aligned_facts(story)]
+    return [fact for fact in found if fact]
+
+
+def _base_fact(story: Story) -> Fact | None:
+    value, unigram = story.metrics_of("base").get("eval/perplexity"), story.evaluation.get("unigram_perplexity")
+    if value is None:
+        return None
+    detail = (
+        f"unigram model {number(unigram)}: {number(unigram / value, 2)} times higher" if unigram else "held-out text"
+    )
+    return Fact("Base perplexity", number(value), detail)
+
+
+def _sft_fact(story: Story) -> Fact | None:
+    base, sft = (story.metrics_of(role).get("eval/response_loss") for role in ("base", "sft"))
+    if sft is None:
+        return None
+    detail = f"{(sft - base) / base:+.0%} against base ({number(base)})" if base else "held-out answers"
+    return Fact("SFT response loss", number(sft), detail)
+
+
+def _reward_fact(story: Story) -> Fact | None:
+    reward = story.evaluation.get("reward") or {}
+    if "reward/accuracy" not in reward:
+        return None
+    margin = f"margin {number(reward['reward/margin'])}, " if "reward/margin" in reward else ""
+    return Fact("Reward accuracy", f"{reward['reward/accuracy']:.0%}", f"{margin}held-out pairs")
+
+
+def _aligned_facts(story: Story) -> list[Fact]:
+    found = []
+    for role in ("ppo", "dpo"):
+        metrics = story.metrics_of(role)
+        if "eval/win_rate" not in metrics:
+            continue
+        gain = score_gain(story, role)
+        detail = f"score {gain:+.2f} SD over SFT" if gain is not None else "against SFT"
+        if "eval/kl" in metrics:
+            detail += f", KL {number(metrics['eval/kl'])} nats"
+        found.append(Fact(f"{NAMES[role]} win rate", f"{metrics['eval/win_rate']:.0%}", detail))
+    return found
+
+
+def score_gain(story: Story, role: str) -> float | None:
+    """Mean score above SFT in standard deviations of the SFT scores."""
+    sft, metrics = story.metrics_of("sft"), story.metrics_of(role)
+    if not {"eval/score_mean", "eval/score_std"} <= sft.keys() or "eval/score_mean" not in metrics:
+        return None
+    if not sft["eval/score_std"]:
+        return None
+    return (metrics["eval/score_mean"] - sft["eval/score_mean"]) / sft["eval/score_std"]
+
+
+def curves(story: Story) -> list[Curves]:
+    """Figures for every model with a history."""
+    found = []
+    for role in MODEL_ROLES:
+        history = story.histories.get(role) or []
+        plots = [
+            plot for title, keys in _PLOTS[role] if (plot := _plot(f"{NAMES[role]} {title}", title, keys, history))
+        ]
+        if plots:
+            found.append(Curves(NAMES[role], int(history[-1]["step"]), tuple(plots)))
+    return found
+
+
+def _plot(label: str, title: str, keys: tuple[tuple[str, str], ...], history: list[dict[str, Any]]) -> Plot | None:
+    series = []
+    for colour, (key, name) in enumerate(keys, start=1):
+        points = tuple((float(row["step"]), float(row[key])) for row in history if row.get(key) is not None)
+        if points:
+            series.append(Series(name, points, colour))
+    svg = line_plot(series, label=label)
+    return Plot(title, svg, tuple((one.name, one.colour) for one in series)) if svg else None
+
+
+def evaluation_table(story: Story) -> Table | None:
+    """All models on the same held-out data."""
+    models = [role for role in ("base", "sft", "ppo", "dpo") if story.metrics_of(role)]
+    if not models:
+        return None
+    columns = [column for column in _EVALUATION_COLUMNS if any(column[0] in story.metrics_of(role) for role in models)]
+    rows = []
+    for role in models:
+        cells = [text(NAMES[role])]
+        for key, _, higher in columns:
+            value = story.metrics_of(role).get(key)
+            others = [story.metrics_of(other).get(key) for other in models]
+            best = best_of(others, higher=higher) if higher is not None else None
+            cells.append(num(value, best=value is not None and value == best))
+        rows.append(tuple(cells))
+    unigram = story.evaluation.get("unigram_perplexity")
+    if unigram is not None:
+        blank = [Cell("") for _ in columns]
+        for position, (key, _, _) in enumerate(columns):
+            if key == "eval/perplexity":
+                blank[position] = num(unigram)
+        rows.append((text("Unigram model"), *blank))
+    prompts = (story.evaluation.get("data") or {}).get("num_prompts")
+    note = f"Scores and win rates on {prompts} held-out prompts." if prompts else ""
+    return Table("Evaluation on held-out data", ("model", *(head for _, head, _ in columns)), tuple(rows), note)
+
+
+def reward_table(story: Story) -> Table | None:
+    """Accuracy of the reward model, by kind of pair."""
+    reward = story.evaluation.get("reward") or {}
+    if not reward:
+        return None
+    rows = tuple(
+        (text(key.removeprefix("reward/").replace("_", " ")), num(value)) for key, value in sorted(reward.items())
+    )
+    return Table("Reward model on held-out pairs", ("measure", "value"), rows)
+
+
+def alignment_table(story: Story) -> Table | None:
+    """DPO against PPO: what they cost and what they reached; None unless the run has both."""
+    if not {"ppo", "dpo"} <= story.manifests.keys():
+        return None
+    roles = ("dpo", "ppo")
+    manifests = {role: story.manifests[role] for role in roles}
+    rows: list[tuple[Cell, ...]] = [
+        (text(label), *(shown(spell(manifests[role])) for role in roles))
+        for label, spell in (
+            ("peak memory", lambda manifest: bytes_text(manifest.cost.peak_memory_bytes)),
+            ("wall time", lambda manifest: duration_text(manifest.cost.wall_seconds)),
+            ("CPU time", lambda manifest: duration_text(manifest.cost.cpu_seconds)),
+            ("optimizer steps", _steps),
+            ("learning rate", lambda manifest: number((manifest.config.get("optimizer") or {}).get("learning_rate"))),
+        )
+    ]
+    for key, label, higher in (*_EVALUATION_COLUMNS[3:], _EVALUATION_COLUMNS[0]):
+        values = [story.metrics_of(role).get(key) for role in roles]
+        if any(value is not None for value in values):
+            best = best_of(values, higher=higher) if higher is not None else None
+            rows.append((text(label), *(num(value, best=value is not None and value == best) for value in values)))
+    gains = [score_gain(story, role) for role in roles]
+    if any(gain is not None for gain in gains):
+        rows.append((text("score over SFT (SD)"), *(num(gain) for gain in gains)))
+    return Table(
+        "DPO against PPO",
+        ("", "DPO", "PPO"),
+        tuple(rows),
+        "Memory is the peak of the stage's job; PPO holds policy, value function, reference and reward model, DPO "
+        "policy and reference. PPO learns from the reward model, DPO from its training pairs.",
+    )
+
+
+def _steps(manifest: Manifest) -> str:
+    return number(manifest.ledger.get("steps"))
+
+
+def samples(story: Story) -> list[Sample]:
+    """The same prompts answered by every model; texts are untrusted and escaped by the template."""
+    return [
+        Sample(
+            prompt=str(row.get("prompt", "")),
+            answers=tuple(
+                Answer(
+                    NAMES.get(role) or str(role),
+                    str(response),
+                    number(score) if (score := (row.get("scores") or {}).get(role)) is not None else "",
+                )
+                for role, response in (row.get("responses") or {}).items()
+            ),
+        )
+        for row in story.samples
+    ]

@@ -1,0 +1,56 @@
+"""The report as one HTML page: jinja2 with autoescaping on, because model output and raw data are untrusted."""
+
+from importlib.resources import files
+
+from stages.artifacts import utc_now
+from stages.lineage import to_svg
+from stages.reporting import data_views, model_views
+from stages.reporting.story import Story
+
+
+def render_page(story: Story) -> str:
+    """Return the page; its own content policy forbids scripts and requests."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files("stages.reporting").joinpath("report.html.jinja").read_text("utf-8"))
+    commit = next((manifest.execution.get("git_commit", "") for manifest in story.manifests.values()), "")
+    return template.render(
+        title=story.title,
+        run=story.run,
+        made_at=utc_now(),
+        commit=commit,
+        airflow_url=story.run.airflow_url if story.run.airflow_url.startswith(("http://", "https://")) else "",
+        verdict=verdict(story),
+        promotion=story.promotion,
+        facts=model_views.facts(story),
+        curves=[
+            (group, [(plot, Markup(plot.svg)) for plot in group.plots])  # drawn by us, texts in it are escaped
+            for group in model_views.curves(story)
+        ],
+        evaluation=model_views.evaluation_table(story),
+        reward=model_views.reward_table(story),
+        alignment=model_views.alignment_table(story),
+        samples=model_views.samples(story),
+        accounts=data_views.accounts(story),
+        planted=data_views.planted_table(story),
+        tokens=data_views.tokens_table(story),
+        cost=data_views.cost_table(story),
+        registered=data_views.registered_table(story),
+        artifacts=data_views.artifacts_table(story),
+        settings=data_views.settings(story),
+        lineage=Markup(to_svg(story.lineage)) if story.lineage else "",
+    )
+
+
+def verdict(story: Story) -> str:
+    """The one sentence at the top."""
+    chosen = model_views.NAMES.get(str(story.promotion.get("chosen") or ""), "")
+    if not story.promotion:
+        return "The run ended without a promotion."
+    if not chosen:
+        return "The run has no aligned model to promote."
+    if story.promotion.get("promoted"):
+        return f"The {chosen} model is champion."
+    return f"The {chosen} model is a candidate; it did not become champion."

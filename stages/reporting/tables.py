@@ -1,0 +1,76 @@
+"""Tables of the report as plain data; the template turns them into HTML and escapes every text."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from stages.reporting.line_plot import number
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell; `share` (0 to 1) draws a bar behind the text."""
+
+    text: str
+    is_number: bool = False
+    is_best: bool = False
+    is_code: bool = False
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column heads its rows."""
+
+    caption: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+
+
+def text(value: object) -> Cell:
+    return Cell(str(value))
+
+
+def code(value: object) -> Cell:
+    return Cell(str(value), is_code=True)
+
+
+def num(value: float | None, *, best: bool = False, share: float | None = None) -> Cell:
+    return Cell(number(value), is_number=True, is_best=best, share=share)
+
+
+def shown(value: str, *, share: float | None = None) -> Cell:
+    """A number that is already spelled, with its unit."""
+    return Cell(value, is_number=True, share=share)
+
+
+def total_row(cells: Iterable[Cell]) -> tuple[Cell, ...]:
+    return tuple(Cell(cell.text, cell.is_number, is_best=True) for cell in cells)
+
+
+def best_of(values: Sequence[float | None], *, higher: bool) -> float | None:
+    """The best measured value, None when fewer than two were measured."""
+    measured = [value for value in values if value is not None]
+    if len(measured) < 2:
+        return None
+    return max(measured) if higher else min(measured)
+
+
+def bytes_text(size: float) -> str:
+    """Bytes in binary units, as memory is counted."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+def duration_text(seconds: float) -> str:
+    """1 h 02 min, 3 min 20 s, 4.2 s."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
