@@ -1,4 +1,4 @@
-"""From raw sources to curated text: read, filter, deduplicate, scrub, hold out, derive pairs, and account for every loss.
+"""From raw sources to curated text: read, filter, deduplicate, scrub, hold out, derive pairs, account for every loss.
 
 Three passes over the documents: units are read, shards are filtered and signed, shards are finished. Between them this
 process decides what no shard can know: which documents are over the cap and which are extra copies.
@@ -47,6 +47,7 @@ class Curation:
         self._output: Path = context.output_dir
         self._words = _word_list(config)
         self._seconds: dict[str, float] = {}
+        self._marks: dict[int, dict[int, str]] = {}
 
     def run(self) -> StageOutcome:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -81,6 +82,7 @@ class Curation:
                 f"documents={list(self._config.documents)}: nothing could be read, dropped by reason: {reasons}",
                 advice="Check the sources; docs/CURATION.md lists the formats that are understood.",
             )
+        self._marks = _marks(units, self._config.max_bytes)
         seeds = planted.plant(self._config.planted, self._config.seed, self._originals(units))
         if seeds:
             units.append(self._store_planted([entry.document for entry in seeds], number=len(units)))
@@ -93,7 +95,9 @@ class Curation:
             (stable_hash(self._config.seed, "original", draw), place.shard, place.index)
             for result in units
             for place, size, draw in zip(result.candidates, result.sizes, result.draws, strict=True)
-            if size in _ORIGINAL_CHARACTERS and not place.heldout
+            if size in _ORIGINAL_CHARACTERS
+            and not place.heldout
+            and place.index not in self._marks.get(place.shard, {})
         )[: self._config.planted]
         rows = {shard: list(read_lines(documents_file(self._folder, shard))) for _, shard, _ in drawn}
         return [SourceDocument(**rows[shard][index]) for _, shard, index in drawn]
@@ -106,12 +110,7 @@ class Curation:
         return store_documents(planted.SOURCE, number, documents, step, self._config, self._folder)
 
     def _shards(self, units: Sequence[Extracted]) -> list[Shard]:
-        """Consecutive units of about 2 MB together, at most 64 shards; marks for what the cap and exact copies take."""
-        marks: dict[int, dict[int, str]] = {}
-        for place, index in extra_copies(entry for result in units for entry in result.candidates):
-            marks.setdefault(place, {})[index] = "exact_duplicate"
-        for place, index in _over_cap(units, self._config.max_bytes, marks):
-            marks.setdefault(place, {})[index] = "over_max_bytes"
+        """Consecutive units of about 2 MB together, at most 64 shards."""
         total = sum(sum(result.sizes) for result in units)
         limit = max(_SHARD_BYTES, total // _MAX_SHARDS)
         groups: list[list[int]] = [[]]
@@ -123,7 +122,7 @@ class Curation:
             groups[-1].append(number)
             size += sum(result.sizes)
         return [
-            Shard(number, tuple(group), {unit: marks[unit] for unit in group if unit in marks})
+            Shard(number, tuple(group), {unit: self._marks[unit] for unit in group if unit in self._marks})
             for number, group in enumerate(groups)
         ]
 
@@ -262,15 +261,25 @@ def _word_list(config: CurateConfig) -> tuple[str, ...]:
         return tuple(stream.read().decode("utf-8-sig", "replace").splitlines())
 
 
+def _marks(units: Sequence[Extracted], max_bytes: int) -> dict[int, dict[int, str]]:
+    """What the cap and exact copies take, as reason by unit and index."""
+    marks: dict[int, dict[int, str]] = {}
+    for place, index in extra_copies(entry for result in units for entry in result.candidates):
+        marks.setdefault(place, {})[index] = "exact_duplicate"
+    for place, index in _over_cap(units, max_bytes, marks):
+        marks.setdefault(place, {})[index] = "over_max_bytes"
+    return marks
+
+
 def _over_cap(units: Sequence[Extracted], limit: int, marks: dict[int, dict[int, str]]) -> list[tuple[int, int]]:
-    """Places beyond `limit` bytes of distinct documents, in the order of the draw; planted ones are always in."""
+    """Places beyond `limit` bytes of distinct documents, in the order of the draw."""
     if not limit:
         return []
     drawn = sorted(
         (draw, place.shard, place.index, size)
         for result in units
         for place, size, draw in zip(result.candidates, result.sizes, result.draws, strict=True)
-        if not place.planted and place.index not in marks.get(place.shard, {})
+        if place.index not in marks.get(place.shard, {})
     )
     over: list[tuple[int, int]] = []
     total = 0

@@ -24,8 +24,11 @@ logger = logging.getLogger(__name__)
 class Progress:
     """Call it with `done` and `total`; it rate-limits itself."""
 
-    def __init__(self, store: Store, run_id: str, stage: Stage, *, num_gpus: float = 0.0) -> None:
-        self._store, self._stage = store, stage
+    def __init__(
+        self, store: Store, run_id: str, stage: Stage, *, num_gpus: float = 0.0, printed_only: bool = False
+    ) -> None:
+        """`printed_only` is for workers: their lines reach the job's log, its own process writes the file."""
+        self._store, self._stage, self._printed_only = store, stage, printed_only
         self._key = run_key(run_id, stage, "progress.json")
         self._num_gpus = num_gpus
         self._before = self._cost_of_earlier_attempts()
@@ -35,7 +38,8 @@ class Progress:
         self._first: tuple[float, float] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._write_until_stopped, name="progress", daemon=True)
-        self._thread.start()
+        if not printed_only:
+            self._thread.start()
 
     def __call__(self, done: float, total: float, unit: str = "step", **numbers: float | str) -> None:
         """Report position; `rate`, `rate_unit` may be given, otherwise the rate of `unit` since the first call is used."""
@@ -74,6 +78,8 @@ class Progress:
         )
 
     def close(self) -> None:
+        if self._printed_only:
+            return
         self._stop.set()
         self._thread.join(timeout=10)
         self._write()

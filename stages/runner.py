@@ -41,7 +41,7 @@ from stages.config.request import Failure, InputEntry, Manifest, StageRequest, S
 from stages.context import StageContext, StageOutcome
 from stages.progress import Progress
 from stages.store import Store, open_store, write_json
-from stages.tracking import Tracker
+from stages.tracking import NullTracker, Tracker
 
 logger = logging.getLogger("athanor")
 
@@ -135,9 +135,7 @@ def find_hit(store: Store, stage: Stage, identity: str) -> Manifest | None:
     return manifest
 
 
-def _build(
-    request: StageRequest, config: Config, store: Store, *, sources: dict[str, str], identity: str
-) -> Manifest:
+def _build(request: StageRequest, config: Config, store: Store, *, sources: dict[str, str], identity: str) -> Manifest:
     verb = importlib.import_module(f"stages.{request.stage.value}")
     with _scratch_folder() as work_dir:
         execution = request.execution
@@ -151,7 +149,7 @@ def _build(
             tracker.start(fingerprint=identity, params=_flat_params(config), tags=_tags(request))
             outcome = verb.run(context)
             manifest = _manifest(context, outcome)
-            model_dir = output_dir if (output_dir / "config.json").exists() else None
+            model_dir = output_dir if GRAPH[request.stage].trains else None
             run_id, model_id = tracker.finish(manifest, model_dir=model_dir)
             manifest = manifest.model_copy(update={"mlflow_run_id": run_id, "mlflow_model_id": model_id})
             publish(store, manifest)
@@ -162,6 +160,25 @@ def _build(
             progress.close()
         store.delete(f"checkpoints/{identity}")
         return manifest
+
+
+@contextmanager
+def worker_context(request: StageRequest, identity: str, sources: dict[str, str]) -> Iterator[StageContext]:
+    """The context of a Ray Train worker: same stage, own scratch folder; only rank 0 reports."""
+    store = open_store(request.store_uri)
+    first = os.environ.get("RANK", "0") == "0"
+    with _scratch_folder() as work_dir:
+        config = stage_config_from_json(request.stage, request.config)
+        progress = Progress(store, request.run.run_id, request.stage, printed_only=True)
+        tracker = Tracker(request, work_dir / "spool") if first else NullTracker()
+        output_dir = work_dir / "output"
+        output_dir.mkdir()
+        tracker.start(fingerprint=identity, params=_flat_params(config), tags=_tags(request))
+        try:
+            yield StageContext(request, config, identity, sources, store, work_dir, output_dir, tracker, progress)
+        finally:
+            tracker.close()
+            progress.close()
 
 
 def _manifest(context: StageContext, outcome: StageOutcome) -> Manifest:
@@ -250,7 +267,8 @@ def _scratch_folder() -> Iterator[Path]:
 
 def _raise_stopped(signum: int, frame: FrameType | None) -> None:
     raise Stopped(
-        "the job was asked to stop (SIGTERM)", advice="If nobody stopped it on purpose, the retry resumes from the checkpoint."
+        "the job was asked to stop (SIGTERM)",
+        advice="If nobody stopped it on purpose, the retry resumes from the checkpoint.",
     )
 
 

@@ -65,7 +65,9 @@ def _evenly(curated: Path, max_bytes: int) -> Iterator[str]:
     """Take every n-th training document so that about `max_bytes` are spread over the whole corpus."""
     total = sum(len(row["text"].encode()) for row in _rows(curated / "documents" / Split.TRAIN))
     if not total:
-        raise DataError("there are no training documents", advice="Look at curate's ledger for what was dropped and why.")
+        raise DataError(
+            "there are no training documents", advice="Look at curate's ledger for what was dropped and why."
+        )
     keep, seen = min(1.0, max_bytes / total), 0.0
     for row in _rows(curated / "documents" / Split.TRAIN):
         seen += keep
@@ -117,7 +119,10 @@ class _SplitWriter:
 
     def conversations(self) -> dict[str, Any]:
         folder = self._output / "conversations" / self._split
-        ids_writer, mask_writer = RaggedWriter(folder, "ids", self._dtype), RaggedWriter(folder, "mask", np.dtype(np.uint8))
+        ids_writer, mask_writer = (
+            RaggedWriter(folder, "ids", self._dtype),
+            RaggedWriter(folder, "mask", np.dtype(np.uint8)),
+        )
         prompts_writer = RaggedWriter(self._output / "prompts" / self._split, "ids", self._dtype)
         counts: Counter[str] = Counter()
         seen: set[bytes] = set()
@@ -148,7 +153,9 @@ class _SplitWriter:
     def preferences(self) -> dict[str, Any]:
         folder = self._output / "preferences" / self._split
         writers = {
-            f"{side}-{part}": RaggedWriter(folder, f"{side}-{part}", self._dtype if part == "ids" else np.dtype(np.uint8))
+            f"{side}-{part}": RaggedWriter(
+                folder, f"{side}-{part}", self._dtype if part == "ids" else np.dtype(np.uint8)
+            )
             for side in ("chosen", "rejected")
             for part in ("ids", "mask")
         }

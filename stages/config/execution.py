@@ -49,5 +49,7 @@ class ExecutionConfig(Config):
     @model_validator(mode="after")
     def _sharding_needs_workers(self) -> "ExecutionConfig":
         if self.engine is Engine.FSDP and self.num_workers < 1:
-            raise ValueError(f"engine=fsdp needs num_workers >= 1, got {self.num_workers}; set num_workers or engine=ddp")
+            raise ValueError(
+                f"engine=fsdp needs num_workers >= 1, got {self.num_workers}; set num_workers or engine=ddp"
+            )
         return self

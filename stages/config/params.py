@@ -24,11 +24,17 @@ class PipelineParams(Config):
     """Complete configuration to start from. `demo`: a 10M-parameter model on two CPU cores. `tiny`: seconds per stage, for tests. `llama_1b`: a billion parameters on GPUs."""
     run_name: str = Field("athanor", title="Run name", min_length=1, max_length=64)
     """Prefix of the registered models (`<name>-base`, `-sft`, `-reward`, `-aligned`); letters, digits, `.`, `_`, `-`."""
-    documents: list[str] = Field(default_factory=list, title="Documents", examples=["installed-docs", "s3://bucket/prefix"])
+    documents: list[str] = Field(
+        default_factory=list, title="Documents", examples=["installed-docs", "s3://bucket/prefix"]
+    )
     """Raw text, one source a line: `installed-docs`, a folder, an `s3://` prefix (text, JSONL, Parquet) or `hf://dataset?split=train`. Empty: the recipe's."""
-    instructions: list[str] = Field(default_factory=list, title="Instructions", examples=["derived", "s3://bucket/sft.jsonl"])
+    instructions: list[str] = Field(
+        default_factory=list, title="Instructions", examples=["derived", "s3://bucket/sft.jsonl"]
+    )
     """Instruction data, one source a line; `derived` makes pairs from the documents. Empty: the recipe's."""
-    preferences: list[str] = Field(default_factory=list, title="Preferences", examples=["derived", "s3://bucket/pairs.jsonl"])
+    preferences: list[str] = Field(
+        default_factory=list, title="Preferences", examples=["derived", "s3://bucket/pairs.jsonl"]
+    )
     """Preference pairs, one source a line; `derived` makes pairs from the documents. Empty: the recipe's."""
     base_model: str = Field("", title="Base model", examples=["models:/athanor-base@champion", "/models/llama"])
     """Model to start from instead of pretraining: an artifact URI, `models:/name@alias` or a Hugging Face directory. Empty: pretrain from scratch."""
@@ -47,5 +53,7 @@ class PipelineParams(Config):
     @classmethod
     def _run_name_is_safe(cls, value: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
-            raise ValueError(f"run_name={value!r} may hold letters, digits, '.', '_' and '-' only and starts with a letter or digit")
+            raise ValueError(
+                f"run_name={value!r} may hold letters, digits, '.', '_' and '-' only and starts with a letter or digit"
+            )
         return value

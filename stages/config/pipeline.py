@@ -80,8 +80,7 @@ class PipelineConfig(Config):
         """Return the outside data that a stage reads; its identity is established by the job, where the data is."""
         match stage:
             case Stage.CURATE:
-                given = (*self.curate.documents, *self.curate.instructions, *self.curate.preferences)
-                return tuple(dict.fromkeys(uri for uri in given if uri != "derived"))
+                return self.curate.outside_sources
             case Stage.TOKENIZE | Stage.SFT | Stage.EVALUATE if self.base_model:
                 return (self.base_model,)
             case _:

@@ -22,13 +22,31 @@ _HEAVY = "gpu"
 """Airflow pool of the stages that fill the machine; one slot on a laptop, one per GPU on a cluster."""
 
 
+_DEMO_PACKAGES = (
+    "apache-airflow-core",
+    "mlflow-skinny",
+    "networkx",
+    "numpy",
+    "pandas",
+    "ray",
+    "scikit-learn",
+    "scipy",
+    "sqlalchemy",
+    "sympy",
+    "torch",
+    "transformers",
+)
+
+
 def demo(*, seed: int = 0) -> PipelineConfig:
     """Ten million parameters from the documentation of the installed packages, on two CPU cores in minutes."""
     train = ExecutionConfig(micro_batch_size=8, checkpoint_every=50, pool=_HEAVY, cpus_per_worker=2)
     return PipelineConfig(
         recipe="demo",
         run_name="demo",
-        curate=CurateConfig(),
+        curate=CurateConfig(
+            packages=_DEMO_PACKAGES, heldout_packages=("networkx", "pandas"), max_bytes=24_000_000, seed=seed
+        ),
         tokenize=TokenizeConfig(vocab_size=8192, sequence_length=512, max_prompt_length=96),
         pretrain=PretrainConfig(
             model=ModelConfig(hidden_size=320, intermediate_size=864, num_layers=6, num_heads=5, num_kv_heads=5),
@@ -75,7 +93,7 @@ def tiny(*, seed: int = 0) -> PipelineConfig:
     return PipelineConfig(
         recipe="tiny",
         run_name="tiny",
-        curate=CurateConfig(),
+        curate=CurateConfig(packages=("click", "rich", "jinja2"), heldout_packages=("jinja2",), seed=seed),
         tokenize=TokenizeConfig(vocab_size=512, sequence_length=128, bpe_train_bytes=200_000, max_prompt_length=64),
         pretrain=PretrainConfig(
             model=ModelConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1),
@@ -98,7 +116,11 @@ def tiny(*, seed: int = 0) -> PipelineConfig:
         ),
         dpo=DPOConfig(num_epochs=0.5, global_batch_size=8, optimizer=optimizer, eval_items=16, seed=seed),
         evaluate=EvaluateConfig(
-            max_documents_tokens=4096, max_instructions=16, max_preferences=32, max_prompts=8, num_samples=2,
+            max_documents_tokens=4096,
+            max_instructions=16,
+            max_preferences=32,
+            max_prompts=8,
+            num_samples=2,
             max_response_length=8,
         ),
         execution=Executions(pretrain=train, sft=train, reward=train, ppo=train, dpo=train),
@@ -131,7 +153,11 @@ def llama_1b(*, seed: int = 0) -> PipelineConfig:
         ),
         pretrain=PretrainConfig(
             model=ModelConfig(
-                hidden_size=2048, intermediate_size=8192, num_layers=16, num_heads=32, num_kv_heads=8,
+                hidden_size=2048,
+                intermediate_size=8192,
+                num_layers=16,
+                num_heads=32,
+                num_kv_heads=8,
                 rope_theta=500_000.0,
             ),
             max_tokens=25_000_000_000,
@@ -145,7 +171,11 @@ def llama_1b(*, seed: int = 0) -> PipelineConfig:
             num_epochs=2, global_batch_size=64, optimizer=OptimizerConfig(learning_rate=2e-5), eval_every=200, seed=seed
         ),
         reward=RewardConfig(
-            num_epochs=1, global_batch_size=128, optimizer=OptimizerConfig(learning_rate=1e-5), eval_every=200, seed=seed
+            num_epochs=1,
+            global_batch_size=128,
+            optimizer=OptimizerConfig(learning_rate=1e-5),
+            eval_every=200,
+            seed=seed,
         ),
         ppo=PPOConfig(
             num_rollouts=1000,
@@ -159,10 +189,17 @@ def llama_1b(*, seed: int = 0) -> PipelineConfig:
             seed=seed,
         ),
         dpo=DPOConfig(
-            num_epochs=1, global_batch_size=128, optimizer=OptimizerConfig(learning_rate=5e-7), eval_every=100, seed=seed
+            num_epochs=1,
+            global_batch_size=128,
+            optimizer=OptimizerConfig(learning_rate=5e-7),
+            eval_every=100,
+            seed=seed,
         ),
         evaluate=EvaluateConfig(
-            max_documents_tokens=2_000_000, max_instructions=2000, max_preferences=2000, max_prompts=512,
+            max_documents_tokens=2_000_000,
+            max_instructions=2000,
+            max_preferences=2000,
+            max_prompts=512,
             max_response_length=512,
         ),
         execution=Executions(
@@ -173,7 +210,9 @@ def llama_1b(*, seed: int = 0) -> PipelineConfig:
             reward=post,
             ppo=post,
             dpo=post,
-            evaluate=ExecutionConfig(num_workers=1, cpus_per_worker=8, gpus_per_worker=1, entrypoint_cpus=1, pool=_HEAVY),
+            evaluate=ExecutionConfig(
+                num_workers=1, cpus_per_worker=8, gpus_per_worker=1, entrypoint_cpus=1, pool=_HEAVY
+            ),
         ),
     )
 

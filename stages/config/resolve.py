@@ -48,7 +48,9 @@ def validated(model: type[Model], data: Mapping[str, Any]) -> Model:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_explain(error, model), advice="Correct the named fields and trigger the run again.") from None
+        raise ConfigError(
+            _explain(error, model), advice="Correct the named fields and trigger the run again."
+        ) from None
 
 
 def _apply_form(tree: dict[str, Any], params: PipelineParams) -> None:

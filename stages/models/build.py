@@ -7,8 +7,15 @@ import shutil
 from pathlib import Path
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.modeling_utils import PreTrainedModel
 
 from stages.config.errors import ConfigError
@@ -65,13 +72,21 @@ def load_reward_model(folder: Path, tokens: TokensArtifact) -> PreTrainedModel:
 
 
 def save_model(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path, tokens: TokensArtifact) -> None:
-    """Write weights as safetensors with config, generation config and tokenizer beside them."""
-    model.save_pretrained(folder, state_dict=weights)
+    """Write weights as safetensors with config, generation config and tokenizer beside them.
+
+    Not `save_pretrained`: it imports accelerate and whatever accelerate finds (DeepSpeed), which costs seconds a stage.
+    """
+    save_torch_state_dict(weights, folder, metadata={"format": "pt"})
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = torch.float32
+    model.config.save_pretrained(folder)
     if model.can_generate():
-        model.generation_config.eos_token_id = tokens.eos_id
-        model.generation_config.pad_token_id = tokens.pad_id
-        model.generation_config.bos_token_id = tokens.bos_id if tokens.bos_id >= 0 else None
-        model.generation_config.save_pretrained(folder)
+        generation = GenerationConfig(
+            bos_token_id=tokens.bos_id if tokens.bos_id >= 0 else None,
+            eos_token_id=tokens.eos_id,
+            pad_token_id=tokens.pad_id,
+        )
+        generation.save_pretrained(folder)
     shutil.copytree(tokens.tokenizer_dir, folder, dirs_exist_ok=True)
 
 

@@ -78,7 +78,7 @@ class Sampler:
             scored += zip(part.tolist(), self._score(engine, chosen, responses), strict=True)
         return [item for _, item in sorted(_gathered(engine, scored), key=lambda pair: pair[0])]
 
-    def _generate(self, parts: nn.ModuleDict, prompts: list[np.ndarray], draws_SR: np.ndarray, all_done):  # noqa: ANN001
+    def _generate(self, parts: nn.ModuleDict, prompts: list[np.ndarray], draws_SR: np.ndarray, all_done):
         parts["policy"].eval()
         responses = generate(
             parts["policy"],
@@ -93,9 +93,7 @@ class Sampler:
         parts["policy"].train()
         return responses
 
-    def _score(
-        self, engine: Engine, prompts: list[np.ndarray], responses: list[np.ndarray]
-    ) -> list[Sampled]:
+    def _score(self, engine: Engine, prompts: list[np.ndarray], responses: list[np.ndarray]) -> list[Sampled]:
         sequences = [
             TokenSequence(np.concatenate([prompt, response]), _response_mask(prompt, response))
             for prompt, response in zip(prompts, responses, strict=True)
@@ -112,7 +110,9 @@ class Sampler:
             measured += zip(*(np.split(value, cuts) for value in per_token), scores_S, strict=True)
         return [
             Sampled(prompt, response, logprobs, ref_logprobs, values, float(score), bool(response[-1] == self.eos_id))
-            for prompt, response, (logprobs, ref_logprobs, values, score) in zip(prompts, responses, measured, strict=True)
+            for prompt, response, (logprobs, ref_logprobs, values, score) in zip(
+                prompts, responses, measured, strict=True
+            )
         ]
 
     def _measure(self, parts: nn.ModuleDict, batch: Packed) -> tuple[Tensor, ...]:
