@@ -76,7 +76,8 @@ def listener_of(port: int) -> str:
     """Who listens on a port, in words; empty when nobody does or we may not know."""
     try:
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            listens = connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,)
+            if listens and connection.pid:
                 return f"{connection.pid} {describe(psutil.Process(connection.pid))}"
     except (psutil.AccessDenied, psutil.NoSuchProcess):
         return ""

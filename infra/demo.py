@@ -1,0 +1,144 @@
+"""`make demo`: start a run of `llm_pipeline` through Airflow's REST API, show it live, end with what came out of it.
+The run belongs to Airflow: ending this program does not end the run."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+import requests
+from rich.console import Console
+
+from infra.health import Health
+from infra.layout import Layout, StackRecord, StackSecrets
+from infra.run_state import DAG_ID, Row, RunWatch, Snapshot
+from infra.screen import open_screen, samples_panels, summary_table
+from infra.stack import Stack, relative
+from stages.config.graph import Stage
+from stages.store import open_store
+
+POLL_SECONDS = 1.0
+# Airflow restarted, or busy for a moment: what a run of hours must survive
+PATIENCE_SECONDS = 120.0
+
+
+def demo(stack: Stack, *, recipe: str, params: dict[str, Any]) -> int:
+    """Returns the exit status: 0 when the run succeeded, 1 when it failed, 130 when the user stopped watching."""
+    console = Console(soft_wrap=False)
+    begin = time.monotonic()
+    record = stack.up()
+    api = Health(record, StackSecrets.load_or_generate(stack.layout)).airflow
+    api.wait_for_dag(DAG_ID, seconds=90)
+    run_id = api.trigger(DAG_ID, {"recipe": recipe, **params})
+    page = f"{record.airflow_url}/dags/{DAG_ID}/runs/{quote(run_id)}"
+    console.print(
+        f"run {run_id}\n  {page}\n  user admin, password: {relative(stack.layout.airflow_passwords)}", markup=False
+    )
+    watch = RunWatch(api, open_store(record.artifact_store), run_id)
+    try:
+        snapshot = follow(watch, console)
+    except KeyboardInterrupt:
+        console.print(
+            f"\nThe run goes on without this window: {page}\n"
+            "To stop it, mark the run as failed on that page, or stop everything with `make down`.",
+            markup=False,
+        )
+        return 130
+    finished = time.monotonic() - begin
+    if snapshot.state == "success":
+        show_outcome(watch, snapshot, record, console, page=page, seconds=finished)
+        return 0
+    show_failure(watch, snapshot, stack.layout, console, page=page)
+    return 1
+
+
+def follow(watch: RunWatch, console: Console) -> Snapshot:
+    """Show the run until it ends; a server that is away for a moment is waited for."""
+    answered = time.monotonic()
+    with open_screen(console) as screen:
+        while True:
+            try:
+                snapshot = watch.snapshot()
+                answered = time.monotonic()
+            except (requests.ConnectionError, requests.Timeout) as error:
+                if time.monotonic() - answered > PATIENCE_SECONDS:
+                    raise RuntimeError(f"Airflow has not answered for {PATIENCE_SECONDS:.0f} s: {error}") from error
+            else:
+                screen.show(snapshot)
+                if snapshot.finished:
+                    return snapshot
+            time.sleep(POLL_SECONDS)
+
+
+def show_outcome(
+    watch: RunWatch, snapshot: Snapshot, record: StackRecord, console: Console, *, page: str, seconds: float
+) -> None:
+    console.print(summary_table(snapshot))
+    for panel in samples_panels(read_samples(snapshot)):
+        console.print(panel)
+    built = [row.name for row in snapshot.stages if row.state == "built"]
+    hits = [row.name for row in snapshot.stages if row.state == "hit"]
+    if built:
+        console.print(f"{len(built)} stages executed, {len(hits)} taken from earlier runs, {seconds:.0f} s in all")
+    else:
+        console.print(f"0 stages executed: all {len(hits)} were already built by earlier runs; {seconds:.0f} s in all")
+    for line in addresses(watch, snapshot, record, page=page):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def read_samples(snapshot: Snapshot) -> list[dict[str, Any]]:
+    """The prompts that `evaluate` answered with every model; empty when the run had no evaluation."""
+    row = next((row for row in snapshot.rows if row.name == Stage.EVALUATE and row.result), None)
+    if row is None or row.result is None:
+        return []
+    try:
+        return json.loads(open_store(row.result.artifact.uri).read_bytes("samples.json"))
+    except FileNotFoundError:
+        return []
+
+
+def addresses(watch: RunWatch, snapshot: Snapshot, record: StackRecord, *, page: str) -> list[str]:
+    """Where to look next: the run in Airflow, the parent run in MLflow, the report."""
+    lines = [f"Airflow  {page}"]
+    parent = watch.parameters().get("parent_run_id")
+    if parent:
+        lines.append(f"MLflow   {record.mlflow_url}/#/runs/{parent}")
+    reported = next((row.result for row in snapshot.rows if row.name == Stage.REPORT and row.result), None)
+    if reported:
+        link = watch.links(Stage.REPORT).get("Report")
+        lines += [f"report   {link}"] if link else []
+        parts = urlsplit(reported.artifact.uri)
+        if parts.scheme == "file":
+            lines.append(f"         {relative(Path(unquote(parts.path)) / 'report.html')}")
+    return lines
+
+
+def show_failure(watch: RunWatch, snapshot: Snapshot, layout: Layout, console: Console, *, page: str) -> None:
+    """Which task failed, why, what to do, and where its log is."""
+    console.print(summary_table(snapshot))
+    failed = [row for row in snapshot.rows if row.state == "failed"]
+    for row in failed:
+        console.print(f"\n{row.name} failed", style="bold red")
+        for line in reasons(watch, row):
+            console.print(f"  {line}", markup=False, highlight=False)
+        for log in task_logs(layout, watch.run_id, row):
+            console.print(f"  log: {log}", markup=False, highlight=False, soft_wrap=True)
+    if not failed:
+        console.print("\nthe run failed before any task did: it was marked as failed, or timed out", style="bold red")
+    console.print(f"\nAirflow  {page}", markup=False, highlight=False, soft_wrap=True)
+
+
+def reasons(watch: RunWatch, row: Row) -> list[str]:
+    if row.failure:
+        lines = [f"{row.failure.category}: {row.failure.message}"]
+        return [*lines, f"what to do: {row.failure.advice}"] if row.failure.advice else lines
+    return watch.last_errors(row) or ["no error message was logged"]
+
+
+def task_logs(layout: Layout, run_id: str, row: Row) -> list[str]:
+    """The log files of the task's last attempt."""
+    folder = layout.logs / "tasks" / f"dag_id={DAG_ID}" / f"run_id={run_id}" / f"task_id={row.name}"
+    return [relative(file) for file in sorted(folder.glob(f"attempt={row.try_number}.log*"))]

@@ -1,0 +1,179 @@
+"""What a pipeline run is doing: task states from Airflow's REST API, progress and results from the object store."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from infra.airflow_api import AirflowApi, AirflowApiError, TaskState
+from stages.config.graph import Stage
+from stages.config.request import Failure, StageResult
+
+DAG_ID = "llm_pipeline"
+ACTIVE = ("queued", "scheduled", "running", "deferred", "up_for_retry", "up_for_reschedule", "restarting")
+STAGE_NAMES = frozenset(stage.value for stage in Stage)
+TASK_ORDER = ("resolve", *(stage.value for stage in Stage), "close")
+
+# stage -> what to show of its metrics: (metric, label, format), the first that exist, two at most
+KEY_METRICS: dict[Stage, tuple[tuple[str, str, str], ...]] = {
+    Stage.CURATE: (("curate/documents_kept", "documents", ",.0f"), ("curate/planted_found", "planted found", ".0%")),
+    Stage.TOKENIZE: (("tokens/train", "tokens", ",.0f"), ("tokens/vocab_size", "vocabulary", ",.0f")),
+    Stage.PRETRAIN: (("eval/perplexity", "perplexity", ".2f"), ("eval/loss", "loss", ".3f")),
+    Stage.SFT: (("eval/loss", "held-out loss", ".3f"), ("eval/perplexity", "perplexity", ".2f")),
+    Stage.REWARD: (("reward/accuracy", "accuracy", ".1%"), ("eval/reward_accuracy", "accuracy", ".1%")),
+    Stage.PPO: (("ppo/score", "score", "+.3f"), ("ppo/kl", "KL", ".2f")),
+    Stage.DPO: (("dpo/accuracy", "accuracy", ".1%"), ("dpo/margin", "margin", "+.3f")),
+    Stage.EVALUATE: (("eval/win_rate", "win rate", ".1%"), ("eval/perplexity", "perplexity", ".2f")),
+    Stage.PROMOTE: (("promotion/registered", "models registered", ".0f"), ("promotion/promoted", "promoted", ".0f")),
+    Stage.REPORT: (("report/bytes", "bytes", ",.0f"),),
+}
+
+
+class Reads(Protocol):
+    """The part of an object store that following a run needs."""
+
+    def exists(self, key: str) -> bool: ...
+    def read_bytes(self, key: str) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """One task of the run, as the screen shows it."""
+
+    name: str
+    state: str
+    "Airflow's word for it, or `hit` and `built` for a stage that succeeded."
+    seconds: float | None = None
+    progress: dict[str, Any] = field(default_factory=dict)
+    result: StageResult | None = None
+    failure: Failure | None = None
+    try_number: int = 1
+
+    @property
+    def fraction(self) -> float | None:
+        """How far, 0 to 1, or None when unknown."""
+        if self.state in ("hit", "built", "success"):
+            return 1.0
+        total = self.progress.get("total")
+        return min(1.0, self.progress.get("done", 0) / total) if total else None
+
+    @property
+    def key_metric(self) -> str:
+        """What one wants to know of this stage, from its result or, while it runs, from its progress."""
+        if self.result:
+            metrics = self.result.metrics
+            known = [
+                (label, metrics[key], form) for key, label, form in KEY_METRICS[self.result.stage] if key in metrics
+            ]
+            # two names of one thing: the first that exists stands for it
+            by_label = {label: f"{label} {value:{form}}" for label, value, form in reversed(known)}
+            return ", ".join(list(reversed(by_label.values()))[:2])
+        plain = ("stage", "done", "total", "unit", "rate", "rate_unit", "eta_seconds", "cost")
+        numbers = [(k, v) for k, v in self.progress.items() if k not in plain and isinstance(v, int | float)]
+        return ", ".join(f"{name} {value:.4g}" for name, value in numbers[:2])
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The run at one moment."""
+
+    state: str
+    rows: tuple[Row, ...]
+
+    @property
+    def finished(self) -> bool:
+        return self.state in ("success", "failed")
+
+    @property
+    def stages(self) -> list[Row]:
+        return [row for row in self.rows if row.name in STAGE_NAMES]
+
+
+class RunWatch:
+    """Follows one run; results are read once, since they never change."""
+
+    def __init__(self, api: AirflowApi, store: Reads, run_id: str) -> None:
+        self.api = api
+        self.run_id = run_id
+        self._store = store
+        self._folder = f"runs/{re.sub(r'[^A-Za-z0-9_.-]', '-', run_id)}"
+        self._results: dict[str, StageResult] = {}
+
+    def snapshot(self) -> Snapshot:
+        # the run's state first: if it says finished, the task states read after it are final
+        state = self.api.run_state(DAG_ID, self.run_id)
+        tasks = self.api.tasks(DAG_ID, self.run_id)
+        place = {name: number for number, name in enumerate(TASK_ORDER)}
+        tasks.sort(key=lambda task: place.get(task.task_id, len(place)))
+        return Snapshot(state, tuple(self._row(task) for task in tasks))
+
+    def _row(self, task: TaskState) -> Row:
+        state = task.state
+        result = failure = None
+        progress: dict[str, Any] = {}
+        if task.task_id in STAGE_NAMES:
+            if state == "success" and (result := self._result(task.task_id)):
+                state = "hit" if result.hit else "built"
+            elif state in ACTIVE:
+                progress = self._read(task.task_id, "progress.json") or {}
+            elif state == "failed" and (words := self._read(task.task_id, "failure.json")):
+                failure = Failure.model_validate(words)
+        return Row(task.task_id, state, _seconds(task), progress, result, failure, task.try_number)
+
+    def _result(self, stage: str) -> StageResult | None:
+        if stage not in self._results and (found := self._read(stage, "result.json")):
+            self._results[stage] = StageResult.model_validate(found)
+        return self._results.get(stage)
+
+    def _read(self, stage: str, name: str) -> Any:
+        """A record of the run, or None while there is none."""
+        key = f"{self._folder}/{stage}/{name}"
+        try:
+            return json.loads(self._store.read_bytes(key))
+        except FileNotFoundError:
+            return None
+
+    # -------------------------------------------------- what is asked once
+
+    def parameters(self) -> dict[str, Any]:
+        """What `resolve` made of the request: the RunInfo, empty when it failed."""
+        try:
+            entry = self.api.call(
+                "GET", f"{self._path('resolve')}/xcomEntries/return_value", params={"stringify": False}
+            )
+        except AirflowApiError:
+            return {}
+        return entry["value"] if isinstance(entry["value"], dict) else {}
+
+    def links(self, task_id: str) -> dict[str, str]:
+        """The task's buttons in the Airflow UI: name -> address."""
+        found = self.api.call("GET", f"{self._path(task_id)}/links")["extra_links"]
+        return {name: url for name, url in found.items() if url}
+
+    def last_errors(self, row: Row, count: int = 3) -> list[str]:
+        """The last error messages of a failed task's log, for failures that happened before any job."""
+        log = self.api.call(
+            "GET", f"{self._path(row.name)}/logs/{row.try_number}", headers={"Accept": "application/json"}
+        )["content"]
+        errors = []
+        for entry in log:
+            if not isinstance(entry, dict) or entry.get("level") not in ("error", "critical"):
+                continue
+            details = [f"{detail['exc_type']}: {detail['exc_value']}" for detail in entry.get("error_detail") or ()]
+            errors.append(details[-1] if details else str(entry.get("event", "")))
+        return errors[-count:]
+
+    def _path(self, task_id: str) -> str:
+        return f"dags/{DAG_ID}/dagRuns/{self.run_id}/taskInstances/{task_id}"
+
+
+def _seconds(task: TaskState) -> float | None:
+    if task.started is None:
+        return None
+    start = datetime.fromisoformat(task.started)
+    end = datetime.fromisoformat(task.ended) if task.ended else datetime.fromtimestamp(time.time(), UTC)
+    return max(0.0, (end - start).total_seconds())

@@ -1,0 +1,179 @@
+"""Shows a run in the terminal: a live table where there is a terminal, one plain line per event where there is none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from infra.run_state import Row, Snapshot
+
+PLAIN_EVERY_SECONDS = 15.0
+STYLES = {"built": "green", "hit": "cyan", "success": "green", "running": "yellow", "deferred": "yellow"}
+STYLES |= {"failed": "bold red", "upstream_failed": "red", "up_for_retry": "magenta", "skipped": "dim"}
+WORDS = {"none": "waiting", "scheduled": "queued", "deferred": "running", "success": "done", "up_for_retry": "retrying"}
+
+
+class Screen(Protocol):
+    """Takes snapshots until the run ends."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None): ...
+    def show(self, snapshot: Snapshot) -> None: ...
+
+
+def duration(seconds: float | None) -> str:
+    """12 s, 3:05, 1:02:03."""
+    if seconds is None:
+        return ""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def word(state: str) -> str:
+    return WORDS.get(state, state.replace("_", " "))
+
+
+def rate(progress: Mapping[str, Any]) -> str:
+    value = progress.get("rate")
+    if not isinstance(value, int | float):
+        return ""
+    shown = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{shown} {progress.get('rate_unit', '')}".strip()
+
+
+def open_screen(console: Console) -> Screen:
+    return LiveScreen(console) if console.is_terminal else PlainScreen(console)
+
+
+class LiveScreen:
+    """One table, redrawn in place."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, refresh_per_second=4, transient=True)
+        self._begin = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._live.stop()
+
+    def show(self, snapshot: Snapshot) -> None:
+        table = Table(box=None, header_style="dim")
+        for name, justify in (("stage", "left"), ("state", "left"), ("", "left"), ("%", "right")):
+            table.add_column(name, justify=justify, no_wrap=True)  # pyright: ignore[reportArgumentType]
+        for name in ("rate", "ETA", "time"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("now", no_wrap=True, overflow="ellipsis")
+        for row in snapshot.rows:
+            table.add_row(*self._cells(row))
+        elapsed = Text(f"{duration(time.monotonic() - self._begin)} so far", style="dim")
+        self._live.update(Group(table, elapsed))
+
+    def _cells(self, row: Row) -> list[Any]:
+        fraction = row.fraction
+        running = row.state in ("running", "deferred")
+        bar = "" if fraction is None and not running else ProgressBar(total=1.0, completed=fraction or 0.0, width=18)
+        return [
+            row.name,
+            Text(word(row.state), style=STYLES.get(row.state, "")),
+            bar,
+            "" if fraction is None else f"{fraction:.0%}",
+            rate(row.progress),
+            duration(row.progress.get("eta_seconds")),
+            duration(row.seconds),
+            row.key_metric,
+        ]
+
+
+class PlainScreen:
+    """For logs and pipes: a line when a task changes its state, and now and then one for what runs."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._states: dict[str, str] = {}
+        self._said_at: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        return None
+
+    def show(self, snapshot: Snapshot) -> None:
+        for row in snapshot.rows:
+            now = time.monotonic()
+            known = self._states.get(row.name, "waiting")
+            changed = word(row.state) != known
+            due = row.state == "deferred" and now - self._said_at.get(row.name, now) > PLAIN_EVERY_SECONDS
+            if changed or (due and row.progress):
+                self._console.print(self._line(row), markup=False, highlight=False, soft_wrap=True)
+                self._said_at[row.name] = now
+            self._states[row.name] = word(row.state)
+
+    def _line(self, row: Row) -> str:
+        parts = [f"{row.name:<10} {word(row.state):<9}"]
+        if row.state == "deferred" and row.fraction is not None:
+            eta = duration(row.progress.get("eta_seconds"))
+            parts += [f"{row.fraction:4.0%}", rate(row.progress), f"ETA {eta}" if eta else ""]
+        elif row.seconds is not None and row.state in ("hit", "built", "success", "failed"):
+            parts.append(duration(row.seconds))
+        return "  ".join(part for part in (*parts, row.key_metric) if part)
+
+
+# ------------------------------------------------------------- at the end
+
+
+def summary_table(snapshot: Snapshot) -> Table:
+    """Stage, time, key metric, hit or built."""
+    table = Table(title="stages", title_justify="left", header_style="dim")
+    table.add_column("stage")
+    table.add_column("time", justify="right")
+    table.add_column("result")
+    table.add_column("key metric", overflow="fold")
+    for row in snapshot.stages:
+        worked = row.result.wall_seconds if row.result and row.result.wall_seconds else row.seconds
+        table.add_row(
+            row.name,
+            duration(worked) if row.state in ("hit", "built", "failed") else "",
+            Text(word(row.state), style=STYLES.get(row.state, "")),
+            row.key_metric,
+        )
+    return table
+
+
+def samples_panels(samples: Sequence[Mapping[str, Any]], *, count: int = 3) -> list[Panel]:
+    """The same prompt answered by every model of the run."""
+    panels = []
+    for sample in samples[:count]:
+        table = Table(box=None, show_header=False, padding=(0, 1))
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for model, response in sample["responses"].items():
+            table.add_row(str(model), Text(_shortened(str(response))))
+        panels.append(Panel(table, title=Text(_shortened(_prompt(sample["prompt"]), 200)), title_align="left"))
+    return panels
+
+
+def _prompt(prompt: Any) -> str:
+    """A prompt is a text or a list of chat messages."""
+    return str(prompt[-1]["content"]) if isinstance(prompt, list) else str(prompt)
+
+
+def _shortened(text: str, limit: int = 400) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
