@@ -205,6 +205,8 @@ class _GraphBuilder:
         edges = [edge for edge in self.edges if edge.source in kept and edge.target in kept]
         order = {stage.value: position for position, stage in enumerate(Stage)}
         nodes = sorted(kept.values(), key=lambda node: (order.get(node.stage, -1), node.created_at, node.id))
+        place = {node.id: position for position, node in enumerate(nodes)}
+        edges.sort(key=lambda edge: (place[edge.source], place[edge.target], edge.role))
         return Graph(roots=tuple(dict.fromkeys(roots)), nodes=tuple(nodes), edges=tuple(edges))
 
 

@@ -1,4 +1,4 @@
-"""A whole pipeline run as published artifacts with invented content, for tests of tracking, lineage, promotion, report."""
+"""A whole pipeline run as published artifacts with invented content, for tests of tracking and of what reads it."""
 
 import json
 from collections.abc import Mapping

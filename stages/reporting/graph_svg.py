@@ -7,14 +7,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 
-_WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 168, 58, 58, 22, 12
+_WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 176, 56, 40, 40, 12
+_ARC = 34
+"""How far an edge that skips a layer leads around the boxes between, a layer."""
 
 _STYLE = """
 .lineage{--lg-ink:#1f2328;--lg-soft:#59636e;--lg-line:#8b949e;--lg-source:#fff4d6;--lg-data:#dcefff;--lg-model:#dff5e3;
 --lg-record:#eee9fb;font:12px system-ui,sans-serif}
 .lineage text{fill:var(--lg-ink)}.lineage .soft{fill:var(--lg-soft);font-size:11px}
-.lineage .role{fill:var(--lg-soft);font-size:10px;text-anchor:middle}
-.lineage path{fill:none;stroke:var(--lg-line);stroke-width:1.3}.lineage marker path{fill:var(--lg-line);stroke:none}
+.lineage path{fill:none;stroke:var(--lg-line);stroke-width:1.4}
+.lineage .long{opacity:.55;stroke-dasharray:4 3}
+.lineage marker path{fill:var(--lg-line);stroke:none}
 .lineage rect{stroke:var(--lg-line)}.lineage .root{stroke-width:2.6;stroke:var(--lg-ink)}
 .lineage .source{fill:var(--lg-source)}.lineage .data{fill:var(--lg-data)}
 .lineage .model{fill:var(--lg-model)}.lineage .record{fill:var(--lg-record)}
@@ -37,23 +40,27 @@ class Box:
 
 
 def draw_graph(boxes: Iterable[Box], edges: Iterable[tuple[str, str, str]]) -> str:
-    """Return an SVG with data flowing from left to right; `edges` are (source, target, role).
+    """Return an SVG with data flowing from top to bottom; `edges` are (source, target, role).
 
-    An edge between boxes that another path already connects through a middle box is drawn too: it is lineage.
+    Edges to the next layer are solid; longer ones are dashed and lead around the boxes between.
     """
     boxes, edges = list(boxes), list(edges)
     layers = _layers([box.id for box in boxes], edges)
     places = _places(layers, edges)
-    width = max((x for x, _ in places.values()), default=0) + _WIDTH + _MARGIN
+    drawn = [_draw_edge(layers, places, edge) for edge in edges]
+    xs = [x for x, _ in places.values()] or [0.0]
+    reach = [edge.reach for edge in drawn]
+    left = min([min(xs), *reach]) - _MARGIN
+    width = max([max(xs) + _WIDTH, *reach]) + _MARGIN - left
     height = max((y for _, y in places.values()), default=0) + _HEIGHT + _MARGIN
     summary = f"Lineage graph with {len(boxes)} nodes: " + ", ".join(dict.fromkeys(box.title for box in boxes))
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="lineage" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" role="img" aria-label="{escape(summary)}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="lineage" viewBox="{left:.0f} 0 {width:.0f} {height:.0f}" '
+        f'width="{width:.0f}" height="{height:.0f}" role="img" aria-label="{escape(summary)}">',
         f"<style>{_STYLE}</style>",
         '<defs><marker id="lg-arrow" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" '
         'orient="auto"><path d="M0 0L8 4L0 8z"/></marker></defs>',
-        *(_draw_edge(places, source, target, role) for source, target, role in edges),
+        *(edge.svg for edge in drawn),
         *(_draw_box(box, *places[box.id]) for box in boxes),
         "</svg>",
     ]
@@ -74,32 +81,48 @@ def _layers(names: list[str], edges: list[tuple[str, str, str]]) -> dict[str, in
 
 
 def _places(layers: dict[str, int], edges: list[tuple[str, str, str]]) -> dict[str, tuple[float, float]]:
-    """Columns by layer; within a column boxes follow the mean height of what feeds them, so that edges cross little."""
+    """Rows by layer, centred; within a row boxes follow the mean place of what feeds them, so edges cross little."""
     places: dict[str, tuple[float, float]] = {}
-    tallest = max((list(layers.values()).count(layer) for layer in layers.values()), default=1)
     for layer in sorted(set(layers.values())):
-        column = [name for name, place in layers.items() if place == layer]
+        row = [name for name, place in layers.items() if place == layer]
 
         def pull(name: str) -> float:
-            feeding = [places[source][1] for source, target, _ in edges if target == name and source in places]
+            feeding = [places[source][0] for source, target, _ in edges if target == name and source in places]
             return sum(feeding) / len(feeding) if feeding else 0.0
 
-        column.sort(key=pull)
-        offset = (tallest - len(column)) * (_HEIGHT + _GAP_Y) / 2
-        for row, name in enumerate(column):
-            places[name] = (_MARGIN + layer * (_WIDTH + _GAP_X), _MARGIN + offset + row * (_HEIGHT + _GAP_Y))
+        row.sort(key=pull)
+        left = -(len(row) * _WIDTH + (len(row) - 1) * _GAP_X) / 2
+        for position, name in enumerate(row):
+            places[name] = (left + position * (_WIDTH + _GAP_X), _MARGIN + layer * (_HEIGHT + _GAP_Y))
     return places
 
 
-def _draw_edge(places: dict[str, tuple[float, float]], source: str, target: str, role: str) -> str:
-    x1, y1 = places[source][0] + _WIDTH, places[source][1] + _HEIGHT / 2
-    x2, y2 = places[target][0], places[target][1] + _HEIGHT / 2
-    bend = max((x2 - x1) / 2, 24)
-    # A long edge at one height would run through the boxes between its ends: lead it around below them.
-    spans = round((x2 - x1) / (_WIDTH + _GAP_X))
-    sag = 0.62 * (_HEIGHT + _GAP_Y) * (1 if spans >= 1 and abs(y1 - y2) < _HEIGHT else 0)
-    path = f"M{x1:.0f} {y1:.0f}C{x1 + bend:.0f} {y1 + sag:.0f} {x2 - bend:.0f} {y2 + sag:.0f} {x2:.0f} {y2:.0f}"
-    return f'<path d="{path}" marker-end="url(#lg-arrow)"><title>{escape(role)}</title></path>'
+@dataclass(frozen=True)
+class _DrawnEdge:
+    svg: str
+    reach: float
+    """The farthest x that it touches, left or right."""
+
+
+def _draw_edge(
+    layers: dict[str, int], places: dict[str, tuple[float, float]], edge: tuple[str, str, str]
+) -> _DrawnEdge:
+    source, target, role = edge
+    (x1, y1), (x2, y2) = places[source], places[target]
+    span = layers[target] - layers[source]
+    title = f"<title>{escape(role)}</title></path>"
+    if span == 1:
+        x1, x2, y1 = x1 + _WIDTH / 2, x2 + _WIDTH / 2, y1 + _HEIGHT
+        middle = (y1 + y2) / 2
+        path = f"M{x1:.0f} {y1:.0f}C{x1:.0f} {middle:.0f} {x2:.0f} {middle:.0f} {x2:.0f} {y2:.0f}"
+        return _DrawnEdge(f'<path d="{path}" marker-end="url(#lg-arrow)">{title}', x1)
+    to_right = (x1 + x2) / 2 + _WIDTH / 2 >= -1  # what lies left of the middle is led around on the left
+    side = _WIDTH if to_right else 0
+    x1, x2, y1, y2 = x1 + side, x2 + side, y1 + _HEIGHT / 2, y2 + _HEIGHT / 2
+    bulge = max(x1, x2) + _ARC * span if to_right else min(x1, x2) - _ARC * span
+    path = f"M{x1:.0f} {y1:.0f}C{bulge:.0f} {y1:.0f} {bulge:.0f} {y2:.0f} {x2:.0f} {y2:.0f}"
+    reach = 0.25 * (max(x1, x2) if to_right else min(x1, x2)) + 0.75 * bulge  # the middle of such a curve
+    return _DrawnEdge(f'<path class="long" d="{path}" marker-end="url(#lg-arrow)">{title}', reach)
 
 
 def _draw_box(box: Box, x: float, y: float) -> str:

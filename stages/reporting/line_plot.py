@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-_WIDTH, _HEIGHT = 420, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 34
+_WIDTH, _HEIGHT = 380, 220
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 12, 38
 _MAX_POINTS = 300
 _SMOOTH_FROM = 40
 """With more points than this the line is an exponential mean, and the measured values stay visible behind it."""

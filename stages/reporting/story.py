@@ -6,7 +6,7 @@ Only the small files are read. Fetching a model as a whole would copy gigabytes 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stages.artifacts import read_manifest, split_artifact_uri
@@ -55,8 +55,17 @@ def read_story(inputs: Mapping[str, ArtifactRef], run: RunInfo, *, title: str, m
         evaluation=read("evaluation", "metrics.json", {}),
         samples=read("evaluation", "samples.json", [])[:max_samples],
         promotion=read("promotion", "promotion.json", {}),
-        lineage=ancestors([ref.uri for ref in inputs.values()]) if inputs else None,
+        lineage=_whole_lineage(inputs),
     )
+
+
+def _whole_lineage(inputs: Mapping[str, ArtifactRef]) -> Graph | None:
+    """The lineage of everything; its roots are what nothing else was made from."""
+    if not inputs:
+        return None
+    graph = ancestors(ref.uri for ref in inputs.values())
+    used = {edge.source for edge in graph.edges}
+    return replace(graph, roots=tuple(root for root in graph.roots if root not in used))
 
 
 def read_artifact_file(ref: ArtifactRef, manifest: Manifest, name: str) -> bytes | None:

@@ -1,0 +1,133 @@
+"""Who becomes champion, and why: every branch of the decision with numbers a reader can redo."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from infra.ports import any_free
+from stages.config.closing import PromoteConfig
+from stages.config.errors import Category, ConfigError, DataError, StageError
+from stages.config.graph import Stage
+from stages.config.params import Promotion
+from stages.promote import Champion, Evaluation, choose_aligned, decide, read_evaluation, run
+from tests.pipeline_records import EVALUATION, context_for, publish_run, refs_for, request_for
+
+AUTO = PromoteConfig(run_name="demo")
+SAME = Evaluation({}, data_digest="d1", reward_fingerprint="r1")
+
+
+def champion(score: float | None = 0.2, *, data_digest: str = "d1", reward_fingerprint: str = "r1") -> Champion:
+    metrics = {} if score is None else {"eval/score_mean": score}
+    return Champion("4", "old", metrics, data_digest, reward_fingerprint)
+
+
+def test_without_a_champion_the_win_rate_decides() -> None:
+    wins = decide({"eval/win_rate": 0.5}, "new", SAME, None, AUTO)
+    loses = decide({"eval/win_rate": 0.49}, "new", SAME, None, AUTO)
+    assert (wins.promoted, loses.promoted) == (True, False)
+    assert wins.reason == (
+        "there is no champion yet; win rate 0.500 against its own SFT model reaches min_win_rate=0.5"
+    )
+    assert "is below min_win_rate=0.5" in loses.reason
+
+
+def test_a_comparable_champion_is_beaten_by_a_higher_score_only() -> None:
+    metrics = {"eval/score_mean": 0.3, "eval/win_rate": 0.1}
+    better = decide(metrics, "new", SAME, champion(0.2), AUTO)
+    worse = decide(metrics | {"eval/win_rate": 0.99}, "new", SAME, champion(0.4), AUTO)
+    equal = decide(metrics, "new", SAME, champion(0.3), AUTO)
+    assert (better.promoted, worse.promoted, equal.promoted) == (True, False, False)
+    assert {better.comparison, worse.comparison, equal.comparison} == {"score"}
+    assert "0.3000 beats 0.2000 of the champion (version 4)" in better.reason
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        champion(9.0, data_digest="d2"),
+        champion(9.0, reward_fingerprint="r2"),
+        champion(9.0, data_digest=""),
+        champion(None),
+    ],
+    ids=["other data", "other reward model", "nothing recorded", "no score"],
+)
+def test_scores_that_do_not_compare_fall_back_to_the_win_rate_and_say_so(old: Champion) -> None:
+    decision = decide({"eval/score_mean": 0.1, "eval/win_rate": 0.7}, "new", SAME, old, AUTO)
+    assert decision.promoted
+    assert decision.comparison == "win_rate"
+    assert "do not compare" in decision.reason
+
+
+def test_an_evaluation_that_does_not_name_its_data_compares_with_nothing() -> None:
+    decision = decide(
+        {"eval/score_mean": 0.9, "eval/win_rate": 0.2}, "new", Evaluation({}), champion(0.1, data_digest=""), AUTO
+    )
+    assert (decision.promoted, decision.comparison) == (False, "win_rate")
+
+
+def test_promotion_never_promotes_nothing_however_good() -> None:
+    config = AUTO.model_copy(update={"promotion": Promotion.NEVER})
+    decision = decide({"eval/win_rate": 1.0, "eval/score_mean": 99.0}, "new", SAME, champion(0.0), config)
+    assert (decision.promoted, decision.comparison) == (False, "none")
+    assert "promotion=never" in decision.reason
+
+
+def test_a_model_without_measurements_is_not_promoted() -> None:
+    decision = decide({}, "new", SAME, None, AUTO)
+    assert not decision.promoted
+    assert "no win rate" in decision.reason
+
+
+def test_the_champion_itself_stays_champion() -> None:
+    decision = decide({"eval/score_mean": 0.0}, "old", SAME, champion(0.2), AUTO)
+    assert (decision.promoted, decision.comparison) == (True, "same_model")
+
+
+def test_the_aligned_model_with_the_higher_win_rate_is_chosen_and_the_score_breaks_ties() -> None:
+    assert choose_aligned(["ppo", "dpo"], read_from(EVALUATION)) == "ppo"
+    tie = Evaluation(
+        {"ppo": {"eval/win_rate": 0.6, "eval/score_mean": 0.1}, "dpo": {"eval/win_rate": 0.6, "eval/score_mean": 0.2}}
+    )
+    assert choose_aligned(["ppo", "dpo"], tie) == "dpo"
+    assert choose_aligned(["ppo", "dpo"], Evaluation({"dpo": {"eval/win_rate": 0.0}})) == "dpo"
+    assert choose_aligned([], tie) is None
+
+
+def read_from(data: dict) -> Evaluation:
+    return Evaluation({role: values for role, values in data["models"].items()})
+
+
+def test_values_that_are_not_finite_numbers_do_not_rank(tmp_path: Path) -> None:
+    text = '{"models": {"ppo": {"eval/win_rate": NaN, "eval/score_mean": 0.5, "note": "x"}}, "data": {"digest": "d"}}'
+    (tmp_path / "metrics.json").write_text(text)
+    evaluation = read_evaluation(tmp_path)
+    assert evaluation.of("ppo") == {"eval/score_mean": 0.5}
+    assert evaluation.comparison_tags() == {"evaluation.data_digest": "d"}
+
+
+def test_an_evaluation_without_models_is_an_error_about_the_data(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text(json.dumps({"models": 3}))
+    with pytest.raises(DataError, match="models"):
+        read_evaluation(tmp_path)
+
+
+@pytest.mark.slow
+def test_an_unreachable_mlflow_is_a_failure_that_is_retried(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{any_free()}")
+    store, made = publish_run(tmp_path)
+    request = request_for(Stage.PROMOTE, store, refs_for(Stage.PROMOTE, made), AUTO)
+    context = context_for(request, store, AUTO, tmp_path)
+    with pytest.raises(StageError, match="models were not registered") as caught:
+        run(context)
+    context.progress.close()
+    assert caught.value.category is Category.INFRASTRUCTURE
+
+
+def test_no_tracking_uri_is_a_mistake_in_the_configuration(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    store, made = publish_run(tmp_path)
+    context = context_for(request_for(Stage.PROMOTE, store, refs_for(Stage.PROMOTE, made), AUTO), store, AUTO, tmp_path)
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI"):
+        run(context)
+    context.progress.close()
