@@ -118,8 +118,10 @@ class AirflowApi:
 
 
 def _reason(response: requests.Response) -> str:
+    """The first paragraph: after it follow schemas and instances."""
     try:
         body = response.json()
     except ValueError:
         return response.text[:300]
-    return str(body.get("detail", body))[:600] if isinstance(body, dict) else str(body)[:600]
+    text = str(body.get("detail", body)) if isinstance(body, dict) else str(body)
+    return text.split("\n\n")[0][:600]

@@ -34,18 +34,14 @@ def demo(stack: Stack, *, recipe: str, params: dict[str, Any]) -> int:
     api.wait_for_dag(DAG_ID, seconds=90)
     run_id = api.trigger(DAG_ID, {"recipe": recipe, **params})
     page = f"{record.airflow_url}/dags/{DAG_ID}/runs/{quote(run_id)}"
-    console.print(
-        f"run {run_id}\n  {page}\n  user admin, password: {relative(stack.layout.airflow_passwords)}", markup=False
-    )
+    login = f"user admin, password in {relative(stack.layout.airflow_passwords)}"
+    say(console, f"run {run_id}  ({login})\n  {page}")
     watch = RunWatch(api, open_store(record.artifact_store), run_id)
     try:
         snapshot = follow(watch, console)
     except KeyboardInterrupt:
-        console.print(
-            f"\nThe run goes on without this window: {page}\n"
-            "To stop it, mark the run as failed on that page, or stop everything with `make down`.",
-            markup=False,
-        )
+        say(console, f"\nThe run goes on without this window: {page}")
+        say(console, "To stop it, mark the run as failed on that page, or stop everything with `make down`.")
         return 130
     finished = time.monotonic() - begin
     if snapshot.state == "success":
@@ -53,6 +49,11 @@ def demo(stack: Stack, *, recipe: str, params: dict[str, Any]) -> int:
         return 0
     show_failure(watch, snapshot, stack.layout, console, page=page)
     return 1
+
+
+def say(console: Console, line: str, style: str | None = None) -> None:
+    """A line as it is: not folded, so that addresses and paths can be clicked and copied."""
+    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def follow(watch: RunWatch, console: Console) -> Snapshot:
@@ -82,11 +83,11 @@ def show_outcome(
     built = [row.name for row in snapshot.stages if row.state == "built"]
     hits = [row.name for row in snapshot.stages if row.state == "hit"]
     if built:
-        console.print(f"{len(built)} stages executed, {len(hits)} taken from earlier runs, {seconds:.0f} s in all")
+        say(console, f"{len(built)} stages executed, {len(hits)} taken from earlier runs; {seconds:.0f} s in all")
     else:
-        console.print(f"0 stages executed: all {len(hits)} were already built by earlier runs; {seconds:.0f} s in all")
+        say(console, f"0 stages executed: all {len(hits)} were already built by earlier runs; {seconds:.0f} s in all")
     for line in addresses(watch, snapshot, record, page=page):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(console, line)
 
 
 def read_samples(snapshot: Snapshot) -> list[dict[str, Any]]:
@@ -118,17 +119,18 @@ def addresses(watch: RunWatch, snapshot: Snapshot, record: StackRecord, *, page:
 
 def show_failure(watch: RunWatch, snapshot: Snapshot, layout: Layout, console: Console, *, page: str) -> None:
     """Which task failed, why, what to do, and where its log is."""
-    console.print(summary_table(snapshot))
+    if any(row.result for row in snapshot.stages):
+        console.print(summary_table(snapshot))
     failed = [row for row in snapshot.rows if row.state == "failed"]
     for row in failed:
-        console.print(f"\n{row.name} failed", style="bold red")
+        say(console, f"\n{row.name} failed", style="bold red")
         for line in reasons(watch, row):
-            console.print(f"  {line}", markup=False, highlight=False)
+            say(console, f"  {line}")
         for log in task_logs(layout, watch.run_id, row):
-            console.print(f"  log: {log}", markup=False, highlight=False, soft_wrap=True)
+            say(console, f"  log: {log}")
     if not failed:
-        console.print("\nthe run failed before any task did: it was marked as failed, or timed out", style="bold red")
-    console.print(f"\nAirflow  {page}", markup=False, highlight=False, soft_wrap=True)
+        say(console, "\nno task failed: the run was marked as failed, or timed out", style="bold red")
+    say(console, f"\nAirflow  {page}")
 
 
 def reasons(watch: RunWatch, row: Row) -> list[str]:

@@ -27,7 +27,11 @@ KEY_METRICS: dict[Stage, tuple[tuple[str, str, str], ...]] = {
     Stage.REWARD: (("reward/accuracy", "accuracy", ".1%"), ("eval/reward_accuracy", "accuracy", ".1%")),
     Stage.PPO: (("ppo/score", "score", "+.3f"), ("ppo/kl", "KL", ".2f")),
     Stage.DPO: (("dpo/accuracy", "accuracy", ".1%"), ("dpo/margin", "margin", "+.3f")),
-    Stage.EVALUATE: (("eval/win_rate", "win rate", ".1%"), ("eval/perplexity", "perplexity", ".2f")),
+    Stage.EVALUATE: (
+        ("ppo/eval/win_rate", "PPO wins", ".0%"),
+        ("dpo/eval/win_rate", "DPO wins", ".0%"),
+        ("sft/eval/perplexity", "perplexity", ".2f"),
+    ),
     Stage.PROMOTE: (("promotion/registered", "models registered", ".0f"), ("promotion/promoted", "promoted", ".0f")),
     Stage.REPORT: (("report/bytes", "bytes", ",.0f"),),
 }
@@ -52,6 +56,11 @@ class Row:
     result: StageResult | None = None
     failure: Failure | None = None
     try_number: int = 1
+
+    @property
+    def works(self) -> bool:
+        """Whether it has begun and not ended; between its job and its last words a deferred task queues again."""
+        return self.state in ("running", "deferred") or (self.state in ("queued", "scheduled") and bool(self.progress))
 
     @property
     def fraction(self) -> float | None:

@@ -41,8 +41,8 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def word(state: str) -> str:
-    return WORDS.get(state, state.replace("_", " "))
+def word(row: Row) -> str:
+    return "running" if row.works else WORDS.get(row.state, row.state.replace("_", " "))
 
 
 def rate(progress: Mapping[str, Any]) -> str:
@@ -86,11 +86,10 @@ class LiveScreen:
 
     def _cells(self, row: Row) -> list[Any]:
         fraction = row.fraction
-        running = row.state in ("running", "deferred")
-        bar = "" if fraction is None and not running else ProgressBar(total=1.0, completed=fraction or 0.0, width=18)
+        bar = "" if fraction is None and not row.works else ProgressBar(total=1.0, completed=fraction or 0.0, width=18)
         return [
             row.name,
-            Text(word(row.state), style=STYLES.get(row.state, "")),
+            Text(word(row), style=STYLES.get(row.state, "")),
             bar,
             "" if fraction is None else f"{fraction:.0%}",
             rate(row.progress),
@@ -118,16 +117,16 @@ class PlainScreen:
         for row in snapshot.rows:
             now = time.monotonic()
             known = self._states.get(row.name, "waiting")
-            changed = word(row.state) != known
-            due = row.state == "deferred" and now - self._said_at.get(row.name, now) > PLAIN_EVERY_SECONDS
-            if changed or (due and row.progress):
+            changed = word(row) != known
+            due = row.works and now - self._said_at.get(row.name, now) > PLAIN_EVERY_SECONDS
+            if changed or (due and row.fraction is not None):
                 self._console.print(self._line(row), markup=False, highlight=False, soft_wrap=True)
                 self._said_at[row.name] = now
-            self._states[row.name] = word(row.state)
+            self._states[row.name] = word(row)
 
     def _line(self, row: Row) -> str:
-        parts = [f"{row.name:<10} {word(row.state):<9}"]
-        if row.state == "deferred" and row.fraction is not None:
+        parts = [f"{row.name:<10} {word(row):<9}"]
+        if row.works and row.fraction is not None:
             eta = duration(row.progress.get("eta_seconds"))
             parts += [f"{row.fraction:4.0%}", rate(row.progress), f"ETA {eta}" if eta else ""]
         elif row.seconds is not None and row.state in ("hit", "built", "success", "failed"):
@@ -139,18 +138,20 @@ class PlainScreen:
 
 
 def summary_table(snapshot: Snapshot) -> Table:
-    """Stage, time, key metric, hit or built."""
-    table = Table(title="stages", title_justify="left", header_style="dim")
+    """Stage, time (of the task, and of that the job's own work), hit or built, key metric."""
+    table = Table(header_style="dim")
     table.add_column("stage")
     table.add_column("time", justify="right")
+    table.add_column("work", justify="right", style="dim")
     table.add_column("result")
     table.add_column("key metric", overflow="fold")
-    for row in snapshot.stages:
-        worked = row.result.wall_seconds if row.result and row.result.wall_seconds else row.seconds
+    for row in (row for row in snapshot.stages if row.state != "upstream_failed"):
+        worked = row.result.wall_seconds if row.result and row.state == "built" else None
         table.add_row(
             row.name,
-            duration(worked) if row.state in ("hit", "built", "failed") else "",
-            Text(word(row.state), style=STYLES.get(row.state, "")),
+            duration(row.seconds) if row.state in ("hit", "built", "failed") else "",
+            duration(worked),
+            Text(word(row), style=STYLES.get(row.state, "")),
             row.key_metric,
         )
     return table

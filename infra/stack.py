@@ -74,7 +74,8 @@ class Stack:
             record = self._start(record, supervisor, secrets)
             self._wait(record, supervisor, secrets)
             self._settle(record, secrets)
-            self.say(f"all healthy after {time.monotonic() - begin:.0f} s")
+            took = time.monotonic() - begin
+            self.say(f"all healthy after {took:.0f} s" if took > 3 else "the stack runs and is healthy")
             return record
 
     def _running_record(self) -> StackRecord | None:
@@ -188,7 +189,8 @@ class Stack:
                 elapsed = time.monotonic() - begin
                 if missing is None:
                     healthy.add(name)
-                    self.say(f"{name:<14} healthy after {elapsed:4.1f} s")
+                    if elapsed > 1:  # else it ran before
+                        self.say(f"{name:<14} healthy after {elapsed:4.1f} s")
                 elif programs[name].state in ("FATAL", "EXITED", "UNKNOWN"):
                     raise self._broken(name, missing)
                 elif elapsed > START_SECONDS:
@@ -204,7 +206,7 @@ class Stack:
     def _settle(self, record: StackRecord, secrets: StackSecrets) -> None:
         """What needs a running Airflow: the pool that serialises heavy stages, and a look at the DAGs."""
         airflow = Health(record, secrets).airflow
-        airflow.ensure_pool(POOL, slots=1, description="heavy stages: as many at a time as there are slots")
+        airflow.ensure_pool(POOL, slots=1, description="heavy stages, as many at a time as there are slots")
         for file, why in airflow.import_errors().items():
             self.say(f"warning: {file} cannot be imported: {why}")
 
