@@ -199,6 +199,14 @@ def registered_versions(fingerprints: Iterable[str]) -> list[tuple[str, str, tup
     return sorted(found)
 
 
+def explain(error: Exception) -> str:
+    """Return a short reason for a failed call; mlflow's own message of a refused connection fills half a screen."""
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, OSError):  # which the exceptions of requests are
+        return f"{os.environ.get('MLFLOW_TRACKING_URI', '')} does not answer ({type(cause).__name__})"
+    return str(error)[:300]
+
+
 def now_ms() -> int:
     return int(time.time() * 1000)
 

@@ -11,7 +11,6 @@ Unlike the other stages this one cannot do its work without MLflow: an outage is
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -365,11 +364,12 @@ def _outage_is_infrastructure() -> Iterator[None]:
     """Give MLflow's errors the category that Airflow retries."""
     from mlflow.exceptions import MlflowException
 
+    from stages.mlflow_client import explain
+
     try:
         yield
     except MlflowException as error:
         raise StageError(
-            f"models were not registered, MLflow at MLFLOW_TRACKING_URI={os.environ.get('MLFLOW_TRACKING_URI', '')!r} "
-            f"answers {error.error_code}: {str(error)[:300]}",
+            f"models were not registered in MLflow: {explain(error)}",
             advice="Check that the MLflow server runs and is reachable from the Ray cluster; the task is retried.",
         ) from error

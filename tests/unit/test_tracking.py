@@ -9,6 +9,8 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from infra.ports import any_free
 from stages.artifacts import read_manifest
 from stages.config.graph import Stage
