@@ -1,7 +1,7 @@
 """Instruction and preference pairs out of documented symbols: what a symbol does, against a wrong answer to it.
 
 The labels are derived, not judged by people: the right answer is the summary its author wrote, the rejected one is
-another symbol's summary, the right one cut in the middle, or the right one followed by somebody else's text over and over.
+another symbol's summary, the right one cut in the middle, or the right one followed by another's text over and over.
 """
 
 from collections.abc import Callable, Iterable, Sequence

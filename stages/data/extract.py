@@ -1,4 +1,4 @@
-"""First pass of curation, one process per unit: read a unit, write its documents and symbols aside, account for the rest."""
+"""First pass of curation, one process per unit: write documents and symbols aside, account for the rest."""
 
 from dataclasses import dataclass
 from pathlib import Path

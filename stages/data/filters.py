@@ -9,7 +9,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from datatrove.data import Document, DocumentsPipeline
+from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters import (
     C4QualityFilter,
@@ -84,7 +84,7 @@ class Accounted(PipelineStep):
         for block in filters:
             block.exclusion_writer = DropRecorder(step, samples, planted)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> Any:
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Any:
         chain: Any = self._count_in(data)
         for block in self.filters:
             chain = block.run(_resized(chain, self.step), rank, world_size)
@@ -166,6 +166,8 @@ def quality_filters(limits: QualityThresholds, words: WordTokenizer) -> list[Bas
     blocks: list[BaseFilter] = [UnwrapLines()] if limits.unwrap_lines else []
     blocks.append(
         GopherRepetitionFilter(
+            dup_line_frac=limits.max_duplicate_lines,
+            dup_line_char_frac=limits.max_duplicate_line_characters,
             top_n_grams=limits.top_ngrams,  # pyright: ignore[reportArgumentType]
             dup_n_grams=limits.duplicate_ngrams,  # pyright: ignore[reportArgumentType]
             language=language,

@@ -1,4 +1,4 @@
-"""The corpus that every machine has: the documentation inside its installed Python packages, read by `ast`, never imported.
+"""The corpus that every machine has: the docs inside its installed Python packages, read by `ast`, never imported.
 
 A function or a class with its methods is a document of its own when it is long enough; a module's docstring and all
 its short ones together make the module's document. Names are the ones users type: what a public package takes
@@ -248,9 +248,10 @@ def render_symbol(node: _Definition, name: str) -> str:
         parts.append(f"{_heading(node, name)}\n\n{documentation}")
     if isinstance(node, ast.ClassDef):
         for child in node.body:
-            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and not child.name.startswith("_"):
-                if documentation := ast.get_docstring(child):
-                    parts.append(f"{_heading(child, child.name)}\n\n{documentation}")
+            if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) or child.name.startswith("_"):
+                continue
+            if documentation := ast.get_docstring(child):
+                parts.append(f"{_heading(child, child.name)}\n\n{documentation}")
     return clean("\n\n".join(parts))
 
 

@@ -1,4 +1,4 @@
-"""Instruction and preference rows, derived or given: counted, freed of duplicates, toxic answers and personal data, capped."""
+"""Instruction and preference rows, derived or given: capped, without duplicates, toxic answers or personal data."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -196,7 +196,7 @@ def _publish(name: str, rows: list[Row], sources: tuple[str, ...], steps: list[S
     if before != steps[rows_from].entered.documents or len(rows) != steps[-1].kept.documents:
         raise DataError(
             f"the ledger of {name} does not conserve: {before} rows were made, "
-            f"{steps[rows_from].entered.documents} were prepared, {len(rows)} are published of {steps[-1].kept.documents}",
+            f"{steps[rows_from].entered.documents} prepared, {len(rows)} published of {steps[-1].kept.documents}",
             advice="This is a defect of curation, not of the data; please report it with ledger.json.",
         )
     if sources and DERIVED not in sources and not rows:

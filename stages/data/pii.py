@@ -25,33 +25,10 @@ class Scrubbed:
 
 
 _GENERIC_DOMAINS = frozenset(
-    [
-        "com",
-        "org",
-        "net",
-        "edu",
-        "gov",
-        "mil",
-        "int",
-        "info",
-        "biz",
-        "name",
-        "pro",
-        "io",
-        "ai",
-        "dev",
-        "app",
-        "cloud",
-        "tech",
-        "online",
-        "site",
-        "xyz",
-        "science",
-        "eu",
-        "email",
-    ]
+    {"com", "org", "net", "edu", "gov", "mil", "int", "info", "biz", "name", "pro", "dev", "app", "cloud", "tech"}
+    | {"online", "site", "xyz", "science", "email"}
 )
-_COUNTRIES = frozenset(region.lower() for region in phonenumbers.SUPPORTED_REGIONS) | {"uk", "io", "ai", "me", "tv"}
+_COUNTRIES = frozenset(region.lower() for region in phonenumbers.SUPPORTED_REGIONS) | {"uk", "eu", "io", "ai"}
 
 _EMAIL = re.compile(
     r"(?<![\w.+%/@:-])([A-Za-z0-9][A-Za-z0-9._%+-]{1,63})@((?:[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?\.)+)"

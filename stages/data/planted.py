@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from stages.data.pii import luhn_valid
 from stages.data.records import SourceDocument
@@ -46,7 +47,7 @@ _CONTEXT: dict[str, str] = {
     "IPV6": "The last login to this account came from the address {value} and used a browser that we did not know.",
     "PHONE": "If nobody opens the door, please call {value} and ask for the person who is on duty that evening.",
     "CREDIT_CARD": "The guest has paid with card {value} and wants to have the receipt sent to the usual place.",
-    "IBAN": "Please transfer the amount to the account {value} and put the number of the invoice into the subject line.",
+    "IBAN": "Please transfer the amount to the account {value} and give the number of the invoice in the subject line.",
     "SSN": "The applicant has given the social security number {value} and signed the form at the bottom of the page.",
 }
 
@@ -181,7 +182,7 @@ _EXPECTED = {TOXIC: "toxicity", FOREIGN: "language", NEAR_DUPLICATE: "near_dupli
 
 def score(
     planted: Sequence[Planted], dropped: Mapping[str, str], survivors: Mapping[str, str]
-) -> dict[str, dict[str, object]]:
+) -> dict[str, dict[str, Any]]:
     """For each kind how many were found, dropped by another step, or missed.
 
     `dropped` says by id which `step/reason` took a document, `survivors` is the final text of the others.

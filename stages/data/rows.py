@@ -153,13 +153,12 @@ def parse_hub(uri: str) -> HubDataset:
 def read_hub(uri: str) -> Iterator[Row | BadRecord]:
     """Rows of a Hugging Face dataset, streamed."""
     wanted = parse_hub(uri)
-    import datasets
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     try:
-        rows = datasets.load_dataset(
-            wanted.name, wanted.config, split=wanted.split, revision=wanted.revision, streaming=True
-        )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        rows = load_dataset(wanted.name, wanted.config, split=wanted.split, revision=wanted.revision, streaming=True)
+    except (OSError, ValueError, DatasetsError) as error:
         raise ConfigError(
             f"source {uri!r} cannot be loaded: {error}",
             advice="Check name, config and split, and that the machine of the Ray job reaches the hub.",

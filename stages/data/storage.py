@@ -1,4 +1,4 @@
-"""Where outside data lies: one file, a folder or an s3:// prefix, as a sorted list of objects that open as byte streams.
+"""Where outside data lies: a file, a folder or an s3:// prefix, as a sorted list of objects that open as byte streams.
 
 Names are relative to what the user gave, so nothing that is published depends on the machine.
 """

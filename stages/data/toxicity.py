@@ -10,7 +10,9 @@ from typing import Protocol
 
 from stages.config.errors import ConfigError
 
-PASSAGE_CHARACTERS = 600
+# Measured on docs: at 200 characters one insult in 20 kB scores 0.999 and no real document reaches 0.8; at 600 it
+# scores 0.26 and is missed.
+PASSAGE_CHARACTERS = 200
 
 
 class ToxicityScorer(Protocol):
@@ -20,7 +22,7 @@ class ToxicityScorer(Protocol):
 
 
 def passages(text: str) -> list[str]:
-    """Cut a text at line ends into passages of about 600 characters; each character is in exactly one."""
+    """Cut a text at line ends into passages of about 200 characters; each character is in exactly one."""
     cuts: list[str] = []
     current: list[str] = []
     length = 0
