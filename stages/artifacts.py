@@ -92,7 +92,8 @@ def content_digest(files: tuple[FileEntry, ...]) -> str:
 
 
 def upload_files(store: Store, folder: Path, *, kind: str, fingerprint: str) -> tuple[FileEntry, ...]:
-    """Copy every file below `folder` into the artifact and return their entries; the manifest is the caller's last step."""
+    """Copy every file below `folder` into the artifact and return their entries; the manifest is the caller's last
+    step."""
     key = artifact_key(kind, fingerprint)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
 

@@ -54,7 +54,7 @@ class StageContext:
         """Return a local folder with the files of an upstream artifact."""
         if role not in self.inputs:
             raise ConfigError(
-                f"stage {self.request.stage.value} needs an input {role!r}, it was given: {', '.join(self.inputs) or 'none'}",
+                f"stage {self.request.stage.value} needs an input {role!r}, given: {', '.join(self.inputs) or 'none'}",
                 advice="Run the stage that produces it, or give a base model.",
             )
         return fetch(self.inputs[role], self.work_dir.parent / "cache")

@@ -20,7 +20,8 @@ def bradley_terry_loss(chosen_scores_P: Tensor, rejected_scores_P: Tensor) -> Te
 
 
 def score_centering_loss(chosen_scores_P: Tensor, rejected_scores_P: Tensor) -> Tensor:
-    """Return sum of (r_chosen + r_rejected)^2, which fixes the scale's free offset (Eisenstein et al. 2023, arXiv:2312.09244)."""
+    """Return sum of (r_chosen + r_rejected)^2, which fixes the scale's free offset (Eisenstein et al. 2023,
+    arXiv:2312.09244)."""
     return (chosen_scores_P + rejected_scores_P).square().sum()
 
 
@@ -87,7 +88,8 @@ def ppo_value_loss(*, values_N: Tensor, old_values_N: Tensor, returns_N: Tensor,
 
 
 def k1(log_ratio: Tensor) -> Tensor:
-    """KL(p||q) estimator log p - log q for samples of p: unbiased, may be negative. Schulman 2020, "Approximating KL"."""
+    """KL(p||q) estimator log p - log q for samples of p: unbiased, may be negative. Schulman 2020, "Approximating
+    KL"."""
     return log_ratio
 
 

@@ -42,7 +42,8 @@ class Progress:
             self._thread.start()
 
     def __call__(self, done: float, total: float, unit: str = "step", **numbers: float | str) -> None:
-        """Report position; `rate`, `rate_unit` may be given, otherwise the rate of `unit` since the first call is used."""
+        """Report position; `rate`, `rate_unit` may be given, otherwise the rate of `unit` since the first call is
+        used."""
         now = time.monotonic()
         if self._first is None or done < self._first[1]:
             self._first = (now, done)

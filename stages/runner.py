@@ -64,7 +64,7 @@ def run_stage(config_uri: str) -> int:
         return EXIT_CODES[error.category]
     try:
         result = execute(request, store)
-    except BaseException as error:  # every failure is turned into a category, and none is swallowed: exit code and file
+    except BaseException as error:  # noqa: BLE001 - every failure becomes an exit code and a file, none is swallowed
         return _record_failure(store, request, error)
     write_json(store, run_key(request.run.run_id, request.stage, "result.json"), result.model_dump(mode="json"))
     logger.info("%s %s: %s", request.stage.value, "hit" if result.hit else "built", result.artifact.uri)
@@ -298,7 +298,7 @@ def describe_failure(error: BaseException) -> Failure:
         return Failure(
             category=Category.OUT_OF_MEMORY,
             message=f"out of memory: {cause}",
-            advice="Lower execution.<stage>.micro_batch_size or switch on gradient_checkpointing; results stay the same.",
+            advice="Lower execution.<stage>.micro_batch_size or switch on gradient_checkpointing; results do not change.",
             detail=detail,
         )
     return Failure(

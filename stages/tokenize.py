@@ -1,4 +1,4 @@
-"""From curated text to token ids: a byte-level BPE (or the base model's tokenizer), a chat template, memory-mapped shards.
+"""From curated text to token ids: byte-level BPE (or the base model's tokenizer), chat template, memory-mapped shards.
 
 Text is always encoded with special tokens switched off: a document that quotes `<|end|>` holds ordinary tokens.
 """

@@ -1,4 +1,5 @@
-"""How a stage runs: workers, engine, batching in memory. None of it decides what comes out, so none of it is in a fingerprint."""
+"""How a stage runs: workers, engine, batching in memory. None of it decides what comes out, so none of it is in a
+fingerprint."""
 
 from enum import StrEnum
 

@@ -1,4 +1,5 @@
-"""The pipeline as data: which stage produces which kind of artifact from which inputs. DAGs, operators and the runner read it here."""
+"""The pipeline as data: which stage produces which kind of artifact from which inputs. DAGs, operators and the runner
+read it here."""
 
 from dataclasses import dataclass
 from enum import StrEnum

@@ -21,13 +21,15 @@ class PipelineParams(Config):
     """What one run of `llm_pipeline` is asked to do."""
 
     recipe: str = Field("demo", title="Recipe")
-    """Complete configuration to start from. `demo`: a 10M-parameter model on two CPU cores. `tiny`: seconds per stage, for tests. `llama_1b`: a billion parameters on GPUs."""
+    """Complete configuration to start from. `demo`: a 10M-parameter model on two CPU cores. `tiny`: seconds per
+    stage, for tests. `llama_1b`: a billion parameters on GPUs."""
     run_name: str = Field("athanor", title="Run name", min_length=1, max_length=64)
     """Prefix of the registered models (`<name>-base`, `-sft`, `-reward`, `-aligned`); letters, digits, `.`, `_`, `-`."""
     documents: list[str] = Field(
         default_factory=list, title="Documents", examples=["installed-docs", "s3://bucket/prefix"]
     )
-    """Raw text, one source a line: `installed-docs`, a folder, an `s3://` prefix (text, JSONL, Parquet) or `hf://dataset?split=train`. Empty: the recipe's."""
+    """Raw text, one source a line: `installed-docs`, a folder, an `s3://` prefix (text, JSONL, Parquet) or
+    `hf://dataset?split=train`. Empty: the recipe's."""
     instructions: list[str] = Field(
         default_factory=list, title="Instructions", examples=["derived", "s3://bucket/sft.jsonl"]
     )
@@ -37,7 +39,8 @@ class PipelineParams(Config):
     )
     """Preference pairs, one source a line; `derived` makes pairs from the documents. Empty: the recipe's."""
     base_model: str = Field("", title="Base model", examples=["models:/athanor-base@champion", "/models/llama"])
-    """Model to start from instead of pretraining: an artifact URI, `models:/name@alias` or a Hugging Face directory. Empty: pretrain from scratch."""
+    """Model to start from instead of pretraining: an artifact URI, `models:/name@alias` or a Hugging Face directory.
+    Empty: pretrain from scratch."""
     alignment: Alignment = Field(Alignment.BOTH, title="Alignment")
     """Reinforcement learning (`ppo`), direct preference optimisation (`dpo`), `both`, or `none`."""
     last_stage: Stage = Field(Stage.REPORT, title="Last stage")
@@ -47,7 +50,8 @@ class PipelineParams(Config):
     promotion: Promotion = Field(Promotion.AUTO, title="Promotion")
     """`auto` moves the alias `champion` when the aligned model wins; `never` registers candidates only."""
     overrides: dict[str, Any] = Field(default_factory=dict, title="Overrides")
-    """Changes to the recipe by dotted path, as JSON: `{"sft.optimizer.learning_rate": 0.0002}`. Unknown paths are refused."""
+    """Changes to the recipe by dotted path, as JSON: `{"sft.optimizer.learning_rate": 0.0002}`. Unknown paths are
+    refused."""
 
     @field_validator("run_name")
     @classmethod

@@ -1,4 +1,5 @@
-"""From the form to the frozen configuration: recipe, then the form's fields, then dotted overrides. Wrong input fails here."""
+"""From the form to the frozen configuration: recipe, then the form's fields, then dotted overrides. Wrong input fails
+here."""
 
 import difflib
 from collections.abc import Mapping

@@ -76,7 +76,8 @@ class TrainConfig(Config):
     precision: Literal["bf16", "fp32"] = "bf16"
     """`bf16` computes matrix products in bfloat16 (autocast), weights and optimizer stay in float32."""
     global_batch_size: int = Field(..., ge=1)
-    """Items of one optimizer step over all workers: packed sequences (pretrain, sft), pairs (reward, dpo) or responses (ppo)."""
+    """Items of one optimizer step over all workers: packed sequences (pretrain, sft), pairs (reward, dpo) or
+    responses (ppo)."""
     eval_every: int = Field(0, ge=0)
     """Steps between evaluations on held-out data; 0 = at the end only."""
     eval_items: int = Field(64, ge=1)

@@ -8,6 +8,7 @@ from the template's generation markers and not from comparing ids.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,9 @@ class ChatEncoder:
         """Encode what precedes the assistant's next turn, generation prompt included."""
         return np.asarray(self._encode(messages, add_generation_prompt=True)[0], dtype=np.int64)
 
-    def _encode(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> tuple[list[int], list[int]]:
+    def _encode(
+        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool
+    ) -> tuple[list[int], list[int]]:
         text, spans = self._render(messages, add_generation_prompt=add_generation_prompt)
         ids: list[int] = []
         mask: list[int] = []
@@ -96,7 +99,7 @@ class ChatEncoder:
 def _cut(start: int, end: int, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Split [start, end) where a generation span begins or ends."""
     edges = sorted({start, end, *(edge for span in spans for edge in span if start < edge < end)})
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def _inside(position: int, spans: Sequence[tuple[int, int]]) -> bool:

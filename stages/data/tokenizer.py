@@ -111,7 +111,8 @@ def given_tokenizer(folder: Path) -> LoadedTokenizer:
         loaded = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"base_model: no tokenizer in {folder}: {error}", advice="Save the model's tokenizer files beside its weights."
+            f"base_model: no tokenizer in {folder}: {error}",
+            advice="Save the model's tokenizer files beside its weights.",
         ) from error
     if not getattr(loaded, "is_fast", False):
         raise ConfigError(
@@ -122,7 +123,7 @@ def given_tokenizer(folder: Path) -> LoadedTokenizer:
     rows = AutoConfig.from_pretrained(folder).vocab_size
     if len(loaded) > rows:
         raise ConfigError(
-            f"base_model: the tokenizer has {len(loaded)} entries, the model embeds {rows}; they do not belong together",
+            f"base_model: the tokenizer has {len(loaded)} entries, the model embeds {rows}; not a pair",
             advice="Use the tokenizer that the model was trained with.",
         )
     special = {

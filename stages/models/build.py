@@ -4,7 +4,9 @@ Importing transformers' model classes costs seconds, so this module is imported 
 """
 
 import shutil
+from collections.abc import Set
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -48,18 +50,28 @@ def new_causal_lm(config: ModelConfig, tokens: TokensArtifact, *, seed: int) -> 
 
 def load_causal_lm(folder: Path, tokens: TokensArtifact) -> PreTrainedModel:
     """Load weights in float32; raises ConfigError when the model does not fit the run's tokens."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+    )
+    _check_complete(loading, folder)
     _check_fit(model, tokens, folder)
     model.config.pad_token_id = tokens.pad_id
     return model
 
 
 def load_reward_model(folder: Path, tokens: TokensArtifact) -> PreTrainedModel:
-    """Load a sequence classifier with one output; a language model's folder gives a head of zeros, so training starts at ln 2."""
+    """Load a sequence classifier with one output; a language model's folder gives a head of zeros, so training starts
+    at ln 2."""
     fresh = "ForSequenceClassification" not in (folder / "config.json").read_text()
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=1, dtype=torch.float32, attn_implementation="sdpa", pad_token_id=tokens.pad_id
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
+        folder,
+        num_labels=1,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        pad_token_id=tokens.pad_id,
+        output_loading_info=True,
     )
+    _check_complete(loading, folder, new={"score.weight"} if fresh else set())
     _check_fit(model, tokens, folder)
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise ConfigError(
@@ -76,7 +88,10 @@ def save_model(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path,
 
     Not `save_pretrained`: it imports accelerate and whatever accelerate finds (DeepSpeed), which costs seconds a stage.
     """
-    save_torch_state_dict(weights, folder, metadata={"format": "pt"})
+    tied = model.all_tied_weights_keys or {}
+    save_torch_state_dict(
+        {name: weight for name, weight in weights.items() if name not in tied}, folder, metadata={"format": "pt"}
+    )
     model.config.architectures = [type(model).__name__]
     model.config.dtype = torch.float32
     model.config.save_pretrained(folder)
@@ -90,11 +105,20 @@ def save_model(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path,
     shutil.copytree(tokens.tokenizer_dir, folder, dirs_exist_ok=True)
 
 
+def _check_complete(loading: dict[str, Any], folder: Path, *, new: Set[str] = frozenset()) -> None:
+    """transformers fills missing weights with random numbers and goes on; we do not."""
+    if missing := set(loading["missing_keys"]) - new:
+        raise ConfigError(
+            f"model {folder} lacks weights: {', '.join(sorted(missing)[:5])}",
+            advice="Export the model again, with all its parameters.",
+        )
+
+
 def _check_fit(model: PreTrainedModel, tokens: TokensArtifact, folder: Path) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < tokens.vocab_size:
         raise ConfigError(
-            f"model {folder} embeds {rows} tokens, the run's tokenizer has {tokens.vocab_size}: they do not belong together",
+            f"model {folder} embeds {rows} tokens, the run's tokenizer has {tokens.vocab_size}: not a pair",
             advice="Start from a model that was trained with this tokenizer, or let the run use the model's tokenizer.",
         )
     limit = getattr(model.config, "max_position_embeddings", None)

@@ -89,7 +89,7 @@ class Checkpointer:
             for old in self._steps()[: -self._keep]:
                 self._store.delete(f"{self._prefix}/{_folder(old)}/{_RECORD}")
                 self._store.delete(f"{self._prefix}/{_folder(old)}")
-        except BaseException as error:  # handed to the training thread by wait()
+        except BaseException as error:  # noqa: BLE001 - handed to the training thread by wait()
             self._problem = error
 
     def _read(self, step: int) -> Checkpoint:

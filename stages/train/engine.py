@@ -69,7 +69,7 @@ class Engine:
         return nn.parallel.DistributedDataParallel(self.trainable, device_ids=ids, gradient_as_bucket_view=True), False
 
     def call(self, compute: Callable[..., Result], *arguments: Any) -> Result:
-        """Run `compute(parts, *arguments)` in the root's forward, in the run's precision, with batches on the device."""
+        """Run `compute(parts, *arguments)` in the root's forward, in the run's precision, batches on the device."""
         moved = [argument.to(self.device) if isinstance(argument, Packed) else argument for argument in arguments]
         with self.autocast():
             return self._module(compute, *moved)

@@ -25,7 +25,8 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 
 def learning_rate(config: OptimizerConfig, *, step: int, num_steps: int) -> float:
-    """Return the rate of step `step` (0-based): linear warm-up, then the schedule down to its minimum at the last step."""
+    """Return the rate of step `step` (0-based): linear warm-up, then the schedule down to its minimum at the last
+    step."""
     warmup = math.ceil(config.warmup_fraction * num_steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup

@@ -66,7 +66,8 @@ class Sampler:
     max_rows: int
 
     def sample(self, engine: Engine, prompts: Sequence[np.ndarray], *, stream: int) -> list[Sampled]:
-        """Return one scored response per prompt, in order and on every rank; draws depend on (seed, stream, position)."""
+        """Return one scored response per prompt, in order and on every rank; draws depend on (seed, stream,
+        position)."""
         mine = share(np.arange(len(prompts)), rank=engine.rank, world_size=engine.world_size)
         scored: list[tuple[int, Sampled]] = []
         for part in batches(mine, _PROMPTS_AT_ONCE):
@@ -144,7 +145,8 @@ class ScoreScale:
 def to_experience(
     samples: Sequence[Sampled], config: PPOConfig, *, scale: ScoreScale, kl_coefficient: float
 ) -> tuple[list[TokenSequence], float]:
-    """Turn samples into sequences with advantages (whitened over the rollout) and returns; also the mean shaped reward."""
+    """Turn samples into sequences with advantages (whitened over the rollout) and returns; also the mean shaped
+    reward."""
     estimates, totals = [], []
     for sample in samples:
         score = scale.normalised(sample.score) - (0.0 if sample.finished else config.missing_eos_penalty)

@@ -1,0 +1,163 @@
+"""A curated folder of invented text and its `tokens` artifact: real files, small enough to train on within a test."""
+
+import gzip
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from stages.artifacts import fingerprint
+from stages.config.base import Config
+from stages.config.execution import ExecutionConfig
+from stages.config.graph import GRAPH, Stage
+from stages.config.request import ArtifactRef, RunInfo, StageRequest
+from stages.config.tokens import TokenizeConfig
+from stages.config.train import (
+    DPOConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PPOConfig,
+    PretrainConfig,
+    RewardConfig,
+    SFTConfig,
+    TrainConfig,
+)
+from stages.context import StageContext
+from stages.progress import Progress
+from stages.store import open_store
+from stages.tracking import NullTracker
+
+_SUBJECTS = ("array", "matrix", "tensor", "table", "graph", "string", "queue", "tree")
+_VERBS = ("sort", "split", "merge", "scale", "count", "filter", "reverse", "copy")
+
+MODEL = ModelConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1)
+
+
+def write_curated(folder: Path, *, num_documents: int = 60, seed: int = 0) -> Path:
+    """Write what `curate` publishes."""
+    rng = random.Random(seed)
+    for split, count in (("train", num_documents), ("heldout", num_documents // 4)):
+        documents, instructions, preferences = [], [], []
+        for number in range(count):
+            verb, subject = rng.choice(_VERBS), rng.choice(_SUBJECTS)
+            others = [rng.choice(_SUBJECTS) for _ in range(rng.randint(3, 30))]
+            text = f"The function {verb}_{subject} will {verb} the {subject}. It works on {' and '.join(others)}."
+            documents.append({"id": f"{split}-{number}", "text": text})
+            question = f"What does `{verb}_{subject}` do?"
+            answer, wrong = f"It will {verb} the {subject}.", f"It will {verb} the"
+            turns = [{"role": "user", "content": question}]
+            reply = {"role": "assistant", "content": answer}
+            instructions.append({"id": f"i{number}", "messages": [*turns, reply]})
+            pair = {"prompt": turns, "chosen": answer, "rejected": wrong, "kind": "truncated"}
+            preferences.append({"id": f"p{number}", **pair})
+        _write(folder / "documents" / split / "part-00000.jsonl.gz", documents)
+        _write(folder / "instructions" / f"{split}.jsonl.gz", instructions)
+        _write(folder / "preferences" / f"{split}.jsonl.gz", preferences)
+    return folder
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def make_context(
+    home: Path,
+    stage: Stage,
+    config: Config,
+    inputs: dict[str, ArtifactRef] | None = None,
+    execution: ExecutionConfig | None = None,
+) -> StageContext:
+    """A context over a `file://` store in `home`, without MLflow."""
+    home.mkdir(parents=True, exist_ok=True)
+    store = open_store((home / "store").as_uri())
+    request = StageRequest(
+        stage=stage,
+        run=RunInfo(run_id="test", name="test"),
+        store_uri=store.root_uri,
+        config=config.model_dump(mode="json"),
+        execution=execution or ExecutionConfig(micro_batch_size=4),
+        inputs=inputs or {},
+    )
+    work_dir = home / "work" / stage.value
+    output_dir = work_dir / "output"
+    output_dir.mkdir(parents=True, exist_ok=True)
+    progress = Progress(store, "test", stage, printed_only=True)
+    identity = fingerprint(stage, config, inputs=request.inputs)
+    return StageContext(request, config, identity, {}, store, work_dir, output_dir, NullTracker(), progress)
+
+
+def published(context: StageContext) -> ArtifactRef:
+    """Publish what lies in the context's output folder."""
+    from stages.artifacts import artifact_uri, content_digest, publish, upload_files, utc_now
+    from stages.config.request import Manifest
+
+    spec = GRAPH[context.request.stage]
+    files = upload_files(context.store, context.output_dir, kind=spec.kind, fingerprint=context.fingerprint)
+    manifest = Manifest(
+        kind=spec.kind,
+        stage=spec.stage,
+        version=spec.version,
+        fingerprint=context.fingerprint,
+        digest=content_digest(files),
+        files=files,
+        inputs=(),
+        config=context.request.config,
+        execution={},
+        created_at=utc_now(),
+    )
+    publish(context.store, manifest)
+    return manifest.ref(artifact_uri(context.store, spec.kind, context.fingerprint))
+
+
+def make_tokens(home: Path) -> ArtifactRef:
+    """Curate by hand, tokenize for real."""
+    from stages import tokenize
+    from stages.config.curate import CurateConfig
+
+    curate = make_context(home, Stage.CURATE, CurateConfig())
+    write_curated(curate.output_dir)
+    config = TokenizeConfig(vocab_size=300, sequence_length=64, max_prompt_length=32, bpe_train_bytes=10_000)
+    context = make_context(home, Stage.TOKENIZE, config, {"curated": published(curate)})
+    tokenize.run(context)
+    return published(context)
+
+
+_OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_fraction=0.0)
+_COMMON: dict[str, Any] = {"optimizer": _OPTIMIZER, "precision": "fp32", "eval_items": 8}
+
+CONFIGS: dict[Stage, TrainConfig] = {
+    Stage.PRETRAIN: PretrainConfig(model=MODEL, max_tokens=64 * 4 * 6, global_batch_size=4, **_COMMON),
+    Stage.SFT: SFTConfig(num_epochs=2, global_batch_size=2, **_COMMON),
+    Stage.REWARD: RewardConfig(num_epochs=1, global_batch_size=10, **_COMMON),
+    Stage.DPO: DPOConfig(num_epochs=1, global_batch_size=10, **_COMMON),
+    Stage.PPO: PPOConfig(
+        num_rollouts=3, rollout_size=8, global_batch_size=4, num_epochs=2, max_response_length=6, **_COMMON
+    ),
+}
+"""One small config per training stage; every one makes at least six optimizer steps."""
+
+
+def make_models(home: Path, tokens: ArtifactRef) -> dict[Stage, dict[str, ArtifactRef]]:
+    """Publish an untrained base model and a reward model; return the inputs of every training stage."""
+    from stages.data.tokens import TokensArtifact
+    from stages.models.build import load_reward_model, new_causal_lm, save_model
+
+    context = make_context(home, Stage.SFT, CONFIGS[Stage.SFT], {"tokens": tokens})
+    artifact = TokensArtifact(context.input_dir("tokens"))
+    model = new_causal_lm(MODEL, artifact, seed=1)
+    save_model(model, model.state_dict(), context.output_dir, artifact)
+    sft = published(context)
+    reward_context = make_context(home, Stage.REWARD, CONFIGS[Stage.REWARD], {"tokens": tokens, "model": sft})
+    reward_model = load_reward_model(reward_context.input_dir("model"), artifact)
+    reward_model.score.weight.data.normal_(std=0.5)
+    save_model(reward_model, reward_model.state_dict(), reward_context.output_dir, artifact)
+    both = {"tokens": tokens, "model": sft}
+    return {
+        Stage.PRETRAIN: {"tokens": tokens},
+        Stage.SFT: both,
+        Stage.REWARD: both,
+        Stage.DPO: both,
+        Stage.PPO: {**both, "reward": published(reward_context)},
+    }
