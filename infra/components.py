@@ -78,7 +78,7 @@ def ray_head(
             "RAY_ROTATION_BACKUP_COUNT": "2",
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(num_cpus)),
         },
-        stop_seconds=15,
+        stop_seconds=6,  # idle it needs one; with jobs running it would drain for 30, and they resume from checkpoints
     )
 
 

@@ -119,6 +119,10 @@ class Stack:
         )
         record.save(layout)
         write_airflow_passwords(layout, secrets.admin_password)
+        for database in (layout.airflow / "airflow.db", layout.mlflow / "mlflow.db"):
+            # with a write-ahead log readers and the writer do not block each other, else "database is locked" is near
+            with closing(sqlite3.connect(database)) as connection:
+                connection.execute("PRAGMA journal_mode=WAL")
         self._prune(record)
         return record
 
@@ -164,9 +168,6 @@ class Stack:
         if record.airflow_version == version and database.exists():
             return record
         self.say("preparing Airflow's database")
-        # with a write-ahead log readers and the writer do not block each other: "database is locked" is the alternative
-        with closing(sqlite3.connect(database)) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
         log = self.layout.log_of("airflow-migrate")
         with log.open("w") as output:
             command = [str(BIN / "airflow"), "db", "migrate"]

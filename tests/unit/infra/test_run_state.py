@@ -1,0 +1,246 @@
+"""Following a run: a small HTTP server plays Airflow, a folder is the store."""
+
+import json
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import StringIO
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from infra.airflow_api import AirflowApi, AirflowApiError
+from infra.demo import follow, read_samples, reasons
+from infra.run_state import RunWatch
+from infra.screen import PlainScreen, duration, samples_panels, summary_table
+from stages.store import FileStore
+
+RUN = "manual__2026-11-23T09:00:00+00:00"
+KEY = "manual__2026-11-23T09-00-00-00-00"
+
+
+class Airflow:
+    """Answers like Airflow's API for one run; `tokens` counts logins, the first one is refused after one use."""
+
+    def __init__(self) -> None:
+        self.state = "running"
+        self.tasks: dict[str, str] = {"resolve": "success"}
+        self.tokens = 0
+        self.expired: set[str] = set()
+        self.requests: list[str] = []
+        self.pools: dict[str, Any] = {}
+        self.log: list[dict[str, Any]] = []
+
+    def answer(self, method: str, path: str, body: Any, token: str) -> tuple[int, Any]:
+        self.requests.append(f"{method} {path}")
+        if path == "/auth/token":
+            self.tokens += 1
+            return (
+                (201, {"access_token": f"t{self.tokens}"}) if body["password"] == "right" else (401, {"detail": "no"})
+            )
+        if token != f"Bearer t{self.tokens}" or token in self.expired:
+            return 401, {"detail": "expired"}
+        path = path.removeprefix("/api/v2/")
+        if path == "pools" and method == "POST":
+            self.pools[body["name"]] = body
+            return 201, body
+        if path.startswith("pools/"):
+            pool = self.pools.get(path.removeprefix("pools/"))
+            return (200, pool) if pool else (404, {"detail": "no such pool"})
+        if path.endswith("/dagRuns") and method == "POST":
+            return 400, {"detail": "Invalid input for param alignment: 'x' is not one of\n\nFailed validating: schema"}
+        if path.endswith("/taskInstances"):
+            return 200, {"task_instances": [self.task(name, state) for name, state in self.tasks.items()]}
+        if "/logs/" in path:
+            return 200, {"content": self.log}
+        return 200, {"state": self.state}
+
+    def task(self, name: str, state: str) -> dict[str, Any]:
+        ended = "2026-11-23T09:01:40Z" if state in ("success", "failed") else None
+        return {
+            "task_id": name,
+            "state": state,
+            "try_number": 1,
+            "start_date": "2026-11-23T09:00:00Z",
+            "end_date": ended,
+            "map_index": -1,
+        }
+
+
+@pytest.fixture
+def airflow() -> Iterator[tuple[Airflow, str]]:
+    fake = Airflow()
+
+    class Handler(BaseHTTPRequestHandler):
+        def handle_any(self) -> None:
+            length = int(self.headers.get("Content-Length") or 0)
+            body = json.loads(self.rfile.read(length)) if length else None
+            path = self.path.replace("%3A", ":").replace("%2B", "+")
+            status, value = fake.answer(self.command, path, body, self.headers.get("Authorization", ""))
+            payload = json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
+
+        do_GET = do_POST = handle_any
+
+        def log_message(self, format: str, *args: object) -> None:
+            return None
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield fake, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def client(url: str, password: str = "right") -> AirflowApi:
+    return AirflowApi(url, user="admin", password=password)
+
+
+def store_with(tmp_path: Path, **records: Any) -> FileStore:
+    """Records by `stage__name`, such as sft__result."""
+    store = FileStore(tmp_path)
+    for name, value in records.items():
+        stage, _, record = name.partition("__")
+        store.write_bytes(f"runs/{KEY}/{stage}/{record}.json", json.dumps(value).encode())
+    return store
+
+
+def result(stage: str, *, hit: bool, uri: str = "file:///nowhere", **metrics: float) -> dict[str, Any]:
+    artifact = {"kind": stage, "uri": uri, "fingerprint": "f" * 64, "digest": "d" * 64}
+    named = {name.replace("__", "/"): value for name, value in metrics.items()}
+    return {"stage": stage, "hit": hit, "artifact": artifact, "metrics": named, "wall_seconds": 12.0}
+
+
+def test_an_expired_login_is_renewed_without_the_caller_noticing(airflow: tuple[Airflow, str]) -> None:
+    fake, url = airflow
+    api = client(url)
+    assert api.run_state("llm_pipeline", RUN) == "running"
+    fake.expired.add("Bearer t1")
+    assert api.run_state("llm_pipeline", RUN) == "running"
+    assert fake.tokens == 2
+
+
+def test_a_wrong_password_is_said_not_retried(airflow: tuple[Airflow, str]) -> None:
+    fake, url = airflow
+    with pytest.raises(AirflowApiError, match=r"login at .* refused: 401"):
+        client(url, "wrong").run_state("llm_pipeline", RUN)
+    assert fake.tokens == 1
+
+
+def test_a_refused_form_is_explained_without_the_schema(airflow: tuple[Airflow, str]) -> None:
+    with pytest.raises(AirflowApiError) as caught:
+        client(airflow[1]).trigger("llm_pipeline", {"alignment": "x"})
+    assert "alignment: 'x' is not one of" in str(caught.value)
+    assert "Failed validating" not in str(caught.value)
+
+
+def test_the_pool_counts_deferred_tasks_and_keeps_what_the_user_set(airflow: tuple[Airflow, str]) -> None:
+    fake, url = airflow
+    client(url).ensure_pool("gpu", slots=1, description="heavy")
+    assert fake.pools["gpu"]["include_deferred"] is True
+    fake.pools["gpu"]["slots"] = 8
+    client(url).ensure_pool("gpu", slots=1, description="heavy")
+    assert fake.pools["gpu"]["slots"] == 8
+
+
+def test_rows_come_in_pipeline_order_with_progress_results_and_failures(
+    airflow: tuple[Airflow, str], tmp_path: Path
+) -> None:
+    fake, url = airflow
+    fake.tasks = {
+        "sft": "deferred",
+        "reward": "failed",
+        "tokenize": "success",
+        "resolve": "success",
+        "curate": "success",
+    }
+    store = store_with(
+        tmp_path,
+        curate__result=result("curate", hit=True, curate__documents_kept=1234.0),
+        tokenize__result=result("tokenize", hit=False, tokens__train=5e6),
+        sft__progress={"done": 30, "total": 120, "unit": "step", "rate": 2.5, "rate_unit": "steps/s", "loss": 4.25},
+        reward__failure={"category": "data", "message": "no pairs", "advice": "bring pairs"},
+    )
+    rows = RunWatch(client(url), store, RUN).snapshot().rows
+    assert [(row.name, row.state) for row in rows] == [
+        ("resolve", "success"),
+        ("curate", "hit"),
+        ("tokenize", "built"),
+        ("sft", "deferred"),
+        ("reward", "failed"),
+    ]
+    assert [row.fraction for row in rows] == [1.0, 1.0, 1.0, 0.25, None]
+    assert [row.key_metric for row in rows][1:4] == ["documents 1,234", "tokens 5,000,000", "loss 4.25"]
+    assert rows[4].failure is not None
+    assert rows[1].seconds == 100.0
+
+
+def test_a_failure_is_told_with_its_advice_or_from_the_tasks_log(airflow: tuple[Airflow, str], tmp_path: Path) -> None:
+    fake, url = airflow
+    fake.tasks = {"resolve": "failed", "reward": "failed"}
+    fake.log = [
+        {"event": "starting", "level": "info"},
+        {
+            "event": "failed",
+            "level": "error",
+            "error_detail": [{"exc_type": "ConfigFailed", "exc_value": "recipe='x'"}],
+        },
+    ]
+    words = {"category": "data", "message": "no pairs", "advice": "bring pairs"}
+    watch = RunWatch(client(url), store_with(tmp_path, reward__failure=words), RUN)
+    resolve, reward = watch.snapshot().rows
+    assert reasons(watch, resolve) == ["ConfigFailed: recipe='x'"]
+    assert reasons(watch, reward) == ["data: no pairs", "what to do: bring pairs"]
+
+
+def test_without_a_terminal_every_change_is_one_line(airflow: tuple[Airflow, str], tmp_path: Path) -> None:
+    fake, url = airflow
+    watch = RunWatch(client(url), store_with(tmp_path, curate__result=result("curate", hit=True)), RUN)
+    output = StringIO()
+    console = Console(file=output, width=100)
+    with PlainScreen(console) as screen:
+        for tasks in ({"curate": "none"}, {"curate": "deferred"}, {"curate": "deferred"}, {"curate": "success"}):
+            fake.tasks = tasks
+            screen.show(watch.snapshot())
+    assert [line.split() for line in output.getvalue().splitlines()] == [
+        ["curate", "running"],
+        ["curate", "hit", "1:40"],
+    ]
+
+
+def test_following_ends_with_the_run(airflow: tuple[Airflow, str], tmp_path: Path) -> None:
+    fake, url = airflow
+    fake.state = "failed"
+    snapshot = follow(RunWatch(client(url), FileStore(tmp_path), RUN), Console(file=StringIO()))
+    assert snapshot.finished
+    assert snapshot.state == "failed"
+
+
+def test_samples_are_read_from_the_evaluation_and_shown_side_by_side(
+    airflow: tuple[Airflow, str], tmp_path: Path
+) -> None:
+    fake, url = airflow
+    fake.tasks = {"evaluate": "success"}
+    samples = [{"prompt": [{"role": "user", "content": "What is x?"}], "responses": {"base": "b", "sft": "s" * 900}}]
+    (tmp_path / "samples.json").write_text(json.dumps(samples))
+    store = store_with(tmp_path, evaluate__result=result("evaluate", hit=False, uri=tmp_path.as_uri()))
+    snapshot = RunWatch(client(url), store, RUN).snapshot()
+    assert read_samples(snapshot) == samples
+    output = StringIO()
+    console = Console(file=output, width=100)
+    for panel in samples_panels(read_samples(snapshot)):
+        console.print(panel)
+    console.print(summary_table(snapshot))
+    assert "What is x?" in output.getvalue()
+    assert "…" in output.getvalue()
+    assert "built" in output.getvalue()
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(None, ""), (4.4, "4 s"), (65, "1:05"), (3725, "1:02:05")])
+def test_durations_read_well(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text
