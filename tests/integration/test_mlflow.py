@@ -351,7 +351,7 @@ def check_delivered(tracked: Tracked) -> None:
     [model] = tracked.client.search_logged_models([tracked.experiment_id])
     assert str(model.status) == "READY"
     tracked.build(Stage.SFT)  # its input has no MLflow ids in its manifest; the model is found by fingerprint
-    [sft] = tracked.children(Stage.SFT)
+    sft = tracked.client.get_run(tracked.made[Stage.SFT].mlflow_run_id)
     assert [entry.model_id for entry in sft.inputs.model_inputs] == [model.model_id]
 
 
