@@ -135,7 +135,7 @@ class CurateConfig(Config):
     """Least confidence (0..1) of the language classifier; FineWeb uses 0.65."""
     toxicity: Literal["classifier", "word-list", "none"] = "classifier"
     """How toxic text is found: a linear classifier, hits of a word list, or not at all."""
-    toxicity_threshold: float = Field(default=0.9, gt=0.0, le=1.0)
+    toxicity_threshold: float = Field(default=0.95, gt=0.0, le=1.0)
     """Score (0..1) from which a text counts as toxic; a word list scores 1 - 0.5^hits."""
     toxicity_word_list: str = ""
     """File or s3:// object with one word or phrase a line, for toxicity=`word-list`."""

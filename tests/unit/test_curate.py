@@ -48,120 +48,16 @@ def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-_WORDS = [
-    "river",
-    "mill",
-    "letter",
-    "city",
-    "house",
-    "hill",
-    "winter",
-    "summer",
-    "harbour",
-    "sailor",
-    "teacher",
-    "garden",
-    "window",
-    "kitchen",
-    "village",
-    "bridge",
-    "market",
-    "horse",
-    "wagon",
-    "forest",
-    "church",
-    "doctor",
-    "lawyer",
-    "brother",
-    "sister",
-    "mother",
-    "father",
-    "captain",
-    "soldier",
-    "farmer",
-    "widow",
-    "orphan",
-    "candle",
-    "lantern",
-    "mirror",
-    "curtain",
-    "chimney",
-    "stable",
-    "barn",
-    "meadow",
-    "valley",
-    "mountain",
-    "storm",
-    "thunder",
-    "shadow",
-    "silence",
-    "promise",
-    "secret",
-    "journey",
-    "supper",
-    "breakfast",
-    "morning",
-    "evening",
-    "midnight",
-    "holiday",
-    "wedding",
-    "funeral",
-    "fortune",
-    "bargain",
-    "quarrel",
-    "friend",
-    "stranger",
-    "neighbour",
-    "carpenter",
-    "butcher",
-    "painter",
-    "singer",
-    "poet",
-    "banker",
-    "clerk",
-    "servant",
-    "beggar",
-    "prince",
-    "palace",
-    "prison",
-    "castle",
-    "tower",
-    "island",
-    "ocean",
-    "beach",
-    "anchor",
-    "ladder",
-    "hammer",
-    "needle",
-    "button",
-    "pocket",
-    "basket",
-    "bottle",
-    "barrel",
-    "saddle",
-    "feather",
-    "leather",
-    "copper",
-    "silver",
-    "marble",
-    "timber",
-    "orchard",
-    "cherry",
-    "apple",
-    "potato",
-    "onion",
-    "pepper",
-    "butter",
-    "cheese",
-    "honey",
-    "coffee",
-    "tobacco",
-    "pillow",
-    "blanket",
-    "jacket",
-    "collar",
-    "slipper",
-]
+_VOCABULARY = """
+river mill letter city house hill winter summer harbour sailor teacher garden window kitchen village bridge market
+horse wagon forest church doctor lawyer brother sister mother father captain soldier farmer widow orphan candle
+lantern mirror curtain chimney stable barn meadow valley mountain storm thunder shadow silence promise secret journey
+supper breakfast morning evening midnight holiday wedding funeral fortune bargain quarrel friend stranger neighbour
+carpenter butcher painter singer poet banker clerk servant beggar prince palace prison castle tower island ocean beach
+anchor ladder hammer needle button pocket basket bottle barrel saddle feather leather copper silver marble timber
+orchard cherry apple potato onion pepper butter cheese honey coffee tobacco pillow blanket jacket collar slipper
+"""
+_WORDS = _VOCABULARY.split()
 
 
 def _prose(seed: int, sentences: int = 6) -> str:
@@ -345,11 +241,11 @@ def test_novels_pass_as_books(tmp_path: Path) -> None:
     folder = tmp_path / "novels"
     folder.mkdir()
     with tarfile.open(SHARED / "corpus" / "novels.tar.gz") as archive:
-        for member in [member for member in archive.getmembers() if member.isfile()][:3]:
+        for member in [member for member in archive.getmembers() if "Chesterton" in member.name][:3]:
             file = archive.extractfile(member)
             assert file is not None
             chapters = file.read().decode("utf-8", "replace").replace("\r\n", "\n").split("\n\n")
-            (folder / f"{Path(member.name).stem}.txt").write_text("\n\n".join(chapters[:120]))
+            (folder / f"{Path(member.name).stem}.txt").write_text("\n\n".join(chapters[40:160]))
     outcome, _ = _run(
         tmp_path, documents=(str(folder),), profile="books", instructions=(), preferences=(), planted=0, toxicity="none"
     )
