@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
-from airflow.sdk import Param
+from airflow.sdk.definitions.param import Param, ParamsDict
 from pydantic.fields import FieldInfo
 
 from stages.config.params import PipelineParams
@@ -22,16 +22,17 @@ _SECTION_STARTS = {
 _EMPTY_ALLOWED = ("string", "array", "object")
 
 
-def trigger_form() -> dict[str, Param]:
+def trigger_form() -> ParamsDict:
     """Return the DAG's params."""
     schema = PipelineParams.model_json_schema()
-    form, section = {}, "Run"
+    form: dict[str, Param] = {}
+    section = ""
     for name, field in PipelineParams.model_fields.items():
         section = _SECTION_STARTS.get(name, section)
         form[name] = _param(field, _flat(schema["properties"][name], schema.get("$defs", {})), section=section)
     # Proposals rather than an enum: `resolve` answers an unknown recipe with the one that was probably meant.
     form["recipe"].schema["examples"] = list(RECIPES)
-    return form
+    return ParamsDict(form)
 
 
 def form_values(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -215,15 +215,17 @@ class StageOperator(BaseOperator):
         def key(name: str) -> str:
             return run_key(request.run.run_id, request.stage, name)
 
-        def post(submission: "Submission") -> None:
+        def prepare(submission: "Submission") -> None:
             complete = request.model_copy(update={"submission_id": submission.submission_id})
             for stale in ("result.json", "failure.json"):
                 store.delete(key(stale))
             write_json(store, key("config.json"), complete.model_dump(mode="json"))
+
+        def post(submission: "Submission") -> None:
             hook.submit_job(
                 submission_id=submission.submission_id,
                 entrypoint=self._command(f"{store.root_uri}/{key('config.json')}"),
-                metadata=_metadata(complete),
+                metadata=_metadata(request),
                 num_cpus=request.execution.entrypoint_cpus,
             )
             self.log.info("Submitted Ray job %s.", submission.submission_id)
@@ -232,6 +234,7 @@ class StageOperator(BaseOperator):
             self._submission_log(context),
             hook,
             try_number=request.try_number,
+            prepare=prepare,
             post=post,
             patience_seconds=self.unreachable_seconds,
         )

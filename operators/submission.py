@@ -94,12 +94,14 @@ def attach_or_submit(
     hook: RayJobHook,
     *,
     try_number: int,
+    prepare: Callable[[Submission], None],
     post: Callable[[Submission], None],
     patience_seconds: float,
 ) -> Attached:
     """Attach to the job of an earlier attempt if its outcome is still open, otherwise submit one.
 
-    `post` writes the request and makes the POST. Raises RayUnreachableError when Ray stays away for `patience_seconds`.
+    `prepare` is called once a submission, `post` again and again while answers are lost: the job may be running by
+    then. Raises RayUnreachableError when Ray stays away for `patience_seconds`.
     """
     last = log.last()
     if last is not None and not last.consumed:
@@ -117,7 +119,7 @@ def attach_or_submit(
             submission = log.open(last.generation + 1, try_number)
     else:
         submission = log.open(last.generation + 1 if last else 1, try_number)
-    return _submit(log, hook, submission, post=post, patience_seconds=patience_seconds)
+    return _submit(log, hook, submission, prepare=prepare, post=post, patience_seconds=patience_seconds)
 
 
 def _submit(
@@ -125,6 +127,7 @@ def _submit(
     hook: RayJobHook,
     submission: Submission,
     *,
+    prepare: Callable[[Submission], None],
     post: Callable[[Submission], None],
     patience_seconds: float,
 ) -> Attached:
@@ -136,6 +139,7 @@ def _submit(
         post(submission)
 
     while True:
+        prepare(submission)
         try:
             _patiently(counted_post, patience_seconds)
             return Attached(submission, None, reattached=False)

@@ -103,6 +103,7 @@ class JobWatcher:
         ended_at = time.time()
         if job.status not in (JobStatus.LOST, JobStatus.UNREACHABLE):
             await self._show_last_lines()
+        self._log.info("Ray job %s: %s", self._submission_id, job.status.value)
         run = self._relay.mlflow_run or {}
         return Outcome(
             submission_id=self._submission_id,
@@ -137,11 +138,11 @@ class JobWatcher:
                 absent = absent + 1 if job is None else 0
                 if absent >= _ABSENT_POLLS:
                     return JobInfo(self._submission_id, JobStatus.LOST, "the cluster does not know the job any more")
+                if job is not None and not job.status.is_active:
+                    return job
                 if job is not None and job.status is not status:
                     status = job.status
                     self._log.info("Ray job %s: %s", self._submission_id, status.value)
-                    if not status.is_active:
-                        return job
             await self._pause()
 
     async def _pause(self) -> None:

@@ -1,0 +1,42 @@
+"""Airflow for tests: a home of its own in a temporary folder. To be imported before anything that imports airflow."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def _prepare() -> Path:
+    """Set the variables once a process; Airflow reads them when it is imported."""
+    home = Path(tempfile.mkdtemp(prefix="athanor-airflow-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    os.environ.update(
+        {
+            "AIRFLOW_HOME": str(home),
+            "AIRFLOW__CORE__LOAD_EXAMPLES": "false",
+            "AIRFLOW__CORE__DAGS_FOLDER": str(REPOSITORY / "dags"),
+            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "true",
+            "AIRFLOW__LOGGING__LOGGING_LEVEL": "INFO",
+            "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "false",
+        }
+    )
+    return home
+
+
+HOME = _prepare()
+
+
+@cache
+def migrate() -> None:
+    """Create the metadata database, once a session; a process of its own because it changes logging for good."""
+    subprocess.run(
+        [sys.executable, "-m", "airflow", "db", "migrate"], check=True, capture_output=True, timeout=240, cwd=HOME
+    )

@@ -1,0 +1,53 @@
+"""Reading a DAG is cheap and pulls in nothing heavy; proven in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DAG_FILES = sorted(path for path in (REPOSITORY / "dags").glob("*.py") if path.name != "__init__.py")
+HEAVY = {"torch", "ray", "mlflow", "transformers", "datatrove", "boto3", "botocore", "numpy", "pandas", "aiohttp"}
+MAX_CPU_SECONDS = 0.3
+
+# The DAG processor has Airflow loaded when it reads a file, so that is not part of the cost.
+PROBE = """
+import json, sys, time
+from pathlib import Path
+from airflow.dag_processing.dagbag import BundleDagBag
+import airflow.dag_processing.processor
+import airflow.providers.standard.decorators.python
+before = set(sys.modules)
+started = time.process_time()
+file = Path(sys.argv[1])
+bag = BundleDagBag(dag_folder=file, bundle_path=file.parent, bundle_name="probe")
+seconds = time.process_time() - started
+new = sorted({name.split(".")[0] for name in set(sys.modules) - before})
+print("PROBE", json.dumps({"seconds": seconds, "errors": bag.import_errors, "dags": list(bag.dags), "new": new}))
+"""
+
+
+@pytest.mark.parametrize("file", DAG_FILES, ids=lambda path: path.name)
+def test_a_dag_is_read_in_a_moment_without_anything_heavy(file: Path, tmp_path: Path):
+    environment = {**os.environ, "AIRFLOW_HOME": str(tmp_path), "AIRFLOW__CORE__LOAD_EXAMPLES": "false"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, str(file)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("PROBE "))[6:])
+    assert found["errors"] == {}
+    assert found["dags"]
+    assert not HEAVY & set(found["new"])
+    assert found["seconds"] < MAX_CPU_SECONDS
+
+
+def test_there_are_dags():
+    assert DAG_FILES

@@ -1,0 +1,89 @@
+"""What the Ray jobs of the operator's tests run instead of a verb: `python stage_stand_in.py <config uri> <behaviour>`.
+
+It keeps the contract of `python -m stages` (request in, manifest and result out, failure.json and exit code) in a
+fraction of a second, and can end in every way a stage can end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from stages.artifacts import artifact_uri, content_digest, fingerprint, publish, run_key, upload_files, utc_now
+from stages.config.errors import EXIT_CODES, Category
+from stages.config.graph import GRAPH
+from stages.config.pipeline import stage_config_from_json
+from stages.config.request import Failure, Manifest, StageRequest, StageResult
+from stages.runner import load_request
+from stages.store import Store, write_json
+
+
+def build(request: StageRequest, store: Store) -> None:
+    """Publish an artifact of one small file, and the result."""
+    config, spec = stage_config_from_json(request.stage, request.config), GRAPH[request.stage]
+    sources = dict.fromkeys(request.sources, "digest")
+    identity = fingerprint(request.stage, config, inputs=request.inputs, sources=sources)
+    folder = Path(tempfile.mkdtemp())
+    (folder / "content.txt").write_text(identity)
+    files = upload_files(store, folder, kind=spec.kind, fingerprint=identity)
+    manifest = Manifest(
+        kind=spec.kind,
+        stage=spec.stage,
+        version=spec.version,
+        fingerprint=identity,
+        digest=content_digest(files),
+        files=files,
+        inputs=(),
+        sources=sources,
+        config=request.config,
+        execution={"submission_id": request.submission_id},
+        mlflow_run_id="mlflow-run-of-the-stand-in",
+        created_at=utc_now(),
+    )
+    publish(store, manifest)
+    ref = manifest.ref(artifact_uri(store, spec.kind, identity))
+    result = StageResult(stage=request.stage, hit=False, artifact=ref, wall_seconds=0.1)
+    write_json(store, run_key(request.run.run_id, request.stage, "result.json"), result.model_dump(mode="json"))
+
+
+def fail(request: StageRequest, store: Store, category: Category, message: str) -> int:
+    failure = Failure(category=category, message=message, advice="Do something about it.")
+    write_json(store, run_key(request.run.run_id, request.stage, "failure.json"), failure.model_dump(mode="json"))
+    return EXIT_CODES[category]
+
+
+def main(config_uri: str, behaviour: str) -> int:
+    request, store = load_request(config_uri)
+    print("attempt", request.try_number, "of", request.submission_id, flush=True)
+    match behaviour.partition(":"):
+        case ("succeed", _, seconds):
+            print('ATHANOR_MLFLOW_RUN {"run_id": "mlflow-run-of-the-stand-in", "experiment_id": "3"}', flush=True)
+            print("ATHANOR_PROGRESS", json.dumps({"stage": request.stage.value, "done": 1, "total": 2, "unit": "step"}))
+            time.sleep(float(seconds or 0))
+            build(request, store)
+        case ("fail", _, category):
+            return fail(request, store, Category(category), f"the stand-in fails with {category}.")
+        case ("fail_once", _, category) if request.try_number == 1:
+            return fail(request, store, Category(category), f"the stand-in fails with {category}.")
+        case ("fail_once", _, _):
+            build(request, store)
+        case ("fail_at", _, stage) if stage == request.stage:
+            return fail(request, store, Category.DATA, f"{stage} has nothing to work on.")
+        case ("fail_at", _, _):
+            build(request, store)
+        case ("die", _, _):
+            os.kill(os.getpid(), signal.SIGKILL)
+        case ("forget", _, _):
+            pass
+        case _:
+            raise ValueError(behaviour)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,101 @@
+"""The DAG's shape and policy, for every alignment, last stage and starting point."""
+
+from itertools import product
+
+import pytest
+from airflow.sdk import TriggerRule
+
+from dags.llm_pipeline import llm_pipeline
+from operators.failures import MAX_RETRIES, StageRetryPolicy
+from operators.operator import StageOperator
+from stages.config.graph import GRAPH, Alignment, Stage, selected_stages
+
+STAGES = {stage: llm_pipeline.task_dict[stage.value] for stage in Stage}
+OPTIONAL = {Stage.REWARD, Stage.PPO, Stage.DPO}
+HEAVY = {Stage.CURATE, Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO, Stage.EVALUATE}
+
+
+def test_every_stage_is_a_task_of_its_own_name_between_resolve_and_close():
+    assert set(llm_pipeline.task_ids) == {"resolve", "close", *Stage}
+    assert {stage: task.stage for stage, task in STAGES.items() if isinstance(task, StageOperator)} == {
+        stage: stage.value for stage in Stage
+    }
+    assert [task.task_id for task in llm_pipeline.roots] == ["resolve"]
+    assert [task.task_id for task in llm_pipeline.leaves] == ["close"]
+
+
+def test_the_drawing_is_the_one_of_the_docstring():
+    edges = {(up.task_id, down) for up in llm_pipeline.tasks for down in up.downstream_task_ids}
+    assert edges == {
+        ("resolve", "curate"),
+        ("curate", "tokenize"),
+        ("tokenize", "pretrain"),
+        ("pretrain", "sft"),
+        ("sft", "reward"),
+        ("sft", "dpo"),
+        ("reward", "ppo"),
+        ("ppo", "evaluate"),
+        ("dpo", "evaluate"),
+        ("evaluate", "promote"),
+        ("promote", "report"),
+        ("report", "close"),
+    }
+
+
+def test_every_input_of_every_stage_is_finished_before_it_starts():
+    for stage, task in STAGES.items():
+        upstream = task.get_flat_relative_ids(upstream=True)
+        assert {source.value for _, source in GRAPH[stage].inputs} <= upstream, stage
+
+
+@pytest.mark.parametrize(("alignment", "has_base_model"), product(Alignment, (True, False)))
+def test_a_run_may_end_anywhere_and_what_it_does_not_ask_for_is_skipped(alignment: Alignment, has_base_model: bool):
+    for last in Stage:
+        selected = selected_stages(alignment=alignment, last_stage=last, has_base_model=has_base_model)
+        for stage in selected:
+            missing = {source for _, source in GRAPH[stage].inputs} - selected
+            assert missing <= {Stage.PRETRAIN} | OPTIONAL, (stage, last)
+        if last in (Stage.EVALUATE, Stage.PROMOTE, Stage.REPORT):
+            assert (Stage.PPO in selected) == (alignment in (Alignment.PPO, Alignment.BOTH))
+            assert (Stage.DPO in selected) == (alignment in (Alignment.DPO, Alignment.BOTH))
+            assert (Stage.REWARD in selected) == (alignment is not Alignment.NONE)
+        assert (Stage.PRETRAIN in selected) <= (not has_base_model)
+
+
+def test_skipped_tasks_let_the_rest_run_and_failed_ones_do_not():
+    assert {task.trigger_rule for task in STAGES.values()} == {TriggerRule.NONE_FAILED}
+
+
+def test_close_runs_whatever_happened_and_never_makes_a_failed_run_green():
+    close = llm_pipeline.task_dict["close"]
+    assert close.is_teardown
+    assert close.trigger_rule == TriggerRule.ALL_DONE_SETUP_SUCCESS
+    assert not close.on_failure_fail_dagrun
+
+
+def test_policy_owner_retries_timeouts_pools_tags_and_documentation():
+    assert llm_pipeline.doc_md
+    assert llm_pipeline.doc_md.startswith("From raw text")
+    assert {"llm", "ray"} <= set(llm_pipeline.tags)
+    for task in llm_pipeline.tasks:
+        assert task.owner == "athanor"
+        assert task.retries == MAX_RETRIES
+        assert isinstance(task.retry_policy, StageRetryPolicy)
+    for stage, task in STAGES.items():
+        assert isinstance(task, StageOperator)
+        assert task.timeout is not None
+        assert task.deferrable
+        assert task.pool == ("gpu" if stage in HEAVY else "default_pool")
+    for name in ("resolve", "close"):
+        assert llm_pipeline.task_dict[name].execution_timeout is not None
+
+
+def test_models_and_documents_are_announced_as_assets():
+    announced = {stage: [asset.name for asset in STAGES[stage].outlets] for stage in Stage}
+    assert announced == {stage: [spec.asset] if spec.asset else [] for stage, spec in GRAPH.items()}
+
+
+def test_the_story_fits_on_one_screen():
+    from pathlib import Path
+
+    assert len(Path(llm_pipeline.fileloc).read_text().splitlines()) < 100

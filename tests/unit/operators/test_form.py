@@ -1,0 +1,79 @@
+"""The trigger form is PipelineParams, and nothing else."""
+
+from typing import Any
+
+import pytest
+from airflow.sdk.exceptions import ParamValidationError
+from jsonschema import Draft7Validator
+
+from operators.form import form_values, trigger_form
+from stages.config.graph import Alignment, Stage
+from stages.config.params import PipelineParams
+from stages.config.recipes import RECIPES
+from stages.config.resolve import parse_params, resolve
+
+FORM = trigger_form()
+DEFAULTS = PipelineParams.model_validate({})
+
+
+def param(name: str) -> Any:
+    return FORM.get_param(name)
+
+
+@pytest.mark.parametrize("name", PipelineParams.model_fields)
+def test_every_field_has_title_help_section_and_a_valid_default(name: str):
+    field, shown = PipelineParams.model_fields[name], param(name)
+    Draft7Validator.check_schema(shown.schema)
+    assert shown.schema["title"] == field.title
+    assert shown.schema["description_md"].startswith(field.description or "no docstring")
+    assert shown.schema["section"]
+    assert shown.resolve() == shown.value
+
+
+def test_the_form_has_no_other_fields():
+    assert list(FORM) == list(PipelineParams.model_fields)
+
+
+def test_the_untouched_form_is_the_default_run():
+    assert parse_params(form_values(FORM.validate())) == DEFAULTS
+
+
+def test_a_form_whose_empty_fields_come_as_null_is_the_default_run():
+    emptied = {name: value or None for name, value in FORM.validate().items() if name != "seed"}
+    for name, value in emptied.items():
+        param(name).resolve(value)
+    assert parse_params(form_values(emptied)) == DEFAULTS
+
+
+def test_choices_are_the_values_of_the_enums():
+    assert param("alignment").schema["enum"] == [choice.value for choice in Alignment]
+    assert param("last_stage").schema["enum"] == [stage.value for stage in Stage]
+
+
+def test_recipes_are_proposed_and_not_enforced_so_that_resolve_can_say_which_one_was_meant():
+    assert param("recipe").schema["examples"] == list(RECIPES)
+    assert param("recipe").resolve("dmeo") == "dmeo"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", -1),
+        ("seed", "seven"),
+        ("alignment", "rlhf"),
+        ("last_stage", "deploy"),
+        ("documents", "installed-docs"),
+        ("documents", [1]),
+        ("overrides", "sft.seed=1"),
+        ("run_name", ""),
+    ],
+)
+def test_airflow_refuses_values_of_the_wrong_kind_before_the_run_starts(name: str, value: object):
+    with pytest.raises(ParamValidationError):
+        param(name).resolve(value)
+
+
+def test_a_filled_in_form_reaches_the_configuration():
+    filled = FORM.validate() | {"recipe": "tiny", "seed": 7, "overrides": {"sft.num_epochs": 2}, "base_model": None}
+    config = resolve(form_values(filled))
+    assert (config.recipe, config.sft.seed, config.sft.num_epochs) == ("tiny", 7, 2)

@@ -1,0 +1,96 @@
+"""What Airflow learns about this package, and that DAGs with its operator survive serialisation."""
+
+import json
+import pkgutil
+from importlib.metadata import entry_points
+from importlib.resources import files
+from typing import Any
+
+import jsonschema
+import pytest
+from airflow.sdk import DAG
+from airflow.serialization.serialized_objects import DagSerialization
+
+from operators.get_provider_info import get_provider_info
+from operators.hook import RayJobHook
+from operators.operator import StageOperator
+from operators.prepare import pipeline_key
+from operators.run import safe_run_id
+from stages.config.graph import GRAPH, Stage
+
+INFO = get_provider_info()
+
+
+def test_the_information_follows_airflows_schema():
+    schema = json.loads(files("airflow").joinpath("provider_info.schema.json").read_text())
+    jsonschema.validate(INFO, schema)
+
+
+def test_the_entry_point_leads_here():
+    found = [point for point in entry_points(group="apache_airflow_provider") if point.value.startswith("operators.")]
+    assert [point.load()() for point in found] == [INFO]
+
+
+def test_everything_that_is_named_exists():
+    modules = [
+        name for kind in ("operators", "hooks", "triggers") for entry in INFO[kind] for name in entry["python-modules"]
+    ]
+    for name in modules:
+        __import__(name)
+    for path in INFO["extra-links"]:
+        pkgutil.resolve_name(path)
+    (connection,) = INFO["connection-types"]
+    assert pkgutil.resolve_name(connection["hook-class-name"]) is RayJobHook
+    assert (connection["connection-type"], connection["hook-name"]) == (RayJobHook.conn_type, RayJobHook.hook_name)
+
+
+def test_fields_that_may_hold_secrets_are_marked():
+    fields = INFO["connection-types"][0]["conn-fields"]
+    assert fields["headers"]["schema"]["format"] == "password"
+
+
+def test_airflow_lists_the_provider_and_its_connection_type():
+    from airflow.providers_manager import ProvidersManager
+    from airflow.sdk.providers_manager_runtime import ProvidersManagerTaskRuntime
+
+    manager = ProvidersManager()
+    assert manager.providers["athanor"].data["name"] == "Athanor"
+    hook = ProvidersManagerTaskRuntime().hooks["ray_jobs"]
+    assert hook is not None
+    assert hook.hook_name == "Ray Jobs"
+    assert {path for path in manager.extra_links_class_names if path.startswith("operators.")} == set(
+        INFO["extra-links"]
+    )
+
+
+def round_trip(**arguments: Any) -> Any:
+    with DAG("probe", schedule=None) as dag:
+        StageOperator(**arguments)
+    encoded = json.loads(json.dumps(DagSerialization.to_dict(dag)))
+    return DagSerialization.from_dict(encoded).task_dict[arguments["stage"].value]
+
+
+@pytest.mark.parametrize("stage", Stage)
+def test_the_operator_survives_serialisation(stage: Stage):
+    task = round_trip(stage=stage, pool="gpu", retries=3)
+    assert task.task_type == "StageOperator"
+    assert (task.pool, task.retries) == ("gpu", 3)
+    assert [asset.name for asset in task.outlets] == [GRAPH[stage].asset] * bool(GRAPH[stage].asset)
+    links = ["Ray job", "MLflow run", "Artifact"] + ["Report"] * (stage is Stage.REPORT)
+    assert [link.name for link in task.operator_extra_links] == links
+
+
+def test_templates_reach_the_serialised_task():
+    task = round_trip(stage=Stage.SFT, entrypoint="python3.12 -m stages {config_uri}", store_uri="s3://b/{{ ds }}")
+    assert (task.entrypoint, task.store_uri) == ("python3.12 -m stages {config_uri}", "s3://b/{{ ds }}")
+
+
+def test_an_unknown_stage_is_refused_when_the_dag_is_read():
+    with pytest.raises(ValueError, match="'deploy' is not a valid Stage"):
+        StageOperator(stage="deploy")
+
+
+def test_run_ids_are_safe_as_keys():
+    run_id = safe_run_id("manual__2026-01-01T00:00:00+00:00/../x")
+    assert run_id == "manual__2026-01-01T00-00-00-00-00-..-x"
+    assert pipeline_key(run_id) == f"runs/{run_id}/pipeline.json"

@@ -1,0 +1,136 @@
+"""Beginning and end of a run, without servers: what is refused, what is stored, what an absent MLflow does."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from operators.failures import StageConfigFailed
+from operators.links import mlflow_artifact_page, mlflow_run_page
+from operators.prepare import build_request, find_hit, input_stages, load_config
+from operators.run import finish_run, start_run
+from stages.config.errors import ConfigError
+from stages.config.graph import GRAPH, Stage
+from stages.config.pipeline import PipelineConfig
+from stages.config.request import ArtifactRef, RunInfo
+from stages.config.resolve import resolve
+from stages.store import open_store
+
+RUN_ID = "manual__2026-01-01T00:00:00+00:00"
+RUN = RunInfo(run_id="r", name="n")
+
+
+class Task:
+    """The part of a running task that is used here."""
+
+    dag_id, run_id, log_url = (
+        "llm_pipeline",
+        RUN_ID,
+        "http://airflow/dags/llm_pipeline/runs/x/tasks/resolve?try_number=1",
+    )
+
+    def __init__(self, states: dict[str, str] | None = None, run: dict[str, Any] | None = None) -> None:
+        self.states, self.run = states or {}, run
+
+    def xcom_pull(self, task_ids: str) -> dict[str, Any] | None:
+        return self.run
+
+    def get_task_states(self, **query: Any) -> dict[str, dict[str, str]]:
+        return {RUN_ID: self.states}
+
+
+@pytest.fixture(autouse=True)
+def no_servers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("ARTIFACT_STORE", tmp_path.as_uri())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+
+
+def start(**params: Any) -> dict[str, Any]:
+    return start_run({"ti": Task(), "params": params})
+
+
+@pytest.mark.parametrize(
+    ("params", "says"),
+    [
+        ({"recipe": "dmeo"}, r"recipe='dmeo' does not exist; allowed: demo, llama_1b, tiny Did you mean 'demo'\?"),
+        ({"alignment": "rlhf"}, r"alignment='rlhf': Input should be 'ppo', 'dpo', 'both' or 'none'"),
+        ({"last_stage": "deploy"}, r"last_stage='deploy': Input should be 'curate', 'tokenize'"),
+        ({"last_stage": "ppo", "alignment": "dpo"}, r"last_stage='ppo' is not part of a run with alignment='dpo'"),
+        ({"last_stage": "pretrain", "base_model": "/models/x"}, r"last_stage='pretrain' is not part of a run"),
+        ({"overrides": {"sft.optimizer.learning_rat": 1}}, r"Did you mean 'sft.optimizer.learning_rate'\?"),
+        ({"overrides": {"sft.num_epochs": "many"}}, r"sft.num_epochs='many': Input should be a valid number"),
+        ({"overrides": {"sft": 3}}, r"overrides: 'sft' is a group of fields, not a value; got 3"),
+        ({"seed": "x"}, r"seed='x': Input should be a valid integer"),
+        ({"run_name": "a b"}, r"run_name='a b' may hold letters"),
+        ({"recepi": "demo"}, r"recepi: unknown field. Did you mean 'recipe'\?"),
+        ({"documents": "installed-docs"}, r"documents='installed-docs': Input should be a valid list"),
+    ],
+)
+def test_wrong_input_is_refused_naming_field_value_and_what_is_allowed(params: dict[str, Any], says: str):
+    with pytest.raises(StageConfigFailed, match=says):
+        start(**params)
+
+
+def test_a_store_of_an_unknown_kind_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ARTIFACT_STORE", "gs://bucket")
+    with pytest.raises(StageConfigFailed, match="ARTIFACT_STORE='gs://bucket' is not a store"):
+        start(recipe="tiny")
+
+
+def test_the_configuration_is_stored_and_the_run_told_even_when_mlflow_is_away(tmp_path: Path, caplog):
+    run = RunInfo.model_validate(start(recipe="tiny", seed=5, base_model=None))
+    stored = PipelineConfig.model_validate_json((tmp_path / "runs" / run.run_id / "pipeline.json").read_text())
+    assert stored == resolve({"recipe": "tiny", "seed": 5}) == load_config(open_store(tmp_path.as_uri()), run)
+    assert (run.run_id, run.airflow_run_id) == ("manual__2026-01-01T00-00-00-00-00", RUN_ID)
+    assert run.airflow_url == "http://airflow/dags/llm_pipeline/runs/x"
+    assert run.parent_run_id is None
+    assert "No MLflow parent run yet" in caplog.text
+
+
+def test_the_end_of_a_run_is_told_by_its_tasks():
+    run = RUN.model_dump(mode="json")
+    assert finish_run({"ti": Task({"sft": "success", "ppo": "skipped"}, run)}) == "FINISHED"
+    assert finish_run({"ti": Task({"sft": "failed", "ppo": "upstream_failed"}, run)}) == "FAILED"
+    assert finish_run({"ti": Task({"resolve": "failed"}, None)}) == "NOT STARTED"
+
+
+def ref(stage: Stage) -> dict[str, Any]:
+    kind = GRAPH[stage].kind
+    return ArtifactRef(kind=kind, uri=f"file:///s/artifacts/{kind}/f", fingerprint=f"f-{kind}", digest="d").model_dump()
+
+
+def test_inputs_are_those_that_the_run_produces(tmp_path: Path):
+    store, given = open_store(tmp_path.as_uri()), resolve({"recipe": "tiny", "base_model": "/models/x"})
+    assert input_stages(Stage.SFT, given) == {"tokens": Stage.TOKENIZE}
+    request = build_request(
+        Stage.SFT, run=RUN, store=store, config=given, upstream={Stage.TOKENIZE: ref(Stage.TOKENIZE)}
+    )
+    assert (list(request.inputs), request.sources) == (["tokens"], ("/models/x",))
+    scratch = resolve({"recipe": "tiny", "alignment": "dpo"})
+    assert set(input_stages(Stage.EVALUATE, scratch)) == {"curated", "tokens", "base", "sft", "reward", "dpo"}
+
+
+def test_an_input_that_is_missing_is_named(tmp_path: Path):
+    store = open_store(tmp_path.as_uri())
+    with pytest.raises(ConfigError, match="sft needs 'tokens' from task 'tokenize', which left no artifact"):
+        build_request(Stage.SFT, run=RUN, store=store, config=resolve({"recipe": "tiny"}), upstream={})
+
+
+def test_a_stage_with_outside_sources_is_never_a_hit_without_its_job(tmp_path: Path):
+    config = resolve({"recipe": "tiny"})
+    request = build_request(Stage.CURATE, run=RUN, store=open_store(tmp_path.as_uri()), config=config, upstream={})
+    assert request.sources
+    assert find_hit(open_store(tmp_path.as_uri()), request) is None
+
+
+def test_a_configuration_that_is_gone_is_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"runs/r/pipeline\.json does not exist"):
+        load_config(open_store(tmp_path.as_uri()), RUN)
+
+
+def test_links_lead_to_mlflows_pages_and_tell_no_password():
+    assert mlflow_run_page("http://me:secret@mlflow:5000/", "r1", "7") == "http://mlflow:5000/#/experiments/7/runs/r1"
+    assert json.dumps(mlflow_artifact_page("https://m", "r1", "report.html", "7")) == (
+        '"https://m/#/experiments/7/runs/r1/artifacts/report.html"'
+    )
