@@ -1,24 +1,25 @@
 """`promote`: register the run's models in MLflow by role and decide whether the aligned model becomes champion.
 
-The current champion and the new model are comparable when their versions carry the same `evaluation.data_digest` and
-the same `evaluation.reward_fingerprint`: then both were scored by the same judge on the same prompts, and the higher
-`eval/score_mean` wins. Otherwise scores mean nothing to each other; the decision falls back to the win rate of the
-new model against its own SFT model and says so in its reason.
+The current champion and the new model are comparable when their versions carry the same `evaluation.data_digest`,
+`evaluation.reward_fingerprint` and `evaluation.settings_digest`: then both were scored by the same judge on the same
+prompts in the same way, and the higher `eval/score_mean` wins. Otherwise scores mean nothing to each other; the
+decision falls back to the win rate of the new model against its own SFT model and says so in its reason.
 
 Unlike the other stages this one cannot do its work without MLflow: an outage is a failure, and Airflow retries.
 """
 
+import hashlib
 import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.artifacts import read_manifest
+from stages.artifacts import canonical_json, read_manifest
 from stages.config.closing import PromoteConfig
 from stages.config.errors import DataError, StageError
 from stages.config.params import Promotion
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 _REGISTERED_ROLE = {"base": "base", "sft": "sft", "reward": "reward", "ppo": "aligned", "dpo": "aligned"}
 _ALIGNED = ("ppo", "dpo")
-_DIGEST_TAG, _REWARD_TAG = "evaluation.data_digest", "evaluation.reward_fingerprint"
 _SCORE, _WIN_RATE = "eval/score_mean", "eval/win_rate"
 
 _ATTACH_SECONDS = 20.0
@@ -42,19 +42,33 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What `evaluate` measured: metrics by model, and what makes them comparable to another run's."""
+class Conditions:
+    """Under which a score was measured; only scores of equal, fully known conditions compare."""
 
-    metrics: dict[str, dict[str, float]]
     data_digest: str = ""
     reward_fingerprint: str = ""
+    settings_digest: str = ""
+
+    def tags(self) -> dict[str, str]:
+        return {f"evaluation.{name}": value for name, value in asdict(self).items() if value}
+
+    @staticmethod
+    def from_tags(tags: Mapping[str, str]) -> "Conditions":
+        return Conditions(**{field.name: tags.get(f"evaluation.{field.name}", "") for field in fields(Conditions)})
+
+    def allow_comparison(self, other: "Conditions") -> bool:
+        return all(asdict(self).values()) and self == other
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured: metrics by model, and under which conditions."""
+
+    metrics: dict[str, dict[str, float]]
+    conditions: Conditions = Conditions()
 
     def of(self, role: str) -> dict[str, float]:
         return self.metrics.get(role, {})
-
-    def comparison_tags(self) -> dict[str, str]:
-        tags = {_DIGEST_TAG: self.data_digest, _REWARD_TAG: self.reward_fingerprint}
-        return {key: value for key, value in tags.items() if value}
 
 
 @dataclass(frozen=True)
@@ -76,8 +90,7 @@ class Champion:
     version: str
     fingerprint: str
     metrics: dict[str, float]
-    data_digest: str
-    reward_fingerprint: str
+    conditions: Conditions
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,9 @@ def run(context: StageContext) -> StageOutcome:
     if not isinstance(config, PromoteConfig):
         raise AssertionError(f"promote got a {type(config).__name__}")
     models = {role: context.inputs[role] for role in _REGISTERED_ROLE if role in context.inputs}
-    evaluation = read_evaluation(context.input_dir("evaluation")) if "evaluation" in context.inputs else Evaluation({})
+    evaluation = Evaluation({})
+    if "evaluation" in context.inputs:
+        evaluation = read_evaluation(context.input_dir("evaluation"), read_manifest(context.inputs["evaluation"]))
     chosen = choose_aligned([role for role in _ALIGNED if role in models], evaluation)
     run_id = context.tracker.wait_run_id(_ATTACH_SECONDS)  # by then what earlier stages could not deliver has been
     with _outage_is_infrastructure():
@@ -122,7 +137,7 @@ def run(context: StageContext) -> StageOutcome:
     return StageOutcome(metrics=_outcome_metrics(decision, registered, evaluation.of(chosen or "")))
 
 
-def read_evaluation(folder: Path) -> Evaluation:
+def read_evaluation(folder: Path, manifest: Manifest) -> Evaluation:
     """Read metrics.json of an evaluation artifact; what is not a finite number ranks nothing and is left out."""
     data = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     if not isinstance(data.get("models"), dict):
@@ -130,12 +145,16 @@ def read_evaluation(folder: Path) -> Evaluation:
             "metrics.json of the evaluation has no object `models`",
             advice="Clear the evaluate task, so that it is made again.",
         )
+    settings = canonical_json({"version": manifest.version, "config": manifest.config})
     return Evaluation(
         metrics={
             role: _finite(values) for role, values in {**data["models"], "reward": data.get("reward") or {}}.items()
         },
-        data_digest=str((data.get("data") or {}).get("digest") or ""),
-        reward_fingerprint=str(data.get("reward_fingerprint") or ""),
+        conditions=Conditions(
+            data_digest=str((data.get("data") or {}).get("digest") or ""),
+            reward_fingerprint=str(data.get("reward_fingerprint") or ""),
+            settings_digest=hashlib.sha256(settings).hexdigest(),
+        ),
     )
 
 
@@ -161,7 +180,12 @@ def decide(
         return Decision(False, "promotion=never: the models are registered as candidates only", "none")
     if champion and champion.fingerprint == fingerprint:
         return Decision(True, f"the model is champion already (version {champion.version})", "same_model")
-    if champion and _is_comparable(champion, evaluation) and _SCORE in metrics and _SCORE in champion.metrics:
+    if (
+        champion
+        and evaluation.conditions.allow_comparison(champion.conditions)
+        and _SCORE in metrics
+        and _SCORE in champion.metrics
+    ):
         new, old = metrics[_SCORE], champion.metrics[_SCORE]
         verb = "beats" if new > old else "does not beat"
         reason = (
@@ -173,8 +197,8 @@ def decide(
         why = "there is no champion yet"
     else:
         why = (
-            f"the champion (version {champion.version}) was evaluated on other data or by another reward model, "
-            "so its scores do not compare"
+            f"the champion (version {champion.version}) was evaluated on other data, by another reward model or in "
+            "another way, so its scores do not compare"
         )
     win_rate = metrics.get(_WIN_RATE)
     if win_rate is None:
@@ -183,11 +207,6 @@ def decide(
     relation = "reaches" if wins else "is below"
     reason = f"{why}; win rate {win_rate:.3f} against its own SFT model {relation} min_win_rate={config.min_win_rate:g}"
     return Decision(wins, reason, "win_rate")
-
-
-def _is_comparable(champion: Champion, evaluation: Evaluation) -> bool:
-    new = (evaluation.data_digest, evaluation.reward_fingerprint)
-    return all(new) and new == (champion.data_digest, champion.reward_fingerprint)
 
 
 def _decide_and_move_aliases(
@@ -250,7 +269,7 @@ class Registry:
         return Registered(role, name, str(version.version), model.model_id, manifest.fingerprint, is_new)
 
     def _version_tags(self, role: str, manifest: Manifest, ref: ArtifactRef, evaluation: Evaluation) -> dict[str, str]:
-        tags = {**lineage_tags(manifest, ref.uri), **self._airflow_tags(manifest), **evaluation.comparison_tags()}
+        tags = {**lineage_tags(manifest, ref.uri), **self._airflow_tags(manifest), **evaluation.conditions.tags()}
         tags |= {key: repr(value) for key, value in evaluation.of(role).items()}
         if role in _ALIGNED:
             tags["alignment"] = role
@@ -296,8 +315,7 @@ class Registry:
             version=str(version),
             fingerprint=tags.get("lineage.fingerprint", ""),
             metrics=_finite({key: value for key, value in tags.items() if key.startswith("eval/")}),
-            data_digest=tags.get(_DIGEST_TAG, ""),
-            reward_fingerprint=tags.get(_REWARD_TAG, ""),
+            conditions=Conditions.from_tags(tags),
         )
 
     def set_alias(self, name: str, alias: str, version: str) -> None:
@@ -317,7 +335,7 @@ class Registry:
         made = int(
             datetime.fromisoformat(read_manifest(ref).created_at).timestamp() * 1000
         )  # the same time on every repetition: MLflow keeps one point
-        digest = evaluation.data_digest or ref.digest
+        digest = evaluation.conditions.data_digest or ref.digest
         data = dataset_input("held-out", ref.uri, digest, context="evaluation")
         self._client.log_inputs(run_id, datasets=[data])
         for model in models:

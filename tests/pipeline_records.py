@@ -161,7 +161,7 @@ def _content(stage: Stage, evaluation: Mapping[str, Any], promotion: Mapping[str
 def _own_metrics(stage: Stage, step: int) -> dict[str, float]:
     match stage:
         case Stage.PPO:
-            return {"ppo/score": step / 50 - 1, "ppo/kl": step / 25}
+            return {"ppo/score": step / 50 - 1, "ppo/kl": step / 25, **({"eval/score": 0.9} if step == 100 else {})}
         case Stage.DPO:
             return {"dpo/accuracy": 0.5 + step / 400, "dpo/margin": step / 100}
         case Stage.REWARD:

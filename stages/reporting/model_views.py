@@ -18,6 +18,7 @@ _EVALUATION_COLUMNS = (
     ("eval/score_mean", "mean reward score", True),
     ("eval/win_rate", "win rate vs SFT", True),
     ("eval/kl", "KL to SFT (nats)", None),
+    ("eval/response_length", "response length (tokens)", None),
 )
 """Key, heading, and whether higher is better (None: neither)."""
 
@@ -26,19 +27,23 @@ _PLOTS: dict[str, tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = {
     "sft": (("Loss", (("train/loss", "training"), ("eval/loss", "held-out"))),),
     "reward": (
         ("Loss", (("train/loss", "training"), ("eval/loss", "held-out"))),
-        ("Accuracy", (("train/accuracy", "training"), ("reward/accuracy", "pairs ranked right"))),
+        ("Accuracy", (("reward/accuracy", "training"), ("eval/reward_accuracy", "held-out"))),
+        ("Margin", (("reward/margin", "training"), ("eval/reward_margin", "held-out"))),
     ),
     "ppo": (
-        ("Reward", (("ppo/score", "score"), ("ppo/reward", "score after KL penalty"))),
-        ("KL to the SFT model (nats a response)", (("ppo/kl", "KL"),)),
+        ("Score", (("ppo/score", "sampled"), ("eval/score", "held-out prompts"), ("ppo/reward", "after KL penalty"))),
+        ("KL to the SFT model (nats a response)", (("ppo/kl", "sampled"), ("eval/kl", "held-out prompts"))),
         ("Loss", (("train/loss", "policy and value"), ("ppo/value_loss", "value"))),
-        ("Response length (tokens)", (("ppo/response_length", "length"),)),
+        (
+            "Response length (tokens)",
+            (("ppo/response_length", "sampled"), ("eval/response_length", "held-out prompts")),
+        ),
     ),
     "dpo": (
         ("Loss", (("train/loss", "training"), ("eval/loss", "held-out"))),
-        ("Accuracy", (("dpo/accuracy", "pairs ranked right"),)),
-        ("Margin", (("dpo/margin", "chosen above rejected"),)),
-        ("KL to the SFT model", (("dpo/kl", "KL"),)),
+        ("Accuracy", (("dpo/accuracy", "training"), ("eval/dpo_accuracy", "held-out"))),
+        ("Margin", (("dpo/margin", "training"), ("eval/dpo_margin", "held-out"))),
+        ("KL to the SFT model", (("dpo/kl", "training"), ("eval/kl", "held-out"))),
     ),
 }
 

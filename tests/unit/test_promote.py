@@ -1,25 +1,29 @@
 """Who becomes champion, and why: every branch of the decision with numbers a reader can redo."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from infra.ports import any_free
+from stages.artifacts import read_manifest
 from stages.config.closing import PromoteConfig
 from stages.config.errors import Category, ConfigError, DataError, StageError
 from stages.config.graph import Stage
 from stages.config.params import Promotion
-from stages.promote import Champion, Evaluation, choose_aligned, decide, read_evaluation, run
+from stages.config.request import Manifest
+from stages.promote import Champion, Conditions, Evaluation, choose_aligned, decide, read_evaluation, run
 from tests.pipeline_records import EVALUATION, context_for, publish_run, refs_for, request_for
 
 AUTO = PromoteConfig(run_name="demo")
-SAME = Evaluation({}, data_digest="d1", reward_fingerprint="r1")
+CONDITIONS = Conditions("d1", "r1", "s1")
+SAME = Evaluation({}, CONDITIONS)
 
 
-def champion(score: float | None = 0.2, *, data_digest: str = "d1", reward_fingerprint: str = "r1") -> Champion:
+def champion(score: float | None = 0.2, **changed: str) -> Champion:
     metrics = {} if score is None else {"eval/score_mean": score}
-    return Champion("4", "old", metrics, data_digest, reward_fingerprint)
+    return Champion("4", "old", metrics, replace(CONDITIONS, **changed))
 
 
 def test_without_a_champion_the_win_rate_decides() -> None:
@@ -47,10 +51,11 @@ def test_a_comparable_champion_is_beaten_by_a_higher_score_only() -> None:
     [
         champion(9.0, data_digest="d2"),
         champion(9.0, reward_fingerprint="r2"),
+        champion(9.0, settings_digest="s2"),
         champion(9.0, data_digest=""),
         champion(None),
     ],
-    ids=["other data", "other reward model", "nothing recorded", "no score"],
+    ids=["other data", "other reward model", "other settings", "nothing recorded", "no score"],
 )
 def test_scores_that_do_not_compare_fall_back_to_the_win_rate_and_say_so(old: Champion) -> None:
     decision = decide({"eval/score_mean": 0.1, "eval/win_rate": 0.7}, "new", SAME, old, AUTO)
@@ -61,7 +66,11 @@ def test_scores_that_do_not_compare_fall_back_to_the_win_rate_and_say_so(old: Ch
 
 def test_an_evaluation_that_does_not_name_its_data_compares_with_nothing() -> None:
     decision = decide(
-        {"eval/score_mean": 0.9, "eval/win_rate": 0.2}, "new", Evaluation({}), champion(0.1, data_digest=""), AUTO
+        {"eval/score_mean": 0.9, "eval/win_rate": 0.2},
+        "new",
+        Evaluation({}),
+        Champion("4", "old", {"eval/score_mean": 0.1}, Conditions()),
+        AUTO,
     )
     assert (decision.promoted, decision.comparison) == (False, "win_rate")
 
@@ -101,15 +110,23 @@ def read_from(data: dict) -> Evaluation:
 def test_values_that_are_not_finite_numbers_do_not_rank(tmp_path: Path) -> None:
     text = '{"models": {"ppo": {"eval/win_rate": NaN, "eval/score_mean": 0.5, "note": "x"}}, "data": {"digest": "d"}}'
     (tmp_path / "metrics.json").write_text(text)
-    evaluation = read_evaluation(tmp_path)
+    evaluation = read_evaluation(tmp_path, evaluation_manifest(tmp_path))
     assert evaluation.of("ppo") == {"eval/score_mean": 0.5}
-    assert evaluation.comparison_tags() == {"evaluation.data_digest": "d"}
+    assert evaluation.conditions.data_digest == "d"
+    assert evaluation.conditions.reward_fingerprint == ""
+    assert "evaluation.reward_fingerprint" not in evaluation.conditions.tags()
+    assert Conditions.from_tags(evaluation.conditions.tags()) == evaluation.conditions
+
+
+def evaluation_manifest(root: Path) -> Manifest:
+    _, made = publish_run(root / "published")
+    return read_manifest(made[Stage.EVALUATE])
 
 
 def test_an_evaluation_without_models_is_an_error_about_the_data(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text(json.dumps({"models": 3}))
     with pytest.raises(DataError, match="models"):
-        read_evaluation(tmp_path)
+        read_evaluation(tmp_path, evaluation_manifest(tmp_path))
 
 
 @pytest.mark.slow

@@ -103,14 +103,15 @@ def test_every_learning_curve_of_the_run_is_drawn(tmp_path: Path) -> None:
         "SFT Loss",
         "Reward model Loss",
         "Reward model Accuracy",
-        "PPO Reward",
+        "PPO Score",
         "PPO KL to the SFT model (nats a response)",
         "PPO Loss",
         "DPO Loss",
         "DPO Accuracy",
         "DPO Margin",
     ]
-    assert "PPO KL to the SFT model (nats a response): KL from 0.04 to 4" in labels
+    assert "PPO KL to the SFT model (nats a response): sampled from 0.04 to 4" in labels
+    assert "PPO Score: sampled from -0.98 to 1; held-out prompts from 0.9 to 0.9" in labels
 
 
 def test_the_page_loads_and_runs_nothing(tmp_path: Path) -> None:
