@@ -1,0 +1,198 @@
+"""What every implementation must meet, whatever is optimised later (the list in the design)."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stages.config.graph import Stage
+from stages.config.request import ArtifactRef
+from stages.data.packing import TokenSequence, collate, pack
+from stages.data.tokens import Split, TokensArtifact
+from stages.models.build import load_causal_lm, load_reward_model, new_causal_lm
+from stages.models.forward import next_token_loss_sum, segment_logprobs, segment_scores, target_logprobs
+from stages.models.generation import generate, uniforms
+from stages.models.linear_cross_entropy import linear_cross_entropy_sum
+from tests.numerics.training import run_training
+from tests.small_world import CONFIGS, MODEL, make_context
+
+Inputs = dict[Stage, dict[str, ArtifactRef]]
+
+
+@pytest.fixture(scope="module")
+def artifact(world: Path, tokens: ArtifactRef) -> TokensArtifact:
+    return TokensArtifact(
+        make_context(world, Stage.PRETRAIN, CONFIGS[Stage.PRETRAIN], {"tokens": tokens}).input_dir("tokens")
+    )
+
+
+@pytest.fixture(scope="module")
+def model(artifact: TokensArtifact) -> torch.nn.Module:
+    return new_causal_lm(MODEL, artifact, seed=3).eval()
+
+
+def sequence(*ids: int, targets: int | None = None) -> TokenSequence:
+    mask = np.ones(len(ids), dtype=np.int64)
+    if targets is not None:
+        mask[:-targets] = 0
+    return TokenSequence(np.array(ids), mask)
+
+
+def test_the_first_loss_is_ln_v(artifact: TokensArtifact, model: torch.nn.Module) -> None:
+    ids = np.random.default_rng(0).integers(0, artifact.vocab_size, size=(4, 64))
+    batch = collate([[sequence(*row)] for row in ids], 64)
+    loss = next_token_loss_sum(model, batch).item() / batch.num_targets
+    assert loss == pytest.approx(math.log(artifact.vocab_size), abs=0.1)
+
+
+def test_ten_tokens_at_one_and_six_at_three_average_to_one_and_three_quarters() -> None:
+    # 17 equal rows of logits cannot be arranged by hand; two vocabularies can: loss = log(1 + (V - 1) e^-x).
+    weight = torch.zeros(2, 1)
+    weight[0, 0] = 1.0
+    at = {loss: -math.log(math.exp(loss) - 1) for loss in (1.0, 3.0)}  # hidden h gives loss log(1 + e^-h)
+    hidden = torch.tensor([[at[1.0]]] * 10 + [[at[3.0]]] * 6)
+    targets = torch.zeros(16, dtype=torch.long)
+    total = linear_cross_entropy_sum(hidden, weight, targets)
+    parts = [linear_cross_entropy_sum(hidden[a:b], weight, targets[a:b]) for a, b in ((0, 3), (3, 12), (12, 16))]
+    assert total.item() / 16 == pytest.approx(1.75)
+    assert sum(part.item() for part in parts) / 16 == pytest.approx(1.75)
+
+
+def test_chunked_cross_entropy_equals_the_plain_one_with_its_gradients() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2500, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    targets = torch.randint(0, 50, (2500,))
+    torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum").backward()
+    expected = hidden.grad.clone(), weight.grad.clone()
+    hidden.grad = weight.grad = None
+    (2.0 * linear_cross_entropy_sum(hidden, weight, targets)).backward()
+    torch.testing.assert_close(hidden.grad, 2 * expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weight.grad, 2 * expected[1], rtol=1e-4, atol=1e-4)
+
+
+def test_packed_equals_unpacked_token_by_token(model: torch.nn.Module) -> None:
+    rng = np.random.default_rng(1)
+    sequences = [sequence(*rng.integers(6, 200, size=n)) for n in (5, 17, 3, 30, 9)]
+    packed = target_logprobs(model, pack(sequences, 64)).logprobs_N
+    alone = torch.cat([target_logprobs(model, collate([[one]], len(one.ids))).logprobs_N for one in sequences])
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_no_token_sees_another_document(model: torch.nn.Module) -> None:
+    first, other, second = sequence(9, 10, 11, 12), sequence(99, 98, 97, 96), sequence(20, 21, 22, 23, 24)
+    with_first = segment_logprobs(model, pack([first, second], 16))[1]
+    with_other = segment_logprobs(model, pack([other, second], 16))[1]
+    assert with_first.item() == pytest.approx(with_other.item(), abs=1e-6)
+
+
+def test_a_batch_without_targets_costs_exactly_nothing(model: torch.nn.Module) -> None:
+    nothing = TokenSequence(np.array([5, 6, 7]), np.zeros(3, dtype=np.int64))
+    loss = next_token_loss_sum(model, collate([[nothing]], 8))
+    assert loss.item() == 0.0
+    loss.backward()
+    assert all(p.grad is None or not p.grad.isnan().any() for p in model.parameters())
+    model.zero_grad()
+
+
+def test_a_score_depends_neither_on_neighbours_nor_on_padding(artifact: TokensArtifact, stage_inputs: Inputs) -> None:
+    folder = Path(stage_inputs[Stage.PPO]["reward"].uri.removeprefix("file://"))
+    reward = load_reward_model(folder, artifact).eval()
+    one, others = sequence(9, 10, 11, 1), [sequence(*range(20, 40)), sequence(50, 51, 52)]
+    alone = segment_scores(reward, collate([[one]], 4), pad_id=artifact.pad_id)[0]
+    among = segment_scores(reward, pack([*others, one], 64), pad_id=artifact.pad_id)[2]
+    hugging_face = reward(input_ids=torch.tensor([[9, 10, 11, 1]])).logits[0, 0]
+    padded = torch.tensor([[9, 10, 11, 1, artifact.pad_id, artifact.pad_id]])
+    hugging_face_padded = reward(input_ids=padded, attention_mask=(padded != artifact.pad_id).long()).logits[0, 0]
+    for value in (among, hugging_face, hugging_face_padded):
+        assert value.item() == pytest.approx(alone.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", [Stage.REWARD, Stage.DPO], ids=str)
+def test_pair_objectives_start_at_ln_2(stage: Stage, stage_inputs: Inputs, tmp_path: Path) -> None:
+    config = CONFIGS[stage]
+    if stage is Stage.REWARD:
+        config = config.model_copy(update={"center_coefficient": 0.0})
+    trained = run_training(tmp_path, stage, config, stage_inputs[stage])
+    assert trained.history[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_the_first_ppo_minibatch_has_ratio_one(stage_inputs: Inputs, tmp_path: Path) -> None:
+    first = run_training(tmp_path, Stage.PPO, CONFIGS[Stage.PPO], stage_inputs[Stage.PPO]).history[0]
+    assert first["ppo/approx_kl"] == pytest.approx(0.0, abs=1e-7)
+    assert first["ppo/clip_fraction"] == 0.0
+    assert first["ppo/kl"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_sampling_does_not_depend_on_the_batch(model: torch.nn.Module, artifact: TokensArtifact) -> None:
+    prompts = [np.array(ids) for ids in ([0, 3, 40, 41], [0, 3, 50], [0, 3, 60, 61, 62, 63])]
+    draws = uniforms(seed=5, stream=1, indices=[0, 1, 2], length=8)
+    options = {"max_response_length": 8, "eos_id": artifact.eos_id, "pad_id": artifact.pad_id}
+    together = generate(model, prompts, uniforms_SR=draws, **options)
+    alone = [generate(model, [p], uniforms_SR=draws[i : i + 1], **options)[0] for i, p in enumerate(prompts)]
+    assert [r.tolist() for r in together] == [r.tolist() for r in alone]
+
+
+def test_sampling_follows_the_distribution(artifact: TokensArtifact) -> None:
+    """20,000 draws of one token against the softmax they come from."""
+    from stages.models.generation import _choose
+
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    draws = torch.from_numpy(uniforms(seed=1, stream=0, indices=range(20_000), length=1)[:, 0]).float()
+    counts = torch.bincount(_choose(logits.expand(20_000, 4), 0.5, draws), minlength=4) / 20_000
+    torch.testing.assert_close(counts, (logits / 0.5).softmax(0), rtol=0, atol=0.01)
+
+
+def test_an_export_reloads_in_plain_transformers(artifact: TokensArtifact, stage_inputs: Inputs) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    ids = torch.tensor([[0, 4, 70, 71, 72, 1, 5]])
+    for role, loader, ours in (
+        ("model", AutoModelForCausalLM, load_causal_lm),
+        ("reward", AutoModelForSequenceClassification, load_reward_model),
+    ):
+        folder = Path(stage_inputs[Stage.PPO][role].uri.removeprefix("file://"))
+        plain = loader.from_pretrained(folder).eval()
+        torch.testing.assert_close(
+            plain(input_ids=ids).logits, ours(folder, artifact).eval()(input_ids=ids).logits, rtol=0, atol=1e-5
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    question = [{"role": "user", "content": "What does `sort_array` do?"}]
+    prompts = artifact.prompts(Split.TRAIN)
+    served = tokenizer.apply_chat_template(question, add_generation_prompt=True)["input_ids"]
+    assert served in [prompts[i].tolist() for i in range(len(prompts))] or served[0] == artifact.bos_id
+    assert served.count(artifact.bos_id) == 1
+
+
+@pytest.mark.parametrize("stage", [Stage.DPO, Stage.PPO], ids=str)
+def test_frozen_models_do_not_move(
+    stage: Stage, stage_inputs: Inputs, artifact: TokensArtifact, tmp_path: Path
+) -> None:
+    import importlib
+
+    from stages.train.engine import Engine
+
+    context = make_context(tmp_path, stage, CONFIGS[stage], stage_inputs[stage])
+    prepared = importlib.import_module(f"stages.{stage}").prepare(context, artifact)
+    engine = Engine(prepared.parts, CONFIGS[stage], context.execution)
+    objective = prepared.objective(engine)
+    frozen = objective._reference if stage is Stage.DPO else objective._sampler.frozen.reference
+    before = {name: weight.clone() for name, weight in frozen.state_dict().items()}
+    policy_before = engine.model_weights("policy")["model.norm.weight"].clone()
+    for step in objective.steps(engine):
+        for batch in step.micro_batches:
+            engine.accumulate(engine.call(objective.loss, batch).loss_sum, last=True)
+        engine.step(1e-2)
+    assert all(torch.equal(weight, before[name]) for name, weight in frozen.state_dict().items())
+    assert not torch.equal(engine.model_weights("policy")["model.norm.weight"], policy_before)
+
+
+def test_non_finite_steps_are_skipped_counted_and_then_end_the_stage(stage_inputs: Inputs, tmp_path: Path) -> None:
+    from stages.config.errors import NonFiniteError
+
+    config = CONFIGS[Stage.PRETRAIN].model_copy(
+        update={"optimizer": CONFIGS[Stage.PRETRAIN].optimizer.model_copy(update={"learning_rate": 1e38})}
+    )
+    with pytest.raises(NonFiniteError, match=r"5 steps in a row.*"):
+        run_training(tmp_path, Stage.PRETRAIN, config, stage_inputs[Stage.PRETRAIN])

@@ -1,0 +1,121 @@
+"""Right input becomes a frozen config, wrong input a sentence that names the field."""
+
+import pytest
+from pydantic import ValidationError
+
+from stages.config.errors import ConfigError
+from stages.config.graph import GRAPH, Alignment, Stage, selected_stages
+from stages.config.recipes import RECIPES
+from stages.config.resolve import resolve
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_resolves(recipe: str) -> None:
+    config = resolve({"recipe": recipe})
+    assert config.recipe == recipe
+    assert config.stage_config(Stage.SFT).seed == 0
+
+
+def test_the_form_reaches_its_fields() -> None:
+    config = resolve(
+        {
+            "recipe": "tiny",
+            "run_name": "mine",
+            "documents": ["/data/text"],
+            "seed": 7,
+            "promotion": "never",
+            "base_model": "/models/x",
+            "overrides": {"sft.optimizer.learning_rate": 0.5, "execution": {"sft": {"micro_batch_size": 2}}},
+        }
+    )
+    assert config.curate.documents == ("/data/text",)
+    assert config.promote.run_name == "mine"
+    assert config.promote.promotion == "never"
+    assert config.sft.seed == config.pretrain.seed == 7
+    assert config.sft.optimizer.learning_rate == 0.5
+    assert config.execution.sft.micro_batch_size == 2
+    assert config.tokenize.base_model == "/models/x"
+    assert config.stage_sources(Stage.SFT) == ("/models/x",)
+
+
+def test_a_stage_can_have_its_own_seed() -> None:
+    config = resolve({"recipe": "tiny", "seed": 7, "overrides": {"curate.seed": 1}})
+    assert (config.curate.seed, config.sft.seed) == (1, 7)
+
+
+def test_a_config_is_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        resolve({"recipe": "tiny"}).sft.seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("values", "message", "advice"),
+    [
+        ({"recipe": "dmo"}, r"recipe='dmo' does not exist; allowed: demo", "Did you mean 'demo'"),
+        ({"alignment": "rlhf"}, r"alignment='rlhf'.*'ppo', 'dpo', 'both' or 'none'", "Correct"),
+        ({"last_stage": "ppoo"}, r"last_stage='ppoo'", "Correct"),
+        ({"alignment": "dpo", "last_stage": "ppo"}, r"last_stage='ppo' is not part of a run", "another"),
+        ({"base_model": "/m", "last_stage": "pretrain"}, r"last_stage='pretrain' is not part", "another"),
+        ({"seed": -1}, r"seed=-1", "Correct"),
+        ({"run_name": "a b"}, r"run_name='a b' may hold letters", "Correct"),
+        ({"sead": 3}, r"sead: unknown field. Did you mean 'seed'", "Correct"),
+        (
+            {"overrides": {"sft.optimizer.learning_rat": 1}},
+            r"'sft.optimizer.learning_rat' does not exist",
+            "Did you mean 'sft.optimizer.learning_rate'",
+        ),
+        ({"overrides": {"learning_rate": 1}}, r"'learning_rate' does not exist", "learning_rate'"),
+        ({"overrides": {"sft": 3}}, r"'sft' is a group of fields", "sft.num_epochs"),
+        ({"overrides": {"sft.optimizer.learning_rate": "fast"}}, r"sft.optimizer.learning_rate='fast'", "Correct"),
+        (
+            {"overrides": {"ppo.rollout_size": 100, "ppo.global_batch_size": 32}},
+            r"rollout_size=100 is not divisible by global_batch_size=32; use 96 or 128",
+            "Correct",
+        ),
+        ({"overrides": {"execution.sft.engine": "fsdp"}}, r"engine=fsdp needs num_workers >= 1", "Correct"),
+        ({"overrides": {"pretrain.model.num_heads": 7}}, r"hidden_size=32 is not divisible by num_heads=7", "Correct"),
+    ],
+)
+def test_wrong_input_names_the_field(values: dict, message: str, advice: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        resolve({"recipe": "tiny", **values})
+    assert advice in caught.value.advice
+
+
+def test_selected_stages_are_closed_over_their_needs() -> None:
+    """Whatever is chosen, every selected stage finds the inputs that it cannot do without."""
+    for alignment in Alignment:
+        for last_stage in Stage:
+            chosen = selected_stages(alignment=alignment, last_stage=last_stage, has_base_model=False)
+            for stage in chosen & {Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO}:
+                assert {source for _, source in GRAPH[stage].inputs} <= chosen, (alignment, last_stage, stage)
+
+
+def test_each_alignment_selects_its_stages() -> None:
+    def chosen(alignment: Alignment) -> set[Stage]:
+        return set(selected_stages(alignment=alignment, last_stage=Stage.REPORT, has_base_model=False))
+
+    everything = set(Stage)
+    assert chosen(Alignment.BOTH) == everything
+    assert chosen(Alignment.PPO) == everything - {Stage.DPO}
+    assert chosen(Alignment.DPO) == everything - {Stage.PPO}
+    assert chosen(Alignment.NONE) == everything - {Stage.PPO, Stage.DPO, Stage.REWARD}
+
+
+def test_every_field_is_documented() -> None:
+    """The text under a field is its help everywhere."""
+    from stages.config.base import Config
+
+    def undocumented(model: type[Config], path: str = "") -> list[str]:
+        missing = []
+        for name, field in model.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
+                missing += undocumented(field.annotation, f"{path}{name}.")
+            elif not field.description:
+                missing.append(f"{path}{name}")
+        return missing
+
+    from stages.config.params import PipelineParams
+    from stages.config.pipeline import CONFIG_CLASSES
+
+    assert [name for model in (PipelineParams, *CONFIG_CLASSES.values()) for name in undocumented(model)] == []
