@@ -58,7 +58,7 @@ def _list_s3(uri: str) -> list[Stored]:
     bucket, key = _bucket_and_key(uri)
     found: list[Stored] = []
     try:
-        for page in _s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key):
+        for page in s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key):
             for entry in page.get("Contents", ()):
                 name = entry["Key"].removeprefix(key)
                 if name and not name.startswith("/") and key and not key.endswith("/"):
@@ -82,7 +82,7 @@ def _bucket_and_key(uri: str) -> tuple[str, str]:
 
 
 @lru_cache(maxsize=1)
-def _s3() -> Any:
+def s3_client() -> Any:
     import boto3
     from botocore.config import Config
 
@@ -102,7 +102,7 @@ def open_raw(uri: str) -> IO[bytes]:
     """The object's bytes as stored."""
     if uri.startswith("s3://"):
         bucket, key = _bucket_and_key(uri)
-        return cast(IO[bytes], _s3().get_object(Bucket=bucket, Key=key)["Body"])
+        return cast(IO[bytes], s3_client().get_object(Bucket=bucket, Key=key)["Body"])
     return local_path(uri).open("rb")
 
 

@@ -146,3 +146,32 @@ def test_snapshot_of_installed_docs_is_quick_and_depends_on_the_choice() -> None
     assert time.monotonic() - started < 1.5
     assert numpy != both
     assert numpy == snapshot_source("installed-docs", CurateConfig(packages=("NumPy",)))
+
+
+@pytest.mark.integration
+def test_an_s3_prefix_is_read_like_the_folder_it_came_from(tmp_path: Path, s3_store: str) -> None:
+    from stages.data.storage import s3_client
+
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(_lines(3)))
+    (tmp_path / "b #1.txt").write_text("plain")
+    pq.write_table(pa.Table.from_pylist([{"text": "columns"}]), tmp_path / "c.parquet")
+    bucket, _, root = s3_store.removeprefix("s3://").partition("/")
+    prefix = f"{root}/corpus" if root else "corpus"
+    s3_client.cache_clear()
+    for path in tmp_path.iterdir():
+        s3_client().upload_file(str(path), bucket, f"{prefix}/{path.name}")
+    s3_client().put_object(Bucket=bucket, Key=f"{prefix}-2/other.txt", Body=b"a neighbour")
+    uri = f"s3://{bucket}/{prefix}"
+    expected = ["document 0", "document 1", "document 2", "plain", "columns"]
+    for source in (uri, f"{uri}/"):
+        config = CurateConfig(documents=(source,))
+        records = [record for unit in plan(config) for record in read(unit, config)]
+        assert [record.text for record in records if isinstance(record, SourceDocument)] == expected
+        assert [record.path for record in records if isinstance(record, SourceDocument)][3] == "b #1.txt"
+    before = snapshot_source(uri, CurateConfig())
+    assert before == snapshot_source(uri, CurateConfig())
+    s3_client().put_object(Bucket=bucket, Key=f"{prefix}/b #1.txt", Body=b"plaiN")
+    assert snapshot_source(uri, CurateConfig()) != before
+    for missing in (f"s3://{bucket}/{prefix}/nothing", "s3://no-such-bucket-here/x"):
+        with pytest.raises(ConfigError, match="source 's3://"):
+            plan(CurateConfig(documents=(missing,)))
