@@ -36,7 +36,12 @@ LEDGER: dict[str, Any] = {
                 "in": {"documents": 10, "bytes": 1000},
                 "kept": {"documents": 9, "bytes": 900},
                 "dropped": {"bad_json": {"documents": 1, "bytes": 100}},
-                "samples": {"bad_json": [{"id": "doc-1", "text": "<script>alert('raw')</script>"}]},
+                "samples": {
+                    "bad_json": [
+                        {"id": "doc-1", "text": "<script>alert('raw')</script>"},
+                        {"id": "planted/toxic/3", "text": "a blithering booby"},
+                    ]
+                },
             },
             {
                 "step": "toxicity",

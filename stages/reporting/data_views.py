@@ -75,15 +75,21 @@ def _account(name: str, steps: list[dict[str, Any]]) -> Account:
 
 
 def _dropped(step: dict[str, Any], reason: str, amount: Any) -> Dropped:
-    offensive = bool(_OFFENSIVE.search(step["step"]) or _OFFENSIVE.search(reason))
-    rows = (step.get("samples") or {}).get(reason) or []
+    all_offensive = bool(_OFFENSIVE.search(step["step"]) or _OFFENSIVE.search(reason))
+    samples, is_masked = [], False
+    for row in (step.get("samples") or {}).get(reason) or []:
+        name, sample = str(row["id"]), str(row["text"])
+        # a planted insult that the filter missed shows up under `planted`, and its id tells what it is
+        hide = all_offensive or bool(_OFFENSIVE.search(name))
+        is_masked |= hide
+        samples.append((name, mask(sample) if hide else sample))
     return Dropped(
         step=_words(step["step"]),
         reason=_words(reason),
         documents=_count(amount),
         size=bytes_text(_size(amount)),
-        samples=tuple((str(row["id"]), mask(str(row["text"])) if offensive else str(row["text"])) for row in rows),
-        is_masked=offensive and bool(rows),
+        samples=tuple(samples),
+        is_masked=is_masked,
     )
 
 

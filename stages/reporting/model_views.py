@@ -234,7 +234,7 @@ def alignment_table(story: Story) -> Table | None:
     if any(gain is not None for gain in gains):
         rows.append((text("score over SFT (SD)"), *(num(gain) for gain in gains)))
     return Table(
-        "DPO against PPO",
+        "What each costs and reaches",
         ("", "DPO", "PPO"),
         tuple(rows),
         "Memory is the peak of the stage's job; PPO holds policy, value function, reference and reward model, DPO "
