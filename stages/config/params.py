@@ -24,7 +24,7 @@ class PipelineParams(Config):
     """Complete configuration to start from. `demo`: a 10M-parameter model on two CPU cores. `tiny`: seconds per
     stage, for tests. `llama_1b`: a billion parameters on GPUs."""
     run_name: str = Field("athanor", title="Run name", min_length=1, max_length=64)
-    """Prefix of the registered models (`<name>-base`, `-sft`, `-reward`, `-aligned`); letters, digits, `.`, `_`, `-`."""
+    """Prefix of the models (`<name>-base`, `-sft`, `-reward`, `-aligned`): letters, digits, `.`, `_`, `-`."""
     documents: list[str] = Field(
         default_factory=list, title="Documents", examples=["installed-docs", "s3://bucket/prefix"]
     )

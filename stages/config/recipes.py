@@ -24,17 +24,15 @@ _HEAVY = "gpu"
 
 _DEMO_PACKAGES = (
     "apache-airflow-core",
-    "mlflow-skinny",
+    "apache-airflow-task-sdk",
+    "datasets",
+    "huggingface-hub",
     "networkx",
     "numpy",
     "pandas",
-    "ray",
     "scikit-learn",
     "scipy",
-    "sqlalchemy",
-    "sympy",
     "torch",
-    "transformers",
 )
 
 
@@ -45,7 +43,13 @@ def demo(*, seed: int = 0) -> PipelineConfig:
         recipe="demo",
         run_name="demo",
         curate=CurateConfig(
-            packages=_DEMO_PACKAGES, heldout_packages=("networkx", "pandas"), max_bytes=24_000_000, seed=seed
+            packages=_DEMO_PACKAGES,
+            heldout_packages=("datasets", "networkx"),
+            include_stdlib=True,
+            max_bytes=20_000_000,
+            max_instructions=10_000,
+            max_preferences=6_000,
+            seed=seed,
         ),
         tokenize=TokenizeConfig(vocab_size=8192, sequence_length=512, max_prompt_length=96),
         pretrain=PretrainConfig(
@@ -93,7 +97,7 @@ def tiny(*, seed: int = 0) -> PipelineConfig:
     return PipelineConfig(
         recipe="tiny",
         run_name="tiny",
-        curate=CurateConfig(packages=("click", "rich", "jinja2"), heldout_packages=("jinja2",), seed=seed),
+        curate=CurateConfig(packages=("click", "jinja2", "rich"), heldout_packages=("click",), planted=2, seed=seed),
         tokenize=TokenizeConfig(vocab_size=512, sequence_length=128, bpe_train_bytes=200_000, max_prompt_length=64),
         pretrain=PretrainConfig(
             model=ModelConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1),
@@ -147,7 +151,7 @@ def llama_1b(*, seed: int = 0) -> PipelineConfig:
     return PipelineConfig(
         recipe="llama_1b",
         run_name="llama-1b",
-        curate=CurateConfig(profile="web", packages=(), max_bytes=0, planted=False),
+        curate=CurateConfig(profile="web", word_splitter="spacy", planted=0, seed=seed),
         tokenize=TokenizeConfig(
             vocab_size=32_768, sequence_length=4096, bpe_train_bytes=2_000_000_000, max_prompt_length=2048
         ),

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from stages.config.curate import DERIVED, INSTALLED_DOCS
 from stages.config.errors import ConfigError
 from stages.config.graph import Stage, selected_stages
 from stages.config.params import PipelineParams
@@ -36,7 +37,9 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     for path, value in _flatten(params.overrides):
         _set_dotted(tree, path, value)
     _apply_seed(tree, params)
-    return validated(PipelineConfig, tree)
+    config = validated(PipelineConfig, tree)
+    _refuse_underivable(config)
+    return config
 
 
 def parse_params(values: Mapping[str, Any]) -> PipelineParams:
@@ -87,6 +90,24 @@ def _refuse_impossible_end(params: PipelineParams) -> None:
             f"and base_model={params.base_model!r}; allowed: {names}",
             advice="Choose another last stage or another alignment.",
         )
+
+
+def _refuse_underivable(config: PipelineConfig) -> None:
+    """Pairs are derived from documentation; other documents need instructions and preferences of their own."""
+    needed = {"instructions": Stage.SFT, "preferences": Stage.REWARD}
+    chosen = selected_stages(
+        alignment=config.alignment, last_stage=config.last_stage, has_base_model=bool(config.base_model)
+    )
+    for name, stage in needed.items():
+        if (
+            stage in chosen
+            and DERIVED in getattr(config.curate, name)
+            and INSTALLED_DOCS not in config.curate.documents
+        ):
+            raise ConfigError(
+                f"{name}={DERIVED!r} needs {INSTALLED_DOCS!r} among documents; got {list(config.curate.documents)}",
+                advice=f"Give {name} as files, or stop before {stage.value} with last_stage.",
+            )
 
 
 def _flatten(overrides: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

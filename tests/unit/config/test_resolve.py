@@ -21,14 +21,14 @@ def test_the_form_reaches_its_fields() -> None:
         {
             "recipe": "tiny",
             "run_name": "mine",
-            "documents": ["/data/text"],
+            "documents": ["/data/text", "installed-docs"],
             "seed": 7,
             "promotion": "never",
             "base_model": "/models/x",
             "overrides": {"sft.optimizer.learning_rate": 0.5, "execution": {"sft": {"micro_batch_size": 2}}},
         }
     )
-    assert config.curate.documents == ("/data/text",)
+    assert config.curate.documents == ("/data/text", "installed-docs")
     assert config.promote.run_name == "mine"
     assert config.promote.promotion == "never"
     assert config.sft.seed == config.pretrain.seed == 7
@@ -119,3 +119,9 @@ def test_every_field_is_documented() -> None:
     from stages.config.pipeline import CONFIG_CLASSES
 
     assert [name for model in (PipelineParams, *CONFIG_CLASSES.values()) for name in undocumented(model)] == []
+
+
+def test_pairs_cannot_be_derived_from_other_documents() -> None:
+    with pytest.raises(ConfigError, match=r"instructions='derived' needs 'installed-docs' among documents"):
+        resolve({"recipe": "tiny", "documents": ["/data"]})
+    assert resolve({"recipe": "tiny", "documents": ["/data"], "last_stage": "pretrain"})
