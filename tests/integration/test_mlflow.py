@@ -97,7 +97,7 @@ class Tracked:
         query = f"tags.`athanor.run_id` = '{self.run.run_id}' and tags.`lineage.stage` = '{stage.value}'"
         return list(self.client.search_runs([self.experiment_id], query))
 
-    def points(self, run_id: str, key: str) -> list[tuple[int, float]]:
+    def points(self, run_id: str | None, key: str) -> list[tuple[int, float]]:
         return sorted((point.step, point.value) for point in self.client.get_metric_history(run_id, key))
 
 
@@ -405,14 +405,14 @@ def test_the_first_run_registers_every_role_and_makes_a_champion(name: str, tmp_
     chosen = by_role["ppo"]["version"]
     assert aliases(f"{name}-aligned") == {"candidate": chosen, "champion": chosen}
     assert aliases(f"{name}-sft") == {"candidate": by_role["sft"]["version"]}
-    version = connect().get_model_version(f"{name}-aligned", chosen)
+    version: Any = connect().get_model_version(f"{name}-aligned", chosen)
     assert version.source == f"models:/{by_role['ppo']['model_id']}"
     assert version.tags["alignment"] == "ppo"
     assert version.tags["lineage.parent.reward"] == made[Stage.REWARD].fingerprint
     assert version.tags["eval/score_mean"] == "0.3"
     assert version.tags["evaluation.data_digest"] == "d" * 64
     assert artifact_uri_of_model(f"models:/{name}-aligned@champion") == made[Stage.PPO].uri
-    model = connect().get_logged_model(by_role["ppo"]["model_id"])
+    model: Any = connect().get_logged_model(by_role["ppo"]["model_id"])
     assert {metric.key: metric.value for metric in model.metrics}["eval/win_rate"] == 0.71
     assert {metric.dataset_name for metric in model.metrics} == {"held-out"}
 

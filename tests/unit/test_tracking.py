@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -120,7 +121,7 @@ def test_a_dead_server_never_blocks_and_leaves_everything_in_the_store(tmp_path:
 def test_a_full_disk_costs_tracking_and_not_training(tmp_path: Path, caplog) -> None:
     spool = Spool(tmp_path / "spool.jsonl")
     spool._file.close()
-    spool._file = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115 - the device that is always full
+    spool._file = cast(Any, Path("/dev/full").open("ab", buffering=0))  # noqa: SIM115 - the device that is always full
     with caplog.at_level(logging.ERROR):
         spool.append({"type": "metrics"})
     assert "is lost" in caplog.text
