@@ -16,12 +16,33 @@ from infra.supervisor import ProgramState
 HEARTBEATS = {"scheduler": "scheduler", "dag-processor": "dag_processor", "triggerer": "triggerer"}
 
 
+def ray_missing(url: str, token: str) -> str | None:
+    """None when a Ray head can run jobs: its HTTP API answers seconds before its node has joined."""
+    response = _get(f"{url}/api/v0/nodes", headers={"Authorization": f"Bearer {token}"})
+    if not response.ok:
+        return f"{url} answers {response.status_code}"
+    nodes = response.json()["data"]["result"]["result"]
+    return None if any(node["state"] == "ALIVE" for node in nodes) else "its node has not joined yet"
+
+
+def mlflow_missing(url: str) -> str | None:
+    """None when the tracking server works."""
+    response = _get(f"{url}/health")
+    return None if response.ok else f"{url} answers {response.status_code}"
+
+
+def _get(url: str, *, headers: dict[str, str] | None = None) -> requests.Response:
+    with requests.Session() as session:
+        session.trust_env = False  # loopback: no proxy
+        return session.get(url, headers=headers, timeout=5)
+
+
 class Health:
     """Asks each component, over HTTP and as one of its clients would."""
 
     def __init__(self, record: StackRecord, secrets: StackSecrets) -> None:
         self._record = record
-        self._ray_headers = {"Authorization": f"Bearer {secrets.ray_token}"}
+        self._token = secrets.ray_token
         self.airflow = AirflowApi(record.airflow_url, user="admin", password=secrets.admin_password)
         self._reported: dict[str, Any] | None = None
 
@@ -36,9 +57,9 @@ class Health:
         try:
             match program.name:
                 case "ray":
-                    return self._answers(f"{self._record.ray_url}/api/jobs/", headers=self._ray_headers)
+                    return ray_missing(self._record.ray_url, self._token)
                 case "mlflow":
-                    return self._answers(f"{self._record.mlflow_url}/health")
+                    return mlflow_missing(self._record.mlflow_url)
                 case "api-server":
                     self._airflow_reports()
                     return None
@@ -51,12 +72,6 @@ class Health:
         if self._reported is None:
             self._reported = self.airflow.health()
         return self._reported
-
-    def _answers(self, url: str, *, headers: dict[str, str] | None = None) -> str | None:
-        with requests.Session() as session:
-            session.trust_env = False
-            response = session.get(url, headers=headers, timeout=5)
-        return None if response.ok else f"{url} answers {response.status_code}"
 
     def _heartbeat(self, name: str, *, since: int) -> str | None:
         """Healthy only with a heartbeat of this very process: the last one's may be seconds old after a restart."""

@@ -28,7 +28,8 @@ from infra.layout import (
 )
 from infra.supervisor import ProgramState, Supervisor, last_lines
 
-START_SECONDS = 180
+START_SECONDS = 300
+MOST_RESTARTS = 3
 KEPT_RAY_SESSIONS = 3
 KEPT_LOG_DAYS = 14
 
@@ -72,7 +73,6 @@ class Stack:
                 record = self._prepare(secrets)
             supervisor = Supervisor(self.layout, record)
             record = self._start(record, supervisor, secrets)
-            self._wait(record, supervisor, secrets)
             self._settle(record, secrets)
             took = time.monotonic() - begin
             self.say(f"all healthy after {took:.0f} s" if took > 3 else "the stack runs and is healthy")
@@ -115,7 +115,7 @@ class Stack:
             ports=assigned,
             runtime_dir=str(choose_runtime_dir(layout, old.runtime_dir if old else None)),
             artifact_store=os.environ.get("ARTIFACT_STORE") or layout.store.as_uri(),
-            airflow_version=old.airflow_version if old else "",
+            airflow_version=old.airflow_version if old and (layout.airflow / "airflow.db").exists() else "",
         )
         record.save(layout)
         write_airflow_passwords(layout, secrets.admin_password)
@@ -153,19 +153,20 @@ class Stack:
                 if time.monotonic() > deadline:
                     raise StackError(f"supervisord does not answer:\n{last_lines(self.layout.log_of('supervisord'))}")
                 time.sleep(0.05)
-        for component in components:
-            if component.name in ("ray", "mlflow"):
-                supervisor.start(component.name)
+        # Ray gives its node 30 s to join, a limit no setting changes: it starts first, next to one process at most
+        supervisor.start("ray")
         record = self._migrated(record, environment)
+        supervisor.start("mlflow")
+        self._wait({"ray"}, record, supervisor, secrets)
         for component in components:
             supervisor.start(component.name)
+        self._wait({component.name for component in components}, record, supervisor, secrets)
         return record
 
     def _migrated(self, record: StackRecord, environment: dict[str, str]) -> StackRecord:
         """Bring Airflow's database to the installed version; once per version, since it takes seconds."""
         version = importlib.metadata.version("apache-airflow-core")
-        database = self.layout.airflow / "airflow.db"
-        if record.airflow_version == version and database.exists():
+        if record.airflow_version == version:
             return record
         self.say("preparing Airflow's database")
         log = self.layout.log_of("airflow-migrate")
@@ -178,27 +179,27 @@ class Stack:
         migrated.save(self.layout)
         return migrated
 
-    def _wait(self, record: StackRecord, supervisor: Supervisor, secrets: StackSecrets) -> None:
-        """Until every component is healthy; a component that gives up, or the time limit, is a StackError."""
+    def _wait(self, waiting: set[str], record: StackRecord, supervisor: Supervisor, secrets: StackSecrets) -> None:
+        """Until these components are healthy; a component that gives up, or the time limit, is a StackError."""
         health = Health(record, secrets)
         begin = time.monotonic()
-        healthy: set[str] = set()
-        while True:
-            programs = {program.name: program for program in supervisor.states()}
-            waiting = {name: program for name, program in programs.items() if name not in healthy}
-            for name, missing in health.round(waiting.values()).items():
-                elapsed = time.monotonic() - begin
-                if missing is None:
-                    healthy.add(name)
+        pids: dict[str, set[int]] = {name: set() for name in waiting}
+        while waiting:
+            programs = [program for program in supervisor.states() if program.name in waiting]
+            missing = health.round(programs)
+            elapsed = time.monotonic() - begin
+            for program in programs:
+                name, reason = program.name, missing[program.name]
+                pids[name] |= {program.pid} if program.pid else set()
+                if reason is None:
+                    waiting = waiting - {name}
                     if elapsed > 1:  # else it ran before
-                        self.say(f"{name:<14} healthy after {elapsed:4.1f} s")
-                elif programs[name].state in ("FATAL", "EXITED", "UNKNOWN"):
-                    raise self._broken(name, missing)
+                        self.say(f"{name:<14} healthy")
+                elif program.state in ("FATAL", "UNKNOWN") or len(pids[name]) > MOST_RESTARTS:
+                    raise self._broken(name, reason)
                 elif elapsed > START_SECONDS:
-                    raise self._broken(name, f"not healthy after {START_SECONDS} s: {missing}")
-            if len(healthy) == len(programs):
-                return
-            time.sleep(0.25)
+                    raise self._broken(name, f"not healthy after {START_SECONDS} s: {reason}")
+            time.sleep(0.25 if waiting else 0)
 
     def _broken(self, name: str, reason: str) -> StackError:
         log = self.layout.log_of(name)

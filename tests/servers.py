@@ -13,15 +13,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import requests
 
 from infra.components import RAY_ADDRESS, Component, mlflow_server, ray_head
+from infra.health import mlflow_missing, ray_missing
 from infra.ports import any_free
 from infra.processes import MARKER, end_marked, marking
 from infra.supervisor import last_lines
@@ -113,12 +113,6 @@ def _wait(
     raise ServerError(f"{name} did not start, {how}; end of {log}:\n{last_lines(log, 30)}")
 
 
-def _get(url: str, **arguments: Any) -> requests.Response:
-    with requests.Session() as session:
-        session.trust_env = False
-        return session.get(url, timeout=5, **arguments)
-
-
 def _component(component: Component, *, log: Path, environment: Mapping[str, str], answers: Callable[[], bool]):
     return running(
         component.name,
@@ -163,16 +157,23 @@ def ray_server(*, num_cpus: int = 2, environment: Mapping[str, str] | None = Non
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         **(environment or {}),
     }
-    try:
-        with _component(
-            component,
-            log=root / "head.log",
-            environment=shared,
-            answers=lambda: _get(f"{server.url}/api/jobs/", headers=server.headers).ok,
-        ):
-            yield server
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
+    log = root / "head.log"
+
+    def head():
+        return _component(
+            component, log=log, environment=shared, answers=lambda: ray_missing(server.url, server.token) is None
+        )
+
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, root, ignore_errors=True)
+        try:
+            stack.enter_context(head())
+        except ServerError:
+            # Ray gives its node 30 s to join, which no setting changes and a busy machine may miss; once more then
+            if "timed out during startup" not in log.read_text(errors="replace"):
+                raise
+            stack.enter_context(head())
+        yield server
 
 
 # ---------------------------------------------------------------- MLflow
@@ -188,6 +189,6 @@ def mlflow_tracking(root: Path) -> Iterator[str]:
         mlflow_server(port=port, home=root),
         log=root / "server.log",
         environment={"MLFLOW_DISABLE_TELEMETRY": "true"},
-        answers=lambda: _get(f"{url}/health").ok,
+        answers=lambda: mlflow_missing(url) is None,
     ):
         yield url
