@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "error: $(PYTHON3) -m venv failed; on Debian and Ubuntu install the package python3-venv" >&2; exit 1; }
 	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(VENV)/bin/python -m ensurepip --upgrade
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'
-	$(VENV)/bin/uv pip install --python $(VENV)/bin/python --constraint constraints.txt $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} \
+	$(VENV)/bin/uv pip install --python $(VENV)/bin/python --compile-bytecode --constraint constraints.txt $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} \
 	  --editable '.[airflow,train,deepspeed,stack,dev]'
 	@touch $(STAMP)
 

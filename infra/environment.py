@@ -13,7 +13,15 @@ from infra.layout import Layout, StackRecord, StackSecrets
 from infra.processes import marking
 
 # A shell that is attached to another cluster, tracking run or Python must not leak into the stack.
-DROPPED = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH", "MLFLOW_RUN_ID", "PYTHONHOME", "MAKEFLAGS")
+DROPPED = (
+    "RAY_ADDRESS",
+    "RAY_API_SERVER_ADDRESS",
+    "RAY_AUTH_TOKEN_PATH",
+    "MLFLOW_RUN_ID",
+    "PYTHONHOME",
+    "MAKEFLAGS",
+    "PYTHONDONTWRITEBYTECODE",  # every process would compile what it imports: seconds a stage
+)
 
 POOL = "gpu"
 

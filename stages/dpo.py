@@ -14,8 +14,7 @@ from stages.models.build import load_causal_lm
 from stages.models.forward import segment_logprobs
 from stages.train.engine import Engine
 from stages.train.objective import LossOutput, ObjectiveState, Step
-from stages.train.pairs import PairSteps, num_pairs, sides
-from stages.train.plan import evenly, share
+from stages.train.pairs import PairSteps, evaluate_pairs, num_pairs, sides
 from stages.train.run import Prepared, train_stage
 
 
@@ -84,22 +83,7 @@ class DPOObjective:
         return LossOutput(terms.loss_sum, metrics)
 
     def evaluate(self, engine: Engine) -> dict[str, float]:
-        chosen = share(
-            evenly(len(self._heldout), at_most=self._config.eval_items), rank=engine.rank, world_size=engine.world_size
-        )
-        totals = torch.zeros(4)
-        for batch in self._steps.micro_batches(self._heldout, chosen):
-            out = engine.infer(self.loss, batch)
-            accuracy, margin = out.metrics["dpo/accuracy"].cpu(), out.metrics["dpo/margin"].cpu()
-            totals += torch.stack([out.loss_sum.cpu(), accuracy[0], margin[0], accuracy[1]])
-        loss_sum, correct, margin_sum, count = engine.sum(totals.tolist())
-        if not count:
-            return {}
-        return {
-            "eval/loss": loss_sum / count,
-            "eval/dpo_accuracy": correct / count,
-            "eval/dpo_margin": margin_sum / count,
-        }
+        return evaluate_pairs(engine, self.loss, self._steps, self._heldout, at_most=self._config.eval_items)
 
     def state_dict(self) -> ObjectiveState:
         return ObjectiveState({"cursor": self._steps.cursor})

@@ -298,7 +298,7 @@ def describe_failure(error: BaseException) -> Failure:
         return Failure(
             category=Category.OUT_OF_MEMORY,
             message=f"out of memory: {cause}",
-            advice="Lower execution.<stage>.micro_batch_size or switch on gradient_checkpointing; results do not change.",
+            advice="Lower execution.<stage>.micro_batch_size or set gradient_checkpointing; results do not change.",
             detail=detail,
         )
     return Failure(

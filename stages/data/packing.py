@@ -67,7 +67,7 @@ def plan_rows(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list
         if length > row_length:
             raise DataError(
                 f"sequence {index} has {length} tokens, a row holds {row_length}",
-                advice="Raise tokenize.sequence_length or shorten the data; `tokenize` drops and counts such sequences.",
+                advice="Raise tokenize.sequence_length or shorten the data; `tokenize` drops and counts such rows.",
             )
         if length > free:
             rows.append([])
@@ -117,7 +117,7 @@ def pack(sequences: Sequence[TokenSequence], row_length: int) -> Packed:
 
 
 def split_by_rows(groups: Sequence[Sequence[int]], *, row_length: int, max_rows: int) -> list[range]:
-    """Cut groups of sequence lengths (the two answers of a pair, say) into consecutive ranges of at most `max_rows` rows.
+    """Cut groups of sequence lengths (a pair's two answers, say) into consecutive ranges of at most `max_rows` rows.
 
     A group is never split, so that a loss over the group sees all of it.
     """

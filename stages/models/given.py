@@ -100,5 +100,5 @@ def _model_files(folder: Path) -> list[Path]:
 def _not_there(uri: str) -> ConfigError:
     return ConfigError(
         f"base_model={uri!r} does not exist",
-        advice="Give an artifact URI, models:/name@alias, a Hugging Face folder or hub id; empty pretrains from scratch.",
+        advice="Give an artifact URI, models:/name@alias, a Hugging Face folder or hub id; empty = pretrain.",
     )

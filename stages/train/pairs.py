@@ -3,16 +3,17 @@
 Segments of a micro-batch alternate: 2i is the chosen answer of its i-th pair, 2i + 1 the rejected one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
+import torch.distributed as dist
 from torch import Tensor
 
 from stages.data.packing import Packed, TokenSequence, pack, split_by_rows
 from stages.data.tokens import PairView
 from stages.train.engine import Engine
-from stages.train.objective import Step
-from stages.train.plan import batches, epochs, share
+from stages.train.objective import LossOutput, Step
+from stages.train.plan import batches, epochs, evenly, share
 
 
 class PairSteps:
@@ -51,6 +52,31 @@ class PairSteps:
                 sequences += (chosen[index].chosen, chosen[index].rejected)
             result.append(pack(sequences, self._row_length))
         return result
+
+
+def evaluate_pairs(
+    engine: Engine, loss: Callable[..., LossOutput], steps: PairSteps, heldout: PairView, *, at_most: int
+) -> dict[str, float]:
+    """Return the loss a pair and the objective's metrics over evenly spread held-out pairs, under `eval/...`."""
+    spread = evenly(len(heldout), at_most=at_most)
+    totals: dict[str, float] = {"pairs": 0.0, "loss": 0.0}
+    for batch in steps.micro_batches(heldout, share(spread, rank=engine.rank, world_size=engine.world_size)):
+        out = engine.infer(loss, batch)
+        totals["pairs"] += num_pairs(batch)
+        totals["loss"] += float(out.loss_sum)
+        for name, pair in out.metrics.items():
+            totals[name] = totals.get(name, 0.0) + float(pair[0])
+    names = sorted(totals) if engine.world_size == 1 else _common_names(engine, totals)
+    summed = dict(zip(names, engine.sum(totals.get(name, 0.0) for name in names), strict=True))
+    count = summed.pop("pairs")
+    return {f"eval/{name.replace('/', '_')}": value / count for name, value in summed.items()} if count else {}
+
+
+def _common_names(engine: Engine, totals: dict[str, float]) -> list[str]:
+    """A rank without pairs knows no metric names; all must sum the same ones."""
+    everybody: list[list[str]] = [[] for _ in range(engine.world_size)]
+    dist.all_gather_object(everybody, list(totals))
+    return sorted({name for names in everybody for name in names})
 
 
 def num_pairs(batch: Packed) -> int:

@@ -74,7 +74,7 @@ def test_ppo_at_the_old_policy_has_no_kl_and_clips_nothing() -> None:
 
 
 def test_ppo_clips_by_hand() -> None:
-    # ratios 1.5 and 0.5. A=+1: min(1.5, 1.2) = 1.2 (clipped). A=+1: min(0.5, 0.8) = 0.5. A=-1: max(0.5, 0.8) = 0.8 (clipped)
+    # A=+1: min(1.5, 1.2) = 1.2 (clipped); A=+1: min(0.5, 0.8) = 0.5; A=-1: max(0.5, 0.8) = 0.8 (clipped)
     ratios = torch.tensor([1.5, 0.5, 0.5])
     terms = losses.ppo_policy_loss(
         logprobs_N=ratios.log(),
