@@ -14,7 +14,7 @@ from stages.config.errors import StageError
 from stages.config.graph import GRAPH, Stage
 from stages.config.request import Manifest, StageRequest
 from stages.lineage import ancestors_of_unpublished, to_json, to_markdown, to_svg
-from stages.mlflow_client import MLFLOW_RUN_MARKER, REFUSALS, connect, explain
+from stages.mlflow_client import MLFLOW_RUN_MARKER, REFUSALS, connect, explain, metric_key
 from stages.mlflow_session import MlflowSession, Point
 from stages.spool import SPOOL_NAME, Event, Spool, read_spool
 from stages.store import Store, open_store
@@ -148,12 +148,15 @@ def deliver(
     from mlflow.exceptions import MlflowException
 
     for group in _grouped(events):
+        event = group[0][0]
         try:
             _deliver_group(session, request, [event for event, _ in group])
         except MlflowException as error:
-            if error.error_code not in REFUSALS or group[0][0]["type"] == "start":
+            if error.error_code not in REFUSALS or event["type"] == "start":
                 return explain(error)
-            logger.error("MLflow refused an event of type %s, it is dropped: %s", group[0][0]["type"], error)
+            logger.error("MLflow refused an event of type %s, it is dropped: %s", event["type"], error)
+            if event["type"] == "finish":
+                session.end(time_ms=event["time"])
         except OSError as error:
             return f"{type(error).__name__}: {error}"
         acknowledge(group[-1][1])
@@ -185,7 +188,7 @@ def _deliver_group(session: MlflowSession, request: StageRequest, group: list[Ev
             )
         case "metrics":
             session.log_points(
-                Point(key, value, event["step"], event["time"])
+                Point(metric_key(key), value, event["step"], event["time"])
                 for event in group
                 for key, value in event["values"].items()
             )

@@ -8,6 +8,7 @@ Surprising on purpose:
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -157,6 +158,11 @@ def log_file(client: "MlflowClient", run_id: str, path: Path, name: str) -> None
         renamed = Path(scratch) / leaf
         shutil.copyfile(path, renamed)
         client.log_artifact(run_id, str(renamed), folder or None)
+
+
+def metric_key(key: str) -> str:
+    """Replace what MLflow refuses in metric keys; kinds of preference pairs, which are the user's, are part of some."""
+    return re.sub(r"[^A-Za-z0-9_\-. /:]", "-", key)
 
 
 def model_name(run_name: str, role: str) -> str:

@@ -21,6 +21,7 @@ from stages.mlflow_client import (
     find_model,
     find_or_create_experiment,
     log_file,
+    metric_key,
     model_name,
     stage_tag,
     tag_filter,
@@ -136,10 +137,14 @@ class MlflowSession:
             self._finish_model(manifest, uri, final)
         else:
             self._log_batch(run_id, points=final)
-        self._client.set_terminated(run_id, "FINISHED", end_time=time_ms)
+        self.end(time_ms=time_ms)
         if self.parent_run_id:
             record = {"hit": False, "uri": uri, "fingerprint": manifest.fingerprint, "mlflow_run_id": run_id}
             self._client.set_tag(self.parent_run_id, stage_tag(manifest.stage.value), json.dumps(record))
+
+    def end(self, *, time_ms: int) -> None:
+        """Set the run FINISHED, whatever else MLflow refused."""
+        self._client.set_terminated(self._known_run(), "FINISHED", end_time=time_ms)
 
     def fail(self, message: str, *, time_ms: int) -> None:
         """End the run FAILED; the next attempt sets it RUNNING again."""
@@ -232,7 +237,11 @@ class MlflowSession:
         for line in history.splitlines():
             values = json.loads(line)
             step = int(values.pop("step"))
-            points.extend(Point(key, float(value), step, time_ms) for key, value in values.items() if _is_number(value))
+            points.extend(
+                Point(metric_key(key), float(value), step, time_ms)
+                for key, value in values.items()
+                if _is_number(value)
+            )
         missing = {point.key for point in points if not self._logged.has(point)}
         self._remember(self._known_run(), missing)  # a worker process may have logged to this run as well
         self.log_points(points)
@@ -243,7 +252,8 @@ class MlflowSession:
         made = int(datetime.fromisoformat(manifest.created_at).timestamp() * 1000)
         cost = {f"cost/{key}": float(value) for key, value in manifest.cost.model_dump().items()}
         points = []
-        for key, value in {**manifest.metrics, **cost}.items():
+        for name, value in {**manifest.metrics, **cost}.items():
+            key = metric_key(name)
             latest = self._logged.latest.get(key)
             points.append(latest if latest and latest.value == value else Point(key, value, step, made))
         return points

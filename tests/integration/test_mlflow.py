@@ -222,8 +222,24 @@ def test_finishing_the_same_stage_again_adds_nothing(tracked: Tracked) -> None:
     after = tracked.made[Stage.PRETRAIN]
     assert (after.mlflow_run_id, after.mlflow_model_id) == (before.mlflow_run_id, before.mlflow_model_id)
     run = tracked.client.get_run(after.mlflow_run_id)
+    assert run.info.status == "FINISHED"
+    assert "athanor.failure" not in run.data.tags
     assert len(run.outputs.model_outputs) == len(run.inputs.dataset_inputs) == 1
     assert tracked.points(after.mlflow_run_id, "eval/loss") == [(0, 2.0)]
+
+
+def test_what_mlflow_refuses_for_good_holds_up_nothing_and_the_run_still_ends(tracked: Tracked, caplog) -> None:
+    tracker = tracked.tracker(Stage.CURATE)
+    tracker.log({"k" * 300: 1.0}, 1)  # longer than MLflow's limit
+    tracker.log_text("hello", "note.txt")
+    run_id, _ = tracked.finish(Stage.CURATE, tracker, metrics={"reward/accuracy_odd?kind": 0.5, "k" * 300: 1.0})
+    run = tracked.client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert "note.txt" in [entry.path for entry in tracked.client.list_artifacts(run_id)]
+    assert caplog.text.count("MLflow refused an event") == 2
+    tracker = tracked.tracker(Stage.TOKENIZE)
+    run_id, _ = tracked.finish(Stage.TOKENIZE, tracker, metrics={"reward/accuracy_odd?kind": 0.5})
+    assert tracked.points(run_id, "reward/accuracy_odd-kind") == [(0, 0.5)]
 
 
 def test_what_a_killed_attempt_did_not_deliver_comes_from_the_history(tracked: Tracked) -> None:
