@@ -54,7 +54,7 @@ test: $(STAMP) ## all tests
 check: $(STAMP) ## format, lint, types, floors and fast tests, in under a minute
 	ruff format --check .
 	ruff check .
-	pyright
+	pyright --threads
 	lint-imports
 	$(PYTHON) -m pytest -q -m 'not slow and not integration' tests/unit
 

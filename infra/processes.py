@@ -67,7 +67,7 @@ def end_marked(stack_id: str, *, grace_seconds: float = 5.0) -> list[str]:
 
 def describe(process: psutil.Process) -> str:
     try:
-        return " ".join(process.cmdline())[:100] or process.name()
+        return " ".join(process.cmdline()).strip()[:100] or process.name()
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return "(gone)"
 
