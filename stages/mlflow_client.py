@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MLFLOW_RUN_MARKER = "ATHANOR_MLFLOW_RUN"
 REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "INVALID_STATE"})
 """MLflow error codes that mean "never"; all others may pass: an outage, an expired token, a full disk."""
+_TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}
 _DIGEST_LENGTH = 32  # MLflow's column holds 36 characters
 _SOURCE_TYPES = {"s3": "s3", "file": "local", "hf": "hugging_face", "http": "http", "https": "http"}
 _VALUE_LENGTH = 5000  # below MLflow's limits for params (6000) and tags (8000)
@@ -65,16 +66,20 @@ def tag_filter(tags: Mapping[str, str]) -> str:
 
 
 def find_or_create_experiment(client: "MlflowClient", name: str) -> str:
+    """Return the experiment's id and see that MLflow shows it as one of model training, with its runs and charts."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return client.create_experiment(name)
+            return client.create_experiment(name, tags=_TRAINING_VIEW)
         except MlflowException as error:
             found = client.get_experiment_by_name(name)
             if found is None or error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+    for key, value in _TRAINING_VIEW.items():
+        if key not in found.tags:
+            client.set_experiment_tag(found.experiment_id, key, value)
     return found.experiment_id
 
 
