@@ -13,6 +13,8 @@ RECIPE  ?= demo
 PARAMS  ?= {}
 # what `make test` runs; `make test TESTS=tests/unit`
 TESTS   ?= tests
+# through the environment, so that quotes in JSON survive the shell
+export RECIPE PARAMS
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 help: ## this list
@@ -46,7 +48,7 @@ logs: $(STAMP) ## follow the logs of the stack; `make logs COMPONENT=scheduler` 
 	@$(PYTHON) -m infra logs $(COMPONENT)
 
 demo: $(STAMP) ## raw text to aligned model: setup and up if needed, run llm_pipeline, show it live
-	@$(PYTHON) -m infra demo --recipe '$(RECIPE)' --params '$(PARAMS)'
+	@$(PYTHON) -m infra demo --recipe "$$RECIPE" --params "$$PARAMS"
 
 test: $(STAMP) ## all tests
 	$(PYTHON) -m pytest $(TESTS)
