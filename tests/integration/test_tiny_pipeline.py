@@ -1,0 +1,167 @@
+"""The whole story for real: recipe `tiny` through Airflow, Ray, MLflow and S3, from raw text to registered models."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from dags.llm_pipeline import llm_pipeline
+from operators.hook import RayJobHook
+from stages.artifacts import fetch, read_manifest, run_key
+from stages.config.graph import GRAPH, Stage
+from stages.config.params import PipelineParams
+from stages.config.request import ArtifactRef, StageResult
+from stages.store import open_store
+from tests.s3 import S3Server
+from tests.servers import ray_server
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
+
+DEFAULTS = PipelineParams.model_validate({}).model_dump(mode="json")
+
+
+@dataclass
+class Run:
+    """A finished DAG run and what its stages returned."""
+
+    run_id: str
+    state: str
+    states: dict[str, str]
+    results: dict[Stage, StageResult]
+
+    @property
+    def built(self) -> set[Stage]:
+        return {stage for stage, result in self.results.items() if not result.hit}
+
+
+@pytest.fixture(scope="module")
+def services(airflow_db: None, mlflow_server: str, s3_server: S3Server) -> Iterator[str]:
+    """Ray with the environment of a cluster node; yields the store's URI."""
+    store_uri = f"s3://{s3_server.new_bucket()}/tiny"
+    shared = {**s3_server.environment, "MLFLOW_TRACKING_URI": mlflow_server, "ARTIFACT_STORE": store_uri}
+    with pytest.MonkeyPatch.context() as patch, ray_server(environment=shared) as ray:
+        for name, value in shared.items():
+            patch.setenv(name, value)
+        parts = urlsplit(ray.url)
+        connection = {"conn_type": "ray_jobs", "host": parts.hostname, "port": parts.port, "password": ray.token}
+        patch.setenv("AIRFLOW_CONN_RAY_DEFAULT", json.dumps(connection))
+        yield store_uri
+
+
+def play(store_uri: str, **params: Any) -> Run:
+    dag_run = llm_pipeline.test(run_conf={**DEFAULTS, "recipe": "tiny", "run_name": "tiny", **params})
+    store, run_id = open_store(store_uri), dag_run.run_id.replace(":", "-").replace("+", "-")
+    results = {}
+    for stage in Stage:
+        key = run_key(run_id, stage, "result.json")
+        if store.exists(key):
+            results[stage] = StageResult.model_validate_json(store.read_bytes(key))
+    states = {ti.task_id: str(ti.state) for ti in dag_run.get_task_instances()}
+    return Run(dag_run.run_id, str(dag_run.state), states, results)
+
+
+@pytest.fixture(scope="module")
+def first(services: str) -> Run:
+    return play(services)
+
+
+def jobs_of(run: Run) -> int:
+    found = RayJobHook()._request("GET", "/api/jobs/", what="list jobs").json()
+    return sum((job.get("metadata") or {}).get("airflow.run_id") == run.run_id for job in found)
+
+
+def test_every_stage_is_built_by_a_ray_job_of_its_own(first: Run) -> None:
+    assert first.state == "success"
+    assert set(first.states.values()) == {"success"}
+    assert first.built == set(Stage)
+    assert jobs_of(first) == len(Stage)
+
+
+def test_ledgers_conserve_and_manifests_name_their_parents(first: Run) -> None:
+    for stage, result in first.results.items():
+        manifest = read_manifest(result.artifact)
+        assert {entry.role for entry in manifest.inputs} == {role for role, _ in GRAPH[stage].inputs}
+        for entry in manifest.inputs:
+            assert read_manifest(entry.uri).digest == entry.digest
+    tokens = read_manifest(first.results[Stage.TOKENIZE].artifact).ledger["train"]["conversations"]
+    dropped = sum(count for name, count in tokens.items() if name.startswith("dropped."))
+    assert tokens["in"] == tokens["kept"] + dropped
+
+
+def test_the_models_load_in_plain_transformers_and_answer(first: Run, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    from stages.data.tokens import TokensArtifact
+    from stages.models.build import load_causal_lm, load_reward_model
+
+    def folder(stage: Stage) -> Path:
+        return fetch(first.results[stage].artifact, tmp_path)
+
+    tokens = TokensArtifact(folder(Stage.TOKENIZE))
+    question = [{"role": "user", "content": "What does `click.echo` do?"}]
+    for stage in (Stage.SFT, Stage.PPO, Stage.DPO):
+        tokenizer = AutoTokenizer.from_pretrained(folder(stage))
+        model = AutoModelForCausalLM.from_pretrained(folder(stage)).eval()
+        prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        answer = model.generate(prompt, max_new_tokens=4, do_sample=False)
+        assert answer.shape[1] > prompt.shape[1]
+        ours = load_causal_lm(folder(stage), tokens).eval()
+        torch.testing.assert_close(model(prompt).logits, ours(prompt).logits, rtol=0, atol=1e-5)
+    reward = AutoModelForSequenceClassification.from_pretrained(folder(Stage.REWARD)).eval()
+    ours = load_reward_model(folder(Stage.REWARD), tokens).eval()
+    torch.testing.assert_close(reward(prompt).logits, ours(prompt).logits, rtol=0, atol=1e-5)
+
+
+def test_mlflow_knows_the_run_its_stages_and_its_models(first: Run) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("athanor")
+    runs = client.search_runs([experiment.experiment_id], f"tags.`airflow.run_id` = '{first.run_id}'")
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert {child.data.tags["lineage.stage"] for child in children} == {stage.value for stage in Stage}
+    assert {child.info.status for child in children} == {"FINISHED"}
+    pretrain = next(child for child in children if child.data.tags["lineage.stage"] == "pretrain")
+    assert pretrain.inputs.dataset_inputs
+    assert len(client.get_metric_history(pretrain.info.run_id, "train/loss")) >= 4
+    for role in ("base", "sft", "reward", "aligned"):
+        version = client.get_model_version_by_alias(f"tiny-{role}", "candidate")
+        assert version.tags["lineage.fingerprint"] in {r.artifact.fingerprint for r in first.results.values()}
+    assert "report.html" in {file.path for file in client.list_artifacts(parent.info.run_id)}
+
+
+def test_an_identical_run_builds_nothing(first: Run, services: str) -> None:
+    again = play(services)
+    assert again.state == "success"
+    assert again.built == set()
+    assert {s: r.artifact.fingerprint for s, r in again.results.items()} == {
+        s: r.artifact.fingerprint for s, r in first.results.items()
+    }
+    assert jobs_of(again) == 1  # curate: only a job on the cluster can see whether the outside documents have changed
+
+
+def test_a_changed_setting_changes_its_stage_and_what_descends_from_it_alone() -> None:
+    """By fingerprints alone, over the whole graph: no need to run it."""
+    from stages.artifacts import fingerprint
+    from stages.config.resolve import resolve
+
+    def identities(**overrides: Any) -> dict[Stage, str]:
+        config = resolve({"recipe": "tiny", "overrides": overrides})
+        refs: dict[Stage, ArtifactRef] = {}
+        for stage in Stage:
+            inputs = {role: refs[source] for role, source in GRAPH[stage].inputs}
+            identity = fingerprint(stage, config.stage_config(stage), inputs=inputs)
+            refs[stage] = ArtifactRef(kind="x", uri="x", fingerprint=identity, digest="x")
+        return {stage: ref.fingerprint for stage, ref in refs.items()}
+
+    before = identities()
+    changed = {s for s, v in identities(**{"sft.optimizer.learning_rate": 0.5}).items() if v != before[s]}
+    assert changed == set(Stage) - {Stage.CURATE, Stage.TOKENIZE, Stage.PRETRAIN}
+    layout = {"execution.sft.micro_batch_size": 1, "execution.pretrain.checkpoint_every": 1}
+    assert identities(**layout) == before
