@@ -97,5 +97,5 @@ class Progress:
     def _write(self) -> None:
         try:
             write_json(self._store, self._key, {**self._latest, "cost": self.cost().model_dump()})
-        except OSError as error:  # includes every boto3 connection error; progress is a courtesy, the work goes on
+        except Exception as error:  # noqa: BLE001 - a courtesy: whatever the store's client raises, the work goes on
             logger.warning("progress was not written: %s", error)

@@ -41,7 +41,7 @@ from stages.config.request import Failure, InputEntry, Manifest, StageRequest, S
 from stages.context import StageContext, StageOutcome
 from stages.progress import Progress
 from stages.store import Store, open_store, write_json
-from stages.tracking import NullTracker, Tracker
+from stages.tracking import NullTracker, Tracker, record_hit
 
 logger = logging.getLogger("athanor")
 
@@ -99,6 +99,7 @@ def execute(request: StageRequest, store: Store) -> StageResult:
     manifest = find_hit(store, request.stage, identity)
     if manifest is not None:
         ref = manifest.ref(artifact_uri(store, manifest.kind, identity))
+        record_hit(request, ref)
         return StageResult(stage=request.stage, hit=True, artifact=ref, metrics=manifest.metrics)
     manifest = _build(request, config, store, sources=sources, identity=identity)
     ref = manifest.ref(artifact_uri(store, manifest.kind, identity))
@@ -277,7 +278,7 @@ def _record_failure(store: Store, request: StageRequest, error: BaseException) -
     key = run_key(request.run.run_id, request.stage, "failure.json")
     try:
         write_json(store, key, failure.model_dump(mode="json"))
-    except OSError as problem:
+    except Exception as problem:  # noqa: BLE001 - whatever the store's client raises; the exit code still tells
         logger.error("failure.json was not written: %s", problem)
     logger.error("%s failed [%s]: %s %s", request.stage.value, failure.category, failure.message, failure.advice)
     if failure.detail:

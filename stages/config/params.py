@@ -20,10 +20,10 @@ class Promotion(StrEnum):
 class PipelineParams(Config):
     """What one run of `llm_pipeline` is asked to do."""
 
-    recipe: str = Field("demo", title="Recipe")
+    recipe: str = Field(default="demo", title="Recipe")
     """Complete configuration to start from. `demo`: a 10M-parameter model on two CPU cores. `tiny`: seconds per
     stage, for tests. `llama_1b`: a billion parameters on GPUs."""
-    run_name: str = Field("athanor", title="Run name", min_length=1, max_length=64)
+    run_name: str = Field(default="athanor", title="Run name", min_length=1, max_length=64)
     """Prefix of the models (`<name>-base`, `-sft`, `-reward`, `-aligned`): letters, digits, `.`, `_`, `-`."""
     documents: list[str] = Field(
         default_factory=list, title="Documents", examples=["installed-docs", "s3://bucket/prefix"]
@@ -38,16 +38,16 @@ class PipelineParams(Config):
         default_factory=list, title="Preferences", examples=["derived", "s3://bucket/pairs.jsonl"]
     )
     """Preference pairs, one source a line; `derived` makes pairs from the documents. Empty: the recipe's."""
-    base_model: str = Field("", title="Base model", examples=["models:/athanor-base@champion", "/models/llama"])
+    base_model: str = Field(default="", title="Base model", examples=["models:/athanor-base@champion", "/models/llama"])
     """Model to start from instead of pretraining: an artifact URI, `models:/name@alias` or a Hugging Face directory.
     Empty: pretrain from scratch."""
-    alignment: Alignment = Field(Alignment.BOTH, title="Alignment")
+    alignment: Alignment = Field(default=Alignment.BOTH, title="Alignment")
     """Reinforcement learning (`ppo`), direct preference optimisation (`dpo`), `both`, or `none`."""
-    last_stage: Stage = Field(Stage.REPORT, title="Last stage")
+    last_stage: Stage = Field(default=Stage.REPORT, title="Last stage")
     """Stop after this stage; later ones are skipped."""
-    seed: int = Field(0, title="Seed", ge=0, le=2**31 - 1)
+    seed: int = Field(default=0, title="Seed", ge=0, le=2**31 - 1)
     """Every random choice of the run follows from it."""
-    promotion: Promotion = Field(Promotion.AUTO, title="Promotion")
+    promotion: Promotion = Field(default=Promotion.AUTO, title="Promotion")
     """`auto` moves the alias `champion` when the aligned model wins; `never` registers candidates only."""
     overrides: dict[str, Any] = Field(default_factory=dict, title="Overrides")
     """Changes to the recipe by dotted path, as JSON: `{"sft.optimizer.learning_rate": 0.0002}`. Unknown paths are

@@ -54,7 +54,7 @@ class PipelineConfig(Config):
     """Later stages are skipped."""
     base_model: str = ""
     """Model to start from; empty = pretrain from scratch."""
-    experiment: str = Field("athanor", min_length=1)
+    experiment: str = Field(default="athanor", min_length=1)
     """MLflow experiment."""
     curate: CurateConfig
     tokenize: TokenizeConfig

@@ -11,21 +11,21 @@ from stages.config.base import Config
 class ModelConfig(Config):
     """A Llama-style decoder: rotary positions, SwiGLU, RMSNorm, grouped-query attention."""
 
-    hidden_size: int = Field(320, ge=8)
+    hidden_size: int = Field(default=320, ge=8)
     """Width of the residual stream."""
-    intermediate_size: int = Field(864, ge=8)
+    intermediate_size: int = Field(default=864, ge=8)
     """Width of the feed-forward layer."""
-    num_layers: int = Field(6, ge=1)
+    num_layers: int = Field(default=6, ge=1)
     """Decoder layers."""
-    num_heads: int = Field(5, ge=1)
+    num_heads: int = Field(default=5, ge=1)
     """Query heads."""
-    num_kv_heads: int = Field(5, ge=1)
+    num_kv_heads: int = Field(default=5, ge=1)
     """Key and value heads; fewer than query heads shares them."""
-    rope_theta: float = Field(10000.0, gt=0)
+    rope_theta: float = Field(default=10000.0, gt=0)
     """Base of the rotary frequencies."""
     tie_embeddings: bool = True
     """Share input and output embeddings."""
-    initializer_range: float = Field(0.02, gt=0)
+    initializer_range: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights."""
 
     @model_validator(mode="after")
@@ -48,23 +48,23 @@ class Schedule(StrEnum):
 class OptimizerConfig(Config):
     """AdamW; weight decay applies to matrices only."""
 
-    learning_rate: float = Field(..., gt=0)
+    learning_rate: float = Field(gt=0)
     """Peak learning rate."""
-    min_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
+    min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the last step as a share of the peak."""
     schedule: Schedule = Schedule.COSINE
     """Shape of the decay."""
-    warmup_fraction: float = Field(0.03, ge=0, lt=1)
+    warmup_fraction: float = Field(default=0.03, ge=0, lt=1)
     """Share of all steps with linear warm-up."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled decay per step, times the learning rate."""
-    beta1: float = Field(0.9, ge=0, lt=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
-    beta2: float = Field(0.95, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
     """Decay of the second moment."""
-    epsilon: float = Field(1e-8, gt=0)
+    epsilon: float = Field(default=1e-8, gt=0)
     """Added to the denominator."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients with a larger norm are scaled down to it."""
 
 
@@ -75,14 +75,14 @@ class TrainConfig(Config):
     """Optimizer and schedule."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """`bf16` computes matrix products in bfloat16 (autocast), weights and optimizer stay in float32."""
-    global_batch_size: int = Field(..., ge=1)
+    global_batch_size: int = Field(ge=1)
     """Items of one optimizer step over all workers: packed sequences (pretrain, sft), pairs (reward, dpo) or
     responses (ppo)."""
-    eval_every: int = Field(0, ge=0)
+    eval_every: int = Field(default=0, ge=0)
     """Steps between evaluations on held-out data; 0 = at the end only."""
-    eval_items: int = Field(64, ge=1)
+    eval_items: int = Field(default=64, ge=1)
     """Held-out items in one such evaluation."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Initial weights, order of the data and sampling follow from it."""
 
 
@@ -91,34 +91,34 @@ class PretrainConfig(TrainConfig):
 
     model: ModelConfig = ModelConfig()
     """Architecture, when no base model is given."""
-    max_tokens: int = Field(..., ge=1)
+    max_tokens: int = Field(ge=1)
     """Tokens to train on; the data repeats, reshuffled, when it holds fewer."""
 
 
 class SFTConfig(TrainConfig):
     """Supervised fine-tuning: loss on the assistant's tokens only."""
 
-    num_epochs: float = Field(1.0, gt=0)
+    num_epochs: float = Field(default=1.0, gt=0)
     """Passes over the conversations."""
 
 
 class RewardConfig(TrainConfig):
     """Bradley-Terry reward model."""
 
-    num_epochs: float = Field(1.0, gt=0)
+    num_epochs: float = Field(default=1.0, gt=0)
     """Passes over the pairs."""
-    center_coefficient: float = Field(0.01, ge=0)
+    center_coefficient: float = Field(default=0.01, ge=0)
     """Weight of (r_chosen + r_rejected)^2, which keeps scores around zero."""
 
 
 class DPOConfig(TrainConfig):
     """Direct preference optimisation against the frozen SFT model."""
 
-    num_epochs: float = Field(1.0, gt=0)
+    num_epochs: float = Field(default=1.0, gt=0)
     """Passes over the pairs."""
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0)
     """Strength of the pull towards the reference."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed share of flipped labels (conservative DPO)."""
 
 
@@ -128,33 +128,33 @@ class PPOConfig(TrainConfig):
     `global_batch_size` responses make one optimizer step; `rollout_size` responses make one rollout.
     """
 
-    num_rollouts: int = Field(..., ge=1)
+    num_rollouts: int = Field(ge=1)
     """Rollout phases; each samples `rollout_size` responses with the live policy."""
-    rollout_size: int = Field(64, ge=1)
+    rollout_size: int = Field(default=64, ge=1)
     """Responses sampled in one rollout, over all workers."""
-    num_epochs: int = Field(2, ge=1)
+    num_epochs: int = Field(default=2, ge=1)
     """Optimisation passes over each rollout."""
-    max_response_length: int = Field(48, ge=1)
+    max_response_length: int = Field(default=48, ge=1)
     """Tokens of a response at most, the end token included."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature, also of the log-probabilities that are optimised."""
-    gamma: float = Field(1.0, gt=0, le=1)
+    gamma: float = Field(default=1.0, gt=0, le=1)
     """Discount of future rewards."""
-    gae_lambda: float = Field(0.95, ge=0, le=1)
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
     """Trade of bias for variance in generalised advantage estimation."""
-    clip_range: float = Field(0.2, gt=0)
+    clip_range: float = Field(default=0.2, gt=0)
     """The policy ratio is clipped to 1 +- this."""
-    value_clip_range: float = Field(0.2, gt=0)
+    value_clip_range: float = Field(default=0.2, gt=0)
     """Value predictions are clipped to the old ones +- this."""
-    value_coefficient: float = Field(0.1, ge=0)
+    value_coefficient: float = Field(default=0.1, ge=0)
     """Weight of the value loss."""
-    kl_coefficient: float = Field(0.05, ge=0)
+    kl_coefficient: float = Field(default=0.05, ge=0)
     """Penalty a token for leaving the reference, at the start."""
-    kl_target: float = Field(0.0, ge=0)
+    kl_target: float = Field(default=0.0, ge=0)
     """Nats a response that the adaptive controller aims for; 0 keeps the coefficient fixed."""
-    kl_horizon: int = Field(2000, ge=1)
+    kl_horizon: int = Field(default=2000, ge=1)
     """Responses over which the controller reacts."""
-    missing_eos_penalty: float = Field(1.0, ge=0)
+    missing_eos_penalty: float = Field(default=1.0, ge=0)
     """Subtracted from the score of a response without an end token."""
 
     @model_validator(mode="after")
