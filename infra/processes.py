@@ -47,6 +47,7 @@ def end_marked(stack_id: str, *, grace_seconds: float = 5.0) -> list[str]:
     Looks again after each round, because a dying process may have started another one.
     """
     asked: dict[int, str] = {}
+    seen: list[psutil.Process] = []
     start = time.monotonic()
     while processes := marked(stack_id):
         waited = time.monotonic() - start
@@ -58,11 +59,23 @@ def end_marked(stack_id: str, *, grace_seconds: float = 5.0) -> list[str]:
                     process.kill()
                 elif process.pid not in asked:
                     asked[process.pid] = f"{process.pid} {describe(process)}"
+                    seen.append(process)
                     process.terminate()
             except psutil.NoSuchProcess:
                 continue
         psutil.wait_procs(processes, timeout=0.3)
+    wait_gone(seen, seconds=10)
     return list(asked.values())
+
+
+def wait_gone(processes: Sequence[psutil.Process], *, seconds: float) -> None:
+    """Until all have ended. A dying process loses its environment, and with it the marker, before it is gone; a
+    zombie, whose parent has yet to take notice, counts as ended."""
+    deadline = time.monotonic() + seconds
+    while any(process.is_running() and not is_zombie(process) for process in processes):
+        if time.monotonic() > deadline:
+            raise RuntimeError("processes of the stack are still ending; run `make down` again to make sure")
+        time.sleep(0.05)
 
 
 def describe(process: psutil.Process) -> str:

@@ -223,12 +223,14 @@ class Stack:
                 return
             supervisor = Supervisor(self.layout, record)
             ran = supervisor.answers()
+            known = processes.marked(record.stack_id)
             if ran:
                 supervisor.stop_everything()
                 supervisor.wait_gone(seconds=10)
             left = processes.end_marked(record.stack_id)
             for line in left:
                 self.say(f"ended {line}")
+            processes.wait_gone(known, seconds=10)
             self.say("stopped" if ran or left else "nothing to stop")
 
     # ------------------------------------------------------------ status
