@@ -80,6 +80,12 @@ class StageStopped(StageFailed):
     retryable = False
 
 
+class RunIncomplete(StageFailed):
+    """The run is over and did not do all that it was asked for."""
+
+    retryable = False
+
+
 EXCEPTIONS: dict[Category, type[StageFailed]] = {
     Category.CONFIG: StageConfigFailed,
     Category.DATA: StageDataFailed,

@@ -5,14 +5,13 @@ import os
 import re
 from typing import Any
 
-from operators.failures import as_stage_failures
+from operators.failures import RunIncomplete, as_stage_failures
 from operators.form import form_values
 from operators.mlflow import end_parent_run, open_parent_run
+from stages.config.graph import Stage
 from stages.config.request import RunInfo
 
 logger = logging.getLogger(__name__)
-
-_FAILED = ("failed", "upstream_failed")
 
 
 def safe_run_id(airflow_run_id: str) -> str:
@@ -50,16 +49,28 @@ def start_run(context: Any) -> dict[str, Any]:
     return run.model_dump(mode="json")
 
 
-def finish_run(context: Any, *, resolve_task_id: str = "resolve") -> str:
-    """End the MLflow parent run: FAILED when a task of the run failed, else FINISHED. Returns the status."""
+def finish_run(context: Any, *, resolve_task_id: str = "resolve") -> None:
+    """End the MLflow parent run: FINISHED when every stage that the run asked for succeeded, else FAILED.
+
+    Raises RunIncomplete in the second case, so that the run is red even when somebody marked it failed half-way:
+    Airflow then skips what is left, and skipped tasks alone would make it green.
+    """
+    from operators.prepare import load_config, selection
+    from stages.store import open_store
+
     ti = context["ti"]
     value = ti.xcom_pull(task_ids=resolve_task_id)
     if value is None:
-        logger.info("The run never started; nothing to end.")
-        return "NOT STARTED"
+        raise RunIncomplete("The run never started.", advice=f"The log of task {resolve_task_id!r} says why.")
+    run = RunInfo.model_validate(value)
+    with as_stage_failures():
+        selected = selection(load_config(open_store(os.environ.get("ARTIFACT_STORE", "")), run))
     states = ti.get_task_states(dag_id=ti.dag_id, run_ids=[ti.run_id]).get(ti.run_id, {})
-    failed = sorted(task_id for task_id, state in states.items() if str(state) in _FAILED)
-    if failed:
-        logger.info("Failed tasks: %s", ", ".join(failed))
-    end_parent_run(RunInfo.model_validate(value), succeeded=not failed)
-    return "FAILED" if failed else "FINISHED"
+    unfinished = [
+        f"{stage} {states[stage]}"
+        for stage in Stage
+        if stage in selected & states.keys() and states[stage] != "success"
+    ]
+    end_parent_run(run, succeeded=not unfinished)
+    if unfinished:
+        raise RunIncomplete(f"Not every stage succeeded: {', '.join(unfinished)}.")

@@ -101,7 +101,7 @@ def test_a_failed_stage_makes_the_run_red_and_nothing_after_it_runs(play: Callab
     assert run.states["sft"] == "failed"
     assert run.tasks["sft"].try_number == 1  # bad data is never retried
     assert {run.states[task] for task in after} == {"upstream_failed"}
-    assert run.states["close"] == "success"
+    assert run.states["close"] == "failed"
     assert parent_status(mlflow_server, run) == "FAILED"
 
 

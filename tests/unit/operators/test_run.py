@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from operators.failures import StageConfigFailed
+from operators.failures import RunIncomplete, StageConfigFailed
 from operators.links import mlflow_artifact_page, mlflow_run_page
 from operators.prepare import build_request, find_hit, input_stages, load_config
 from operators.run import finish_run, start_run
@@ -88,11 +88,29 @@ def test_the_configuration_is_stored_and_the_run_told_even_when_mlflow_is_away(t
     assert "No MLflow parent run yet" in caplog.text
 
 
-def test_the_end_of_a_run_is_told_by_its_tasks():
-    run = RUN.model_dump(mode="json")
-    assert finish_run({"ti": Task({"sft": "success", "ppo": "skipped"}, run)}) == "FINISHED"
-    assert finish_run({"ti": Task({"sft": "failed", "ppo": "upstream_failed"}, run)}) == "FAILED"
-    assert finish_run({"ti": Task({"resolve": "failed"}, None)}) == "NOT STARTED"
+def finish(states: dict[str, str], **params: Any) -> None:
+    run = start(recipe="tiny", alignment="none", **params)
+    finish_run({"ti": Task(states, run)})
+
+
+DONE = dict.fromkeys(("curate", "tokenize", "pretrain", "sft", "evaluate", "promote", "report"), "success")
+SKIPPED = dict.fromkeys(("reward", "ppo", "dpo"), "skipped")
+
+
+def test_a_run_is_green_when_all_that_was_asked_for_is_there():
+    finish({**DONE, **SKIPPED, "close": "running"})
+    finish({**DONE, **SKIPPED, "evaluate": "skipped", "promote": "skipped", "report": "skipped"}, last_stage="sft")
+
+
+@pytest.mark.parametrize("state", ["failed", "upstream_failed", "skipped", "removed"])
+def test_a_run_is_red_when_something_that_was_asked_for_is_missing(state: str):
+    with pytest.raises(RunIncomplete, match=rf"Not every stage succeeded: sft {state}, report skipped\."):
+        finish({**DONE, **SKIPPED, "sft": state, "report": "skipped"})
+
+
+def test_a_run_that_never_started_is_red():
+    with pytest.raises(RunIncomplete, match="The log of task 'resolve' says why"):
+        finish_run({"ti": Task({"resolve": "failed"}, None)})
 
 
 def ref(stage: Stage) -> dict[str, Any]:
