@@ -52,7 +52,8 @@ def mlflow_run_page(tracking_uri: str, run_id: str, experiment_id: str | None = 
     return f"{base}/#/{place}/{quote(run_id)}"
 
 
-def mlflow_artifact_page(tracking_uri: str, run_id: str, path: str, experiment_id: str | None = None) -> str:
+def mlflow_artifact_page(tracking_uri: str, run_id: str, path: str, experiment_id: str) -> str:
+    """Page of one artifact; unlike the run's own page, it has no address without the experiment."""
     return f"{mlflow_run_page(tracking_uri, run_id, experiment_id)}/artifacts/{quote(path)}"
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from operators.links import mlflow_artifact_page
 from stages.config.request import RunInfo
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,26 @@ def end_parent_run(run: RunInfo, *, succeeded: bool) -> None:
         logger.warning("The MLflow parent run was not ended as %s: %s", status, error)
 
 
+def parent_artifact_page(child_run_id: str, path: str) -> str | None:
+    """Page of an artifact of the parent of a stage's run; None when MLflow is away.
+
+    Asked of the child and not of the current pipeline run: an artifact that existed already lies with the run that
+    built it.
+    """
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not tracking_uri.startswith(("http://", "https://")):
+        return None
+    try:
+        with MlflowServer(tracking_uri) as server:
+            experiment_id, parent_run_id = server.experiment_and_parent(child_run_id)
+    except MlflowUnavailableError as error:
+        logger.warning("No link to %s: %s", path, error)
+        return None
+    if parent_run_id is None:
+        return None
+    return mlflow_artifact_page(tracking_uri, parent_run_id, path, experiment_id)
+
+
 class MlflowServer:
     """The handful of REST calls that are needed; use it as a context manager."""
 
@@ -93,6 +114,12 @@ class MlflowServer:
     def find_parent_run(self, run: RunInfo) -> str | None:
         found = self._call("GET", "experiments/get-by-name", {"experiment_name": run.experiment}, absent_ok=True)
         return None if found is None else self._search(found["experiment"]["experiment_id"], run)
+
+    def experiment_and_parent(self, run_id: str) -> tuple[str, str | None]:
+        """Return the experiment of a run and its parent run."""
+        run = self._call("GET", "runs/get", {"run_id": run_id})["run"]
+        tags = {tag["key"]: tag["value"] for tag in run["data"].get("tags", ())}
+        return run["info"]["experiment_id"], tags.get("mlflow.parentRunId")
 
     def update_run(self, run_id: str, status: str) -> None:
         body: dict[str, Any] = {"run_id": run_id, "status": status}

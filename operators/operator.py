@@ -18,7 +18,7 @@ from airflow.sdk.exceptions import AirflowSkipException, TaskDeferralTimeout
 from operators.failures import StageConfigFailed, StageTimedOut, as_stage_failures
 from operators.hook import DEFAULT_CONN_ID, RayJobHook
 from operators.jobs import JobStatus
-from operators.links import ArtifactLink, MlflowRunLink, RayJobLink, ReportLink, mlflow_artifact_page, mlflow_run_page
+from operators.links import ArtifactLink, MlflowRunLink, RayJobLink, ReportLink, mlflow_run_page
 from stages.config.graph import GRAPH, Stage
 from stages.config.request import RunInfo, StageRequest, StageResult
 
@@ -279,8 +279,11 @@ class StageOperator(BaseOperator):
         self._push_link(context, ArtifactLink(), artifact.uri)
         if artifact.mlflow_run_id and MlflowRunLink().xcom_key not in self.link_addresses:
             self._push_mlflow_link(context, artifact.mlflow_run_id, None)
-        if self.stage == Stage.REPORT and run.parent_run_id and (tracking_uri := os.environ.get("MLFLOW_TRACKING_URI")):
-            self._push_link(context, ReportLink(), mlflow_artifact_page(tracking_uri, run.parent_run_id, "report.html"))
+        if self.stage == Stage.REPORT and artifact.mlflow_run_id:
+            from operators.mlflow import parent_artifact_page
+
+            if page := parent_artifact_page(artifact.mlflow_run_id, "report.html"):
+                self._push_link(context, ReportLink(), page)
         for outlet in self.outlets:
             if isinstance(outlet, Asset):
                 context["outlet_events"][outlet].extra = {

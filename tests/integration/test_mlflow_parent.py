@@ -1,0 +1,66 @@
+"""The MLflow parent run against a real server: found again, never doubled, ended, and the way to the report."""
+
+import pytest
+import requests
+
+from operators.mlflow import RUN_TAG, end_parent_run, open_parent_run, parent_artifact_page
+from stages.config.request import RunInfo
+
+pytestmark = pytest.mark.integration
+
+RUN = RunInfo(run_id="manual__2026-01-01", name="story", experiment="parents", dag_id="llm_pipeline")
+
+
+@pytest.fixture(autouse=True)
+def tracking_uri(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    return mlflow_server
+
+
+def get(tracking_uri: str, run_id: str) -> dict:
+    answer = requests.get(f"{tracking_uri}/api/2.0/mlflow/runs/get", params={"run_id": run_id}, timeout=10)
+    return answer.json()["run"]
+
+
+def child_of(tracking_uri: str, parent: str) -> str:
+    experiment = get(tracking_uri, parent)["info"]["experiment_id"]
+    tags = {RUN_TAG: RUN.run_id, "lineage.stage": "report", "mlflow.parentRunId": parent}
+    body = {"experiment_id": experiment, "tags": [{"key": key, "value": value} for key, value in tags.items()]}
+    answer = requests.post(f"{tracking_uri}/api/2.0/mlflow/runs/create", json=body, timeout=10)
+    return answer.json()["run"]["info"]["run_id"]
+
+
+def test_the_parent_is_opened_once_ended_and_opened_again(tracking_uri: str):
+    parent = open_parent_run(RUN)
+    assert parent is not None
+    child = child_of(tracking_uri, parent)
+    run = get(tracking_uri, parent)
+    assert (run["info"]["status"], run["info"]["run_name"]) == ("RUNNING", "story")
+
+    end_parent_run(RUN, succeeded=False)  # found by its tag, and told apart from its children
+    assert get(tracking_uri, parent)["info"]["status"] == "FAILED"
+    assert get(tracking_uri, child)["info"]["status"] == "RUNNING"
+
+    assert open_parent_run(RUN) == parent
+    assert get(tracking_uri, parent)["info"]["status"] == "RUNNING"
+    end_parent_run(RUN.model_copy(update={"parent_run_id": parent}), succeeded=True)
+    assert get(tracking_uri, parent)["info"]["status"] == "FINISHED"
+
+
+def test_the_report_is_found_from_the_run_that_built_it(tracking_uri: str):
+    parent = open_parent_run(RUN.model_copy(update={"run_id": "other"}))
+    assert parent is not None
+    experiment = get(tracking_uri, parent)["info"]["experiment_id"]
+    page = parent_artifact_page(child_of(tracking_uri, parent), "report.html")
+    assert page == f"{tracking_uri}/#/experiments/{experiment}/runs/{parent}/artifacts/report.html"
+
+
+def test_a_run_without_a_parent_or_a_server_has_no_report_page(tracking_uri: str, monkeypatch, caplog):
+    parent = open_parent_run(RUN)
+    assert parent is not None
+    assert parent_artifact_page(parent, "report.html") is None
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert parent_artifact_page(parent, "report.html") is None
+    end_parent_run(RUN, succeeded=True)
+    assert "No link to report.html" in caplog.text
+    assert "was not ended as FINISHED" in caplog.text
