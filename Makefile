@@ -70,6 +70,7 @@ lock: $(STAMP) ## resolve constraints.txt anew
 	mv constraints.txt.new constraints.txt
 
 screenshots: $(STAMP) ## pictures for docs/images, of the running stack (needs chromium)
+	@uv pip install --quiet --python $(PYTHON) --constraint constraints.txt playwright
 	$(PYTHON) -m tests.browser.screenshots
 
 clean: down ## stop the stack and remove .venv and .athanor, artifacts and all

@@ -35,7 +35,10 @@ def main() -> int:
                 from infra.demo import demo
 
                 return demo(stack, recipe=arguments.recipe, params=arguments.params)
-    except (StackError, RuntimeError) as error:
+    except BrokenPipeError:  # the reader has seen enough, as with `make status | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

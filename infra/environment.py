@@ -92,6 +92,7 @@ def _airflow(layout: Layout, record: StackRecord, secrets: StackSecrets) -> dict
         "database": {"sql_alchemy_conn": f"sqlite:///{layout.airflow}/airflow.db"},
         "api": {"base_url": record.airflow_url, "secret_key": secrets.api_secret, "workers": 1},
         "api_auth": {"jwt_secret": secrets.jwt_secret},
+        "workers": {"min_heartbeat_interval": 1},  # default 5 s: how late the end of a task may be noticed
         "scheduler": {"scheduler_idle_sleep_time": 0.25},  # default 1 s adds up to a second to every task
         "dag_processor": {
             "dag_bundle_config_list": json.dumps([bundle]),

@@ -44,8 +44,6 @@ class ExecutionConfig(Config):
     """Steps between logged metrics."""
     max_retries: int = Field(default=2, ge=0)
     """Times that Airflow retries the stage after a failure that a retry can help."""
-    pool: str = "default_pool"
-    """Airflow pool whose slots the stage takes."""
 
     @model_validator(mode="after")
     def _sharding_needs_workers(self) -> "ExecutionConfig":

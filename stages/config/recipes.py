@@ -18,10 +18,6 @@ from stages.config.train import (
     SFTConfig,
 )
 
-_HEAVY = "gpu"
-"""Airflow pool of the stages that fill the machine; one slot on a laptop, one per GPU on a cluster."""
-
-
 _DEMO_PACKAGES = (
     "apache-airflow-core",
     "apache-airflow-task-sdk",
@@ -38,7 +34,7 @@ _DEMO_PACKAGES = (
 
 def demo(*, seed: int = 0) -> PipelineConfig:
     """Ten million parameters from the documentation of the installed packages, on two CPU cores in minutes."""
-    train = ExecutionConfig(micro_batch_size=8, checkpoint_every=50, pool=_HEAVY, cpus_per_worker=2)
+    train = ExecutionConfig(micro_batch_size=8, checkpoint_every=50, cpus_per_worker=2)
     return PipelineConfig(
         recipe="demo",
         run_name="demo",
@@ -79,13 +75,13 @@ def demo(*, seed: int = 0) -> PipelineConfig:
         ),
         dpo=DPOConfig(num_epochs=1, global_batch_size=64, optimizer=OptimizerConfig(learning_rate=2e-4), seed=seed),
         execution=Executions(
-            curate=ExecutionConfig(cpus_per_worker=2, pool=_HEAVY),
+            curate=ExecutionConfig(cpus_per_worker=2),
             pretrain=train,
             sft=train,
             reward=train,
             ppo=train,
             dpo=train,
-            evaluate=ExecutionConfig(pool=_HEAVY, cpus_per_worker=2),
+            evaluate=ExecutionConfig(cpus_per_worker=2),
         ),
     )
 
@@ -145,7 +141,6 @@ def llama_1b(*, seed: int = 0) -> PipelineConfig:
         checkpoint_every=500,
         log_every=10,
         max_retries=5,
-        pool=_HEAVY,
     )
     post = train.model_copy(update={"micro_batch_size": 2, "checkpoint_every": 100})
     return PipelineConfig(
@@ -207,16 +202,14 @@ def llama_1b(*, seed: int = 0) -> PipelineConfig:
             max_response_length=512,
         ),
         execution=Executions(
-            curate=ExecutionConfig(entrypoint_cpus=16, cpus_per_worker=16, pool="default_pool"),
+            curate=ExecutionConfig(entrypoint_cpus=16, cpus_per_worker=16),
             tokenize=ExecutionConfig(entrypoint_cpus=16, cpus_per_worker=16),
             pretrain=train,
             sft=post,
             reward=post,
             ppo=post,
             dpo=post,
-            evaluate=ExecutionConfig(
-                num_workers=1, cpus_per_worker=8, gpus_per_worker=1, entrypoint_cpus=1, pool=_HEAVY
-            ),
+            evaluate=ExecutionConfig(num_workers=1, cpus_per_worker=8, gpus_per_worker=1, entrypoint_cpus=1),
         ),
     )
 
