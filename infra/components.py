@@ -24,7 +24,7 @@ class Component:
     name: str
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
-    stop_seconds: int = 10
+    stop_seconds: int = 6
     "How long it may take to end on SIGTERM before its process group gets SIGKILL."
 
 
@@ -78,7 +78,7 @@ def ray_head(
             "RAY_ROTATION_BACKUP_COUNT": "2",
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(num_cpus)),
         },
-        stop_seconds=6,  # idle it needs one; with jobs running it would drain for 30, and they resume from checkpoints
+        stop_seconds=6,  # idle it needs one; with jobs running it would drain for 30, but they resume from checkpoints
     )
 
 
