@@ -45,8 +45,7 @@ def measure_models(context: StageContext) -> StageOutcome:
     """Measure each model in turn; only one policy is in memory at a time, beside the reference and the reward model."""
     config = context.config
     assert isinstance(config, EvaluateConfig)
-    if context.execution.num_threads:
-        torch.set_num_threads(context.execution.num_threads)
+    torch.set_num_threads(max(1, int(context.execution.cpus_per_worker)))
     bench = Bench(config, TokensArtifact(context.input_dir("tokens")), context.execution.micro_batch_size)
     folders = _model_folders(context)
     reward = bench.reward_model(context.input_dir("reward")) if "reward" in context.inputs else None

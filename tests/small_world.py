@@ -150,7 +150,7 @@ def make_models(home: Path, tokens: ArtifactRef) -> dict[Stage, dict[str, Artifa
     save_model(model, model.state_dict(), context.output_dir, artifact)
     sft = published(context)
     reward_context = make_context(home, Stage.REWARD, CONFIGS[Stage.REWARD], {"tokens": tokens, "model": sft})
-    reward_model = load_reward_model(reward_context.input_dir("model"), artifact)
+    reward_model: Any = load_reward_model(reward_context.input_dir("model"), artifact)
     reward_model.score.weight.data.normal_(std=0.5)
     save_model(reward_model, reward_model.state_dict(), reward_context.output_dir, artifact)
     both = {"tokens": tokens, "model": sft}

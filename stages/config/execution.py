@@ -21,13 +21,11 @@ class ExecutionConfig(Config):
     num_workers: int = Field(default=0, ge=0)
     """Ray Train workers; 0 trains inside the job's own process (no extra process, the fastest for one machine)."""
     cpus_per_worker: float = Field(default=1, gt=0)
-    """CPU cores that each worker reserves."""
+    """CPU cores that each worker reserves; also the threads of its tensor library."""
     gpus_per_worker: float = Field(default=0, ge=0)
     """GPUs that each worker reserves."""
     entrypoint_cpus: float = Field(default=0, ge=0)
     """CPU cores that the job's own process reserves; 0 keeps it on the Ray head."""
-    num_threads: int = Field(default=0, ge=0)
-    """Threads of the tensor library in each process; 0 leaves the library's default."""
     engine: Engine = Engine.DDP
     """`ddp` replicates the model, `fsdp` shards it (PyTorch FSDP2)."""
     micro_batch_size: int = Field(default=8, ge=1)

@@ -43,8 +43,7 @@ def train_on_worker(context: StageContext) -> StageOutcome:
     """Prepare, train, export: the body that runs on every worker."""
     config, execution = context.config, context.execution
     assert isinstance(config, TrainConfig)
-    if execution.num_threads:
-        torch.set_num_threads(execution.num_threads)
+    torch.set_num_threads(max(1, int(execution.cpus_per_worker)))
     tokens = TokensArtifact(context.input_dir("tokens"))
     verb = importlib.import_module(f"stages.{context.request.stage.value}")
     prepared: Prepared = verb.prepare(context, tokens)

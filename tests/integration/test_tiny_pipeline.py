@@ -106,7 +106,7 @@ def test_the_models_load_in_plain_transformers_and_answer(first: Run, tmp_path: 
     question = [{"role": "user", "content": "What does `click.echo` do?"}]
     for stage in (Stage.SFT, Stage.PPO, Stage.DPO):
         tokenizer = AutoTokenizer.from_pretrained(folder(stage))
-        model = AutoModelForCausalLM.from_pretrained(folder(stage)).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder(stage)).eval()
         prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt")["input_ids"]
         answer = model.generate(prompt, max_new_tokens=4, do_sample=False)
         assert answer.shape[1] > prompt.shape[1]
@@ -122,12 +122,14 @@ def test_mlflow_knows_the_run_its_stages_and_its_models(first: Run) -> None:
 
     client = MlflowClient()
     experiment = client.get_experiment_by_name("athanor")
+    assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], f"tags.`airflow.run_id` = '{first.run_id}'")
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     children = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     assert {child.data.tags["lineage.stage"] for child in children} == {stage.value for stage in Stage}
     assert {child.info.status for child in children} == {"FINISHED"}
     pretrain = next(child for child in children if child.data.tags["lineage.stage"] == "pretrain")
+    assert pretrain.inputs is not None
     assert pretrain.inputs.dataset_inputs
     assert len(client.get_metric_history(pretrain.info.run_id, "train/loss")) >= 4
     for role in ("base", "sft", "reward", "aligned"):

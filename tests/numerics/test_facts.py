@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +66,8 @@ def test_chunked_cross_entropy_equals_the_plain_one_with_its_gradients() -> None
     hidden, weight = torch.randn(2500, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
     targets = torch.randint(0, 50, (2500,))
     torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum").backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
     expected = hidden.grad.clone(), weight.grad.clone()
     hidden.grad = weight.grad = None
     (2.0 * linear_cross_entropy_sum(hidden, weight, targets)).backward()
@@ -128,7 +131,7 @@ def test_the_first_ppo_minibatch_has_ratio_one(stage_inputs: Inputs, tmp_path: P
 def test_sampling_does_not_depend_on_the_batch(model: torch.nn.Module, artifact: TokensArtifact) -> None:
     prompts = [np.array(ids) for ids in ([0, 3, 40, 41], [0, 3, 50], [0, 3, 60, 61, 62, 63])]
     draws = uniforms(seed=5, stream=1, indices=[0, 1, 2], length=8)
-    options = {"max_response_length": 8, "eos_id": artifact.eos_id, "pad_id": artifact.pad_id}
+    options: dict[str, Any] = {"max_response_length": 8, "eos_id": artifact.eos_id, "pad_id": artifact.pad_id}
     together = generate(model, prompts, uniforms_SR=draws, **options)
     alone = [generate(model, [p], uniforms_SR=draws[i : i + 1], **options)[0] for i, p in enumerate(prompts)]
     assert [r.tolist() for r in together] == [r.tolist() for r in alone]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
@@ -79,7 +80,7 @@ def run_training(
 def run_on_two_processes(home: Path, stage: Stage, config: TrainConfig, inputs: dict, **options: Any) -> Trained:
     """The same on two gloo ranks; returns what rank 0 saw."""
     with tempfile.TemporaryDirectory() as scratch:
-        torch.multiprocessing.spawn(_rank, args=(scratch, home, stage, config, inputs, options), nprocs=2)
+        spawn(_rank, args=(scratch, home, stage, config, inputs, options), nprocs=2)
         return torch.load(Path(scratch) / "trained.pt", weights_only=False)
 
 

@@ -13,7 +13,7 @@ from stages.config.resolve import resolve
 def test_every_recipe_resolves(recipe: str) -> None:
     config = resolve({"recipe": recipe})
     assert config.recipe == recipe
-    assert config.stage_config(Stage.SFT).seed == 0
+    assert config.sft.seed == 0
 
 
 def test_the_form_reaches_its_fields() -> None:

@@ -1,5 +1,7 @@
 """The loss mask comes from the template's markers; content never becomes a special token."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -73,7 +75,7 @@ def test_plain_apply_chat_template_gives_the_same_ids(tokenizer: Tokenizer) -> N
     from transformers import PreTrainedTokenizerFast
 
     tokenizer.encode_special_tokens = False
-    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|end|>")
+    plain: Any = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|end|>")
     plain.chat_template = CHAT_TEMPLATE
     conversation = turns("what does it do?", "it sorts", "and?", "it does")
     expected = plain.apply_chat_template(conversation)["input_ids"]
