@@ -42,6 +42,13 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
     stack.down()
 
 
+def command_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
 def run_through(stack: Stack, record: StackRecord) -> dict[str, str]:
     """Trigger the DAG, wait for success, return what the task saw."""
     api = Health(record, StackSecrets.load_or_generate(stack.layout)).airflow
@@ -75,10 +82,10 @@ def test_up_run_crash_up_again_down(stack: Stack) -> None:
     assert time.monotonic() - begin < 10
 
     # the whole family loses its head, as after an out-of-memory kill; then somebody takes MLflow's port
-    (supervisord,) = (p for p in processes.marked(record.stack_id) if "supervisord" in " ".join(p.cmdline()))
+    (supervisord,) = (p for p in processes.marked(record.stack_id) if "supervisord" in command_of(p))
     supervisord.send_signal(signal.SIGKILL)
     for process in processes.marked(record.stack_id):
-        if "mlflow" in " ".join(process.cmdline()):
+        if "mlflow" in command_of(process):
             process.kill()
             psutil.wait_procs([process], timeout=5)
     with pytest.raises(StackError, match="make up"):
