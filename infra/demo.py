@@ -20,7 +20,7 @@ from infra.stack import Stack, relative
 from stages.config.graph import Stage
 from stages.store import open_store
 
-POLL_SECONDS = 1.0
+POLL_SECONDS = 2.0
 # Airflow restarted, or busy for a moment: what a run of hours must survive
 PATIENCE_SECONDS = 120.0
 

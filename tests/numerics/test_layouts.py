@@ -28,8 +28,11 @@ def test_micro_batches_do_not_matter(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine_kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("stage", [Stage.SFT, Stage.PPO, Stage.DPO], ids=str)
+@pytest.mark.parametrize(
+    ("stage", "engine_kind"),
+    [(Stage.SFT, "ddp"), (Stage.DPO, "ddp"), (Stage.PPO, "fsdp")],
+    ids=["sft-ddp", "dpo-ddp", "ppo-fsdp"],
+)
 def test_two_processes_learn_the_same(
     stage: Stage, engine_kind: str, stage_inputs: dict[Stage, dict[str, ArtifactRef]], tmp_path: Path
 ) -> None:
