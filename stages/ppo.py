@@ -138,7 +138,7 @@ class PPOObjective:
         config = self._config
         where = target_positions(batch)
         old = {name: values_BT[where] for name, values_BT in batch.fields.items()}
-        tokens = target_logprobs(parts["policy"], batch, temperature=config.temperature)
+        tokens = target_logprobs(parts["policy"], batch, temperature=config.temperature, with_entropy=True)
         policy = ppo_policy_loss(
             logprobs_N=tokens.logprobs_N,
             old_logprobs_N=old["old_logprobs"],
@@ -157,9 +157,9 @@ class PPOObjective:
             "ppo/value_loss": value_sum.detach(),
             "ppo/clip_fraction": policy.clipped_sum,
             "ppo/approx_kl": policy.approx_kl_sum,
-            "ppo/entropy": tokens.entropies_N.sum(),
+            "ppo/entropy": tokens.entropy_sum,
         }
-        metrics = {name: torch.stack([value, count]) for name, value in sums.items()}
+        metrics = {name: torch.stack([value, count]) for name, value in sums.items() if value is not None}
         return LossOutput(policy.loss_sum + config.value_coefficient * value_sum, metrics)
 
     def evaluate(self, engine: Engine) -> dict[str, float]:

@@ -157,8 +157,8 @@ class CurateConfig(Config):
     """Most training preference pairs."""
     max_heldout_pairs: int = Field(default=1_000, ge=0)
     """Most held-out instruction pairs, and most held-out preference pairs."""
-    preference_mix: tuple[float, float, float] = (0.4, 0.3, 0.3)
-    """Shares of derived rejected answers: `mismatch`, `truncated`, `rambling`; they add up to 1."""
+    preference_mix: tuple[float, float, float, float] = (0.15, 0.25, 0.25, 0.35)
+    """Shares of derived rejected answers: `mismatch`, `truncated`, `rambling`, `garbled`; they add up to 1."""
     samples_per_reason: int = Field(default=3, ge=0)
     """Dropped documents shown in the ledger for each reason."""
     seed: int = 0
@@ -181,7 +181,7 @@ class CurateConfig(Config):
         if self.toxicity == "word-list" and not self.toxicity_word_list:
             raise ValueError("toxicity='word-list' needs toxicity_word_list; give a file or use 'classifier' or 'none'")
         if not math.isclose(sum(self.preference_mix), 1.0, abs_tol=1e-6) or min(self.preference_mix) < 0:
-            raise ValueError(f"preference_mix={self.preference_mix} must be three shares >= 0 that add up to 1")
+            raise ValueError(f"preference_mix={self.preference_mix} must be four shares >= 0 that add up to 1")
         outside = sorted(set(self.heldout_packages) - set(self.packages)) if self.packages else []
         if outside:
             raise ValueError(f"heldout_packages={outside} are not among packages; add them there or hold out others")

@@ -119,17 +119,29 @@ def _rejected(
         return stable_hash(config.seed, what, symbol.id) % below
 
     share = draw("kind", 1_000_000) / 1_000_000
-    mismatch, truncated, _ = config.preference_mix
+    mismatch, truncated, rambling, _ = config.preference_mix
     words = symbol.summary.split()
     if mismatch <= share < mismatch + truncated and len(words) >= 5:
         return "truncated", " ".join(words[: 2 + draw("cut", len(words) - 4)])
-    if share >= mismatch + truncated and bodies:
+    if mismatch + truncated <= share < mismatch + truncated + rambling and bodies:
         body = bodies[draw("body", len(bodies))]
         return "rambling", _ramble(symbol.summary, body, lambda below: draw("length", below))
     if len(half) < 2:
         return "mismatch", ""
     other = half[(position + 1 + draw("other", len(half) - 1)) % len(half)]
+    if share >= mismatch + truncated + rambling and len(words) >= 5:
+        return "garbled", _garble(words, half, draw)
     return "mismatch", other.symbol.summary
+
+
+def _garble(words: Sequence[str], half: Sequence[Question], draw: Callable[[str, int], int]) -> str:
+    """The right answer with about half of its inner words taken from anywhere: what a weak model says."""
+    garbled = list(words)
+    for place in range(1, len(words) - 1):
+        if place % 2 == draw("phase", 2) or draw(f"garble-{place}", 4) == 0:
+            donor = half[draw(f"donor-{place}", len(half))].symbol.summary.split()
+            garbled[place] = donor[draw(f"word-{place}", len(donor))]
+    return " ".join(garbled)
 
 
 def _ramble(summary: str, body: str, draw: Callable[[int], int]) -> str:

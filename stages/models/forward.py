@@ -20,8 +20,9 @@ class TokenLogprobs(NamedTuple):
     """One entry per target, in reading order of the rows."""
 
     logprobs_N: Tensor
-    entropies_N: Tensor
     segments_N: Tensor
+    entropy_sum: Tensor | None
+    """Of all targets together, in nats and without gradient; None unless asked for, because it reads all logits again."""
 
 
 def hidden_states(model: nn.Module, batch: Packed) -> Tensor:
@@ -43,16 +44,17 @@ def next_token_loss_sum(model: nn.Module, batch: Packed) -> Tensor:
     return linear_cross_entropy_sum(hidden_NH, _output_weight(model), batch.input_ids_BT[rows_N, columns_N])
 
 
-def target_logprobs(model: nn.Module, batch: Packed, *, temperature: float = 1.0) -> TokenLogprobs:
+def target_logprobs(
+    model: nn.Module, batch: Packed, *, temperature: float = 1.0, with_entropy: bool = False
+) -> TokenLogprobs:
     """Return the log-probability of each target under softmax(logits / temperature), in float32."""
     rows_N, columns_N = target_positions(batch)
     hidden_NH = hidden_states(model, batch)[rows_N, columns_N - 1]
     logits_NV = nn.functional.linear(hidden_NH, _output_weight(model)).float() / temperature
     targets_N = batch.input_ids_BT[rows_N, columns_N]
     logprobs_N = logits_NV.gather(1, targets_N[:, None])[:, 0] - logits_NV.logsumexp(-1)
-    with torch.no_grad():
-        entropies_N = entropy(logits_NV.detach())
-    return TokenLogprobs(logprobs_N, entropies_N, batch.segment_ids_BT[rows_N, columns_N])
+    entropy_sum = entropy(logits_NV.detach()).sum() if with_entropy else None
+    return TokenLogprobs(logprobs_N, batch.segment_ids_BT[rows_N, columns_N], entropy_sum)
 
 
 def segment_logprobs(model: nn.Module, batch: Packed) -> Tensor:

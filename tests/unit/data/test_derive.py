@@ -74,20 +74,26 @@ def test_rejected_answers_are_wrong_in_the_way_they_say() -> None:
             case "rambling":
                 assert row["rejected"].startswith(right)
                 assert row["rejected"].count("row by row") >= 2
+            case "garbled":
+                mine, theirs = right.split(), row["rejected"].split()
+                assert len(mine) == len(theirs)
+                assert (mine[0], mine[-1]) == (theirs[0], theirs[-1])
+                assert mine != theirs
     shares = Counter(row["kind"] for row in rows)
-    # 300 draws with p = .4, .3, .3: five standard deviations are 42 and 40
-    assert abs(shares["mismatch"] - 120) < 42
-    assert abs(shares["truncated"] - 90) < 40
+    # 300 draws with p = .15, .25, .25: five standard deviations are 31 and 38
+    assert abs(shares["mismatch"] - 45) < 31
+    assert abs(shares["truncated"] - 75) < 38
+    assert abs(shares["rambling"] - 75) < 38
 
 
 def test_wrong_answers_never_cross_the_held_out_border() -> None:
-    config = CurateConfig(preference_mix=(1.0, 0.0, 0.0))
+    config = CurateConfig(preference_mix=(1.0, 0.0, 0.0, 0.0))
     rows = preferences(_questions(_symbols(50) + _symbols(50, heldout=True), config), config, Step("wrong_answers"))
     assert all(("of held==1" in row["rejected"]) is row["heldout"] for row in rows)
 
 
 def test_a_lonely_symbol_has_no_wrong_answer_and_is_counted() -> None:
-    config = CurateConfig(preference_mix=(1.0, 0.0, 0.0))
+    config = CurateConfig(preference_mix=(1.0, 0.0, 0.0, 0.0))
     step = Step("wrong_answers")
     assert preferences(_questions(_symbols(1), config), config, step) == []
     assert step.dropped["no_wrong_answer"].documents == 1
