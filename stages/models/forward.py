@@ -22,7 +22,7 @@ class TokenLogprobs(NamedTuple):
     logprobs_N: Tensor
     segments_N: Tensor
     entropy_sum: Tensor | None
-    """Of all targets together, in nats and without gradient; None unless asked for, because it reads all logits again."""
+    """Of all targets together, in nats, without gradient; None unless asked for, because it reads all logits again."""
 
 
 def hidden_states(model: nn.Module, batch: Packed) -> Tensor:
