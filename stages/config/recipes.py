@@ -76,6 +76,7 @@ def demo(*, seed: int = 0) -> PipelineConfig:
             seed=seed,
         ),
         dpo=DPOConfig(num_epochs=1, global_batch_size=64, optimizer=OptimizerConfig(learning_rate=2e-4), seed=seed),
+        evaluate=EvaluateConfig(max_documents_tokens=80_000, max_preferences=400, max_response_length=40),
         execution=Executions(
             curate=ExecutionConfig(cpus_per_worker=2),
             pretrain=compiled,
