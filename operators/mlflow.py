@@ -3,6 +3,7 @@
 MLflow being away never stops a pipeline: it is a warning, and the first stage that reaches MLflow makes the parent.
 """
 
+import json
 import logging
 import os
 import time
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from operators.links import mlflow_artifact_page
-from stages.config.request import RunInfo
+from stages.config.request import ArtifactRef, RunInfo
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +19,8 @@ _TIMEOUT_SECONDS = 10.0
 RUN_TAG = "athanor.run_id"
 _STAGE_TAG = "lineage.stage"
 """Child runs have it, the parent run has not."""
+_HIT_TAG = "athanor.stage"
+"""The stages' own tracker writes the same tags for what it builds."""
 
 
 class MlflowUnavailableError(Exception):
@@ -52,6 +55,24 @@ def end_parent_run(run: RunInfo, *, succeeded: bool) -> None:
                 logger.info("MLflow run %s: %s", run_id, status)
     except MlflowUnavailableError as error:
         logger.warning("The MLflow parent run was not ended as %s: %s", status, error)
+
+
+def note_hit(run: RunInfo, stage: str, artifact: ArtifactRef) -> None:
+    """Tag the parent run with an artifact that existed, so that its lineage is complete; warns when MLflow is away."""
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if run.parent_run_id is None or not tracking_uri.startswith(("http://", "https://")):
+        return
+    record = {
+        "hit": True,
+        "uri": artifact.uri,
+        "fingerprint": artifact.fingerprint,
+        "mlflow_run_id": artifact.mlflow_run_id,
+    }
+    try:
+        with MlflowServer(tracking_uri) as server:
+            server.set_tag(run.parent_run_id, f"{_HIT_TAG}.{stage}", json.dumps(record))
+    except MlflowUnavailableError as error:
+        logger.warning("The MLflow parent run does not tell that %s hit: %s", stage, error)
 
 
 def parent_artifact_page(child_run_id: str, path: str) -> str | None:
@@ -126,6 +147,9 @@ class MlflowServer:
         if status != "RUNNING":
             body["end_time"] = _now_ms()
         self._call("POST", "runs/update", body)
+
+    def set_tag(self, run_id: str, key: str, value: str) -> None:
+        self._call("POST", "runs/set-tag", {"run_id": run_id, "key": key, "value": value})
 
     def _experiment(self, name: str) -> str:
         query = {"experiment_name": name}

@@ -83,6 +83,7 @@ class StageOperator(BaseOperator):
         self._running: str | None = None
 
     def execute(self, context: Any) -> dict[str, Any]:
+        from operators.mlflow import note_hit
         from operators.prepare import find_hit, load_config
 
         with as_stage_failures():
@@ -93,6 +94,7 @@ class StageOperator(BaseOperator):
         with as_stage_failures(max_retries):
             request = self._request(context, run=run, store=store, config=config)
             if hit := find_hit(store, request):
+                note_hit(run, self.stage, hit.artifact)
                 return self._finish(context, run, hit)
             with RayJobHook(self.ray_conn_id) as hook:
                 attached = self._attach_or_submit(context, hook, store, request)

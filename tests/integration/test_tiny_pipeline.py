@@ -74,6 +74,18 @@ def jobs_of(run: Run) -> int:
     return sum((job.get("metadata") or {}).get("airflow.run_id") == run.run_id for job in found)
 
 
+def parent_of(run: Run) -> Any:
+    """The MLflow run of the whole pipeline run."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("athanor")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], f"tags.`airflow.run_id` = '{run.run_id}'")
+    (parent,) = [found for found in runs if "mlflow.parentRunId" not in found.data.tags]
+    return parent
+
+
 def test_every_stage_is_built_by_a_ray_job_of_its_own(first: Run) -> None:
     assert first.state == "success"
     assert set(first.states.values()) == {"success"}
@@ -120,12 +132,8 @@ def test_the_models_load_in_plain_transformers_and_answer(first: Run, tmp_path: 
 def test_mlflow_knows_the_run_its_stages_and_its_models(first: Run) -> None:
     from mlflow import MlflowClient
 
-    client = MlflowClient()
-    experiment = client.get_experiment_by_name("athanor")
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id], f"tags.`airflow.run_id` = '{first.run_id}'")
-    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-    children = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    client, parent = MlflowClient(), parent_of(first)
+    children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     assert {child.data.tags["lineage.stage"] for child in children} == {stage.value for stage in Stage}
     assert {child.info.status for child in children} == {"FINISHED"}
     pretrain = next(child for child in children if child.data.tags["lineage.stage"] == "pretrain")
@@ -145,6 +153,7 @@ def test_an_identical_run_builds_nothing(first: Run, services: str) -> None:
     assert {s: r.artifact.fingerprint for s, r in again.results.items()} == {
         s: r.artifact.fingerprint for s, r in first.results.items()
     }
+    assert json.loads(parent_of(again).data.tags["athanor.stage.sft"])["hit"] is True
     assert jobs_of(again) == 1  # curate: only a job on the cluster can see whether the outside documents have changed
 
 

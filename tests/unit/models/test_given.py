@@ -1,0 +1,78 @@
+"""A base model that is not there, is no model, or has another tokenizer is refused with a sentence."""
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from stages.config.errors import ConfigError
+from stages.config.tokens import TokenizeConfig
+from stages.data.tokenizer import given_tokenizer, train_tokenizer
+from stages.models.given import base_model_dir, snapshot_base_model
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    config = TokenizeConfig(vocab_size=300, sequence_length=64)
+    return train_tokenizer(iter(["the quick brown fox jumps over the lazy dog " * 20] * 5), config).backend
+
+
+def save(folder: Path, tokenizer: Tokenizer | None, *, vocab_size: int = 300) -> Path:
+    """A model as a user would bring it: written by transformers alone."""
+    config = LlamaConfig(
+        vocab_size=vocab_size, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    if tokenizer is not None:
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|end|>").save_pretrained(
+            folder
+        )
+    return folder
+
+
+@pytest.mark.parametrize("uri", ["/nowhere/at/all", "file:///nowhere", "file:///nowhere/artifacts/base-model/abc"])
+def test_a_model_that_is_not_there_is_named(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"base_model='.*' does not exist"):
+        snapshot_base_model(uri)
+    with pytest.raises(ConfigError, match=r"base_model='.*' does not exist"):
+        base_model_dir(uri, tmp_path)
+
+
+def test_a_folder_without_a_config_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        snapshot_base_model(str(tmp_path))
+
+
+def test_pickled_weights_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    folder = save(tmp_path, tokenizer)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
+        base_model_dir(str(folder), tmp_path)
+
+
+def test_the_digest_follows_the_content(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    folder = save(tmp_path, tokenizer)
+    before = snapshot_base_model(str(folder))
+    assert snapshot_base_model(str(folder)) == before
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    assert snapshot_base_model(str(folder)) != before
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tokenizer"):
+        given_tokenizer(save(tmp_path, None))
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match=r"the tokenizer has 300 entries, the model embeds 200"):
+        given_tokenizer(save(tmp_path, tokenizer, vocab_size=200))
+
+
+def test_a_plain_base_model_gets_a_template_of_plain_words(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    loaded = given_tokenizer(save(tmp_path, tokenizer))
+    assert "generation" in loaded.chat_template
+    assert loaded.eos_id == tokenizer.token_to_id("<|end|>")
+    assert loaded.pad_id == loaded.eos_id

@@ -1,0 +1,120 @@
+"""Token shards hold what the text said; what does not fit is counted; a vocabulary that is too large is refused."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from stages import tokenize
+from stages.config.curate import CurateConfig
+from stages.config.errors import ConfigError, DataError
+from stages.config.graph import Stage
+from stages.config.tokens import TokenizeConfig
+from stages.context import StageOutcome
+from stages.data.ragged import Ragged, RaggedWriter
+from stages.data.tokens import Split, TokensArtifact
+from tests.small_world import make_context, published, write_curated
+
+CONFIG = TokenizeConfig(vocab_size=300, sequence_length=64, max_prompt_length=32, bpe_train_bytes=10_000)
+
+
+def run(
+    home: Path, config: TokenizeConfig = CONFIG, **extra: list[dict[str, Any]]
+) -> tuple[StageOutcome, TokensArtifact]:
+    """Tokenize the small world with further rows in `instructions` and `preferences`."""
+    curate = make_context(home, Stage.CURATE, CurateConfig())
+    write_curated(curate.output_dir)
+    for part, rows in extra.items():
+        with gzip.open(curate.output_dir / part / "train.jsonl.gz", "at", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    context = make_context(home, Stage.TOKENIZE, config, {"curated": published(curate)})
+    outcome = tokenize.run(context)
+    return outcome, TokensArtifact(context.output_dir)
+
+
+def conversation(prompt: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+
+
+def pair(chosen: str, rejected: str) -> dict[str, Any]:
+    return {"prompt": [{"role": "user", "content": "why?"}], "chosen": chosen, "rejected": rejected, "kind": "given"}
+
+
+def test_documents_come_back_as_they_were_between_begin_and_end(tmp_path: Path) -> None:
+    outcome, tokens = run(tmp_path)
+    tokenizer = Tokenizer.from_file(str(tokens.tokenizer_dir / "tokenizer.json"))
+    with gzip.open(tmp_path / "work/curate/output/documents/train/part-00000.jsonl.gz", "rt") as file:
+        texts = [json.loads(line)["text"] for line in file]
+    documents = tokens.documents(Split.TRAIN)
+    assert len(documents) == len(texts)
+    for index, text in enumerate(texts):
+        ids = documents[index]
+        assert (ids[0], ids[-1]) == (tokens.bos_id, tokens.eos_id)
+        assert tokenizer.decode(ids[1:-1].tolist()) == text
+    ledger = outcome.ledger["train"]["documents"]
+    assert ledger["bytes"] == sum(len(text.encode()) for text in texts)
+    assert ledger["tokens"] == documents.num_items == documents.lengths.sum()
+
+
+def test_what_does_not_fit_is_counted_by_reason(tmp_path: Path) -> None:
+    long = "word " * 100
+    outcome, tokens = run(
+        tmp_path,
+        instructions=[conversation(long, "short"), conversation("short", long)],
+        preferences=[pair("the same", "the same"), pair("fine", long)],
+    )
+    conversations, preferences = (outcome.ledger["train"][part] for part in ("conversations", "preferences"))
+    assert conversations["dropped.prompt_too_long"] == 1
+    assert conversations["dropped.longer_than_context"] == 1
+    assert conversations["in"] == conversations["kept"] + 2 == len(tokens.conversations(Split.TRAIN)) + 2
+    assert preferences["dropped.equal_sides"] == 1
+    assert preferences["dropped.longer_than_context"] == 1
+    assert preferences["in"] == preferences["kept"] + 2
+
+
+def test_earlier_assistant_turns_are_not_trained_as_answers_of_a_pair(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    row = {"prompt": turns, "chosen": "yes", "rejected": "no", "kind": "given"}
+    _, tokens = run(tmp_path, preferences=[row])
+    last = tokens.pairs(Split.TRAIN)[len(tokens.pairs(Split.TRAIN)) - 1].chosen
+    tokenizer = Tokenizer.from_file(str(tokens.tokenizer_dir / "tokenizer.json"))
+    assert tokenizer.decode(last.ids[last.loss_mask == 1].tolist(), skip_special_tokens=False) == "yes<|end|>"
+
+
+def test_a_vocabulary_that_the_text_does_not_support_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"vocab_size=60000 but the text supports only \d+ entries") as caught:
+        run(tmp_path, CONFIG.model_copy(update={"vocab_size": 60_000}))
+    assert "at most" in caught.value.advice
+
+
+def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
+    curate = make_context(tmp_path, Stage.CURATE, CurateConfig())
+    write_curated(curate.output_dir, num_documents=0)
+    context = make_context(tmp_path, Stage.TOKENIZE, CONFIG, {"curated": published(curate)})
+    with pytest.raises(DataError, match="no training documents"):
+        tokenize.run(context)
+
+
+def test_text_shorter_than_a_row_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sequence_length=60000 but the training text has only \d+ tokens"):
+        run(tmp_path, CONFIG.model_copy(update={"sequence_length": 60_000}))
+
+
+def test_arrays_are_found_again_across_shards(tmp_path: Path) -> None:
+    arrays = [np.arange(n) + 10 * n for n in (3, 5, 1, 0, 4)]
+    writer = RaggedWriter(tmp_path, "x", np.dtype(np.uint16), shard_items=6)
+    for values in arrays:
+        writer.append(values)
+    writer.close()
+    assert len(list(tmp_path.glob("x-0*.npy"))) == 3
+    ragged = Ragged(tmp_path, "x")
+    assert [ragged[i].tolist() for i in range(len(ragged))] == [values.tolist() for values in arrays]
+    assert ragged.slice(2, 9).tolist() == np.concatenate(arrays)[2:9].tolist()
