@@ -74,7 +74,8 @@ class Progress:
                 self._before.cpu_seconds + usage.ru_utime + usage.ru_stime + children.ru_utime + children.ru_stime, 3
             ),
             gpu_seconds=round(self._before.gpu_seconds + wall * self._num_gpus, 3),
-            peak_memory_bytes=max(self._before.peak_memory_bytes, (usage.ru_maxrss + children.ru_maxrss) * 1024),
+            # Not the sum: a forked child counts its parent's pages as its own.
+            peak_memory_bytes=max(self._before.peak_memory_bytes, usage.ru_maxrss * 1024, children.ru_maxrss * 1024),
             attempts=self._before.attempts + 1,
         )
 

@@ -89,6 +89,7 @@ class Cost(Config):
     cpu_seconds: float = 0.0
     gpu_seconds: float = 0.0
     peak_memory_bytes: int = 0
+    """Resident memory of the largest process."""
     attempts: int = 1
 
 
