@@ -15,7 +15,7 @@ from stages.models.given import base_model_dir, snapshot_base_model
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     config = TokenizeConfig(vocab_size=300, sequence_length=64)
-    return train_tokenizer(iter(["the quick brown fox jumps over the lazy dog " * 20] * 5), config).backend
+    return train_tokenizer(iter([str(TokenizeConfig.__doc__) + Path(__file__).read_text()]), config).backend
 
 
 def save(folder: Path, tokenizer: Tokenizer | None, *, vocab_size: int = 300) -> Path:
