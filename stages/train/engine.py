@@ -48,6 +48,8 @@ class Engine:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.device = local_device()
+        if self.device.type == "cpu":
+            _make_deterministic()
         self._config, self._execution = config, execution
         self.trainable = Trainable(**parts).to(self.device)
         for model in parts.values():
@@ -154,6 +156,15 @@ class Engine:
 
     def _part(self, name: str) -> nn.Module:
         return self.trainable.parts[name]
+
+
+def _make_deterministic() -> None:
+    """The same bits every time on the CPU: compiled code would add embedding gradients in whatever order threads come.
+
+    Filling fresh memory, which the mode adds, costs time and protects from nothing here.
+    """
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def local_device() -> torch.device:
