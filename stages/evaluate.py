@@ -108,10 +108,13 @@ class Bench:
         self._prompt_texts = [texts[int(index)] for index in chosen]
 
     def language_model(self, folder: Path) -> nn.Module:
-        return load_causal_lm(folder, self._tokens).eval().to(self._device)
+        return self._placed(load_causal_lm(folder, self._tokens))
 
     def reward_model(self, folder: Path) -> nn.Module:
-        return load_reward_model(folder, self._tokens).eval().to(self._device)
+        return self._placed(load_reward_model(folder, self._tokens))
+
+    def _placed(self, model: nn.Module) -> nn.Module:
+        return model.eval().to(self._device)
 
     @torch.no_grad()
     def measure(self, model: nn.Module, *, reference: nn.Module | None, reward: nn.Module | None) -> Measured:

@@ -100,7 +100,15 @@ GRAPH: dict[Stage, StageSpec] = {
     )
 }
 
-_CHAIN = (Stage.CURATE, Stage.TOKENIZE, Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO)
+_CHAIN: tuple[Stage, ...] = (
+    Stage.CURATE,
+    Stage.TOKENIZE,
+    Stage.PRETRAIN,
+    Stage.SFT,
+    Stage.REWARD,
+    Stage.PPO,
+    Stage.DPO,
+)
 _CLOSING = (Stage.EVALUATE, Stage.PROMOTE, Stage.REPORT)
 
 
@@ -127,5 +135,5 @@ def _up_to(last_stage: Stage) -> set[Stage]:
     if last_stage in _CLOSING:
         return set(_CHAIN) | set(_CLOSING[: _CLOSING.index(last_stage) + 1])
     if last_stage in (Stage.PPO, Stage.DPO):
-        return set(_CHAIN) - ({Stage.PPO, Stage.DPO} - {last_stage})
+        return {stage for stage in _CHAIN if stage is last_stage or stage not in (Stage.PPO, Stage.DPO)}
     return set(_CHAIN[: _CHAIN.index(last_stage) + 1])

@@ -78,14 +78,16 @@ class ChatEncoder:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         marked = [{"role": m["role"], "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
-        rendered, spans = render_jinja_template(
+        names: dict[str, Any] = dict(self._special_tokens)
+        answer: Any = render_jinja_template(
             conversations=[marked],
             chat_template=self._template,
             return_assistant_tokens_mask=True,
             add_generation_prompt=add_generation_prompt,
-            **self._special_tokens,
+            **names,
         )
-        return rendered[0], spans[0]
+        (text,), (spans,) = answer
+        return text, spans
 
     def _append(self, ids: list[int], mask: list[int], text: str, *, inside: bool, special: bool) -> None:
         if not text:

@@ -43,16 +43,16 @@ def new_causal_lm(config: ModelConfig, tokens: TokensArtifact, *, seed: int) -> 
             bos_token_id=tokens.bos_id if tokens.bos_id >= 0 else None,
             eos_token_id=tokens.eos_id,
             pad_token_id=tokens.pad_id,
-            attn_implementation="sdpa",
         )
     )
 
 
 def load_causal_lm(folder: Path, tokens: TokensArtifact) -> PreTrainedModel:
     """Load weights in float32; raises ConfigError when the model does not fit the run's tokens."""
-    model, loading = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
     )
+    model, loading = loaded
     _check_complete(loading, folder)
     _check_fit(model, tokens, folder)
     model.config.pad_token_id = tokens.pad_id
@@ -63,7 +63,7 @@ def load_reward_model(folder: Path, tokens: TokensArtifact) -> PreTrainedModel:
     """Load a sequence classifier with one output; a language model's folder gives a head of zeros, so training starts
     at ln 2."""
     fresh = "ForSequenceClassification" not in (folder / "config.json").read_text()
-    model, loading = AutoModelForSequenceClassification.from_pretrained(
+    loaded: Any = AutoModelForSequenceClassification.from_pretrained(
         folder,
         num_labels=1,
         dtype=torch.float32,
@@ -71,6 +71,7 @@ def load_reward_model(folder: Path, tokens: TokensArtifact) -> PreTrainedModel:
         pad_token_id=tokens.pad_id,
         output_loading_info=True,
     )
+    model, loading = loaded
     _check_complete(loading, folder, new={"score.weight"} if fresh else set())
     _check_fit(model, tokens, folder)
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
@@ -115,7 +116,8 @@ def _check_complete(loading: dict[str, Any], folder: Path, *, new: Set[str] = fr
 
 
 def _check_fit(model: PreTrainedModel, tokens: TokensArtifact, folder: Path) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
     if rows < tokens.vocab_size:
         raise ConfigError(
             f"model {folder} embeds {rows} tokens, the run's tokenizer has {tokens.vocab_size}: not a pair",

@@ -81,7 +81,7 @@ class Engine:
         """As `call`, without gradients."""
         return self.call(compute, *arguments)
 
-    def autocast(self) -> contextlib.AbstractContextManager[None]:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._config.precision == "bf16")
 
     def freeze(self, model: nn.Module) -> nn.Module:
@@ -94,7 +94,7 @@ class Engine:
             self.trainable.set_requires_gradient_sync(last)  # type: ignore[operator]
         (loss * self.world_size).backward()
 
-    def defer_sync(self) -> contextlib.AbstractContextManager[None]:
+    def defer_sync(self) -> contextlib.AbstractContextManager[Any]:
         """Forward and backward inside leave the gradient on the rank: every micro-batch but the last."""
         if isinstance(self._module, nn.parallel.DistributedDataParallel):
             return self._module.no_sync()
@@ -164,7 +164,7 @@ def _make_deterministic() -> None:
     Filling fresh memory, which the mode adds, costs time and protects from nothing here.
     """
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def local_device() -> torch.device:

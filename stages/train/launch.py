@@ -70,5 +70,5 @@ def _to_json(outcome: StageOutcome) -> dict[str, Any]:
     return {"metrics": outcome.metrics, "ledger": outcome.ledger, "files": files}
 
 
-def _from_json(data: dict[str, Any]) -> StageOutcome:
+def _from_json(data: Any) -> StageOutcome:
     return StageOutcome(data["metrics"], data["ledger"], tuple(FileEntry.model_validate(f) for f in data["files"]))
