@@ -152,7 +152,7 @@ def fetch(ref: ArtifactRef, cache_dir: Path) -> Path:
             f"{ref.uri} has digest {manifest.digest[:12]}, the run expects {ref.digest[:12]}",
             advice="Something replaced the artifact after it was built; clear the stage that produced it.",
         )
-    target = cache_dir / manifest.kind / manifest.fingerprint
+    target = cache_dir / manifest.kind / manifest.digest
     with ThreadPoolExecutor(max_workers=4) as pool:
         list(pool.map(lambda entry: _verified_file(store, key, entry, target), manifest.files))
     return store.local_path(key) or target
@@ -162,13 +162,17 @@ def _verified_file(store: Store, key: str, entry: FileEntry, target: Path) -> No
     path = store.local_path(f"{key}/{entry.path}")
     if path is None:
         path = target / entry.path
-        if not path.is_file():
+        if not _matches(path, entry):
             store.download(f"{key}/{entry.path}", path)
-    if not path.is_file() or path.stat().st_size != entry.size or hash_file(path) != entry.sha256:
+    if not _matches(path, entry):
         raise DamagedArtifactError(
             f"{store.root_uri}/{key}/{entry.path} does not have the content that its manifest records",
             advice="Clear the stage that produced it; it will be built again.",
         )
+
+
+def _matches(path: Path, entry: FileEntry) -> bool:
+    return path.is_file() and path.stat().st_size == entry.size and hash_file(path) == entry.sha256
 
 
 def utc_now() -> str:

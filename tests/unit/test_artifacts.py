@@ -147,3 +147,19 @@ def test_a_manifest_survives_its_json(store: FileStore, tmp_path: Path) -> None:
     make_artifact(store, tmp_path)
     raw = store.read_bytes(f"artifacts/tokens/{'f' * 64}/manifest.json")
     assert Manifest.model_validate(json.loads(raw)).files[0].path == "a.txt"
+
+
+class CopyingStore(FileStore):
+    """A store whose files cannot be read in place, like S3."""
+
+    def local_path(self, key: str) -> Path | None:
+        return None
+
+
+def test_a_damaged_local_copy_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CopyingStore(tmp_path / "store")
+    monkeypatch.setattr("stages.artifacts.open_store", lambda uri: store)
+    ref = make_artifact(store, tmp_path)
+    copy = fetch(ref, tmp_path / "cache") / "a.txt"
+    copy.write_text("stale")
+    assert (fetch(ref, tmp_path / "cache") / "a.txt").read_text() == "alpha"
