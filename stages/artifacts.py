@@ -162,8 +162,9 @@ def _verified_file(store: Store, key: str, entry: FileEntry, target: Path) -> No
     path = store.local_path(f"{key}/{entry.path}")
     if path is None:
         path = target / entry.path
-        if not _matches(path, entry):
-            store.download(f"{key}/{entry.path}", path)
+        if _matches(path, entry):
+            return
+        store.download(f"{key}/{entry.path}", path)
     if not _matches(path, entry):
         raise DamagedArtifactError(
             f"{store.root_uri}/{key}/{entry.path} does not have the content that its manifest records",
