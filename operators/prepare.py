@@ -1,17 +1,14 @@
 """What a stage needs before its Ray job: the run's configuration, its request, its artifact if that exists."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
-from stages.artifacts import artifact_uri, discard, find_manifest, fingerprint, run_key, verify
-from stages.config.errors import ConfigError, DamagedArtifactError
+from stages.artifacts import artifact_uri, find_intact, fingerprint, run_key
+from stages.config.errors import ConfigError
 from stages.config.graph import GRAPH, Stage, selected_stages
 from stages.config.pipeline import PipelineConfig, stage_config_from_json
 from stages.config.request import ArtifactRef, RunInfo, StageRequest, StageResult
 from stages.store import Store, write_json
-
-logger = logging.getLogger(__name__)
 
 
 def pipeline_key(run_id: str) -> str:
@@ -74,14 +71,8 @@ def find_hit(store: Store, request: StageRequest) -> StageResult | None:
         return None
     stage = request.stage
     identity = fingerprint(stage, stage_config_from_json(stage, request.config), inputs=request.inputs)
-    manifest = find_manifest(store, GRAPH[stage].kind, identity)
+    manifest = find_intact(store, GRAPH[stage].kind, identity)
     if manifest is None:
-        return None
-    try:
-        verify(store, manifest)
-    except DamagedArtifactError as error:
-        logger.warning("Damaged artifact: %s %s", error.message, error.advice)
-        discard(store, manifest)
         return None
     ref = manifest.ref(artifact_uri(store, manifest.kind, identity))
     result = StageResult(stage=stage, hit=True, artifact=ref, metrics=manifest.metrics)

@@ -5,6 +5,7 @@ An artifact exists when its manifest exists. Everything that reads starts from t
 
 import hashlib
 import json
+import logging
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,8 @@ from stages.config.errors import DamagedArtifactError
 from stages.config.graph import GRAPH, Stage
 from stages.config.request import ArtifactRef, FileEntry, Manifest
 from stages.store import Store, open_store
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20
@@ -138,6 +141,20 @@ def discard(store: Store, manifest: Manifest) -> None:
     key = artifact_key(manifest.kind, manifest.fingerprint)
     store.delete(f"{key}/{MANIFEST}")
     store.delete(key)
+
+
+def find_intact(store: Store, kind: str, fingerprint: str) -> Manifest | None:
+    """Return the manifest of an artifact that exists and is whole; a damaged one is named and discarded."""
+    manifest = find_manifest(store, kind, fingerprint)
+    if manifest is None:
+        return None
+    try:
+        verify(store, manifest)
+    except DamagedArtifactError as error:
+        logger.warning("Damaged artifact: %s %s", error.message, error.advice)
+        discard(store, manifest)
+        return None
+    return manifest
 
 
 def fetch(ref: ArtifactRef, cache_dir: Path) -> Path:

@@ -24,17 +24,15 @@ from typing import Any
 from stages.artifacts import (
     artifact_uri,
     content_digest,
-    discard,
-    find_manifest,
+    find_intact,
     fingerprint,
     publish,
     run_key,
     upload_files,
     utc_now,
-    verify,
 )
 from stages.config.base import Config
-from stages.config.errors import EXIT_CODES, Category, ConfigError, DamagedArtifactError, ExitCode, StageError
+from stages.config.errors import EXIT_CODES, Category, ConfigError, ExitCode, StageError
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import stage_config_from_json
 from stages.config.request import Failure, InputEntry, Manifest, StageRequest, StageResult
@@ -96,7 +94,7 @@ def execute(request: StageRequest, store: Store) -> StageResult:
     config = stage_config_from_json(request.stage, request.config)
     sources = identify_sources(request, config)
     identity = fingerprint(request.stage, config, inputs=request.inputs, sources=sources)
-    manifest = find_hit(store, request.stage, identity)
+    manifest = find_intact(store, GRAPH[request.stage].kind, identity)
     if manifest is not None:
         ref = manifest.ref(artifact_uri(store, manifest.kind, identity))
         record_hit(request, ref)
@@ -120,20 +118,6 @@ def identify_sources(request: StageRequest, config: Config) -> dict[str, str]:
     from stages.models.given import snapshot_base_model
 
     return {uri: snapshot_base_model(uri) for uri in request.sources}
-
-
-def find_hit(store: Store, stage: Stage, identity: str) -> Manifest | None:
-    """Return the verified manifest of an existing artifact; a damaged one is discarded, named, and built again."""
-    manifest = find_manifest(store, GRAPH[stage].kind, identity)
-    if manifest is None:
-        return None
-    try:
-        verify(store, manifest)
-    except DamagedArtifactError as error:
-        logger.warning("%s %s", error.message, error.advice)
-        discard(store, manifest)
-        return None
-    return manifest
 
 
 def _build(request: StageRequest, config: Config, store: Store, *, sources: dict[str, str], identity: str) -> Manifest:

@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from stages.artifacts import content_digest, fetch, find_manifest, fingerprint, publish, upload_files, verify
+from stages.artifacts import (
+    content_digest,
+    fetch,
+    find_intact,
+    find_manifest,
+    fingerprint,
+    publish,
+    upload_files,
+    verify,
+)
 from stages.config.errors import ConfigError, DamagedArtifactError
 from stages.config.graph import Stage
 from stages.config.recipes import tiny
@@ -163,3 +172,16 @@ def test_a_damaged_local_copy_is_fetched_again(tmp_path: Path, monkeypatch: pyte
     copy = fetch(ref, tmp_path / "cache") / "a.txt"
     copy.write_text("stale")
     assert (fetch(ref, tmp_path / "cache") / "a.txt").read_text() == "alpha"
+
+
+def test_a_damaged_artifact_is_no_hit_and_is_set_aside(
+    store: FileStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_artifact(store, tmp_path)
+    assert find_intact(store, "tokens", "f" * 64) is not None
+    path = store.local_path(f"artifacts/tokens/{'f' * 64}/a.txt")
+    assert path is not None
+    path.unlink()
+    assert find_intact(store, "tokens", "f" * 64) is None
+    assert "a.txt is missing" in caplog.text
+    assert find_manifest(store, "tokens", "f" * 64) is None
