@@ -51,7 +51,7 @@ def demo(*, seed: int = 0) -> PipelineConfig:
         tokenize=TokenizeConfig(vocab_size=8192, sequence_length=512, max_prompt_length=96),
         pretrain=PretrainConfig(
             model=ModelConfig(hidden_size=320, intermediate_size=864, num_layers=6, num_heads=5, num_kv_heads=5),
-            max_tokens=1_300_000,
+            max_tokens=1_200_000,
             global_batch_size=8,
             optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.1, warmup_fraction=0.05),
             seed=seed,
@@ -66,7 +66,7 @@ def demo(*, seed: int = 0) -> PipelineConfig:
             num_epochs=1, global_batch_size=64, optimizer=OptimizerConfig(learning_rate=5e-4), seed=seed
         ),
         ppo=PPOConfig(
-            num_rollouts=30,
+            num_rollouts=27,
             rollout_size=64,
             global_batch_size=32,
             num_epochs=2,
