@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MLFLOW_RUN_MARKER = "ATHANOR_MLFLOW_RUN"
 REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "INVALID_STATE"})
 """MLflow error codes that mean "never"; all others may pass: an outage, an expired token, a full disk."""
+_ABSENT = REFUSALS | {"RESOURCE_DOES_NOT_EXIST"}
 _TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}
 _DIGEST_LENGTH = 32  # MLflow's column holds 36 characters
 _SOURCE_TYPES = {"s3": "s3", "file": "local", "hf": "hugging_face", "http": "http", "https": "http"}
@@ -176,7 +177,10 @@ def model_name(run_name: str, role: str) -> str:
 
 
 def artifact_uri_of_model(uri: str) -> str:
-    """Return where the weights of `models:/name@alias` or `models:/name/version` lie in the artifact store."""
+    """Return where the weights of `models:/name@alias` or `models:/name/version` lie in the artifact store.
+
+    Raises ConfigError when there is no such model or Athanor did not register it, StageError when MLflow is away.
+    """
     from mlflow.exceptions import MlflowException
 
     client = connect()
@@ -187,16 +191,16 @@ def artifact_uri_of_model(uri: str) -> str:
         else:
             version = client.get_model_version(*name.rsplit("/", 1))
     except (MlflowException, TypeError) as error:
-        raise StageError(
-            f"{uri!r} was not found in MLflow: {error}",
-            advice="Use models:/<name>@<alias> or models:/<name>/<version>.",
-        ) from error
-    if "artifact.uri" not in version.tags:
+        advice = "Use models:/<name>@<alias> or models:/<name>/<version> of a registered model."
+        if isinstance(error, MlflowException) and error.error_code not in _ABSENT:
+            raise StageError(f"{uri!r} could not be looked up in MLflow: {explain(error)}", advice="") from error
+        raise ConfigError(f"{uri!r} is not registered in MLflow: {error}", advice=advice) from error
+    if not (artifact := version.tags.get("artifact.uri")):
         raise ConfigError(
             f"{uri!r} has no tag artifact.uri: Athanor did not register it",
-            advice="Name a model that Athanor registered.",
+            advice="Name a model that Athanor registered, or the folder or URI of its weights.",
         )
-    return version.tags["artifact.uri"]
+    return artifact
 
 
 def registered_versions(fingerprints: Iterable[str]) -> list[tuple[str, str, tuple[str, ...]]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from stages.artifacts import canonical_json, fetch, hash_file, read_manifest
 from stages.config.errors import ConfigError
+from stages.mlflow_client import artifact_uri_of_model
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
@@ -13,7 +14,7 @@ _WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 def snapshot_base_model(uri: str) -> str:
     """Return the digest of the model's content without loading it; raises ConfigError when it is not there."""
-    uri = _registered_artifact(uri)
+    uri = _resolved(uri)
     if _is_artifact(uri):
         return _manifest_of(uri).digest
     folder = Path(uri.removeprefix("file://"))
@@ -31,7 +32,7 @@ def snapshot_base_model(uri: str) -> str:
 
 def base_model_dir(uri: str, cache_dir: Path) -> Path:
     """Return a local folder with the model's files; weights are safetensors, pickles are refused."""
-    uri = _registered_artifact(uri)
+    uri = _resolved(uri)
     if _is_artifact(uri):
         return fetch(_manifest_of(uri).ref(uri), cache_dir)
     folder = Path(uri.removeprefix("file://"))
@@ -56,31 +57,9 @@ def _manifest_of(uri: str):
         raise _not_there(uri) from None
 
 
-def _registered_artifact(uri: str) -> str:
+def _resolved(uri: str) -> str:
     """Follow `models:/name@alias` or `models:/name/version` to the artifact that the version was registered from."""
-    if not uri.startswith("models:/"):
-        return uri
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    name = uri.removeprefix("models:/")
-    client = MlflowClient()
-    try:
-        if "@" in name:
-            version = client.get_model_version_by_alias(*name.split("@", 1))
-        else:
-            version = client.get_model_version(*name.rsplit("/", 1))
-    except (MlflowException, TypeError) as error:
-        raise ConfigError(
-            f"base_model={uri!r} is not registered in MLflow: {error}",
-            advice="Use models:/<name>@<alias> or models:/<name>/<version> of a registered model.",
-        ) from error
-    if not (artifact := version.tags.get("artifact.uri")):
-        raise ConfigError(
-            f"base_model={uri!r} has no tag artifact.uri, so it was not registered by this pipeline",
-            advice="Give the folder or URI of its weights instead.",
-        )
-    return artifact
+    return artifact_uri_of_model(uri) if uri.startswith("models:/") else uri
 
 
 def _model_files(folder: Path) -> list[Path]:

@@ -157,6 +157,21 @@ def test_an_identical_run_builds_nothing(first: Run, services: str) -> None:
     assert jobs_of(again) == 1  # curate: only a job on the cluster can see whether the outside documents have changed
 
 
+def test_a_run_goes_on_from_a_registered_model_on_two_workers_of_ray(first: Run, services: str) -> None:
+    layout = {"execution.sft.num_workers": 2, "execution.sft.cpus_per_worker": 0.5}
+    run = play(services, base_model="models:/tiny-base@candidate", last_stage="sft", overrides=layout)
+    assert run.state == "success"
+    assert run.states["pretrain"] == run.states["reward"] == "skipped"
+    assert run.built == {Stage.TOKENIZE, Stage.SFT}  # the base model brings its tokenizer: other tokens
+    manifest = read_manifest(run.results[Stage.SFT].artifact)
+    base = first.results[Stage.PRETRAIN].artifact
+    assert set(manifest.sources.values()) == {base.digest}
+    assert manifest.execution["num_workers"] == 2
+    assert manifest.metrics["train/loss"] < 10
+    again = play(services, base_model="models:/tiny-base@candidate", last_stage="sft")
+    assert again.results[Stage.SFT].hit  # the layout is not part of the identity
+
+
 def test_a_changed_setting_changes_its_stage_and_what_descends_from_it_alone() -> None:
     """By fingerprints alone, over the whole graph: no need to run it."""
     from stages.artifacts import fingerprint
