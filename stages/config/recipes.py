@@ -33,9 +33,8 @@ _DEMO_PACKAGES = (
 
 
 def demo(*, seed: int = 0) -> PipelineConfig:
-    """Ten million parameters from the documentation of the installed packages, on two CPU cores in minutes."""
-    train = ExecutionConfig(micro_batch_size=8, checkpoint_every=50, cpus_per_worker=2)
-    compiled = train.model_copy(update={"compile": True})  # rows of one shape: worth its half minute
+    """Six million parameters from the documentation of the installed packages, on two CPU cores in minutes."""
+    train = ExecutionConfig(micro_batch_size=16, checkpoint_every=50, cpus_per_worker=2)
     return PipelineConfig(
         recipe="demo",
         run_name="demo",
@@ -48,17 +47,17 @@ def demo(*, seed: int = 0) -> PipelineConfig:
             max_preferences=3_200,
             seed=seed,
         ),
-        tokenize=TokenizeConfig(vocab_size=8192, sequence_length=512, max_prompt_length=96),
+        tokenize=TokenizeConfig(vocab_size=8192, sequence_length=256, max_prompt_length=96),
         pretrain=PretrainConfig(
-            model=ModelConfig(hidden_size=320, intermediate_size=864, num_layers=6, num_heads=5, num_kv_heads=5),
-            max_tokens=1_200_000,
-            global_batch_size=8,
-            optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.1, warmup_fraction=0.05),
+            model=ModelConfig(hidden_size=256, intermediate_size=704, num_layers=5, num_heads=4, num_kv_heads=4),
+            max_tokens=1_100_000,
+            global_batch_size=16,
+            optimizer=OptimizerConfig(learning_rate=2.5e-3, weight_decay=0.1, warmup_fraction=0.05),
             seed=seed,
         ),
         sft=SFTConfig(
             num_epochs=1,
-            global_batch_size=8,
+            global_batch_size=16,
             optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate_ratio=0.05),
             seed=seed,
         ),
@@ -79,8 +78,8 @@ def demo(*, seed: int = 0) -> PipelineConfig:
         evaluate=EvaluateConfig(max_documents_tokens=80_000, max_preferences=400, max_response_length=40),
         execution=Executions(
             curate=ExecutionConfig(cpus_per_worker=2),
-            pretrain=compiled,
-            sft=compiled,
+            pretrain=train,
+            sft=train,
             reward=train,
             ppo=train,
             dpo=train,
