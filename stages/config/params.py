@@ -21,7 +21,7 @@ class PipelineParams(Config):
     """What one run of `llm_pipeline` is asked to do."""
 
     recipe: str = Field(default="demo", title="Recipe")
-    """Complete configuration to start from. `demo`: a 10M-parameter model on two CPU cores. `tiny`: seconds per
+    """Complete configuration to start from. `demo`: a 6M-parameter model on two CPU cores. `tiny`: seconds per
     stage, for tests. `llama_1b`: a billion parameters on GPUs."""
     run_name: str = Field(default="athanor", title="Run name", min_length=1, max_length=64)
     """Prefix of the models (`<name>-base`, `-sft`, `-reward`, `-aligned`): letters, digits, `.`, `_`, `-`."""
