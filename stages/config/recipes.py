@@ -62,7 +62,7 @@ def demo(*, seed: int = 0) -> PipelineConfig:
             seed=seed,
         ),
         reward=RewardConfig(
-            num_epochs=1, global_batch_size=64, optimizer=OptimizerConfig(learning_rate=5e-4), seed=seed
+            num_epochs=1, global_batch_size=32, optimizer=OptimizerConfig(learning_rate=5e-4), seed=seed
         ),
         ppo=PPOConfig(
             num_rollouts=27,
