@@ -107,7 +107,8 @@ class LogRelay:
         kept = list(self._kept) if last_lines else []
         if left_out := self._omitted - len(kept):
             self._show(
-                f"… {left_out} lines are left out here: more than {self._rate:g} a second. Ray's log of the job has all."
+                f"… {left_out} lines are left out here: more than {self._rate:g} a second. "
+                "Ray's log of the job has them all."
             )
         for line in kept:
             self._show(line)

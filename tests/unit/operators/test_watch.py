@@ -196,7 +196,7 @@ def test_the_token_is_never_logged(ray: StandInRay, hook: RayJobHook, caplog: py
 
 
 def trigger(**settings: Any) -> RayJobTrigger:
-    made = RayJobTrigger(ray_conn_id="ray_default", submission_id="a", poll_interval=0.05, **settings)
+    made = RayJobTrigger(ray_conn_id="ray_default", submission_id="a", settings={"poll_interval": 0.05}, **settings)
     path, arguments = made.serialize()
     assert path == "operators.trigger.RayJobTrigger"
     return RayJobTrigger(**json.loads(json.dumps(arguments)))
@@ -232,7 +232,7 @@ def test_the_trigger_survives_serialisation_and_gives_back_what_it_carries(ray: 
 def test_a_second_triggerer_goes_on_in_the_log_where_the_first_one_died(
     ray: StandInRay, connected, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("operators.trigger._CURSOR_SECONDS", 0.05)
+    monkeypatch.setattr("operators.watch._CURSOR_SECONDS", 0.05)
     settings = {"store_uri": tmp_path.as_uri(), "cursor_key": "runs/r/sft/log.json"}
     job = ray.jobs["a"] = Job("a", "true", log="one\ntwo\n")
 
