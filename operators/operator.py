@@ -166,6 +166,10 @@ class StageOperator(BaseOperator):
             if status is not JobStatus.UNREACHABLE:
                 # Only now is the outcome processed; a job that may still run keeps its record for the retry.
                 log.consume(submission)
+            if status not in (JobStatus.UNREACHABLE, JobStatus.SUCCEEDED):
+                from operators.mlflow import end_stage_runs
+
+                end_stage_runs(run, self.stage, killed=status is JobStatus.STOPPED)
 
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Any) -> Any:
         """Stop the job when its time is over: neither Airflow's on_kill nor the trigger's runs then."""
@@ -181,7 +185,7 @@ class StageOperator(BaseOperator):
         submission = log.last()
         if not self.cancel_on_kill:
             return StageTimedOut(
-                f"{self.stage} ran longer than its timeout of {self.timeout}; its Ray job goes on (cancel_on_kill=False).",
+                f"{self.stage} ran longer than its timeout of {self.timeout}; cancel_on_kill=False lets its job go on.",
                 advice="The retry attaches to the job; raise the task's timeout if it needs longer.",
             )
         if submission is not None and not submission.consumed:

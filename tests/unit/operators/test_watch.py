@@ -140,6 +140,31 @@ def test_the_outcome_carries_rays_reason_and_the_mlflow_run(ray: StandInRay, hoo
     assert Outcome(**json.loads(json.dumps(outcome.to_json()))) == outcome
 
 
+def test_a_job_without_a_sign_of_life_is_stopped(ray: StandInRay, hook: RayJobHook):
+    ray.jobs["a"] = Job("a", "true", log="one\n")
+    shown = Shown()
+    outcome = watch(hook, shown, settings=WatchSettings(0.05, stall_seconds=0.4))
+    assert outcome.status == "STALLED"
+    assert outcome.message.startswith("no progress and no log line for 0 s")
+    assert ray.stops == ["a"]
+
+
+def test_a_job_that_keeps_writing_is_left_alone(ray: StandInRay, hook: RayJobHook):
+    ray.jobs["a"] = Job("a", "true")
+    writer, shown = write_log(ray, ray.jobs["a"], status="SUCCEEDED", delay=0.01), Shown()
+    outcome = watch(hook, shown, settings=WatchSettings(0.05, stall_seconds=0.6))
+    writer.join()
+    assert (outcome.status, ray.stops) == ("SUCCEEDED", [])
+
+
+def test_a_pending_job_is_stopped_when_no_room_was_found_in_time(ray: StandInRay, hook: RayJobHook):
+    ray.jobs["a"] = Job("a", "true", status="PENDING")
+    outcome = watch(hook, Shown(), settings=WatchSettings(0.05, capacity_seconds=0.3, asked_cpus=16))
+    assert outcome.status == "UNPLACED"
+    assert outcome.message.endswith("asked 16 CPU for the job's own process, cluster has 6 CPU in all")
+    assert ray.jobs["a"].status == "STOPPED"
+
+
 # ---- the hook
 
 
