@@ -101,6 +101,7 @@ class StageOperator(BaseOperator):
             config = load_config(store, run)
             self._skip_unless_selected(config)
             max_retries = config.stage_execution(Stage(self.stage)).max_retries
+            run = _of_mapped(run, context["ti"].map_index)
         with as_stage_failures(max_retries):
             request = self._request(context, run=run, store=store, config=config)
             if hit := find_hit(store, request):
@@ -398,6 +399,13 @@ class StageOperator(BaseOperator):
     def _push_mlflow_link(self, context: Any, run_id: str, experiment_id: str | None) -> None:
         if tracking_uri := os.environ.get("MLFLOW_TRACKING_URI"):
             self._push_link(context, MlflowRunLink(), mlflow_run_page(tracking_uri, run_id, experiment_id))
+
+
+def _of_mapped(run: RunInfo, map_index: int | None) -> RunInfo:
+    """Give each instance of a mapped task a folder of its own under `runs/`."""
+    if map_index is None or map_index < 0:
+        return run
+    return run.model_copy(update={"run_id": f"{run.run_id}.{map_index}"})
 
 
 def _outcome_of(attached: "Attached") -> "Outcome":

@@ -24,6 +24,15 @@ def note_pid(context: dict) -> None:
     (folder / name).write_text(json.dumps({"pid": os.getpid()}))
 
 
+def run_info() -> dict:
+    from operators.run import start_run
+
+    context = get_current_context()
+    retries = context["params"].get("max_retries", 2)
+    form = {"recipe": "tiny", "overrides": {"execution.curate.max_retries": retries}}
+    return start_run({**context, "params": form})
+
+
 def chaos_dag(dag_id: str, **settings: object) -> DAG:
     with DAG(
         dag_id=dag_id,
@@ -34,12 +43,7 @@ def chaos_dag(dag_id: str, **settings: object) -> DAG:
 
         @task
         def resolve() -> dict:
-            from operators.run import start_run
-
-            context = get_current_context()
-            retries = context["params"]["max_retries"]
-            form = {"recipe": "tiny", "overrides": {"execution.curate.max_retries": retries}}
-            return start_run({**context, "params": form})
+            return run_info()
 
         resolve() >> StageOperator(stage=Stage.CURATE, entrypoint=JOB, pre_execute=note_pid, **settings)
     return dag
@@ -52,3 +56,25 @@ lossy = chaos_dag("lossy", ray_conn_id="ray_lossy")
 flaky = chaos_dag("flaky", ray_conn_id="ray_flaky")
 cut = chaos_dag("cut", ray_conn_id="ray_cut")
 gone = chaos_dag("gone", ray_conn_id="ray_gone", unreachable_seconds=10)
+
+with DAG(
+    dag_id="mapped",
+    schedule=None,
+    params={"behaviour": "lines:1", "count": 12},
+    max_active_tasks=64,
+    default_args={"retries": MAX_RETRIES, "retry_policy": POLICY},
+) as mapped:
+
+    @task(task_id="resolve")
+    def resolve_mapped() -> dict:
+        return run_info()
+
+    @task
+    def intervals() -> list[float]:
+        """As many as there shall be jobs."""
+        return [1.0] * get_current_context()["params"]["count"]
+
+    many = StageOperator.partial(
+        task_id="curate", stage=Stage.CURATE, entrypoint=JOB, pool="few", outlets=[], pre_execute=note_pid
+    ).expand(poll_interval=intervals())
+    resolve_mapped() >> many

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.mapped import run_mapped
 from tests.chaos.stack import REPOSITORY, ChaosStack, Row, chaos_stack
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.integration, pytest.mark.timeout(420)]
@@ -24,7 +25,7 @@ STOP_LIMIT = 30
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChaosStack]:
     with chaos_stack(tmp_path_factory.mktemp("chaos"), DAGS) as made:
-        for dag_id in ("deferred", "waiting", "timed", "lossy", "flaky", "cut", "gone", "reap_orphans"):
+        for dag_id in ("deferred", "waiting", "timed", "lossy", "flaky", "cut", "gone", "mapped", "reap_orphans"):
             made.airflow.wait_for_dag(dag_id, seconds=90)
         yield made
 
@@ -247,3 +248,8 @@ def test_orphans_are_reaped_and_nothing_else(stack: ChaosStack, rows: dict[str, 
     note(gone, "Ray head unreachable for good; then the reaper", jobs=1, state="failed", seconds=seconds)
     alive.finish()
     note(alive, "the reaper visits while a task is deferred", jobs=1, state="success", lost=alive.lost_lines())
+
+
+def test_many_jobs_survive_the_death_of_scheduler_and_triggerer(stack: ChaosStack):
+    """The small sister of tests/bench/hundred_jobs.py."""
+    print(run_mapped(stack, 12, kills=1, seconds=240))
