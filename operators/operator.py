@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 ENTRYPOINT = "python -m stages {config_uri}"
 
+_KILL_PATIENCE_SECONDS = 20.0
 _STALL_MARGIN_SECONDS = 120.0
 """A job that hangs ends itself, with its stacks in the log; this is how much later the watcher does it."""
 
@@ -200,11 +201,14 @@ class StageOperator(BaseOperator):
 
     def on_kill(self) -> None:
         """SIGTERM or execution_timeout while this process, not the triggerer, is in charge of the job."""
-        if self._running is None or not self.cancel_on_kill:
+        from operators.submission import patiently
+
+        submission_id = self._running
+        if submission_id is None or not self.cancel_on_kill:
             return
         with RayJobHook(self.ray_conn_id) as hook:
-            hook.stop_job(self._running)
-        self.log.info("Stopped Ray job %s.", self._running)
+            patiently(lambda: hook.stop_job(submission_id), _KILL_PATIENCE_SECONDS)
+        self.log.info("Stopped Ray job %s.", submission_id)
 
     def _run(self, context: Any) -> RunInfo:
         value = context["ti"].xcom_pull(task_ids=self.resolve_task_id)
