@@ -55,7 +55,7 @@ timed = chaos_dag("timed", timeout=timedelta(seconds=15))
 lossy = chaos_dag("lossy", ray_conn_id="ray_lossy")
 flaky = chaos_dag("flaky", ray_conn_id="ray_flaky")
 cut = chaos_dag("cut", ray_conn_id="ray_cut")
-gone = chaos_dag("gone", ray_conn_id="ray_gone", unreachable_seconds=10)
+gone = chaos_dag("gone", ray_conn_id="ray_gone", unreachable_seconds=15)
 
 with DAG(
     dag_id="mapped",

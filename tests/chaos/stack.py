@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -42,6 +40,7 @@ SHORT = {
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "5",
     "AIRFLOW__SCHEDULER__USE_JOB_SCHEDULE": "false",  # the reaper runs when a row asks for it
     "AIRFLOW__CORE__PARALLELISM": "6",
+    "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "false",
 }
 CONNECTIONS = ("ray_lossy", "ray_flaky", "ray_cut", "ray_gone")
 FINISHED = ("success", "failed")
@@ -61,7 +60,7 @@ class ChaosStack:
     port: int
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     cut_at: float = 0.0
-    _stacks: dict[str, ExitStack] = field(default_factory=dict)
+    _stacks: list[ExitStack] = field(default_factory=list)
 
     # ------------------------------------------------------------ processes
 
@@ -77,18 +76,22 @@ class ChaosStack:
                 answers=self._answers if name == "api-server" else lambda: True,
             )
         )
-        self._stacks[name] = stack
+        self._stacks.append(stack)
 
     def _answers(self) -> bool:
         return bool(self.airflow.health())
 
     def kill(self, name: str) -> None:
-        """SIGKILL to the component and all that it started: what the loss of its machine looks like."""
-        os.killpg(self.processes[name].pid, signal.SIGKILL)
+        """SIGKILL. A triggerer dies with the process in which its triggers run; a scheduler leaves its executor's
+        processes behind, as it does in real life, so that tasks that run go on."""
+        process = psutil.Process(self.processes[name].pid)
+        children = process.children(recursive=True) if name == "triggerer" else []
+        for victim in (process, *children):
+            victim.kill()
         self.processes[name].wait()
 
     def stop(self) -> None:
-        for stack in reversed(self._stacks.values()):
+        for stack in reversed(self._stacks):
             stack.close()
 
     # ------------------------------------------------------------ runs

@@ -35,16 +35,16 @@ def rows(stack: ChaosStack) -> dict[str, Row]:
     """The rows that disturb nobody, all started at once."""
     stack.proxies["ray_flaky"].close_logs_after = 1.0
     started = {
-        "head away": stack.trigger("cut", "lines:20"),
+        "head away": stack.trigger("cut", "lines:50"),
         "head gone": stack.trigger("gone", "lines:400", max_retries=0),
         "log closed": stack.trigger("flaky", "lines:12"),
         "timeout": stack.trigger("timed", "lines:400", max_retries=0),
-        "driver killed": stack.trigger("deferred", "lines:8"),
-        "cleared": stack.trigger("deferred", "lines:25"),
+        "driver killed": stack.trigger("deferred", "lines:15"),
+        "cleared": stack.trigger("deferred", "lines:40"),
         "marked failed": stack.trigger("deferred", "lines:400"),
         "run failed": stack.trigger("deferred", "lines:400"),
-        "task killed": stack.trigger("waiting", "lines:25"),
-        "cleared while running": stack.trigger("waiting", "lines:25"),
+        "task killed": stack.trigger("waiting", "lines:60"),
+        "cleared while running": stack.trigger("waiting", "lines:50"),
         "marked failed while running": stack.trigger("waiting", "lines:400"),
     }
     return started
@@ -215,7 +215,7 @@ def test_the_triggerer_and_then_the_scheduler_are_killed_while_tasks_are_deferre
     for row in (goes_on, orphan):
         row.wait_running()
         row.wait_state("deferred")
-    time.sleep(3)
+    time.sleep(6)  # the position in the log is saved by then
     stack.kill("triggerer")
     orphan.mark("failed")  # and nobody is there to stop its job
     stack.start("triggerer")
