@@ -6,7 +6,7 @@ from typing import Any
 
 import aiohttp
 
-from operators.jobs import JobInfo, RayEndpoint, RayUnreachableError, check_answer
+from operators.jobs import JobInfo, RayEndpoint, RayUnreachableError, check_answer, total_resources
 
 
 class RayJobClient:
@@ -42,6 +42,11 @@ class RayJobClient:
         """Return the whole log so far."""
         data = await self._request("GET", f"/api/jobs/{submission_id}/logs", what="send the log")
         return str((data or {}).get("logs") or "")
+
+    async def cluster_resources(self) -> dict[str, float]:
+        """Return what all nodes together have, used or not."""
+        path = "/api/v0/nodes?detail=true&limit=10000"
+        return total_resources(await self._request("GET", path, what="list its nodes") or {})
 
     async def tail_logs(self, submission_id: str) -> AsyncIterator[str]:
         """Yield the log from its first byte on, as it grows.

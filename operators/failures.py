@@ -65,6 +65,18 @@ class StageLost(StageFailed):
     category = Category.LOST
 
 
+class StageStalled(StageFailed):
+    """The job made no progress and was ended."""
+
+    category = Category.STALLED
+
+
+class StageOutOfMemoryForGood(StageOutOfMemory):
+    """Out of memory with the smallest micro-batch there is."""
+
+    retryable = False
+
+
 class StageInfrastructureFailed(StageFailed):
     pass
 
@@ -93,6 +105,7 @@ EXCEPTIONS: dict[Category, type[StageFailed]] = {
     Category.OUT_OF_MEMORY: StageOutOfMemory,
     Category.PREEMPTED: StagePreempted,
     Category.LOST: StageLost,
+    Category.STALLED: StageStalled,
     Category.INFRASTRUCTURE: StageInfrastructureFailed,
 }
 

@@ -39,6 +39,10 @@ class JobStatus(StrEnum):
     """The cluster does not know the job."""
     UNREACHABLE = "UNREACHABLE"
     """The cluster did not answer for longer than allowed."""
+    STALLED = "STALLED"
+    """The job showed no sign of life for longer than allowed, and the watcher stopped it."""
+    UNPLACED = "UNPLACED"
+    """The cluster found no room for the job's own process in the time allowed, and the watcher stopped it."""
 
     @property
     def is_active(self) -> bool:
@@ -54,6 +58,9 @@ class JobInfo:
     message: str = ""
     error_type: str | None = None
     exit_code: int | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    started_at: float = 0.0
+    """Seconds since the epoch; 0 = unknown."""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "JobInfo":
@@ -63,6 +70,8 @@ class JobInfo:
             message=data.get("message") or "",
             error_type=data.get("error_type"),
             exit_code=data.get("driver_exit_code"),
+            metadata=dict(data.get("metadata") or {}),
+            started_at=(data.get("start_time") or 0) / 1000,
         )
 
 
@@ -162,6 +171,16 @@ def submission_body(
     if env_vars:
         body["runtime_env"] = {"env_vars": dict(env_vars)}
     return body
+
+
+def total_resources(nodes: Mapping[str, Any]) -> dict[str, float]:
+    """Sum up what the living nodes have, from the answer of GET /api/v0/nodes?detail=true."""
+    total: dict[str, float] = {}
+    for node in nodes.get("data", {}).get("result", {}).get("result", ()):
+        if node.get("state") == "ALIVE":
+            for name, amount in (node.get("resources_total") or {}).items():
+                total[name] = total.get(name, 0.0) + float(amount)
+    return total
 
 
 def check_answer(status: int, text: str, *, what: str) -> None:

@@ -1,17 +1,24 @@
 """A job's log on its way into the task log: each line once, without colours, with progress made readable.
 
 Ray's tail always starts at the first byte, so after a reconnect the lines already shown are skipped by counting.
+A flood is cut: what is left out is counted and said, and the last lines of a job are always shown.
 """
 
 import json
 import re
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 PROGRESS = "ATHANOR_PROGRESS "
 MLFLOW_RUN = "ATHANOR_MLFLOW_RUN "
 MAX_LINE = 4000
+LINES_PER_SECOND = 100.0
+LINES_AT_ONCE = 2000
+"""A job may show so many lines in a burst, such as those that came while no triggerer ran."""
+_KEPT_LINES = 40
+"""The last lines of a flood, shown if the job ends in it: the reason is usually there."""
 
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 _SHOWN_ALREADY = {"stage", "done", "total", "unit", "rate", "rate_unit", "eta_seconds"}
@@ -20,7 +27,8 @@ _SHOWN_ALREADY = {"stage", "done", "total", "unit", "rate", "rate_unit", "eta_se
 class LogRelay:
     """Feed it pieces of the log; it hands complete lines to `show`.
 
-    `seen` counts the lines taken so far, hidden ones too; give it back as `skip` to go on after a restart.
+    `seen` counts the lines taken so far, hidden ones too. `settled` counts those shown or said to be left out; give
+    it back as `skip` to go on after a restart.
     """
 
     def __init__(
@@ -29,10 +37,12 @@ class LogRelay:
         *,
         skip: int = 0,
         progress_seconds: float = 10.0,
+        lines_per_second: float = LINES_PER_SECOND,
+        lines_at_once: int = LINES_AT_ONCE,
         on_mlflow_run: Callable[[dict[str, Any]], None] = lambda run: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.seen = skip
+        self.seen = self.settled = skip
         self.mlflow_run: dict[str, Any] | None = None
         self.progress: dict[str, Any] | None = None
         self._show = show
@@ -42,6 +52,10 @@ class LogRelay:
         self._clock = clock
         self._position = 0
         self._partial = ""
+        self._rate, self._burst = lines_per_second, lines_at_once
+        self._allowance, self._allowed_at = float(lines_at_once), clock()
+        self._omitted = 0
+        self._kept: deque[str] = deque(maxlen=_KEPT_LINES)
 
     def restart(self) -> None:
         """The log begins anew at its first byte."""
@@ -56,6 +70,7 @@ class LogRelay:
         """Take what is still missing from the complete log, the last line included even when it has no end."""
         self.restart()
         self.feed(whole if whole.endswith("\n") or not whole else f"{whole}\n")
+        self._end_flood(last_lines=True)
 
     def _take(self, line: str) -> None:
         self._position += 1
@@ -67,10 +82,39 @@ class LogRelay:
             self._take_progress(line)
         elif MLFLOW_RUN in line:
             self._take_mlflow_run(line)
-        elif len(line) > MAX_LINE:
-            self._show(f"{line[:MAX_LINE]} … ({len(line) - MAX_LINE} more characters)")
         else:
+            self._take_text(line)
+        if not self._omitted:
+            self.settled = self.seen
+
+    def _take_text(self, line: str) -> None:
+        if len(line) > MAX_LINE:
+            line = f"{line[:MAX_LINE]} … ({len(line) - MAX_LINE} more characters)"
+        now = self._clock()
+        self._allowance = min(self._burst, self._allowance + (now - self._allowed_at) * self._rate)
+        self._allowed_at = now
+        # Once in a flood, wait until a second's worth may be shown, rather than let single lines through.
+        if self._allowance < (min(self._rate, self._burst) if self._omitted else 1):
+            self._omitted += 1
+            self._kept.append(line)
+            return
+        if self._omitted:
+            self._end_flood(last_lines=False)
+        self._allowance -= 1
+        self._show(line)
+
+    def _end_flood(self, *, last_lines: bool) -> None:
+        kept = list(self._kept) if last_lines else []
+        if left_out := self._omitted - len(kept):
+            self._show(
+                f"… {left_out} lines are left out here: more than {self._rate:g} a second. "
+                "Ray's log of the job has them all."
+            )
+        for line in kept:
             self._show(line)
+        self._omitted = 0
+        self._kept.clear()
+        self.settled = self.seen
 
     def _take_progress(self, line: str) -> None:
         progress = _json_after(PROGRESS, line)

@@ -1,5 +1,7 @@
 """The MLflow parent run of a pipeline run, over plain REST: opened by `resolve`, ended by the last task.
 
+A stage ends its own child run; what is ended here are child runs whose job was killed before it could.
+
 MLflow being away never stops a pipeline: it is a warning, and the first stage that reaches MLflow makes the parent.
 """
 
@@ -55,6 +57,24 @@ def end_parent_run(run: RunInfo, *, succeeded: bool) -> None:
                 logger.info("MLflow run %s: %s", run_id, status)
     except MlflowUnavailableError as error:
         logger.warning("The MLflow parent run was not ended as %s: %s", status, error)
+
+
+def end_stage_runs(run: RunInfo, stage: str | None = None, *, killed: bool) -> None:
+    """End the child runs that still say RUNNING although their job has ended: of one stage, or of all of them.
+
+    A job that dies by SIGKILL cannot do it itself; a retry sets its run RUNNING again. Warns when MLflow is away.
+    """
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not tracking_uri.startswith(("http://", "https://")):
+        return
+    status = "KILLED" if killed else "FAILED"
+    try:
+        with MlflowServer(tracking_uri) as server:
+            for run_id in server.running_stage_runs(run, stage):
+                server.update_run(run_id, status)
+                logger.info("MLflow run %s had no end; it is %s now.", run_id, status)
+    except MlflowUnavailableError as error:
+        logger.warning("MLflow runs of %s may still say RUNNING: %s", stage or run.run_id, error)
 
 
 def note_hit(run: RunInfo, stage: str, artifact: ArtifactRef) -> None:
@@ -135,6 +155,23 @@ class MlflowServer:
     def find_parent_run(self, run: RunInfo) -> str | None:
         found = self._call("GET", "experiments/get-by-name", {"experiment_name": run.experiment}, absent_ok=True)
         return None if found is None else self._search(found["experiment"]["experiment_id"], run)
+
+    def running_stage_runs(self, run: RunInfo, stage: str | None) -> list[str]:
+        """Return the child runs of this pipeline run, of one stage or all, that have no end."""
+        found = self._call("GET", "experiments/get-by-name", {"experiment_name": run.experiment}, absent_ok=True)
+        if found is None:
+            return []
+        body = {
+            "experiment_ids": [found["experiment"]["experiment_id"]],
+            "filter": f"tags.`{RUN_TAG}` = '{run.run_id}' and attributes.status = 'RUNNING'",
+            "max_results": 100,
+        }
+        running = []
+        for child in self._call("POST", "runs/search", body).get("runs", ()):
+            tags = {tag["key"]: tag["value"] for tag in child["data"].get("tags", ())}
+            if _STAGE_TAG in tags and stage in (None, tags[_STAGE_TAG]):
+                running.append(child["info"]["run_id"])
+        return running
 
     def experiment_and_parent(self, run_id: str) -> tuple[str, str | None]:
         """Return the experiment of a run and its parent run."""

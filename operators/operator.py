@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk import Asset, BaseOperator
 from airflow.sdk.exceptions import AirflowSkipException, TaskDeferralTimeout
 
-from operators.failures import StageConfigFailed, StageTimedOut, as_stage_failures
+from operators.failures import (
+    StageConfigFailed,
+    StageOutOfMemory,
+    StageOutOfMemoryForGood,
+    StageTimedOut,
+    as_stage_failures,
+)
 from operators.hook import DEFAULT_CONN_ID, RayJobHook
 from operators.jobs import JobStatus
 from operators.links import ArtifactLink, MlflowRunLink, RayJobLink, ReportLink, mlflow_run_page
@@ -24,11 +30,16 @@ from stages.config.request import RunInfo, StageRequest, StageResult
 
 if TYPE_CHECKING:
     from operators.submission import Attached, Submission, SubmissionLog
-    from operators.watch import Outcome
+    from operators.watch import Outcome, WatchSettings
+    from stages.config.execution import ExecutionConfig
     from stages.config.pipeline import PipelineConfig
     from stages.store import Store
 
 ENTRYPOINT = "python -m stages {config_uri}"
+
+_KILL_PATIENCE_SECONDS = 20.0
+_STALL_MARGIN_SECONDS = 120.0
+"""A job that hangs ends itself, with its stacks in the log; this is how much later the watcher does it."""
 
 # Set in front of the entrypoint rather than in a runtime environment: jobs that have one cannot use Ray's warm workers.
 _JOB_ENVIRONMENT = {"RAY_COLOR_PREFIX": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
@@ -91,6 +102,7 @@ class StageOperator(BaseOperator):
             config = load_config(store, run)
             self._skip_unless_selected(config)
             max_retries = config.stage_execution(Stage(self.stage)).max_retries
+            run = _of_mapped(run, context["ti"].map_index)
         with as_stage_failures(max_retries):
             request = self._request(context, run=run, store=store, config=config)
             if hit := find_hit(store, request):
@@ -98,13 +110,15 @@ class StageOperator(BaseOperator):
                 return self._finish(context, run, hit)
             with RayJobHook(self.ray_conn_id) as hook:
                 attached = self._attach_or_submit(context, hook, store, request)
-                self._running = attached.submission.submission_id
-                self._push_link(context, RayJobLink(), hook.endpoint.job_page(self._running))
+                submission_id = attached.submission.submission_id
+                self._running = submission_id
+                self._push_link(context, RayJobLink(), hook.endpoint.job_page(submission_id))
         carry = {
             "run": run.model_dump(mode="json"),
             "submission": asdict(attached.submission),
             "reattached": attached.reattached,
             "max_retries": max_retries,
+            "micro_batch_size": request.execution.micro_batch_size,
             "links": self.link_addresses,
         }
         if attached.job is not None and not attached.job.status.is_active:
@@ -113,7 +127,7 @@ class StageOperator(BaseOperator):
         if self.deferrable:
             self._defer(request, carry)
         with as_stage_failures(max_retries):
-            outcome = self._wait(attached.submission.submission_id)
+            outcome = self._wait(submission_id, request)
         return self.execute_complete(context, {**outcome.to_json(), "carry": carry})
 
     def execute_complete(self, context: Any, event: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,42 +143,72 @@ class StageOperator(BaseOperator):
         status, submission = JobStatus(outcome.status), Submission(**carry["submission"])
         if outcome.mlflow_run_id:
             self._push_mlflow_link(context, outcome.mlflow_run_id, outcome.mlflow_experiment_id)
-        if status is not JobStatus.UNREACHABLE:
-            # From here on the outcome counts as processed; a job that may still run keeps its record for the retry.
-            self._submission_log(context).consume(submission)
+        log = self._submission_log(context)
         if status is JobStatus.STOPPED and carry["reattached"]:
             # The stop belonged to the attempt before (cleared or killed), and this attempt attached too early.
+            log.consume(submission)
             self.log.info("The job was stopped together with an earlier attempt; starting a new one.")
             return self.execute(context)
-        with as_stage_failures(max_retries):
-            known = {"run": run, "store": self._open_store(), "outcome": outcome, "max_retries": max_retries}
-            if status is JobStatus.SUCCEEDED:
-                return self._finish(context, run, read_result(Stage(self.stage), **known))
-            raise explain_failure(Stage(self.stage), **known)
+        try:
+            with as_stage_failures(max_retries):
+                known = {"run": run, "store": self._open_store(), "outcome": outcome, "max_retries": max_retries}
+                if status is JobStatus.SUCCEEDED:
+                    return self._finish(context, run, read_result(Stage(self.stage), **known))
+                raise explain_failure(Stage(self.stage), **known)
+        except StageOutOfMemory as error:
+            log.count_out_of_memory()
+            if carry["micro_batch_size"] == 1:
+                raise StageOutOfMemoryForGood(
+                    error.message,
+                    advice=f"execution.{self.stage}.micro_batch_size is 1 already. Set gradient_checkpointing, use "
+                    "engine=fsdp with more workers, GPUs with more memory, or a shorter tokenize.sequence_length.",
+                ) from None
+            raise
+        finally:
+            if status is not JobStatus.UNREACHABLE:
+                # Only now is the outcome processed; a job that may still run keeps its record for the retry.
+                log.consume(submission)
+            if status not in (JobStatus.UNREACHABLE, JobStatus.SUCCEEDED):
+                from operators.mlflow import end_stage_runs
+
+                end_stage_runs(run, self.stage, killed=status is JobStatus.STOPPED)
 
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Any) -> Any:
         """Stop the job when its time is over: neither Airflow's on_kill nor the trigger's runs then."""
         try:
             return super().resume_execution(next_method, next_kwargs, context)
         except TaskDeferralTimeout:
-            log = self._submission_log(context)
-            submission = log.last()
-            if submission is not None and not submission.consumed:
-                with as_stage_failures(), RayJobHook(self.ray_conn_id) as hook:
-                    hook.stop_job(submission.submission_id)
-                log.consume(submission)
-            raise StageTimedOut(
-                f"{self.stage} ran longer than its timeout of {self.timeout}; its Ray job was stopped.",
-                advice="The retry resumes from the last checkpoint; raise the task's timeout if it needs longer.",
-            ) from None
+            raise self._timed_out(context) from None
+
+    def _timed_out(self, context: Any) -> StageTimedOut:
+        from operators.submission import patiently
+
+        log = self._submission_log(context)
+        submission = log.last()
+        if not self.cancel_on_kill:
+            return StageTimedOut(
+                f"{self.stage} ran longer than its timeout of {self.timeout}; cancel_on_kill=False lets its job go on.",
+                advice="The retry attaches to the job; raise the task's timeout if it needs longer.",
+            )
+        if submission is not None and not submission.consumed:
+            with as_stage_failures(), RayJobHook(self.ray_conn_id) as hook:
+                patiently(lambda: hook.stop_job(submission.submission_id), self.unreachable_seconds)
+            log.consume(submission)
+        return StageTimedOut(
+            f"{self.stage} ran longer than its timeout of {self.timeout}; its Ray job was stopped.",
+            advice="The retry resumes from the last checkpoint; raise the task's timeout if it needs longer.",
+        )
 
     def on_kill(self) -> None:
         """SIGTERM or execution_timeout while this process, not the triggerer, is in charge of the job."""
-        if self._running is None or not self.cancel_on_kill:
+        from operators.submission import patiently
+
+        submission_id = self._running
+        if submission_id is None or not self.cancel_on_kill:
             return
         with RayJobHook(self.ray_conn_id) as hook:
-            hook.stop_job(self._running)
-        self.log.info("Stopped Ray job %s.", self._running)
+            patiently(lambda: hook.stop_job(submission_id), _KILL_PATIENCE_SECONDS)
+        self.log.info("Stopped Ray job %s.", submission_id)
 
     def _run(self, context: Any) -> RunInfo:
         value = context["ti"].xcom_pull(task_ids=self.resolve_task_id)
@@ -197,7 +241,24 @@ class StageOperator(BaseOperator):
         sources = set(input_stages(stage, config).values())
         upstream = {source: ti.xcom_pull(task_ids=source.value) for source in sources}
         request = build_request(stage, run=run, store=store, config=config, upstream=upstream)
-        return request.model_copy(update={"task_id": ti.task_id, "try_number": ti.try_number})
+        execution = self._within_memory(context, request.execution)
+        return request.model_copy(update={"task_id": ti.task_id, "try_number": ti.try_number, "execution": execution})
+
+    def _within_memory(self, context: Any, execution: "ExecutionConfig") -> "ExecutionConfig":
+        """Halve the micro-batch once for each time the task ran out of memory; the global batch stays as it is."""
+        failures = self._submission_log(context).out_of_memory_failures()
+        configured = execution.micro_batch_size
+        effective = max(1, configured // 2**failures)
+        if effective == configured:
+            return execution
+        self.log.info(
+            "Out of memory %d times so far: execution.%s.micro_batch_size is %d instead of %d; results do not change.",
+            failures,
+            self.stage,
+            effective,
+            configured,
+        )
+        return execution.model_copy(update={"micro_batch_size": effective})
 
     def _submission_log(self, context: Any) -> "SubmissionLog":
         from airflow.sdk.execution_time.context import NEVER_EXPIRE
@@ -210,6 +271,7 @@ class StageOperator(BaseOperator):
         return SubmissionLog(context["task_state_store"], key, retention=NEVER_EXPIRE)
 
     def _attach_or_submit(self, context: Any, hook: RayJobHook, store: "Store", request: StageRequest) -> "Attached":
+        from operators.ownership import GENERATION
         from operators.submission import attach_or_submit
         from stages.artifacts import run_key
         from stages.store import write_json
@@ -223,11 +285,14 @@ class StageOperator(BaseOperator):
                 store.delete(key(stale))
             write_json(store, key("config.json"), complete.model_dump(mode="json"))
 
+        metadata = self._metadata(context, request)
+
         def post(submission: "Submission") -> None:
+            self._running = submission.submission_id  # from here on on_kill has something to stop
             hook.submit_job(
                 submission_id=submission.submission_id,
                 entrypoint=self._command(f"{store.root_uri}/{key('config.json')}"),
-                metadata=_metadata(request),
+                metadata={**metadata, GENERATION: str(submission.generation)},
                 num_cpus=request.execution.entrypoint_cpus,
             )
             self.log.info("Submitted Ray job %s.", submission.submission_id)
@@ -241,6 +306,25 @@ class StageOperator(BaseOperator):
             patience_seconds=self.unreachable_seconds,
         )
 
+    def _metadata(self, context: Any, request: StageRequest) -> dict[str, str]:
+        """What Ray's dashboard shows about the job, and by which the reaper knows it; nothing secret."""
+        from operators.ownership import airflow_id, job_metadata
+
+        ti = context["ti"]
+        return {
+            "athanor.stage": request.stage.value,
+            "athanor.run_id": request.run.run_id,
+            **job_metadata(
+                airflow_id(),
+                dag_id=ti.dag_id,
+                run_id=ti.run_id,
+                task_id=ti.task_id,
+                map_index=-1 if ti.map_index is None else ti.map_index,
+                try_number=ti.try_number,
+                cancel_on_kill=self.cancel_on_kill,
+            ),
+        }
+
     def _command(self, config_uri: str) -> str:
         settings = " ".join(f"{name}={value}" for name, value in _JOB_ENVIRONMENT.items())
         return f"env {settings} {self.entrypoint.format(config_uri=shlex.quote(config_uri))}"
@@ -252,9 +336,7 @@ class StageOperator(BaseOperator):
         trigger = RayJobTrigger(
             ray_conn_id=self.ray_conn_id,
             submission_id=carry["submission"]["submission_id"],
-            poll_interval=self.poll_interval,
-            unreachable_seconds=self.unreachable_seconds,
-            progress_seconds=self.progress_seconds,
+            settings=asdict(self._watch_settings(request)),
             cancel_on_kill=self.cancel_on_kill,
             store_uri=request.store_uri,
             cursor_key=run_key(request.run.run_id, request.stage, "log.json"),
@@ -262,17 +344,32 @@ class StageOperator(BaseOperator):
         )
         self.defer(trigger=trigger, method_name="execute_complete", timeout=self.timeout)
 
-    def _wait(self, submission_id: str) -> "Outcome":
+    def _watch_settings(self, request: StageRequest) -> "WatchSettings":
+        from operators.watch import WatchSettings
+
+        execution = request.execution
+        return WatchSettings(
+            poll_interval=self.poll_interval,
+            unreachable_seconds=self.unreachable_seconds,
+            progress_seconds=self.progress_seconds,
+            stall_seconds=execution.stall_seconds and execution.stall_seconds + _STALL_MARGIN_SECONDS,
+            capacity_seconds=execution.capacity_seconds,
+            asked_cpus=execution.entrypoint_cpus,
+        )
+
+    def _wait(self, submission_id: str, request: StageRequest) -> "Outcome":
         """Watch in this process, the way the trigger would."""
         from operators.client import RayJobClient
-        from operators.watch import JobWatcher, WatchSettings
+        from operators.watch import LogCursor, watch_job
+        from stages.artifacts import run_key
 
-        settings = WatchSettings(self.poll_interval, self.unreachable_seconds, self.progress_seconds)
+        settings = self._watch_settings(request)
         endpoint = RayJobHook(self.ray_conn_id).endpoint
+        cursor = LogCursor(request.store_uri, run_key(request.run.run_id, request.stage, "log.json"), submission_id)
 
         async def watch() -> "Outcome":
             async with RayJobClient(endpoint) as client:
-                return await JobWatcher(client, submission_id, logger=self.log, settings=settings).watch()
+                return await watch_job(client, submission_id, cursor=cursor, logger=self.log, settings=settings)
 
         return asyncio.run(watch())
 
@@ -308,16 +405,11 @@ class StageOperator(BaseOperator):
             self._push_link(context, MlflowRunLink(), mlflow_run_page(tracking_uri, run_id, experiment_id))
 
 
-def _metadata(request: StageRequest) -> dict[str, str]:
-    """What Ray's dashboard shows about the job; names only, nothing secret."""
-    return {
-        "athanor.stage": request.stage.value,
-        "athanor.run_id": request.run.run_id,
-        "airflow.dag_id": request.run.dag_id,
-        "airflow.run_id": request.run.airflow_run_id,
-        "airflow.task_id": request.task_id,
-        "airflow.try_number": str(request.try_number),
-    }
+def _of_mapped(run: RunInfo, map_index: int | None) -> RunInfo:
+    """Give each instance of a mapped task a folder of its own under `runs/`."""
+    if map_index is None or map_index < 0:
+        return run
+    return run.model_copy(update={"run_id": f"{run.run_id}.{map_index}"})
 
 
 def _outcome_of(attached: "Attached") -> "Outcome":

@@ -4,6 +4,7 @@ from operators.failures import (
     StageFailed,
     StageInfrastructureFailed,
     StageLost,
+    StageStalled,
     StageStopped,
     job_failure,
     stage_failure,
@@ -49,6 +50,20 @@ def explain_failure(
             return StageLost(
                 f"Ray job {outcome.submission_id} is lost: {outcome.message} (was the head restarted?).",
                 advice="The retry resumes from the last checkpoint.",
+                max_retries=max_retries,
+            )
+        case JobStatus.STALLED:
+            return StageStalled(
+                f"{outcome.message}; Ray job {outcome.submission_id} was stopped.",
+                advice="The retry resumes from the last checkpoint; "
+                f"raise execution.{stage.value}.stall_seconds if nothing hangs and the stage is that slow.",
+                max_retries=max_retries,
+            )
+        case JobStatus.UNPLACED:
+            return StageInfrastructureFailed(
+                f"{outcome.message}; Ray job {outcome.submission_id} was stopped before it began.",
+                advice="Add nodes, wait for other jobs, lower "
+                f"execution.{stage.value}.entrypoint_cpus, or raise execution.{stage.value}.capacity_seconds.",
                 max_retries=max_retries,
             )
         case _:

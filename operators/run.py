@@ -7,7 +7,7 @@ from typing import Any
 
 from operators.failures import RunIncomplete, as_stage_failures
 from operators.form import form_values
-from operators.mlflow import end_parent_run, open_parent_run
+from operators.mlflow import end_parent_run, end_stage_runs, open_parent_run
 from stages.config.graph import Stage
 from stages.config.request import RunInfo
 
@@ -71,6 +71,7 @@ def finish_run(context: Any, *, resolve_task_id: str = "resolve") -> None:
         for stage in Stage
         if stage in selected & states.keys() and states[stage] != "success"
     ]
+    end_stage_runs(run, killed=True)
     end_parent_run(run, succeeded=not unfinished)
     if unfinished:
         raise RunIncomplete(f"Not every stage succeeded: {', '.join(unfinished)}.")

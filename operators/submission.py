@@ -18,6 +18,7 @@ from operators.hook import RayJobHook
 from operators.jobs import JobExistsError, JobInfo, JobStatus, RayUnreachableError
 
 STATE_KEY = "ray_job"
+OUT_OF_MEMORY_KEY = "out_of_memory"
 _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 15.0
 
@@ -79,6 +80,14 @@ class SubmissionLog:
         """The outcome has been processed: the next attempt starts a new job."""
         self._store.set(STATE_KEY, asdict(replace(submission, consumed=True)), retention=self._retention)
 
+    def out_of_memory_failures(self) -> int:
+        """How often the task ran out of memory, over all its attempts."""
+        return int(self._store.get(OUT_OF_MEMORY_KEY, 0))
+
+    def count_out_of_memory(self) -> None:
+        count = self.out_of_memory_failures() + 1
+        self._store.set(OUT_OF_MEMORY_KEY, count, retention=self._retention)
+
 
 @dataclass(frozen=True)
 class Attached:
@@ -105,7 +114,7 @@ def attach_or_submit(
     """
     last = log.last()
     if last is not None and not last.consumed:
-        job = _patiently(lambda: hook.get_job(last.submission_id), patience_seconds)
+        job = patiently(lambda: hook.get_job(last.submission_id), patience_seconds)
         if job is not None and (job.status.is_active or job.status is JobStatus.SUCCEEDED):
             logger.info("Attaching to Ray job %s (%s) of attempt %d.", job.submission_id, job.status, last.try_number)
             return Attached(last, job, reattached=True)
@@ -141,11 +150,11 @@ def _submit(
     while True:
         prepare(submission)
         try:
-            _patiently(counted_post, patience_seconds)
+            patiently(counted_post, patience_seconds)
             return Attached(submission, None, reattached=False)
         except JobExistsError:
             submission_id = submission.submission_id
-            job = _patiently(lambda: hook.get_job(submission_id), patience_seconds)  # noqa: B023 - called at once
+            job = patiently(lambda: hook.get_job(submission_id), patience_seconds)  # noqa: B023 - called at once
             if job is not None and (job.status.is_active or posts > 1):
                 # An earlier POST arrived, although its answer did not: this is our job.
                 return Attached(submission, job, reattached=False)
@@ -153,7 +162,7 @@ def _submit(
             submission, posts = log.open(submission.generation + 1, submission.try_number), 0
 
 
-def _patiently(call: Callable[[], Any], patience_seconds: float) -> Any:
+def patiently(call: Callable[[], Any], patience_seconds: float) -> Any:
     """Repeat a call that is safe to repeat while Ray does not answer."""
     started, pause = time.monotonic(), _FIRST_PAUSE_SECONDS
     while True:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from typing import Any
 
 from airflow.sdk import BaseHook
@@ -11,11 +12,8 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 from operators.client import RayJobClient
 from operators.jobs import RayEndpoint, RayUnreachableError
 from operators.links import MlflowRunLink, mlflow_run_page
-from operators.watch import JobWatcher, Outcome, WatchSettings
-from stages.config.errors import StageError
-from stages.store import Store, open_store, read_json, write_json
+from operators.watch import LogCursor, Outcome, WatchSettings, watch_job
 
-_CURSOR_SECONDS = 2.0
 _STOP_SECONDS = 25.0
 
 
@@ -24,7 +22,7 @@ class RayJobTrigger(BaseTrigger):
 
     A triggerer may die and another one run the same trigger again: how much of the log was shown is therefore kept
     in the object store (`cursor_key`), and nothing is stopped in `cleanup`, which runs at every hand-over.
-    `carry` comes back unchanged in the event.
+    `settings` are the fields of WatchSettings. `carry` comes back unchanged in the event.
     """
 
     def __init__(
@@ -32,9 +30,7 @@ class RayJobTrigger(BaseTrigger):
         *,
         ray_conn_id: str,
         submission_id: str,
-        poll_interval: float = 1.0,
-        unreachable_seconds: float = 300.0,
-        progress_seconds: float = 10.0,
+        settings: dict[str, float] | None = None,
         cancel_on_kill: bool = True,
         store_uri: str = "",
         cursor_key: str = "",
@@ -43,9 +39,7 @@ class RayJobTrigger(BaseTrigger):
         super().__init__()
         self.ray_conn_id = ray_conn_id
         self.submission_id = submission_id
-        self.poll_interval = poll_interval
-        self.unreachable_seconds = unreachable_seconds
-        self.progress_seconds = progress_seconds
+        self.settings = WatchSettings(**(settings or {}))
         self.cancel_on_kill = cancel_on_kill
         self.store_uri = store_uri
         self.cursor_key = cursor_key
@@ -55,9 +49,7 @@ class RayJobTrigger(BaseTrigger):
         return "operators.trigger.RayJobTrigger", {
             "ray_conn_id": self.ray_conn_id,
             "submission_id": self.submission_id,
-            "poll_interval": self.poll_interval,
-            "unreachable_seconds": self.unreachable_seconds,
-            "progress_seconds": self.progress_seconds,
+            "settings": asdict(self.settings),
             "cancel_on_kill": self.cancel_on_kill,
             "store_uri": self.store_uri,
             "cursor_key": self.cursor_key,
@@ -91,30 +83,16 @@ class RayJobTrigger(BaseTrigger):
         cursor = LogCursor(self.store_uri, self.cursor_key, self.submission_id)
         links: set[asyncio.Task[None]] = set()
         async with RayJobClient(await self._endpoint()) as client:
-            watcher = JobWatcher(
+            outcome = await watch_job(
                 client,
                 self.submission_id,
+                cursor=cursor,
                 logger=self.log,
-                settings=WatchSettings(self.poll_interval, self.unreachable_seconds, self.progress_seconds),
-                skip=await asyncio.to_thread(cursor.load),
+                settings=self.settings,
                 on_mlflow_run=lambda run: links.add(asyncio.create_task(self._push_mlflow_link(run))),
             )
-            keeper = asyncio.create_task(self._keep_cursor(cursor, watcher))
-            try:
-                outcome = await watcher.watch()
-            finally:
-                keeper.cancel()
             await asyncio.gather(*links)
             return outcome
-
-    async def _keep_cursor(self, cursor: "LogCursor", watcher: JobWatcher) -> None:
-        while True:
-            await asyncio.sleep(_CURSOR_SECONDS)
-            try:
-                await asyncio.to_thread(cursor.save, watcher.seen)
-            except (OSError, StageError) as error:
-                self.log.warning("Log position not saved (%s): a new triggerer would show lines again.", error)
-                return
 
     async def _push_mlflow_link(self, run: dict[str, Any]) -> None:
         """Make the MLflow button live while the job runs. In `dag.test()` there is no task instance: at resume then."""
@@ -136,29 +114,3 @@ class RayJobTrigger(BaseTrigger):
             )
         except Exception as error:  # noqa: BLE001 - a button is a courtesy: the job must be watched on
             self.log.warning("The MLflow button appears only when the task ends: %s: %s", type(error).__name__, error)
-
-
-class LogCursor:
-    """How many lines of a job's log have been shown, kept where the next triggerer finds it."""
-
-    def __init__(self, store_uri: str, key: str, submission_id: str) -> None:
-        self._store_uri, self._key, self._submission_id = store_uri, key, submission_id
-        self._saved = 0
-
-    def _store(self) -> Store:
-        return open_store(self._store_uri)
-
-    def load(self) -> int:
-        if not self._key:
-            return 0
-        store = self._store()
-        if not store.exists(self._key):
-            return 0
-        kept = read_json(store, self._key)
-        self._saved = int(kept["lines"]) if kept["submission_id"] == self._submission_id else 0
-        return self._saved
-
-    def save(self, lines: int) -> None:
-        if self._key and lines != self._saved:
-            write_json(self._store(), self._key, {"submission_id": self._submission_id, "lines": lines})
-            self._saved = lines

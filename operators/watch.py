@@ -13,11 +13,16 @@ from typing import Any, Protocol
 from operators.client import RayJobClient
 from operators.jobs import JobInfo, JobStatus, RayRefusedError, RayUnreachableError
 from operators.logs import LogRelay
+from stages.config.errors import StageError
+from stages.store import Store, open_store, read_json, write_json
 
 # A head behind a proxy can answer 404 for a moment while it starts; a job table that is gone stays gone.
 _ABSENT_POLLS = 3
 _LONGEST_PAUSE_SECONDS = 30.0
 _LAST_LINES_SECONDS = 20.0
+_CAPACITY_SECONDS = 30.0
+_CURSOR_SECONDS = 2.0
+_STOP_SECONDS = 30.0
 
 
 class Log(Protocol):
@@ -37,6 +42,13 @@ class WatchSettings:
     """Seconds without an answer after which the watcher gives up; the job itself is left alone."""
     progress_seconds: float = 10.0
     """Seconds between progress lines in the task log."""
+    stall_seconds: float = 0.0
+    """Seconds without any new line in its log after which a running job is stopped; 0 = never. Longer than the job's
+    own limit, so that the job, which can tell where it hangs, comes first."""
+    capacity_seconds: float = 0.0
+    """Seconds that a job may be PENDING before it is stopped; 0 = for ever."""
+    asked_cpus: float = 0.0
+    """What the job's own process asks the cluster for."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +98,13 @@ class JobWatcher:
         if skip:
             logger.info("Watching job %s again; its first %d log lines were shown before.", submission_id, skip)
 
+        self._alive_at = time.monotonic()
+        self._capacity_said_at = time.monotonic()
+
     @property
-    def seen(self) -> int:
-        return self._relay.seen
+    def settled(self) -> int:
+        """Lines of the log that are done with, shown or said to be left out."""
+        return self._relay.settled
 
     async def watch(self) -> Outcome:
         """Return when the job has ended, is unknown to the cluster, or the cluster is away for too long."""
@@ -117,7 +133,8 @@ class JobWatcher:
         )
 
     async def _poll_until_ended(self) -> JobInfo:
-        answered_at, absent, status = time.monotonic(), 0, None
+        answered_at = since = time.monotonic()
+        absent, status = 0, None
         away = False
         while True:
             try:
@@ -134,6 +151,7 @@ class JobWatcher:
             else:
                 if away:
                     self._log.info("Ray answers again.")
+                    self._alive_at = time.monotonic()
                 answered_at, away = time.monotonic(), False
                 absent = absent + 1 if job is None else 0
                 if absent >= _ABSENT_POLLS:
@@ -141,9 +159,53 @@ class JobWatcher:
                 if job is not None and not job.status.is_active:
                     return job
                 if job is not None and job.status is not status:
-                    status = job.status
+                    status, since = job.status, answered_at
+                    self._alive_at = answered_at
                     self._log.info("Ray job %s: %s", self._submission_id, status.value)
+                if status is JobStatus.PENDING and (ended := await self._unplaced(answered_at - since)):
+                    return ended
+                if status is JobStatus.RUNNING and (ended := await self._stalled()):
+                    return ended
             await self._pause()
+
+    async def _unplaced(self, seconds: float) -> JobInfo | None:
+        """Say what a pending job waits for; stop it when that takes too long."""
+        now, limit = time.monotonic(), self._settings.capacity_seconds
+        over = bool(limit) and seconds >= limit
+        if not over and now - self._capacity_said_at < _CAPACITY_SECONDS:
+            return None
+        self._capacity_said_at = now
+        told = f"asked {self._settings.asked_cpus:g} CPU for the job's own process"
+        with contextlib.suppress(RayUnreachableError, RayRefusedError):
+            total = await self._client.cluster_resources()
+            told += f", cluster has {total.get('CPU', 0):g} CPU in all"
+        if not over:
+            self._log.info("waiting for capacity: %s", told)
+            return None
+        return await self._stop(JobStatus.UNPLACED, f"no capacity for {seconds:.0f} s: {told}")
+
+    async def _stalled(self) -> JobInfo | None:
+        silent, limit = time.monotonic() - self._alive_at, self._settings.stall_seconds
+        if not limit or silent < limit:
+            return None
+        return await self._stop(JobStatus.STALLED, f"no progress and no log line for {silent:.0f} s")
+
+    async def _stop(self, status: JobStatus, message: str) -> JobInfo | None:
+        """Stop the job and wait until it has ended; None when Ray does not answer: the next poll sees to it."""
+        self._log.warning("%s: stopping Ray job %s.", message, self._submission_id)
+        try:
+            await self._client.stop_job(self._submission_id)
+            deadline = time.monotonic() + _STOP_SECONDS
+            while (job := await self._client.get_job(self._submission_id)) and job.status.is_active:
+                if time.monotonic() > deadline:
+                    return None
+                await asyncio.sleep(self._settings.poll_interval)
+        except (RayUnreachableError, RayRefusedError) as error:
+            self._log.warning("%s; trying again.", error)
+            return None
+        if job is not None and job.status is not JobStatus.STOPPED:
+            return job
+        return JobInfo(self._submission_id, status, message)
 
     async def _pause(self) -> None:
         """Wait for the poll interval, or until the log has ended, which often means that the job has."""
@@ -154,16 +216,20 @@ class JobWatcher:
     async def _tail(self) -> None:
         pause, problem_shown = 1.0, False
         while not self._ended:
-            before = self.seen
+            before = self._relay.seen
             try:
                 async for text in self._client.tail_logs(self._submission_id):
+                    seen = self._relay.seen
                     self._relay.feed(text)
+                    if self._relay.seen > seen:
+                        self._alive_at = time.monotonic()
             except (RayUnreachableError, RayRefusedError) as error:
                 if not problem_shown:
                     self._log.warning("The live log is interrupted (%s); it will be picked up again.", error)
                 problem_shown = True
+                self._alive_at = time.monotonic()  # nobody can tell whether it is silent
             self._wake.set()
-            pause = 1.0 if self.seen > before else min(2 * pause, _LONGEST_PAUSE_SECONDS)
+            pause = 1.0 if self._relay.seen > before else min(2 * pause, _LONGEST_PAUSE_SECONDS)
             await asyncio.sleep(pause)
             self._relay.restart()
 
@@ -174,3 +240,66 @@ class JobWatcher:
             self._log.warning("The log's last lines could not be fetched: %s", error)
         else:
             self._relay.finish(whole)
+
+
+class LogCursor:
+    """How many lines of a job's log have been shown, kept where the next triggerer finds it."""
+
+    def __init__(self, store_uri: str, key: str, submission_id: str) -> None:
+        self._store_uri, self._key, self._submission_id = store_uri, key, submission_id
+        self._saved = 0
+
+    def _store(self) -> Store:
+        return open_store(self._store_uri)
+
+    def load(self) -> int:
+        if not self._key:
+            return 0
+        store = self._store()
+        if not store.exists(self._key):
+            return 0
+        kept = read_json(store, self._key)
+        self._saved = int(kept["lines"]) if kept["submission_id"] == self._submission_id else 0
+        return self._saved
+
+    def save(self, lines: int) -> None:
+        if self._key and lines != self._saved:
+            write_json(self._store(), self._key, {"submission_id": self._submission_id, "lines": lines})
+            self._saved = lines
+
+    async def follow(self, watcher: JobWatcher, logger: Log) -> None:
+        """Save where the watcher is, always one interval late: a line handed to Airflow's logging is on its way
+        through another process, and is lost with it when that is killed. Better twice than never."""
+        settled = self._saved
+        while True:
+            await asyncio.sleep(_CURSOR_SECONDS)
+            try:
+                await asyncio.to_thread(self.save, settled)
+            except (OSError, StageError) as error:
+                logger.warning("Log position not saved (%s): a new watcher would show lines again.", error)
+            settled = watcher.settled
+
+
+async def watch_job(
+    client: RayJobClient,
+    submission_id: str,
+    *,
+    cursor: LogCursor,
+    logger: Log,
+    settings: WatchSettings,
+    on_mlflow_run: Callable[[dict[str, Any]], None] = lambda run: None,
+) -> Outcome:
+    """Watch a job to its end, going on in its log where an earlier watcher of the same job had stopped."""
+    watcher = JobWatcher(
+        client,
+        submission_id,
+        logger=logger,
+        settings=settings,
+        skip=await asyncio.to_thread(cursor.load),
+        on_mlflow_run=on_mlflow_run,
+    )
+    keeper = asyncio.create_task(cursor.follow(watcher, logger))
+    try:
+        return await watcher.watch()
+    finally:
+        keeper.cancel()

@@ -1,7 +1,8 @@
 """How far a stage is: a marked line in the job's log for Airflow, and `progress.json` in the store for everybody else.
 
 Storage is written from a thread of its own, about once a second, so a slow store never slows the work. The file also
-carries the cost so far, which is how the cost of an attempt that was killed is not forgotten.
+carries the cost so far, which is how the cost of an attempt that was killed is not forgotten. Without progress for
+`stall_seconds` the watchdog ends the process.
 """
 
 import json
@@ -11,9 +12,11 @@ import threading
 import time
 
 from stages.artifacts import run_key
+from stages.config.errors import EXIT_CODES, Category
 from stages.config.graph import Stage
-from stages.config.request import Cost
+from stages.config.request import Cost, Failure
 from stages.store import Store, read_json, write_json
+from stages.watchdog import Watchdog
 
 MARKER = "ATHANOR_PROGRESS"
 _INTERVAL_SECONDS = 1.0
@@ -25,11 +28,20 @@ class Progress:
     """Call it with `done` and `total`; it rate-limits itself."""
 
     def __init__(
-        self, store: Store, run_id: str, stage: Stage, *, num_gpus: float = 0.0, printed_only: bool = False
+        self,
+        store: Store,
+        run_id: str,
+        stage: Stage,
+        *,
+        num_gpus: float = 0.0,
+        printed_only: bool = False,
+        stall_seconds: float = 0.0,
     ) -> None:
         """`printed_only` is for workers: their lines reach the job's log, its own process writes the file."""
         self._store, self._stage, self._printed_only = store, stage, printed_only
         self._key = run_key(run_id, stage, "progress.json")
+        self._failure_key = run_key(run_id, stage, "failure.json")
+        self.watchdog = Watchdog(stall_seconds, on_stall=self._record_stall)
         self._num_gpus = num_gpus
         self._before = self._cost_of_earlier_attempts()
         self._started = time.monotonic()
@@ -44,6 +56,7 @@ class Progress:
     def __call__(self, done: float, total: float, unit: str = "step", **numbers: float | str) -> None:
         """Report position; `rate`, `rate_unit` may be given, otherwise the rate of `unit` since the first call is
         used."""
+        self.watchdog.beat()
         now = time.monotonic()
         if self._first is None or done < self._first[1]:
             self._first = (now, done)
@@ -80,6 +93,7 @@ class Progress:
         )
 
     def close(self) -> None:
+        self.watchdog.close()
         if self._printed_only:
             return
         self._stop.set()
@@ -90,6 +104,23 @@ class Progress:
         if not self._store.exists(self._key):
             return Cost(attempts=0)
         return Cost.model_validate(read_json(self._store, self._key)["cost"])
+
+    def _record_stall(self, silent: float) -> int:
+        """Leave the last words of a process that hangs, and return its exit code; the store may hang as well."""
+        where = self._latest and f" after {self._latest['unit']} {self._latest['done']:g} of {self._latest['total']:g}"
+        failure = Failure(
+            category=Category.STALLED,
+            message=f"{self._stage.value} made no progress for {silent:.0f} s{where or ''}.",
+            advice="The stacks of all threads are in the job's log. The retry resumes from the newest checkpoint; "
+            f"raise execution.{self._stage.value}.stall_seconds if nothing hangs and the stage is that slow.",
+        )
+        logger.error("%s %s", failure.message, failure.advice)
+        writer = threading.Thread(
+            target=write_json, args=(self._store, self._failure_key, failure.model_dump(mode="json")), daemon=True
+        )
+        writer.start()
+        writer.join(timeout=10)
+        return EXIT_CODES[Category.STALLED]
 
     def _write_until_stopped(self) -> None:
         while not self._stop.wait(_INTERVAL_SECONDS):

@@ -46,6 +46,15 @@ logger = logging.getLogger("athanor")
 _VERSIONED = ("torch", "transformers", "ray", "mlflow", "datatrove", "tokenizers", "athanor")
 
 
+# Torch's CPU allocator and cuBLAS raise plain RuntimeErrors; Ray's memory monitor kills the worker and says so.
+_OUT_OF_MEMORY_TEXTS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "running low on memory",
+)
+
+
 class Stopped(StageError):
     """The job was asked to stop (SIGTERM): preemption, or somebody stopped it."""
 
@@ -125,7 +134,9 @@ def _build(request: StageRequest, config: Config, store: Store, *, sources: dict
     with _scratch_folder() as work_dir:
         execution = request.execution
         gpus = execution.gpus_per_worker * max(execution.num_workers, 1)
-        progress = Progress(store, request.run.run_id, request.stage, num_gpus=gpus)
+        progress = Progress(
+            store, request.run.run_id, request.stage, num_gpus=gpus, stall_seconds=execution.stall_seconds
+        )
         tracker = Tracker(request, work_dir / "spool")
         output_dir = work_dir / "output"
         output_dir.mkdir()
@@ -154,7 +165,13 @@ def worker_context(request: StageRequest, identity: str, sources: dict[str, str]
     first = os.environ.get("RANK", "0") == "0"
     with _scratch_folder() as work_dir:
         config = stage_config_from_json(request.stage, request.config)
-        progress = Progress(store, request.run.run_id, request.stage, printed_only=True)
+        progress = Progress(
+            store,
+            request.run.run_id,
+            request.stage,
+            printed_only=True,
+            stall_seconds=request.execution.stall_seconds,
+        )
         tracker = Tracker(request, work_dir / "spool") if first else NullTracker()
         output_dir = work_dir / "output"
         output_dir.mkdir()
@@ -261,6 +278,9 @@ def _record_failure(store: Store, request: StageRequest, error: BaseException) -
     failure = describe_failure(error)
     key = run_key(request.run.run_id, request.stage, "failure.json")
     try:
+        if failure.category == Category.LOST and store.exists(key):
+            # A worker that knew why it ended has written it; all that is seen of it from here is that it is gone.
+            failure = Failure.model_validate_json(store.read_bytes(key))
         write_json(store, key, failure.model_dump(mode="json"))
     except Exception as problem:  # noqa: BLE001 - whatever the store's client raises; the exit code still tells
         logger.error("failure.json was not written: %s", problem)
@@ -272,18 +292,23 @@ def _record_failure(store: Store, request: StageRequest, error: BaseException) -
 
 def describe_failure(error: BaseException) -> Failure:
     """Sort an exception into the failure contract; Ray's wrapping of worker errors is looked through."""
-    cause: Any = error
-    for wrapped in getattr(error, "worker_failures", {}).values():
-        cause = getattr(wrapped, "cause", wrapped)
-        break
+    cause = _cause(error)
     if isinstance(cause, StageError):
         return Failure(category=cause.category, message=cause.message, advice=cause.advice)
     detail = "".join(traceback.format_exception(error))[-8000:]
-    if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
+    if _is_out_of_memory(cause):
         return Failure(
             category=Category.OUT_OF_MEMORY,
             message=f"out of memory: {cause}",
-            advice="Lower execution.<stage>.micro_batch_size or set gradient_checkpointing; results do not change.",
+            advice="The retry halves execution.<stage>.micro_batch_size; results do not change. "
+            "gradient_checkpointing saves memory too.",
+            detail=detail,
+        )
+    if _is_worker_death(cause):
+        return Failure(
+            category=Category.PREEMPTED if getattr(cause, "preempted", False) else Category.LOST,
+            message=f"a training worker died: {str(cause).strip().splitlines()[0]}",
+            advice="The retry resumes from the newest checkpoint.",
             detail=detail,
         )
     return Failure(
@@ -292,3 +317,25 @@ def describe_failure(error: BaseException) -> Failure:
         advice="Unexpected; the traceback is in the job's log. The task is retried and resumes from its checkpoint.",
         detail=detail,
     )
+
+
+def _cause(error: BaseException) -> Any:
+    """The error that explains the others: when one worker fails, its peers fail for want of it."""
+    causes = [getattr(wrapped, "cause", wrapped) for wrapped in getattr(error, "worker_failures", {}).values()]
+    telling = (lambda e: isinstance(e, StageError), _is_out_of_memory, _is_worker_death)
+    for tells in telling:
+        for cause in causes:
+            if tells(cause):
+                return cause
+    return causes[0] if causes else error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Python's, torch's, the CPU allocator's, or Ray's memory monitor's."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
+
+
+def _is_worker_death(error: BaseException) -> bool:
+    return type(error).__name__ in ("ActorDiedError", "ActorUnavailableError", "RayActorError", "NodeDiedError")

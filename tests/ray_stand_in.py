@@ -30,7 +30,7 @@ class Job:
 
     def to_json(self) -> dict[str, Any]:
         keys = ("submission_id", "entrypoint", "status", "message", "error_type", "driver_exit_code")
-        return {key: getattr(self, key) for key in keys}
+        return {**{key: getattr(self, key) for key in keys}, "metadata": self.body.get("metadata")}
 
 
 class StandInRay:
@@ -74,6 +74,7 @@ class StandInRay:
         self._stop = asyncio.Event()
         application = web.Application(middlewares=[self._gate])
         application.router.add_get("/api/version", self._version)
+        application.router.add_get("/api/v0/nodes", self._nodes)
         application.router.add_get("/api/jobs/", self._list)
         application.router.add_post("/api/jobs/", self._submit)
         application.router.add_get("/api/jobs/{id}", self._show)
@@ -105,6 +106,14 @@ class StandInRay:
 
     async def _version(self, request: web.Request) -> web.Response:
         return web.json_response({"ray_version": "2.60.0"})
+
+    async def _nodes(self, request: web.Request) -> web.Response:
+        nodes = [
+            {"state": "ALIVE", "resources_total": {"CPU": 4.0}},
+            {"state": "ALIVE", "resources_total": {"CPU": 2.0, "GPU": 1.0}},
+            {"state": "DEAD", "resources_total": {"CPU": 64.0}},
+        ]
+        return web.json_response({"result": True, "msg": "", "data": {"result": {"result": nodes}}})
 
     async def _list(self, request: web.Request) -> web.Response:
         return web.json_response([job.to_json() for job in self.jobs.values()])

@@ -12,6 +12,7 @@ class Category(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
     PREEMPTED = "preempted"
     LOST = "lost"
+    STALLED = "stalled"
     INFRASTRUCTURE = "infrastructure"
 
 
@@ -25,6 +26,7 @@ class ExitCode(IntEnum):
     NON_FINITE = 4
     OUT_OF_MEMORY = 5
     PREEMPTED = 6
+    STALLED = 7
 
 
 EXIT_CODES: dict[Category, ExitCode] = {
@@ -34,6 +36,7 @@ EXIT_CODES: dict[Category, ExitCode] = {
     Category.OUT_OF_MEMORY: ExitCode.OUT_OF_MEMORY,
     Category.PREEMPTED: ExitCode.PREEMPTED,
     Category.LOST: ExitCode.INFRASTRUCTURE,
+    Category.STALLED: ExitCode.STALLED,
     Category.INFRASTRUCTURE: ExitCode.INFRASTRUCTURE,
 }
 
@@ -65,6 +68,10 @@ class NonFiniteError(StageError):
     """Loss or gradient was not finite several steps in a row."""
 
     category = Category.NON_FINITE
+
+
+class CapacityError(StageError):
+    """The cluster did not find room for the workers in the time that it was given."""
 
 
 class DamagedArtifactError(StageError):

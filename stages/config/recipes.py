@@ -145,6 +145,7 @@ def llama_1b(*, seed: int = 0) -> PipelineConfig:
         max_retries=5,
     )
     post = train.model_copy(update={"micro_batch_size": 2, "checkpoint_every": 100})
+    seldom = 6 * 3600  # these tell of progress once a shard or a model, not once a step
     return PipelineConfig(
         recipe="llama_1b",
         run_name="llama-1b",
@@ -204,14 +205,16 @@ def llama_1b(*, seed: int = 0) -> PipelineConfig:
             max_response_length=512,
         ),
         execution=Executions(
-            curate=ExecutionConfig(entrypoint_cpus=16, cpus_per_worker=16),
-            tokenize=ExecutionConfig(entrypoint_cpus=16, cpus_per_worker=16),
+            curate=ExecutionConfig(entrypoint_cpus=16, cpus_per_worker=16, stall_seconds=seldom),
+            tokenize=ExecutionConfig(entrypoint_cpus=16, cpus_per_worker=16, stall_seconds=seldom),
             pretrain=train,
             sft=post,
             reward=post,
             ppo=post,
             dpo=post,
-            evaluate=ExecutionConfig(num_workers=1, cpus_per_worker=8, gpus_per_worker=1, entrypoint_cpus=1),
+            evaluate=ExecutionConfig(
+                num_workers=1, cpus_per_worker=8, gpus_per_worker=1, entrypoint_cpus=1, stall_seconds=seldom
+            ),
         ),
     )
 

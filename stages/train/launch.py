@@ -5,14 +5,23 @@ Otherwise rank 0 uploads what it wrote, because a worker's disk is not the job's
 """
 
 import importlib
+import logging
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
 from stages.artifacts import upload_files
+from stages.config.errors import CapacityError
+from stages.config.execution import ExecutionConfig
 from stages.config.graph import GRAPH
 from stages.config.request import FileEntry, StageRequest
 from stages.context import StageContext, StageOutcome
+
+logger = logging.getLogger(__name__)
+
+_SAY_SECONDS = 30.0
+_FIRST_WAIT_SECONDS = 5.0
 
 Body = Callable[[StageContext], StageOutcome]
 
@@ -27,7 +36,7 @@ def launch(context: StageContext, body: Body) -> StageOutcome:
         trainer = TorchTrainer(lambda: _to_json(body(context)), scaling_config=ScalingConfig(num_workers=0))
         return _from_json(trainer.fit().return_value)
     context.tracker.wait_run_id(30.0)
-    gpus = {"GPU": execution.gpus_per_worker} if execution.gpus_per_worker else {}
+    elastic = 0 < execution.min_workers < execution.num_workers
     trainer = TorchTrainer(
         _on_worker,
         train_loop_config={
@@ -37,9 +46,9 @@ def launch(context: StageContext, body: Body) -> StageOutcome:
             "body": f"{body.__module__}:{body.__name__}",
         },
         scaling_config=ScalingConfig(
-            num_workers=execution.num_workers,
-            use_gpu=bool(gpus),
-            resources_per_worker={"CPU": execution.cpus_per_worker, **gpus},
+            num_workers=(execution.min_workers, execution.num_workers) if elastic else execution.num_workers,
+            use_gpu=execution.gpus_per_worker > 0,
+            resources_per_worker=resources_of_worker(execution),
         ),
         run_config=RunConfig(
             name=context.request.submission_id or context.fingerprint[:16],
@@ -47,7 +56,54 @@ def launch(context: StageContext, body: Body) -> StageOutcome:
             failure_config=FailureConfig(max_failures=0),
         ),
     )
-    return _from_json(trainer.fit().return_value)
+    with context.progress.watchdog.paused():  # the workers have watchdogs of their own
+        wait_for_capacity(execution, stage=context.request.stage.value)
+        return _from_json(trainer.fit().return_value)
+
+
+def resources_of_worker(execution: ExecutionConfig) -> dict[str, float]:
+    gpus = {"GPU": execution.gpus_per_worker} if execution.gpus_per_worker else {}
+    return {"CPU": execution.cpus_per_worker, **gpus}
+
+
+def wait_for_capacity(execution: ExecutionConfig, *, stage: str, clock: Callable[[], float] = time.monotonic) -> None:
+    """Return when the cluster has room for the fewest workers allowed; raise CapacityError after `capacity_seconds`.
+
+    A placement group asks for the room, so that an autoscaler sees the demand, and is given back to the trainer.
+    What no node could ever hold is waited for as well, because the node may be about to come.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    if not ray.is_initialized():
+        ray.init()
+    started, pause = clock(), _FIRST_WAIT_SECONDS
+    group = placement_group([resources_of_worker(execution)] * execution.least_workers, strategy="PACK")
+    try:
+        while not group.wait(pause):
+            waited = clock() - started
+            told = describe_shortage(execution, ray.cluster_resources(), ray.available_resources())
+            if execution.capacity_seconds and waited >= execution.capacity_seconds:
+                raise CapacityError(
+                    f"no capacity for {waited:.0f} s: {told}.",
+                    advice=f"Add nodes, wait for other jobs, lower execution.{stage}.num_workers, "
+                    f"or raise execution.{stage}.capacity_seconds (now {execution.capacity_seconds:g}).",
+                )
+            logger.info("waiting for capacity: %s", told)
+            left = execution.capacity_seconds - waited if execution.capacity_seconds else _SAY_SECONDS
+            pause = max(0.1, min(_SAY_SECONDS, left))
+    finally:
+        remove_placement_group(group)
+
+
+def describe_shortage(execution: ExecutionConfig, total: dict[str, float], free: dict[str, float]) -> str:
+    """`asked 8 GPU, cluster has 4, 2 free; asked 64 CPU, cluster has 32, 30 free (8 workers)`."""
+    workers = execution.least_workers
+    parts = [
+        f"asked {amount * workers:g} {name}, cluster has {total.get(name, 0):g}, {free.get(name, 0):g} free"
+        for name, amount in reversed(resources_of_worker(execution).items())
+    ]
+    return f"{'; '.join(parts)} ({workers} worker{'s' if workers > 1 else ''})"
 
 
 def _on_worker(arguments: dict[str, Any]) -> dict[str, Any] | None:

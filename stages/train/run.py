@@ -78,6 +78,7 @@ def _reporter(context: StageContext, engine: Engine) -> Callable[..., None]:
     """Numbers leave from rank 0 alone."""
 
     def report(metrics: dict[str, float], *, step: int, num_steps: int) -> None:
+        context.progress.watchdog.beat()
         if engine.rank != 0:
             return
         context.tracker.log(metrics, step)

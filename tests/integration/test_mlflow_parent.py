@@ -3,7 +3,7 @@
 import pytest
 import requests
 
-from operators.mlflow import RUN_TAG, end_parent_run, open_parent_run, parent_artifact_page
+from operators.mlflow import RUN_TAG, end_parent_run, end_stage_runs, open_parent_run, parent_artifact_page
 from stages.config.request import RunInfo
 
 pytestmark = pytest.mark.integration
@@ -22,9 +22,9 @@ def get(tracking_uri: str, run_id: str) -> dict:
     return answer.json()["run"]
 
 
-def child_of(tracking_uri: str, parent: str) -> str:
+def child_of(tracking_uri: str, parent: str, stage: str = "report") -> str:
     experiment = get(tracking_uri, parent)["info"]["experiment_id"]
-    tags = {RUN_TAG: RUN.run_id, "lineage.stage": "report", "mlflow.parentRunId": parent}
+    tags = {RUN_TAG: RUN.run_id, "lineage.stage": stage, "mlflow.parentRunId": parent}
     body = {"experiment_id": experiment, "tags": [{"key": key, "value": value} for key, value in tags.items()]}
     answer = requests.post(f"{tracking_uri}/api/2.0/mlflow/runs/create", json=body, timeout=10)
     return answer.json()["run"]["info"]["run_id"]
@@ -64,3 +64,17 @@ def test_a_run_without_a_parent_or_a_server_has_no_report_page(tracking_uri: str
     end_parent_run(RUN, succeeded=True)
     assert "No link to report.html" in caplog.text
     assert "was not ended as FINISHED" in caplog.text
+
+
+def test_child_runs_without_an_end_are_ended_and_the_others_left_alone(tracking_uri: str):
+    parent = open_parent_run(RUN)
+    assert parent is not None
+    sft, ppo = (child_of(tracking_uri, parent, stage) for stage in ("sft", "ppo"))
+
+    def status(run_id: str) -> str:
+        return get(tracking_uri, run_id)["info"]["status"]
+
+    end_stage_runs(RUN, "sft", killed=False)
+    assert (status(sft), status(ppo), status(parent)) == ("FAILED", "RUNNING", "RUNNING")
+    end_stage_runs(RUN, killed=True)
+    assert (status(sft), status(ppo), status(parent)) == ("FAILED", "KILLED", "RUNNING")

@@ -22,12 +22,15 @@ from operators.failures import (
     StageInfrastructureFailed,
     StageLost,
     StageOutOfMemory,
+    StageOutOfMemoryForGood,
+    StageStalled,
     StageStopped,
     StageTimedOut,
 )
 from operators.hook import RayJobHook
 from operators.jobs import JobStatus, RayUnreachableError
 from operators.operator import StageOperator
+from operators.ownership import OwnedJob, airflow_id
 from operators.submission import STATE_KEY, TaskKey
 from operators.trigger import RayJobTrigger
 from stages.artifacts import run_key
@@ -236,6 +239,36 @@ def test_each_way_to_fail_ends_in_its_category(world: World, behaviour: str, exc
         assert caught.value.max_retries == 2
 
 
+def test_out_of_memory_halves_the_micro_batch_until_it_is_one(world: World, capsys):
+    world.configure(overrides={"execution.tokenize.micro_batch_size": 3})
+
+    def fail(try_number: int) -> tuple[int, type[StageFailed]]:
+        with pytest.raises(StageOutOfMemory) as caught:
+            world.finish(world.start("fail:out_of_memory", try_number=try_number), try_number=try_number)
+        request = read_json(world.store, run_key("r", Stage.TOKENIZE, "config.json"))
+        return request["execution"]["micro_batch_size"], type(caught.value)
+
+    assert fail(1) == (3, StageOutOfMemory)
+    assert fail(2) == (1, StageOutOfMemoryForGood)
+    assert not StageOutOfMemoryForGood.retryable
+    assert "micro_batch_size is 1 instead of 3; results do not change" in capsys.readouterr().out
+
+
+def test_a_stalled_job_is_told_by_its_category(world: World):
+    with pytest.raises(StageStalled, match="the stand-in fails with stalled"):
+        world.finish(world.start("fail:stalled"))
+
+
+def test_a_job_tells_whose_it_is(world: World, hook: RayJobHook):
+    world.finish(world.start("succeed", cancel_on_kill=False))
+    (job,) = [job for job in hook.list_jobs() if job.submission_id in our_jobs(hook)]
+    owned = OwnedJob.of(job, airflow_id())
+    assert owned is not None
+    assert (owned.task_key, owned.generation) == ((KEY.dag_id, TaskInstance.run_id, KEY.task_id, -1), 1)
+    assert not owned.may_be_stopped
+    assert OwnedJob.of(job, "another-airflow") is None
+
+
 def test_a_job_that_failed_before_anybody_watched_is_red(world: World, hook: RayJobHook, monkeypatch):
     submit = RayJobHook.submit_job
 
@@ -354,6 +387,17 @@ def test_the_deferral_timeout_stops_the_job(world: World, hook: RayJobHook):
         operator.resume_execution(TRIGGER_FAIL_REPR, {"error": "Trigger timeout"}, world.context())
     wait_for(hook, submission_id, "STOPPED")
     assert world.memory.values[STATE_KEY]["consumed"] is True
+
+
+def test_the_deferral_timeout_leaves_the_job_when_it_must_not_be_cancelled(world: World, hook: RayJobHook):
+    settings = {"timeout": timedelta(minutes=1), "cancel_on_kill": False}
+    world.start("succeed:4", **settings)
+    submission_id = running_id(world, hook)
+    with pytest.raises(StageTimedOut, match="lets its job go on"):
+        world.operator("succeed:4", **settings).resume_execution(TRIGGER_FAIL_REPR, {"error": "x"}, world.context())
+    assert world.finish(world.start("succeed:4", try_number=2, **settings), try_number=2)["kind"] == "tokens"
+    wait_for(hook, submission_id, "SUCCEEDED")
+    assert len(our_jobs(hook)) == 1
 
 
 def test_a_job_that_the_cluster_lost_is_told_and_may_be_retried(world: World, hook: RayJobHook):

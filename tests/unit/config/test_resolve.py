@@ -72,6 +72,16 @@ def test_a_config_is_frozen() -> None:
             r"rollout_size=100 is not divisible by global_batch_size=32; use 96 or 128",
             "Correct",
         ),
+        (
+            {"overrides": {"execution.sft.num_workers": 2, "execution.sft.min_workers": 3}},
+            r"min_workers=3 is more than num_workers=2; use at most 2",
+            "Correct",
+        ),
+        (
+            {"overrides": {"execution.curate.num_workers": 2, "execution.curate.min_workers": 1}},
+            r"min_workers=1 needs checkpoint_every >= 1, got 0",
+            "Correct",
+        ),
         ({"overrides": {"execution.sft.engine": "fsdp"}}, r"engine=fsdp needs num_workers >= 1", "Correct"),
         ({"overrides": {"pretrain.model.num_heads": 7}}, r"hidden_size=32 is not divisible by num_heads=7", "Correct"),
     ],

@@ -91,3 +91,39 @@ def test_durations_are_written_in_the_two_units_that_matter():
         "1 h 0 min",
         "2 h 3 min",
     ]
+
+
+def test_a_flood_is_cut_counted_and_said_and_the_last_lines_of_a_job_are_shown():
+    now, shown = [0.0], []
+    relay = LogRelay(shown.append, lines_per_second=10, lines_at_once=20, clock=lambda: now[0])
+    relay.feed("".join(f"{number}\n" for number in range(100)))
+    assert shown == [str(number) for number in range(20)]
+    assert (relay.seen, relay.settled) == (100, 20)
+    now[0] = 1.0
+    relay.feed("100\n")
+    assert shown[20:] == [
+        "… 80 lines are left out here: more than 10 a second. Ray's log of the job has them all.",
+        "100",
+    ]
+    assert relay.settled == 101
+    whole = "".join(f"{number}\n" for number in range(300))
+    relay.finish(whole)
+    assert shown[-40:] == [str(number) for number in range(260, 300)]
+    left_out = sum(int(line.split()[1]) for line in shown if line.startswith("…"))
+    assert left_out + sum(line.isdigit() for line in shown) == 300
+
+
+def test_progress_is_shown_in_a_flood_too():
+    shown: list[str] = []
+    relay = LogRelay(shown.append, lines_per_second=1, lines_at_once=1, clock=lambda: 0.0)
+    relay.feed(f"a\nb\nc\nATHANOR_PROGRESS {json.dumps(PROGRESS)}\n")
+    assert [line.split(" steps")[0] for line in shown] == ["a", "sft 30/120"]
+
+
+def test_a_relay_that_takes_over_in_a_flood_tells_of_the_lines_that_were_left_out_before():
+    first: list[str] = []
+    relay = LogRelay(first.append, lines_per_second=1, lines_at_once=2, clock=lambda: 0.0)
+    relay.feed("".join(f"{number}\n" for number in range(50)))
+    second: list[str] = []
+    LogRelay(second.append, skip=relay.settled).finish("".join(f"{number}\n" for number in range(50)))
+    assert first + second == [str(number) for number in range(50)]

@@ -140,6 +140,31 @@ def test_the_outcome_carries_rays_reason_and_the_mlflow_run(ray: StandInRay, hoo
     assert Outcome(**json.loads(json.dumps(outcome.to_json()))) == outcome
 
 
+def test_a_job_without_a_sign_of_life_is_stopped(ray: StandInRay, hook: RayJobHook):
+    ray.jobs["a"] = Job("a", "true", log="one\n")
+    shown = Shown()
+    outcome = watch(hook, shown, settings=WatchSettings(0.05, stall_seconds=0.4))
+    assert outcome.status == "STALLED"
+    assert outcome.message.startswith("no progress and no log line for 0 s")
+    assert ray.stops == ["a"]
+
+
+def test_a_job_that_keeps_writing_is_left_alone(ray: StandInRay, hook: RayJobHook):
+    ray.jobs["a"] = Job("a", "true")
+    writer, shown = write_log(ray, ray.jobs["a"], status="SUCCEEDED", delay=0.01), Shown()
+    outcome = watch(hook, shown, settings=WatchSettings(0.05, stall_seconds=0.6))
+    writer.join()
+    assert (outcome.status, ray.stops) == ("SUCCEEDED", [])
+
+
+def test_a_pending_job_is_stopped_when_no_room_was_found_in_time(ray: StandInRay, hook: RayJobHook):
+    ray.jobs["a"] = Job("a", "true", status="PENDING")
+    outcome = watch(hook, Shown(), settings=WatchSettings(0.05, capacity_seconds=0.3, asked_cpus=16))
+    assert outcome.status == "UNPLACED"
+    assert outcome.message.endswith("asked 16 CPU for the job's own process, cluster has 6 CPU in all")
+    assert ray.jobs["a"].status == "STOPPED"
+
+
 # ---- the hook
 
 
@@ -196,7 +221,7 @@ def test_the_token_is_never_logged(ray: StandInRay, hook: RayJobHook, caplog: py
 
 
 def trigger(**settings: Any) -> RayJobTrigger:
-    made = RayJobTrigger(ray_conn_id="ray_default", submission_id="a", poll_interval=0.05, **settings)
+    made = RayJobTrigger(ray_conn_id="ray_default", submission_id="a", settings={"poll_interval": 0.05}, **settings)
     path, arguments = made.serialize()
     assert path == "operators.trigger.RayJobTrigger"
     return RayJobTrigger(**json.loads(json.dumps(arguments)))
@@ -232,7 +257,7 @@ def test_the_trigger_survives_serialisation_and_gives_back_what_it_carries(ray: 
 def test_a_second_triggerer_goes_on_in_the_log_where_the_first_one_died(
     ray: StandInRay, connected, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("operators.trigger._CURSOR_SECONDS", 0.05)
+    monkeypatch.setattr("operators.watch._CURSOR_SECONDS", 0.05)
     settings = {"store_uri": tmp_path.as_uri(), "cursor_key": "runs/r/sft/log.json"}
     job = ray.jobs["a"] = Job("a", "true", log="one\ntwo\n")
 

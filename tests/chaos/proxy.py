@@ -1,0 +1,103 @@
+"""A TCP proxy before the Ray head that can be cut, lose the answers of POSTs, or close the log's websocket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from types import TracebackType
+
+_SUBMISSION = b"POST /api/jobs/ HTTP"
+_LOG = b"/logs/tail"
+
+
+class Proxy:
+    """Runs in a thread of its own; the test sets the misbehaviour at any time."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._target = (host, port)
+        self.down = False
+        "Connections are closed at once, those that exist too."
+        self.lose_answers = 0
+        "So many submissions are carried out, and their connection is closed instead of an answer."
+        self.lose_after_seconds = 0.0
+        self.close_logs_after: float | None = None
+        "Seconds after which each log connection is closed."
+        self.closed_logs = 0
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._ready = threading.Event()
+
+    def __enter__(self) -> Proxy:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+        if not self._ready.wait(10):
+            raise RuntimeError("the proxy did not start")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(10)
+
+    def cut(self) -> None:
+        self.down = True
+        self._loop.call_soon_threadsafe(self._close_all)
+
+    def mend(self) -> None:
+        self.down = False
+
+    def _close_all(self) -> None:
+        for writer in list(self._writers):
+            writer.close()
+
+    def _serve(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._main())
+
+    async def _main(self) -> None:
+        self._stop = asyncio.Event()
+        server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+        self._ready.set()
+        await self._stop.wait()
+        server.close()
+        self._close_all()
+        await asyncio.sleep(0.1)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.down:
+            writer.close()
+            return
+        upstream_reader, upstream_writer = await asyncio.open_connection(*self._target)
+        self._writers |= {writer, upstream_writer}
+        answers = asyncio.create_task(_copy(upstream_reader, writer))
+        try:
+            while data := await reader.read(65536):
+                upstream_writer.write(data)
+                await upstream_writer.drain()
+                if data.startswith(_SUBMISSION) and self.lose_answers:
+                    self.lose_answers -= 1
+                    answers.cancel()
+                    await asyncio.sleep(max(0.5, self.lose_after_seconds))
+                    break
+                if _LOG in data[:300] and self.close_logs_after is not None:
+                    await asyncio.sleep(self.close_logs_after)
+                    self.closed_logs += 1
+                    break
+        except OSError:
+            pass  # one side is gone, and so is the connection
+        finally:
+            answers.cancel()
+            for end in (writer, upstream_writer):
+                end.close()
+                self._writers.discard(end)
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    writer.close()

@@ -1,0 +1,302 @@
+"""A real Airflow (LocalExecutor) and a real Ray head for the chaos rows: every part can be killed and started again."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import psutil
+import requests
+
+from infra.airflow_api import AirflowApi
+from infra.components import airflow_components
+from infra.environment import stack_environment
+from infra.layout import Layout, StackRecord, StackSecrets, write_airflow_passwords
+from infra.ports import any_free
+from stages.artifacts import run_key
+from stages.config.graph import Stage
+from stages.store import Store, open_store, read_json
+from tests.chaos.proxy import Proxy
+from tests.servers import RayServer, ray_server, running
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SHORT = {
+    "AIRFLOW__TRIGGERER__JOB_HEARTBEAT_SEC": "1",
+    "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "6",
+    "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
+    "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "8",
+    "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "5",
+    "AIRFLOW__SCHEDULER__TRIGGER_TIMEOUT_CHECK_INTERVAL": "2",
+    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "30",
+    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "5",
+    "AIRFLOW__SCHEDULER__USE_JOB_SCHEDULE": "false",  # the reaper runs when a row asks for it
+    "AIRFLOW__CORE__PARALLELISM": "6",
+    "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "false",
+}
+CONNECTIONS = ("ray_lossy", "ray_flaky", "ray_cut", "ray_gone")
+FINISHED = ("success", "failed")
+
+
+@dataclass
+class ChaosStack:
+    """Airflow, Ray, a store and the proxies between them."""
+
+    airflow: AirflowApi
+    ray: RayServer
+    store: Store
+    logs: Path
+    pids: Path
+    proxies: dict[str, Proxy]
+    environment: dict[str, str]
+    port: int
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    cut_at: float = 0.0
+    _stacks: list[ExitStack] = field(default_factory=list)
+
+    # ------------------------------------------------------------ processes
+
+    def start(self, name: str) -> None:
+        (component,) = [part for part in airflow_components(port=self.port) if part.name == name]
+        stack = ExitStack()
+        self.processes[name] = stack.enter_context(
+            running(
+                name,
+                component.command,
+                log=self.logs / f"{name}-{time.time():.0f}.log",
+                environment={**component.environment, **self.environment},
+                answers=self._answers if name == "api-server" else lambda: True,
+            )
+        )
+        self._stacks.append(stack)
+
+    def _answers(self) -> bool:
+        return bool(self.airflow.health())
+
+    def kill(self, name: str) -> None:
+        """SIGKILL. A triggerer dies with the process in which its triggers run; a scheduler leaves its executor's
+        processes behind, as it does in real life, so that tasks that run go on."""
+        process = psutil.Process(self.processes[name].pid)
+        children = process.children(recursive=True) if name == "triggerer" else []
+        for victim in (process, *children):
+            victim.kill()
+        self.processes[name].wait()
+
+    def stop(self) -> None:
+        for stack in reversed(self._stacks):
+            stack.close()
+
+    # ------------------------------------------------------------ runs
+
+    def trigger(self, dag_id: str, behaviour: str = "lines:5", **conf: Any) -> Row:
+        return Row(self, dag_id, self.airflow.trigger(dag_id, {"behaviour": behaviour, **conf}))
+
+    def jobs(self) -> list[dict[str, Any]]:
+        answer = requests.get(f"{self.ray.url}/api/jobs/", headers=self.ray.headers, timeout=30)
+        answer.raise_for_status()
+        return [job for job in answer.json() if (job.get("metadata") or {}).get("airflow.run_id")]
+
+    def wait(self, what: str, reached: Any, *, seconds: float = 120, pause: float = 0.2) -> Any:
+        """Poll until `reached` returns something true."""
+        deadline = time.monotonic() + seconds
+        while not (found := reached()):
+            assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+            time.sleep(pause)
+        return found
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of a chaos DAG: its stage task, its Ray jobs, its log."""
+
+    stack: ChaosStack
+    dag_id: str
+    run_id: str
+
+    @property
+    def stage(self) -> str:
+        return Stage.CURATE.value
+
+    @property
+    def name(self) -> str:
+        return f"{self.dag_id} {self.run_id}"
+
+    @property
+    def path(self) -> str:
+        return f"dags/{self.dag_id}/dagRuns/{quote(self.run_id)}"
+
+    def task(self, map_index: int = -1) -> dict[str, Any]:
+        suffix = "" if map_index < 0 else f"/{map_index}"
+        return self.stack.airflow.call("GET", f"{self.path}/taskInstances/{self.stage}{suffix}")
+
+    def state(self) -> str:
+        return str(self.task()["state"])
+
+    def run_state(self) -> str:
+        return self.stack.airflow.run_state(self.dag_id, self.run_id)
+
+    def wait_state(self, *states: str, seconds: float = 120) -> str:
+        return self.stack.wait(
+            f"{self.name} is {states}", lambda: (state := self.state()) in states and state, seconds=seconds
+        )
+
+    def finish(self, seconds: float = 150) -> str:
+        """Wait for the end of the run and return the task's state."""
+        self.stack.wait(f"{self.name} ends", lambda: self.run_state() in FINISHED, seconds=seconds)
+        return self.state()
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """Jobs of this run, in the order of their generations."""
+        mine = [job for job in self.stack.jobs() if job["metadata"]["airflow.run_id"] == self.run_id]
+        return sorted(mine, key=lambda job: int(job["metadata"]["airflow.generation"]))
+
+    def statuses(self) -> list[str]:
+        return [job["status"] for job in self.jobs()]
+
+    def wait_running(self, *, try_number: int = 1) -> dict[str, Any]:
+        """Until the newest job prints lines, and return it."""
+        return self.stack.wait(f"{self.name} runs", lambda: self._printing(try_number))
+
+    def _printing(self, count: int) -> dict[str, Any] | None:
+        jobs = self.jobs()
+        if len(jobs) < count or jobs[-1]["status"] != "RUNNING" or not self.lines(jobs[-1]["submission_id"]):
+            return None
+        return jobs[-1]
+
+    def process(self, role: str, submission_id: str) -> psutil.Process:
+        """The job's driver or its worker."""
+        key = run_key(re.sub(r"[^A-Za-z0-9_.-]", "-", self.run_id), Stage.CURATE, f"{role}-{submission_id}.json")
+        self.stack.wait(f"{role} of {self.name}", lambda: self.stack.store.exists(key))
+        return psutil.Process(read_json(self.stack.store, key)["pid"])
+
+    def task_process(self, try_number: int = 1) -> psutil.Process:
+        name = f"{self.dag_id}--{self.run_id}---1--{try_number}.json".replace(":", "_").replace("+", "_")
+        path = self.stack.pids / name
+        self.stack.wait(f"task process of {self.name}", path.exists)
+        return psutil.Process(json.loads(path.read_text())["pid"])
+
+    def mark(self, state: str) -> None:
+        self.stack.airflow.call("PATCH", f"{self.path}/taskInstances/{self.stage}", json={"new_state": state})
+
+    def clear(self) -> None:
+        self.stack.airflow.call(
+            "POST",
+            f"dags/{self.dag_id}/clearTaskInstances",
+            json={"dag_run_id": self.run_id, "task_ids": [self.stage], "dry_run": False, "only_failed": False},
+        )
+
+    def fail_run(self) -> None:
+        self.stack.airflow.call("PATCH", self.path, json={"state": "failed"})
+
+    def seconds_until_stopped(self, submission_id: str, *, since: float) -> float:
+        """Until Ray says that the job has ended and its process is gone."""
+        driver = self.process("driver", submission_id)
+
+        def ended() -> bool:
+            status = {job["submission_id"]: job["status"] for job in self.jobs()}[submission_id]
+            return status == "STOPPED" and not driver.is_running()
+
+        self.stack.wait(f"{submission_id} of {self.name} stopped", ended, seconds=60)
+        return time.monotonic() - since
+
+    # ------------------------------------------------------------ log
+
+    def lines(self, submission_id: str) -> list[str]:
+        """The numbered lines that Ray has of a job."""
+        address = f"{self.stack.ray.url}/api/jobs/{submission_id}/logs"
+        answer = requests.get(address, headers=self.stack.ray.headers, timeout=30)
+        return _numbered(answer.json().get("logs") or "", submission_id) if answer.ok else []
+
+    def task_log(self) -> str:
+        folder = self.stack.logs / "tasks" / f"dag_id={self.dag_id}" / f"run_id={self.run_id}" / f"task_id={self.stage}"
+        return "\n".join(path.read_text(errors="replace") for path in sorted(folder.glob("attempt=*")))
+
+    def lost_lines(self) -> int:
+        """Lines of jobs that ended by themselves which the task log does not have."""
+        shown, lost = self.task_log(), 0
+        for job in self.jobs():
+            if job["status"] == "SUCCEEDED":
+                known = set(_numbered(shown, job["submission_id"]))
+                lost += len(set(self.lines(job["submission_id"])) - known)
+        return lost
+
+    def repeated_lines(self) -> int:
+        shown, repeated = self.task_log(), 0
+        for job in self.jobs():
+            numbers = _numbered(shown, job["submission_id"])
+            repeated += len(numbers) - len(set(numbers))
+        return repeated
+
+
+def _numbered(text: str, submission_id: str) -> list[str]:
+    return re.findall(rf"line (\d+) of {re.escape(submission_id)}\b", text)
+
+
+@contextmanager
+def chaos_stack(root: Path, dag_files: list[Path]) -> Iterator[ChaosStack]:
+    """Everything up; ended with all its processes when the block ends."""
+    layout = Layout(root)
+    for folder in (root / "dags", layout.airflow, layout.store, layout.logs / "tasks", root / "pids"):
+        folder.mkdir(parents=True)
+    for path in dag_files:
+        (root / "dags" / path.name).write_text(path.read_text())
+    secrets = StackSecrets.load_or_generate(layout)
+    write_airflow_passwords(layout, secrets.admin_password)
+    with ExitStack() as stack:
+        for_jobs = {"ARTIFACT_STORE": layout.store.as_uri(), "PYTHONPATH": str(REPOSITORY)}
+        ray = stack.enter_context(ray_server(num_cpus=8, environment=for_jobs))
+        at = urlsplit(ray.url)
+        assert at.hostname
+        assert at.port
+        proxies = {name: stack.enter_context(Proxy(at.hostname, at.port)) for name in CONNECTIONS}
+        record = StackRecord(
+            stack_id="chaos",
+            ports={"airflow": any_free(), "ray_dashboard": at.port, "mlflow": any_free()},
+            runtime_dir=str(root),
+            artifact_store=layout.store.as_uri(),
+        )
+        environment = _environment(layout, record, secrets, ray, proxies)
+        migrate = [sys.executable, "-m", "airflow", "db", "migrate"]
+        subprocess.run(migrate, env=environment, check=True, capture_output=True, timeout=240)
+        chaos = ChaosStack(
+            airflow=AirflowApi(record.airflow_url, user="admin", password=secrets.admin_password),
+            ray=ray,
+            store=open_store(layout.store.as_uri()),
+            logs=layout.logs,
+            pids=root / "pids",
+            proxies=proxies,
+            environment=environment,
+            port=record.ports["airflow"],
+        )
+        stack.callback(chaos.stop)
+        for name in ("api-server", "dag-processor", "scheduler", "triggerer"):
+            chaos.start(name)
+        yield chaos
+
+
+def _environment(
+    layout: Layout, record: StackRecord, secrets: StackSecrets, ray: RayServer, proxies: dict[str, Proxy]
+) -> dict[str, str]:
+    environment = {**stack_environment(layout, record, secrets), **SHORT}
+    # tests.servers marks what it starts, and a marker of ours would hide it
+    environment.pop("ATHANOR_STACK")
+    environment.pop("MLFLOW_TRACKING_URI")
+    connection = {"conn_type": "ray_jobs", "host": "127.0.0.1", "password": ray.token}
+    ports = {"ray_default": record.ports["ray_dashboard"], **{name: proxy.port for name, proxy in proxies.items()}}
+    for name, port in ports.items():
+        environment[f"AIRFLOW_CONN_{name.upper()}"] = json.dumps({**connection, "port": port})
+    return {
+        **environment,
+        "PYTHONPATH": str(REPOSITORY),
+        "RAY_AUTH_TOKEN": ray.token,
+        "CHAOS_PIDS": str(layout.checkout / "pids"),
+        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{layout.airflow}/airflow.db",
+    }

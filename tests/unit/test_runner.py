@@ -1,0 +1,39 @@
+"""Which failure a job tells of when several workers fail at once."""
+
+import pytest
+
+from stages.config.errors import Category, DataError, StageError
+from stages.runner import describe_failure
+
+
+class ActorDiedError(Exception):
+    """Named like Ray's."""
+
+
+class WorkerGroupError(Exception):
+    def __init__(self, *failures: BaseException) -> None:
+        super().__init__("workers failed")
+        self.worker_failures = dict(enumerate(failures))
+
+
+@pytest.mark.parametrize(
+    ("error", "category"),
+    [
+        (RuntimeError("boom"), Category.INFRASTRUCTURE),
+        (MemoryError(), Category.OUT_OF_MEMORY),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), Category.OUT_OF_MEMORY),
+        (ActorDiedError("The actor died unexpectedly"), Category.LOST),
+        (ActorDiedError("killed due to the node running low on memory"), Category.OUT_OF_MEMORY),
+        (StageError("disk full"), Category.INFRASTRUCTURE),
+    ],
+)
+def test_exceptions_are_sorted_into_categories(error: BaseException, category: Category):
+    assert describe_failure(error).category == category
+
+
+def test_the_worker_that_knows_why_speaks_for_those_that_failed_with_it():
+    peer = RuntimeError("gloo: connection closed by peer")
+    assert describe_failure(WorkerGroupError(peer, ActorDiedError("died"))).category == Category.LOST
+    assert describe_failure(WorkerGroupError(peer, MemoryError())).category == Category.OUT_OF_MEMORY
+    told = describe_failure(WorkerGroupError(peer, DataError("no pairs", advice="Bring some.")))
+    assert (told.category, told.message, told.advice) == (Category.DATA, "no pairs", "Bring some.")
