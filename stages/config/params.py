@@ -49,6 +49,8 @@ class PipelineParams(Config):
     """Every random choice of the run follows from it."""
     promotion: Promotion = Field(default=Promotion.AUTO, title="Promotion")
     """`auto` moves the alias `champion` when the aligned model wins; `never` registers candidates only."""
+    dry_run: bool = Field(default=False, title="Plan only")
+    """Stop after the plan: what would run or is there already, how long it takes, what it costs. Nothing is spent."""
     overrides: dict[str, Any] = Field(default_factory=dict, title="Overrides")
     """Changes to the recipe by dotted path, as JSON: `{"sft.optimizer.learning_rate": 0.0002}`. Unknown paths are
     refused."""
