@@ -1,20 +1,19 @@
 """The dozen fields a person fills in; the Airflow trigger form is generated from this class and typed nowhere else."""
 
 import re
-from enum import StrEnum
 from typing import Any
 
 from pydantic import Field, field_validator
 
-from stages.config.base import Config
+from stages.config.base import Choice, Config
 from stages.config.graph import Alignment, Stage
 
 
-class Promotion(StrEnum):
+class Promotion(Choice):
     """What happens after the evaluation."""
 
-    AUTO = "auto"
-    NEVER = "never"
+    AUTO = "auto", "Automatic, when it wins"
+    NEVER = "never", "Never, candidates only"
 
 
 class PipelineParams(Config):
