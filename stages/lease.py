@@ -11,10 +11,10 @@ Rows never shrink while their artifact does not exist: they go as a whole once i
 itself fences.
 """
 
-import json
 import logging
 import os
 import platform
+import re
 import threading
 import time
 import uuid
@@ -48,13 +48,13 @@ class LeaseTimes:
 
 
 class Owner(Config):
-    """Who builds; `task` names the task of a run over all its attempts, empty for a stage started by hand."""
+    """Who builds."""
 
     run_id: str
     run_name: str
     airflow_url: str
-    task: str
     submission_id: str
+    """Ray job; empty for a stage started by hand."""
     host: str
     pid: int
     since: str
@@ -63,17 +63,20 @@ class Owner(Config):
     @classmethod
     def of(cls, request: StageRequest) -> "Owner":
         run = request.run
-        task = json.dumps([run.dag_id, run.airflow_run_id, request.task_id]) if request.task_id else ""
         return cls(
             run_id=run.run_id,
             run_name=run.name,
             airflow_url=run.airflow_url,
-            task=task,
             submission_id=request.submission_id,
             host=platform.node(),
             pid=os.getpid(),
             since=utc_now(),
         )
+
+    @property
+    def lineage(self) -> str:
+        """What the jobs of one task instance have in common: their ids differ in the generation at the end alone."""
+        return re.sub(r"-\d+$", "", self.submission_id)
 
     def __str__(self) -> str:
         job = f"job {self.submission_id}, " if self.submission_id else ""
@@ -242,7 +245,7 @@ def _may_take_over(newest: Generation | None, owner: Owner, silent_seconds: floa
         return ""
     if newest.released:
         return "it ended without an artifact"
-    if newest.owner.task and newest.owner.task == owner.task:
+    if owner.lineage and newest.owner.lineage == owner.lineage:
         return "it was an earlier attempt of this task"
     if silent_seconds >= times.stale_seconds:
         return f"no heartbeat for {silent_seconds:.0f} s"

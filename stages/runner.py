@@ -44,6 +44,7 @@ from stages.tracking import NullTracker, Tracker, record_hit
 
 logger = logging.getLogger("athanor")
 
+_WAITING_SHOWN_SECONDS = 10.0
 _VERSIONED = ("torch", "transformers", "ray", "mlflow", "datatrove", "tokenizers", "athanor")
 
 
@@ -131,9 +132,13 @@ def identify_sources(request: StageRequest, config: Config) -> dict[str, str]:
 
 def _waiting(request: StageRequest, store: Store) -> Callable[[Owner, float], None]:
     """Show the progress of whoever builds what we wait for, as if it were our own, and say whose it is."""
-    progress = Progress(store, request.run.run_id, request.stage, printed_only=True)
+    progress, shown_at = Progress(store, request.run.run_id, request.stage, printed_only=True), -_WAITING_SHOWN_SECONDS
 
     def show(holder: Owner, seconds: float) -> None:
+        nonlocal shown_at
+        if seconds - shown_at < _WAITING_SHOWN_SECONDS:
+            return
+        shown_at = seconds
         key = run_key(holder.run_id, request.stage, "progress.json")
         latest = read_json(store, key) if store.exists(key) else {}
         done, total, unit = latest.get("done", 0), latest.get("total", 0), latest.get("unit", "step")

@@ -13,6 +13,7 @@ import pytest
 from stages import lease as lease_module
 from stages.artifacts import content_digest, find_manifest, publish, utc_now
 from stages.config.errors import Category
+from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
 from stages.config.request import Manifest, RunInfo, StageRequest
 from stages.lease import Lease, LeaseLostError, LeaseTimes, Owner, acquire
@@ -28,18 +29,12 @@ def store(tmp_path: Path) -> Store:
     return open_store((tmp_path / "store").as_uri())
 
 
-def owner(run: str, *, task: str = "tokenize", submission: str = "job-1") -> Owner:
+def owner(run: str, *, job: str = "athanor-{run}-1") -> Owner:
     info = RunInfo(run_id=run, name="demo", dag_id="llm_pipeline", airflow_run_id=run)
     request = StageRequest(
-        stage=Stage.TOKENIZE, run=info, store_uri="", config={}, execution=request_execution(), task_id=task
+        stage=Stage.TOKENIZE, run=info, store_uri="", config={}, execution=ExecutionConfig(), task_id="tokenize"
     )
-    return Owner.of(request.model_copy(update={"submission_id": submission}))
-
-
-def request_execution():
-    from stages.config.execution import ExecutionConfig
-
-    return ExecutionConfig()
+    return Owner.of(request.model_copy(update={"submission_id": job.format(run=run)}))
 
 
 def publish_empty(store: Store) -> None:
@@ -138,18 +133,26 @@ def test_a_killed_holder_is_taken_over_after_the_stale_time_and_not_before(store
 
 def test_the_next_attempt_of_the_same_task_does_not_wait_for_its_dead_predecessor(store: Store):
     patient = LeaseTimes(beat_seconds=0.05, stale_seconds=3600, poll_seconds=0.02)
-    dead = held(store, "run-1", patient, submission="job-1")  # never entered, never beats, never released
-    again = held(store, "run-1", patient, submission="job-2")
+    dead = held(store, "run-1", patient, job="athanor-tokenize-0123-9")  # never entered, never beats, never released
+    again = held(store, "run-1", patient, job="athanor-tokenize-0123-10")
     assert again.fence.number == 2
-    with pytest.raises(LeaseLostError, match="is being built by run run-1 \\(job job-2"):
+    with pytest.raises(LeaseLostError, match="is being built by run run-1 \\(job athanor-tokenize-0123-10"):
         dead.check()
 
 
+def test_jobs_of_one_task_instance_share_a_lineage_and_those_of_mapped_siblings_do_not():
+    from operators.submission import TaskKey
+
+    first, second = (TaskKey("d", "r", "tokenize", 0).submission_id(generation) for generation in (1, 12))
+    sibling = TaskKey("d", "r", "tokenize", 1).submission_id(1)
+    assert owner("r", job=first).lineage == owner("r", job=second).lineage
+    assert owner("r", job=first).lineage != owner("r", job=sibling).lineage
+
+
 def test_stages_started_by_hand_are_not_taken_for_attempts_of_one_task(store: Store):
-    assert owner("run-1", task="").task == ""
-    held(store, "run-1", task="")
+    held(store, "run-1", job="")
     started = time.monotonic()
-    held(store, "run-1", task="")
+    held(store, "run-1", job="")
     assert time.monotonic() - started >= QUICK.stale_seconds
 
 
@@ -222,6 +225,7 @@ def test_the_runner_builds_once_for_two_runs_and_says_whom_it_waits_for(
     monkeypatch.setenv("ATHANOR_SCRATCH", str(tmp_path / "scratch"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(lease_module, "LeaseTimes", lambda: QUICK)
+    monkeypatch.setattr("stages.runner._WAITING_SHOWN_SECONDS", 0.2)
     building, runs = threading.Event(), []
 
     def slow_verb(context: StageContext) -> StageOutcome:
