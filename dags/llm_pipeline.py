@@ -1,7 +1,7 @@
 """From raw text to an aligned, registered model, the whole story on one screen.
 
-    resolve ─ curate ─ tokenize ─ pretrain ─ sft ─┬─ reward ─ ppo ─┬─ evaluate ─ promote ─ report
-                                                  └────── dpo ─────┘
+    resolve ─ plan ─ curate ─ tokenize ─ pretrain ─ sft ─┬─ reward ─ ppo ─┬─ evaluate ─ promote ─ report
+                                                         └────── dpo ─────┘
 
 Every stage is a Ray job. A stage whose artifact exists is not run again; a stage that the run does not ask for skips
 itself. Skipped stages let the rest run, failed ones do not.
@@ -44,6 +44,13 @@ with DAG(
 
         return start_run(get_current_context())
 
+    @task.short_circuit(execution_timeout=timedelta(minutes=5))
+    def plan() -> bool:
+        """Say what will hit or run, how long and at what price, before anything is spent; a dry run ends here."""
+        from operators.plan import plan_run
+
+        return plan_run(get_current_context())
+
     @task(execution_timeout=timedelta(minutes=5))
     def close() -> None:
         """End the MLflow parent run, whatever happened; green only if all that was asked for is there."""
@@ -62,7 +69,7 @@ with DAG(
     promote = light(stage=Stage.PROMOTE)
     report = light(stage=Stage.REPORT)
 
-    chain(resolve(), curate, tokenize, pretrain, sft)
+    chain(resolve(), plan(), curate, tokenize, pretrain, sft)
     chain(sft, reward, ppo, evaluate)
     chain(sft, dpo, evaluate)
     chain(evaluate, promote, report, close().as_teardown(on_failure_fail_dagrun=True))

@@ -7,7 +7,11 @@ from typing import Any
 from airflow.sdk.definitions.param import Param, ParamsDict
 from pydantic.fields import FieldInfo
 
+from stages.config.base import Choice
+from stages.config.estimate import count_parameters, human
+from stages.config.execution import ExecutionConfig
 from stages.config.params import PipelineParams
+from stages.config.pipeline import PipelineConfig
 from stages.config.recipes import RECIPES
 
 # Sections of the form, in the order of the class's fields; a field that is not named belongs to the one before it.
@@ -32,6 +36,7 @@ def trigger_form() -> ParamsDict:
         form[name] = _param(field, _flat(schema["properties"][name], schema.get("$defs", {})), section=section)
     # Proposals rather than an enum: `resolve` answers an unknown recipe with the one that was probably meant.
     form["recipe"].schema["examples"] = list(RECIPES)
+    form["recipe"].schema["description_md"] += f"\n\n{recipe_table()}"
     return ParamsDict(form)
 
 
@@ -48,9 +53,47 @@ def _param(field: FieldInfo, schema: dict[str, Any], *, section: str) -> Param:
     if kind in _EMPTY_ALLOWED and not default:
         # Airflow's form insists on a value unless null is allowed.
         settings["type"] = [kind, "null"]
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Choice):
+        settings["values_display"] = {value: field.annotation(value).label for value in schema["enum"]}
     if field.examples and kind == "string":
         settings["examples"] = list(field.examples)
     return Param(default.value if isinstance(default, Enum) else default, **settings)
+
+
+def recipe_table() -> str:
+    """What an untouched field means: the recipes' main settings as Markdown, read off the recipes themselves."""
+    configs = {name: recipe() for name, recipe in RECIPES.items()}
+    columns = [_main_settings(config) for config in configs.values()]
+    lines = ["| |" + "".join(f" `{name}` |" for name in configs), "|---|" + "---|" * len(configs)]
+    lines += [f"| {name} |" + "".join(f" {column[name]} |" for column in columns) for name in columns[0]]
+    return "\n".join(lines)
+
+
+def _main_settings(config: PipelineConfig) -> dict[str, str]:
+    model, curate, ppo = config.pretrain.model, config.curate, config.ppo
+    limit = f", at most {human(curate.max_bytes)}B" if curate.max_bytes else ""
+    size = human(count_parameters(model, config.tokenize.vocab_size))
+    return {
+        "model": f"{size} parameters: {model.num_layers} layers of {model.hidden_size}",
+        "documents": f"{', '.join(curate.documents)}{limit}, filtered as {curate.profile}",
+        "pairs": f"{curate.max_instructions} instructions, {curate.max_preferences} preferences at most",
+        "tokens": f"{config.tokenize.vocab_size} in the vocabulary, {config.tokenize.sequence_length} of context",
+        "pretrain": f"{human(config.pretrain.max_tokens)} tokens, {config.pretrain.global_batch_size} rows a step",
+        "sft": f"{config.sft.num_epochs:g} epochs, learning rate {config.sft.optimizer.learning_rate:g}",
+        "reward": f"{config.reward.num_epochs:g} epochs, learning rate {config.reward.optimizer.learning_rate:g}",
+        "ppo": f"{ppo.num_rollouts} rollouts of {ppo.rollout_size} responses, {ppo.max_response_length} tokens each",
+        "dpo": f"{config.dpo.num_epochs:g} epochs, beta {config.dpo.beta:g}",
+        "workers": _workers(config.execution.pretrain),
+    }
+
+
+def _workers(execution: ExecutionConfig) -> str:
+    device = "GPU" if execution.gpus_per_worker else "CPU core"
+    number = execution.gpus_per_worker or execution.cpus_per_worker
+    each = f"{number:g} {device}{'s' if number > 1 else ''}"
+    return (
+        f"{execution.num_workers} of {each}, {execution.engine}" if execution.num_workers else f"the job's own, {each}"
+    )
 
 
 def _help(field: FieldInfo) -> str:

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from operators.links import mlflow_artifact_page
 from stages.config.request import ArtifactRef, RunInfo
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 _TIMEOUT_SECONDS = 10.0
 RUN_TAG = "athanor.run_id"
+DRY_RUN_TAG = "athanor.dry_run"
 _STAGE_TAG = "lineage.stage"
 """Child runs have it, the parent run has not."""
 _HIT_TAG = "athanor.stage"
@@ -93,6 +95,22 @@ def note_hit(run: RunInfo, stage: str, artifact: ArtifactRef) -> None:
             server.set_tag(run.parent_run_id, f"{_HIT_TAG}.{stage}", json.dumps(record))
     except MlflowUnavailableError as error:
         logger.warning("The MLflow parent run does not tell that %s hit: %s", stage, error)
+
+
+def log_plan(run: RunInfo, page: str, data: str, *, dry_run: bool) -> None:
+    """Put the plan on the parent run, as files and, for a dry run, as its description; warns when MLflow is away."""
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if run.parent_run_id is None or not tracking_uri.startswith(("http://", "https://")):
+        return
+    try:
+        with MlflowServer(tracking_uri) as server:
+            if dry_run:
+                server.set_tag(run.parent_run_id, DRY_RUN_TAG, "true")
+                server.set_tag(run.parent_run_id, "mlflow.note.content", page)
+            for name, text in (("plan.md", page), ("plan.json", data)):
+                server.log_text(run.parent_run_id, name, text)
+    except MlflowUnavailableError as error:
+        logger.warning("The plan is not in MLflow: %s", error)
 
 
 def parent_artifact_page(child_run_id: str, path: str) -> str | None:
@@ -187,6 +205,21 @@ class MlflowServer:
 
     def set_tag(self, run_id: str, key: str, value: str) -> None:
         self._call("POST", "runs/set-tag", {"run_id": run_id, "key": key, "value": value})
+
+    def log_text(self, run_id: str, name: str, text: str) -> None:
+        """Store a small file with a run, through the tracking server's own artifact service."""
+        import httpx
+
+        root = urlsplit(self._call("GET", "runs/get", {"run_id": run_id})["run"]["info"]["artifact_uri"])
+        if root.scheme != "mlflow-artifacts":
+            raise MlflowUnavailableError(f"artifacts of this server lie in {root.scheme}://, not behind it")
+        where = f"/api/2.0/mlflow-artifacts/artifacts{root.path}/{name}"
+        try:
+            answer = self._http.put(where, content=text.encode())
+        except httpx.HTTPError as error:
+            raise MlflowUnavailableError(f"MLflow {name}: {type(error).__name__}: {error}") from None
+        if answer.status_code >= 400:
+            raise MlflowUnavailableError(f"MLflow {name}: HTTP {answer.status_code}: {answer.text[:300]}")
 
     def _experiment(self, name: str) -> str:
         query = {"experiment_name": name}

@@ -27,7 +27,9 @@ def load_config(store: Store, run: RunInfo) -> PipelineConfig:
 
 
 def selection(config: PipelineConfig) -> frozenset[Stage]:
-    """Return the stages that this run executes."""
+    """Return the stages that this run executes: none when it is to end after its plan."""
+    if config.dry_run:
+        return frozenset()
     return selected_stages(
         alignment=config.alignment, last_stage=config.last_stage, has_base_model=bool(config.base_model)
     )

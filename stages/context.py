@@ -9,6 +9,7 @@ from stages.config.base import Config
 from stages.config.errors import ConfigError
 from stages.config.execution import ExecutionConfig
 from stages.config.request import ArtifactRef, FileEntry, RunInfo, StageRequest
+from stages.lease import Fence
 from stages.progress import Progress
 from stages.store import Store
 from stages.tracking import NullTracker, Tracker
@@ -37,6 +38,8 @@ class StageContext:
     output_dir: Path
     tracker: Tracker | NullTracker
     progress: Progress
+    fence: Fence | None = None
+    """Proof that this process still is the one that builds; None where nobody else can, as in tests of verbs."""
 
     @property
     def execution(self) -> ExecutionConfig:
@@ -49,6 +52,11 @@ class StageContext:
     @property
     def inputs(self) -> dict[str, ArtifactRef]:
         return self.request.inputs
+
+    def check_lease(self) -> None:
+        """Raise LeaseLostError when another process has taken over this build; ask before publishing anything."""
+        if self.fence is not None:
+            self.fence.check(self.store)
 
     def input_dir(self, role: str) -> Path:
         """Return a local folder with the files of an upstream artifact."""

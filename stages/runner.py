@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -37,12 +37,14 @@ from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import stage_config_from_json
 from stages.config.request import Failure, InputEntry, Manifest, StageRequest, StageResult
 from stages.context import StageContext, StageOutcome
+from stages.lease import Fence, Owner, acquire
 from stages.progress import Progress
-from stages.store import Store, open_store, write_json
+from stages.store import Store, open_store, read_json, write_json
 from stages.tracking import NullTracker, Tracker, record_hit
 
 logger = logging.getLogger("athanor")
 
+_WAITING_SHOWN_SECONDS = 10.0
 _VERSIONED = ("torch", "transformers", "ray", "mlflow", "datatrove", "tokenizers", "athanor")
 
 
@@ -102,13 +104,21 @@ def execute(request: StageRequest, store: Store) -> StageResult:
     started = time.monotonic()
     config = stage_config_from_json(request.stage, request.config)
     sources = identify_sources(request, config)
+    kind = GRAPH[request.stage].kind
     identity = fingerprint(request.stage, config, inputs=request.inputs, sources=sources)
-    manifest = find_intact(store, GRAPH[request.stage].kind, identity)
-    if manifest is not None:
-        ref = manifest.ref(artifact_uri(store, manifest.kind, identity))
-        record_hit(request, ref)
-        return StageResult(stage=request.stage, hit=True, artifact=ref, metrics=manifest.metrics)
-    manifest = _build(request, config, store, sources=sources, identity=identity)
+    while True:
+        manifest = find_intact(store, kind, identity)
+        if manifest is not None:
+            ref = manifest.ref(artifact_uri(store, manifest.kind, identity))
+            record_hit(request, ref)
+            return StageResult(stage=request.stage, hit=True, artifact=ref, metrics=manifest.metrics)
+        lease = acquire(
+            store, kind=kind, fingerprint=identity, owner=Owner.of(request), on_wait=_waiting(request, store)
+        )
+        if lease is not None:
+            break
+    with lease:
+        manifest = _build(request, config, store, sources=sources, identity=identity, fence=lease.fence)
     ref = manifest.ref(artifact_uri(store, manifest.kind, identity))
     wall_seconds = round(time.monotonic() - started, 3)
     return StageResult(
@@ -129,7 +139,26 @@ def identify_sources(request: StageRequest, config: Config) -> dict[str, str]:
     return {uri: snapshot_base_model(uri) for uri in request.sources}
 
 
-def _build(request: StageRequest, config: Config, store: Store, *, sources: dict[str, str], identity: str) -> Manifest:
+def _waiting(request: StageRequest, store: Store) -> Callable[[Owner, float], None]:
+    """Show the progress of whoever builds what we wait for, as if it were our own, and say whose it is."""
+    progress, shown_at = Progress(store, request.run.run_id, request.stage, printed_only=True), -_WAITING_SHOWN_SECONDS
+
+    def show(holder: Owner, seconds: float) -> None:
+        nonlocal shown_at
+        if seconds - shown_at < _WAITING_SHOWN_SECONDS:
+            return
+        shown_at = seconds
+        key = run_key(holder.run_id, request.stage, "progress.json")
+        latest = read_json(store, key) if store.exists(key) else {}
+        done, total, unit = latest.get("done", 0), latest.get("total", 0), latest.get("unit", "step")
+        progress(done, total, unit, waiting_for=f"run {holder.run_id}, which builds it", waited_seconds=seconds)
+
+    return show
+
+
+def _build(
+    request: StageRequest, config: Config, store: Store, *, sources: dict[str, str], identity: str, fence: Fence
+) -> Manifest:
     verb = importlib.import_module(f"stages.{request.stage.value}")
     with _scratch_folder() as work_dir:
         execution = request.execution
@@ -140,14 +169,18 @@ def _build(request: StageRequest, config: Config, store: Store, *, sources: dict
         tracker = Tracker(request, work_dir / "spool")
         output_dir = work_dir / "output"
         output_dir.mkdir()
-        context = StageContext(request, config, identity, sources, store, work_dir, output_dir, tracker, progress)
+        context = StageContext(
+            request, config, identity, sources, store, work_dir, output_dir, tracker, progress, fence
+        )
         try:
             tracker.start(fingerprint=identity, params=_flat_params(config), tags=_tags(request))
             outcome = verb.run(context)
+            context.check_lease()
             manifest = _manifest(context, outcome)
             model_dir = output_dir if GRAPH[request.stage].trains else None
             run_id, model_id = tracker.finish(manifest, model_dir=model_dir)
             manifest = manifest.model_copy(update={"mlflow_run_id": run_id, "mlflow_model_id": model_id})
+            context.check_lease()
             publish(store, manifest)
         except BaseException as error:
             tracker.fail(f"{type(error).__name__}: {error}")
@@ -159,7 +192,9 @@ def _build(request: StageRequest, config: Config, store: Store, *, sources: dict
 
 
 @contextmanager
-def worker_context(request: StageRequest, identity: str, sources: dict[str, str]) -> Iterator[StageContext]:
+def worker_context(
+    request: StageRequest, identity: str, sources: dict[str, str], fence: Fence | None
+) -> Iterator[StageContext]:
     """The context of a Ray Train worker: same stage, own scratch folder; only rank 0 reports."""
     store = open_store(request.store_uri)
     first = os.environ.get("RANK", "0") == "0"
@@ -177,7 +212,9 @@ def worker_context(request: StageRequest, identity: str, sources: dict[str, str]
         output_dir.mkdir()
         tracker.start(fingerprint=identity, params=_flat_params(config), tags=_tags(request))
         try:
-            yield StageContext(request, config, identity, sources, store, work_dir, output_dir, tracker, progress)
+            yield StageContext(
+                request, config, identity, sources, store, work_dir, output_dir, tracker, progress, fence
+            )
         finally:
             tracker.close()
             progress.close()

@@ -2,31 +2,32 @@
 read it here."""
 
 from dataclasses import dataclass
-from enum import StrEnum
+
+from stages.config.base import Choice
 
 
-class Stage(StrEnum):
+class Stage(Choice):
     """The pipeline's units in the order in which they first make sense."""
 
-    CURATE = "curate"
-    TOKENIZE = "tokenize"
-    PRETRAIN = "pretrain"
-    SFT = "sft"
-    REWARD = "reward"
-    PPO = "ppo"
-    DPO = "dpo"
-    EVALUATE = "evaluate"
-    PROMOTE = "promote"
-    REPORT = "report"
+    CURATE = "curate", "Curate: clean, deduplicated text and pairs"
+    TOKENIZE = "tokenize", "Tokenize: tokenizer and packed tokens"
+    PRETRAIN = "pretrain", "Pretrain: the base model"
+    SFT = "sft", "SFT: the model that follows instructions"
+    REWARD = "reward", "Reward: the model of preferences"
+    PPO = "ppo", "PPO: aligned by reinforcement learning"
+    DPO = "dpo", "DPO: aligned by preference optimisation"
+    EVALUATE = "evaluate", "Evaluate: all models side by side"
+    PROMOTE = "promote", "Promote: registered models and the champion"
+    REPORT = "report", "Report: the whole pipeline"
 
 
-class Alignment(StrEnum):
+class Alignment(Choice):
     """How the SFT model is aligned."""
 
-    PPO = "ppo"
-    DPO = "dpo"
-    BOTH = "both"
-    NONE = "none"
+    PPO = "ppo", "PPO: reinforcement learning against the reward model"
+    DPO = "dpo", "DPO: directly from preference pairs"
+    BOTH = "both", "Both, side by side"
+    NONE = "none", "None: stop at instructions"
 
 
 @dataclass(frozen=True)

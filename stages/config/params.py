@@ -1,20 +1,19 @@
 """The dozen fields a person fills in; the Airflow trigger form is generated from this class and typed nowhere else."""
 
 import re
-from enum import StrEnum
 from typing import Any
 
 from pydantic import Field, field_validator
 
-from stages.config.base import Config
+from stages.config.base import Choice, Config
 from stages.config.graph import Alignment, Stage
 
 
-class Promotion(StrEnum):
+class Promotion(Choice):
     """What happens after the evaluation."""
 
-    AUTO = "auto"
-    NEVER = "never"
+    AUTO = "auto", "Automatic, when it wins"
+    NEVER = "never", "Never, candidates only"
 
 
 class PipelineParams(Config):
@@ -49,6 +48,8 @@ class PipelineParams(Config):
     """Every random choice of the run follows from it."""
     promotion: Promotion = Field(default=Promotion.AUTO, title="Promotion")
     """`auto` moves the alias `champion` when the aligned model wins; `never` registers candidates only."""
+    dry_run: bool = Field(default=False, title="Plan only")
+    """Stop after the plan: what would run or is there already, how long it takes, what it costs. Nothing is spent."""
     overrides: dict[str, Any] = Field(default_factory=dict, title="Overrides")
     """Changes to the recipe by dotted path, as JSON: `{"sft.optimizer.learning_rate": 0.0002}`. Unknown paths are
     refused."""

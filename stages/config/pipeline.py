@@ -54,6 +54,8 @@ class PipelineConfig(Config):
     """Later stages are skipped."""
     base_model: str = ""
     """Model to start from; empty = pretrain from scratch."""
+    dry_run: bool = False
+    """End after the plan; no stage runs."""
     experiment: str = Field(default="athanor", min_length=1)
     """MLflow experiment."""
     curate: CurateConfig

@@ -130,7 +130,7 @@ def tiny(*, seed: int = 0) -> PipelineConfig:
 
 
 def llama_1b(*, seed: int = 0) -> PipelineConfig:
-    """A Llama-style model of 1.2 billion parameters on eight GPUs; bring your own documents."""
+    """A Llama-style model of a billion parameters on eight GPUs; bring your own documents."""
     train = ExecutionConfig(
         num_workers=8,
         cpus_per_worker=8,

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +38,18 @@ class Checkpoint:
 class Checkpointer:
     """Saves and finds the checkpoints of one fingerprint; only rank 0 writes."""
 
-    def __init__(self, store: Store, fingerprint: str, *, keep: int, rank: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        fingerprint: str,
+        *,
+        keep: int,
+        rank: int,
+        before_publishing: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`before_publishing` raises when this process may not write any more."""
         self._store, self._keep, self._rank = store, keep, rank
+        self._before_publishing = before_publishing
         self._prefix = f"checkpoints/{fingerprint}"
         self._writer: threading.Thread | None = None
         self._problem: BaseException | None = None
@@ -57,6 +68,8 @@ class Checkpointer:
             self._writer = None
         if self._problem is not None:
             problem, self._problem = self._problem, None
+            if isinstance(problem, StageError):
+                raise problem
             raise StageError(f"a checkpoint could not be written: {problem}", advice="Look at the store.") from problem
 
     def latest(self) -> Checkpoint | None:
@@ -74,6 +87,7 @@ class Checkpointer:
 
     def _write(self, checkpoint: Checkpoint) -> None:
         try:
+            self._before_publishing()
             folder = f"{self._prefix}/{_folder(checkpoint.step)}"
             lines = "".join(json.dumps(row) + "\n" for row in checkpoint.history)
             files = {

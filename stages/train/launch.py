@@ -43,6 +43,7 @@ def launch(context: StageContext, body: Body) -> StageOutcome:
             "request": context.request.model_dump(mode="json"),
             "fingerprint": context.fingerprint,
             "sources": context.sources,
+            "fence": context.fence.model_dump() if context.fence else None,
             "body": f"{body.__module__}:{body.__name__}",
         },
         scaling_config=ScalingConfig(
@@ -108,14 +109,17 @@ def describe_shortage(execution: ExecutionConfig, total: dict[str, float], free:
 
 def _on_worker(arguments: dict[str, Any]) -> dict[str, Any] | None:
     """Body of a worker process: rebuild the context, run, publish the files of rank 0."""
+    from stages.lease import Fence
     from stages.runner import worker_context
 
     request = StageRequest.model_validate(arguments["request"])
     module, _, name = arguments["body"].partition(":")
-    with worker_context(request, arguments["fingerprint"], arguments["sources"]) as context:
+    fence = Fence.model_validate(arguments["fence"]) if arguments["fence"] else None
+    with worker_context(request, arguments["fingerprint"], arguments["sources"], fence) as context:
         outcome: StageOutcome = getattr(importlib.import_module(module), name)(context)
         if os.environ.get("RANK", "0") != "0":
             return None
+        context.check_lease()
         kind = GRAPH[request.stage].kind
         files = upload_files(context.store, context.output_dir, kind=kind, fingerprint=context.fingerprint)
         return _to_json(StageOutcome(outcome.metrics, outcome.ledger, files))

@@ -50,7 +50,13 @@ def train_on_worker(context: StageContext) -> StageOutcome:
     engine = Engine(prepared.parts, config, execution)
     objective = prepared.objective(engine)
     _check_size(objective, context)
-    checkpointer = Checkpointer(context.store, context.fingerprint, keep=execution.keep_checkpoints, rank=engine.rank)
+    checkpointer = Checkpointer(
+        context.store,
+        context.fingerprint,
+        keep=execution.keep_checkpoints,
+        rank=engine.rank,
+        before_publishing=context.check_lease,
+    )
     history = train(
         objective,
         engine,

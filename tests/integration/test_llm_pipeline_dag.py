@@ -69,13 +69,17 @@ def jobs_of(run: Run) -> int:
 
 
 def parent_status(mlflow_server: str, run: Run) -> str:
+    return parent_run(mlflow_server, run)["info"]["status"]
+
+
+def parent_run(mlflow_server: str, run: Run) -> dict[str, Any]:
     tag = run.run_id.replace(":", "-").replace("+", "-")
     experiment = requests.get(
         f"{mlflow_server}/api/2.0/mlflow/experiments/get-by-name", params={"experiment_name": "athanor"}, timeout=10
     ).json()["experiment"]["experiment_id"]
     body = {"experiment_ids": [experiment], "filter": f"tags.`athanor.run_id` = '{tag}'"}
     (found,) = requests.post(f"{mlflow_server}/api/2.0/mlflow/runs/search", json=body, timeout=10).json()["runs"]
-    return found["info"]["status"]
+    return found
 
 
 def test_a_run_without_alignment_skips_what_it_does_not_need_and_its_repetition_builds_nothing(
@@ -83,7 +87,10 @@ def test_a_run_without_alignment_skips_what_it_does_not_need_and_its_repetition_
 ):
     params = {"alignment": "none", "last_stage": "evaluate"}
     first = play("succeed", **params)
-    done, skipped = {"resolve", "curate", "tokenize", "pretrain", "sft", "evaluate", "close"}, {"reward", "ppo", "dpo"}
+    done, skipped = (
+        {"resolve", "plan", "curate", "tokenize", "pretrain", "sft", "evaluate", "close"},
+        {"reward", "ppo", "dpo"},
+    )
     expected = {**dict.fromkeys(done, "success"), **dict.fromkeys(skipped | {"promote", "report"}, "skipped")}
     assert (first.state, first.states) == ("success", expected)
     assert jobs_of(first) == 5
@@ -92,6 +99,25 @@ def test_a_run_without_alignment_skips_what_it_does_not_need_and_its_repetition_
     again = play("succeed", **params)
     assert (again.state, again.states) == ("success", expected)
     assert jobs_of(again) == 1  # curate: only its job can see whether the outside documents have changed
+
+
+def test_a_dry_run_ends_green_after_its_plan_and_spends_nothing(
+    play: Callable[..., Run], mlflow_server: str, store_uri: str
+):
+    run = play("succeed", dry_run=True, seed=3)
+    expected = {**dict.fromkeys(Stage, "skipped"), **dict.fromkeys(("resolve", "plan", "close"), "success")}
+    assert (run.state, run.states) == ("success", expected)
+    assert jobs_of(run) == 0
+    took = run.tasks["plan"].end_date - run.tasks["plan"].start_date
+    assert took.total_seconds() < 2 + 3  # two for the plan, the rest for Airflow's test runner on a busy machine
+    found = parent_run(mlflow_server, run)
+    tags = {tag["key"]: tag["value"] for tag in found["data"]["tags"]}
+    assert (found["info"]["status"], tags["athanor.dry_run"]) == ("FINISHED", "true")
+    assert "| pretrain | run |" in tags["mlflow.note.content"]
+    listed = requests.get(
+        f"{mlflow_server}/api/2.0/mlflow/artifacts/list", params={"run_id": found["info"]["run_id"]}, timeout=10
+    ).json()
+    assert {file["path"] for file in listed["files"]} == {"plan.md", "plan.json"}
 
 
 def test_a_failed_stage_makes_the_run_red_and_nothing_after_it_runs(play: Callable[..., Run], mlflow_server: str):

@@ -16,7 +16,7 @@ HEAVY = {Stage.CURATE, Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.PPO, Stage
 
 
 def test_every_stage_is_a_task_of_its_own_name_between_resolve_and_close():
-    assert set(llm_pipeline.task_ids) == {"resolve", "close", *Stage}
+    assert set(llm_pipeline.task_ids) == {"resolve", "plan", "close", *Stage}
     assert {stage: task.stage for stage, task in STAGES.items() if isinstance(task, StageOperator)} == {
         stage: stage.value for stage in Stage
     }
@@ -27,7 +27,8 @@ def test_every_stage_is_a_task_of_its_own_name_between_resolve_and_close():
 def test_the_drawing_is_the_one_of_the_docstring():
     edges = {(up.task_id, down) for up in llm_pipeline.tasks for down in up.downstream_task_ids}
     assert edges == {
-        ("resolve", "curate"),
+        ("resolve", "plan"),
+        ("plan", "curate"),
         ("curate", "tokenize"),
         ("tokenize", "pretrain"),
         ("pretrain", "sft"),
@@ -86,7 +87,7 @@ def test_policy_owner_retries_timeouts_pools_tags_and_documentation():
         assert task.timeout is not None
         assert task.deferrable
         assert task.pool == ("gpu" if stage in HEAVY else "default_pool")
-    for name in ("resolve", "close"):
+    for name in ("resolve", "plan", "close"):
         assert llm_pipeline.task_dict[name].execution_timeout is not None
 
 

@@ -39,7 +39,7 @@ def test_the_untouched_form_is_the_default_run():
 
 
 def test_a_form_whose_empty_fields_come_as_null_is_the_default_run():
-    emptied = {name: value or None for name, value in FORM.validate().items() if name != "seed"}
+    emptied = {name: value or None for name, value in FORM.validate().items() if not isinstance(value, int)}
     for name, value in emptied.items():
         param(name).resolve(value)
     assert parse_params(form_values(emptied)) == DEFAULTS
@@ -48,6 +48,29 @@ def test_a_form_whose_empty_fields_come_as_null_is_the_default_run():
 def test_choices_are_the_values_of_the_enums():
     assert param("alignment").schema["enum"] == [choice.value for choice in Alignment]
     assert param("last_stage").schema["enum"] == [stage.value for stage in Stage]
+
+
+@pytest.mark.parametrize("name", ["alignment", "last_stage", "promotion"])
+def test_every_choice_has_a_label_that_says_more_than_its_value(name: str):
+    shown = param(name)
+    assert list(shown.schema["values_display"]) == shown.schema["enum"]
+    for value, label in shown.schema["values_display"].items():
+        assert len(label) > len(value) + 3, f"{value!r} has no label; write it beside the value in its class"
+
+
+def test_what_the_recipes_set_is_read_off_the_recipes():
+    shown, demo, llama = param("recipe").schema["description_md"], RECIPES["demo"](), RECIPES["llama_1b"]()
+    rows = {row.split("|")[1].strip(): row for row in shown.splitlines() if row.startswith("|")}
+    assert [cell.strip(" `") for cell in rows[""].split("|")[2:-1]] == list(RECIPES)
+    assert f"| {demo.ppo.num_rollouts} rollouts of {demo.ppo.rollout_size} responses" in rows["ppo"]
+    assert "10.1 M parameters" in rows["model"]
+    assert f"{llama.execution.pretrain.num_workers} of 1 GPU, fsdp" in rows["workers"]
+    assert len({row.count("|") for row in rows.values()}) == 1
+
+
+def test_a_dry_run_is_a_switch():
+    assert (param("dry_run").schema["type"], param("dry_run").value) == ("boolean", False)
+    assert resolve(form_values(FORM.validate() | {"dry_run": True})).dry_run
 
 
 def test_recipes_are_proposed_and_not_enforced_so_that_resolve_can_say_which_one_was_meant():

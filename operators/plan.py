@@ -1,0 +1,288 @@
+"""What a run will do before it spends anything: per stage hit or run, why, how long, how much memory, at what price.
+
+The walk is the pipeline's own: each stage's request is built and fingerprinted as its task will do it, with the
+fingerprints, not the contents, of the stages before. So the plan needs no job and knows stages that do not exist yet.
+Only outside data is identified elsewhere, by the job, where it lies; there the plan says what holds if it has not
+changed since it was last read.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any
+
+from pydantic import ValidationError
+
+from operators.prepare import build_request, input_stages, selection
+from stages.artifacts import artifact_uri, find_manifest, fingerprint, verify
+from stages.config.base import Config
+from stages.config.errors import DamagedArtifactError
+from stages.config.estimate import (
+    DataCounts,
+    Devices,
+    Estimate,
+    Measured,
+    assumed_counts,
+    count_parameters,
+    estimate,
+    num_devices,
+    workload,
+)
+from stages.config.execution import ExecutionConfig
+from stages.config.graph import GRAPH, Stage
+from stages.config.pipeline import CONFIG_CLASSES, PipelineConfig, stage_config_from_json
+from stages.config.request import ArtifactRef, Manifest, RunInfo
+from stages.explain import BY_JOB, NEW, Builds, differences, identity_fields
+from stages.store import Store
+
+logger = logging.getLogger(__name__)
+
+_MAX_DIFFERENCES = 3
+
+
+class Verdict(StrEnum):
+    """What the stage's task will do."""
+
+    HIT = "hit"
+    HIT_IF_UNCHANGED = "hit if unchanged"
+    RUN = "run"
+    UNKNOWN = "unknown"
+
+
+class StagePlan(Config):
+    stage: Stage
+    verdict: Verdict
+    why: str
+    estimate: Estimate | None = None
+    """None for a certain hit, which costs nothing."""
+
+
+class Plan(Config):
+    """Table of a run, in the order of its stages."""
+
+    recipe: str
+    dry_run: bool
+    stages: tuple[StagePlan, ...]
+
+    def of(self, stage: Stage) -> StagePlan:
+        return next(plan for plan in self.stages if plan.stage is stage)
+
+
+def make_plan(config: PipelineConfig, *, run: RunInfo, store: Store, devices: Devices | None = None) -> Plan:
+    """Walk the graph; reads manifests only and changes nothing."""
+    config, dry_run = config.model_copy(update={"dry_run": False}), config.dry_run
+    walk = _Walk(config, run, store, devices or Devices())
+    stages = tuple(walk.stage(stage) for stage in Stage if stage in walk.selected)
+    return Plan(recipe=config.recipe, dry_run=dry_run, stages=stages)
+
+
+class _Walk:
+    """From stage to stage: what is known of the artifacts so far, existing or not."""
+
+    def __init__(self, config: PipelineConfig, run: RunInfo, store: Store, devices: Devices) -> None:
+        self._config, self._run, self._store, self._devices = config, run, store, devices
+        self.selected = selection(config)
+        self._refs: dict[Stage, ArtifactRef | None] = {}
+        """None: it will be built, with a fingerprint that no artifact has yet."""
+        self._unchanged: dict[Stage, str] = {}
+        """Stages whose fingerprint holds only if outside data is what it was, and which data."""
+        self._counts = assumed_counts(config)
+        self._parameters: int | None = None
+        """Size of a given base model, from a build that started from it."""
+
+    def stage(self, stage: Stage) -> StagePlan:
+        builds = Builds(self._store, stage)
+        verdict, why, manifest = self._verdict(stage, builds)
+        if stage is Stage.TOKENIZE:
+            self._counts = _counted(self._config, manifest, builds) or self._counts
+        took = None if verdict is Verdict.HIT else self._estimate(stage, builds)
+        return StagePlan(stage=stage, verdict=verdict, why=why, estimate=took)
+
+    def _verdict(self, stage: Stage, builds: Builds) -> tuple[Verdict, str, Manifest | None]:
+        sources = input_stages(stage, self._config).values()
+        anew = [source for source in dict.fromkeys(sources) if self._refs[source] is None]
+        placeholder = ArtifactRef(kind="", uri="", fingerprint=NEW, digest="")
+        upstream = {source: self._refs[source] or placeholder for source in sources}
+        request = build_request(stage, run=self._run, store=self._store, config=self._config, upstream=upstream)
+        inputs = {role: ref.fingerprint for role, ref in request.inputs.items()}
+        assumed = [self._unchanged[source] for source in sources if source in self._unchanged]
+        wanted = identity_fields(stage, request.config, inputs=inputs, sources={})
+        digests: dict[str, str] = {}
+        if request.sources and not anew:
+            seen = builds.known_sources(wanted, request.sources)
+            if seen is None and not builds.complete:
+                self._refs[stage] = None
+                return Verdict.UNKNOWN, f"{_named(request.sources)} is identified by the job, where it lies", None
+            if seen is not None:
+                digests = seen.sources
+                assumed.append(f"{_named(request.sources)} is as it was {seen.created_at[:16]} (its job will see)")
+        wanted |= {f"source {uri}": digests.get(uri, BY_JOB) for uri in request.sources}
+        manifest, damage = None, ""
+        self._refs[stage] = None
+        if not anew and len(digests) == len(request.sources):
+            stage_config = stage_config_from_json(stage, request.config)
+            identity = fingerprint(stage, stage_config, inputs=request.inputs, sources=digests)
+            manifest, damage = self._intact(GRAPH[stage].kind, identity)
+            uri = artifact_uri(self._store, GRAPH[stage].kind, identity)
+            digest = manifest.digest if manifest else ""
+            self._refs[stage] = ArtifactRef(kind=GRAPH[stage].kind, uri=uri, fingerprint=identity, digest=digest)
+            if assumed:
+                self._unchanged[stage] = "; ".join(dict.fromkeys(assumed))
+        if manifest is None:
+            return Verdict.RUN, damage or _explain(builds, wanted), None
+        built = f"built {manifest.created_at[:16]}"
+        if stage in self._unchanged:
+            return Verdict.HIT_IF_UNCHANGED, f"{built}, if {self._unchanged[stage]}", manifest
+        return Verdict.HIT, built, manifest
+
+    def _intact(self, kind: str, identity: str) -> tuple[Manifest | None, str]:
+        manifest = find_manifest(self._store, kind, identity)
+        try:
+            if manifest is not None:
+                verify(self._store, manifest)
+        except DamagedArtifactError as error:
+            return None, f"damaged: {error.message}"
+        return manifest, ""
+
+    def _estimate(self, stage: Stage, builds: Builds) -> Estimate:
+        try:
+            self._parameters = self._parameters or _given_size(self._config.base_model, builds)
+            return estimate(
+                stage,
+                self._config,
+                selected=self.selected,
+                counts=self._counts,
+                devices=self._devices,
+                measured=self._measured(stage, builds),
+                measured_parameters=self._parameters,
+            )
+        except Exception as error:  # noqa: BLE001 - a plan is a courtesy: the run must not depend on its arithmetic
+            logger.warning("No estimate for %s: %s: %s", stage.value, type(error).__name__, error)
+            return Estimate(basis=(f"unknown: {type(error).__name__}: {error}",))
+
+    def _measured(self, stage: Stage, builds: Builds) -> Measured | None:
+        """Return the newest build on the same kind of device that tells its time."""
+        on_gpu = num_devices(self._config.stage_execution(stage))[1]
+        for manifest in builds.manifests:
+            known = {key: value for key, value in manifest.execution.items() if key in ExecutionConfig.model_fields}
+            try:
+                number, was_gpu = num_devices(ExecutionConfig.model_validate(known))
+                earlier = self._config.model_copy(
+                    update={stage.value: CONFIG_CLASSES[stage].model_validate(manifest.config)}
+                )
+            except ValidationError:
+                continue  # of a version whose settings were others: no measure for today's
+            if was_gpu != on_gpu or not manifest.cost.wall_seconds:
+                continue
+            load = workload(stage, earlier, self._counts, selected=self.selected)
+            size = _stored_parameters(manifest) or self._known_parameters()
+            return Measured(
+                fingerprint=manifest.fingerprint,
+                wall_seconds=manifest.cost.wall_seconds,
+                devices=number,
+                on_gpu=was_gpu,
+                peak_memory_bytes=manifest.cost.peak_memory_bytes,
+                work=load.passes * size if load and size else None,
+            )
+        return None
+
+    def _known_parameters(self) -> int | None:
+        if self._config.base_model:
+            return self._parameters
+        return count_parameters(self._config.pretrain.model, self._counts.vocab_size)
+
+
+def _counted(config: PipelineConfig, manifest: Manifest | None, builds: Builds) -> DataCounts | None:
+    """What the tokenizer counted: in the very artifact, else in the newest one."""
+    source = manifest or next(iter(builds.manifests), None)
+    try:
+        ledger = source.ledger["train"] if source else None
+        kept = ledger["conversations"]["kept"] if ledger else 0
+        if not source or not ledger or not kept:
+            return None
+        return DataCounts(
+            conversations=kept,
+            conversation_tokens=ledger["conversations"]["tokens"] / kept,
+            preferences=ledger["preferences"].get("kept", 0),
+            vocab_size=int(source.metrics["tokens/vocab_size"]) if manifest else config.tokenize.vocab_size,
+            basis=f"data as counted in tokens {source.fingerprint[:12]}",
+        )
+    except (KeyError, TypeError):
+        return None
+
+
+def _stored_parameters(manifest: Manifest) -> int | None:
+    """Weights are exported in float32."""
+    size = sum(entry.size for entry in manifest.files if entry.path.endswith(".safetensors"))
+    return size // 4 or None
+
+
+def _given_size(base_model: str, builds: Builds) -> int | None:
+    sizes = (_stored_parameters(manifest) for manifest in builds.manifests if base_model in manifest.sources)
+    return next(filter(None, sizes), None)
+
+
+def _explain(builds: Builds, wanted: dict[str, Any]) -> str:
+    nearest = builds.nearest(wanted)
+    if nearest is None:
+        return "never built in this store"
+    found = differences(nearest, wanted)
+    more = f" and {len(found) - _MAX_DIFFERENCES} more" if len(found) > _MAX_DIFFERENCES else ""
+    return f"unlike {nearest.fingerprint[:12]}: {'; '.join(found[:_MAX_DIFFERENCES])}{more}"
+
+
+def _named(uris: tuple[str, ...]) -> str:
+    return ", ".join(f"`{uri}`" for uri in uris)
+
+
+_DEVICE_VARIABLES: dict[str, tuple[str, Callable[[float], float]]] = {
+    "ATHANOR_GPU_TFLOPS": ("gpu_flops", lambda value: value * 1e12),
+    "ATHANOR_CPU_CORE_GFLOPS": ("cpu_core_flops", lambda value: value * 1e9),
+    "ATHANOR_GPU_HOUR_PRICE": ("gpu_hour_price", lambda value: value),
+    "ATHANOR_CPU_HOUR_PRICE": ("cpu_hour_price", lambda value: value),
+}
+
+
+def devices_from_environment() -> Devices:
+    """Speed and prices as this installation knows them; a value that is no number is named and left out."""
+    devices = Devices()
+    for name, (field, scale) in _DEVICE_VARIABLES.items():
+        if not (text := os.environ.get(name)):
+            continue
+        try:
+            devices = Devices.model_validate({**devices.model_dump(), field: scale(float(text))})
+        except ValueError:
+            logger.warning("%s=%r is not a usable number; the plan goes on without it.", name, text)
+    return devices
+
+
+def plan_run(context: Any, *, resolve_task_id: str = "resolve") -> bool:
+    """Show the plan in the task's log, keep it in the store and in MLflow; return whether the run goes on after it.
+
+    A plan that cannot be made stops a dry run, which has no other purpose, and is a warning in any other run.
+    """
+    from operators.failures import RunIncomplete, as_stage_failures
+    from operators.mlflow import log_plan
+    from operators.plan_page import as_markdown, as_table
+    from operators.prepare import load_config
+    from stages.store import open_store
+
+    run = RunInfo.model_validate(context["ti"].xcom_pull(task_ids=resolve_task_id))
+    with as_stage_failures():
+        store = open_store(os.environ.get("ARTIFACT_STORE", ""))
+        config = load_config(store, run)
+    try:
+        plan = make_plan(config, run=run, store=store, devices=devices_from_environment())
+        page = as_markdown(plan)
+        store.write_bytes(f"runs/{run.run_id}/plan.md", page.encode())
+        store.write_bytes(f"runs/{run.run_id}/plan.json", plan.model_dump_json(indent=1).encode())
+    except Exception as error:
+        if config.dry_run:
+            raise RunIncomplete(f"The plan could not be made: {type(error).__name__}: {error}") from error
+        logger.warning("No plan, the run goes on without: %s: %s", type(error).__name__, error)
+        return True
+    for line in as_table(plan):
+        logger.info("%s", line)
+    log_plan(run, page, plan.model_dump_json(indent=1), dry_run=plan.dry_run)
+    return not plan.dry_run

@@ -1,0 +1,75 @@
+"""The plan as people read it: lines of equal columns for the task log, Markdown for MLflow."""
+
+from collections.abc import Sequence
+
+from operators.logs import readable_seconds
+from operators.plan import Plan, StagePlan, Verdict
+from stages.config.estimate import human
+
+_HEADINGS = ("stage", "plan", "parameters", "tokens", "FLOPs", "memory a worker", "time", "cost")
+_UNKNOWN = "unknown"
+
+
+def as_table(plan: Plan) -> list[str]:
+    """Return lines for the log: the table, then why, stage by stage."""
+    rows = _rows(plan)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [_title(plan)]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.append("")
+    return lines + [line for stage in plan.stages for line in _notes(stage)] + [_total(plan)]
+
+
+def as_markdown(plan: Plan) -> str:
+    """Return a page."""
+    header, *rows = _rows(plan)
+    table = [_markdown_row(header), "|" + "---|" * len(header), *map(_markdown_row, rows)]
+    notes = [f"- {line}" for stage in plan.stages for line in _notes(stage)]
+    return "\n".join([f"# {_title(plan)}", "", *table, "", _total(plan), "", "## Why", "", *notes, ""])
+
+
+def _title(plan: Plan) -> str:
+    return f"Plan of recipe {plan.recipe}" + (", and nothing else: this is a dry run" if plan.dry_run else "")
+
+
+def _rows(plan: Plan) -> list[Sequence[str]]:
+    rows: list[Sequence[str]] = [_HEADINGS, *map(_row, plan.stages)]
+    priced = any(stage.estimate and stage.estimate.cost is not None for stage in plan.stages)
+    return rows if priced else [row[:-1] for row in rows]
+
+
+def _row(stage: StagePlan) -> Sequence[str]:
+    took = stage.estimate
+    if took is None:
+        return (stage.stage.value, stage.verdict.value, "", "", "", "", "", "")
+    trains = took.flops is not None or took.tokens is not None
+    return (
+        stage.stage.value,
+        stage.verdict.value,
+        human(took.parameters) if took.parameters is not None else (_UNKNOWN if trains else ""),
+        human(took.tokens) if took.tokens is not None else "",
+        human(took.flops) if took.flops is not None else (_UNKNOWN if trains else ""),
+        f"{human(took.memory_bytes)}B" if took.memory_bytes is not None else _UNKNOWN,
+        readable_seconds(took.seconds) if took.seconds is not None else _UNKNOWN,
+        f"{took.cost:.2f}" if took.cost is not None else _UNKNOWN,
+    )
+
+
+def _notes(stage: StagePlan) -> list[str]:
+    basis = f" ({'; '.join(stage.estimate.basis)})" if stage.estimate and stage.estimate.basis else ""
+    return [f"{stage.stage.value}: {stage.verdict.value}, {stage.why}{basis}"]
+
+
+def _total(plan: Plan) -> str:
+    """Time of what runs, one stage after the other; what hits if nothing changed is left out."""
+    running = [stage for stage in plan.stages if stage.verdict in (Verdict.RUN, Verdict.UNKNOWN)]
+    times = [stage.estimate.seconds for stage in running if stage.estimate]
+    known = [seconds for seconds in times if seconds is not None]
+    missing = f", and what {len(times) - len(known)} of them take is unknown" if len(known) < len(times) else ""
+    costs = [stage.estimate.cost for stage in running if stage.estimate and stage.estimate.cost is not None]
+    price = f", cost {sum(costs):.2f}" if costs else ""
+    return f"{len(running)} of {len(plan.stages)} stages run: {readable_seconds(sum(known))}{missing}{price}."
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

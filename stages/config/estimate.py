@@ -1,0 +1,292 @@
+"""What a stage will take: parameters, tokens, FLOPs, memory, time, money. Pure arithmetic, so that anybody can redo it.
+
+Three kinds of numbers meet here and are never mixed up: those that follow from the configuration, those that were
+counted or measured in an earlier build (preferred), and assumptions. `Estimate.basis` says which were used.
+"""
+
+from pydantic import Field
+
+from stages.config.base import Config
+from stages.config.execution import Engine, ExecutionConfig
+from stages.config.graph import Stage
+from stages.config.pipeline import PipelineConfig
+from stages.config.train import ModelConfig, PretrainConfig, TrainConfig
+
+TRAINING_STAGES = (Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO)
+ASSUMED_CONVERSATION_TOKENS = 256
+_FLOAT32, _BFLOAT16 = 4, 2
+_LOGITS_CHUNK = 1024
+"""Targets whose logits exist at once (stages/models/linear_cross_entropy.py)."""
+
+
+class Devices(Config):
+    """What one device does and costs. The defaults are cautious; measured builds replace them as soon as there are
+    any."""
+
+    gpu_flops: float = Field(default=150e12, gt=0)
+    """Sustained FLOP/s of a GPU in bf16: about half of an A100's 312e12 (an H100 reaches two to three times that)."""
+    gpu_float32_share: float = Field(default=1 / 16, gt=0, le=1)
+    """Share of it in float32: 19.5 of an A100's 312 TFLOP/s."""
+    cpu_core_flops: float = Field(default=60e9, gt=0)
+    """Sustained FLOP/s of a CPU core: the demo's pretraining, compiled, on two cores of a shared server."""
+    gpu_hour_price: float | None = Field(default=None, ge=0)
+    """Price of a GPU for an hour; without it no cost is shown for GPUs."""
+    cpu_hour_price: float | None = Field(default=None, ge=0)
+    """Price of a CPU core for an hour."""
+
+
+class DataCounts(Config):
+    """How much there is to train on after `tokenize`."""
+
+    conversations: int
+    """Training conversations."""
+    conversation_tokens: float
+    """Tokens of a conversation, on average; also taken for each side of a pair."""
+    preferences: int
+    """Training pairs."""
+    vocab_size: int
+    """Entries of the vocabulary."""
+    basis: str
+    """Where the numbers come from."""
+
+
+class Workload(Config):
+    """Tokens that pass through models, each pass counted."""
+
+    trained_tokens: float
+    """Forward and backward."""
+    forward_tokens: float = 0.0
+    """Forward only: frozen models, generation, evaluation."""
+
+    @property
+    def passes(self) -> float:
+        """Forward passes' worth of work: a backward pass costs two."""
+        return 3 * self.trained_tokens + self.forward_tokens
+
+
+class Measured(Config):
+    """An earlier build of the same stage, as far as time depends on it."""
+
+    fingerprint: str
+    wall_seconds: float
+    devices: float
+    """GPUs, or CPU cores where there was no GPU."""
+    on_gpu: bool
+    peak_memory_bytes: int
+    work: float | None
+    """Parameters times forward passes of tokens; None for stages that train and generate nothing."""
+
+
+class Estimate(Config):
+    """None means unknown, and `basis` says why."""
+
+    parameters: int | None = None
+    tokens: float | None = None
+    """Tokens trained on; for `evaluate`, tokens read and generated."""
+    flops: float | None = None
+    memory_bytes: float | None = None
+    """Of one worker; on a GPU its device memory, without the framework's own gigabyte."""
+    seconds: float | None = None
+    cost: float | None = None
+    """In the currency of the prices; None where they are not set."""
+    basis: tuple[str, ...] = ()
+
+
+def count_parameters(model: ModelConfig, vocab_size: int) -> int:
+    """Weights of a Llama-style decoder: embeddings, attention, SwiGLU, norms."""
+    embeddings = vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    return embeddings + model.num_layers * _layer_parameters(model) + model.hidden_size
+
+
+def _layer_parameters(model: ModelConfig) -> int:
+    hidden, kv_size = model.hidden_size, model.hidden_size // model.num_heads * model.num_kv_heads
+    attention = 2 * hidden * hidden + 2 * hidden * kv_size
+    return attention + 3 * hidden * model.intermediate_size + 2 * hidden
+
+
+def forward_flops_per_token(model: ModelConfig, vocab_size: int, sequence_length: float) -> float:
+    """2 FLOPs a multiplied weight, and 4 L H S for the attention over S positions (PaLM, arXiv:2204.02311, app. B).
+
+    The attention term ignores causal and document masks, so it is an upper bound; embedding look-ups are free.
+    """
+    # With untied embeddings the look-up table is a weight of its own that nothing is multiplied with.
+    lookup = 0 if model.tie_embeddings else vocab_size * model.hidden_size
+    multiplied = count_parameters(model, vocab_size) - lookup
+    return 2 * multiplied + 4 * model.num_layers * model.hidden_size * sequence_length
+
+
+def assumed_counts(config: PipelineConfig) -> DataCounts:
+    """Before anything was counted: the recipe's caps and an assumed length."""
+    length = min(ASSUMED_CONVERSATION_TOKENS, config.tokenize.sequence_length)
+    return DataCounts(
+        conversations=config.curate.max_instructions,
+        conversation_tokens=length,
+        preferences=config.curate.max_preferences,
+        vocab_size=config.tokenize.vocab_size,
+        basis=f"assumes curate's caps on pairs are reached, {length} tokens a conversation",
+    )
+
+
+def workload(
+    stage: Stage, config: PipelineConfig, counts: DataCounts, *, selected: frozenset[Stage]
+) -> Workload | None:
+    """Tokens through models; None for stages without a model."""
+    length = counts.conversation_tokens
+    match stage:
+        case Stage.PRETRAIN:
+            row = config.tokenize.sequence_length
+            return Workload(trained_tokens=max(1, config.pretrain.max_tokens // row) * row)
+        case Stage.SFT:
+            return Workload(trained_tokens=counts.conversations * length * config.sft.num_epochs)
+        case Stage.REWARD:
+            return Workload(trained_tokens=2 * counts.preferences * length * config.reward.num_epochs)
+        case Stage.DPO:
+            tokens = 2 * counts.preferences * length * config.dpo.num_epochs
+            return Workload(trained_tokens=tokens, forward_tokens=tokens)  # the reference sees the same
+        case Stage.PPO:
+            ppo = config.ppo
+            prompt = min(config.tokenize.max_prompt_length, length)
+            tokens = ppo.num_rollouts * ppo.rollout_size * (prompt + ppo.max_response_length)
+            # Policy and critic are trained; each response is generated and read by policy, reference, critic, reward.
+            return Workload(trained_tokens=2 * ppo.num_epochs * tokens, forward_tokens=5 * tokens)
+        case Stage.EVALUATE:
+            evaluate, models = config.evaluate, len(selected & set(TRAINING_STAGES))
+            read = evaluate.max_documents_tokens + (evaluate.max_instructions + 2 * evaluate.max_preferences) * length
+            answered = evaluate.max_prompts * (
+                min(config.tokenize.max_prompt_length, length) + evaluate.max_response_length
+            )
+            return Workload(trained_tokens=0, forward_tokens=models * (read + 2 * answered))
+        case _:
+            return None
+
+
+def memory_bytes(stage: Stage, config: PipelineConfig, *, vocab_size: int) -> float:
+    """Memory of one worker while it trains: weights, gradients, AdamW's moments, frozen models, activations, logits."""
+    model, execution = config.pretrain.model, config.stage_execution(stage)
+    weights = _FLOAT32 * count_parameters(model, vocab_size)
+    shards = max(execution.num_workers, 1) if execution.engine is Engine.FSDP else 1
+    # Trained: weight, gradient, two moments, all float32. Frozen models are whole on every worker.
+    num_trained, num_frozen = {Stage.PPO: (2, 2), Stage.DPO: (1, 1), Stage.EVALUATE: (0, 2)}.get(stage, (1, 0))
+    states = num_trained * 4 * weights / shards + num_frozen * weights
+    if stage is Stage.EVALUATE:
+        return states
+    train = config.stage_config(stage)
+    assert isinstance(train, TrainConfig)
+    width = _BFLOAT16 if train.precision == "bf16" else _FLOAT32
+    tokens = execution.micro_batch_size * config.tokenize.sequence_length
+    logits = _LOGITS_CHUNK * vocab_size * (width + _FLOAT32)
+    return states + _activation_bytes(model, execution, tokens=tokens, width=width) + logits
+
+
+def _activation_bytes(model: ModelConfig, execution: ExecutionConfig, *, tokens: int, width: int) -> float:
+    """What a decoder layer keeps for its backward pass, a token: norms and residuals, q k v o, gate, up, product.
+
+    With gradient checkpointing each layer keeps its input alone, and one layer at a time is whole.
+    """
+    hidden, kv_size = model.hidden_size, model.hidden_size // model.num_heads * model.num_kv_heads
+    layer = tokens * (2 * hidden * _FLOAT32 + (5 * hidden + 2 * kv_size + 4 * model.intermediate_size) * width)
+    if execution.gradient_checkpointing:
+        return model.num_layers * tokens * hidden * _FLOAT32 + layer
+    return model.num_layers * layer
+
+
+def num_devices(execution: ExecutionConfig) -> tuple[float, bool]:
+    """Return how many GPUs, or CPU cores where there are none, and whether they are GPUs."""
+    workers = max(execution.num_workers, 1)
+    if execution.gpus_per_worker:
+        return workers * execution.gpus_per_worker, True
+    return workers * execution.cpus_per_worker, False
+
+
+def estimate(
+    stage: Stage,
+    config: PipelineConfig,
+    *,
+    selected: frozenset[Stage],
+    counts: DataCounts,
+    devices: Devices,
+    measured: Measured | None = None,
+    measured_parameters: int | None = None,
+) -> Estimate:
+    """Put it together; what cannot be known stays None with its reason in `basis`."""
+    execution, model = config.stage_execution(stage), config.pretrain.model
+    number, on_gpu = num_devices(execution)
+    work = workload(stage, config, counts, selected=selected)
+    usable = measured if measured is not None and measured.on_gpu == on_gpu else None
+    if work is None:
+        return _as_before(execution, devices, usable)
+    basis = [] if stage is Stage.PRETRAIN else [counts.basis]
+    known = not config.base_model
+    parameters = count_parameters(model, counts.vocab_size) if known else measured_parameters
+    if parameters is None:
+        basis.append(f"size of base_model={config.base_model!r} is unknown until a stage has loaded it")
+    tokens = work.trained_tokens or work.forward_tokens
+    per_token = forward_flops_per_token(model, counts.vocab_size, _context(stage, config, counts)) if known else None
+    if per_token is None and parameters is not None:
+        per_token = 2.0 * parameters
+    flops = None if per_token is None else per_token * work.passes
+    memory = memory_bytes(stage, config, vocab_size=counts.vocab_size) if known else None
+    if usable is not None and usable.work and parameters is not None:
+        rate = usable.wall_seconds * usable.devices / usable.work
+        seconds = rate * parameters * work.passes / number
+        basis.insert(0, f"time at the pace of build {usable.fingerprint[:12]}")
+    elif flops is not None:
+        share = 1.0 if getattr(config.stage_config(stage), "precision", "bf16") == "bf16" else devices.gpu_float32_share
+        pace = devices.gpu_flops * share if on_gpu else devices.cpu_core_flops
+        repeated = 4 / 3 if execution.gradient_checkpointing else 1.0
+        seconds = flops * repeated / (pace * number)
+        basis.insert(0, f"time at an assumed {pace / 1e12:.3g} TFLOP/s a {'GPU' if on_gpu else 'CPU core'}")
+    else:
+        seconds = None
+    return Estimate(
+        parameters=parameters,
+        tokens=tokens,
+        flops=flops,
+        memory_bytes=memory,
+        seconds=seconds,
+        cost=cost(seconds, execution, devices),
+        basis=tuple(basis),
+    )
+
+
+def _as_before(execution: ExecutionConfig, devices: Devices, measured: Measured | None) -> Estimate:
+    if measured is None:
+        return Estimate(basis=("time unknown: no earlier build to measure by",))
+    return Estimate(
+        memory_bytes=measured.peak_memory_bytes or None,
+        seconds=measured.wall_seconds,
+        cost=cost(measured.wall_seconds, execution, devices),
+        basis=(f"time and memory of build {measured.fingerprint[:12]}",),
+    )
+
+
+def _context(stage: Stage, config: PipelineConfig, counts: DataCounts) -> float:
+    """Positions that a token attends to at most."""
+    return config.tokenize.sequence_length if stage is Stage.PRETRAIN else counts.conversation_tokens
+
+
+def cost(seconds: float | None, execution: ExecutionConfig, devices: Devices) -> float | None:
+    """Hours times devices times price; None when a device that is used has no price."""
+    if seconds is None:
+        return None
+    workers = max(execution.num_workers, 1)
+    gpus = workers * execution.gpus_per_worker
+    # A GPU's price includes the cores beside it.
+    cores = 0.0 if gpus else workers * execution.cpus_per_worker
+    uses = ((gpus, devices.gpu_hour_price), (cores, devices.cpu_hour_price))
+    if any(number and price is None for number, price in uses):
+        return None
+    return seconds / 3600 * sum(number * (price or 0.0) for number, price in uses)
+
+
+def model_size(config: PretrainConfig, vocab_size: int) -> str:
+    """`10.1 M`, as people say it."""
+    return human(count_parameters(config.model, vocab_size))
+
+
+def human(number: float) -> str:
+    """Short with a decimal prefix: 10059840 -> `10.1 M`."""
+    for size, prefix in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {prefix}"
+    return f"{number:.3g}"

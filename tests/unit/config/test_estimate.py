@@ -1,0 +1,151 @@
+"""The plan's arithmetic, redone by hand."""
+
+import pytest
+
+from stages.config.estimate import (
+    DataCounts,
+    Devices,
+    Measured,
+    assumed_counts,
+    count_parameters,
+    estimate,
+    forward_flops_per_token,
+    human,
+    memory_bytes,
+    workload,
+)
+from stages.config.execution import Engine, ExecutionConfig
+from stages.config.graph import Stage
+from stages.config.pipeline import PipelineConfig
+from stages.config.recipes import tiny
+from stages.config.resolve import resolve
+from stages.config.train import ModelConfig
+
+SMALL = ModelConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1)
+COUNTS = DataCounts(conversations=100, conversation_tokens=40, preferences=50, vocab_size=512, basis="counted")
+ALL = frozenset(Stage)
+
+
+def changed(stage: Stage, **settings: object) -> PipelineConfig:
+    return resolve({"recipe": "tiny", "overrides": {f"execution.{stage}": settings}})
+
+
+def test_parameters_of_the_tiny_model():
+    # a layer: q and o 2*32*32, k and v 2*32*16 (one of two heads), SwiGLU 3*32*64, two norms 2*32 = 9280
+    assert count_parameters(SMALL, 512) == 512 * 32 + 2 * 9280 + 32 == 34_976
+    untied = SMALL.model_copy(update={"tie_embeddings": False})
+    assert count_parameters(untied, 512) == 34_976 + 512 * 32
+
+
+def test_parameters_agree_with_transformers_llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=512,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+        )
+    )
+    assert llama.num_parameters() == count_parameters(SMALL, 512)
+
+
+def test_flops_are_two_a_weight_and_the_attention_whether_embeddings_are_tied_or_not():
+    attention = 4 * 2 * 32 * 128
+    assert forward_flops_per_token(SMALL, 512, 128) == 2 * 34_976 + attention == 102_720
+    assert forward_flops_per_token(SMALL.model_copy(update={"tie_embeddings": False}), 512, 128) == 102_720
+
+
+def test_pretraining_costs_six_flops_a_weight_and_token():
+    took = estimate(Stage.PRETRAIN, tiny(), selected=ALL, counts=COUNTS, devices=Devices())
+    assert took.tokens == 8192
+    assert took.flops == 3 * 102_720 * 8192 == 2_524_446_720
+    assert took.seconds == pytest.approx(2_524_446_720 / 60e9)
+    assert took.basis == ("time at an assumed 0.06 TFLOP/s a CPU core",)
+
+
+@pytest.mark.parametrize(
+    ("stage", "trained", "forward"),
+    [
+        (Stage.SFT, 100 * 40 * 0.5, 0),
+        (Stage.REWARD, 2 * 50 * 40 * 0.5, 0),
+        (Stage.DPO, 2 * 50 * 40 * 0.5, 2 * 50 * 40 * 0.5),
+        # 2 rollouts of 8 responses, 40 + 8 tokens each = 768; twice over, policy and critic; five forward passes
+        (Stage.PPO, 768 * 2 * 2, 768 * 5),
+        # five models read 4096 + (16 + 2*32) * 40 tokens and answer 8 prompts of 40 + 8 tokens, twice
+        (Stage.EVALUATE, 0, 5 * (4096 + 80 * 40 + 2 * 8 * 48)),
+    ],
+)
+def test_tokens_through_models(stage: Stage, trained: float, forward: float):
+    load = workload(stage, tiny(), COUNTS, selected=ALL)
+    assert load is not None
+    assert (load.trained_tokens, load.forward_tokens) == (trained, forward)
+    assert load.passes == 3 * trained + forward
+
+
+def test_memory_of_pretraining():
+    weights = 34_976 * 16  # weight, gradient, two moments in float32
+    tokens = 4 * 128
+    layer = tokens * (2 * 32 * 4 + (5 * 32 + 2 * 16 + 4 * 64) * 2)
+    logits = 1024 * 512 * (2 + 4)
+    assert memory_bytes(Stage.PRETRAIN, tiny(), vocab_size=512) == weights + 2 * layer + logits
+    spared = changed(Stage.PRETRAIN, gradient_checkpointing=True, micro_batch_size=4)
+    assert memory_bytes(Stage.PRETRAIN, spared, vocab_size=512) == weights + 2 * tokens * 32 * 4 + layer + logits
+    sharded = changed(Stage.PRETRAIN, engine=Engine.FSDP.value, num_workers=4, micro_batch_size=4)
+    assert memory_bytes(Stage.PRETRAIN, sharded, vocab_size=512) == weights / 4 + 2 * layer + logits
+
+
+def test_frozen_models_cost_their_weights_alone():
+    dpo, sft = (memory_bytes(stage, tiny(), vocab_size=512) for stage in (Stage.DPO, Stage.SFT))
+    assert dpo - sft == 4 * 34_976
+    ppo = memory_bytes(Stage.PPO, tiny(), vocab_size=512)
+    assert ppo - sft == (2 * 16 - 16 + 2 * 4) * 34_976
+
+
+def test_an_earlier_build_gives_the_pace_and_the_devices_share_the_work():
+    measured = Measured(
+        fingerprint="e" * 64, wall_seconds=60, devices=1, on_gpu=False, peak_memory_bytes=1, work=34_976 * 3 * 4096.0
+    )
+    known = {"selected": ALL, "counts": COUNTS, "devices": Devices(), "measured": measured}
+    took = estimate(Stage.PRETRAIN, tiny(), **known)
+    assert took.seconds == pytest.approx(120)  # twice the tokens
+    assert took.basis == ("time at the pace of build eeeeeeeeeeee",)
+    wider = changed(Stage.PRETRAIN, cpus_per_worker=4)
+    assert estimate(Stage.PRETRAIN, wider, **known).seconds == pytest.approx(30)
+    on_gpu = changed(Stage.PRETRAIN, gpus_per_worker=1)
+    assert "assumed 150 TFLOP/s a GPU" in estimate(Stage.PRETRAIN, on_gpu, **known).basis[0]
+
+
+def test_a_cost_is_shown_only_with_a_price():
+    config = changed(Stage.PRETRAIN, num_workers=4, gpus_per_worker=2)
+    known = {"selected": ALL, "counts": COUNTS}
+    assert estimate(Stage.PRETRAIN, config, devices=Devices(cpu_hour_price=1), **known).cost is None
+    devices = Devices(gpu_hour_price=3, gpu_flops=1e6)
+    took = estimate(Stage.PRETRAIN, config, devices=devices, **known)
+    assert took.seconds is not None
+    assert took.cost == pytest.approx(took.seconds / 3600 * 8 * 3)
+
+
+def test_what_cannot_be_known_is_unknown_and_says_why():
+    config = resolve({"recipe": "tiny", "base_model": "/models/x"})
+    took = estimate(Stage.SFT, config, selected=ALL, counts=COUNTS, devices=Devices())
+    assert (took.parameters, took.flops, took.memory_bytes, took.seconds) == (None, None, None, None)
+    assert "size of base_model='/models/x' is unknown until a stage has loaded it" in took.basis
+    took = estimate(Stage.CURATE, tiny(), selected=ALL, counts=COUNTS, devices=Devices())
+    assert (took.seconds, took.basis) == (None, ("time unknown: no earlier build to measure by",))
+
+
+def test_before_anything_is_counted_the_assumptions_are_named():
+    counts = assumed_counts(tiny())
+    assert (counts.conversations, counts.conversation_tokens) == (20_000, 128)
+    assert counts.basis == "assumes curate's caps on pairs are reached, 128 tokens a conversation"
+    assert isinstance(tiny().execution.sft, ExecutionConfig)
+
+
+@pytest.mark.parametrize(("number", "text"), [(10_059_840, "10.1 M"), (999, "999"), (2.5e19, "25 E"), (0, "0")])
+def test_numbers_are_short(number: float, text: str):
+    assert human(number) == text

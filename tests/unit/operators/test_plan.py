@@ -1,0 +1,226 @@
+"""The plan says what the run then does."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from operators.plan import Verdict, devices_from_environment, make_plan, plan_run
+from operators.plan_page import as_markdown, as_table
+from operators.prepare import build_request, find_hit, input_stages, selection
+from operators.run import finish_run, start_run
+from stages.artifacts import artifact_uri, content_digest, fingerprint, publish, upload_files
+from stages.config.errors import Category
+from stages.config.graph import GRAPH, Stage
+from stages.config.pipeline import PipelineConfig, stage_config_from_json
+from stages.config.request import ArtifactRef, Cost, InputEntry, Manifest, RunInfo
+from stages.config.resolve import resolve
+from stages.store import FileStore, Store, open_store
+from tests.unit.operators.test_run import Task
+
+RUN = RunInfo(run_id="r", name="n")
+CONFIG = resolve({"recipe": "tiny", "alignment": "dpo"})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store((tmp_path / "store").as_uri())
+
+
+def build(store: Store, config: PipelineConfig, tmp_path: Path, *, until: Stage = Stage.REPORT, source: str = "5eed"):
+    """Publish what a run would, stage by stage, as its jobs do; return which stages were hits."""
+    refs: dict[Stage, ArtifactRef] = {}
+    hits: set[Stage] = set()
+    folder = tmp_path / "content"
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").write_bytes(b"0" * 4000)
+    for stage in Stage:
+        if stage not in selection(config):
+            continue
+        upstream = {needed: refs[needed] for needed in input_stages(stage, config).values()}
+        request = build_request(stage, run=RUN, store=store, config=config, upstream=upstream)
+        sources = dict.fromkeys(request.sources, source)
+        stage_config = stage_config_from_json(stage, request.config)
+        identity, kind = fingerprint(stage, stage_config, inputs=request.inputs, sources=sources), GRAPH[stage].kind
+        if store.exists(f"artifacts/{kind}/{identity}/manifest.json"):
+            hits.add(stage)
+        files = upload_files(store, folder, kind=kind, fingerprint=identity)
+        manifest = Manifest(
+            kind=kind,
+            stage=stage,
+            version=GRAPH[stage].version,
+            fingerprint=identity,
+            digest=content_digest(files),
+            files=files,
+            inputs=tuple(
+                InputEntry(role=role, kind=ref.kind, uri=ref.uri, fingerprint=ref.fingerprint, digest=ref.digest)
+                for role, ref in request.inputs.items()
+            ),
+            sources=sources,
+            config=request.config,
+            execution={**request.execution.model_dump(mode="json"), "git_commit": "c0ffee"},
+            ledger={"train": {"conversations": {"kept": 30, "tokens": 900}, "preferences": {"kept": 20}}},
+            metrics={"tokens/vocab_size": 512.0},
+            cost=Cost(wall_seconds=90.0, cpu_seconds=80.0, peak_memory_bytes=2**30),
+            created_at="2026-11-23T09:00:00+00:00",
+        )
+        publish(store, manifest)
+        refs[stage] = manifest.ref(artifact_uri(store, kind, identity))
+        if not request.sources:
+            assert find_hit(store, request) is not None
+        if stage is until:
+            break
+    return hits
+
+
+def verdicts(store: Store, config: PipelineConfig = CONFIG) -> dict[Stage, Verdict]:
+    return {stage.stage: stage.verdict for stage in make_plan(config, run=RUN, store=store).stages}
+
+
+def test_in_an_empty_store_everything_runs_and_nothing_was_ever_built(store: Store):
+    plan = make_plan(CONFIG, run=RUN, store=store)
+    assert [stage.stage for stage in plan.stages] == [stage for stage in Stage if stage in selection(CONFIG)]
+    assert {(stage.verdict, stage.why) for stage in plan.stages} == {(Verdict.RUN, "never built in this store")}
+
+
+def test_after_a_run_the_same_run_hits_if_the_outside_data_is_unchanged(store: Store, tmp_path: Path):
+    build(store, CONFIG, tmp_path)
+    assert set(verdicts(store).values()) == {Verdict.HIT_IF_UNCHANGED}
+    assert build(store, CONFIG, tmp_path) == selection(CONFIG)  # and that is what happens
+    why = make_plan(CONFIG, run=RUN, store=store).of(Stage.SFT).why
+    assert why == "built 2026-11-23T09:00, if `installed-docs` is as it was 2026-11-23T09:00 (its job will see)"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "first_to_run", "why"),
+    [
+        ({"sft.num_epochs": 2}, Stage.SFT, "num_epochs: 0.5 -> 2.0"),
+        ({"curate.profile": "web"}, Stage.CURATE, "profile: docs -> web"),
+        ({"dpo.beta": 0.5, "execution.dpo.micro_batch_size": 1}, Stage.DPO, "beta: 0.1 -> 0.5"),
+        ({"evaluate.max_prompts": 9}, Stage.EVALUATE, "max_prompts: 8 -> 9"),
+    ],
+)
+def test_a_change_runs_its_stage_and_what_depends_on_it_as_the_run_then_does(
+    store: Store, tmp_path: Path, overrides: dict[str, Any], first_to_run: Stage, why: str
+):
+    build(store, CONFIG, tmp_path)
+    config = resolve({"recipe": "tiny", "alignment": "dpo", "overrides": overrides})
+    plan = make_plan(config, run=RUN, store=store)
+    planned = {stage.stage for stage in plan.stages if stage.verdict is Verdict.HIT_IF_UNCHANGED}
+    assert {stage.verdict for stage in plan.stages} <= {Verdict.HIT_IF_UNCHANGED, Verdict.RUN}
+    assert why in plan.of(first_to_run).why
+    assert planned == build(store, config, tmp_path)
+    assert first_to_run not in planned
+
+
+def test_what_depends_on_a_new_stage_says_so(store: Store, tmp_path: Path):
+    build(store, CONFIG, tmp_path)
+    config = resolve({"recipe": "tiny", "alignment": "dpo", "overrides": {"sft.num_epochs": 2}})
+    why = make_plan(config, run=RUN, store=store).of(Stage.DPO).why
+    assert why.startswith("unlike ")
+    assert "input model: " in why
+
+
+def test_resources_change_nothing(store: Store, tmp_path: Path):
+    build(store, CONFIG, tmp_path)
+    config = resolve({"recipe": "tiny", "alignment": "dpo", "overrides": {"execution.sft.micro_batch_size": 1}})
+    assert verdicts(store, config) == verdicts(store)
+
+
+def test_a_run_that_stopped_half_way_goes_on_from_there(store: Store, tmp_path: Path):
+    build(store, CONFIG, tmp_path, until=Stage.SFT)
+    runs = {stage for stage, verdict in verdicts(store).items() if verdict is Verdict.RUN}
+    assert runs == {Stage.REWARD, Stage.DPO, Stage.EVALUATE, Stage.PROMOTE, Stage.REPORT}
+    assert runs == selection(CONFIG) - build(store, CONFIG, tmp_path)
+
+
+def test_a_damaged_artifact_runs_again_and_the_plan_leaves_it_where_it_is(store: Store, tmp_path: Path):
+    build(store, CONFIG, tmp_path)
+    (key,) = (key for key in store.list("artifacts/sft-model") if key.endswith("model.safetensors"))
+    store.write_bytes(key, b"short")
+    plan = make_plan(CONFIG, run=RUN, store=store).of(Stage.SFT)
+    assert plan.verdict is Verdict.RUN
+    assert "damaged: " in plan.why
+    assert "has 5 bytes" in plan.why
+    assert store.exists(key.replace("model.safetensors", "manifest.json"))
+
+
+def test_earlier_builds_give_pace_and_data_of_what_runs(store: Store, tmp_path: Path):
+    build(store, CONFIG, tmp_path)
+    config = resolve({"recipe": "tiny", "alignment": "dpo", "overrides": {"sft.num_epochs": 1}})
+    took = make_plan(config, run=RUN, store=store).of(Stage.SFT).estimate
+    assert took is not None
+    assert took.tokens == 900
+    # 1000 stored weights stand for the earlier model: 90 s for half an epoch of 1/34.976 the size
+    assert took.seconds == pytest.approx(90 * 2 * 34.976)
+    assert "data as counted in tokens" in took.basis[1]
+
+
+def test_a_manifest_that_cannot_be_read_is_named_and_passed_over(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    build(store, CONFIG, tmp_path)
+    store.write_bytes("artifacts/curated/bad/manifest.json", b"{}")
+    assert set(verdicts(store).values()) == {Verdict.HIT_IF_UNCHANGED}
+    assert "artifacts/curated/bad/manifest.json cannot be read" in caplog.text
+
+
+def test_the_page_and_the_log_hold_every_stage_its_reason_and_the_total(store: Store, tmp_path: Path):
+    build(store, CONFIG, tmp_path, until=Stage.SFT)
+    plan = make_plan(CONFIG, run=RUN, store=store)
+    log, page = "\n".join(as_table(plan)), as_markdown(plan)
+    for text in (log, page):
+        assert all(stage.stage in text and stage.why in text for stage in plan.stages)
+        assert "5 of 9 stages run: " in text
+        assert "cost" not in text
+    assert "| stage | plan | parameters |" in page
+
+
+class Unreadable(FileStore):
+    def list(self, prefix: str):
+        raise OSError("the store is away")
+
+
+def plan_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **params: Any) -> tuple[bool, RunInfo]:
+    monkeypatch.setenv("ARTIFACT_STORE", tmp_path.as_uri())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    run = start_run({"ti": Task(), "params": {"recipe": "tiny", **params}})
+    return plan_run({"ti": Task(run=run)}), RunInfo.model_validate(run)
+
+
+def test_the_task_lets_a_run_go_on_and_ends_a_dry_run_after_storing_its_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert plan_task(tmp_path, monkeypatch)[0] is True
+    goes_on, run = plan_task(tmp_path, monkeypatch, dry_run=True)
+    assert goes_on is False
+    stored = json.loads((tmp_path / "runs" / run.run_id / "plan.json").read_text())
+    assert stored["dry_run"] is True
+    assert "this is a dry run" in (tmp_path / "runs" / run.run_id / "plan.md").read_text()
+    states = dict.fromkeys(Stage, "skipped")
+    finish_run({"ti": Task({**states, "plan": "success"}, run.model_dump())})  # green
+
+
+def test_a_plan_that_cannot_be_made_stops_a_dry_run_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    from operators.failures import RunIncomplete
+
+    monkeypatch.setattr("stages.store.FileStore.list", Unreadable.list)
+    assert plan_task(tmp_path, monkeypatch)[0] is True
+    assert "No plan, the run goes on without: OSError: the store is away" in caplog.text
+    with pytest.raises(RunIncomplete, match="could not be made: OSError: the store is away"):
+        plan_task(tmp_path, monkeypatch, dry_run=True)
+    assert RunIncomplete.category is Category.INFRASTRUCTURE
+
+
+def test_speed_and_prices_come_from_the_environment_and_a_wrong_one_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setenv("ATHANOR_GPU_TFLOPS", "400")
+    monkeypatch.setenv("ATHANOR_GPU_HOUR_PRICE", "2.5")
+    monkeypatch.setenv("ATHANOR_CPU_HOUR_PRICE", "cheap")
+    devices = devices_from_environment()
+    assert (devices.gpu_flops, devices.gpu_hour_price, devices.cpu_hour_price) == (400e12, 2.5, None)
+    assert "ATHANOR_CPU_HOUR_PRICE='cheap' is not a usable number" in caplog.text
