@@ -14,9 +14,23 @@ from stages.config.graph import Stage
 from stages.config.request import Failure, StageResult
 
 DAG_ID = "llm_pipeline"
-ACTIVE = ("queued", "scheduled", "running", "deferred", "up_for_retry", "up_for_reschedule", "restarting")
+ACTIVE = (
+    "queued",
+    "scheduled",
+    "running",
+    "deferred",
+    "awaiting_input",
+    "up_for_retry",
+    "up_for_reschedule",
+    "restarting",
+)
 STAGE_NAMES = frozenset(stage.value for stage in Stage)
-TASK_ORDER = ("resolve", *(stage.value for stage in Stage), "close")
+# the order of the graph; `approve` stands before what it decides about
+TASK_ORDER = (
+    "resolve",
+    *(name for stage in Stage for name in (("approve",) if stage is Stage.PROMOTE else ()) + (stage.value,)),
+    "close",
+)
 
 # stage -> what to show of its metrics: (metric, label, format), the first that exist, two at most
 KEY_METRICS: dict[Stage, tuple[tuple[str, str, str], ...]] = {

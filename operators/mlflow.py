@@ -142,6 +142,19 @@ class MlflowServer:
         tags = {tag["key"]: tag["value"] for tag in run["data"].get("tags", ())}
         return run["info"]["experiment_id"], tags.get("mlflow.parentRunId")
 
+    def version_by_alias(self, name: str, alias: str) -> tuple[str, dict[str, str]] | None:
+        """Return version and tags of a registered model's alias; None when there is no such model or alias."""
+        try:
+            found = self._call("GET", "registered-models/alias", {"name": name, "alias": alias}, absent_ok=True)
+        except MlflowUnavailableError as error:
+            if "INVALID_PARAMETER_VALUE" in str(error):  # MLflow's answer for an alias that a model does not have
+                return None
+            raise
+        if found is None:
+            return None
+        version = found["model_version"]
+        return str(version["version"]), {tag["key"]: tag["value"] for tag in version.get("tags", ())}
+
     def update_run(self, run_id: str, status: str) -> None:
         body: dict[str, Any] = {"run_id": run_id, "status": status}
         if status != "RUNNING":

@@ -52,6 +52,7 @@ class StageOperator(BaseOperator):
         task_id: str | None = None,
         ray_conn_id: str = DEFAULT_CONN_ID,
         resolve_task_id: str = "resolve",
+        approve_task_id: str = "approve",
         store_uri: str = "",
         entrypoint: str = ENTRYPOINT,
         deferrable: bool = True,
@@ -69,6 +70,7 @@ class StageOperator(BaseOperator):
         self.stage = spec.stage.value
         self.ray_conn_id = ray_conn_id
         self.resolve_task_id = resolve_task_id
+        self.approve_task_id = approve_task_id
         self.store_uri = store_uri
         self.entrypoint = entrypoint
         self.deferrable = deferrable
@@ -191,12 +193,14 @@ class StageOperator(BaseOperator):
             )
 
     def _request(self, context: Any, *, run: RunInfo, store: "Store", config: "PipelineConfig") -> StageRequest:
-        from operators.prepare import build_request, input_stages
+        from operators.prepare import build_request, input_stages, with_approval
 
         ti, stage = context["ti"], Stage(self.stage)
         sources = set(input_stages(stage, config).values())
         upstream = {source: ti.xcom_pull(task_ids=source.value) for source in sources}
         request = build_request(stage, run=run, store=store, config=config, upstream=upstream)
+        if stage is Stage.PROMOTE:
+            request = with_approval(request, config, ti.xcom_pull(task_ids=self.approve_task_id))
         return request.model_copy(update={"task_id": ti.task_id, "try_number": ti.try_number})
 
     def _submission_log(self, context: Any) -> "SubmissionLog":

@@ -14,6 +14,7 @@ class Promotion(StrEnum):
     """What happens after the evaluation."""
 
     AUTO = "auto"
+    APPROVAL = "approval"
     NEVER = "never"
 
 
@@ -48,7 +49,8 @@ class PipelineParams(Config):
     seed: int = Field(default=0, title="Seed", ge=0, le=2**31 - 1)
     """Every random choice of the run follows from it."""
     promotion: Promotion = Field(default=Promotion.AUTO, title="Promotion")
-    """`auto` moves the alias `champion` when the aligned model wins; `never` registers candidates only."""
+    """`auto` moves the alias `champion` when the aligned model wins, `approval`: a person decides in Airflow, `never`
+    registers candidates only."""
     overrides: dict[str, Any] = Field(default_factory=dict, title="Overrides")
     """Changes to the recipe by dotted path, as JSON: `{"sft.optimizer.learning_rate": 0.0002}`. Unknown paths are
     refused."""

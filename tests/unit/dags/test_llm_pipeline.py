@@ -16,7 +16,7 @@ HEAVY = {Stage.CURATE, Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.PPO, Stage
 
 
 def test_every_stage_is_a_task_of_its_own_name_between_resolve_and_close():
-    assert set(llm_pipeline.task_ids) == {"resolve", "close", *Stage}
+    assert set(llm_pipeline.task_ids) == {"resolve", "approve", "close", *Stage}
     assert {stage: task.stage for stage, task in STAGES.items() if isinstance(task, StageOperator)} == {
         stage: stage.value for stage in Stage
     }
@@ -36,7 +36,8 @@ def test_the_drawing_is_the_one_of_the_docstring():
         ("reward", "ppo"),
         ("ppo", "evaluate"),
         ("dpo", "evaluate"),
-        ("evaluate", "promote"),
+        ("evaluate", "approve"),
+        ("approve", "promote"),
         ("promote", "report"),
         ("report", "close"),
     }
