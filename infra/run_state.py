@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from infra.airflow_api import AirflowApi, AirflowApiError, TaskState
-from stages.config.graph import Stage
+from stages.config.graph import PIPELINE_STAGES, Stage
 from stages.config.request import Failure, StageResult
 
 DAG_ID = "llm_pipeline"
@@ -24,11 +24,11 @@ ACTIVE = (
     "up_for_reschedule",
     "restarting",
 )
-STAGE_NAMES = frozenset(stage.value for stage in Stage)
+STAGE_NAMES = frozenset(stage.value for stage in PIPELINE_STAGES)
 # the order of the graph; `approve` stands before what it decides about
 TASK_ORDER = (
     "resolve",
-    *(name for stage in Stage for name in (("approve",) if stage is Stage.PROMOTE else ()) + (stage.value,)),
+    *(name for stage in PIPELINE_STAGES for name in (("approve",) if stage is Stage.PROMOTE else ()) + (stage.value,)),
     "close",
 )
 

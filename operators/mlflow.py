@@ -144,8 +144,15 @@ class MlflowServer:
 
     def version_by_alias(self, name: str, alias: str) -> tuple[str, dict[str, str]] | None:
         """Return version and tags of a registered model's alias; None when there is no such model or alias."""
+        return self._version("registered-models/alias", {"name": name, "alias": alias})
+
+    def version_tags(self, name: str, version: str) -> tuple[str, dict[str, str]] | None:
+        """Return version and tags of a model's version; None when there is none."""
+        return self._version("model-versions/get", {"name": name, "version": version})
+
+    def _version(self, path: str, values: Mapping[str, str]) -> tuple[str, dict[str, str]] | None:
         try:
-            found = self._call("GET", "registered-models/alias", {"name": name, "alias": alias}, absent_ok=True)
+            found = self._call("GET", path, values, absent_ok=True)
         except MlflowUnavailableError as error:
             if "INVALID_PARAMETER_VALUE" in str(error):  # MLflow's answer for an alias that a model does not have
                 return None

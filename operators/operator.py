@@ -86,15 +86,13 @@ class StageOperator(BaseOperator):
 
     def execute(self, context: Any) -> dict[str, Any]:
         from operators.mlflow import note_hit
-        from operators.prepare import find_hit, load_config
+        from operators.prepare import find_hit
 
         with as_stage_failures():
             run, store = self._run(context), self._open_store()
-            config = load_config(store, run)
-            self._skip_unless_selected(config)
-            max_retries = config.stage_execution(Stage(self.stage)).max_retries
+            request = self._request(context, run=run, store=store)
+            max_retries = request.execution.max_retries
         with as_stage_failures(max_retries):
-            request = self._request(context, run=run, store=store, config=config)
             if hit := find_hit(store, request):
                 note_hit(run, self.stage, hit.artifact)
                 return self._finish(context, run, hit)
@@ -192,9 +190,11 @@ class StageOperator(BaseOperator):
                 f"last_stage={config.last_stage}, base_model={config.base_model!r})"
             )
 
-    def _request(self, context: Any, *, run: RunInfo, store: "Store", config: "PipelineConfig") -> StageRequest:
-        from operators.prepare import build_request, input_stages, with_approval
+    def _request(self, context: Any, *, run: RunInfo, store: "Store") -> StageRequest:
+        from operators.prepare import build_request, input_stages, load_config, with_approval
 
+        config = load_config(store, run)
+        self._skip_unless_selected(config)
         ti, stage = context["ti"], Stage(self.stage)
         sources = set(input_stages(stage, config).values())
         upstream = {source: ti.xcom_pull(task_ids=source.value) for source in sources}

@@ -2,12 +2,15 @@
 
 import re
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, WithJsonSchema, field_validator
 
 from stages.config.base import Config
-from stages.config.graph import Alignment, Stage
+from stages.config.graph import PIPELINE_STAGES, Alignment, Stage
+
+PipelineStage = Annotated[Stage, WithJsonSchema({"type": "string", "enum": [stage.value for stage in PIPELINE_STAGES]})]
+"""What the form offers; `resolve` refuses a stage that the run does not have."""
 
 
 class Promotion(StrEnum):
@@ -44,7 +47,7 @@ class PipelineParams(Config):
     Empty: pretrain from scratch."""
     alignment: Alignment = Field(default=Alignment.BOTH, title="Alignment")
     """Reinforcement learning (`ppo`), direct preference optimisation (`dpo`), `both`, or `none`."""
-    last_stage: Stage = Field(default=Stage.REPORT, title="Last stage")
+    last_stage: PipelineStage = Field(default=Stage.REPORT, title="Last stage")
     """Stop after this stage; later ones are skipped."""
     seed: int = Field(default=0, title="Seed", ge=0, le=2**31 - 1)
     """Every random choice of the run follows from it."""
