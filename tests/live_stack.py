@@ -44,7 +44,7 @@ class LiveStack:
     def trigger(self, dag_id: str, **conf: Any) -> str:
         return self.api.trigger(dag_id, conf)
 
-    def wait(self, what: str, ready: Callable[[], Any], *, seconds: float = 180) -> Any:
+    def wait(self, what: str, ready: Callable[[], Any], *, seconds: float = 300) -> Any:
         """Return the first true answer; says what it waited for."""
         deadline = time.monotonic() + seconds
         while not (answer := ready()):

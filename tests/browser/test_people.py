@@ -73,6 +73,7 @@ def test_a_run_from_the_form_to_an_approved_champion(page: Page, people_stack: L
     unfold(dialog, "Run", "run_name").fill("browser")
     choose(page, unfold(dialog, "Model and alignment", "alignment"), "dpo")
     choose(page, unfold(dialog, "Course of the run", "promotion"), "approval")
+    dialog.locator("input[name=element_seed]").fill("7")  # a run of its own: no stage has been built before
     run_id = submit(dialog, stack)
 
     stack.wait_state(DAG, run_id, "sft", "deferred")

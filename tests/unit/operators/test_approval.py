@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from airflow.providers.standard.operators.empty import EmptyOperator
+from airflow.sdk import DAG
 from airflow.sdk.exceptions import AirflowSkipException
 
 from operators.approval import PromotionApproval, question, read_answer
@@ -100,7 +102,9 @@ def test_an_answer_becomes_a_decision_with_name_time_and_reason(
 
 def test_a_rejection_does_not_skip_what_comes_after_it() -> None:
     """Airflow's own operator would call `skip`, which needs a task instance that this context does not have."""
-    task = PromotionApproval(task_id="approve")
+    with DAG("probe", schedule=None):
+        task = PromotionApproval(task_id="approve")
+        task >> EmptyOperator(task_id="promote")
     given = task.execute_complete({}, {**answer("Reject", "no", {"id": "1", "name": "ada"}), "timedout": False})
     assert given == {"verdict": "rejected", "by": "ada", "at": "2026-11-24T09:30:15+00:00", "comment": "no"}
 

@@ -183,7 +183,8 @@ def test_every_pair_arrives_in_the_tokens_that_the_reward_stage_trains_on(tmp_pa
             ),
         )
     )
-    assert outcome.metrics, "curate measured nothing"
+    read = outcome.ledger["preferences"]["steps"][0]
+    assert (read["in"]["documents"], read["kept"]["documents"]) == (18, 18), "the artifact holds pairs and nothing else"
     arrived: Counter[tuple[str, str]] = Counter()
     for split in ("train", "heldout"):
         target = context.output_dir / "preferences" / f"{split}.jsonl.gz"
