@@ -1,7 +1,7 @@
 # One command a task; `make help` lists them. Everything made lies in .venv/ and .athanor/.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup up down status logs demo test check format lock screenshots clean
+.PHONY: help setup up down status logs demo test test-browser check format lock screenshots clean
 
 VENV   := .venv
 PYTHON := $(CURDIR)/$(VENV)/bin/python
@@ -18,7 +18,7 @@ export RECIPE PARAMS
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## virtual environment with everything, from constraints.txt
 
@@ -52,6 +52,10 @@ demo: $(STAMP) ## raw text to aligned model: setup and up if needed, run llm_pip
 
 test: $(STAMP) ## all tests
 	$(PYTHON) -m pytest $(TESTS)
+
+test-browser: $(STAMP) ## the user interfaces in headless Chromium (needs chromium; installs Playwright into .venv)
+	@uv pip install --quiet --python $(PYTHON) --constraint constraints.txt playwright
+	$(PYTHON) -m pytest -m browser tests/browser
 
 check: $(STAMP) ## format, lint, types, floors and fast tests, in under a minute
 	ruff format --check .

@@ -1,10 +1,10 @@
 """From raw text to an aligned, registered model, the whole story on one screen.
 
-    resolve ─ plan ─ curate ─ tokenize ─ pretrain ─ sft ─┬─ reward ─ ppo ─┬─ evaluate ─ promote ─ report
+    resolve ─ plan ─ curate ─ tokenize ─ pretrain ─ sft ─┬─ reward ─ ppo ─┬─ evaluate ─ approve ─ promote ─ report
                                                          └────── dpo ─────┘
 
 Every stage is a Ray job. A stage whose artifact exists is not run again; a stage that the run does not ask for skips
-itself. Skipped stages let the rest run, failed ones do not.
+itself. Skipped stages let the rest run, failed ones do not. With `promotion=approval`, `approve` asks a person.
 """
 
 from datetime import timedelta
@@ -12,6 +12,7 @@ from functools import partial
 
 from airflow.sdk import DAG, TriggerRule, chain, get_current_context, task
 
+from operators.approval import PromotionApproval
 from operators.failures import MAX_RETRIES, StageRetryPolicy
 from operators.form import trigger_form
 from operators.operator import StageOperator
@@ -66,10 +67,11 @@ with DAG(
     ppo = heavy(stage=Stage.PPO)
     dpo = heavy(stage=Stage.DPO)
     evaluate = heavy(stage=Stage.EVALUATE)
+    approve = PromotionApproval(task_id="approve")
     promote = light(stage=Stage.PROMOTE)
     report = light(stage=Stage.REPORT)
 
     chain(resolve(), plan(), curate, tokenize, pretrain, sft)
     chain(sft, reward, ppo, evaluate)
     chain(sft, dpo, evaluate)
-    chain(evaluate, promote, report, close().as_teardown(on_failure_fail_dagrun=True))
+    chain(evaluate, approve, promote, report, close().as_teardown(on_failure_fail_dagrun=True))

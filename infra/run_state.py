@@ -10,13 +10,27 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from infra.airflow_api import AirflowApi, AirflowApiError, TaskState
-from stages.config.graph import Stage
+from stages.config.graph import PIPELINE_STAGES, Stage
 from stages.config.request import Failure, StageResult
 
 DAG_ID = "llm_pipeline"
-ACTIVE = ("queued", "scheduled", "running", "deferred", "up_for_retry", "up_for_reschedule", "restarting")
-STAGE_NAMES = frozenset(stage.value for stage in Stage)
-TASK_ORDER = ("resolve", *(stage.value for stage in Stage), "close")
+ACTIVE = (
+    "queued",
+    "scheduled",
+    "running",
+    "deferred",
+    "awaiting_input",
+    "up_for_retry",
+    "up_for_reschedule",
+    "restarting",
+)
+STAGE_NAMES = frozenset(stage.value for stage in PIPELINE_STAGES)
+# the order of the graph; `approve` stands before what it decides about
+TASK_ORDER = (
+    "resolve",
+    *(name for stage in PIPELINE_STAGES for name in (("approve",) if stage is Stage.PROMOTE else ()) + (stage.value,)),
+    "close",
+)
 
 # stage -> what to show of its metrics: (metric, label, format), the first that exist, two at most
 KEY_METRICS: dict[Stage, tuple[tuple[str, str, str], ...]] = {

@@ -7,7 +7,7 @@ from typing import Any
 from airflow.sdk.definitions.param import Param, ParamsDict
 from pydantic.fields import FieldInfo
 
-from stages.config.base import Choice
+from stages.config.base import Choice, Config
 from stages.config.estimate import count_parameters, human
 from stages.config.execution import ExecutionConfig
 from stages.config.params import PipelineParams
@@ -108,3 +108,15 @@ def _flat(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[str
     """Airflow's form does not follow `$ref`: put the referred schema in its place."""
     reference = schema.get("$ref")
     return dict(definitions[reference.rsplit("/", 1)[1]] if reference else schema)
+
+
+def form_of(fields: type[Config], *, section: str) -> ParamsDict:
+    """Return the params of a DAG whose form is another class than PipelineParams; one section holds them all."""
+    schema = fields.model_json_schema()
+    definitions = schema.get("$defs", {})
+    return ParamsDict(
+        {
+            name: _param(field, _flat(schema["properties"][name], definitions), section=section)
+            for name, field in fields.model_fields.items()
+        }
+    )

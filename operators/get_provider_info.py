@@ -12,7 +12,12 @@ def get_provider_info() -> dict[str, Any]:
         "integrations": [
             {"integration-name": "Ray Jobs", "external-doc-url": "https://docs.ray.io/", "tags": ["service"]}
         ],
-        "operators": [{"integration-name": "Ray Jobs", "python-modules": ["operators.operator"]}],
+        "operators": [
+            {
+                "integration-name": "Ray Jobs",
+                "python-modules": ["operators.operator", "operators.approval", "operators.rating"],
+            }
+        ],
         "hooks": [{"integration-name": "Ray Jobs", "python-modules": ["operators.hook"]}],
         "triggers": [{"integration-name": "Ray Jobs", "python-modules": ["operators.trigger"]}],
         "connection-types": [

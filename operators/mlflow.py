@@ -197,6 +197,26 @@ class MlflowServer:
         tags = {tag["key"]: tag["value"] for tag in run["data"].get("tags", ())}
         return run["info"]["experiment_id"], tags.get("mlflow.parentRunId")
 
+    def version_by_alias(self, name: str, alias: str) -> tuple[str, dict[str, str]] | None:
+        """Return version and tags of a registered model's alias; None when there is no such model or alias."""
+        return self._version("registered-models/alias", {"name": name, "alias": alias})
+
+    def version_tags(self, name: str, version: str) -> tuple[str, dict[str, str]] | None:
+        """Return version and tags of a model's version; None when there is none."""
+        return self._version("model-versions/get", {"name": name, "version": version})
+
+    def _version(self, path: str, values: Mapping[str, str]) -> tuple[str, dict[str, str]] | None:
+        try:
+            found = self._call("GET", path, values, absent_ok=True)
+        except MlflowUnavailableError as error:
+            if "INVALID_PARAMETER_VALUE" in str(error):  # MLflow's answer for an alias that a model does not have
+                return None
+            raise
+        if found is None:
+            return None
+        version = found["model_version"]
+        return str(version["version"]), {tag["key"]: tag["value"] for tag in version.get("tags", ())}
+
     def update_run(self, run_id: str, status: str) -> None:
         body: dict[str, Any] = {"run_id": run_id, "status": status}
         if status != "RUNNING":

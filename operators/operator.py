@@ -63,6 +63,7 @@ class StageOperator(BaseOperator):
         task_id: str | None = None,
         ray_conn_id: str = DEFAULT_CONN_ID,
         resolve_task_id: str = "resolve",
+        approve_task_id: str = "approve",
         store_uri: str = "",
         entrypoint: str = ENTRYPOINT,
         deferrable: bool = True,
@@ -80,6 +81,7 @@ class StageOperator(BaseOperator):
         self.stage = spec.stage.value
         self.ray_conn_id = ray_conn_id
         self.resolve_task_id = resolve_task_id
+        self.approve_task_id = approve_task_id
         self.store_uri = store_uri
         self.entrypoint = entrypoint
         self.deferrable = deferrable
@@ -95,16 +97,13 @@ class StageOperator(BaseOperator):
 
     def execute(self, context: Any) -> dict[str, Any]:
         from operators.mlflow import note_hit
-        from operators.prepare import find_hit, load_config
+        from operators.prepare import find_hit
 
         with as_stage_failures():
             run, store = self._run(context), self._open_store()
-            config = load_config(store, run)
-            self._skip_unless_selected(config)
-            max_retries = config.stage_execution(Stage(self.stage)).max_retries
-            run = _of_mapped(run, context["ti"].map_index)
+            request = self._request(context, run=run, store=store)
+            run, max_retries = request.run, request.execution.max_retries
         with as_stage_failures(max_retries):
-            request = self._request(context, run=run, store=store, config=config)
             if hit := find_hit(store, request):
                 note_hit(run, self.stage, hit.artifact)
                 return self._finish(context, run, hit)
@@ -234,13 +233,19 @@ class StageOperator(BaseOperator):
                 f"last_stage={config.last_stage}, base_model={config.base_model!r})"
             )
 
-    def _request(self, context: Any, *, run: RunInfo, store: "Store", config: "PipelineConfig") -> StageRequest:
-        from operators.prepare import build_request, input_stages
+    def _request(self, context: Any, *, run: RunInfo, store: "Store") -> StageRequest:
+        from operators.prepare import build_request, input_stages, load_config, with_approval
 
+        config = load_config(store, run)
+        self._skip_unless_selected(config)
         ti, stage = context["ti"], Stage(self.stage)
         sources = set(input_stages(stage, config).values())
         upstream = {source: ti.xcom_pull(task_ids=source.value) for source in sources}
-        request = build_request(stage, run=run, store=store, config=config, upstream=upstream)
+        request = build_request(
+            stage, run=_of_mapped(run, ti.map_index), store=store, config=config, upstream=upstream
+        )
+        if stage is Stage.PROMOTE:
+            request = with_approval(request, config, ti.xcom_pull(task_ids=self.approve_task_id))
         execution = self._within_memory(context, request.execution)
         return request.model_copy(update={"task_id": ti.task_id, "try_number": ti.try_number, "execution": execution})
 

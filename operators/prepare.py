@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from stages.artifacts import artifact_uri, find_intact, fingerprint, run_key
+from stages.config.closing import Approval
 from stages.config.errors import ConfigError
-from stages.config.graph import GRAPH, Stage, selected_stages
+from stages.config.graph import GRAPH, Alignment, Stage, selected_stages
+from stages.config.params import Promotion
 from stages.config.pipeline import PipelineConfig, stage_config_from_json
 from stages.config.request import ArtifactRef, RunInfo, StageRequest, StageResult
 from stages.store import Store, write_json
@@ -62,6 +64,28 @@ def build_request(
         inputs=inputs,
         sources=config.stage_sources(stage),
     )
+
+
+def asks_for_approval(config: PipelineConfig) -> bool:
+    """Whether a person decides in this run: asked for, and there will be an aligned model to decide about."""
+    return (
+        config.promote.promotion is Promotion.APPROVAL
+        and config.alignment is not Alignment.NONE
+        and Stage.PROMOTE in selection(config)
+    )
+
+
+def with_approval(request: StageRequest, config: PipelineConfig, answer: Any) -> StageRequest:
+    """Put the person's answer into the request of `promote`, and so into its fingerprint and its manifest."""
+    if not asks_for_approval(config):
+        return request
+    if answer is None:
+        raise ConfigError(
+            "promotion=approval, and the task 'approve' left no decision",
+            advice="Clear 'approve' together with its downstream tasks.",
+        )
+    approval = Approval.model_validate(answer).model_dump(mode="json")
+    return request.model_copy(update={"config": {**request.config, "approval": approval}})
 
 
 def find_hit(store: Store, request: StageRequest) -> StageResult | None:

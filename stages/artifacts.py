@@ -94,6 +94,27 @@ def content_digest(files: tuple[FileEntry, ...]) -> str:
     return hashlib.sha256(canonical_json(entries)).hexdigest()
 
 
+def settings_digest(manifest: Manifest) -> str:
+    """Hash over how an artifact was made, whatever it was made from: stage version and config."""
+    return hashlib.sha256(canonical_json({"version": manifest.version, "config": manifest.config})).hexdigest()
+
+
+def read_file(ref: ArtifactRef | str, name: str) -> bytes:
+    """Return one small file of an artifact, verified against the manifest; FileNotFoundError if it has no such file."""
+    uri = ref if isinstance(ref, str) else ref.uri
+    entry = next((entry for entry in read_manifest(uri).files if entry.path == name), None)
+    if entry is None:
+        raise FileNotFoundError(f"{uri} has no file {name!r}")
+    store, key = split_artifact_uri(uri)
+    data = store.read_bytes(f"{key}/{name}")
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise DamagedArtifactError(
+            f"{uri}/{name} does not have the content that its manifest records",
+            advice="Clear the stage that produced it; it will be built again.",
+        )
+    return data
+
+
 def upload_files(store: Store, folder: Path, *, kind: str, fingerprint: str) -> tuple[FileEntry, ...]:
     """Copy every file below `folder` into the artifact and return their entries; the manifest is the caller's last
     step."""

@@ -5,10 +5,12 @@ The current champion and the new model are comparable when their versions carry 
 prompts in the same way, and the higher `eval/score_mean` wins. Otherwise scores mean nothing to each other; the
 decision falls back to the win rate of the new model against its own SFT model and says so in its reason.
 
+With `promotion=approval` a person has decided before this stage starts, and that decision stands, whatever the numbers
+say; what they say is told beside it. A rejected model is registered like every other, with the decision in its tags.
+
 Unlike the other stages this one cannot do its work without MLflow: an outage is a failure, and Airflow retries.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -19,9 +21,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.artifacts import canonical_json, read_manifest
-from stages.config.closing import PromoteConfig
-from stages.config.errors import DataError, StageError
+from stages.artifacts import read_manifest, settings_digest
+from stages.config.closing import SCORE, WIN_RATE, Approval, PromoteConfig, Verdict, strongest
+from stages.config.errors import ConfigError, DataError, StageError
 from stages.config.params import Promotion
 from stages.config.request import ArtifactRef, Manifest
 from stages.context import StageContext, StageOutcome
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 _REGISTERED_ROLE = {"base": "base", "sft": "sft", "reward": "reward", "ppo": "aligned", "dpo": "aligned"}
 _ALIGNED = ("ppo", "dpo")
-_SCORE, _WIN_RATE = "eval/score_mean", "eval/win_rate"
 
 _ATTACH_SECONDS = 20.0
 
@@ -100,7 +101,7 @@ class Decision:
     promoted: bool
     reason: str
     comparison: str
-    """`score`, `win_rate`, `same_model` or `none`: what was compared."""
+    """`score`, `win_rate`, `same_model`, `person` or `none`: what decided."""
 
 
 def run(context: StageContext) -> StageOutcome:
@@ -115,7 +116,7 @@ def run(context: StageContext) -> StageOutcome:
     chosen = choose_aligned([role for role in _ALIGNED if role in models], evaluation)
     run_id = context.tracker.wait_run_id(_ATTACH_SECONDS)  # by then what earlier stages could not deliver has been
     with _outage_is_infrastructure():
-        registry = Registry(config.run_name, context.run.experiment)
+        registry = Registry(config.run_name, context.run.experiment, config.approval)
         registered = []
         for done, (role, ref) in enumerate(models.items(), start=1):
             registered.append(registry.register(role, ref, evaluation))
@@ -128,6 +129,7 @@ def run(context: StageContext) -> StageOutcome:
         "comparison": decision.comparison,
         "chosen": chosen,
         "previous_champion": asdict(champion) if champion else None,
+        "approval": config.approval.model_dump(mode="json") if config.approval else None,
         "evaluation": asdict(evaluation),
         "models": [asdict(model) for model in registered],
     }
@@ -145,7 +147,6 @@ def read_evaluation(folder: Path, manifest: Manifest) -> Evaluation:
             "metrics.json of the evaluation has no object `models`",
             advice="Clear the evaluate task, so that it is made again.",
         )
-    settings = canonical_json({"version": manifest.version, "config": manifest.config})
     return Evaluation(
         metrics={
             role: _finite(values) for role, values in {**data["models"], "reward": data.get("reward") or {}}.items()
@@ -153,19 +154,14 @@ def read_evaluation(folder: Path, manifest: Manifest) -> Evaluation:
         conditions=Conditions(
             data_digest=str((data.get("data") or {}).get("digest") or ""),
             reward_fingerprint=str(data.get("reward_fingerprint") or ""),
-            settings_digest=hashlib.sha256(settings).hexdigest(),
+            settings_digest=settings_digest(manifest),
         ),
     )
 
 
 def choose_aligned(roles: list[str], evaluation: Evaluation) -> str | None:
     """Return the aligned model with the higher win rate against SFT; ties go by score, then by order."""
-
-    def strength(role: str) -> tuple[float, float]:
-        metrics = evaluation.of(role)
-        return metrics.get(_WIN_RATE, -math.inf), metrics.get(_SCORE, -math.inf)
-
-    return max(roles, key=strength, default=None)
+    return strongest(roles, evaluation.metrics)
 
 
 def decide(
@@ -178,15 +174,47 @@ def decide(
     """Decide on the chosen aligned model; pure, so that every reason can be tested."""
     if config.promotion is Promotion.NEVER:
         return Decision(False, "promotion=never: the models are registered as candidates only", "none")
+    by_numbers = _decide_by_numbers(metrics, fingerprint, evaluation, champion, config)
+    if config.promotion is not Promotion.APPROVAL:
+        return by_numbers
+    if config.approval is None:
+        raise ConfigError(
+            "promotion=approval, and nobody has been asked: promote.approval is empty",
+            advice="Clear the task `approve` together with its downstream tasks.",
+        )
+    return _decide_by_person(config.approval, by_numbers)
+
+
+def _decide_by_person(approval: Approval, by_numbers: Decision) -> Decision:
+    """The person's word stands; the champion of before stays champion, also when it is the model that was rejected."""
+    promoted = approval.verdict is Verdict.APPROVED
+    if approval.verdict is Verdict.TIMED_OUT:
+        said = f"nobody decided until {approval.at}, which counts as a rejection"
+    else:
+        said = f"{approval.verdict.value} by {approval.by or 'somebody without a name'} at {approval.at}"
+    reason = f"{said}: {approval.comment}" if approval.comment else said
+    if by_numbers.comparison == "same_model":
+        return Decision(promoted, f"{reason}; {by_numbers.reason}", "same_model" if promoted else "person")
+    agree = "agree" if by_numbers.promoted == promoted else "said otherwise"
+    return Decision(promoted, f"{reason}; the numbers {agree}: {by_numbers.reason}", "person")
+
+
+def _decide_by_numbers(
+    metrics: dict[str, float],
+    fingerprint: str,
+    evaluation: Evaluation,
+    champion: Champion | None,
+    config: PromoteConfig,
+) -> Decision:
     if champion and champion.fingerprint == fingerprint:
         return Decision(True, f"the model is champion already (version {champion.version})", "same_model")
     if (
         champion
         and evaluation.conditions.allow_comparison(champion.conditions)
-        and _SCORE in metrics
-        and _SCORE in champion.metrics
+        and SCORE in metrics
+        and SCORE in champion.metrics
     ):
-        new, old = metrics[_SCORE], champion.metrics[_SCORE]
+        new, old = metrics[SCORE], champion.metrics[SCORE]
         verb = "beats" if new > old else "does not beat"
         reason = (
             f"mean reward score {new:.4f} {verb} {old:.4f} of the champion (version {champion.version}) "
@@ -200,7 +228,7 @@ def decide(
             f"the champion (version {champion.version}) was evaluated on other data, by another reward model or in "
             "another way, so its scores do not compare"
         )
-    win_rate = metrics.get(_WIN_RATE)
+    win_rate = metrics.get(WIN_RATE)
     if win_rate is None:
         return Decision(False, f"{why}, and the evaluation has no win rate against SFT for the aligned model", "none")
     wins = win_rate >= config.min_win_rate
@@ -235,10 +263,11 @@ def _decide_and_move_aliases(
 class Registry:
     """The registered models `<run name>-base, -sft, -reward, -aligned`; every step looks before it makes."""
 
-    def __init__(self, run_name: str, experiment: str) -> None:
+    def __init__(self, run_name: str, experiment: str, approval: Approval | None = None) -> None:
         from stages.mlflow_client import connect, find_or_create_experiment
 
         self._run_name = run_name
+        self._approval = approval
         self._client: MlflowClient = connect()
         self._experiment_id = find_or_create_experiment(self._client, experiment)
 
@@ -263,6 +292,10 @@ class Registry:
                 await_creation_for=0,
             )
         else:
+            # A new decision replaces the old one whole: an answer without a comment does not keep the comment before.
+            for key in version.tags.keys() - tags.keys():
+                if self._approval and key.startswith("approval."):
+                    self._client.delete_model_version_tag(name, version.version, key)
             for key, value in tags.items():
                 if version.tags.get(key) != value:
                     self._client.set_model_version_tag(name, version.version, key, value)
@@ -273,6 +306,8 @@ class Registry:
         tags |= {key: repr(value) for key, value in evaluation.of(role).items()}
         if role in _ALIGNED:
             tags["alignment"] = role
+        if self._approval:
+            tags |= {f"approval.{name}": value for name, value in self._approval.model_dump(mode="json").items()}
         return tags
 
     def _airflow_tags(self, manifest: Manifest) -> dict[str, str]:
@@ -362,7 +397,7 @@ def _outcome_metrics(decision: Decision, registered: list[Registered], chosen: d
         "promotion/registered": float(len(registered)),
         "promotion/new_versions": float(sum(model.is_new for model in registered)),
     }
-    return metrics | {key: chosen[key] for key in (_WIN_RATE, _SCORE) if key in chosen}
+    return metrics | {key: chosen[key] for key in (WIN_RATE, SCORE) if key in chosen}
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.live_stack import LiveStack, live_stack
 from tests.s3 import S3Server
 from tests.s3 import s3_server as start_s3
 from tests.servers import RayServer, end_leftovers, mlflow_tracking, ray_server
@@ -35,6 +36,13 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of an MLflow server with its own database."""
     with mlflow_tracking(tmp_path_factory.mktemp("mlflow")) as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def people_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveStack]:
+    """Airflow, Ray and MLflow with the real DAGs, shared by all tests of people in the loop."""
+    with live_stack(tmp_path_factory.mktemp("people"), sft_seconds=12) as stack:
+        yield stack
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,15 @@
 """Settings of the closing stages: evaluation, promotion, report."""
 
+import math
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+
 from pydantic import Field
 
 from stages.config.base import Config
 from stages.config.params import Promotion
+
+WIN_RATE, SCORE = "eval/win_rate", "eval/score_mean"
 
 
 class EvaluateConfig(Config):
@@ -27,15 +33,41 @@ class EvaluateConfig(Config):
     """Sampling follows from it."""
 
 
+class Verdict(StrEnum):
+    """What became of the question whether a model may be champion."""
+
+    APPROVED = "approved"
+    REJECTED = "rejected"
+    TIMED_OUT = "timed_out"
+
+
+class Approval(Config):
+    """A person's answer. It is part of what `promote` is asked to do, so its fingerprint and manifest tell it."""
+
+    verdict: Verdict
+    """`approved`, `rejected`, or `timed_out`: nobody answered in time, which counts as a rejection."""
+    by: str = ""
+    """User who answered; empty when nobody did."""
+    at: str
+    """When, UTC, ISO 8601."""
+    comment: str = ""
+    """The reason, in the person's own words."""
+
+
 class PromoteConfig(Config):
     """Registration in MLflow."""
 
     run_name: str = Field(default="athanor", min_length=1)
     """Prefix of the registered model names."""
     promotion: Promotion = Promotion.AUTO
-    """`auto` moves the alias `champion` when the aligned model wins; `never` registers candidates only."""
+    """`auto` moves the alias `champion` when the aligned model wins, `approval`: a person decides in Airflow, `never`
+    registers candidates only."""
     min_win_rate: float = Field(default=0.5, ge=0, le=1)
-    """Win rate against SFT that an aligned model needs to become champion."""
+    """Win rate against SFT that an aligned model needs to become champion; a person may decide otherwise."""
+    approval_timeout_hours: float = Field(default=168.0, gt=0)
+    """Hours that `promotion=approval` waits for a person; after them the model counts as rejected, nothing is lost."""
+    approval: Approval | None = None
+    """The person's answer, put in by the pipeline; not to be set by hand."""
 
 
 class ReportConfig(Config):
@@ -45,3 +77,13 @@ class ReportConfig(Config):
     """Heading of the page."""
     max_samples: int = Field(default=12, ge=1)
     """Prompts shown side by side."""
+
+
+def strongest(roles: Iterable[str], metrics: Mapping[str, Mapping[str, float]]) -> str | None:
+    """Return the role with the highest win rate against SFT; ties go by score, then by order. None without roles."""
+
+    def strength(role: str) -> tuple[float, float]:
+        measured = metrics.get(role, {})
+        return measured.get(WIN_RATE, -math.inf), measured.get(SCORE, -math.inf)
+
+    return max(roles, key=strength, default=None)

@@ -19,6 +19,13 @@ class Stage(Choice):
     EVALUATE = "evaluate", "Evaluate: all models side by side"
     PROMOTE = "promote", "Promote: registered models and the champion"
     REPORT = "report", "Report: the whole pipeline"
+    # Outside the pipeline, in DAGs of their own: what a model says, and what people say about it.
+    RESPOND = "respond"
+    RATE = "rate"
+
+
+PIPELINE_STAGES: tuple[Stage, ...] = tuple(stage for stage in Stage if stage not in (Stage.RESPOND, Stage.RATE))
+"""The stages of `llm_pipeline`, in order; a PipelineConfig has a part for each of them."""
 
 
 class Alignment(Choice):
@@ -98,6 +105,9 @@ GRAPH: dict[Stage, StageSpec] = {
             1,
             (("promotion", Stage.PROMOTE), ("evaluation", Stage.EVALUATE), *_DATA, *_MODELS),
         ),
+        # Its model is any language model and its tokens are that model's, so the DAG says who fills the roles.
+        StageSpec(Stage.RESPOND, "responses", 1, ()),
+        StageSpec(Stage.RATE, "preferences", 1, (("responses", Stage.RESPOND),), asset="llm/preferences"),
     )
 }
 
@@ -135,6 +145,8 @@ def selected_stages(*, alignment: Alignment, last_stage: Stage, has_base_model: 
 def _up_to(last_stage: Stage) -> set[Stage]:
     if last_stage in _CLOSING:
         return set(_CHAIN) | set(_CLOSING[: _CLOSING.index(last_stage) + 1])
+    if last_stage not in PIPELINE_STAGES:
+        return set()
     if last_stage in (Stage.PPO, Stage.DPO):
         return {stage for stage in _CHAIN if stage is last_stage or stage not in (Stage.PPO, Stage.DPO)}
     return set(_CHAIN[: _CHAIN.index(last_stage) + 1])

@@ -1,18 +1,22 @@
 """The dozen fields a person fills in; the Airflow trigger form is generated from this class and typed nowhere else."""
 
 import re
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, WithJsonSchema, field_validator
 
 from stages.config.base import Choice, Config
-from stages.config.graph import Alignment, Stage
+from stages.config.graph import PIPELINE_STAGES, Alignment, Stage
+
+PipelineStage = Annotated[Stage, WithJsonSchema({"type": "string", "enum": [stage.value for stage in PIPELINE_STAGES]})]
+"""What the form offers; `resolve` refuses a stage that the run does not have."""
 
 
 class Promotion(Choice):
     """What happens after the evaluation."""
 
     AUTO = "auto", "Automatic, when it wins"
+    APPROVAL = "approval", "By approval: a person decides"
     NEVER = "never", "Never, candidates only"
 
 
@@ -42,12 +46,13 @@ class PipelineParams(Config):
     Empty: pretrain from scratch."""
     alignment: Alignment = Field(default=Alignment.BOTH, title="Alignment")
     """Reinforcement learning (`ppo`), direct preference optimisation (`dpo`), `both`, or `none`."""
-    last_stage: Stage = Field(default=Stage.REPORT, title="Last stage")
+    last_stage: PipelineStage = Field(default=Stage.REPORT, title="Last stage")
     """Stop after this stage; later ones are skipped."""
     seed: int = Field(default=0, title="Seed", ge=0, le=2**31 - 1)
     """Every random choice of the run follows from it."""
     promotion: Promotion = Field(default=Promotion.AUTO, title="Promotion")
-    """`auto` moves the alias `champion` when the aligned model wins; `never` registers candidates only."""
+    """`auto` moves the alias `champion` when the aligned model wins, `approval`: a person decides in Airflow, `never`
+    registers candidates only."""
     dry_run: bool = Field(default=False, title="Plan only")
     """Stop after the plan: what would run or is there already, how long it takes, what it costs. Nothing is spent."""
     overrides: dict[str, Any] = Field(default_factory=dict, title="Overrides")

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from stages.config.base import Config
 from stages.config.closing import EvaluateConfig, PromoteConfig, ReportConfig
+from stages.config.collect import RateConfig, RespondConfig
 from stages.config.curate import CurateConfig
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import Alignment, Stage
@@ -23,6 +24,8 @@ CONFIG_CLASSES: dict[Stage, type[Config]] = {
     Stage.EVALUATE: EvaluateConfig,
     Stage.PROMOTE: PromoteConfig,
     Stage.REPORT: ReportConfig,
+    Stage.RESPOND: RespondConfig,
+    Stage.RATE: RateConfig,
 }
 
 

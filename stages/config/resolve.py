@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from stages.config.curate import DERIVED, INSTALLED_DOCS
 from stages.config.errors import ConfigError
-from stages.config.graph import Stage, selected_stages
+from stages.config.graph import PIPELINE_STAGES, Stage, selected_stages
 from stages.config.params import PipelineParams
 from stages.config.pipeline import PipelineConfig
 from stages.config.recipes import RECIPES
@@ -84,7 +84,7 @@ def _refuse_impossible_end(params: PipelineParams) -> None:
         allowed = selected_stages(
             alignment=params.alignment, last_stage=Stage.REPORT, has_base_model=bool(params.base_model)
         )
-        names = ", ".join(stage for stage in Stage if stage in allowed)
+        names = ", ".join(stage for stage in PIPELINE_STAGES if stage in allowed)
         raise ConfigError(
             f"last_stage={params.last_stage.value!r} is not part of a run with alignment={params.alignment.value!r} "
             f"and base_model={params.base_model!r}; allowed: {names}",

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from stages.artifacts import MANIFEST
 from stages.config.curate import INSTALLED_DOCS, CurateConfig
 from stages.config.errors import ConfigError
 from stages.data import installed_docs
@@ -46,8 +47,11 @@ def plan(config: CurateConfig) -> list[Unit]:
 
 
 def data_files(source: str, suffixes: tuple[str, ...]) -> list[Stored]:
-    """The files of a source that have one of these suffixes (before .gz or .zst)."""
+    """The files of a source that have one of these suffixes (before .gz or .zst); of an artifact of ours, its manifest
+    is no data."""
     files = [entry for entry in list_objects(source) if plain_name(entry.name).endswith(suffixes)]
+    if "/artifacts/" in source:
+        files = [entry for entry in files if entry.name != MANIFEST]
     if not files:
         raise ConfigError(
             f"source {source!r} holds no file that can be read",

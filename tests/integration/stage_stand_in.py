@@ -16,20 +16,22 @@ from pathlib import Path
 
 from stages.artifacts import artifact_uri, content_digest, fingerprint, publish, run_key, upload_files, utc_now
 from stages.config.errors import EXIT_CODES, Category
-from stages.config.graph import GRAPH
+from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import stage_config_from_json
-from stages.config.request import Failure, Manifest, StageRequest, StageResult
+from stages.config.request import Failure, InputEntry, Manifest, StageRequest, StageResult
 from stages.runner import load_request
 from stages.store import Store, write_json
+from tests.pipeline_records import EVALUATION, SAMPLES
 
 
 def build(request: StageRequest, store: Store) -> None:
-    """Publish an artifact of one small file, and the result."""
+    """Publish an artifact of small files, and the result."""
     config, spec = stage_config_from_json(request.stage, request.config), GRAPH[request.stage]
     sources = dict.fromkeys(request.sources, "digest")
     identity = fingerprint(request.stage, config, inputs=request.inputs, sources=sources)
     folder = Path(tempfile.mkdtemp())
-    (folder / "content.txt").write_text(identity)
+    for name, text in content(request, identity).items():
+        (folder / name).write_text(text)
     files = upload_files(store, folder, kind=spec.kind, fingerprint=identity)
     manifest = Manifest(
         kind=spec.kind,
@@ -38,7 +40,10 @@ def build(request: StageRequest, store: Store) -> None:
         fingerprint=identity,
         digest=content_digest(files),
         files=files,
-        inputs=(),
+        inputs=tuple(
+            InputEntry(role=role, **ref.model_dump(include={"kind", "uri", "fingerprint", "digest"}))
+            for role, ref in request.inputs.items()
+        ),
         sources=sources,
         config=request.config,
         execution={"submission_id": request.submission_id},
@@ -49,6 +54,34 @@ def build(request: StageRequest, store: Store) -> None:
     ref = manifest.ref(artifact_uri(store, spec.kind, identity))
     result = StageResult(stage=request.stage, hit=False, artifact=ref, wall_seconds=0.1)
     write_json(store, run_key(request.run.run_id, request.stage, "result.json"), result.model_dump(mode="json"))
+
+
+def content(request: StageRequest, identity: str) -> dict[str, str]:
+    """What the next task reads of this stage; one file with anything where nothing is read."""
+    match request.stage:
+        case Stage.EVALUATE:
+            models = {role: EVALUATION["models"][role] for role in request.inputs if role in EVALUATION["models"]}
+            samples = [
+                {**sample, "responses": {role: sample["responses"][role] for role in models}} for sample in SAMPLES
+            ]
+            return {
+                "metrics.json": json.dumps({**EVALUATION, "models": models}),
+                "samples.json": json.dumps(samples),
+            }
+        case Stage.RESPOND:
+            rows = [
+                {"id": f"prompt-{n}", "prompt": f"What is {n} + {n}?", "responses": [f"It is {2 * n}.", f"{n}, twice."]}
+                for n in range(request.config["num_prompts"])
+            ]
+            return {"responses.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}
+        case _:
+            return {"content.txt": identity}
+
+
+def mlflow_run(request: StageRequest) -> dict[str, str]:
+    """A page that exists where there is an MLflow: the parent run's. Invented otherwise."""
+    parent = request.run.parent_run_id or ""
+    return {"run_id": parent} if len(parent) == 32 else {"run_id": "mlflow-run-of-the-stand-in", "experiment_id": "3"}
 
 
 def fail(request: StageRequest, store: Store, category: Category, message: str) -> int:
@@ -62,7 +95,7 @@ def main(config_uri: str, behaviour: str) -> int:
     print("attempt", request.try_number, "of", request.submission_id, flush=True)
     match behaviour.partition(":"):
         case ("succeed", _, seconds):
-            print('ATHANOR_MLFLOW_RUN {"run_id": "mlflow-run-of-the-stand-in", "experiment_id": "3"}', flush=True)
+            print("ATHANOR_MLFLOW_RUN", json.dumps(mlflow_run(request)), flush=True)
             print("ATHANOR_PROGRESS", json.dumps({"stage": request.stage.value, "done": 1, "total": 2, "unit": "step"}))
             time.sleep(float(seconds or 0))
             build(request, store)

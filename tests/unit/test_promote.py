@@ -8,7 +8,7 @@ import pytest
 
 from infra.ports import any_free
 from stages.artifacts import read_manifest
-from stages.config.closing import PromoteConfig
+from stages.config.closing import Approval, PromoteConfig, Verdict
 from stages.config.errors import Category, ConfigError, DataError, StageError
 from stages.config.graph import Stage
 from stages.config.params import Promotion
@@ -148,3 +148,42 @@ def test_no_tracking_uri_is_a_mistake_in_the_configuration(tmp_path: Path, monke
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI"):
         run(context)
     context.progress.close()
+
+
+def asked(verdict: Verdict, comment: str = "", by: str = "ada") -> PromoteConfig:
+    approval = Approval(verdict=verdict, by=by, at="2026-11-24T09:30:15+00:00", comment=comment)
+    return AUTO.model_copy(update={"promotion": Promotion.APPROVAL, "approval": approval})
+
+
+def test_a_person_overrides_the_numbers_in_both_directions_and_the_reason_tells_both() -> None:
+    good, bad = {"eval/win_rate": 0.9}, {"eval/win_rate": 0.1}
+    approved = decide(bad, "new", SAME, None, asked(Verdict.APPROVED, "reads better"))
+    rejected = decide(good, "new", SAME, None, asked(Verdict.REJECTED))
+    assert (approved.promoted, approved.comparison) == (True, "person")
+    assert (rejected.promoted, rejected.comparison) == (False, "person")
+    assert approved.reason.startswith(
+        "approved by ada at 2026-11-24T09:30:15+00:00: reads better; the numbers said otherwise: there is no champion"
+    )
+    assert "is below min_win_rate=0.5" in approved.reason
+    assert "the numbers agree" in decide(good, "new", SAME, None, asked(Verdict.APPROVED)).reason
+
+
+def test_silence_is_a_rejection_that_says_so() -> None:
+    decision = decide({"eval/win_rate": 0.9}, "new", SAME, None, asked(Verdict.TIMED_OUT, by=""))
+    assert not decision.promoted
+    assert decision.reason.startswith("nobody decided until 2026-11-24T09:30:15+00:00, which counts as a rejection;")
+
+
+def test_approving_the_champion_moves_no_alias_and_rejecting_it_promotes_nothing() -> None:
+    metrics = {"eval/score_mean": 0.5}
+    kept = decide(metrics, "old", SAME, champion(0.2), asked(Verdict.APPROVED))
+    refused = decide(metrics, "old", SAME, champion(0.2), asked(Verdict.REJECTED))
+    assert (kept.promoted, kept.comparison) == (True, "same_model")
+    assert (refused.promoted, refused.comparison) == (False, "person")
+
+
+def test_approval_without_an_answer_is_an_error_that_says_what_to_clear() -> None:
+    config = AUTO.model_copy(update={"promotion": Promotion.APPROVAL})
+    with pytest.raises(ConfigError, match=r"promote\.approval is empty") as caught:
+        decide({"eval/win_rate": 0.9}, "new", SAME, None, config)
+    assert "`approve`" in caught.value.advice

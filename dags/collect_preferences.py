@@ -1,0 +1,67 @@
+"""What people prefer, as data: responses of a model, compared by raters in Airflow, published as preference pairs.
+
+    resolve ─ respond ─ questions ─ rate (one task a prompt) ─ publish
+
+The raters find their questions under "Required Actions". What nobody answers in time is counted and the rest is
+published; the asset `llm/preferences` announces it, and its URI is a `preferences` source of `llm_pipeline`.
+"""
+
+from datetime import timedelta
+
+from airflow.sdk import DAG, TriggerRule, get_current_context, task
+
+from operators.collect import PREFERENCES, RespondOperator
+from operators.failures import MAX_RETRIES, StageRetryPolicy
+from operators.form import form_of
+from operators.rating import PreferenceRating
+from stages.config.collect import CollectParams
+
+with DAG(
+    dag_id="collect_preferences",
+    description="Raters compare a model's responses; their answers become preference pairs",
+    doc_md=__doc__,
+    schedule=None,
+    params=form_of(CollectParams, section="What is compared"),
+    tags=["llm", "people", "ray"],
+    default_args={
+        "owner": "athanor",
+        "retries": MAX_RETRIES,
+        "retry_delay": timedelta(seconds=5),
+        "retry_policy": StageRetryPolicy(),
+    },
+) as collect_preferences:
+
+    @task(execution_timeout=timedelta(minutes=5))
+    def resolve() -> dict:
+        """Find the model and what it is asked; wrong input ends the run here, naming the field."""
+        from operators.collect import start_collection
+
+        return start_collection(get_current_context())
+
+    @task(execution_timeout=timedelta(minutes=5))
+    def questions() -> list:
+        """One question a prompt, its responses in a random order that is written down."""
+        from operators.collect import questions_of
+
+        return questions_of(get_current_context())
+
+    # People answer all at once or over days: a failed question must not hold back the answers to the others.
+    @task(execution_timeout=timedelta(minutes=5), trigger_rule=TriggerRule.ALL_DONE, outlets=[PREFERENCES])
+    def publish() -> dict:
+        """Turn the answers into pairs and publish them; ties, skips and silence are counted."""
+        from operators.collect import publish_answers
+
+        return publish_answers(get_current_context())
+
+    @task(execution_timeout=timedelta(minutes=5))
+    def close() -> None:
+        """End the MLflow parent run; green only if preferences were published."""
+        from operators.collect import finish_collection
+
+        finish_collection(get_current_context())
+
+    respond = RespondOperator(task_id="respond", pool="gpu", timeout=timedelta(hours=6))
+    asked = questions()
+    rate = PreferenceRating.partial(task_id="rate", map_index_template="{{ task.question['title'] }}")
+    resolve() >> respond >> asked
+    rate.expand(question=asked) >> publish() >> close().as_teardown(on_failure_fail_dagrun=True)
