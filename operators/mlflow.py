@@ -142,6 +142,18 @@ class MlflowServer:
         tags = {tag["key"]: tag["value"] for tag in run["data"].get("tags", ())}
         return run["info"]["experiment_id"], tags.get("mlflow.parentRunId")
 
+    def artifact_of_version(self, name: str, *, alias: str = "", version: str = "") -> str | None:
+        """Return the tag `artifact.uri` of a registered version, "" without the tag; None when it is not there."""
+        if alias:
+            query, path = {"name": name, "alias": alias}, "registered-models/alias"
+        else:
+            query, path = {"name": name, "version": version}, "model-versions/get"
+        found = self._call("GET", path, query, absent_ok=True)
+        if found is None:
+            return None
+        tags = {tag["key"]: tag["value"] for tag in found["model_version"].get("tags", ())}
+        return tags.get("artifact.uri", "")
+
     def update_run(self, run_id: str, status: str) -> None:
         body: dict[str, Any] = {"run_id": run_id, "status": status}
         if status != "RUNNING":
@@ -186,13 +198,18 @@ class MlflowServer:
                 answer = self._http.post(where, json=dict(values))
         except httpx.HTTPError as error:
             raise MlflowUnavailableError(f"MLflow {path}: {type(error).__name__}: {error}") from None
-        if absent_ok and answer.status_code == 404:
+        if absent_ok and (answer.status_code == 404 or _says_absent(answer.text)):
             return None
         if exists_ok and "RESOURCE_ALREADY_EXISTS" in answer.text:
             return None
         if answer.status_code >= 400:
             raise MlflowUnavailableError(f"MLflow {path}: HTTP {answer.status_code}: {answer.text[:300]}")
         return answer.json()
+
+
+def _says_absent(text: str) -> bool:
+    """MLflow answers an unknown alias with HTTP 400."""
+    return "RESOURCE_DOES_NOT_EXIST" in text or "Registered model alias" in text
 
 
 def _token() -> dict[str, str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from stages.artifacts import artifact_uri, find_intact, fingerprint, run_key
 from stages.config.errors import ConfigError
-from stages.config.graph import GRAPH, Stage, selected_stages
+from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import PipelineConfig, stage_config_from_json
 from stages.config.request import ArtifactRef, RunInfo, StageRequest, StageResult
 from stages.store import Store, write_json
@@ -28,9 +28,7 @@ def load_config(store: Store, run: RunInfo) -> PipelineConfig:
 
 def selection(config: PipelineConfig) -> frozenset[Stage]:
     """Return the stages that this run executes."""
-    return selected_stages(
-        alignment=config.alignment, last_stage=config.last_stage, has_base_model=bool(config.base_model)
-    )
+    return config.selected
 
 
 def input_stages(stage: Stage, config: PipelineConfig) -> dict[str, Stage]:
@@ -43,7 +41,7 @@ def build_request(
     stage: Stage, *, run: RunInfo, store: Store, config: PipelineConfig, upstream: Mapping[Stage, Any]
 ) -> StageRequest:
     """Put the request together; `upstream` holds what the tasks of the input stages returned."""
-    inputs = {}
+    inputs = config.stage_given(stage)
     for role, source in input_stages(stage, config).items():
         if upstream.get(source) is None:
             raise ConfigError(

@@ -24,6 +24,7 @@ def start_run(context: Any) -> dict[str, Any]:
 
     Raises StageConfigFailed, which is never retried, naming field, value and what is allowed.
     """
+    from operators.given import given_artifacts
     from operators.prepare import pipeline_key
     from stages.config.resolve import resolve
     from stages.store import open_store
@@ -32,6 +33,7 @@ def start_run(context: Any) -> dict[str, Any]:
     with as_stage_failures():
         config = resolve(form_values(context["params"]))
         store = open_store(os.environ.get("ARTIFACT_STORE", ""))
+        config = config.with_given(given_artifacts(config))
         run_id = safe_run_id(ti.run_id)
         store.write_bytes(pipeline_key(run_id), config.model_dump_json(indent=1).encode())
     run = RunInfo(

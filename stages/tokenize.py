@@ -54,10 +54,8 @@ def run(context: StageContext) -> StageOutcome:
 
 
 def _tokenizer(config: TokenizeConfig, curated: Path, context: StageContext) -> LoadedTokenizer:
-    if config.base_model:
-        from stages.models.given import base_model_dir
-
-        return given_tokenizer(base_model_dir(config.base_model, context.work_dir.parent / "cache"))
+    if context.has_base_model:
+        return given_tokenizer(context.base_model_dir())
     return train_tokenizer(_evenly(curated, config.bpe_train_bytes), config)
 
 
