@@ -1,7 +1,7 @@
 """The artifacts that a run is given instead of making them: its base model, and the data before its own.
 
-Addresses are followed once, when the run starts: `models:/name@alias` may point elsewhere an hour later, and every stage
-of the run must start from the same thing.
+Addresses are followed once, when the run starts: `models:/name@alias` may point elsewhere an hour later, and every
+stage of the run must start from the same thing.
 """
 
 import os

@@ -19,7 +19,7 @@ def run(context: StageContext) -> StageOutcome:
 
 
 def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
-    """Model from the config, or the base model with its own architecture; rows in an order that follows from the seed."""
+    """Model from the config, or the given one as it is; rows in an order that follows from the seed."""
     config = context.config
     assert isinstance(config, PretrainConfig)
     row_length = tokens.sequence_length

@@ -65,7 +65,7 @@ class PipelineConfig(Config):
     min_new_bytes: int = Field(default=20_000, ge=0)
     """With previous data: less new training text (UTF-8 bytes) than this is not worth pretraining on; it waits for
     more."""
-    given: dict[str, ArtifactRef] = {}
+    given: dict[str, ArtifactRef] = Field(default_factory=dict)
     """The artifacts behind `base_model` and `previous_data`, by role, fixed when the run starts; filled by Athanor."""
     experiment: str = Field(default="athanor", min_length=1)
     """MLflow experiment."""

@@ -100,7 +100,7 @@ def _refuse_underivable(config: PipelineConfig) -> None:
         ):
             raise ConfigError(
                 f"{name}={DERIVED!r} needs {INSTALLED_DOCS!r} among documents; got {list(config.curate.documents)}",
-                advice=f"Give {name} as files, previous_data to take over, or stop before {stage.value} with last_stage.",
+                advice=f"Give {name} as files, or previous_data, or stop before {stage.value} with last_stage.",
             )
 
 

@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from operators.given import given_artifacts
-from operators.prepare import build_request
+from operators.prepare import as_far_as_there_is_new_data, build_request
 from stages.artifacts import artifact_uri, publish, utc_now
 from stages.config.errors import ConfigError, StageError
 from stages.config.graph import GRAPH, Stage
@@ -158,3 +158,27 @@ def test_a_registry_that_is_away_is_no_wrong_input(house: House, monkeypatch: py
     with pytest.raises(StageError, match="could not be looked up") as failure:
         given_artifacts(resolve({"recipe": "tiny", "base_model": "models:/n-aligned@champion"}))
     assert failure.value.category == "infrastructure"
+
+
+@pytest.mark.parametrize(
+    ("new_bytes", "new_pairs", "base_model", "ends_without", "pretrains"),
+    [
+        (50_000, 0, True, set(), True),
+        (50_000, 9, False, set(), True),
+        (500, 9, True, {Stage.PRETRAIN}, False),
+        (500, 9, False, set(Stage) - {Stage.CURATE}, False),
+        (500, 0, True, set(Stage) - {Stage.CURATE}, False),
+        (0, 0, False, set(Stage) - {Stage.CURATE}, False),
+    ],
+)
+def test_a_run_goes_as_far_as_there_is_new_data(
+    house: House, new_bytes: int, new_pairs: int, base_model: bool, ends_without: set[Stage], pretrains: bool
+):
+    base = {"base_model": house.dpo.uri, "continue_pretraining": True} if base_model else {}
+    config = resolve({"recipe": "tiny", "documents": ["/new"], "previous_data": house.dpo.uri, **base})
+    metrics = {"curate/bytes_new": new_bytes, "curate/pairs_new": new_pairs}
+    left = as_far_as_there_is_new_data(config.with_given(given_artifacts(config)), metrics)
+    assert set(Stage) - left.selected == ends_without
+    assert (Stage.PRETRAIN in left.selected) == pretrains
+    if base_model and new_pairs and not pretrains:
+        assert left.stage_given(Stage.SFT)[BASE_MODEL] == house.dpo
