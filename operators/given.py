@@ -6,7 +6,7 @@ stage of the run must start from the same thing.
 
 import os
 
-from operators.mlflow import MlflowServer, MlflowUnavailableError
+from operators.mlflow import MlflowServer, MlflowUnavailableError, ModelVersion
 from stages.artifacts import read_manifest
 from stages.config.errors import ConfigError, StageError
 from stages.config.graph import GRAPH, Stage
@@ -80,13 +80,13 @@ def artifact_of_model(address: str, *, field: str) -> str:
 
     Raises ConfigError when there is no such version or Athanor did not register it, StageError when MLflow is away.
     """
-    uri = find_version(address)
-    if uri is None:
+    version = find_version(address)
+    if version is None:
         raise ConfigError(
             f"{field}={address!r} is not registered in MLflow",
             advice="Use models:/<name>@<alias> or models:/<name>/<version> of a registered model.",
         )
-    if not uri:
+    if not (uri := version.tags.get("artifact.uri")):
         raise ConfigError(
             f"{field}={address!r} has no tag artifact.uri: Athanor did not register it",
             advice="Name a model that Athanor registered, or the folder or URI of its weights.",
@@ -94,8 +94,11 @@ def artifact_of_model(address: str, *, field: str) -> str:
     return uri.rstrip("/")
 
 
-def find_version(address: str) -> str | None:
-    """Return the artifact URI of a registered version, "" when Athanor did not register it, None without a version."""
+def find_version(address: str) -> ModelVersion | None:
+    """Return the registered version behind `models:/name@alias` or `models:/name/version`, None when there is none.
+
+    Raises ConfigError without an MLflow server, StageError when it is away.
+    """
     tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not tracking_uri.startswith(("http://", "https://")):
         raise ConfigError(
@@ -110,7 +113,7 @@ def find_version(address: str) -> str | None:
         )
     try:
         with MlflowServer(tracking_uri) as server:
-            return server.artifact_of_version(name, alias=alias, version=version)
+            return server.model_version(name, alias=alias, version=version)
     except MlflowUnavailableError as error:
         raise StageError(f"{address!r} could not be looked up: {error}", advice="The task is retried.") from None
 

@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from operators.links import mlflow_artifact_page
@@ -95,6 +96,21 @@ def parent_artifact_page(child_run_id: str, path: str) -> str | None:
     return mlflow_artifact_page(tracking_uri, parent_run_id, path, experiment_id)
 
 
+@dataclass(frozen=True)
+class ModelVersion:
+    """A version of a registered model."""
+
+    name: str
+    version: str
+    model_id: str | None
+    tags: dict[str, str]
+
+    @property
+    def address(self) -> str:
+        """The address that no alias moves."""
+        return f"models:/{self.name}/{self.version}"
+
+
 class MlflowServer:
     """The handful of REST calls that are needed; use it as a context manager."""
 
@@ -142,8 +158,8 @@ class MlflowServer:
         tags = {tag["key"]: tag["value"] for tag in run["data"].get("tags", ())}
         return run["info"]["experiment_id"], tags.get("mlflow.parentRunId")
 
-    def artifact_of_version(self, name: str, *, alias: str = "", version: str = "") -> str | None:
-        """Return the tag `artifact.uri` of a registered version, "" without the tag; None when it is not there."""
+    def model_version(self, name: str, *, alias: str = "", version: str = "") -> "ModelVersion | None":
+        """Return a registered version; None when it is not there."""
         if alias:
             query, path = {"name": name, "alias": alias}, "registered-models/alias"
         else:
@@ -151,8 +167,13 @@ class MlflowServer:
         found = self._call("GET", path, query, absent_ok=True)
         if found is None:
             return None
-        tags = {tag["key"]: tag["value"] for tag in found["model_version"].get("tags", ())}
-        return tags.get("artifact.uri", "")
+        entry = found["model_version"]
+        tags = {tag["key"]: tag["value"] for tag in entry.get("tags", ())}
+        return ModelVersion(name, str(entry.get("version", version)), entry.get("model_id") or None, tags)
+
+    def set_version_tag(self, version: "ModelVersion", key: str, value: str) -> None:
+        body = {"name": version.name, "version": version.version, "key": key, "value": value}
+        self._call("POST", "model-versions/set-tag", body)
 
     def update_run(self, run_id: str, status: str) -> None:
         body: dict[str, Any] = {"run_id": run_id, "status": status}

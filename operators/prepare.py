@@ -19,6 +19,11 @@ def pipeline_key(run_id: str) -> str:
     return f"runs/{run_id}/pipeline.json"
 
 
+def params_key(run_id: str) -> str:
+    """What the form was filled in with; a retraining starts from it."""
+    return f"runs/{run_id}/params.json"
+
+
 def load_config(store: Store, run: RunInfo) -> PipelineConfig:
     """Read what `resolve` stored for this run."""
     key = pipeline_key(run.run_id)

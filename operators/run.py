@@ -25,17 +25,19 @@ def start_run(context: Any) -> dict[str, Any]:
     Raises StageConfigFailed, which is never retried, naming field, value and what is allowed.
     """
     from operators.given import given_artifacts
-    from operators.prepare import pipeline_key
+    from operators.prepare import params_key, pipeline_key
     from stages.config.resolve import resolve
-    from stages.store import open_store
+    from stages.store import open_store, write_json
 
     ti = context["ti"]
     with as_stage_failures():
-        config = resolve(form_values(context["params"]))
+        values = form_values(context["params"])
+        config = resolve(values)
         store = open_store(os.environ.get("ARTIFACT_STORE", ""))
         config = config.with_given(given_artifacts(config))
         run_id = safe_run_id(ti.run_id)
         store.write_bytes(pipeline_key(run_id), config.model_dump_json(indent=1).encode())
+        write_json(store, params_key(run_id), values)
     run = RunInfo(
         run_id=run_id,
         name=config.run_name,
