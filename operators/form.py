@@ -8,6 +8,7 @@ from airflow.sdk.definitions.param import Param, ParamsDict
 from pydantic.fields import FieldInfo
 
 from stages.config.base import Config
+from stages.config.evaluation import EvaluationParams
 from stages.config.params import PipelineParams
 from stages.config.recipes import RECIPES
 from stages.config.retrain import RetrainParams
@@ -35,6 +36,11 @@ def trigger_form() -> ParamsDict:
 def retrain_form() -> ParamsDict:
     """Return the params of `retrain`; all have defaults, for nobody fills in the form of a scheduled run."""
     return ParamsDict(_form_of(RetrainParams, {"run_name": "Run"}))
+
+
+def evaluation_form() -> ParamsDict:
+    """Return the params of `evaluate_model`."""
+    return ParamsDict(_form_of(EvaluationParams, {"model": "Evaluation"}))
 
 
 def _form_of(model: type[Config], section_starts: Mapping[str, str]) -> dict[str, Param]:

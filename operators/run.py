@@ -3,13 +3,16 @@
 import logging
 import os
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from operators.failures import RunIncomplete, as_stage_failures
 from operators.form import form_values
 from operators.mlflow import end_parent_run, open_parent_run
 from stages.config.graph import Stage
 from stages.config.request import RunInfo
+
+if TYPE_CHECKING:
+    from stages.config.pipeline import PipelineConfig
 
 logger = logging.getLogger(__name__)
 
@@ -25,17 +28,24 @@ def start_run(context: Any) -> dict[str, Any]:
     Raises StageConfigFailed, which is never retried, naming field, value and what is allowed.
     """
     from operators.given import given_artifacts
-    from operators.prepare import params_key, pipeline_key
     from stages.config.resolve import resolve
-    from stages.store import open_store, write_json
 
-    ti = context["ti"]
     with as_stage_failures():
         values = form_values(context["params"])
         config = resolve(values)
-        store = open_store(os.environ.get("ARTIFACT_STORE", ""))
         config = config.with_given(given_artifacts(config))
-        run_id = safe_run_id(ti.run_id)
+    return open_run(context, config, values)
+
+
+def open_run(context: Any, config: "PipelineConfig", values: dict[str, Any]) -> dict[str, Any]:
+    """Store a configuration with the form's values that it came from, open the MLflow parent run."""
+    from operators.prepare import params_key, pipeline_key
+    from stages.store import open_store, write_json
+
+    ti = context["ti"]
+    run_id = safe_run_id(ti.run_id)
+    with as_stage_failures():
+        store = open_store(os.environ.get("ARTIFACT_STORE", ""))
         store.write_bytes(pipeline_key(run_id), config.model_dump_json(indent=1).encode())
         write_json(store, params_key(run_id), values)
     run = RunInfo(

@@ -67,6 +67,8 @@ class PipelineConfig(Config):
     more."""
     given: dict[str, ArtifactRef] = Field(default_factory=dict)
     """The artifacts behind `base_model` and `previous_data`, by role, fixed when the run starts; filled by Athanor."""
+    only: Stage | None = None
+    """Run this stage alone, on given artifacts (re-evaluation); filled by Athanor."""
     experiment: str = Field(default="athanor", min_length=1)
     """MLflow experiment."""
     curate: CurateConfig
@@ -97,6 +99,8 @@ class PipelineConfig(Config):
 
     def stage_given(self, stage: Stage) -> dict[str, ArtifactRef]:
         """Return the given artifacts that a stage reads besides those of this run, by role."""
+        if self.only is stage:
+            return dict(self.given)
         role = PREVIOUS if stage is Stage.CURATE else BASE_MODEL if self._reads_base_model(stage) else ""
         return {role: self.given[role]} if role in self.given else {}
 
@@ -109,6 +113,8 @@ class PipelineConfig(Config):
     @property
     def selected(self) -> frozenset[Stage]:
         """The stages that the run executes."""
+        if self.only is not None:
+            return frozenset({self.only})
         return selected_stages(
             alignment=self.alignment,
             last_stage=self.last_stage,

@@ -1,10 +1,11 @@
-"""A retraining for real: a champion, a file dropped into the watched prefix, a candidate that descends from the champion.
+"""A retraining for real: a champion, a file in the watched prefix, a candidate that descends from the champion.
 
 Airflow's own part between the pieces (scheduler, triggerer) is left out: the watcher's loop, `retrain` up to the
 trigger, and the pipeline that it would start run here one after the other.
 """
 
 import asyncio
+import gzip
 import json
 import random
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 from airflow.models.xcom import XComModel
 
+from dags.evaluate_model import evaluate_model
 from dags.llm_pipeline import llm_pipeline
 from dags.retrain import retrain
 from operators.retrain import Skip, decide, record
@@ -32,23 +34,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600
 
 DEFAULTS = PipelineParams.model_validate({}).model_dump(mode="json")
 QUICK = {"promote.min_win_rate": 0.0, "min_new_bytes": 1000}
-WORDS = [
-    "river",
-    "mill",
-    "letter",
-    "city",
-    "house",
-    "winter",
-    "sailor",
-    "teacher",
-    "garden",
-    "window",
-    "kitchen",
-    "village",
-    "bridge",
-    "market",
-    "horse",
-]
+WORDS = ("river", "mill", "letter", "city", "house", "winter", "sailor", "teacher", "garden", "window", "kitchen")
 
 
 @pytest.fixture(scope="module")
@@ -103,19 +89,38 @@ def decided() -> dict[str, Any]:
     return json.loads(found.value) if isinstance(found.value, str) else found.value
 
 
+@pytest.fixture(scope="module")
+def first(store_uri: str) -> dict[Stage, StageResult]:
+    return play(store_uri, recipe="tiny", run_name="tiny", alignment="dpo", last_stage="promote", overrides=QUICK)
+
+
+def test_a_champion_is_measured_again(store_uri: str, first: dict[Stage, StageResult]) -> None:
+    from mlflow import MlflowClient
+
+    def evaluate(**params: Any) -> str:
+        return str(evaluate_model.test(run_conf={"recipe": "tiny", **params}).state)
+
+    champion = "models:/tiny-aligned@champion"
+    reward = first[Stage.REWARD].artifact
+    assert evaluate(model=champion, reward=reward.uri, overrides={"evaluate.max_prompts": 3}) == "success"
+    tags = MlflowClient().get_model_version_by_alias("tiny-aligned", "champion").tags
+    before = read_manifest(first[Stage.EVALUATE].artifact)
+    assert tags["evaluation.reward_fingerprint"] == reward.fingerprint
+    assert tags["evaluation.data_digest"] == first[Stage.TOKENIZE].artifact.digest
+    assert float(tags["eval/perplexity"]) == pytest.approx(before.metrics["dpo/eval/perplexity"])
+    assert evaluate(model="/no/such/model", data=first[Stage.TOKENIZE].artifact.uri) == "failed"
+
+
 def test_a_file_in_the_watched_prefix_ends_in_a_candidate_that_descends_from_the_champion(
-    store_uri: str, raw: Path, tmp_path: Path
+    store_uri: str, first: dict[Stage, StageResult], raw: Path, tmp_path: Path
 ) -> None:
     from mlflow import MlflowClient
 
-    first = play(store_uri, recipe="tiny", run_name="tiny", alignment="dpo", last_stage="promote", overrides=QUICK)
     champion = MlflowClient().get_model_version_by_alias("tiny-aligned", "champion")
     assert champion.tags["lineage.fingerprint"] == first[Stage.DPO].artifact.fingerprint
     assert decide(RetrainParams(run_name="tiny")) == Skip(f"{raw.as_uri()} is empty.")
 
     curated = fetch(first[Stage.CURATE].artifact, tmp_path)
-    import gzip
-
     with gzip.open(next((curated / "documents" / "train").glob("*.jsonl.gz")), "rt") as lines:
         seen = json.loads(next(lines))["text"]
     rows = [{"text": seen}, *({"text": prose(seed)} for seed in range(20))]
@@ -139,9 +144,7 @@ def test_a_file_in_the_watched_prefix_ends_in_a_candidate_that_descends_from_the
     aligned = MlflowClient().get_model_version_by_alias("tiny-aligned", "candidate")
     assert aligned.tags["lineage.fingerprint"] == second[Stage.DPO].artifact.fingerprint
     family = {node.id for node in ancestors([aligned.tags["artifact.uri"]]).nodes}
-    assert {
-        result.artifact.fingerprint for stage, result in first.items() if stage in (Stage.DPO, Stage.CURATE)
-    } <= family
+    assert {first[stage].artifact.fingerprint for stage in (Stage.DPO, Stage.CURATE, Stage.PRETRAIN)} <= family
 
     assert isinstance(decide(RetrainParams(run_name="tiny")), Skip)
     # Touched, not changed: the listing is new, the text is not, and the run ends green after curation.
