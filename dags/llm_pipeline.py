@@ -15,6 +15,7 @@ from airflow.sdk import DAG, TriggerRule, chain, get_current_context, task
 from operators.approval import PromotionApproval
 from operators.failures import MAX_RETRIES, StageRetryPolicy
 from operators.form import trigger_form
+from operators.notify import deadline, notifications
 from operators.operator import StageOperator
 from stages.config.graph import Stage
 
@@ -29,6 +30,8 @@ with DAG(
     schedule=None,
     params=trigger_form(),
     tags=["llm", "training", "ray"],
+    deadline=deadline(),
+    **notifications(),
     default_args={
         "owner": "athanor",
         "retries": MAX_RETRIES,

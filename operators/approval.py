@@ -141,22 +141,21 @@ def _champion(name: str, report: Mapping[str, Any], evaluation: ArtifactRef) -> 
         return _Champion("The champion's numbers are not known here: no MLflow server is configured.")
     try:
         with MlflowServer(tracking_uri) as server:
-            found = server.version_by_alias(name, "champion")
+            found = server.model_version(name, alias="champion")
     except MlflowUnavailableError as error:
         return _Champion(f"The champion's numbers are not known: {plain(str(error), at_most=300)}")
     if found is None:
         return _Champion(f"{plain(name)} has no champion yet.")
-    version, tags = found
     measured = {
         "data_digest": str((report.get("data") or {}).get("digest") or ""),
         "reward_fingerprint": str(report.get("reward_fingerprint") or ""),
         "settings_digest": settings_digest(read_manifest(evaluation)),
     }
-    same = all(value and tags.get(f"evaluation.{key}") == value for key, value in measured.items())
+    same = all(value and found.tags.get(f"evaluation.{key}") == value for key, value in measured.items())
     how = "in the same way, so the numbers compare" if same else "**in another way, so its scores do not compare**"
     return _Champion(
-        f"The champion (version {version} of {plain(name)}) was measured {how}.",
-        {key: value for key, value in tags.items() if key.startswith("eval/")},
+        f"The champion (version {found.version} of {plain(name)}) was measured {how}.",
+        {key: value for key, value in found.tags.items() if key.startswith("eval/")},
     )
 
 

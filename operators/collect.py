@@ -144,20 +144,10 @@ def find_model(uri: str) -> tuple[ArtifactRef, ArtifactRef]:
 
 
 def _registered_artifact(uri: str) -> str:
-    from operators.mlflow import MlflowServer, MlflowUnavailableError
+    from operators.given import find_version
 
-    name, at, alias = uri.removeprefix("models:/").partition("@")
-    if not at:
-        name, _, version = name.rpartition("/")
-    try:
-        with MlflowServer(os.environ.get("MLFLOW_TRACKING_URI", "")) as server:
-            found = server.version_by_alias(name, alias) if at else server.version_tags(name, version)
-    except MlflowUnavailableError as error:
-        raise StageInfrastructureFailed(
-            f"{uri!r} could not be looked up: {error}",
-            advice="Check that MLFLOW_TRACKING_URI names a server that runs.",
-        ) from None
-    if found is None or not (artifact := found[1].get("artifact.uri")):
+    found = find_version(uri)
+    if found is None or not (artifact := found.tags.get("artifact.uri")):
         raise ConfigError(
             f"model={uri!r} is not registered in MLflow, or not by Athanor",
             advice="Run llm_pipeline until promote under this run name, or name another model.",

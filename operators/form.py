@@ -9,10 +9,12 @@ from pydantic.fields import FieldInfo
 
 from stages.config.base import Choice, Config
 from stages.config.estimate import count_parameters, human
+from stages.config.evaluation import EvaluationParams
 from stages.config.execution import ExecutionConfig
 from stages.config.params import PipelineParams
 from stages.config.pipeline import PipelineConfig
 from stages.config.recipes import RECIPES
+from stages.config.retrain import RetrainParams
 
 # Sections of the form, in the order of the class's fields; a field that is not named belongs to the one before it.
 _SECTION_STARTS = {
@@ -27,17 +29,32 @@ _EMPTY_ALLOWED = ("string", "array", "object")
 
 
 def trigger_form() -> ParamsDict:
-    """Return the DAG's params."""
-    schema = PipelineParams.model_json_schema()
-    form: dict[str, Param] = {}
-    section = ""
-    for name, field in PipelineParams.model_fields.items():
-        section = _SECTION_STARTS.get(name, section)
-        form[name] = _param(field, _flat(schema["properties"][name], schema.get("$defs", {})), section=section)
+    """Return the params of `llm_pipeline`."""
+    form = _form_of(PipelineParams, _SECTION_STARTS)
     # Proposals rather than an enum: `resolve` answers an unknown recipe with the one that was probably meant.
     form["recipe"].schema["examples"] = list(RECIPES)
     form["recipe"].schema["description_md"] += f"\n\n{recipe_table()}"
     return ParamsDict(form)
+
+
+def retrain_form() -> ParamsDict:
+    """Return the params of `retrain`; all have defaults, for nobody fills in the form of a scheduled run."""
+    return ParamsDict(_form_of(RetrainParams, {"run_name": "Run"}))
+
+
+def evaluation_form() -> ParamsDict:
+    """Return the params of `evaluate_model`."""
+    return ParamsDict(_form_of(EvaluationParams, {"model": "Evaluation"}))
+
+
+def _form_of(model: type[Config], section_starts: Mapping[str, str]) -> dict[str, Param]:
+    schema = model.model_json_schema()
+    form: dict[str, Param] = {}
+    section = ""
+    for name, field in model.model_fields.items():
+        section = section_starts.get(name, section)
+        form[name] = _param(field, _flat(schema["properties"][name], schema.get("$defs", {})), section=section)
+    return form
 
 
 def form_values(params: Mapping[str, Any]) -> dict[str, Any]:

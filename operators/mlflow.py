@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -133,6 +134,21 @@ def parent_artifact_page(child_run_id: str, path: str) -> str | None:
     return mlflow_artifact_page(tracking_uri, parent_run_id, path, experiment_id)
 
 
+@dataclass(frozen=True)
+class ModelVersion:
+    """A version of a registered model."""
+
+    name: str
+    version: str
+    model_id: str | None
+    tags: dict[str, str]
+
+    @property
+    def address(self) -> str:
+        """The address that no alias moves."""
+        return f"models:/{self.name}/{self.version}"
+
+
 class MlflowServer:
     """The handful of REST calls that are needed; use it as a context manager."""
 
@@ -197,25 +213,27 @@ class MlflowServer:
         tags = {tag["key"]: tag["value"] for tag in run["data"].get("tags", ())}
         return run["info"]["experiment_id"], tags.get("mlflow.parentRunId")
 
-    def version_by_alias(self, name: str, alias: str) -> tuple[str, dict[str, str]] | None:
-        """Return version and tags of a registered model's alias; None when there is no such model or alias."""
-        return self._version("registered-models/alias", {"name": name, "alias": alias})
-
-    def version_tags(self, name: str, version: str) -> tuple[str, dict[str, str]] | None:
-        """Return version and tags of a model's version; None when there is none."""
-        return self._version("model-versions/get", {"name": name, "version": version})
-
-    def _version(self, path: str, values: Mapping[str, str]) -> tuple[str, dict[str, str]] | None:
+    def model_version(self, name: str, *, alias: str = "", version: str = "") -> "ModelVersion | None":
+        """Return a registered version; None when it is not there."""
+        if alias:
+            query, path = {"name": name, "alias": alias}, "registered-models/alias"
+        else:
+            query, path = {"name": name, "version": version}, "model-versions/get"
         try:
-            found = self._call("GET", path, values, absent_ok=True)
+            found = self._call("GET", path, query, absent_ok=True)
         except MlflowUnavailableError as error:
             if "INVALID_PARAMETER_VALUE" in str(error):  # MLflow's answer for an alias that a model does not have
                 return None
             raise
         if found is None:
             return None
-        version = found["model_version"]
-        return str(version["version"]), {tag["key"]: tag["value"] for tag in version.get("tags", ())}
+        entry = found["model_version"]
+        tags = {tag["key"]: tag["value"] for tag in entry.get("tags", ())}
+        return ModelVersion(name, str(entry.get("version", version)), entry.get("model_id") or None, tags)
+
+    def set_version_tag(self, version: "ModelVersion", key: str, value: str) -> None:
+        body = {"name": version.name, "version": version.version, "key": key, "value": value}
+        self._call("POST", "model-versions/set-tag", body)
 
     def update_run(self, run_id: str, status: str) -> None:
         body: dict[str, Any] = {"run_id": run_id, "status": status}
@@ -276,13 +294,18 @@ class MlflowServer:
                 answer = self._http.post(where, json=dict(values))
         except httpx.HTTPError as error:
             raise MlflowUnavailableError(f"MLflow {path}: {type(error).__name__}: {error}") from None
-        if absent_ok and answer.status_code == 404:
+        if absent_ok and (answer.status_code == 404 or _says_absent(answer.text)):
             return None
         if exists_ok and "RESOURCE_ALREADY_EXISTS" in answer.text:
             return None
         if answer.status_code >= 400:
             raise MlflowUnavailableError(f"MLflow {path}: HTTP {answer.status_code}: {answer.text[:300]}")
         return answer.json()
+
+
+def _says_absent(text: str) -> bool:
+    """MLflow answers an unknown alias with HTTP 400."""
+    return "RESOURCE_DOES_NOT_EXIST" in text or "Registered model alias" in text
 
 
 def _token() -> dict[str, str]:

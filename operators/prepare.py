@@ -1,40 +1,68 @@
 """What a stage needs before its Ray job: the run's configuration, its request, its artifact if that exists."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from stages.artifacts import artifact_uri, find_intact, fingerprint, run_key
 from stages.config.closing import Approval
+from stages.config.curate import NEW_BYTES, NEW_PAIRS
 from stages.config.errors import ConfigError
-from stages.config.graph import GRAPH, Alignment, Stage, selected_stages
+from stages.config.graph import GRAPH, Alignment, Stage
 from stages.config.params import Promotion
-from stages.config.pipeline import PipelineConfig, stage_config_from_json
+from stages.config.pipeline import PREVIOUS, PipelineConfig, stage_config_from_json
 from stages.config.request import ArtifactRef, RunInfo, StageRequest, StageResult
 from stages.store import Store, write_json
+
+logger = logging.getLogger(__name__)
 
 
 def pipeline_key(run_id: str) -> str:
     return f"runs/{run_id}/pipeline.json"
 
 
+def params_key(run_id: str) -> str:
+    """What the form was filled in with; a retraining starts from it."""
+    return f"runs/{run_id}/params.json"
+
+
 def load_config(store: Store, run: RunInfo) -> PipelineConfig:
     """Read what `resolve` stored for this run."""
     key = pipeline_key(run.run_id)
     try:
-        return PipelineConfig.model_validate_json(store.read_bytes(key))
+        config = PipelineConfig.model_validate_json(store.read_bytes(key))
     except FileNotFoundError:
         raise ConfigError(
             f"{store.root_uri}/{key} does not exist", advice="Clear the task `resolve`; it writes the file."
         ) from None
+    result = run_key(run.run_id, Stage.CURATE, "result.json")
+    if PREVIOUS not in config.given or not store.exists(result):
+        return config
+    return as_far_as_there_is_new_data(config, StageResult.model_validate_json(store.read_bytes(result)).metrics)
+
+
+def as_far_as_there_is_new_data(config: PipelineConfig, curated: Mapping[str, float]) -> PipelineConfig:
+    """Return what is left of a run that builds on previous data, by the metrics of its curation.
+
+    Without enough new text there is nothing to pretrain on; without new pairs either, the run is over, and all is well.
+    """
+    if curated[NEW_BYTES] >= max(1, config.min_new_bytes):
+        return config
+    if curated[NEW_PAIRS] and config.base_model:
+        logger.info("New pairs, but %d bytes of new text: no pretraining.", curated[NEW_BYTES])
+        return config.model_copy(update={"continue_pretraining": False})
+    logger.info(
+        "Nothing new: %d bytes of new text (min_new_bytes=%d), %d new pairs. The run ends with curate.",
+        curated[NEW_BYTES],
+        config.min_new_bytes,
+        curated[NEW_PAIRS],
+    )
+    return config.model_copy(update={"last_stage": Stage.CURATE})
 
 
 def selection(config: PipelineConfig) -> frozenset[Stage]:
     """Return the stages that this run executes: none when it is to end after its plan."""
-    if config.dry_run:
-        return frozenset()
-    return selected_stages(
-        alignment=config.alignment, last_stage=config.last_stage, has_base_model=bool(config.base_model)
-    )
+    return frozenset() if config.dry_run else config.selected
 
 
 def input_stages(stage: Stage, config: PipelineConfig) -> dict[str, Stage]:
@@ -47,7 +75,7 @@ def build_request(
     stage: Stage, *, run: RunInfo, store: Store, config: PipelineConfig, upstream: Mapping[Stage, Any]
 ) -> StageRequest:
     """Put the request together; `upstream` holds what the tasks of the input stages returned."""
-    inputs = {}
+    inputs = config.stage_given(stage)
     for role, source in input_stages(stage, config).items():
         if upstream.get(source) is None:
             raise ConfigError(

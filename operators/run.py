@@ -3,13 +3,16 @@
 import logging
 import os
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from operators.failures import RunIncomplete, as_stage_failures
 from operators.form import form_values
 from operators.mlflow import end_parent_run, end_stage_runs, open_parent_run
 from stages.config.graph import Stage
 from stages.config.request import RunInfo
+
+if TYPE_CHECKING:
+    from stages.config.pipeline import PipelineConfig
 
 logger = logging.getLogger(__name__)
 
@@ -24,16 +27,27 @@ def start_run(context: Any) -> dict[str, Any]:
 
     Raises StageConfigFailed, which is never retried, naming field, value and what is allowed.
     """
-    from operators.prepare import pipeline_key
+    from operators.given import given_artifacts
     from stages.config.resolve import resolve
-    from stages.store import open_store
+
+    with as_stage_failures():
+        values = form_values(context["params"])
+        config = resolve(values)
+        config = config.with_given(given_artifacts(config))
+    return open_run(context, config, values)
+
+
+def open_run(context: Any, config: "PipelineConfig", values: dict[str, Any]) -> dict[str, Any]:
+    """Store a configuration with the form's values that it came from, open the MLflow parent run."""
+    from operators.prepare import params_key, pipeline_key
+    from stages.store import open_store, write_json
 
     ti = context["ti"]
+    run_id = safe_run_id(ti.run_id)
     with as_stage_failures():
-        config = resolve(form_values(context["params"]))
         store = open_store(os.environ.get("ARTIFACT_STORE", ""))
-        run_id = safe_run_id(ti.run_id)
         store.write_bytes(pipeline_key(run_id), config.model_dump_json(indent=1).encode())
+        write_json(store, params_key(run_id), values)
     run = RunInfo(
         run_id=run_id,
         name=config.run_name,

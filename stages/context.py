@@ -8,6 +8,8 @@ from stages.artifacts import fetch
 from stages.config.base import Config
 from stages.config.errors import ConfigError
 from stages.config.execution import ExecutionConfig
+from stages.config.graph import Stage
+from stages.config.pipeline import BASE_MODEL
 from stages.config.request import ArtifactRef, FileEntry, RunInfo, StageRequest
 from stages.lease import Fence
 from stages.progress import Progress
@@ -66,3 +68,16 @@ class StageContext:
                 advice="Run the stage that produces it, or give a base model.",
             )
         return fetch(self.inputs[role], self.work_dir.parent / "cache")
+
+    @property
+    def has_base_model(self) -> bool:
+        """Whether this stage starts from a given model."""
+        return BASE_MODEL in self.inputs or (bool(self.sources) and self.request.stage is not Stage.CURATE)
+
+    def base_model_dir(self) -> Path:
+        """Return a local folder with the given model: an input when it is an artifact, else an outside source."""
+        if BASE_MODEL in self.inputs:
+            return self.input_dir(BASE_MODEL)
+        from stages.models.given import base_model_dir  # which needs the registry's client only for models:/ addresses
+
+        return base_model_dir(next(iter(self.sources)), self.work_dir.parent / "cache")

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.config.curate import DERIVED, INSTALLED_DOCS, CurateConfig
+from stages.config.curate import DERIVED, INSTALLED_DOCS, NEW_BYTES, NEW_PAIRS, CurateConfig
 from stages.config.errors import DataError
+from stages.config.pipeline import PREVIOUS
 from stages.context import StageContext, StageOutcome
-from stages.data import planted, readers
+from stages.data import planted, readers, seen
+from stages.data.carried import carry_heldout
 from stages.data.dedup_keys import Candidate, extra_copies
 from stages.data.extract import Extracted, documents_file, extract, refuse_bad_sources, store_documents
 from stages.data.ledger import Amount, Step, dropped_by_reason, verify_chain
@@ -30,7 +32,11 @@ _ORIGINAL_CHARACTERS = range(900, 4000)
 
 
 def run(context: StageContext) -> StageOutcome:
-    """Write documents/, instructions/, preferences/, ledger.json and planted.json."""
+    """Write documents/, instructions/, preferences/, index/, ledger.json and planted.json.
+
+    With an input `previous`, documents are those that it and its predecessors have not seen; its held-out documents and
+    all of its pairs are taken over.
+    """
     config = context.config
     assert isinstance(config, CurateConfig)
     workers = max(1, int(context.execution.cpus_per_worker))
@@ -48,18 +54,32 @@ class Curation:
         self._words = _word_list(config)
         self._seconds: dict[str, float] = {}
         self._marks: dict[int, dict[int, str]] = {}
+        self._previous = context.input_dir(PREVIOUS) if PREVIOUS in context.inputs else None
+        self._seen: frozenset[str] = frozenset()
+        self._carried = Amount()
 
     def run(self) -> StageOutcome:
         self._folder.mkdir(parents=True, exist_ok=True)
+        if self._previous is not None:
+            seen.require_same_signatures(self._previous, self._config)
+            self._seen = seen.seen_keys(self._previous)
         units, seeds = self._read()
         pairs = self._pool.submit(
-            build_pairs, self._config, len(units) - bool(seeds), self._words, self._folder, self._output
+            build_pairs,
+            self._config,
+            len(units) - bool(seeds),
+            self._words,
+            self._folder,
+            self._output,
+            self._previous,
         )
         shards = self._shards(units)
         filtered = self._filter(shards)
         finished = self._finish(filtered)
         steps = _merged([result.step for result in units], filtered, finished, self._config)
         self._verify(steps)
+        if self._previous is not None:
+            self._carried = carry_heldout(self._previous, self._output)
         return self._conclude(units, steps, filtered, finished, seeds, pairs.result())
 
     def _read(self) -> tuple[list[Extracted], list[planted.Planted]]:
@@ -82,7 +102,8 @@ class Curation:
                 f"documents={list(self._config.documents)}: nothing could be read, dropped by reason: {reasons}",
                 advice="Check the sources; docs/CURATION.md lists the formats that are understood.",
             )
-        self._marks = _marks(units, self._config.max_bytes)
+        self._marks = _marks(units, self._config.max_bytes, self._seen)
+        seen.write_keys(self._output, self._seen, _judged(units, self._marks), self._config)
         seeds = planted.plant(self._config.planted, self._config.seed, self._originals(units))
         if seeds:
             units.append(self._store_planted([entry.document for entry in seeds], number=len(units)))
@@ -145,31 +166,45 @@ class Curation:
 
     def _finish(self, filtered: Sequence[PassResult]) -> list[PassResult]:
         started = time.monotonic()
-        marked: dict[int, set[int]] = {}
+        marked: dict[int, dict[int, str]] = {}
         if self._config.near_duplicates:
-            for place, index in self._near_copies(filtered):
-                marked.setdefault(place, set()).add(index)
+            for (place, index), reason in self._near_copies(filtered).items():
+                marked.setdefault(place, {})[index] = reason
         output = self._output / "documents"
-        tasks = [
-            (shard, marked.get(shard, set()), self._config, self._folder, output) for shard in range(len(filtered))
-        ]
+        tasks = [(shard, marked.get(shard, {}), self._config, self._folder, output) for shard in range(len(filtered))]
         results = self._pool.run(finish_shard, tasks, self._reporter("finish", len(tasks)))
         self._seconds["finish"] = time.monotonic() - started
         return results
 
-    def _near_copies(self, filtered: Sequence[PassResult]) -> set[tuple[int, int]]:
-        """All but the best-ranked document of every MinHash cluster."""
+    def _near_copies(self, filtered: Sequence[PassResult]) -> dict[seen.Place, str]:
+        """All but the best-ranked document of every MinHash cluster; all of a cluster of which one was seen before."""
         from stages.data.dedup import clusters, match_bucket
 
         tasks = [(bucket, self._config, self._folder) for bucket in range(self._config.minhash_buckets)]
         self._pool.run(match_bucket, tasks, lambda done, result: None)
         cluster_of = clusters(self._config, self._folder)
-        return extra_copies(
+        candidates = [entry for result in filtered for entry in result.candidates]
+        extra = extra_copies(
             Candidate(entry.shard, entry.index, str(cluster_of[place]), entry.heldout, entry.planted)
-            for result in filtered
-            for entry in result.candidates
+            for entry in candidates
             if (place := (entry.shard, entry.index)) in cluster_of
         )
+        planted_places = frozenset((entry.shard, entry.index) for entry in candidates if entry.planted)
+        known = self._match_seen(planted_places)
+        known_clusters = {cluster_of[place] for place in known if place in cluster_of}
+        known |= {place for place, cluster in cluster_of.items() if cluster in known_clusters} - planted_places
+        return dict.fromkeys(extra, "near_duplicate") | dict.fromkeys(known, "near_duplicate_of_seen")
+
+    def _match_seen(self, planted_places: frozenset[seen.Place]) -> set[seen.Place]:
+        """Documents like those of earlier increments; all signatures, old and new, go into the artifact."""
+        tasks = [
+            (bucket, self._config, self._folder, planted_places, self._previous, self._output)
+            for bucket in range(self._config.minhash_buckets)
+        ]
+        found: set[seen.Place] = set()
+        for places in self._pool.run(seen.match_seen, tasks, lambda done, result: None):
+            found |= places
+        return found
 
     def _verify(self, steps: Sequence[Step]) -> None:
         """The account conserves, the files hold what it says, and something is left to train on."""
@@ -182,7 +217,7 @@ class Curation:
                 f"the published files hold {written.to_dict()}, the ledger says {steps[-1].kept.to_dict()}",
                 advice="The disk of the Ray job may be damaged or full; free space and retry.",
             )
-        if not any((self._output / "documents" / "train").glob("*.jsonl.gz")):
+        if self._previous is None and not any((self._output / "documents" / "train").glob("*.jsonl.gz")):
             raise DataError(
                 f"no training document is left, dropped by reason: {_losses(steps)}",
                 advice="Loosen what dropped most (profile, language, heldout_fraction) or give more data.",
@@ -218,10 +253,11 @@ class Curation:
             "instructions": {"steps": [step.to_dict() for step in pairs.instructions]},
             "preferences": {"steps": [step.to_dict() for step in pairs.preferences], "kinds": pairs.kinds},
             "published_pairs": pairs.published,
+            "carried": self._carried_ledger(pairs),
             "pii": {"documents": dict(sorted(pii.items())), "pairs": pairs.pii},
             "planted": found,
             "thresholds": self._config.quality.model_dump(mode="json"),
-            "notes": _notes(self._config),
+            "notes": _notes(self._config, carried=self._previous is not None),
         }
         _write_json(self._output / "ledger.json", ledger)
         _write_json(self._output / "planted.json", found)
@@ -248,9 +284,27 @@ class Curation:
         numbers |= {f"curate/dropped_{step.name}": step.entered.documents - step.kept.documents for step in steps}
         numbers |= {f"curate/{name.replace('/', '_')}": count for name, count in pairs.published.items()}
         numbers |= {f"curate/seconds_{phase}": seconds for phase, seconds in self._seconds.items()}
+        if self._previous is not None:
+            new = steps[-1].kept.documents
+            numbers |= {
+                NEW_BYTES: published["train"]["bytes"],
+                "curate/documents_new": new,
+                NEW_PAIRS: sum(pairs.published.values()) - sum(pairs.carried.values()),
+            }
         if total := sum(entry["planted"] for entry in found.values()):
             numbers["curate/planted_found"] = sum(entry["found"] for entry in found.values()) / total
         return {name: float(value) for name, value in numbers.items()}
+
+    def _carried_ledger(self, pairs: PairsResult) -> dict[str, Any]:
+        """What was taken over from the previous data, beside what the steps account for."""
+        if self._previous is None:
+            return {}
+        return {
+            "from": self._context.inputs[PREVIOUS].fingerprint,
+            "documents_seen": len(self._seen),
+            "documents/heldout": self._carried.to_dict(),
+            **pairs.carried,
+        }
 
 
 def _word_list(config: CurateConfig) -> tuple[str, ...]:
@@ -261,14 +315,28 @@ def _word_list(config: CurateConfig) -> tuple[str, ...]:
         return tuple(stream.read().decode("utf-8-sig", "replace").splitlines())
 
 
-def _marks(units: Sequence[Extracted], max_bytes: int) -> dict[int, dict[int, str]]:
-    """What the cap and exact copies take, as reason by unit and index."""
+def _marks(units: Sequence[Extracted], max_bytes: int, known: frozenset[str]) -> dict[int, dict[int, str]]:
+    """What earlier increments, the cap and exact copies take, as reason by unit and index."""
     marks: dict[int, dict[int, str]] = {}
+    for result in units:
+        for entry in result.candidates:
+            if entry.key in known:
+                marks.setdefault(entry.shard, {})[entry.index] = "seen_before"
     for place, index in extra_copies(entry for result in units for entry in result.candidates):
-        marks.setdefault(place, {})[index] = "exact_duplicate"
+        marks.setdefault(place, {}).setdefault(index, "exact_duplicate")
     for place, index in _over_cap(units, max_bytes, marks):
         marks.setdefault(place, {})[index] = "over_max_bytes"
     return marks
+
+
+def _judged(units: Sequence[Extracted], marks: dict[int, dict[int, str]]) -> set[str]:
+    """Keys of all documents but those that the cap left out."""
+    return {
+        entry.key
+        for result in units
+        for entry in result.candidates
+        if marks.get(entry.shard, {}).get(entry.index) != "over_max_bytes"
+    }
 
 
 def _over_cap(units: Sequence[Extracted], limit: int, marks: dict[int, dict[int, str]]) -> list[tuple[int, int]]:
@@ -326,12 +394,12 @@ def _losses(steps: Any) -> dict[str, int]:
     return dict(losses.most_common())
 
 
-def _notes(config: CurateConfig) -> list[str]:
+def _notes(config: CurateConfig, *, carried: bool) -> list[str]:
     """What a reader of the ledger might else be surprised by."""
     notes = ["Planted documents measure the filters; they are counted under planted and never published."]
     if DERIVED in config.instructions + config.preferences:
         notes.append("Derived pairs come from docstrings; their labels are derived, not judged by people.")
-        if INSTALLED_DOCS not in config.documents:
+        if INSTALLED_DOCS not in config.documents and not carried:
             notes.append("Pairs are 'derived' but documents has no 'installed-docs', so there are none.")
     return notes
 

@@ -27,7 +27,6 @@ from stages.losses import bits_per_byte, pair_accuracy, perplexity
 from stages.models.build import load_causal_lm, load_reward_model
 from stages.models.forward import next_token_loss_sum, segment_logprobs, segment_scores
 from stages.models.generation import generate, uniforms
-from stages.models.given import base_model_dir
 from stages.train.engine import local_device
 from stages.train.launch import launch
 from stages.train.next_token import DocumentRows
@@ -71,8 +70,8 @@ def measure_models(context: StageContext) -> StageOutcome:
 
 def _model_folders(context: StageContext) -> dict[str, Path]:
     folders = {role: context.input_dir(role) for role in _LANGUAGE_MODELS if role in context.inputs}
-    for uri in context.sources:
-        folders = {"base": base_model_dir(uri, context.work_dir.parent / "cache"), **folders}
+    if context.has_base_model:
+        folders = {"base": context.base_model_dir(), **folders}
     return folders
 
 

@@ -1,13 +1,14 @@
-"""Pretraining: next-token prediction on packed documents, from random weights."""
+"""Pretraining: next-token prediction on packed documents, from random weights or on from a base model."""
 
 import math
 
 import numpy as np
+from torch import nn
 
 from stages.config.train import PretrainConfig
 from stages.context import StageContext, StageOutcome
 from stages.data.tokens import Split, TokensArtifact, require
-from stages.models.build import new_causal_lm
+from stages.models.build import load_causal_lm, new_causal_lm
 from stages.train.next_token import DocumentRows, NextTokenObjective
 from stages.train.plan import shuffled
 from stages.train.run import Prepared, train_stage
@@ -18,13 +19,14 @@ def run(context: StageContext) -> StageOutcome:
 
 
 def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
-    """Model from the config; rows in an order that follows from the seed."""
+    """Model from the config, or the given one as it is; rows in an order that follows from the seed."""
     config = context.config
     assert isinstance(config, PretrainConfig)
     row_length = tokens.sequence_length
     rows = DocumentRows(tokens.documents(Split.TRAIN), row_length)
     require(len(rows), "training rows", advice=f"The text must hold at least {row_length} tokens.")
-    order = _order(len(rows), num_rows=max(1, config.max_tokens // row_length), seed=config.seed)
+    policy = _start(context, config, tokens)
+    order = _order(len(rows), num_rows=_num_rows(len(rows), row_length, config), seed=config.seed)
     ledger = {
         "tokens_available": tokens.documents(Split.TRAIN).num_items,
         "tokens_trained": len(order) * row_length,
@@ -33,7 +35,7 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         "epochs": round(len(order) / len(rows), 3),
     }
     return Prepared(
-        parts={"policy": new_causal_lm(config.model, tokens, seed=config.seed)},
+        parts={"policy": policy},
         objective=lambda engine: NextTokenObjective(
             rows,
             order,
@@ -46,6 +48,18 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         exported="policy",
         ledger=ledger,
     )
+
+
+def _start(context: StageContext, config: PretrainConfig, tokens: TokensArtifact) -> nn.Module:
+    if context.has_base_model:
+        return load_causal_lm(context.base_model_dir(), tokens)
+    return new_causal_lm(config.model, tokens, seed=config.seed)
+
+
+def _num_rows(available: int, row_length: int, config: PretrainConfig) -> int:
+    """As many as `max_tokens` and `max_epochs` both allow, and one at least."""
+    by_epochs = [math.floor(available * config.max_epochs)] if config.max_epochs else []
+    return max(1, min([config.max_tokens // row_length, *by_epochs]))
 
 
 def _order(available: int, *, num_rows: int, seed: int) -> np.ndarray:

@@ -6,7 +6,6 @@ from stages.config.train import SFTConfig
 from stages.context import StageContext, StageOutcome
 from stages.data.tokens import Split, TokensArtifact, require
 from stages.models.build import load_causal_lm
-from stages.models.given import base_model_dir
 from stages.train.next_token import ConversationRows, NextTokenObjective
 from stages.train.plan import epochs
 from stages.train.run import Prepared, train_stage
@@ -49,4 +48,4 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
 def _start_dir(context: StageContext):
     if "model" in context.inputs:
         return context.input_dir("model")
-    return base_model_dir(next(iter(context.sources)), context.work_dir.parent / "cache")
+    return context.base_model_dir()

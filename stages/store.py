@@ -10,11 +10,21 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 from stages.config.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What a listing says of an object; `version` changes with its content (etag, or time of change in ns)."""
+
+    key: str
+    size: int
+    version: str
 
 
 class Store(Protocol):
@@ -37,6 +47,10 @@ class Store(Protocol):
     def download(self, key: str, path: Path) -> None: ...
     def list(self, prefix: str) -> Iterator[str]:
         """Yield the keys below a folder-like prefix, sorted."""
+        ...
+
+    def listing(self) -> Iterator[Listed]:
+        """Yield everything in the store, in no order; without an error when there is nothing."""
         ...
 
     def delete(self, key: str) -> None:
@@ -138,6 +152,20 @@ class FileStore:
             if path.is_file() and not path.name.startswith("."):
                 yield path.relative_to(self.root.resolve()).as_posix()
 
+    def listing(self) -> Iterator[Listed]:
+        root = self.root.resolve()
+        for folder, folders, names in os.walk(root):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for name in names:
+                path = Path(folder, name)
+                if name.startswith("."):
+                    continue
+                try:
+                    found = path.stat()
+                except FileNotFoundError:
+                    continue  # removed while we were looking
+                yield Listed(path.relative_to(root).as_posix(), found.st_size, str(found.st_mtime_ns))
+
     def delete(self, key: str) -> None:
         path = self._path(key)
         if path.is_dir():
@@ -222,6 +250,13 @@ class S3Store:
         for page in self._s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder):
             for entry in page.get("Contents", ()):
                 yield entry["Key"][cut:]
+
+    def listing(self) -> Iterator[Listed]:
+        folder = f"{self.prefix}/" if self.prefix else ""
+        for page in self._s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder):
+            for entry in page.get("Contents", ()):
+                if not entry["Key"].endswith("/"):
+                    yield Listed(entry["Key"][len(folder) :], entry["Size"], entry["ETag"])
 
     def delete(self, key: str) -> None:
         for name in (key, *self.list(key)):

@@ -39,7 +39,8 @@ def run(context: StageContext) -> StageOutcome:
             "conversations": parts.conversations(),
             "preferences": parts.preferences(),
         }
-    _require_training_text(ledger, config)
+    if not context.has_base_model:  # which may go on to SFT without new text
+        _require_training_text(ledger, config)
     meta = {
         "vocab_size": tokenizer.vocab_size,
         "sequence_length": config.sequence_length,
@@ -54,10 +55,8 @@ def run(context: StageContext) -> StageOutcome:
 
 
 def _tokenizer(config: TokenizeConfig, curated: Path, context: StageContext) -> LoadedTokenizer:
-    if config.base_model:
-        from stages.models.given import base_model_dir
-
-        return given_tokenizer(base_model_dir(config.base_model, context.work_dir.parent / "cache"))
+    if context.has_base_model:
+        return given_tokenizer(context.base_model_dir())
     return train_tokenizer(_evenly(curated, config.bpe_train_bytes), config)
 
 
@@ -77,8 +76,8 @@ def _evenly(curated: Path, max_bytes: int) -> Iterator[str]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of one .jsonl.gz file or of all of a folder, in name order."""
-    paths = sorted(path.glob("*.jsonl.gz")) if path.is_dir() else [path]
+    """Rows of one .jsonl.gz file or of all of a folder, in name order; a folder without documents was not published."""
+    paths = [path] if path.suffix == ".gz" else sorted(path.glob("*.jsonl.gz"))
     for file in paths:
         with gzip.open(file, "rt", encoding="utf-8") as lines:
             for line in lines:

@@ -9,6 +9,8 @@ from stages.config.base import Config
 
 INSTALLED_DOCS = "installed-docs"
 DERIVED = "derived"
+NEW_BYTES, NEW_PAIRS = "curate/bytes_new", "curate/pairs_new"
+"""Metrics of a curation that builds on previous data: new training text, and new pairs of both kinds and halves."""
 
 
 class QualityThresholds(Config):

@@ -62,7 +62,7 @@ _DATA = (("curated", Stage.CURATE), ("tokens", Stage.TOKENIZE))
 GRAPH: dict[Stage, StageSpec] = {
     spec.stage: spec
     for spec in (
-        StageSpec(Stage.CURATE, "curated", 1, (), asset="llm/documents"),
+        StageSpec(Stage.CURATE, "curated", 2, (), asset="llm/documents"),
         StageSpec(Stage.TOKENIZE, "tokens", 1, (("curated", Stage.CURATE),)),
         StageSpec(Stage.PRETRAIN, "base-model", 1, (("tokens", Stage.TOKENIZE),), asset="llm/base-model", trains=True),
         StageSpec(
@@ -123,8 +123,12 @@ _CHAIN: tuple[Stage, ...] = (
 _CLOSING = (Stage.EVALUATE, Stage.PROMOTE, Stage.REPORT)
 
 
-def selected_stages(*, alignment: Alignment, last_stage: Stage, has_base_model: bool) -> frozenset[Stage]:
+def selected_stages(
+    *, alignment: Alignment, last_stage: Stage, has_base_model: bool, continue_pretraining: bool = False
+) -> frozenset[Stage]:
     """Return the stages that a run executes; the rest show as skipped.
+
+    A base model stands in for pretraining, unless its pretraining goes on.
 
     A run that stops before alignment is neither evaluated nor promoted unless `last_stage` says so: stopping at
     `sft` gives the SFT model and ends.
@@ -136,7 +140,7 @@ def selected_stages(*, alignment: Alignment, last_stage: Stage, has_base_model: 
         Alignment.NONE: set(),
     }[alignment]
     wanted = {Stage.CURATE, Stage.TOKENIZE, Stage.PRETRAIN, Stage.SFT} | aligners | set(_CLOSING)
-    if has_base_model:
+    if has_base_model and not continue_pretraining:
         wanted.discard(Stage.PRETRAIN)
     wanted &= _up_to(last_stage)
     return frozenset(wanted)

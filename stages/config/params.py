@@ -3,10 +3,10 @@
 import re
 from typing import Annotated, Any
 
-from pydantic import Field, WithJsonSchema, field_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from stages.config.base import Choice, Config
-from stages.config.graph import PIPELINE_STAGES, Alignment, Stage
+from stages.config.graph import PIPELINE_STAGES, Alignment, Stage, selected_stages
 
 PipelineStage = Annotated[Stage, WithJsonSchema({"type": "string", "enum": [stage.value for stage in PIPELINE_STAGES]})]
 """What the form offers; `resolve` refuses a stage that the run does not have."""
@@ -44,6 +44,11 @@ class PipelineParams(Config):
     base_model: str = Field(default="", title="Base model", examples=["models:/athanor-base@champion", "/models/llama"])
     """Model to start from instead of pretraining: an artifact URI, `models:/name@alias` or a Hugging Face directory.
     Empty: pretrain from scratch."""
+    continue_pretraining: bool = Field(default=False, title="Continue pretraining")
+    """With a base model: pretrain it further on the documents before SFT."""
+    previous_data: str = Field(default="", title="Previous data", examples=["models:/athanor-aligned@champion"])
+    """Curate only what this data has not seen: the URI of a `curated` artifact, or `models:/name@alias` for the data
+    that a model was made from. Its held-out text and its pairs are taken over. Empty: curate everything."""
     alignment: Alignment = Field(default=Alignment.BOTH, title="Alignment")
     """Reinforcement learning (`ppo`), direct preference optimisation (`dpo`), `both`, or `none`."""
     last_stage: PipelineStage = Field(default=Stage.REPORT, title="Last stage")
@@ -58,6 +63,29 @@ class PipelineParams(Config):
     overrides: dict[str, Any] = Field(default_factory=dict, title="Overrides")
     """Changes to the recipe by dotted path, as JSON: `{"sft.optimizer.learning_rate": 0.0002}`. Unknown paths are
     refused."""
+
+    @property
+    def selected(self) -> frozenset[Stage]:
+        """The stages that the run executes."""
+        return self.selected_until(self.last_stage)
+
+    def selected_until(self, last_stage: Stage) -> frozenset[Stage]:
+        """The stages that the run would execute with another end."""
+        return selected_stages(
+            alignment=self.alignment,
+            last_stage=last_stage,
+            has_base_model=bool(self.base_model),
+            continue_pretraining=self.continue_pretraining,
+        )
+
+    @model_validator(mode="after")
+    def _pretraining_goes_on_from_something(self) -> "PipelineParams":
+        if self.continue_pretraining and not self.base_model:
+            raise ValueError(
+                "continue_pretraining=True needs base_model, which is empty; give the model to pretrain further, or "
+                "leave continue_pretraining off to pretrain from scratch"
+            )
+        return self
 
     @field_validator("run_name")
     @classmethod

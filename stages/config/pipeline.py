@@ -9,9 +9,13 @@ from stages.config.closing import EvaluateConfig, PromoteConfig, ReportConfig
 from stages.config.collect import RateConfig, RespondConfig
 from stages.config.curate import CurateConfig
 from stages.config.execution import ExecutionConfig
-from stages.config.graph import Alignment, Stage
+from stages.config.graph import Alignment, Stage, selected_stages
+from stages.config.request import ArtifactRef
 from stages.config.tokens import TokenizeConfig
 from stages.config.train import DPOConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig
+
+BASE_MODEL, PREVIOUS = "base_model", "previous"
+"""Roles of artifacts that a run is given."""
 
 CONFIG_CLASSES: dict[Stage, type[Config]] = {
     Stage.CURATE: CurateConfig,
@@ -59,6 +63,17 @@ class PipelineConfig(Config):
     """Model to start from; empty = pretrain from scratch."""
     dry_run: bool = False
     """End after the plan; no stage runs."""
+    continue_pretraining: bool = False
+    """Pretrain the base model further."""
+    previous_data: str = ""
+    """Curated data before this run's; empty = curate everything."""
+    min_new_bytes: int = Field(default=20_000, ge=0)
+    """With previous data: less new training text (UTF-8 bytes) than this is not worth pretraining on; it waits for
+    more."""
+    given: dict[str, ArtifactRef] = Field(default_factory=dict)
+    """The artifacts behind `base_model` and `previous_data`, by role, fixed when the run starts; filled by Athanor."""
+    only: Stage | None = None
+    """Run this stage alone, on given artifacts (re-evaluation); filled by Athanor."""
     experiment: str = Field(default="athanor", min_length=1)
     """MLflow experiment."""
     curate: CurateConfig
@@ -83,13 +98,43 @@ class PipelineConfig(Config):
 
     def stage_sources(self, stage: Stage) -> tuple[str, ...]:
         """Return the outside data that a stage reads; its identity is established by the job, where the data is."""
-        match stage:
-            case Stage.CURATE:
-                return self.curate.outside_sources
-            case Stage.TOKENIZE | Stage.SFT | Stage.EVALUATE if self.base_model:
-                return (self.base_model,)
-            case _:
-                return ()
+        if stage is Stage.CURATE:
+            return self.curate.outside_sources
+        return (self.base_model,) if self._reads_base_model(stage) and BASE_MODEL not in self.given else ()
+
+    def stage_given(self, stage: Stage) -> dict[str, ArtifactRef]:
+        """Return the given artifacts that a stage reads besides those of this run, by role."""
+        if self.only is stage:
+            return dict(self.given)
+        role = PREVIOUS if stage is Stage.CURATE else BASE_MODEL if self._reads_base_model(stage) else ""
+        return {role: self.given[role]} if role in self.given else {}
+
+    def _reads_base_model(self, stage: Stage) -> bool:
+        """A model that is pretrained further is where pretraining starts; else it takes the pretrained model's place.
+        Its tokenizer serves in both cases."""
+        readers = {Stage.PRETRAIN} if self.continue_pretraining else {Stage.SFT, Stage.EVALUATE}
+        return bool(self.base_model) and stage in readers | {Stage.TOKENIZE}
+
+    @property
+    def selected(self) -> frozenset[Stage]:
+        """The stages that the run executes."""
+        if self.only is not None:
+            return frozenset({self.only})
+        return selected_stages(
+            alignment=self.alignment,
+            last_stage=self.last_stage,
+            has_base_model=bool(self.base_model),
+            continue_pretraining=self.continue_pretraining,
+        )
+
+    def with_given(self, given: dict[str, ArtifactRef]) -> "PipelineConfig":
+        """Return a copy that knows the artifacts behind its addresses.
+
+        A base model that is an artifact is an input of tokenize, so its address leaves that stage's settings: where an
+        artifact lies is no part of what is made from it.
+        """
+        tokenize = self.tokenize.model_copy(update={"base_model": ""}) if BASE_MODEL in given else self.tokenize
+        return self.model_copy(update={"given": given, "tokenize": tokenize})
 
 
 def stage_config_from_json(stage: Stage, data: dict[str, Any]) -> Config:

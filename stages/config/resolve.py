@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from stages.config.curate import DERIVED, INSTALLED_DOCS
 from stages.config.errors import ConfigError
-from stages.config.graph import PIPELINE_STAGES, Stage, selected_stages
+from stages.config.graph import PIPELINE_STAGES, Stage
 from stages.config.params import PipelineParams
 from stages.config.pipeline import PipelineConfig
 from stages.config.recipes import RECIPES
@@ -58,7 +58,7 @@ def validated(model: type[Model], data: Mapping[str, Any]) -> Model:
 
 
 def _apply_form(tree: dict[str, Any], params: PipelineParams) -> None:
-    for name in ("run_name", "alignment", "last_stage", "base_model", "dry_run"):
+    for name in ("run_name", "alignment", "last_stage", "base_model", "continue_pretraining", "previous_data", "dry_run"):
         tree[name] = getattr(params, name)
     for name in ("documents", "instructions", "preferences"):
         if given := getattr(params, name):
@@ -77,13 +77,8 @@ def _apply_seed(tree: dict[str, Any], params: PipelineParams) -> None:
 
 
 def _refuse_impossible_end(params: PipelineParams) -> None:
-    wanted = selected_stages(
-        alignment=params.alignment, last_stage=params.last_stage, has_base_model=bool(params.base_model)
-    )
-    if params.last_stage not in wanted:
-        allowed = selected_stages(
-            alignment=params.alignment, last_stage=Stage.REPORT, has_base_model=bool(params.base_model)
-        )
+    if params.last_stage not in params.selected:
+        allowed = params.selected_until(Stage.REPORT)
         names = ", ".join(stage for stage in PIPELINE_STAGES if stage in allowed)
         raise ConfigError(
             f"last_stage={params.last_stage.value!r} is not part of a run with alignment={params.alignment.value!r} "
@@ -93,20 +88,19 @@ def _refuse_impossible_end(params: PipelineParams) -> None:
 
 
 def _refuse_underivable(config: PipelineConfig) -> None:
-    """Pairs are derived from documentation; other documents need instructions and preferences of their own."""
+    """Pairs are derived from documentation; other documents need instructions and preferences of their own, or those
+    of the data before them."""
     needed = {"instructions": Stage.SFT, "preferences": Stage.REWARD}
-    chosen = selected_stages(
-        alignment=config.alignment, last_stage=config.last_stage, has_base_model=bool(config.base_model)
-    )
     for name, stage in needed.items():
         if (
-            stage in chosen
+            stage in config.selected
+            and not config.previous_data
             and DERIVED in getattr(config.curate, name)
             and INSTALLED_DOCS not in config.curate.documents
         ):
             raise ConfigError(
                 f"{name}={DERIVED!r} needs {INSTALLED_DOCS!r} among documents; got {list(config.curate.documents)}",
-                advice=f"Give {name} as files, or stop before {stage.value} with last_stage.",
+                advice=f"Give {name} as files, or previous_data, or stop before {stage.value} with last_stage.",
             )
 
 

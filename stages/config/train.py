@@ -93,6 +93,9 @@ class PretrainConfig(TrainConfig):
     """Architecture, when no base model is given."""
     max_tokens: int = Field(ge=1)
     """Tokens to train on; the data repeats, reshuffled, when it holds fewer."""
+    max_epochs: float = Field(default=0, ge=0)
+    """Times that each token is seen at most, whatever `max_tokens` says; 0 for no limit. Four are nearly as good as
+    new data (https://arxiv.org/abs/2305.16264)."""
 
 
 class SFTConfig(TrainConfig):

@@ -1,7 +1,7 @@
 """Instruction and preference rows, derived or given: capped, without duplicates, toxic answers or personal data."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from stages.config.curate import DERIVED, CurateConfig
 from stages.config.errors import DataError
 from stages.data import derive, given
+from stages.data.carried import carried_pairs
 from stages.data.extract import refuse_bad_share, symbols_file
 from stages.data.ledger import Step, verify_chain
 from stages.data.passes import toxicity_scorer, write_published
@@ -27,10 +28,17 @@ class PairsResult:
     published: dict[str, int]
     kinds: dict[str, int]
     pii: dict[str, int]
+    carried: dict[str, int]
+    """Rows taken over from the previous data, part of `published`."""
 
 
-def build_pairs(config: CurateConfig, units: int, words: tuple[str, ...], folder: Path, output: Path) -> PairsResult:
-    """Write instructions/ and preferences/ under `output`; both files of a kind exist even when they are empty."""
+def build_pairs(
+    config: CurateConfig, units: int, words: tuple[str, ...], folder: Path, output: Path, previous: Path | None
+) -> PairsResult:
+    """Write instructions/ and preferences/ under `output`; both files of a kind exist even when they are empty.
+
+    Rows of `previous` come first; a new row that is among them already is dropped.
+    """
     pii: Counter[str] = Counter()
     published: dict[str, int] = {}
     unique = Step("unique_symbols")
@@ -38,14 +46,15 @@ def build_pairs(config: CurateConfig, units: int, words: tuple[str, ...], folder
     if DERIVED in config.instructions + config.preferences:
         questions = derive.distinct_questions(_symbols(units, folder), config, unique)
     prepared = _Preparation(config, words, pii)
+    carried = {name: carried_pairs(previous, name) if previous else [] for name in ("instructions", "preferences")}
 
     made: list[Step] = [unique] if DERIVED in config.instructions else []
     if DERIVED in config.instructions:
         rows = [derive.instruction(question) for question in questions]
     else:
         rows = list(_given(config.instructions, given.instruction_row, config, made))
-    rows = prepared.run(rows, _answers, config.max_instructions, made)
-    published |= _publish("instructions", rows, config.instructions, made, output)
+    rows = prepared.run(rows, _answers, config.max_instructions, made, carried["instructions"])
+    published |= _publish("instructions", rows, config.instructions, made, output, carried["instructions"])
 
     wrong = Step("wrong_answers")
     paired: list[Step] = [unique, wrong] if DERIVED in config.preferences else []
@@ -53,10 +62,15 @@ def build_pairs(config: CurateConfig, units: int, words: tuple[str, ...], folder
         rows = derive.preferences(questions, config, wrong)
     else:
         rows = list(_given(config.preferences, given.preference_row, config, paired))
-    rows = prepared.run(rows, lambda row: row["chosen"], config.max_preferences, paired)
-    published |= _publish("preferences", rows, config.preferences, paired, output)
-    kinds = dict(sorted(Counter(row["kind"] for row in rows).items()))
-    return PairsResult(made, paired, published, kinds, dict(sorted(pii.items())))
+    rows = prepared.run(rows, lambda row: row["chosen"], config.max_preferences, paired, carried["preferences"])
+    published |= _publish("preferences", rows, config.preferences, paired, output, carried["preferences"])
+    kinds = dict(sorted(Counter(row["kind"] for row in [*carried["preferences"], *rows]).items()))
+    taken_over = {
+        f"{name}/{split}": sum(row["heldout"] is heldout for row in rows)
+        for name, rows in carried.items()
+        for split, heldout in (("train", False), ("heldout", True))
+    }
+    return PairsResult(made, paired, published, kinds, dict(sorted(pii.items())), taken_over)
 
 
 def _symbols(units: int, folder: Path) -> Iterator[Symbol]:
@@ -114,13 +128,15 @@ class _Preparation:
         self._config, self._pii = config, pii
         self._scorer = toxicity_scorer(config.toxicity, words)
 
-    def run(self, rows: list[Row], answer: Callable[[Row], str], limit: int, steps: list[Step]) -> list[Row]:
+    def run(
+        self, rows: list[Row], answer: Callable[[Row], str], limit: int, steps: list[Step], carried: Sequence[Row]
+    ) -> list[Row]:
         """Duplicates, cap, toxicity of the answer to be learned, personal data. Appends its steps.
 
         The cap comes before the two dear steps, so a few rows less than the limit may be published.
         """
         order = sorted(rows, key=lambda row: stable_hash(self._config.seed, "order", row["id"]))
-        rows = self._keep(order, "duplicates", self._repeated(order), steps)
+        rows = self._keep(order, "duplicates", self._repeated(order, carried), steps)
         rows = self._keep(rows, "cap", self._over(rows, limit), steps)
         scores = self._scorer.scores([answer(row) for row in rows]) if self._scorer else [0.0] * len(rows)
         toxic = ["toxic" if score >= self._config.toxicity_threshold else "" for score in scores]
@@ -142,14 +158,20 @@ class _Preparation:
         steps.append(step)
         return kept
 
-    def _repeated(self, rows: list[Row]) -> list[str]:
+    def _repeated(self, rows: list[Row], carried: Sequence[Row]) -> list[str]:
+        """Carried rows were published, so they compare with what a new row would be published as."""
+        known = {tuple(_texts(row)) for row in carried}
         seen: set[tuple[str, ...]] = set()
         reasons: list[str] = []
         for row in rows:
             texts = tuple(_texts(row))
-            reasons.append("duplicate" if texts in seen else "")
+            is_known = bool(known) and (tuple(map(self._published, texts)) in known)
+            reasons.append("seen_before" if is_known else "duplicate" if texts in seen else "")
             seen.add(texts)
         return reasons
+
+    def _published(self, text: str) -> str:
+        return scrub(text).text if self._config.scrub_pii else text
 
     def _over(self, rows: list[Row], limit: int) -> list[str]:
         left = {False: limit, True: self._config.max_heldout_pairs}
@@ -187,8 +209,10 @@ def _fields(row: Row) -> list[tuple[dict[str, str], str]]:
     return [(turn, "content") for turn in turns] + sides
 
 
-def _publish(name: str, rows: list[Row], sources: tuple[str, ...], steps: list[Step], output: Path) -> dict[str, int]:
-    """Verify the account and write both halves; given sources of which nothing is left are an error."""
+def _publish(
+    name: str, rows: list[Row], sources: tuple[str, ...], steps: list[Step], output: Path, carried: list[Row]
+) -> dict[str, int]:
+    """Verify the account and write both halves, carried rows first; given sources that leave nothing are an error."""
     rows_from = next(index for index, step in enumerate(steps) if step.name == "duplicates")
     verify_chain(steps[:rows_from])
     verify_chain(steps[rows_from:])
@@ -199,7 +223,7 @@ def _publish(name: str, rows: list[Row], sources: tuple[str, ...], steps: list[S
             f"{steps[rows_from].entered.documents} prepared, {len(rows)} published of {steps[-1].kept.documents}",
             advice="This is a defect of curation, not of the data; please report it with ledger.json.",
         )
-    if sources and DERIVED not in sources and not rows:
+    if sources and DERIVED not in sources and not rows and not carried:
         losses = {reason: amount.documents for step in steps for reason, amount in step.dropped.items()}
         raise DataError(
             f"{name}={list(sources)}: no row is left, dropped by reason: {losses}",
@@ -208,7 +232,9 @@ def _publish(name: str, rows: list[Row], sources: tuple[str, ...], steps: list[S
     counts: dict[str, int] = {}
     for split, heldout in (("train", False), ("heldout", True)):
         half = [
-            {key: value for key, value in row.items() if key != "heldout"} for row in rows if row["heldout"] is heldout
+            {key: value for key, value in row.items() if key != "heldout"}
+            for row in [*carried, *rows]
+            if row["heldout"] is heldout
         ]
         write_published(output / name / f"{split}.jsonl.gz", half)
         counts[f"{name}/{split}"] = len(half)

@@ -71,17 +71,17 @@ class ShardReader(PipelineStep):
 
 
 class FileReader(PipelineStep):
-    """Reads what the second pass kept; marks the near duplicates by their place in it."""
+    """Reads what the second pass kept; marks documents by their place in it."""
 
     type, name = "READER", "kept"
 
-    def __init__(self, path: Path, marked: set[int]) -> None:
+    def __init__(self, path: Path, marked: dict[int, str]) -> None:
         super().__init__()
         self.path, self.marked = path, marked
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Any:
         for index, row in enumerate(read_lines(self.path)):
-            row["mark"] = "near_duplicate" if index in self.marked else ""
+            row["mark"] = self.marked.get(index, "")
             yield Document(text=row.pop("text"), id=row.pop("id"), metadata=row)
 
 
@@ -150,7 +150,7 @@ def filter_shard(shard: Shard, config: CurateConfig, words: tuple[str, ...], fol
     scorer = toxicity_scorer(config.toxicity, words)
     blocks: tuple[list[BaseFilter], ...] = (
         [Marked("over_max_bytes")],
-        [Marked("exact_duplicate")],
+        [Marked("exact_duplicate"), Marked("seen_before")],
         [LanguageId(config.language, config.min_language_score)],
         quality_filters(config.quality, word_tokenizer(config)),
         [Toxicity(scorer, config.toxicity_threshold)] if scorer else [],
@@ -190,11 +190,11 @@ def _written(documents: Any, path: Path, shard: int, candidates: list[Candidate]
             yield document
 
 
-def finish_shard(shard: int, marked: set[int], config: CurateConfig, folder: Path, output: Path) -> PassResult:
+def finish_shard(shard: int, marked: dict[int, str], config: CurateConfig, folder: Path, output: Path) -> PassResult:
     """Near duplicates and planted documents out, personal data scrubbed, the rest published under `output`."""
     result = PassResult([Step(name) for name in FINISH_STEPS])
     blocks: tuple[list[BaseFilter], ...] = (
-        [Marked("near_duplicate")],
+        [Marked("near_duplicate"), Marked("near_duplicate_of_seen")],
         [PiiScrubber(result.pii, enabled=config.scrub_pii)],
         [PlantedOut(result.planted_texts)],
     )

@@ -1,0 +1,84 @@
+"""From the champion to its successor, when there is something new to learn from.
+
+    decide ─ train (a run of llm_pipeline) ─ remember
+
+Runs on a cron schedule, when raw text comes into the watched prefix, and when preference data is published
+(docs/RETRAINING.md names the variables). `decide` looks at what is there, not at who asked: nothing new, or no
+champion, and the run is green with the rest skipped. The champion is pretrained further on the new documents alone,
+then tuned and aligned; the result competes as candidate, with the old champion as its parent.
+"""
+
+from datetime import UTC, datetime, timedelta
+
+from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
+from airflow.sdk import DAG, get_current_context, task
+from airflow.sdk.exceptions import AirflowSkipException
+
+from operators.failures import StageRetryPolicy
+from operators.form import retrain_form
+from operators.notify import deadline, notifications
+from operators.schedules import PREFERENCES, retrain_schedule
+
+with DAG(
+    dag_id="retrain",
+    description="Continue from the champion with new data",
+    doc_md=__doc__,
+    schedule=retrain_schedule(),
+    start_date=datetime(2026, 1, 1, tzinfo=UTC),
+    catchup=False,
+    max_active_runs=1,
+    params=retrain_form(),
+    tags=["llm", "training"],
+    deadline=deadline(),
+    default_args={
+        "owner": "athanor",
+        "retries": 3,
+        "retry_delay": timedelta(seconds=30),
+        "retry_policy": StageRetryPolicy(),
+        "execution_timeout": timedelta(minutes=5),
+    },
+    **notifications(),
+) as retrain:
+
+    @task
+    def decide() -> dict:
+        """Find the champion and what is new; skip the rest when there is nothing to do, and say why."""
+        from operators.failures import as_stage_failures
+        from operators.form import form_values
+        from operators.retrain import Skip, announced_data
+        from operators.retrain import decide as decide_by
+        from stages.config.resolve import validated
+        from stages.config.retrain import RetrainParams
+
+        context = get_current_context()
+        with as_stage_failures():
+            params = validated(RetrainParams, form_values(context["params"]))
+            verdict = decide_by(params, announced=announced_data(context["triggering_asset_events"], PREFERENCES))
+        if isinstance(verdict, Skip):
+            raise AirflowSkipException(verdict.reason)
+        print(f"Retraining: {verdict.reason}")  # noqa: T201 - a task's output is its log
+        return {"conf": verdict.conf, "run_name": params.run_name, "watermark": verdict.watermark.model_dump()}
+
+    @task
+    def remember(decided: dict) -> None:
+        """Note what this retraining has seen, now that it has gone through."""
+        from operators.failures import as_stage_failures
+        from operators.retrain import record
+
+        with as_stage_failures():
+            record(decided["run_name"], decided["watermark"])
+
+    decided = decide()
+    train = TriggerDagRunOperator(
+        task_id="train",
+        trigger_dag_id="llm_pipeline",
+        trigger_run_id="retrain__{{ run_id }}",
+        conf=decided["conf"],
+        reset_dag_run=True,
+        wait_for_completion=True,
+        deferrable=True,
+        poke_interval=30,
+        retries=0,
+        execution_timeout=None,
+    )
+    decided >> train >> remember(decided)

@@ -1,0 +1,115 @@
+"""Evaluation of one model outside the run that made it: the stage `evaluate` on artifacts that are looked up."""
+
+import hashlib
+import logging
+import os
+from typing import Any
+
+from operators.failures import as_stage_failures
+from operators.form import form_values
+from operators.given import data_of, find_version, given_artifact, is_ours
+from operators.mlflow import MlflowServer, MlflowUnavailableError
+from operators.run import finish_run, open_run
+from stages.artifacts import canonical_json, read_manifest, split_artifact_uri
+from stages.config.errors import ConfigError, StageError
+from stages.config.evaluation import EvaluationParams
+from stages.config.graph import GRAPH, Stage
+from stages.config.pipeline import PipelineConfig
+from stages.config.request import ArtifactRef, Manifest
+from stages.config.resolve import resolve, validated
+from stages.store import read_json
+
+logger = logging.getLogger(__name__)
+
+_ROLES = {GRAPH[stage].kind: role for role, stage in GRAPH[Stage.EVALUATE].inputs if GRAPH[stage].trains}
+
+
+def start_evaluation(context: Any) -> dict[str, Any]:
+    """Look up model, data and judge, store the configuration, open the MLflow run; return the RunInfo as JSON."""
+    with as_stage_failures():
+        params = validated(EvaluationParams, form_values(context["params"]))
+        config = evaluation_config(params)
+    return open_run(context, config, params.model_dump(mode="json"))
+
+
+def evaluation_config(params: EvaluationParams) -> PipelineConfig:
+    """Return a configuration that runs `evaluate` alone.
+
+    An aligned model comes with the SFT model that it was made from, the reference of its win rate and its KL.
+    """
+    config = resolve({"recipe": params.recipe, "run_name": "evaluation", "overrides": params.overrides})
+    given: dict[str, ArtifactRef] = {}
+    if is_ours(params.model):
+        given = _family(given_artifact(params.model, field="model"))
+    elif not params.data:
+        raise ConfigError(
+            f"model={params.model!r} has no run of its own to take data from, and data is empty",
+            advice="Give data: the URI of a `tokens` artifact made with that model as base_model.",
+        )
+    given["tokens"] = data_of(params.data or params.model, kind=GRAPH[Stage.TOKENIZE].kind, field="data")
+    if params.reward:
+        given["reward"] = given_artifact(params.reward, field="reward")
+        if given["reward"].kind != GRAPH[Stage.REWARD].kind:
+            raise ConfigError(
+                f"reward={params.reward!r} is of kind {given['reward'].kind!r}; allowed: {GRAPH[Stage.REWARD].kind}",
+                advice="Give a reward model, or leave it empty.",
+            )
+    base_model = "" if is_ours(params.model) else params.model
+    return config.model_copy(update={"only": Stage.EVALUATE, "given": given, "base_model": base_model})
+
+
+def _family(model: ArtifactRef) -> dict[str, ArtifactRef]:
+    role = _ROLES.get(model.kind)
+    if role is None or role == "reward":
+        allowed = ", ".join(kind for kind, role in _ROLES.items() if role != "reward")
+        raise ConfigError(
+            f"model={model.uri!r} is of kind {model.kind!r}; allowed: {allowed}", advice="Give a language model."
+        )
+    family = {role: model}
+    if role in ("ppo", "dpo"):
+        for entry in read_manifest(model).inputs:
+            if entry.kind in (GRAPH[Stage.SFT].kind, GRAPH[Stage.REWARD].kind):
+                ref = ArtifactRef(kind=entry.kind, uri=entry.uri, fingerprint=entry.fingerprint, digest=entry.digest)
+                family[_ROLES[entry.kind]] = ref
+    return family
+
+
+def conclude(context: Any, evaluation: dict[str, Any] | None) -> None:
+    """Write the numbers on the registered version and end the MLflow run."""
+    params = validated(EvaluationParams, form_values(context["params"]))
+    if evaluation is not None and params.model.startswith("models:/"):
+        with as_stage_failures():
+            tag_version(params.model, ArtifactRef.model_validate(evaluation))
+    finish_run(context)
+
+
+def tag_version(address: str, evaluation: ArtifactRef) -> None:
+    """Put the evaluation on the version that was measured, in the words that `promote` compares champions by."""
+    manifest = read_manifest(evaluation)
+    store, key = split_artifact_uri(evaluation.uri)
+    report = read_json(store, f"{key}/metrics.json")
+    measured = {entry.fingerprint: entry.role for entry in manifest.inputs}
+    version = find_version(address)
+    role = measured.get(version.tags.get("lineage.fingerprint", "")) if version else None
+    if version is None or role is None:
+        raise ConfigError(
+            f"model={address!r} is no longer the model that was evaluated", advice="Name a version instead of an alias."
+        )
+    tags = {**_conditions(report, manifest), **{key: repr(value) for key, value in report["models"][role].items()}}
+    try:
+        with MlflowServer(os.environ["MLFLOW_TRACKING_URI"]) as server:
+            for name, value in tags.items():
+                server.set_version_tag(version, name, value)
+    except MlflowUnavailableError as error:
+        raise StageError(f"{address!r} was not tagged: {error}", advice="The task is retried.") from None
+    logger.info("%s: %s", version.address, report["models"][role])
+
+
+def _conditions(report: dict[str, Any], manifest: Manifest) -> dict[str, str]:
+    """The same three as `stages.promote.Conditions`; a score without a judge compares with nothing."""
+    settings = canonical_json({"version": manifest.version, "config": manifest.config})
+    return {
+        "evaluation.data_digest": str(report["data"]["digest"]),
+        "evaluation.reward_fingerprint": str(report["reward_fingerprint"] or ""),
+        "evaluation.settings_digest": hashlib.sha256(settings).hexdigest(),
+    }

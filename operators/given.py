@@ -1,0 +1,127 @@
+"""The artifacts that a run is given instead of making them: its base model, and the data before its own.
+
+Addresses are followed once, when the run starts: `models:/name@alias` may point elsewhere an hour later, and every
+stage of the run must start from the same thing.
+"""
+
+import os
+
+from operators.mlflow import MlflowServer, MlflowUnavailableError, ModelVersion
+from stages.artifacts import read_manifest
+from stages.config.errors import ConfigError, StageError
+from stages.config.graph import GRAPH, Stage
+from stages.config.pipeline import BASE_MODEL, PREVIOUS, PipelineConfig
+from stages.config.request import ArtifactRef, Manifest
+
+_CURATED, _TOKENS = GRAPH[Stage.CURATE].kind, GRAPH[Stage.TOKENIZE].kind
+_LANGUAGE_MODELS = tuple(spec.kind for spec in GRAPH.values() if spec.trains and spec.stage is not Stage.REWARD)
+
+
+def given_artifacts(config: PipelineConfig) -> dict[str, ArtifactRef]:
+    """Return the artifacts behind `base_model` and `previous_data`, by role.
+
+    A base model that is no artifact of ours (a Hugging Face folder or hub id) is left to the job, which sees it.
+    """
+    given: dict[str, ArtifactRef] = {}
+    if is_ours(config.base_model):
+        base = given_artifact(config.base_model, field="base_model")
+        if base.kind not in _LANGUAGE_MODELS:
+            raise ConfigError(
+                f"base_model={config.base_model!r} is of kind {base.kind!r}; allowed: {', '.join(_LANGUAGE_MODELS)}",
+                advice="Give a language model; a reward model cannot be one.",
+            )
+        given[BASE_MODEL] = base
+    if config.previous_data:
+        given[PREVIOUS] = data_of(config.previous_data, kind=_CURATED, field="previous_data")
+    return given
+
+
+def is_ours(address: str) -> bool:
+    """Whether an address names an artifact of an Athanor store."""
+    return address.startswith("models:/") or (address.startswith(("file://", "s3://")) and "/artifacts/" in address)
+
+
+def given_artifact(address: str, *, field: str) -> ArtifactRef:
+    """Return the artifact at an address; raises ConfigError that names the field when there is none."""
+    if not is_ours(address):
+        raise ConfigError(
+            f"{field}={address!r} is not the address of an artifact",
+            advice="Give <store>/artifacts/<kind>/<fingerprint>, models:/name@alias or models:/name/version.",
+        )
+    uri = artifact_of_model(address, field=field) if address.startswith("models:/") else address.rstrip("/")
+    return _manifest(uri, f"{field}={address!r}").ref(uri)
+
+
+def data_of(address: str, *, kind: str, field: str) -> ArtifactRef:
+    """Return the `curated` or `tokens` artifact at an address, or the one that the artifact there was made from."""
+    start = given_artifact(address, field=field)
+    waiting, seen = [start], set[str]()
+    while waiting:
+        ref = waiting.pop(0)
+        if ref.kind == kind:
+            return ref
+        seen.add(ref.fingerprint)
+        # A run's own tokens stand among the inputs of each of its models; the models before it come later.
+        inputs = _manifest(ref.uri, f"{field}={address!r}").inputs
+        nearest = sorted(inputs, key=lambda entry: (entry.kind != kind, entry.kind != _TOKENS))
+        waiting += [
+            ArtifactRef(kind=entry.kind, uri=entry.uri, fingerprint=entry.fingerprint, digest=entry.digest)
+            for entry in nearest
+            if entry.fingerprint not in seen
+        ]
+    raise ConfigError(
+        f"{field}={address!r} ({start.kind}) was made from no {kind!r} artifact",
+        advice=f"Give the URI of a {kind!r} artifact, or of a model that a whole run made.",
+    )
+
+
+def artifact_of_model(address: str, *, field: str) -> str:
+    """Return where the weights of `models:/name@alias` or `models:/name/version` lie; asks MLflow by REST.
+
+    Raises ConfigError when there is no such version or Athanor did not register it, StageError when MLflow is away.
+    """
+    version = find_version(address)
+    if version is None:
+        raise ConfigError(
+            f"{field}={address!r} is not registered in MLflow",
+            advice="Use models:/<name>@<alias> or models:/<name>/<version> of a registered model.",
+        )
+    if not (uri := version.tags.get("artifact.uri")):
+        raise ConfigError(
+            f"{field}={address!r} has no tag artifact.uri: Athanor did not register it",
+            advice="Name a model that Athanor registered, or the folder or URI of its weights.",
+        )
+    return uri.rstrip("/")
+
+
+def find_version(address: str) -> ModelVersion | None:
+    """Return the registered version behind `models:/name@alias` or `models:/name/version`, None when there is none.
+
+    Raises ConfigError without an MLflow server, StageError when it is away.
+    """
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not tracking_uri.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"MLFLOW_TRACKING_URI={tracking_uri!r} is not an HTTP address, so {address!r} cannot be looked up",
+            advice="Set MLFLOW_TRACKING_URI in Airflow's environment, such as http://127.0.0.1:5000.",
+        )
+    name, _, alias = address.removeprefix("models:/").partition("@")
+    name, _, version = (name, "", "") if alias else name.rpartition("/")
+    if not name or not (alias or version):
+        raise ConfigError(
+            f"{address!r} names no version of a model", advice="Use models:/<name>@<alias> or models:/<name>/<version>."
+        )
+    try:
+        with MlflowServer(tracking_uri) as server:
+            return server.model_version(name, alias=alias, version=version)
+    except MlflowUnavailableError as error:
+        raise StageError(f"{address!r} could not be looked up: {error}", advice="The task is retried.") from None
+
+
+def _manifest(uri: str, what: str) -> Manifest:
+    try:
+        return read_manifest(uri)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{what}: there is no artifact at {uri!r}", advice="Check the address and that Airflow sees that store."
+        ) from None

@@ -1,0 +1,105 @@
+"""Tells somebody how runs end, and which take too long: one JSON object, posted to a webhook.
+
+Silent unless configured. `ATHANOR_NOTIFY_URL` is the address, or `ATHANOR_NOTIFY_CONN_ID` names an Airflow connection
+whose host (a full URL) is the address and whose password, if there is one, becomes a bearer token.
+`ATHANOR_DEADLINE_HOURS` says how long a run may take from when it was queued. A failed notice is a line in the log:
+it never fails a run.
+"""
+
+import logging
+import math
+import os
+from datetime import timedelta
+from typing import Any
+
+from airflow.sdk import BaseHook, BaseNotifier, DeadlineAlert, DeadlineReference, SyncCallback
+
+logger = logging.getLogger(__name__)
+
+_TIMEOUT_SECONDS = 10.0
+
+
+class WebhookNotifier(BaseNotifier):
+    """Post how a DAG run ended; `event` is `success` or `failure`."""
+
+    def __init__(self, event: str) -> None:
+        super().__init__()
+        self.event = event
+
+    def notify(self, context: Any) -> None:
+        post({"event": self.event, **_about(context)})
+
+
+def notifications() -> dict[str, Any]:
+    """Return the DAG's callbacks."""
+    return {
+        "on_success_callback": WebhookNotifier("success"),
+        "on_failure_callback": WebhookNotifier("failure"),
+    }
+
+
+def deadline() -> DeadlineAlert | None:
+    """Return the alert of a run that takes longer than `ATHANOR_DEADLINE_HOURS`; None when that is not set.
+
+    Raises ValueError for anything but a number above 0, which shows as import error of the DAG.
+    """
+    given = os.environ.get("ATHANOR_DEADLINE_HOURS", "")
+    if not given:
+        return None
+    try:
+        hours = float(given)
+    except ValueError:
+        hours = 0.0
+    if not 0 < hours < math.inf:
+        raise ValueError(f"ATHANOR_DEADLINE_HOURS={given!r} must be a number of hours above 0, such as 12 or 0.5")
+    return DeadlineAlert(
+        reference=DeadlineReference.DAGRUN_QUEUED_AT,
+        interval=timedelta(hours=hours),
+        callback=SyncCallback(report_late, kwargs={"hours": hours}),
+        name=f"longer than {hours:g} h",
+    )
+
+
+def report_late(hours: float, context: Any = None) -> None:
+    """What Airflow calls when a run misses its deadline."""
+    post({"event": "late", "deadline_hours": hours, **_about(context or {})})
+
+
+def post(message: dict[str, Any]) -> None:
+    """Post a message to the webhook that is configured, if any."""
+    import httpx
+
+    try:
+        url, headers = _webhook()
+        if not url:
+            return
+        answer = httpx.post(url, json=message, headers=headers, timeout=_TIMEOUT_SECONDS)
+        answer.raise_for_status()
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with the webhook, it is not the run's fault
+        logger.warning("No notice of %s: %s", message.get("event"), type(error).__name__)
+
+
+def _webhook() -> tuple[str, dict[str, str]]:
+    if conn_id := os.environ.get("ATHANOR_NOTIFY_CONN_ID", ""):
+        connection = BaseHook.get_connection(conn_id)
+        token = connection.password
+        return connection.host or "", {"Authorization": f"Bearer {token}"} if token else {}
+    return os.environ.get("ATHANOR_NOTIFY_URL", ""), {}
+
+
+def _about(context: Any) -> dict[str, Any]:
+    """What is known of the run: Airflow gives callbacks an object or, for deadlines, plain data."""
+    run = context.get("dag_run") or {}
+
+    def known(name: str) -> Any:
+        return run.get(name) if isinstance(run, dict) else getattr(run, name, None)
+
+    values = {
+        "dag_id": known("dag_id"),
+        "run_id": known("run_id") or known("dag_run_id"),
+        "state": known("state"),
+        "started_at": known("start_date"),
+        "ended_at": known("end_date"),
+        "reason": context.get("reason"),
+    }
+    return {name: str(value) for name, value in values.items() if value is not None}

@@ -1,0 +1,56 @@
+"""What `evaluate_model` looks up before it measures; the store is real, its artifacts have no files."""
+
+from pathlib import Path
+
+import pytest
+
+from operators.evaluation import evaluation_config
+from operators.prepare import build_request, input_stages
+from stages.config.errors import ConfigError
+from stages.config.evaluation import EvaluationParams
+from stages.config.graph import Stage
+from tests.unit.operators.test_given import RUN, House
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    return House(tmp_path)
+
+
+def test_an_aligned_model_comes_with_its_reference_and_the_data_of_its_run(house: House):
+    config = evaluation_config(EvaluationParams(model=house.dpo.uri, recipe="tiny"))
+    request = build_request(Stage.EVALUATE, run=RUN, store=house.store, config=config, upstream={})
+    assert request.inputs == {"dpo": house.dpo, "sft": house.sft, "tokens": house.tokens}
+    assert request.sources == ()
+    assert config.selected == {Stage.EVALUATE}
+    assert input_stages(Stage.EVALUATE, config) == {}
+
+
+def test_data_and_judge_may_be_others(house: House):
+    config = evaluation_config(
+        EvaluationParams(model=house.base.uri, data=house.sft.uri, reward=house.reward.uri, recipe="tiny")
+    )
+    assert config.given == {"base": house.base, "tokens": house.tokens, "reward": house.reward}
+
+
+def test_somebody_elses_model_is_left_to_the_job(house: House):
+    config = evaluation_config(EvaluationParams(model="/models/llama", data=house.tokens.uri, recipe="tiny"))
+    request = build_request(Stage.EVALUATE, run=RUN, store=house.store, config=config, upstream={})
+    assert (request.sources, request.inputs) == (("/models/llama",), {"tokens": house.tokens})
+
+
+@pytest.mark.parametrize(
+    ("params", "says"),
+    [
+        ({"model": "/models/llama"}, "has no run of its own to take data from, and data is empty"),
+        ({"model": "REWARD"}, "is of kind 'reward-model'; allowed: base-model, sft-model, ppo-model, dpo-model"),
+        ({"model": "DPO", "reward": "DPO"}, "is of kind 'dpo-model'; allowed: reward-model"),
+        ({"model": "DPO", "data": "CURATED"}, "was made from no 'tokens' artifact"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(house: House, params: dict[str, str], says: str):
+    places = {"REWARD": house.reward.uri, "DPO": house.dpo.uri, "CURATED": house.curated.uri}
+    with pytest.raises(ConfigError, match=says):
+        evaluation_config(
+            EvaluationParams.model_validate({"recipe": "tiny"} | {k: places.get(v, v) for k, v in params.items()})
+        )

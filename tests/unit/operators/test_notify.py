@@ -1,0 +1,93 @@
+"""Notices against a real HTTP server; one that fails must not fail anything."""
+
+import json
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from operators.notify import deadline, notifications, report_late
+
+
+class Inbox:
+    def __init__(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self.authorizations: list[str | None] = []
+        self.status = 200
+        self.url = ""
+
+
+@pytest.fixture
+def inbox() -> Iterator[Inbox]:
+    inbox = Inbox()
+
+    class Webhook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            inbox.messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            inbox.authorizations.append(self.headers["Authorization"])
+            self.send_response(inbox.status)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Webhook)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    inbox.url = f"http://127.0.0.1:{server.server_port}/hook"
+    yield inbox
+    server.shutdown()
+    server.server_close()
+
+
+CONTEXT = {"dag_run": SimpleNamespace(dag_id="retrain", run_id="r1", state="failed"), "reason": "task_failure"}
+
+
+def test_the_end_of_a_run_is_told(inbox: Inbox, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ATHANOR_NOTIFY_URL", inbox.url)
+    notifications()["on_failure_callback"](CONTEXT)
+    notifications()["on_success_callback"]({"dag_run": {"dag_id": "retrain", "dag_run_id": "r2"}})
+    assert inbox.messages == [
+        {"event": "failure", "dag_id": "retrain", "run_id": "r1", "state": "failed", "reason": "task_failure"},
+        {"event": "success", "dag_id": "retrain", "run_id": "r2"},
+    ]
+
+
+def test_a_connection_brings_its_token(inbox: Inbox, monkeypatch: pytest.MonkeyPatch):
+    connection = {"conn_type": "http", "host": inbox.url, "password": "secret-token"}
+    monkeypatch.setenv("AIRFLOW_CONN_TEAM_CHAT", json.dumps(connection))
+    monkeypatch.setenv("ATHANOR_NOTIFY_CONN_ID", "team_chat")
+    report_late(hours=2, context={"dag_run": {"dag_id": "llm_pipeline", "dag_run_id": "r"}})
+    assert inbox.messages == [{"event": "late", "deadline_hours": 2, "dag_id": "llm_pipeline", "run_id": "r"}]
+    assert inbox.authorizations == ["Bearer secret-token"]
+
+
+def test_without_an_address_it_is_silent_and_a_broken_one_fails_nothing(
+    inbox: Inbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    notifications()["on_failure_callback"](CONTEXT)
+    assert not caplog.records
+    inbox.status = 500
+    monkeypatch.setenv("ATHANOR_NOTIFY_URL", inbox.url)
+    notifications()["on_failure_callback"](CONTEXT)
+    monkeypatch.setenv("ATHANOR_NOTIFY_URL", "http://127.0.0.1:9/")
+    notifications()["on_failure_callback"](CONTEXT)
+    assert [record.message for record in caplog.records if record.name == "operators.notify"] == [
+        "No notice of failure: HTTPStatusError",
+        "No notice of failure: ConnectError",
+    ]
+
+
+def test_a_deadline_is_a_number_of_hours_or_nothing(monkeypatch: pytest.MonkeyPatch):
+    assert deadline() is None
+    monkeypatch.setenv("ATHANOR_DEADLINE_HOURS", "1.5")
+    alert = deadline()
+    assert alert is not None
+    assert alert.interval == timedelta(minutes=90)
+    assert alert.callback.path == "operators.notify.report_late"
+    for wrong in ("soon", "0", "-1", "inf"):
+        monkeypatch.setenv("ATHANOR_DEADLINE_HOURS", wrong)
+        with pytest.raises(ValueError, match=f"ATHANOR_DEADLINE_HOURS='{wrong}' must be a number of hours above 0"):
+            deadline()
