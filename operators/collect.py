@@ -18,7 +18,6 @@ from operators.failures import (
     RunIncomplete,
     StageConfigFailed,
     StageDataFailed,
-    StageInfrastructureFailed,
     as_stage_failures,
 )
 from operators.form import form_values

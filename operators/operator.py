@@ -241,9 +241,7 @@ class StageOperator(BaseOperator):
         ti, stage = context["ti"], Stage(self.stage)
         sources = set(input_stages(stage, config).values())
         upstream = {source: ti.xcom_pull(task_ids=source.value) for source in sources}
-        request = build_request(
-            stage, run=_of_mapped(run, ti.map_index), store=store, config=config, upstream=upstream
-        )
+        request = build_request(stage, run=_of_mapped(run, ti.map_index), store=store, config=config, upstream=upstream)
         if stage is Stage.PROMOTE:
             request = with_approval(request, config, ti.xcom_pull(task_ids=self.approve_task_id))
         execution = self._within_memory(context, request.execution)

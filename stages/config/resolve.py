@@ -58,7 +58,15 @@ def validated(model: type[Model], data: Mapping[str, Any]) -> Model:
 
 
 def _apply_form(tree: dict[str, Any], params: PipelineParams) -> None:
-    for name in ("run_name", "alignment", "last_stage", "base_model", "continue_pretraining", "previous_data", "dry_run"):
+    for name in (
+        "run_name",
+        "alignment",
+        "last_stage",
+        "base_model",
+        "continue_pretraining",
+        "previous_data",
+        "dry_run",
+    ):
         tree[name] = getattr(params, name)
     for name in ("documents", "instructions", "preferences"):
         if given := getattr(params, name):
