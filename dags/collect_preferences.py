@@ -62,6 +62,10 @@ with DAG(
 
     respond = RespondOperator(task_id="respond", pool="gpu", timeout=timedelta(hours=6))
     asked = questions()
-    rate = PreferenceRating.partial(task_id="rate", map_index_template="{{ task.question['title'] }}")
+    rate = PreferenceRating.partial(
+        task_id="rate",
+        map_index_template="{{ task.question['title'] }}",
+        response_timeout=timedelta(days=365),  # at most; the form's answer_hours decides
+    )
     resolve() >> respond >> asked
     rate.expand(question=asked) >> publish() >> close().as_teardown(on_failure_fail_dagrun=True)

@@ -11,9 +11,10 @@ from datetime import timedelta
 from airflow.sdk import DAG, TriggerRule, get_current_context, task
 
 from operators.failures import MAX_RETRIES, StageRetryPolicy
-from operators.form import evaluation_form
+from operators.form import form_of
 from operators.notify import notifications
 from operators.operator import StageOperator
+from stages.config.evaluation import EvaluationParams
 from stages.config.graph import Stage
 
 with DAG(
@@ -21,7 +22,7 @@ with DAG(
     description="Measure a model again",
     doc_md=__doc__,
     schedule=None,
-    params=evaluation_form(),
+    params=form_of(EvaluationParams, section="Evaluation"),
     tags=["llm", "evaluation", "ray"],
     default_args={
         "owner": "athanor",

@@ -15,9 +15,10 @@ from airflow.sdk import DAG, get_current_context, task
 from airflow.sdk.exceptions import AirflowSkipException
 
 from operators.failures import StageRetryPolicy
-from operators.form import retrain_form
+from operators.form import form_of
 from operators.notify import deadline, notifications
 from operators.schedules import PREFERENCES, retrain_schedule
+from stages.config.retrain import RetrainParams
 
 with DAG(
     dag_id="retrain",
@@ -27,7 +28,7 @@ with DAG(
     start_date=datetime(2026, 1, 1, tzinfo=UTC),
     catchup=False,
     max_active_runs=1,
-    params=retrain_form(),
+    params=form_of(RetrainParams, section="Run"),
     tags=["llm", "training"],
     deadline=deadline(),
     default_args={
@@ -48,7 +49,6 @@ with DAG(
         from operators.retrain import Skip, announced_data
         from operators.retrain import decide as decide_by
         from stages.config.resolve import validated
-        from stages.config.retrain import RetrainParams
 
         context = get_current_context()
         with as_stage_failures():

@@ -41,6 +41,7 @@ class PromotionApproval(ApprovalOperator):
     def __init__(self, *, resolve_task_id: str = "resolve", store_uri: str = "", **kwargs: Any) -> None:
         kwargs.setdefault("subject", "Promote the aligned model to champion?")
         kwargs["params"] = {"comment": _COMMENT}  # in place of the DAG's, which Airflow passes here
+        kwargs.setdefault("response_timeout", timedelta(days=7))  # until the run's configuration is read
         super().__init__(defaults=self.REJECT, **kwargs)
         self.resolve_task_id = resolve_task_id
         self.store_uri = store_uri

@@ -9,16 +9,13 @@ from pydantic.fields import FieldInfo
 
 from stages.config.base import Choice, Config
 from stages.config.estimate import count_parameters, human
-from stages.config.evaluation import EvaluationParams
 from stages.config.execution import ExecutionConfig
 from stages.config.params import PipelineParams
 from stages.config.pipeline import PipelineConfig
 from stages.config.recipes import RECIPES
-from stages.config.retrain import RetrainParams
 
 # Sections of the form, in the order of the class's fields; a field that is not named belongs to the one before it.
 _SECTION_STARTS = {
-    "recipe": "Run",
     "documents": "Data",
     "base_model": "Model and alignment",
     "last_stage": "Course of the run",
@@ -30,31 +27,22 @@ _EMPTY_ALLOWED = ("string", "array", "object")
 
 def trigger_form() -> ParamsDict:
     """Return the params of `llm_pipeline`."""
-    form = _form_of(PipelineParams, _SECTION_STARTS)
+    form = form_of(PipelineParams, section="Run", section_starts=_SECTION_STARTS)
+    recipe = form.get_param("recipe")
     # Proposals rather than an enum: `resolve` answers an unknown recipe with the one that was probably meant.
-    form["recipe"].schema["examples"] = list(RECIPES)
-    form["recipe"].schema["description_md"] += f"\n\n{recipe_table()}"
-    return ParamsDict(form)
+    recipe.schema["examples"] = list(RECIPES)
+    recipe.schema["description_md"] += f"\n\n{recipe_table()}"
+    return form
 
 
-def retrain_form() -> ParamsDict:
-    """Return the params of `retrain`; all have defaults, for nobody fills in the form of a scheduled run."""
-    return ParamsDict(_form_of(RetrainParams, {"run_name": "Run"}))
-
-
-def evaluation_form() -> ParamsDict:
-    """Return the params of `evaluate_model`."""
-    return ParamsDict(_form_of(EvaluationParams, {"model": "Evaluation"}))
-
-
-def _form_of(model: type[Config], section_starts: Mapping[str, str]) -> dict[str, Param]:
+def form_of(model: type[Config], *, section: str, section_starts: Mapping[str, str] | None = None) -> ParamsDict:
+    """Return the params of a DAG from the class of its fields; `section` is the first one's heading."""
     schema = model.model_json_schema()
     form: dict[str, Param] = {}
-    section = ""
     for name, field in model.model_fields.items():
-        section = section_starts.get(name, section)
+        section = (section_starts or {}).get(name, section)
         form[name] = _param(field, _flat(schema["properties"][name], schema.get("$defs", {})), section=section)
-    return form
+    return ParamsDict(form)
 
 
 def form_values(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,15 +113,3 @@ def _flat(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[str
     """Airflow's form does not follow `$ref`: put the referred schema in its place."""
     reference = schema.get("$ref")
     return dict(definitions[reference.rsplit("/", 1)[1]] if reference else schema)
-
-
-def form_of(fields: type[Config], *, section: str) -> ParamsDict:
-    """Return the params of a DAG whose form is another class than PipelineParams; one section holds them all."""
-    schema = fields.model_json_schema()
-    definitions = schema.get("$defs", {})
-    return ParamsDict(
-        {
-            name: _param(field, _flat(schema["properties"][name], definitions), section=section)
-            for name, field in fields.model_fields.items()
-        }
-    )

@@ -20,6 +20,7 @@ DAGS = {
     for dag in vars(importlib.import_module(f"dags.{module}")).values()
     if isinstance(dag, DAG)
 }
+WAITS = {"retrain.train": "the run that it starts retries and ends in time by itself"}
 TASKS = [pytest.param(task, id=f"{dag_id}.{task.task_id}") for dag_id, dag in DAGS.items() for task in dag.tasks]
 
 
@@ -44,9 +45,12 @@ def test_the_untouched_form_of_a_dag_is_valid(dag: DAG):
 @pytest.mark.parametrize("task", TASKS)
 def test_a_task_has_an_owner_retries_and_an_end_in_time(task: Any):
     assert task.owner != "airflow", "the owner is Airflow's default"
+    if f"{task.dag_id}.{task.task_id}" in WAITS:
+        return
     assert task.retries >= 1, "one lost process must not lose a run"
     limits = ("execution_timeout", "timeout", "response_timeout")
-    assert any(getattr(task, limit, None) for limit in limits), f"none of {', '.join(limits)} is set"
+    partial = getattr(task, "partial_kwargs", {})  # of a mapped task
+    assert any(getattr(task, limit, None) or partial.get(limit) for limit in limits), f"none of {', '.join(limits)} is set"
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -176,6 +176,7 @@ def test_every_pair_arrives_in_the_tokens_that_the_reward_stage_trains_on(tmp_pa
             Any,
             SimpleNamespace(
                 config=config,
+                inputs={},
                 execution=SimpleNamespace(cpus_per_worker=1),
                 work_dir=tmp_path / "work",
                 output_dir=curated,
