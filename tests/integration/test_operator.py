@@ -383,10 +383,11 @@ def test_the_deferral_timeout_stops_the_job(world: World, hook: RayJobHook):
     world.start("succeed:60", timeout=timedelta(minutes=1))
     submission_id = running_id(world, hook)
     operator = world.operator("succeed:60", timeout=timedelta(minutes=1))
-    with pytest.raises(StageTimedOut, match=r"longer than its timeout of 0:01:00; its Ray job was stopped"):
+    with pytest.raises(StageTimedOut, match=r"longer than its timeout of 0:01:00; its Ray job was stopped") as caught:
         operator.resume_execution(TRIGGER_FAIL_REPR, {"error": "Trigger timeout"}, world.context())
     wait_for(hook, submission_id, "STOPPED")
     assert world.memory.values[STATE_KEY]["consumed"] is True
+    assert caught.value.max_retries == 2
 
 
 def test_the_deferral_timeout_leaves_the_job_when_it_must_not_be_cancelled(world: World, hook: RayJobHook):
