@@ -180,22 +180,30 @@ class StageOperator(BaseOperator):
             raise self._timed_out(context) from None
 
     def _timed_out(self, context: Any) -> StageTimedOut:
+        from operators.prepare import load_config
         from operators.submission import patiently
 
-        log = self._submission_log(context)
-        submission = log.last()
+        # What the trigger carried is not given back after a timeout.
+        with as_stage_failures():
+            config = load_config(self._open_store(), self._run(context))
+        max_retries = config.stage_execution(Stage(self.stage)).max_retries
+        what = f"{self.stage} ran longer than its timeout of {self.timeout}"
         if not self.cancel_on_kill:
             return StageTimedOut(
-                f"{self.stage} ran longer than its timeout of {self.timeout}; cancel_on_kill=False lets its job go on.",
+                f"{what}; cancel_on_kill=False lets its job go on.",
                 advice="The retry attaches to the job; raise the task's timeout if it needs longer.",
+                max_retries=max_retries,
             )
+        log = self._submission_log(context)
+        submission = log.last()
         if submission is not None and not submission.consumed:
-            with as_stage_failures(), RayJobHook(self.ray_conn_id) as hook:
+            with as_stage_failures(max_retries), RayJobHook(self.ray_conn_id) as hook:
                 patiently(lambda: hook.stop_job(submission.submission_id), self.unreachable_seconds)
             log.consume(submission)
         return StageTimedOut(
-            f"{self.stage} ran longer than its timeout of {self.timeout}; its Ray job was stopped.",
+            f"{what}; its Ray job was stopped.",
             advice="The retry resumes from the last checkpoint; raise the task's timeout if it needs longer.",
+            max_retries=max_retries,
         )
 
     def on_kill(self) -> None:

@@ -59,7 +59,6 @@ class ChaosStack:
     environment: dict[str, str]
     port: int
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    cut_at: float = 0.0
     _stacks: list[ExitStack] = field(default_factory=list)
 
     # ------------------------------------------------------------ processes

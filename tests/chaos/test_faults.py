@@ -1,6 +1,6 @@
 """The fault table of docs/RELIABILITY.md, a test a row, against a real Airflow and a real Ray head.
 
-Rows that hurt nobody else start together, before the first of them is looked at; rows that kill a shared part of
+Rows that hurt nobody else suffer at the same time, each from a thread of its own; rows that kill a shared part of
 Airflow come after. Each writes its line of the table to the file that CHAOS_TABLE names, if any.
 """
 
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -30,24 +32,91 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChaosStack]:
         yield made
 
 
+# ---- what is done to a run; a function returns the seconds until its job had stopped, where it should stop
+
+
+def stopped_by(act: Callable[[Row], None], *, deferred: bool) -> Callable[[Row], float]:
+    """Do it while the job prints lines, and measure."""
+
+    def disturb(row: Row) -> float:
+        job = row.wait_running()
+        if deferred:
+            row.wait_state("deferred")
+        since = time.monotonic()
+        act(row)
+        return row.seconds_until_stopped(job["submission_id"], since=since)
+
+    return disturb
+
+
+def kill_driver(row: Row) -> None:
+    job = row.wait_running()
+    row.process("driver", job["submission_id"]).kill()
+
+
+def kill_task(row: Row) -> None:
+    row.wait_running()
+    row.task_process().kill()
+
+
+def cut_for_a_minute(row: Row) -> None:
+    row.wait_running()
+    row.wait_state("deferred")
+    row.stack.proxies["ray_cut"].cut()
+    time.sleep(60)
+    assert row.state() == "deferred"
+    row.stack.proxies["ray_cut"].mend()
+
+
+def cut_for_good(row: Row) -> None:
+    row.wait_running()
+    row.wait_state("deferred")
+    row.stack.proxies["ray_gone"].cut()
+
+
+def nothing(row: Row) -> None:
+    """The DAG, or the proxy before Ray, does it."""
+
+
+@dataclass(frozen=True)
+class Disturbed:
+    """A run and what is done to it meanwhile."""
+
+    row: Row
+    disturbance: Future[float | None]
+
+    def finish(self) -> tuple[Row, float | None]:
+        """Wait until it was done and the run has ended."""
+        seconds = self.disturbance.result(timeout=240)
+        self.row.finish()
+        return self.row, seconds
+
+
 @pytest.fixture(scope="module")
-def rows(stack: ChaosStack) -> dict[str, Row]:
-    """The rows that disturb nobody, all started at once."""
+def rows(stack: ChaosStack) -> Iterator[dict[str, Disturbed]]:
+    """The rows that disturb nobody else, all started at once."""
     stack.proxies["ray_flaky"].close_logs_after = 1.0
-    started = {
-        "head away": stack.trigger("cut", "lines:50"),
-        "head gone": stack.trigger("gone", "lines:400", max_retries=0),
-        "log closed": stack.trigger("flaky", "lines:12"),
-        "timeout": stack.trigger("timed", "lines:400", max_retries=0),
-        "driver killed": stack.trigger("deferred", "lines:15"),
-        "cleared": stack.trigger("deferred", "lines:40"),
-        "marked failed": stack.trigger("deferred", "lines:400"),
-        "run failed": stack.trigger("deferred", "lines:400"),
-        "task killed": stack.trigger("waiting", "lines:60"),
-        "cleared while running": stack.trigger("waiting", "lines:50"),
-        "marked failed while running": stack.trigger("waiting", "lines:400"),
+    marked, cleared = (lambda row: row.mark("failed")), (lambda row: row.clear())
+    plan: dict[str, tuple[str, str, Callable[[Row], float | None]]] = {
+        "head away": ("cut", "lines:70", cut_for_a_minute),
+        "head gone": ("gone", "lines:400", cut_for_good),
+        "log closed": ("flaky", "lines:12", nothing),
+        "timeout": ("timed", "lines:400", nothing),
+        "driver killed": ("deferred", "lines:12", kill_driver),
+        "cleared": ("deferred", "lines:20", stopped_by(cleared, deferred=True)),
+        "marked failed": ("deferred", "lines:400", stopped_by(marked, deferred=True)),
+        "run failed": ("deferred", "lines:400", stopped_by(lambda row: row.fail_run(), deferred=True)),
+        "task killed": ("waiting", "lines:20", kill_task),
+        "cleared while running": ("waiting", "lines:20", stopped_by(cleared, deferred=False)),
+        "marked failed while running": ("waiting", "lines:400", stopped_by(marked, deferred=False)),
     }
-    return started
+    once = {"timeout", "head gone"}
+    with ThreadPoolExecutor(len(plan)) as threads:
+        made = {}
+        for name, (dag_id, behaviour, disturb) in plan.items():
+            row = stack.trigger(dag_id, behaviour, max_retries=0 if name in once else 2)
+            made[name] = Disturbed(row, threads.submit(disturb, row))
+        yield made
 
 
 def note(row: Row, fault: str, *, jobs: int, state: str, seconds: float | None = None, lost: int | None = None) -> None:
@@ -66,106 +135,55 @@ def note(row: Row, fault: str, *, jobs: int, state: str, seconds: float | None =
             file.write("| " + " | ".join(f"{c:.1f}" if isinstance(c, float) else str(c) for c in cells) + " |\n")
 
 
-def test_the_driver_of_the_job_is_killed(rows: dict[str, Row]):
-    row = rows["driver killed"]
-    job = row.wait_running()
-    row.process("driver", job["submission_id"]).kill()
-    row.finish()
+def test_the_driver_of_the_job_is_killed(rows: dict[str, Disturbed]):
+    row, _ = rows["driver killed"].finish()
     assert row.statuses() == ["FAILED", "SUCCEEDED"]
     assert "was killed (signal 9)" in row.task_log()
     note(row, "kill -9 of Ray's job driver", jobs=2, state="success", lost=row.lost_lines())
 
 
-def test_the_head_is_away_for_a_minute(stack: ChaosStack, rows: dict[str, Row]):
-    row = rows["head away"]
-    row.wait_running()
-    row.wait_state("deferred")
-    stack.proxies["ray_cut"].cut()  # mended by a later row
-    stack.cut_at = time.monotonic()
-    assert row.state() == "deferred"
-
-
-def test_marked_failed_while_deferred(rows: dict[str, Row]):
-    row = rows["marked failed"]
-    job = row.wait_running()
-    row.wait_state("deferred")
-    since = time.monotonic()
-    row.mark("failed")
-    seconds = row.seconds_until_stopped(job["submission_id"], since=since)
-    row.finish()
-    note(row, "marked failed while deferred", jobs=1, state="failed", seconds=seconds)
-
-
-def test_cleared_while_deferred(rows: dict[str, Row]):
-    row = rows["cleared"]
-    job = row.wait_running()
-    row.wait_state("deferred")
-    since = time.monotonic()
-    row.clear()
-    seconds = row.seconds_until_stopped(job["submission_id"], since=since)
-    row.finish()
-    assert row.statuses() == ["STOPPED", "SUCCEEDED"]
-    note(row, "cleared while deferred", jobs=2, state="success", seconds=seconds, lost=row.lost_lines())
-
-
-def test_the_run_is_marked_failed(rows: dict[str, Row]):
-    row = rows["run failed"]
-    job = row.wait_running()
-    row.wait_state("deferred")
-    since = time.monotonic()
-    row.fail_run()
-    seconds = row.seconds_until_stopped(job["submission_id"], since=since)
-    note(row, "DAG run marked failed", jobs=1, state="failed", seconds=seconds)
-
-
-def test_the_process_of_a_task_that_waits_itself_is_killed(rows: dict[str, Row]):
-    row = rows["task killed"]
-    row.wait_running()
-    row.task_process().kill()
-    row.finish()
+def test_the_process_of_a_task_that_waits_itself_is_killed(rows: dict[str, Disturbed]):
+    row, _ = rows["task killed"].finish()
     assert row.task()["try_number"] == 2
     note(row, "kill -9 of the task process", jobs=1, state="success", lost=row.lost_lines())
 
 
-def test_marked_failed_while_running(rows: dict[str, Row]):
-    row = rows["marked failed while running"]
-    job = row.wait_running()
-    since = time.monotonic()
-    row.mark("failed")
-    seconds = row.seconds_until_stopped(job["submission_id"], since=since)
-    row.finish()
+def test_marked_failed_while_deferred(rows: dict[str, Disturbed]):
+    row, seconds = rows["marked failed"].finish()
+    note(row, "marked failed while deferred", jobs=1, state="failed", seconds=seconds)
+
+
+def test_cleared_while_deferred(rows: dict[str, Disturbed]):
+    row, seconds = rows["cleared"].finish()
+    assert row.statuses() == ["STOPPED", "SUCCEEDED"]
+    note(row, "cleared while deferred", jobs=2, state="success", seconds=seconds, lost=row.lost_lines())
+
+
+def test_the_run_is_marked_failed(rows: dict[str, Disturbed]):
+    row, seconds = rows["run failed"].finish()
+    note(row, "DAG run marked failed", jobs=1, state="failed", seconds=seconds)
+
+
+def test_marked_failed_while_running(rows: dict[str, Disturbed]):
+    row, seconds = rows["marked failed while running"].finish()
     note(row, "marked failed while running (not deferred)", jobs=1, state="failed", seconds=seconds)
 
 
-def test_cleared_while_running(rows: dict[str, Row]):
-    row = rows["cleared while running"]
-    job = row.wait_running()
-    since = time.monotonic()
-    row.clear()
-    seconds = row.seconds_until_stopped(job["submission_id"], since=since)
-    row.finish()
+def test_cleared_while_running(rows: dict[str, Disturbed]):
+    row, seconds = rows["cleared while running"].finish()
     assert row.statuses() == ["STOPPED", "SUCCEEDED"]
-    note(
-        row,
-        "cleared while running (not deferred)",
-        jobs=2,
-        state="success",
-        seconds=seconds,
-        lost=row.lost_lines(),
-    )
+    note(row, "cleared while running (not deferred)", jobs=2, state="success", seconds=seconds, lost=row.lost_lines())
 
 
-def test_the_deferral_timeout_passes(rows: dict[str, Row]):
-    row = rows["timeout"]
-    row.finish()
+def test_the_deferral_timeout_passes(rows: dict[str, Disturbed]):
+    row, _ = rows["timeout"].finish()
     assert row.statuses() == ["STOPPED"]
     assert "ran longer than its timeout of 0:00:15; its Ray job was stopped" in row.task_log()
     note(row, "deferral timeout", jobs=1, state="failed")
 
 
-def test_the_log_connection_closes_again_and_again(stack: ChaosStack, rows: dict[str, Row]):
-    row = rows["log closed"]
-    row.finish()
+def test_the_log_connection_closes_again_and_again(stack: ChaosStack, rows: dict[str, Disturbed]):
+    row, _ = rows["log closed"].finish()
     assert stack.proxies["ray_flaky"].closed_logs > 1
     assert row.repeated_lines() == 0
     note(row, "log websocket closed mid-job, many times", jobs=1, state="success", lost=row.lost_lines())
@@ -191,12 +209,9 @@ def test_the_job_fails_before_the_task_defers(stack: ChaosStack):
     note(row, "job FAILED before the deferral", jobs=1, state="failed")
 
 
-def test_the_head_is_back_after_a_minute(stack: ChaosStack, rows: dict[str, Row]):
-    time.sleep(max(0.0, 60 - (time.monotonic() - stack.cut_at)))
-    row = rows["head away"]
-    assert row.state() == "deferred"
-    stack.proxies["ray_cut"].mend()
-    row.finish()
+def test_the_head_is_away_for_a_minute(rows: dict[str, Disturbed]):
+    row, _ = rows["head away"].finish()
+    assert "Ray answers again." in row.task_log()
     note(row, "Ray head unreachable for 60 s", jobs=1, state="success", lost=row.lost_lines())
 
 
@@ -227,14 +242,11 @@ def test_the_triggerer_and_then_the_scheduler_are_killed_while_tasks_are_deferre
     note(goes_on, "kill -9 of the triggerer, then of the scheduler", jobs=1, state="success", lost=goes_on.lost_lines())
 
 
-def test_orphans_are_reaped_and_nothing_else(stack: ChaosStack, rows: dict[str, Row]):
+def test_orphans_are_reaped_and_nothing_else(stack: ChaosStack, rows: dict[str, Disturbed]):
     """One whose task was failed while no triggerer ran, one whose head was away for good; a third is alive."""
     alive = stack.trigger("deferred", "lines:45")
     alive.wait_running()
-    gone = rows["head gone"]
-    gone.wait_running()
-    stack.proxies["ray_gone"].cut()
-    gone.finish()
+    gone, _ = rows["head gone"].finish()
     assert "no answer for" in gone.task_log()
     active = {job["submission_id"] for job in stack.jobs() if job["status"] == "RUNNING"}
     assert {gone.jobs()[0]["submission_id"], alive.jobs()[0]["submission_id"]} < active

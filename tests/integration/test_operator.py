@@ -383,10 +383,11 @@ def test_the_deferral_timeout_stops_the_job(world: World, hook: RayJobHook):
     world.start("succeed:60", timeout=timedelta(minutes=1))
     submission_id = running_id(world, hook)
     operator = world.operator("succeed:60", timeout=timedelta(minutes=1))
-    with pytest.raises(StageTimedOut, match=r"longer than its timeout of 0:01:00; its Ray job was stopped"):
+    with pytest.raises(StageTimedOut, match=r"longer than its timeout of 0:01:00; its Ray job was stopped") as caught:
         operator.resume_execution(TRIGGER_FAIL_REPR, {"error": "Trigger timeout"}, world.context())
     wait_for(hook, submission_id, "STOPPED")
     assert world.memory.values[STATE_KEY]["consumed"] is True
+    assert caught.value.max_retries == 2
 
 
 def test_the_deferral_timeout_leaves_the_job_when_it_must_not_be_cancelled(world: World, hook: RayJobHook):
@@ -394,7 +395,9 @@ def test_the_deferral_timeout_leaves_the_job_when_it_must_not_be_cancelled(world
     world.start("succeed:4", **settings)
     submission_id = running_id(world, hook)
     with pytest.raises(StageTimedOut, match="lets its job go on"):
-        world.operator("succeed:4", **settings).resume_execution(TRIGGER_FAIL_REPR, {"error": "x"}, world.context())
+        world.operator("succeed:4", **settings).resume_execution(
+            TRIGGER_FAIL_REPR, {"error": "Trigger timeout"}, world.context()
+        )
     assert world.finish(world.start("succeed:4", try_number=2, **settings), try_number=2)["kind"] == "tokens"
     wait_for(hook, submission_id, "SUCCEEDED")
     assert len(our_jobs(hook)) == 1
