@@ -16,7 +16,7 @@ from stages.config.request import Failure, StageResult
 DAG_ID = "llm_pipeline"
 ACTIVE = ("queued", "scheduled", "running", "deferred", "up_for_retry", "up_for_reschedule", "restarting")
 STAGE_NAMES = frozenset(stage.value for stage in Stage)
-TASK_ORDER = ("resolve", *(stage.value for stage in Stage), "close")
+TASK_ORDER = ("resolve", "plan", *(stage.value for stage in Stage), "close")
 
 # stage -> what to show of its metrics: (metric, label, format), the first that exist, two at most
 KEY_METRICS: dict[Stage, tuple[tuple[str, str, str], ...]] = {

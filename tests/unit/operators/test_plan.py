@@ -121,6 +121,10 @@ def test_what_depends_on_a_new_stage_says_so(store: Store, tmp_path: Path):
     why = make_plan(config, run=RUN, store=store).of(Stage.DPO).why
     assert why.startswith("unlike ")
     assert "input model: " in why
+    elsewhere = resolve({"recipe": "tiny", "alignment": "dpo", "overrides": {"curate.profile": "web"}})
+    plan = make_plan(elsewhere, run=RUN, store=store)
+    for stage in (Stage.TOKENIZE, Stage.SFT, Stage.REPORT):
+        assert plan.of(stage).why.count("-> built anew") == min(3, len(GRAPH[stage].inputs))
 
 
 def test_resources_change_nothing(store: Store, tmp_path: Path):
