@@ -284,7 +284,7 @@ def plan_run(context: Any, *, resolve_task_id: str = "resolve") -> bool:
     """
     from operators.failures import RunIncomplete, as_stage_failures
     from operators.mlflow import log_plan
-    from operators.plan_page import as_markdown, as_table
+    from operators.plan_page import as_markdown, as_table, total
     from operators.prepare import load_config
     from stages.store import open_store
 
@@ -304,5 +304,5 @@ def plan_run(context: Any, *, resolve_task_id: str = "resolve") -> bool:
         return True
     for line in as_table(plan):
         logger.info("%s", line)
-    log_plan(run, page, plan.model_dump_json(indent=1), dry_run=plan.dry_run)
+    log_plan(run, page=page, data=plan.model_dump_json(indent=1), summary=total(plan), dry_run=plan.dry_run)
     return not plan.dry_run
