@@ -28,6 +28,7 @@ STAGE_NAMES = frozenset(stage.value for stage in PIPELINE_STAGES)
 # the order of the graph; `approve` stands before what it decides about
 TASK_ORDER = (
     "resolve",
+    "plan",
     *(name for stage in PIPELINE_STAGES for name in (("approve",) if stage is Stage.PROMOTE else ()) + (stage.value,)),
     "close",
 )

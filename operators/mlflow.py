@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 _TIMEOUT_SECONDS = 10.0
 RUN_TAG = "athanor.run_id"
 DRY_RUN_TAG = "athanor.dry_run"
+_PLAN_TAG = "athanor.plan"
 _STAGE_TAG = "lineage.stage"
 """Child runs have it, the parent run has not."""
 _HIT_TAG = "athanor.stage"
@@ -98,13 +99,17 @@ def note_hit(run: RunInfo, stage: str, artifact: ArtifactRef) -> None:
         logger.warning("The MLflow parent run does not tell that %s hit: %s", stage, error)
 
 
-def log_plan(run: RunInfo, page: str, data: str, *, dry_run: bool) -> None:
-    """Put the plan on the parent run, as files and, for a dry run, as its description; warns when MLflow is away."""
+def log_plan(run: RunInfo, *, page: str, data: str, summary: str, dry_run: bool) -> None:
+    """Put the plan on the parent run: as files, its sum as a tag, and the page of a dry run as its description.
+
+    Warns when MLflow is away.
+    """
     tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if run.parent_run_id is None or not tracking_uri.startswith(("http://", "https://")):
         return
     try:
         with MlflowServer(tracking_uri) as server:
+            server.set_tag(run.parent_run_id, _PLAN_TAG, summary)
             if dry_run:
                 server.set_tag(run.parent_run_id, DRY_RUN_TAG, "true")
                 server.set_tag(run.parent_run_id, "mlflow.note.content", page)

@@ -9,6 +9,7 @@ changed since it was last read.
 import logging
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from typing import Any
 
@@ -32,7 +33,7 @@ from stages.config.estimate import (
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import CONFIG_CLASSES, PipelineConfig, stage_config_from_json
-from stages.config.request import ArtifactRef, Manifest, RunInfo
+from stages.config.request import ArtifactRef, Manifest, RunInfo, StageRequest
 from stages.explain import BY_JOB, NEW, Builds, differences, identity_fields
 from stages.store import Store
 
@@ -83,58 +84,76 @@ class _Walk:
     def __init__(self, config: PipelineConfig, run: RunInfo, store: Store, devices: Devices) -> None:
         self._config, self._run, self._store, self._devices = config, run, store, devices
         self.selected = selection(config)
+        with ThreadPoolExecutor() as pool:
+            self._builds = dict(
+                zip(self.selected, pool.map(lambda stage: Builds(store, stage), self.selected), strict=True)
+            )
         self._refs: dict[Stage, ArtifactRef | None] = {}
-        """None: it will be built, with a fingerprint that no artifact has yet."""
+        """None: it has a fingerprint that no artifact has yet, or nobody knows which."""
         self._unchanged: dict[Stage, str] = {}
         """Stages whose fingerprint holds only if outside data is what it was, and which data."""
+        self._unknown: set[Stage] = set()
         self._counts = assumed_counts(config)
         self._parameters: int | None = None
         """Size of a given base model, from a build that started from it."""
 
     def stage(self, stage: Stage) -> StagePlan:
-        builds = Builds(self._store, stage)
-        verdict, why, manifest = self._verdict(stage, builds)
+        verdict, why, manifest = self._verdict(stage)
+        if verdict is Verdict.UNKNOWN:
+            self._unknown.add(stage)
         if stage is Stage.TOKENIZE:
-            self._counts = _counted(self._config, manifest, builds) or self._counts
-        took = None if verdict is Verdict.HIT else self._estimate(stage, builds)
+            self._counts = _counted(self._config, manifest, self._builds[stage]) or self._counts
+        took = None if verdict is Verdict.HIT else self._estimate(stage)
         return StagePlan(stage=stage, verdict=verdict, why=why, estimate=took)
 
-    def _verdict(self, stage: Stage, builds: Builds) -> tuple[Verdict, str, Manifest | None]:
-        sources = input_stages(stage, self._config).values()
-        anew = [source for source in dict.fromkeys(sources) if self._refs[source] is None]
-        placeholder = ArtifactRef(kind="", uri="", fingerprint=NEW, digest="")
-        upstream = {source: self._refs[source] or placeholder for source in sources}
-        request = build_request(stage, run=self._run, store=self._store, config=self._config, upstream=upstream)
-        inputs = {role: ref.fingerprint for role, ref in request.inputs.items()}
-        assumed = [self._unchanged[source] for source in sources if source in self._unchanged]
-        wanted = identity_fields(stage, request.config, inputs=inputs, sources={})
-        digests: dict[str, str] = {}
-        if request.sources and not anew:
-            seen = builds.known_sources(wanted, request.sources)
-            if seen is None and not builds.complete:
-                self._refs[stage] = None
-                return Verdict.UNKNOWN, f"{_named(request.sources)} is identified by the job, where it lies", None
-            if seen is not None:
-                digests = seen.sources
-                assumed.append(f"{_named(request.sources)} is as it was {seen.created_at[:16]} (its job will see)")
-        wanted |= {f"source {uri}": digests.get(uri, BY_JOB) for uri in request.sources}
-        manifest, damage = None, ""
+    def _verdict(self, stage: Stage) -> tuple[Verdict, str, Manifest | None]:
+        builds, before = self._builds[stage], set(input_stages(stage, self._config).values())
         self._refs[stage] = None
-        if not anew and len(digests) == len(request.sources):
-            stage_config = stage_config_from_json(stage, request.config)
-            identity = fingerprint(stage, stage_config, inputs=request.inputs, sources=digests)
-            manifest, damage = self._intact(GRAPH[stage].kind, identity)
-            uri = artifact_uri(self._store, GRAPH[stage].kind, identity)
-            digest = manifest.digest if manifest else ""
-            self._refs[stage] = ArtifactRef(kind=GRAPH[stage].kind, uri=uri, fingerprint=identity, digest=digest)
-            if assumed:
-                self._unchanged[stage] = "; ".join(dict.fromkeys(assumed))
+        if unknown := before & self._unknown:
+            return Verdict.UNKNOWN, f"depends on {', '.join(sorted(unknown))}, which is unknown", None
+        request = self._request(stage, before)
+        wanted = identity_fields(
+            stage,
+            request.config,
+            inputs={role: ref.fingerprint for role, ref in request.inputs.items()},
+            sources=dict.fromkeys(request.sources, BY_JOB),
+        )
+        if any(self._refs[source] is None for source in before):
+            return Verdict.RUN, _explain(builds, wanted), None
+        seen = builds.known_sources(wanted, request.sources) if request.sources else None
+        if request.sources and seen is None:
+            if not builds.complete:
+                return Verdict.UNKNOWN, f"{_named(request.sources)} is identified by the job, where it lies", None
+            return Verdict.RUN, _explain(builds, wanted), None
+        digests = seen.sources if seen else {}
+        assumed = [self._unchanged[source] for source in Stage if source in before & self._unchanged.keys()]
+        if seen:
+            assumed.append(f"{_named(request.sources)} is as it was {seen.created_at[:16]} (its job will see)")
+        if assumed:
+            self._unchanged[stage] = "; ".join(dict.fromkeys(assumed))
+        manifest, damage = self._find(request, digests)
         if manifest is None:
+            wanted |= {f"source {uri}": digest for uri, digest in digests.items()}
             return Verdict.RUN, damage or _explain(builds, wanted), None
         built = f"built {manifest.created_at[:16]}"
-        if stage in self._unchanged:
+        if assumed:
             return Verdict.HIT_IF_UNCHANGED, f"{built}, if {self._unchanged[stage]}", manifest
         return Verdict.HIT, built, manifest
+
+    def _request(self, stage: Stage, before: set[Stage]) -> StageRequest:
+        """The request that the stage's task will make, as far as it is known; what is built anew has no identity."""
+        anew = ArtifactRef(kind="", uri="", fingerprint=NEW, digest="")
+        upstream = {source: self._refs[source] or anew for source in before}
+        return build_request(stage, run=self._run, store=self._store, config=self._config, upstream=upstream)
+
+    def _find(self, request: StageRequest, digests: dict[str, str]) -> tuple[Manifest | None, str]:
+        """Look for the artifact and remember it, existing or not, for the stages after it."""
+        stage, kind = request.stage, GRAPH[request.stage].kind
+        stage_config = stage_config_from_json(stage, request.config)
+        identity = fingerprint(stage, stage_config, inputs=request.inputs, sources=digests)
+        uri = artifact_uri(self._store, kind, identity)
+        self._refs[stage] = ArtifactRef(kind=kind, uri=uri, fingerprint=identity, digest="")
+        return self._intact(kind, identity)
 
     def _intact(self, kind: str, identity: str) -> tuple[Manifest | None, str]:
         manifest = find_manifest(self._store, kind, identity)
@@ -145,7 +164,8 @@ class _Walk:
             return None, f"damaged: {error.message}"
         return manifest, ""
 
-    def _estimate(self, stage: Stage, builds: Builds) -> Estimate:
+    def _estimate(self, stage: Stage) -> Estimate:
+        builds = self._builds[stage]
         try:
             self._parameters = self._parameters or _given_size(self._config.base_model, builds)
             return estimate(
@@ -264,7 +284,7 @@ def plan_run(context: Any, *, resolve_task_id: str = "resolve") -> bool:
     """
     from operators.failures import RunIncomplete, as_stage_failures
     from operators.mlflow import log_plan
-    from operators.plan_page import as_markdown, as_table
+    from operators.plan_page import as_markdown, as_table, total
     from operators.prepare import load_config
     from stages.store import open_store
 
@@ -284,5 +304,5 @@ def plan_run(context: Any, *, resolve_task_id: str = "resolve") -> bool:
         return True
     for line in as_table(plan):
         logger.info("%s", line)
-    log_plan(run, page, plan.model_dump_json(indent=1), dry_run=plan.dry_run)
+    log_plan(run, page=page, data=plan.model_dump_json(indent=1), summary=total(plan), dry_run=plan.dry_run)
     return not plan.dry_run

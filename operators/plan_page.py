@@ -17,7 +17,7 @@ def as_table(plan: Plan) -> list[str]:
     lines = [_title(plan)]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.append("")
-    return lines + [line for stage in plan.stages for line in _notes(stage)] + [_total(plan)]
+    return lines + [line for stage in plan.stages for line in _notes(stage)] + [total(plan)]
 
 
 def as_markdown(plan: Plan) -> str:
@@ -25,7 +25,7 @@ def as_markdown(plan: Plan) -> str:
     header, *rows = _rows(plan)
     table = [_markdown_row(header), "|" + "---|" * len(header), *map(_markdown_row, rows)]
     notes = [f"- {line}" for stage in plan.stages for line in _notes(stage)]
-    return "\n".join([f"# {_title(plan)}", "", *table, "", _total(plan), "", "## Why", "", *notes, ""])
+    return "\n".join([f"# {_title(plan)}", "", *table, "", total(plan), "", "## Why", "", *notes, ""])
 
 
 def _title(plan: Plan) -> str:
@@ -60,7 +60,7 @@ def _notes(stage: StagePlan) -> list[str]:
     return [f"{stage.stage.value}: {stage.verdict.value}, {stage.why}{basis}"]
 
 
-def _total(plan: Plan) -> str:
+def total(plan: Plan) -> str:
     """Time of what runs, one stage after the other; what hits if nothing changed is left out."""
     running = [stage for stage in plan.stages if stage.verdict in (Verdict.RUN, Verdict.UNKNOWN)]
     times = [stage.estimate.seconds for stage in running if stage.estimate]

@@ -63,8 +63,10 @@ def open_run(context: Any, config: "PipelineConfig", values: dict[str, Any]) -> 
     return run.model_dump(mode="json")
 
 
-def finish_run(context: Any, *, resolve_task_id: str = "resolve") -> None:
+def finish_run(context: Any, *, resolve_task_id: str = "resolve", plan_task_id: str = "plan") -> None:
     """End the MLflow parent run: FINISHED when every stage that the run asked for succeeded, else FAILED.
+
+    A dry run asks for its plan.
 
     Raises RunIncomplete in the second case, so that the run is red even when somebody marked it failed half-way:
     Airflow then skips what is left, and skipped tasks alone would make it green.
@@ -78,12 +80,13 @@ def finish_run(context: Any, *, resolve_task_id: str = "resolve") -> None:
         raise RunIncomplete("The run never started.", advice=f"The log of task {resolve_task_id!r} says why.")
     run = RunInfo.model_validate(value)
     with as_stage_failures():
-        selected = selection(load_config(open_store(os.environ.get("ARTIFACT_STORE", "")), run))
+        config = load_config(open_store(os.environ.get("ARTIFACT_STORE", "")), run)
+        wanted = {plan_task_id} if config.dry_run else selection(config)
     states = ti.get_task_states(dag_id=ti.dag_id, run_ids=[ti.run_id]).get(ti.run_id, {})
     unfinished = [
-        f"{stage} {states[stage]}"
-        for stage in Stage
-        if stage in selected & states.keys() and states[stage] != "success"
+        f"{task} {states[task]}"
+        for task in (plan_task_id, *Stage)
+        if task in wanted & states.keys() and states[task] != "success"
     ]
     end_stage_runs(run, killed=True)
     end_parent_run(run, succeeded=not unfinished)

@@ -5,6 +5,9 @@ exactly one process and never edited by another: `leases/<fingerprint>/1.json`, 
 creating the next one takes over from it. A holder shows that it lives by changing `<n>.beat`; a waiter calls it dead
 when that object has not changed for a while on the waiter's own monotonic clock, so clocks need not agree.
 
+Servers whose conditional put merely looks before it writes (OpenStack Swift) may let two processes start; the last
+writer holds, and the fence below stops the other.
+
 Nobody can stop a process that slept through a takeover. Therefore the holder asks `Fence.check` before it publishes
 anything: an artifact that appeared meanwhile, a newer generation, or a record that is not its own means that it lost.
 Rows never shrink while their artifact does not exist: they go as a whole once it does, and from then on the manifest
@@ -160,7 +163,7 @@ class Lease:
         if own is not None and own.token == self.fence.token:
             released = Generation(token=own.token, owner=self._owner, released=True)
             write_json(self._store, _record_key(fingerprint, number), released.model_dump(mode="json"))
-        self._store.delete(_beat_key(fingerprint, number))
+            self._store.delete(_beat_key(fingerprint, number))
 
     def _beat_until_stopped(self) -> None:
         key, count = _beat_key(self.fence.fingerprint, self.fence.number), 0
@@ -205,6 +208,9 @@ def acquire(
             continue
         mine = Generation(token=token, owner=owner)
         if store.put_if_absent(_record_key(fingerprint, number + 1), mine.model_dump_json(indent=1).encode()):
+            written = _read(store, fingerprint, number + 1)
+            if written is None or written.token != token:
+                continue  # a server whose put-if-absent is not atomic let somebody else write as well
             if newest is not None:
                 logger.info("Taking over from %s: %s.", newest.owner, reason)
             lease = Lease(

@@ -113,6 +113,7 @@ def test_a_dry_run_ends_green_after_its_plan_and_spends_nothing(
     found = parent_run(mlflow_server, run)
     tags = {tag["key"]: tag["value"] for tag in found["data"]["tags"]}
     assert (found["info"]["status"], tags["athanor.dry_run"]) == ("FINISHED", "true")
+    assert " of 10 stages run: " in tags["athanor.plan"]
     assert "| pretrain | run |" in tags["mlflow.note.content"]
     listed = requests.get(
         f"{mlflow_server}/api/2.0/mlflow/artifacts/list", params={"run_id": found["info"]["run_id"]}, timeout=10

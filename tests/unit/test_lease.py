@@ -178,8 +178,10 @@ def test_a_sleeper_is_fenced_also_when_the_other_is_done_and_no_lease_is_left(st
         sleeper.check()
     third = held(store, "run-3")
     assert third.fence.number == sleeper.fence.number
-    with pytest.raises(LeaseLostError, match="is not leased to this process any more"):
+    with pytest.raises(LeaseLostError, match="is not leased to this process any more"), sleeper:
         sleeper.check()
+    third.check()
+    assert read_json(store, f"leases/{IDENTITY}/1.json")["released"] is False
 
 
 def test_a_sleeper_is_fenced_also_when_the_other_failed_and_released(store: Store):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from operators.failures import RunIncomplete
 from operators.plan import Verdict, devices_from_environment, make_plan, plan_run
 from operators.plan_page import as_markdown, as_table
 from operators.prepare import build_request, find_hit, input_stages, selection
@@ -120,6 +121,10 @@ def test_what_depends_on_a_new_stage_says_so(store: Store, tmp_path: Path):
     why = make_plan(config, run=RUN, store=store).of(Stage.DPO).why
     assert why.startswith("unlike ")
     assert "input model: " in why
+    elsewhere = resolve({"recipe": "tiny", "alignment": "dpo", "overrides": {"curate.profile": "web"}})
+    plan = make_plan(elsewhere, run=RUN, store=store)
+    for stage in (Stage.TOKENIZE, Stage.SFT, Stage.REPORT):
+        assert plan.of(stage).why.count("-> built anew") == min(3, len(GRAPH[stage].inputs))
 
 
 def test_resources_change_nothing(store: Store, tmp_path: Path):
@@ -177,6 +182,17 @@ def test_the_page_and_the_log_hold_every_stage_its_reason_and_the_total(store: S
     assert "| stage | plan | parameters |" in page
 
 
+def test_what_may_be_among_too_many_builds_is_unknown_and_so_is_what_depends_on_it(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    build(store, CONFIG, tmp_path)
+    monkeypatch.setattr("stages.explain.MAX_BUILDS", 0)
+    plan = make_plan(CONFIG, run=RUN, store=store)
+    assert {stage.verdict for stage in plan.stages} == {Verdict.UNKNOWN}
+    assert plan.of(Stage.CURATE).why == "`installed-docs` is identified by the job, where it lies"
+    assert plan.of(Stage.SFT).why == "depends on pretrain, tokenize, which is unknown"
+
+
 class Unreadable(FileStore):
     def list(self, prefix: str):
         raise OSError("the store is away")
@@ -200,13 +216,13 @@ def test_the_task_lets_a_run_go_on_and_ends_a_dry_run_after_storing_its_plan(
     assert "this is a dry run" in (tmp_path / "runs" / run.run_id / "plan.md").read_text()
     states = dict.fromkeys(Stage, "skipped")
     finish_run({"ti": Task({**states, "plan": "success"}, run.model_dump())})  # green
+    with pytest.raises(RunIncomplete, match=r"plan failed\."):
+        finish_run({"ti": Task({**states, "plan": "failed"}, run.model_dump())})
 
 
 def test_a_plan_that_cannot_be_made_stops_a_dry_run_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    from operators.failures import RunIncomplete
-
     monkeypatch.setattr("stages.store.FileStore.list", Unreadable.list)
     assert plan_task(tmp_path, monkeypatch)[0] is True
     assert "No plan, the run goes on without: OSError: the store is away" in caplog.text
