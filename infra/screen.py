@@ -17,9 +17,23 @@ from rich.text import Text
 from infra.run_state import Row, Snapshot
 
 PLAIN_EVERY_SECONDS = 15.0
-STYLES = {"built": "green", "hit": "cyan", "success": "green", "running": "yellow", "deferred": "yellow"}
+STYLES = {
+    "built": "green",
+    "hit": "cyan",
+    "success": "green",
+    "running": "yellow",
+    "deferred": "yellow",
+    "awaiting_input": "bold magenta",
+}
 STYLES |= {"failed": "bold red", "upstream_failed": "red", "up_for_retry": "magenta", "skipped": "dim"}
-WORDS = {"none": "waiting", "scheduled": "queued", "deferred": "running", "success": "done", "up_for_retry": "retrying"}
+WORDS = {
+    "none": "waiting",
+    "scheduled": "queued",
+    "deferred": "running",
+    "success": "done",
+    "up_for_retry": "retrying",
+    "awaiting_input": "waits for you",
+}
 
 
 class Screen(Protocol):

@@ -227,7 +227,8 @@ class MlflowServer:
         try:
             found = self._call("GET", path, query, absent_ok=True)
         except MlflowUnavailableError as error:
-            if "INVALID_PARAMETER_VALUE" in str(error):  # MLflow's answer for an alias that a model does not have
+            # an alias that a model does not have is no 404 to MLflow, unlike everything else that is absent
+            if "alias" in path and "not found" in str(error):
                 return None
             raise
         if found is None:

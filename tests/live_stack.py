@@ -3,6 +3,7 @@
 `promote` and everything on Airflow's side are real, so a decision goes all the way to MLflow's registry.
 """
 
+import os
 import shlex
 import sys
 import time
@@ -97,6 +98,16 @@ class LiveStack:
 
 
 @contextmanager
+def _without_airflow_settings() -> Iterator[None]:
+    """The stack inherits the environment; other tests set it up for an Airflow without a login."""
+    settings = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("AIRFLOW__")}
+    try:
+        yield
+    finally:
+        os.environ.update(settings)
+
+
+@contextmanager
 def live_stack(home: Path, *, sft_seconds: float = 0) -> Iterator[LiveStack]:
     """Start the stack in `home`; `sft_seconds` is how long the stage sft takes, for a look at a running run."""
     for name in ("operators", "stages", "infra", "tests"):
@@ -109,7 +120,8 @@ def live_stack(home: Path, *, sft_seconds: float = 0) -> Iterator[LiveStack]:
         (home / "dags" / f"{dag}.py").write_text(text + trailer)
     stack = Stack(Layout(home), say=print)
     try:
-        record = stack.up()
+        with _without_airflow_settings():
+            record = stack.up()
         secrets = StackSecrets.load_or_generate(stack.layout)
         api = Health(record, secrets).airflow
         for dag in DAGS:

@@ -39,6 +39,8 @@ def test_a_rejected_model_stays_candidate_with_all_evidence_and_an_approved_one_
     cleared = {"dry_run": False, "task_ids": ["approve"], "dag_run_id": run_id, "include_downstream": True}
     stack.api.call("POST", "dags/llm_pipeline/clearTaskInstances", json={**cleared, "only_failed": False})
     stack.wait_state("llm_pipeline", run_id, "approve", "awaiting_input")
+    question = stack.question("llm_pipeline", run_id, "approve")
+    assert "has no champion yet" in question["body"], "the registered model exists by now, its alias does not"
     stack.answer("llm_pipeline", run_id, "approve", "Approve", comment=None)
     assert stack.wait_end("llm_pipeline", run_id) == "success"
     champion = stack.aliased(f"{name}-aligned", "champion")
