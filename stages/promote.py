@@ -25,7 +25,7 @@ from stages.config.errors import DataError, StageError
 from stages.config.params import Promotion
 from stages.config.request import ArtifactRef, Manifest
 from stages.context import StageContext, StageOutcome
-from stages.lineage import lineage_tags
+from stages.lineage import lineage_tags, started_from
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -273,6 +273,8 @@ class Registry:
         tags |= {key: repr(value) for key, value in evaluation.of(role).items()}
         if role in _ALIGNED:
             tags["alignment"] = role
+        if ancestor := started_from(manifest):
+            tags["lineage.started_from"] = ancestor
         return tags
 
     def _airflow_tags(self, manifest: Manifest) -> dict[str, str]:

@@ -143,6 +143,7 @@ def test_a_file_in_the_watched_prefix_ends_in_a_candidate_that_descends_from_the
     assert candidate.tags["lineage.parent.base_model"] == first[Stage.DPO].artifact.fingerprint
     aligned = MlflowClient().get_model_version_by_alias("tiny-aligned", "candidate")
     assert aligned.tags["lineage.fingerprint"] == second[Stage.DPO].artifact.fingerprint
+    assert aligned.tags["lineage.started_from"] == champion.tags["lineage.fingerprint"]
     family = {node.id for node in ancestors([aligned.tags["artifact.uri"]]).nodes}
     assert {first[stage].artifact.fingerprint for stage in (Stage.DPO, Stage.CURATE, Stage.PRETRAIN)} <= family
 
