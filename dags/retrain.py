@@ -75,6 +75,7 @@ with DAG(
         trigger_run_id="retrain__{{ run_id }}",
         conf=decided["conf"],
         reset_dag_run=True,
+        fail_when_dag_is_paused=True,
         wait_for_completion=True,
         deferrable=True,
         poke_interval=30,

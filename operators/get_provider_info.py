@@ -19,7 +19,7 @@ def get_provider_info() -> dict[str, Any]:
             }
         ],
         "hooks": [{"integration-name": "Ray Jobs", "python-modules": ["operators.hook"]}],
-        "triggers": [{"integration-name": "Ray Jobs", "python-modules": ["operators.trigger"]}],
+        "triggers": [{"integration-name": "Ray Jobs", "python-modules": ["operators.trigger", "operators.watcher"]}],
         "connection-types": [
             {
                 "connection-type": "ray_jobs",
@@ -38,6 +38,7 @@ def get_provider_info() -> dict[str, Any]:
                 "conn-fields": _CONNECTION_FIELDS,
             }
         ],
+        "notifications": ["operators.notify.WebhookNotifier"],
         "extra-links": [
             "operators.links.RayJobLink",
             "operators.links.MlflowRunLink",

@@ -224,13 +224,7 @@ class MlflowServer:
             query, path = {"name": name, "alias": alias}, "registered-models/alias"
         else:
             query, path = {"name": name, "version": version}, "model-versions/get"
-        try:
-            found = self._call("GET", path, query, absent_ok=True)
-        except MlflowUnavailableError as error:
-            # an alias that a model does not have is no 404 to MLflow, unlike everything else that is absent
-            if "alias" in path and "not found" in str(error):
-                return None
-            raise
+        found = self._call("GET", path, query, absent_ok=True)
         if found is None:
             return None
         entry = found["model_version"]

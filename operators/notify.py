@@ -26,6 +26,9 @@ class WebhookNotifier(BaseNotifier):
         super().__init__()
         self.event = event
 
+    def render_template_fields(self, context: Any, jinja_env: Any = None) -> None:
+        """There are none; Airflow's own would need a DAG object, which not every caller of callbacks has."""
+
     def notify(self, context: Any) -> None:
         post({"event": self.event, **_about(context)})
 

@@ -154,5 +154,5 @@ def announced_data(events: Mapping[Any, Sequence[Any]], asset_name: str) -> list
         for asset, found in events.items()
         if asset.name == asset_name
         for event in found
-        if event.extra.get("uri")
+        if (event.extra or {}).get("uri")
     ]

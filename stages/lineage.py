@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from stages.artifacts import MANIFEST, artifact_uri, read_manifest
 from stages.config.errors import ConfigError, StageError
 from stages.config.graph import GRAPH, Stage
+from stages.config.pipeline import BASE_MODEL
 from stages.config.request import ArtifactRef, InputEntry, Manifest
 from stages.reporting.graph_svg import Box, draw_graph
 from stages.store import Store, open_store
@@ -95,6 +96,17 @@ def input_tags(
     for uri, digest in sources.items():
         tags[f"lineage.{relation}.source.{slug(uri)}"] = digest
     return tags
+
+
+def started_from(manifest: Manifest) -> str:
+    """Return the fingerprint of the model that the run of this one was given to start from, "" for none."""
+    while True:
+        inputs = {entry.role: entry for entry in manifest.inputs}
+        if BASE_MODEL in inputs:
+            return inputs[BASE_MODEL].fingerprint
+        if "model" not in inputs:
+            return ""
+        manifest = _read(inputs["model"].uri)
 
 
 def slug(text: str) -> str:

@@ -27,7 +27,7 @@ from stages.config.errors import ConfigError, DataError, StageError
 from stages.config.params import Promotion
 from stages.config.request import ArtifactRef, Manifest
 from stages.context import StageContext, StageOutcome
-from stages.lineage import lineage_tags
+from stages.lineage import lineage_tags, started_from
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -308,6 +308,8 @@ class Registry:
             tags["alignment"] = role
         if self._approval:
             tags |= {f"approval.{name}": value for name, value in self._approval.model_dump(mode="json").items()}
+        if ancestor := started_from(manifest):
+            tags["lineage.started_from"] = ancestor
         return tags
 
     def _airflow_tags(self, manifest: Manifest) -> dict[str, str]:

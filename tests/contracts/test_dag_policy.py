@@ -50,7 +50,9 @@ def test_a_task_has_an_owner_retries_and_an_end_in_time(task: Any):
     assert task.retries >= 1, "one lost process must not lose a run"
     limits = ("execution_timeout", "timeout", "response_timeout")
     partial = getattr(task, "partial_kwargs", {})  # of a mapped task
-    assert any(getattr(task, limit, None) or partial.get(limit) for limit in limits), f"none of {', '.join(limits)} is set"
+    assert any(getattr(task, limit, None) or partial.get(limit) for limit in limits), (
+        f"none of {', '.join(limits)} is set"
+    )
 
 
 @pytest.mark.parametrize("task", TASKS)

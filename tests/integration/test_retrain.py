@@ -14,7 +14,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from airflow.models.xcom import XComModel
 
 from dags.evaluate_model import evaluate_model
 from dags.llm_pipeline import llm_pipeline
@@ -85,8 +84,8 @@ def decided() -> dict[str, Any]:
     """What the DAG's `decide` hands to the pipeline; the tasks after it are only marked."""
     dag_run = retrain.test(run_conf={"run_name": "tiny", "overrides": QUICK}, mark_success_pattern="train|remember")
     assert str(dag_run.state) == "success"
-    (found,) = XComModel.get_many(run_id=dag_run.run_id, dag_ids="retrain", task_ids="decide", key="return_value")
-    return json.loads(found.value) if isinstance(found.value, str) else found.value
+    (decide_task,) = (ti for ti in dag_run.get_task_instances() if ti.task_id == "decide")
+    return decide_task.xcom_pull(task_ids="decide")
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +142,7 @@ def test_a_file_in_the_watched_prefix_ends_in_a_candidate_that_descends_from_the
     assert candidate.tags["lineage.parent.base_model"] == first[Stage.DPO].artifact.fingerprint
     aligned = MlflowClient().get_model_version_by_alias("tiny-aligned", "candidate")
     assert aligned.tags["lineage.fingerprint"] == second[Stage.DPO].artifact.fingerprint
+    assert aligned.tags["lineage.started_from"] == champion.tags["lineage.fingerprint"]
     family = {node.id for node in ancestors([aligned.tags["artifact.uri"]]).nodes}
     assert {first[stage].artifact.fingerprint for stage in (Stage.DPO, Stage.CURATE, Stage.PRETRAIN)} <= family
 

@@ -11,13 +11,13 @@ import pytest
 
 from operators.given import given_artifacts
 from operators.prepare import as_far_as_there_is_new_data, build_request
-from stages.artifacts import artifact_uri, publish, utc_now
+from stages.artifacts import artifact_uri, publish, read_manifest, utc_now
 from stages.config.errors import ConfigError, StageError
 from stages.config.graph import GRAPH, PIPELINE_STAGES, Stage
 from stages.config.pipeline import BASE_MODEL, PREVIOUS
 from stages.config.request import ArtifactRef, InputEntry, Manifest, RunInfo
 from stages.config.resolve import resolve
-from stages.lineage import ancestors, lineage_tags
+from stages.lineage import ancestors, lineage_tags, started_from
 from stages.store import Store, open_store
 
 RUN = RunInfo(run_id="r", name="n")
@@ -104,6 +104,9 @@ def test_a_champion_is_the_parent_of_what_is_pretrained_from_it(house: House):
 
     made = put(house.store, Stage.PRETRAIN, "n", **request(Stage.PRETRAIN).inputs)
     candidate = put(house.store, Stage.SFT, "m", tokens=house.tokens, model=made)
+    aligned = put(house.store, Stage.DPO, "a", tokens=house.tokens, model=candidate)
+    assert started_from(read_manifest(aligned)) == house.dpo.fingerprint
+    assert started_from(read_manifest(house.dpo)) == ""
     manifest = Manifest.model_validate_json(
         house.store.read_bytes(f"artifacts/base-model/{made.fingerprint}/manifest.json")
     )

@@ -50,14 +50,16 @@ def registry() -> Iterator[str]:
 
 def test_a_version_comes_with_its_tags_and_what_is_absent_is_none(registry: str) -> None:
     with MlflowServer(registry) as server:
-        assert server.version_by_alias("x-aligned", "champion") == ("4", {"eval/loss": "2.5"})
-        assert server.version_by_alias("x-aligned", "candidate") is None
-        assert server.version_by_alias("x-aligned", "gone") is None
+        found = server.model_version("x-aligned", alias="champion")
+        assert found is not None
+        assert (found.address, found.tags) == ("models:/x-aligned/4", {"eval/loss": "2.5"})
+        assert server.model_version("x-aligned", alias="candidate") is None
+        assert server.model_version("x-aligned", alias="gone") is None
 
 
 def test_an_answer_that_is_not_about_absence_is_not_taken_for_it(registry: str) -> None:
     with MlflowServer(registry) as server, pytest.raises(MlflowUnavailableError, match="Invalid value"):
-        server.version_by_alias("x-aligned", "broken")
+        server.model_version("x-aligned", alias="broken")
 
 
 def test_raters_are_told_which_model_is_missing_and_how_to_get_it(registry: str, monkeypatch) -> None:

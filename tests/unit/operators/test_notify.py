@@ -42,7 +42,8 @@ def inbox() -> Iterator[Inbox]:
     server.server_close()
 
 
-CONTEXT = {"dag_run": SimpleNamespace(dag_id="retrain", run_id="r1", state="failed"), "reason": "task_failure"}
+RUN = SimpleNamespace(dag_id="retrain", run_id="r1", state="failed")
+CONTEXT = {"dag": object(), "dag_run": RUN, "reason": "task_failure"}
 
 
 def test_the_end_of_a_run_is_told(inbox: Inbox, monkeypatch: pytest.MonkeyPatch):
