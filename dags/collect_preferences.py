@@ -8,7 +8,7 @@ published; the asset `llm/preferences` announces it, and its URI is a `preferenc
 
 from datetime import timedelta
 
-from airflow.sdk import DAG, TriggerRule, get_current_context, task
+from airflow.sdk import DAG, TriggerRule, chain, get_current_context, task
 
 from operators.collect import PREFERENCES, RespondOperator
 from operators.failures import MAX_RETRIES, StageRetryPolicy
@@ -63,5 +63,5 @@ with DAG(
     respond = RespondOperator(task_id="respond", pool="gpu", timeout=timedelta(hours=6))
     asked = questions()
     rate = PreferenceRating.partial(task_id="rate", map_index_template="{{ task.question['title'] }}")
-    resolve() >> respond >> asked
-    rate.expand(question=asked) >> publish() >> close().as_teardown(on_failure_fail_dagrun=True)
+    chain(resolve(), respond, asked)
+    chain(rate.expand(question=asked), publish(), close().as_teardown(on_failure_fail_dagrun=True))
