@@ -8,7 +8,7 @@ published; the asset `llm/preferences` announces it, and its URI is a `preferenc
 
 from datetime import timedelta
 
-from airflow.sdk import DAG, TriggerRule, get_current_context, task
+from airflow.sdk import DAG, TriggerRule, chain, get_current_context, task
 
 from operators.collect import PREFERENCES, RespondOperator
 from operators.failures import MAX_RETRIES, StageRetryPolicy
@@ -67,5 +67,5 @@ with DAG(
         map_index_template="{{ task.question['title'] }}",
         response_timeout=timedelta(days=365),  # at most; the form's answer_hours decides
     )
-    resolve() >> respond >> asked
-    rate.expand(question=asked) >> publish() >> close().as_teardown(on_failure_fail_dagrun=True)
+    chain(resolve(), respond, asked)
+    chain(rate.expand(question=asked), publish(), close().as_teardown(on_failure_fail_dagrun=True))

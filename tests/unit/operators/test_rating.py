@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import permutations
 from pathlib import Path
@@ -112,7 +113,7 @@ def test_a_ranking_of_four_gives_its_six_ordered_pairs() -> None:
     assert pairs == [("y", "z"), ("y", "w"), ("y", "x"), ("z", "w"), ("z", "x"), ("w", "x")]
 
 
-def answers_to(store: Store, ref: ArtifactRef, rows: list[dict[str, Any]], given: list[str | None]) -> list[Any]:
+def answers_to(store: Store, ref: ArtifactRef, rows: list[dict[str, Any]], given: Sequence[str | None]) -> list[Any]:
     """What the tasks `rate` leave: a result each, or nothing where the task failed."""
     asked = make_questions(ref.model_dump(mode="json"), store, run_info())
     results = [
