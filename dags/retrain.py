@@ -57,7 +57,11 @@ with DAG(
         if isinstance(verdict, Skip):
             raise AirflowSkipException(verdict.reason)
         print(f"Retraining: {verdict.reason}")  # noqa: T201 - a task's output is its log
-        return {"conf": verdict.conf, "run_name": params.run_name, "watermark": verdict.watermark.model_dump()}
+        return {
+            "conf": verdict.conf,
+            "run_name": params.run_name,
+            "watermark": verdict.watermark.model_dump(mode="json"),
+        }
 
     @task
     def remember(decided: dict) -> None:

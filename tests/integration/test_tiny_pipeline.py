@@ -165,7 +165,7 @@ def test_a_run_goes_on_from_a_registered_model_on_two_workers_of_ray(first: Run,
     assert run.built == {Stage.TOKENIZE, Stage.SFT}  # the base model brings its tokenizer: other tokens
     manifest = read_manifest(run.results[Stage.SFT].artifact)
     base = first.results[Stage.PRETRAIN].artifact
-    assert set(manifest.sources.values()) == {base.digest}
+    assert {entry.role: entry.digest for entry in manifest.inputs}["base_model"] == base.digest
     assert manifest.execution["num_workers"] == 2
     assert manifest.metrics["train/loss"] < 10
     again = play(services, base_model="models:/tiny-base@candidate", last_stage="sft")
