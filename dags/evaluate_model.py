@@ -7,6 +7,7 @@ twice. Numbers of a registered model go onto its version in MLflow.
 """
 
 from datetime import timedelta
+from typing import Any
 
 from airflow.sdk import DAG, TriggerRule, get_current_context, task
 
@@ -45,7 +46,7 @@ with DAG(
         """Put the numbers on the registered version; end the MLflow run, red when there are none."""
         from operators.evaluation import conclude
 
-        context = get_current_context()
+        context: Any = get_current_context()
         conclude(context, context["ti"].xcom_pull(task_ids=Stage.EVALUATE.value))
 
     evaluate = StageOperator(stage=Stage.EVALUATE, pool="gpu", timeout=timedelta(days=1))

@@ -5,8 +5,9 @@ triggerer ran, a deleted run, an attempt that gave up while the Ray head was awa
 """
 
 from datetime import datetime, timedelta
+from typing import Any
 
-from airflow.sdk import DAG, Param, get_current_context, task
+from airflow.sdk import DAG, Param, ParamsDict, get_current_context, task
 
 from operators.failures import StageRetryPolicy
 
@@ -18,11 +19,13 @@ with DAG(
     start_date=datetime(2026, 1, 1),
     catchup=False,
     max_active_runs=1,
-    params={
-        "grace_seconds": Param(
-            60, type="number", minimum=0, description="Seconds between the two looks that must agree on an orphan."
-        )
-    },
+    params=ParamsDict(
+        {
+            "grace_seconds": Param(
+                60, type="number", minimum=0, description="Seconds between the two looks that must agree on an orphan."
+            )
+        }
+    ),
     tags=["llm", "ray", "upkeep"],
     default_args={"owner": "athanor", "retries": 2, "retry_policy": StageRetryPolicy()},
 ) as reap_orphans:
@@ -32,7 +35,7 @@ with DAG(
         """Look twice, a grace period apart; stop what is an orphan both times; list again."""
         from operators.reaper import reap_orphans as visit
 
-        context = get_current_context()
+        context: Any = get_current_context()
         return visit(context, grace_seconds=context["params"]["grace_seconds"])
 
     reap()

@@ -9,6 +9,7 @@ then tuned and aligned; the result competes as candidate, with the old champion 
 """
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
 from airflow.sdk import DAG, get_current_context, task
@@ -50,7 +51,7 @@ with DAG(
         from operators.retrain import decide as decide_by
         from stages.config.resolve import validated
 
-        context = get_current_context()
+        context: Any = get_current_context()
         with as_stage_failures():
             params = validated(RetrainParams, form_values(context["params"]))
             verdict = decide_by(params, announced=announced_data(context["triggering_asset_events"], PREFERENCES))
@@ -72,7 +73,7 @@ with DAG(
         with as_stage_failures():
             record(decided["run_name"], decided["watermark"])
 
-    decided = decide()
+    decided: Any = decide()
     train = TriggerDagRunOperator(
         task_id="train",
         trigger_dag_id="llm_pipeline",

@@ -12,7 +12,9 @@ import os
 from datetime import timedelta
 from typing import Any
 
-from airflow.sdk import BaseHook, BaseNotifier, DeadlineAlert, DeadlineReference, SyncCallback
+from airflow.sdk import BaseHook, BaseNotifier
+from airflow.sdk.definitions.callback import SyncCallback
+from airflow.sdk.definitions.deadline import DeadlineAlert, DeadlineReference
 
 logger = logging.getLogger(__name__)
 

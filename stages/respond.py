@@ -48,8 +48,8 @@ def sample_responses(context: StageContext) -> StageOutcome:
     account: Counter[str] = Counter()
     prompts = _prompts(config, tokens, given_tokenizer(context.input_dir("model")), account)
     require(len(prompts), "prompts to respond to", advice=f"Give prompts of one short turn; dropped: {dict(account)}.")
-    model: torch.nn.Module = load_causal_lm(context.input_dir("model"), tokens).eval()
-    model.to(local_device())
+    model = load_causal_lm(context.input_dir("model"), tokens).eval()
+    torch.nn.Module.to(model, local_device())  # transformers types its own `to` by keywords only
     tokenizer = Tokenizer.from_file(str(tokens.tokenizer_dir / "tokenizer.json"))
     rows: list[dict[str, Any]] = []
     for start in range(0, len(prompts), _BATCH_PROMPTS):

@@ -8,7 +8,7 @@ import importlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from stages.artifacts import upload_files
@@ -97,7 +97,7 @@ def wait_for_capacity(execution: ExecutionConfig, *, stage: str, clock: Callable
         remove_placement_group(group)
 
 
-def describe_shortage(execution: ExecutionConfig, total: dict[str, float], free: dict[str, float]) -> str:
+def describe_shortage(execution: ExecutionConfig, total: Mapping[str, float], free: Mapping[str, float]) -> str:
     """`asked 8 GPU, cluster has 4, 2 free; asked 64 CPU, cluster has 32, 30 free (8 workers)`."""
     workers = execution.least_workers
     parts = [

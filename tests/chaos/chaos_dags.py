@@ -5,8 +5,9 @@ import os
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-from airflow.sdk import DAG, get_current_context, task
+from airflow.sdk import DAG, ParamsDict, get_current_context, task
 
 from operators.failures import MAX_RETRIES, StageRetryPolicy
 from operators.operator import StageOperator
@@ -27,17 +28,17 @@ def note_pid(context: dict) -> None:
 def run_info() -> dict:
     from operators.run import start_run
 
-    context = get_current_context()
+    context: Any = get_current_context()
     retries = context["params"].get("max_retries", 2)
     form = {"recipe": "tiny", "overrides": {"execution.curate.max_retries": retries}}
     return start_run({**context, "params": form})
 
 
-def chaos_dag(dag_id: str, **settings: object) -> DAG:
+def chaos_dag(dag_id: str, **settings: Any) -> DAG:
     with DAG(
         dag_id=dag_id,
         schedule=None,
-        params={"behaviour": "lines:5", "max_retries": 2},
+        params=ParamsDict({"behaviour": "lines:5", "max_retries": 2}),
         default_args={"retries": MAX_RETRIES, "retry_policy": POLICY},
     ) as dag:
 
@@ -60,7 +61,7 @@ gone = chaos_dag("gone", ray_conn_id="ray_gone", unreachable_seconds=15)
 with DAG(
     dag_id="mapped",
     schedule=None,
-    params={"behaviour": "lines:1", "count": 12},
+    params=ParamsDict({"behaviour": "lines:1", "count": 12}),
     max_active_tasks=64,
     default_args={"retries": MAX_RETRIES, "retry_policy": POLICY},
 ) as mapped:
@@ -72,7 +73,8 @@ with DAG(
     @task
     def intervals() -> list[float]:
         """As many as there shall be jobs."""
-        return [1.0] * get_current_context()["params"]["count"]
+        context: Any = get_current_context()
+        return [1.0] * context["params"]["count"]
 
     many = StageOperator.partial(
         task_id="curate", stage=Stage.CURATE, entrypoint=JOB, pool="few", outlets=[], pre_execute=note_pid

@@ -1,6 +1,7 @@
 """The schedule of `retrain` follows the environment; its shape and policy."""
 
 import importlib
+from typing import Any
 
 import pytest
 from airflow.sdk import AssetOrTimeSchedule, CronTriggerTimetable
@@ -17,6 +18,10 @@ def retrain():
     return importlib.reload(dags.retrain).retrain
 
 
+def asset_names(condition: Any) -> set[str]:
+    return {asset.name for asset in condition.objects}
+
+
 def test_cron_and_watched_prefix_give_the_schedule(monkeypatch: pytest.MonkeyPatch):
     assert retrain_schedule() is None
     monkeypatch.setenv("ATHANOR_RETRAIN_CRON", "0 3 * * 0")
@@ -24,9 +29,9 @@ def test_cron_and_watched_prefix_give_the_schedule(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("ATHANOR_RETRAIN_WATCH", "file:///raw")
     both = retrain_schedule()
     assert isinstance(both, AssetOrTimeSchedule)
-    assert {asset.name for asset in both.asset_condition.objects} == {"llm/raw-documents", "llm/preferences"}
+    assert asset_names(both.asset_condition) == {"llm/raw-documents", "llm/preferences"}
     monkeypatch.delenv("ATHANOR_RETRAIN_CRON")
-    assert {asset.name for asset in retrain_schedule().objects} == {"llm/raw-documents", "llm/preferences"}
+    assert asset_names(retrain_schedule()) == {"llm/raw-documents", "llm/preferences"}
 
 
 def test_a_scheduled_run_needs_no_form_and_the_dag_round_trips(monkeypatch: pytest.MonkeyPatch):
