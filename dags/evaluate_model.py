@@ -9,7 +9,7 @@ twice. Numbers of a registered model go onto its version in MLflow.
 from datetime import timedelta
 from typing import Any
 
-from airflow.sdk import DAG, TriggerRule, get_current_context, task
+from airflow.sdk import DAG, TriggerRule, chain, get_current_context, task
 
 from operators.failures import MAX_RETRIES, StageRetryPolicy
 from operators.form import form_of
@@ -50,4 +50,4 @@ with DAG(
         conclude(context, context["ti"].xcom_pull(task_ids=Stage.EVALUATE.value))
 
     evaluate = StageOperator(stage=Stage.EVALUATE, pool="gpu", timeout=timedelta(days=1))
-    resolve() >> evaluate >> close()
+    chain(resolve(), evaluate, close())

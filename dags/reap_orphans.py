@@ -7,7 +7,8 @@ triggerer ran, a deleted run, an attempt that gave up while the Ray head was awa
 from datetime import datetime, timedelta
 from typing import Any
 
-from airflow.sdk import DAG, Param, ParamsDict, get_current_context, task
+from airflow.sdk import DAG, Param, get_current_context, task
+from airflow.sdk.definitions.param import ParamsDict
 
 from operators.failures import StageRetryPolicy
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
-from airflow.sdk import DAG, get_current_context, task
+from airflow.sdk import DAG, chain, get_current_context, task
 from airflow.sdk.exceptions import AirflowSkipException
 
 from operators.failures import StageRetryPolicy
@@ -87,4 +87,4 @@ with DAG(
         retries=0,
         execution_timeout=None,
     )
-    decided >> train >> remember(decided)
+    chain(decided, train, remember(decided))

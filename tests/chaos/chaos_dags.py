@@ -7,7 +7,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from airflow.sdk import DAG, ParamsDict, get_current_context, task
+from airflow.sdk import DAG, chain, get_current_context, task
+from airflow.sdk.definitions.param import ParamsDict
 
 from operators.failures import MAX_RETRIES, StageRetryPolicy
 from operators.operator import StageOperator
@@ -46,7 +47,7 @@ def chaos_dag(dag_id: str, **settings: Any) -> DAG:
         def resolve() -> dict:
             return run_info()
 
-        resolve() >> StageOperator(stage=Stage.CURATE, entrypoint=JOB, pre_execute=note_pid, **settings)
+        chain(resolve(), StageOperator(stage=Stage.CURATE, entrypoint=JOB, pre_execute=note_pid, **settings))
     return dag
 
 
@@ -79,4 +80,4 @@ with DAG(
     many = StageOperator.partial(
         task_id="curate", stage=Stage.CURATE, entrypoint=JOB, pool="few", outlets=[], pre_execute=note_pid
     ).expand(poll_interval=intervals())
-    resolve_mapped() >> many
+    chain(resolve_mapped(), many)

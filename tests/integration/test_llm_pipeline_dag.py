@@ -15,7 +15,7 @@ import requests
 from dags.llm_pipeline import llm_pipeline
 from operators.hook import RayJobHook
 from operators.operator import StageOperator
-from stages.config.graph import Stage
+from stages.config.graph import PIPELINE_STAGES
 from stages.config.params import PipelineParams
 from tests.servers import RayServer
 
@@ -91,7 +91,10 @@ def test_a_run_without_alignment_skips_what_it_does_not_need_and_its_repetition_
         {"resolve", "plan", "curate", "tokenize", "pretrain", "sft", "evaluate", "close"},
         {"reward", "ppo", "dpo"},
     )
-    expected = {**dict.fromkeys(done, "success"), **dict.fromkeys(skipped | {"promote", "report"}, "skipped")}
+    expected = {
+        **dict.fromkeys(done, "success"),
+        **dict.fromkeys(skipped | {"approve", "promote", "report"}, "skipped"),
+    }
     assert (first.state, first.states) == ("success", expected)
     assert jobs_of(first) == 5
     assert parent_status(mlflow_server, first) == "FINISHED"
@@ -105,7 +108,10 @@ def test_a_dry_run_ends_green_after_its_plan_and_spends_nothing(
     play: Callable[..., Run], mlflow_server: str, store_uri: str
 ):
     run = play("succeed", dry_run=True, seed=3)
-    expected = {**dict.fromkeys(Stage, "skipped"), **dict.fromkeys(("resolve", "plan", "close"), "success")}
+    expected = {
+        **dict.fromkeys((*PIPELINE_STAGES, "approve"), "skipped"),
+        **dict.fromkeys(("resolve", "plan", "close"), "success"),
+    }
     assert (run.state, run.states) == ("success", expected)
     assert jobs_of(run) == 0
     took = run.tasks["plan"].end_date - run.tasks["plan"].start_date
@@ -144,6 +150,6 @@ def test_wrong_input_ends_the_run_in_seconds_before_any_ray_job(play: Callable[.
     run = play("succeed", overrides={"sft.optimizer.learning_rat": 1})
     assert run.state == "failed"
     assert run.tasks["resolve"].try_number == 1
-    assert {run.states[stage] for stage in Stage} == {"upstream_failed"}
+    assert {run.states[stage] for stage in PIPELINE_STAGES} == {"upstream_failed"}
     assert jobs_of(run) == 0
     assert time.monotonic() - started < 30
