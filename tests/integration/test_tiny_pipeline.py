@@ -88,7 +88,7 @@ def parent_of(run: Run) -> Any:
 
 def test_every_stage_is_built_by_a_ray_job_of_its_own(first: Run) -> None:
     assert first.state == "success"
-    assert set(first.states.values()) == {"success"}
+    assert {task for task, state in first.states.items() if state != "success"} == {"approve"}  # nobody is asked
     assert first.built == set(PIPELINE_STAGES)
     assert jobs_of(first) == len(PIPELINE_STAGES)
 
