@@ -9,7 +9,7 @@ from tests.browser.screenshots import BrowserMissing, login_airflow, open_browse
 from tests.live_stack import LiveStack
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Page  # pyright: ignore[reportMissingImports]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,7 +23,7 @@ from stages.config.graph import Stage
 from stages.store import open_store
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Page  # pyright: ignore[reportMissingImports]
 
 IMAGES = CHECKOUT / "docs" / "images"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -41,7 +41,7 @@ def open_browser() -> Iterator[Page]:
     if program is None:
         raise BrowserMissing(f"none of {', '.join(BROWSERS)} is on PATH; install chromium")
     try:
-        from playwright.sync_api import sync_playwright
+        from playwright.sync_api import sync_playwright  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise BrowserMissing("Playwright is missing; install the extra `browser` (`make screenshots` does)") from None
     # as root Chromium refuses to run inside its sandbox

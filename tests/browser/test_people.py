@@ -11,7 +11,7 @@ from tests.browser.screenshots import login_airflow, open_graph
 from tests.live_stack import LiveStack
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Locator, Page
+    from playwright.sync_api import Locator, Page  # pyright: ignore[reportMissingImports]
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.browser, pytest.mark.timeout(600)]
 
