@@ -1,7 +1,7 @@
 # One command a task; `make help` lists them. Everything made lies in .venv/ and .athanor/.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup up down status logs demo test test-chaos test-browser check format lock screenshots clean
+.PHONY: help setup up down status logs demo test test-chaos test-live test-browser check format lock screenshots clean
 
 VENV   := .venv
 PYTHON := $(CURDIR)/$(VENV)/bin/python
@@ -50,11 +50,14 @@ logs: $(STAMP) ## follow the logs of the stack; `make logs COMPONENT=scheduler` 
 demo: $(STAMP) ## raw text to aligned model: setup and up if needed, run llm_pipeline, show it live
 	@$(PYTHON) -m infra demo --recipe "$$RECIPE" --params "$$PARAMS"
 
-test: $(STAMP) ## all tests but those of `make test-chaos`
-	$(PYTHON) -m pytest -m 'not chaos' $(TESTS)
+test: $(STAMP) ## all tests but those of `make test-chaos` and `make test-live`
+	$(PYTHON) -m pytest -m 'not chaos and not live' $(TESTS)
 
 test-chaos: $(STAMP) ## kills parts of a real Airflow and a real Ray head, minutes on end: the rows of docs/RELIABILITY.md
 	$(PYTHON) -m pytest -m chaos tests/chaos
+
+test-live: $(STAMP) ## people's part on a whole live stack, over REST: approvals and ratings, minutes on end
+	$(PYTHON) -m pytest -m live tests/integration
 
 test-browser: $(STAMP) ## the user interfaces in headless Chromium (needs chromium; installs Playwright into .venv)
 	@uv pip install --quiet --python $(PYTHON) --constraint constraints.txt playwright

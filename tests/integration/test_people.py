@@ -7,7 +7,7 @@ import pytest
 from stages.artifacts import read_file, read_manifest
 from tests.live_stack import LiveStack
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.live, pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
 TINY = {"recipe": "tiny", "alignment": "dpo", "promotion": "approval"}
 
