@@ -19,7 +19,7 @@ from infra.components import mlflow_server as mlflow_component
 from infra.ports import any_free
 from stages.artifacts import read_manifest
 from stages.config.closing import PromoteConfig
-from stages.config.graph import GRAPH, Stage
+from stages.config.graph import GRAPH, PIPELINE_STAGES, Stage
 from stages.config.params import Promotion
 from stages.config.request import ArtifactRef, RunInfo
 from stages.lineage import main as lineage_main
@@ -493,9 +493,9 @@ def test_a_takedown_lists_the_registered_versions_made_from_raw_data(name: str, 
 
 
 def test_every_stage_of_the_graph_can_be_tracked(tracked: Tracked) -> None:
-    assert set(ROLE_OF) | {Stage.REPORT} == set(GRAPH)
-    tracked.build(*GRAPH)
-    for stage in GRAPH:
+    assert set(ROLE_OF) | {Stage.REPORT} == set(PIPELINE_STAGES)
+    tracked.build(*PIPELINE_STAGES)
+    for stage in PIPELINE_STAGES:
         [run] = tracked.children(stage)
         assert run.info.status == "FINISHED"
         manifest = read_manifest(tracked.made[stage])
