@@ -17,7 +17,9 @@ from pathlib import Path
 FILE = ".env"
 SHORTEST = 16
 # what people leave in such files, compared in lower case
-DEFAULTS = frozenset({"admin", "airflow", "change-me", "changeme", "default", "mlflow", "password", "postgres", "secret"})
+DEFAULTS = frozenset(
+    {"admin", "airflow", "change-me", "changeme", "default", "mlflow", "password", "postgres", "secret"}
+)
 
 
 class EnvironmentRefused(RuntimeError):
@@ -69,7 +71,10 @@ SECRETS = (
 SETTINGS: dict[str, tuple[str, str]] = {
     "COMPOSE_PROFILES": ("s3,cpu", "s3: an object store of our own; cpu, gpu: Ray workers of that kind"),
     "COMPOSE_FILE": ("docker-compose.yml", "add :infra/compose/local-images.yml where no image can be pulled"),
-    "ATHANOR_BIND": ("127.0.0.1", "address that pages are published on; another one wants TLS in front, docs/DEPLOY.md"),
+    "ATHANOR_BIND": (
+        "127.0.0.1",
+        "where pages are published; anything else wants TLS in front, docs/DEPLOY.md",
+    ),
     "AIRFLOW_PORT": ("8080", ""),
     "MLFLOW_PORT": ("5000", ""),
     "RAY_PORT": ("8265", ""),

@@ -21,8 +21,8 @@ authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 
 
 def account_database(backend: str) -> str:
-    """`mlflow` -> `mlflow_auth` on the same server. Apart, because MLflow takes a database with foreign tables in it for
-    an old one of its own."""
+    """`mlflow` -> `mlflow_auth` on the same server. Apart, because MLflow takes a database with foreign tables in it
+    for an old one of its own."""
     parts = urlsplit(backend)
     return urlunsplit(parts._replace(path=f"{parts.path}_auth"))
 
