@@ -100,7 +100,10 @@ def bucket() -> None:
     except ClientError as error:
         if error.response["Error"]["Code"] not in ("404", "NoSuchBucket"):
             raise SetupFailed(f"bucket {name}: {error}") from error
-        client.create_bucket(Bucket=name)
+        region = client.meta.region_name
+        # the first of Amazon's regions is the one that may not be named
+        place = {} if region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": region}}
+        client.create_bucket(Bucket=name, **place)
         print(f"bucket {name} made")
     try:
         check_store(uri)
