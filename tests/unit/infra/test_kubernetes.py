@@ -170,6 +170,13 @@ def find_key(node: Any, key: str) -> Iterator[Any]:
             yield from find_key(value, key)
 
 
+@pytest.mark.parametrize("folder", RENDERED)
+def test_no_service_sets_variables_in_pods(folder: str) -> None:
+    """A Service named `mlflow` would set MLFLOW_PORT=tcp://10.0.0.1:5000, which `mlflow server` takes for its own."""
+    for document in rendered(folder):
+        assert all(pod["enableServiceLinks"] is False for pod in pod_specs(document)), document["metadata"]["name"]
+
+
 def test_a_pod_that_no_policy_names_can_reach_only_dns() -> None:
     policies = [d["spec"] for d in rendered("base") if d["kind"] == "NetworkPolicy"]
     unnamed = [policy for policy in policies if policy["podSelector"] == {}]
