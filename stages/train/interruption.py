@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 
+import torch
 import torch.distributed as dist
 
 from stages.context import StageContext
 from stages.stopping import StopNotice, postponing
-from stages.train.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ _DEPARTURE_SECONDS = 5.0
 
 
 class Ask(IntEnum):
-    """What to do now; the most pressing one of all ranks counts."""
+    """What to do now; the most pressing one of all processes counts."""
 
     NOTHING = 0
     LOOK = 1
@@ -51,38 +51,50 @@ def stop_flag(context: StageContext) -> Iterator[threading.Event]:
 
 
 def node_departs() -> bool:
-    """Whether Ray drains a node of this training; every worker must call it at the same step."""
+    """Whether Ray drains a node of this training; every worker must call it at the same step. A training in the job's
+    own process is told by SIGTERM alone."""
+    if not dist.is_initialized():
+        return False
     from ray.train import get_preemption_info
 
-    return dist.is_initialized() and get_preemption_info() is not None
+    return get_preemption_info() is not None
+
+
+def most_pressing(mine: Ask, device: torch.device) -> Ask:
+    """Agree over all processes, also those that share a share of the data; each must call it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return mine
+    pressing = torch.tensor(int(mine), device=device)
+    dist.all_reduce(pressing, op=dist.ReduceOp.MAX)
+    return Ask(int(pressing))
 
 
 class Interruption:
-    """Asked once a step, on every rank."""
+    """Asked once a step, in every process."""
 
     def __init__(
         self,
-        engine: Engine,
+        device: torch.device,
         stop: threading.Event,
         *,
+        agree: Callable[[Ask, torch.device], Ask] = most_pressing,
         departs: Callable[[], bool] = node_departs,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._engine, self._stop, self._departs, self._clock = engine, stop, departs, clock
+        self._device, self._stop = device, stop
+        self._agree, self._departs, self._clock = agree, departs, clock
         self._next_look = clock() + _DEPARTURE_SECONDS
         self._has_saved = False
 
     def asked(self) -> Ask:
-        """Return what all ranks do now."""
-        answer = Ask(int(self._engine.max(self._mine())))
-        if answer is Ask.LOOK:
-            answer = self._look()
-        return answer
+        """Return what all processes do now."""
+        answer = self._agree(self._mine(), self._device)
+        return self._look() if answer is Ask.LOOK else answer
 
     def _mine(self) -> Ask:
         if self._stop.is_set():
             return Ask.END
-        is_due = self._engine.world_size > 1 and not self._has_saved and self._clock() >= self._next_look
+        is_due = not self._has_saved and self._clock() >= self._next_look
         return Ask.LOOK if is_due else Ask.NOTHING
 
     def _look(self) -> Ask:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from stages.config.errors import ConfigError
@@ -16,6 +17,7 @@ from stages.config.train import TrainConfig
 from stages.context import StageContext, StageOutcome
 from stages.data.tokens import TokensArtifact
 from stages.models.build import save_model
+from stages.models.precision import compute_dtype
 from stages.train.best import BestBy
 from stages.train.checkpoint import Checkpointer
 from stages.train.engine import Engine
@@ -72,14 +74,19 @@ def train_on_worker(context: StageContext) -> StageOutcome:
             execution=execution,
             checkpointer=checkpointer,
             report=_reporter(context, engine),
-            asked=Interruption(engine, stop).asked,
+            asked=Interruption(engine.device, stop).asked,
         )
     chosen = _choose(engine, checkpointer, history)
     weights = engine.model_weights(prepared.exported)
     if engine.rank == 0:
         _export(context.output_dir, prepared, weights, history, tokens)
     final = {name: value for name, value in chosen.items() if name != "step"}
-    return StageOutcome(metrics=final, ledger=prepared.ledger | {"steps": objective.num_steps})
+    dtype = str(compute_dtype(engine.device, config.precision)).removeprefix("torch.")
+    return StageOutcome(
+        metrics=final,
+        ledger=prepared.ledger | {"steps": objective.num_steps},
+        execution={"device": engine.device.type, "compute_dtype": dtype},
+    )
 
 
 def _trained_on(context: StageContext, objective: Objective) -> dict[str, str]:
@@ -91,7 +98,8 @@ def _trained_on(context: StageContext, objective: Objective) -> dict[str, str]:
 
 def _choose(engine: Engine, checkpointer: Checkpointer, history: list[dict[str, Any]]) -> dict[str, Any]:
     """Put the weights that become the model into the engine and return their row of the history."""
-    engine.max(0.0)  # rank 0 has written the last checkpoint when the others get past this
+    if dist.is_initialized():
+        dist.barrier()  # rank 0 has written the last checkpoint when the others get past this
     best = checkpointer.best(history)
     if best is None:
         return history[-1]

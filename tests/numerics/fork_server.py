@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,13 @@ PRELOADED = (
     "stages.dpo",
     "stages.ppo",
 )
+
+_SETTINGS = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "DO_NOT_TRACK": "true",
+    "ARROW_DEFAULT_MEMORY_POOL": "system",  # jemalloc, which comes with Arrow, starts a thread
+}
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ def fork_server() -> Iterator[ForkServer]:
         stdout=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRACK": "true"},
+        env={**os.environ, **_SETTINGS},
     )
     try:
         server = ForkServer(process)
@@ -117,13 +125,19 @@ def _serve() -> None:
 
 
 def _fork(order: dict[str, Any]) -> int:
-    threads = os.listdir("/proc/self/task") if sys.platform == "linux" else [""]
+    threads = _threads()
     if len(threads) > 1:
-        raise RuntimeError(f"{len(threads)} threads are running, forking is not safe; which import started them?")
+        raise RuntimeError(f"forking is not safe while these threads run: {threads}; which import started them?")
     pid = os.fork()
     if pid == 0:
         _become(order)
     return pid
+
+
+def _threads() -> list[str]:
+    if sys.platform != "linux":
+        return [thread.name for thread in threading.enumerate()]
+    return [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
 
 
 def _become(order: dict[str, Any]) -> None:

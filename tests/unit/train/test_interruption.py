@@ -2,7 +2,8 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+
+import torch
 
 from stages.train.interruption import Ask, Interruption
 
@@ -14,7 +15,7 @@ class Ranks:
         self.now = 0.0
         self.flags = [threading.Event() for _ in range(count)]
         self.questions = [0] * count
-        self._said = [0.0] * count
+        self._said = [Ask.NOTHING] * count
         self._barrier = threading.Barrier(count)
         self._departs = departs
         self._interruptions = [self._interruption(rank) for rank in range(count)]
@@ -25,22 +26,18 @@ class Ranks:
         return list(self._pool.map(lambda one: one.asked(), self._interruptions))
 
     def _interruption(self, rank: int) -> Interruption:
-        class Engine:
-            world_size = len(self.flags)
-
-            def max(_, value: float) -> float:
-                self._said[rank] = value
-                self._barrier.wait(10)
-                answer = max(self._said)
-                self._barrier.wait(10)
-                return answer
+        def agree(mine: Ask, device: torch.device) -> Ask:
+            self._said[rank] = mine
+            self._barrier.wait(10)
+            answer = max(self._said)
+            self._barrier.wait(10)
+            return answer
 
         def departs() -> bool:
             self.questions[rank] += 1
             return self._departs
 
-        engine: Any = Engine()
-        return Interruption(engine, self.flags[rank], departs=departs, clock=lambda: self.now)
+        return Interruption(torch.device("cpu"), self.flags[rank], agree=agree, departs=departs, clock=lambda: self.now)
 
 
 def test_one_rank_that_is_asked_to_stop_stops_all() -> None:
@@ -66,11 +63,11 @@ def test_a_stop_is_more_pressing_than_a_departing_node() -> None:
     assert ranks.asked() == [Ask.END, Ask.END]
 
 
-def test_one_process_has_no_ray_train_to_ask() -> None:
-    ranks = Ranks(1, departs=True)
-    ranks.now = 60.0
-    assert ranks.asked() == [Ask.NOTHING]
-    assert ranks.questions == [0]
+def test_a_training_in_the_jobs_own_process_has_no_ray_train_to_ask() -> None:
+    now = 0.0
+    alone = Interruption(torch.device("cpu"), threading.Event(), clock=lambda: now)
+    now = 60.0
+    assert alone.asked() is Ask.NOTHING
 
 
 def test_ray_train_is_asked_every_few_seconds_only() -> None:
