@@ -55,6 +55,7 @@ class Kill:
     place: str
     visit: int
     seconds: float
+    signal: int = signal.SIGKILL
 
 
 def draw_kill(rng: random.Random, place: str, visits: Visits) -> Kill:
@@ -88,7 +89,7 @@ def _visits(
         def visited(*arguments: Any, **named: Any) -> Any:
             nonlocal count
             if kill and (kill.place, kill.visit) == (place, count):
-                companion.kill_in(kill.seconds)
+                companion.send(kill)
             count += 1
             started = time.monotonic()
             try:
@@ -119,15 +120,16 @@ class _Companion:
         victim = os.getpid()
         if os.fork() == 0:
             os.close(self._write)
-            order = os.read(read, 64)
+            order = os.read(read, 1024)
             if order:
-                time.sleep(float(order))
-                os.kill(victim, signal.SIGKILL)
+                kill = Kill(**json.loads(order))
+                time.sleep(kill.seconds)
+                os.kill(victim, kill.signal)
             os._exit(0)
         os.close(read)
 
-    def kill_in(self, seconds: float) -> None:
-        os.write(self._write, f"{seconds:.6f}".encode())
+    def send(self, kill: Kill) -> None:
+        os.write(self._write, json.dumps(asdict(kill)).encode())
 
 
 def as_json(kill: Kill | None) -> dict[str, Any] | None:
