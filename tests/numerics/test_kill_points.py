@@ -51,8 +51,13 @@ def server() -> Iterator[ForkServer]:
 
 
 @pytest.fixture(scope="module")
-def mlflow(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+def mlflow(server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    home = tmp_path_factory.mktemp("mlflow")
+    address = f"sqlite:///{home}/mlflow.db"
+    environment = {"MLFLOW_TRACKING_URI": address}
+    child = server.start("tests.numerics.kill_points:make_database", log=home / "log", environment=environment)
+    assert child.wait() == 0, child.log.read_text()
+    return address
 
 
 class Attempts:
@@ -126,6 +131,7 @@ class Attempts:
             "tests.numerics.kill_points:write_tracked",
             log=self._home / "tracked.log",
             environment={"MLFLOW_TRACKING_URI": self._mlflow},
+            store_uri=self._store.root_uri,
             run_id=self._request.run.run_id,
             stage=self._stage.value,
             answer=str(answer),
