@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from stages.config.train import PPOConfig
@@ -77,7 +76,7 @@ class Sampler:
             )
             responses = engine.infer(self._generate, chosen, draws_SR, engine.all_done)
             scored += zip(part.tolist(), self._score(engine, chosen, responses), strict=True)
-        return [item for _, item in sorted(_gathered(engine, scored), key=lambda pair: pair[0])]
+        return [item for _, item in sorted(engine.gather(scored), key=lambda pair: pair[0])]
 
     def _generate(self, parts: nn.ModuleDict, prompts: list[np.ndarray], draws_SR: np.ndarray, all_done):
         parts["policy"].eval()
@@ -207,12 +206,3 @@ def from_tensors(tensors: dict[str, Tensor]) -> list[TokenSequence]:
 
 def _response_mask(prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(len(prompt), dtype=np.int64), np.ones(len(response), dtype=np.int64)])
-
-
-def _gathered(engine: Engine, items: list) -> list:
-    """Concatenate every rank's items; they are small (ids and a few floats per token)."""
-    if engine.world_size == 1:
-        return items
-    everybody: list[list] = [[] for _ in range(engine.world_size)]
-    dist.all_gather_object(everybody, items)
-    return [item for part in everybody for item in part]

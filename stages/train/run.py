@@ -16,7 +16,7 @@ from stages.context import StageContext, StageOutcome
 from stages.data.tokens import TokensArtifact
 from stages.models.build import save_model
 from stages.train.checkpoint import Checkpointer
-from stages.train.engine import Engine
+from stages.train.engine import Engine, make_engine
 from stages.train.launch import launch
 from stages.train.loop import train
 from stages.train.objective import Objective
@@ -47,14 +47,14 @@ def train_on_worker(context: StageContext) -> StageOutcome:
     tokens = TokensArtifact(context.input_dir("tokens"))
     verb = importlib.import_module(f"stages.{context.request.stage.value}")
     prepared: Prepared = verb.prepare(context, tokens)
-    engine = Engine(prepared.parts, config, execution)
+    engine = make_engine(prepared.parts, config, execution)
     objective = prepared.objective(engine)
     _check_size(objective, context)
     checkpointer = Checkpointer(
         context.store,
         context.fingerprint,
         keep=execution.keep_checkpoints,
-        rank=engine.rank,
+        processes=engine.processes,
         before_publishing=context.check_lease,
     )
     history = train(
@@ -66,7 +66,7 @@ def train_on_worker(context: StageContext) -> StageOutcome:
         report=_reporter(context, engine),
     )
     weights = engine.model_weights(prepared.exported)
-    if engine.rank == 0:
+    if engine.is_main:
         _export(context.output_dir, prepared, weights, history, tokens)
     final = {name: value for name, value in history[-1].items() if name != "step"}
     return StageOutcome(metrics=final, ledger=prepared.ledger | {"steps": objective.num_steps})
@@ -81,11 +81,11 @@ def _check_size(objective: Objective, context: StageContext) -> None:
 
 
 def _reporter(context: StageContext, engine: Engine) -> Callable[..., None]:
-    """Numbers leave from rank 0 alone."""
+    """Numbers leave from the main process alone."""
 
     def report(metrics: dict[str, float], *, step: int, num_steps: int) -> None:
         context.progress.watchdog.beat()
-        if engine.rank != 0:
+        if not engine.is_main:
             return
         context.tracker.log(metrics, step)
         shown = {name.split("/")[-1]: metrics[name] for name in ("ppo/score", "ppo/kl") if name in metrics}

@@ -174,18 +174,17 @@ def test_frozen_models_do_not_move(
 ) -> None:
     import importlib
 
-    from stages.train.engine import Engine
+    from stages.train.engine import Share, make_engine
 
     context = make_context(tmp_path, stage, CONFIGS[stage], stage_inputs[stage])
     prepared = importlib.import_module(f"stages.{stage}").prepare(context, artifact)
-    engine = Engine(prepared.parts, CONFIGS[stage], context.execution)
+    engine = make_engine(prepared.parts, CONFIGS[stage], context.execution)
     objective = prepared.objective(engine)
     frozen = objective._reference if stage is Stage.DPO else objective._sampler.frozen.reference
     before = {name: weight.clone() for name, weight in frozen.state_dict().items()}
     policy_before = engine.model_weights("policy")["model.norm.weight"].clone()
     for step in objective.steps(engine):
-        for batch in step.micro_batches:
-            engine.accumulate(engine.call(objective.loss, batch).loss_sum, last=True)
+        engine.backward(objective.loss, [Share(batch, 1.0) for batch in step.micro_batches])
         engine.step(1e-2)
     assert all(torch.equal(weight, before[name]) for name, weight in frozen.state_dict().items())
     assert not torch.equal(engine.model_weights("policy")["model.norm.weight"], policy_before)

@@ -29,16 +29,16 @@ def test_micro_batches_do_not_matter(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "engine_kind"),
+    ("stage", "engine"),
     [(Stage.SFT, "ddp"), (Stage.DPO, "ddp"), (Stage.PPO, "fsdp")],
     ids=["sft-ddp", "dpo-ddp", "ppo-fsdp"],
 )
 def test_two_processes_learn_the_same(
-    stage: Stage, engine_kind: str, stage_inputs: dict[Stage, dict[str, ArtifactRef]], tmp_path: Path
+    stage: Stage, engine: str, stage_inputs: dict[Stage, dict[str, ArtifactRef]], tmp_path: Path
 ) -> None:
     alone = run_training(tmp_path / "one", stage, CONFIGS[stage], stage_inputs[stage])
     together = run_on_two_processes(
-        tmp_path / "two", stage, CONFIGS[stage], stage_inputs[stage], engine_kind=engine_kind, num_workers=2
+        tmp_path / "two", stage, CONFIGS[stage], stage_inputs[stage], engine=engine, num_workers=2
     )
     assert losses(together) == pytest.approx(losses(alone), rel=_TOLERANCE, abs=1e-6)
     for name, weight in alone.weights.items():
