@@ -12,7 +12,7 @@ from stages.data.packing import Packed, TokenSequence, pack, split_by_rows
 from stages.data.tokens import PairView
 from stages.train.engine import Engine
 from stages.train.objective import LossOutput, Step
-from stages.train.plan import batches, epochs, evenly, share
+from stages.train.plan import batches, epochs, evenly, in_step, share
 
 
 class PairSteps:
@@ -59,8 +59,14 @@ def evaluate_pairs(
     """Return the loss a pair and the objective's metrics over evenly spread held-out pairs, under `eval/...`."""
     spread = evenly(len(heldout), at_most=at_most)
     totals: dict[str, float] = {"pairs": 0.0, "loss": 0.0}
-    for batch in steps.micro_batches(heldout, share(spread, rank=engine.rank, world_size=engine.world_size)):
+    if not len(spread):
+        return {}
+    mine = steps.micro_batches(heldout, share(spread, rank=engine.rank, world_size=engine.world_size))
+    spare = mine[0] if mine else steps.micro_batches(heldout, spread[:1])[0]
+    for batch, counted in in_step(engine, mine, spare=spare):
         out = engine.infer(loss, batch)
+        if not counted:
+            continue
         totals["pairs"] += num_pairs(batch)
         totals["loss"] += float(out.loss_sum)
         for name, pair in out.metrics.items():

@@ -65,6 +65,7 @@ OTHER_STAGES: dict[str, tuple[Stage, dict[str, Any]]] = {
     "ppo zero3": (Stage.PPO, ENGINES["zero3"]),
     "ppo tensor": (Stage.PPO, ENGINES["tensor"]),
 }
+IN_BF16 = ("zero2", "tensor", "pipeline")
 _KILL = {"checkpoint_every": 3, "kill_at": 4}
 Inputs = dict[Stage, dict[str, ArtifactRef]]
 
@@ -79,9 +80,45 @@ def inputs(stage_inputs: Inputs) -> dict[str, ArtifactRef]:
     return stage_inputs[Stage.PRETRAIN]
 
 
-@pytest.fixture(scope="module")
-def alone(home: Path, stage_inputs: Inputs) -> dict[str, Trained]:
-    """Single-process trainings that others are compared with."""
+def pair_cases(home: Path, stage_inputs: Inputs) -> dict[str, Case]:
+    """Everything that two processes train, in one life of theirs."""
+
+    def case(name: str, config: Any, options: dict[str, Any], stage: Stage = Stage.PRETRAIN, **more: Any) -> Case:
+        options = {"num_workers": 2, "micro_batch_size": 1, **options}
+        return Case(home / name, stage, config, stage_inputs[stage], options, **more)
+
+    cases = {name: case(name, _PRETRAIN, options) for name, options in ENGINES.items()}
+    cases |= {name: case(name, config, options) for name, (config, options) in VARIANTS.items()}
+    cases |= {name: case(name, CONFIGS[stage], options, stage) for name, (stage, options) in OTHER_STAGES.items()}
+    cases |= {f"bf16 {name}": case(f"bf16 {name}", _BF16, ENGINES[name]) for name in IN_BF16}
+    cases |= {f"killed/{name}": case(f"killed/{name}", _PRETRAIN, o | _KILL) for name, o in ENGINES.items()}
+    for first in ("alone", *ENGINES):
+        for second, options in ENGINES.items():
+            name = f"{first} then {second}"
+            resumed = options | {"checkpoint_every": 3}
+            cases[name] = case(name, _PRETRAIN, resumed, start_from=home / "killed" / first)
+    return cases
+
+
+def grid_cases(home: Path, inputs: dict[str, ArtifactRef]) -> dict[str, Case]:
+    """What four processes train; every grid also goes on from the checkpoint of the one before."""
+
+    def case(name: str, options: dict[str, Any], **more: Any) -> Case:
+        options = {"num_workers": 4, "micro_batch_size": 1, **options}
+        return Case(home / name, Stage.PRETRAIN, _PRETRAIN, inputs, options, **more)
+
+    cases, before = {}, "alone"
+    for name, options in GRIDS.items():
+        cases[name] = case(f"4 {name}", options)
+        cases[f"killed/4 {name}"] = case(f"killed/4 {name}", options | _KILL)
+        resumed = options | {"checkpoint_every": 3}
+        cases[f"then {name}"] = case(f"then 4 {name}", resumed, start_from=home / "killed" / before)
+        before = f"4 {name}"
+    return cases
+
+
+def train_alone(home: Path, stage_inputs: Inputs) -> dict[str, Trained]:
+    """The single-process trainings that others are compared with, and a checkpoint of one."""
     runs: dict[str, tuple[Stage, Any]] = {
         "pretrain": (Stage.PRETRAIN, _PRETRAIN),
         "untied": (Stage.PRETRAIN, _UNTIED),
@@ -104,46 +141,18 @@ def alone(home: Path, stage_inputs: Inputs) -> dict[str, Trained]:
 
 
 @pytest.fixture(scope="module")
+def alone(home: Path, stage_inputs: Inputs) -> dict[str, Trained]:
+    return train_alone(home, stage_inputs)
+
+
+@pytest.fixture(scope="module")
 def pair(home: Path, alone: dict[str, Trained], stage_inputs: Inputs) -> dict[str, Trained]:
-    """Everything that two processes train, in one life of theirs."""
-
-    def case(name: str, config: Any, options: dict[str, Any], stage: Stage = Stage.PRETRAIN, **more: Any) -> Case:
-        options = {"num_workers": 2, "micro_batch_size": 1, **options}
-        return Case(home / name, stage, config, stage_inputs[stage], options, **more)
-
-    cases = {name: case(name, _PRETRAIN, options) for name, options in ENGINES.items()}
-    cases |= {name: case(name, config, options) for name, (config, options) in VARIANTS.items()}
-    cases |= {name: case(name, CONFIGS[stage], options, stage) for name, (stage, options) in OTHER_STAGES.items()}
-    cases |= {f"bf16 {name}": case(f"bf16 {name}", _BF16, ENGINES[name]) for name in ("zero2", "tensor", "pipeline")}
-    cases |= {f"killed/{name}": case(f"killed/{name}", _PRETRAIN, o | _KILL) for name, o in ENGINES.items()}
-    for first in ("alone", *ENGINES):
-        for second, options in ENGINES.items():
-            name = f"{first} then {second}"
-            resumed = options | {"checkpoint_every": 3}
-            cases[name] = case(name, _PRETRAIN, resumed, start_from=home / "killed" / first)
-    return run_on_processes(cases, num_processes=2)
+    return run_on_processes(pair_cases(home, stage_inputs), num_processes=2)
 
 
 @pytest.fixture(scope="module")
 def grid(home: Path, alone: dict[str, Trained], inputs: dict[str, ArtifactRef]) -> dict[str, Trained]:
-    """What four processes train; every grid also goes on from the checkpoint of another."""
-    together = {"num_workers": 4, "micro_batch_size": 1}
-    cases, before = {}, "alone"
-    for name, options in GRIDS.items():
-        options = together | options
-        cases[name] = Case(home / f"4 {name}", Stage.PRETRAIN, _PRETRAIN, inputs, options)
-        left = home / "killed" / f"4 {name}"
-        cases[f"killed/4 {name}"] = Case(left, Stage.PRETRAIN, _PRETRAIN, inputs, options | _KILL)
-        cases[f"then {name}"] = Case(
-            home / f"then 4 {name}",
-            Stage.PRETRAIN,
-            _PRETRAIN,
-            inputs,
-            options | {"checkpoint_every": 3},
-            start_from=home / "killed" / before,
-        )
-        before = f"4 {name}"
-    return run_on_processes(cases, num_processes=4)
+    return run_on_processes(grid_cases(home, inputs), num_processes=4)
 
 
 def assert_same(one: Trained, other: Trained, *, loss: float = _LOSS, norm: float = _NORM) -> None:
@@ -175,7 +184,7 @@ def test_other_objectives_do_not_notice_the_engine(name: str, pair: Any, alone: 
     assert_same(pair[name], alone[OTHER_STAGES[name][0].value], loss=2e-5, norm=1e-3)
 
 
-@pytest.mark.parametrize("name", ["zero2", "tensor", "pipeline"])
+@pytest.mark.parametrize("name", IN_BF16)
 def test_bfloat16_differs_by_its_own_rounding_only(name: str, pair: Any, alone: Any) -> None:
     for row, expected in zip(pair[f"bf16 {name}"].history, alone["bf16"].history, strict=True):
         assert row["train/loss"] == pytest.approx(expected["train/loss"], abs=2e-3)

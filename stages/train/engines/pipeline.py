@@ -144,7 +144,7 @@ class Schedule:
         take_next: Share | None = None,
         take_previous: Share | None = None,
     ) -> Tensor | None:
-        """Send and receive at once, so that no two stages wait for each other; at its ends a pipeline has no neighbour."""
+        """Send and receive at once, so that no two stages wait for each other; the ends have no neighbour."""
         before, after = self._axis.rank - 1, self._axis.rank + 1
         operations: list[dist.P2POp] = []
         taken: Tensor | None = None

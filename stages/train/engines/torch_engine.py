@@ -96,6 +96,7 @@ class TorchEngine:
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             process_group=self.grid.data.group,
             gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # constants such as rotary frequencies, the same everywhere
         ), False
 
     def _call(self, compute: Callable[..., Result], *arguments: Any) -> Result:
@@ -175,6 +176,7 @@ class TorchEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return StepReport(grad_norm, skipped)
 
+    @torch.no_grad()
     def _complete_gradients(self) -> None:
         """Sum what the tensor axis and tied embeddings hold in parts; undo the loss scale."""
         for name, parameter in self.trainable.named_parameters():
@@ -196,9 +198,9 @@ class TorchEngine:
                 (cut if name in self._slices else whole).append(parameter.grad)
         if self.grid.tensor.size * self.grid.pipeline.size == 1:
             return _full(nn.utils.get_total_norm(whole))
-        squares = [_full(nn.utils.get_total_norm(grads)).double().square() for grads in (whole, cut)]
-        squares[1] = self.grid.tensor.add_up(squares[1])
-        return self.grid.pipeline.add_up(squares[0] + squares[1]).sqrt().float()
+        norms = [_full(nn.utils.get_total_norm(grads)).to(self.device) for grads in (whole, cut)]
+        whole_square, cut_square = (norm.double().square() for norm in norms)
+        return self.grid.pipeline.add_up(whole_square + self.grid.tensor.add_up(cut_square)).sqrt().float()
 
     def sum(self, values: Iterable[float]) -> list[float]:
         return self.grid.data.sum(values)
@@ -224,6 +226,7 @@ class TorchEngine:
         )
 
     def load_state_dict(self, state: SavedState) -> None:
+        self._reshard()
         with torch.no_grad():
             for name, parameter in self.trainable.named_parameters():
                 box = self._box(name, parameter)
@@ -236,7 +239,7 @@ class TorchEngine:
 
     @staticmethod
     def _loaded(state: SavedState, key: str, parameter: Tensor, box: Box) -> Tensor:
-        if state.isscalar(key):
+        if state.is_scalar(key):
             return state.read(key, Box.whole(())).to(parameter.device)
         value = torch.zeros_like(parameter)
         _local(value).copy_(state.read(key, box))
@@ -244,6 +247,7 @@ class TorchEngine:
 
     def _pieces(self) -> dict[str, Piece]:
         """Copies of the parameters' pieces for which this process answers."""
+        self._reshard()
         return {
             name: Piece(self._box(name, parameter), _copy(parameter))
             for name, parameter in self.trainable.named_parameters()
@@ -259,6 +263,11 @@ class TorchEngine:
                 elif not value.ndim and self._is_first(name):
                     state[f"{kind}/{name}"] = scalar(value)
         return state
+
+    def _reshard(self) -> None:
+        """After a forward pass without backward, as in evaluations, FSDP leaves the root's parameters whole."""
+        if self._sharded:
+            self.trainable.reshard()  # type: ignore[operator]
 
     def _box(self, name: str, parameter: Tensor) -> Box:
         """Where this process's part lies in the whole parameter; FSDP deals rows as torch.chunk does."""
