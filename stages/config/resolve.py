@@ -9,10 +9,12 @@ from pydantic import BaseModel, ValidationError
 
 from stages.config.curate import DERIVED, INSTALLED_DOCS
 from stages.config.errors import ConfigError
+from stages.config.execution import Engine
 from stages.config.graph import PIPELINE_STAGES, Stage
 from stages.config.params import PipelineParams
 from stages.config.pipeline import PipelineConfig
 from stages.config.recipes import RECIPES
+from stages.config.train import TrainConfig
 
 _TRAINED = frozenset({Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO})
 
@@ -42,6 +44,7 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     config = validated(PipelineConfig, tree)
     _refuse_underivable(config)
     _refuse_uncuttable(config)
+    _refuse_float16(config)
     return config
 
 
@@ -132,6 +135,23 @@ def _refuse_uncuttable(config: PipelineConfig) -> None:
                 f"execution.{stage}.pipeline_parallel={execution.pipeline_parallel} is more than "
                 f"pretrain.model.num_layers={model.num_layers}",
                 advice=f"Use at most {model.num_layers}.",
+            )
+
+
+def _refuse_float16(config: PipelineConfig) -> None:
+    for stage in config.selected & _TRAINED:
+        execution, train = config.stage_execution(stage), config.stage_config(stage)
+        assert isinstance(train, TrainConfig)
+        if train.precision == "fp16" and not execution.gpus_per_worker:
+            raise ConfigError(
+                f"{stage}.precision='fp16' needs execution.{stage}.gpus_per_worker, got 0: processors emulate float16",
+                advice="Use precision=bf16 or fp32, or give the workers GPUs.",
+            )
+        if train.precision == "fp16" and execution.engine is Engine.DEEPSPEED:
+            raise ConfigError(
+                f"{stage}.precision='fp16' does not go with execution.{stage}.engine=deepspeed: the loss is scaled by "
+                "PyTorch's engines only",
+                advice="Use engine=fsdp, or precision=bf16 or fp32.",
             )
 
 

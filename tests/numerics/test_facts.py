@@ -190,6 +190,21 @@ def test_frozen_models_do_not_move(
     assert not torch.equal(engine.model_weights("policy")["model.norm.weight"], policy_before)
 
 
+def test_float16_scales_the_loss_and_learns_the_same(
+    stage_inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Allowed on GPUs only; the CPU emulates it, which is enough to see that what is scaled is unscaled."""
+    monkeypatch.setattr("stages.train.engines.torch_engine.check_precision", lambda *_: None)
+    config = CONFIGS[Stage.PRETRAIN]
+    exact = run_training(tmp_path / "fp32", Stage.PRETRAIN, config, stage_inputs[Stage.PRETRAIN])
+    half = config.model_copy(update={"precision": "fp16"})
+    scaled = run_training(tmp_path / "fp16", Stage.PRETRAIN, half, stage_inputs[Stage.PRETRAIN])
+    for row, expected in zip(scaled.history, exact.history, strict=True):
+        assert row["train/loss"] == pytest.approx(expected["train/loss"], abs=2e-2)
+        assert row["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=2e-2)
+        assert row["train/skipped_steps"] == 0
+
+
 def test_non_finite_steps_are_skipped_counted_and_then_end_the_stage(stage_inputs: Inputs, tmp_path: Path) -> None:
     from stages.config.errors import NonFiniteError
 

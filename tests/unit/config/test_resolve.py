@@ -109,6 +109,17 @@ def test_a_config_is_frozen() -> None:
             r"execution.pretrain.tensor_parallel=2 does not divide pretrain.model.num_kv_heads=1",
             "divisor",
         ),
+        ({"overrides": {"sft.precision": "fp16"}}, r"sft.precision='fp16' needs execution.sft.gpus_per_worker", "bf16"),
+        (
+            {
+                "overrides": {
+                    "sft.precision": "fp16",
+                    "execution.sft": {"engine": "deepspeed", "num_workers": 1, "gpus_per_worker": 1},
+                }
+            },
+            r"fp16' does not go with execution.sft.engine=deepspeed",
+            "engine=fsdp",
+        ),
         (
             {"overrides": {"execution.pretrain": {"num_workers": 4, "pipeline_parallel": 4}}},
             r"execution.pretrain.pipeline_parallel=4 is more than pretrain.model.num_layers=2",
