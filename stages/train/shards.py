@@ -102,8 +102,12 @@ class SavedState:
         known = (key.partition("/") for key in self._pieces)
         return [kind for kind, _, of in known if of == name and kind != "parameter"]
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape in which a tensor was written; flat where ranges of elements were."""
+        return self._pieces[key][0].box.shape
+
     def is_scalar(self, key: str) -> bool:
-        return self._pieces[key][0].box.shape == ()
+        return self.shape(key) == ()
 
     def read(self, key: str, box: Box) -> Tensor:
         """Return the part `box` of a tensor; raises ValueError when the pieces leave a gap, KeyError without any."""

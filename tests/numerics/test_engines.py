@@ -12,6 +12,10 @@ import torch
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
 from stages.config.train import ModelConfig, PretrainConfig
+from stages.store import open_store
+from stages.train.checkpoint import Checkpointer
+from stages.train.ranks import Processes
+from stages.train.shards import Box, SavedState
 from tests.numerics.training import Case, Killed, Trained, continue_from, run_on_processes, run_training
 from tests.small_world import CONFIGS
 
@@ -40,7 +44,6 @@ ENGINES: dict[str, dict[str, Any]] = {
     "pipeline": {"pipeline_parallel": 2},
 }
 VARIANTS: dict[str, tuple[PretrainConfig, dict[str, Any]]] = {
-    "zero1 offloaded": (_PRETRAIN, {**ENGINES["zero1"], "offload": True}),
     "zero2 offloaded": (_PRETRAIN, {**ENGINES["zero2"], "offload": True}),
     "zero3 offloaded": (_PRETRAIN, {**ENGINES["zero3"], "offload": True}),
     "zero3 recomputed": (_PRETRAIN, {**ENGINES["zero3"], "gradient_checkpointing": True}),
@@ -65,6 +68,9 @@ OTHER_STAGES: dict[str, tuple[Stage, dict[str, Any]]] = {
     "ppo zero3": (Stage.PPO, ENGINES["zero3"]),
     "ppo tensor": (Stage.PPO, ENGINES["tensor"]),
 }
+RESUMES = [("alone", name) for name in ENGINES] + list(zip(ENGINES, [*list(ENGINES)[1:], "ddp"], strict=True))
+"""Every engine after the single process, and after the engine before it: with what every checkpoint holds (below), and
+every engine before the single process, that covers all pairs."""
 IN_BF16 = ("zero2", "tensor", "pipeline")
 _KILL = {"checkpoint_every": 3, "kill_at": 4}
 Inputs = dict[Stage, dict[str, ArtifactRef]]
@@ -92,11 +98,10 @@ def pair_cases(home: Path, stage_inputs: Inputs) -> dict[str, Case]:
     cases |= {name: case(name, CONFIGS[stage], options, stage) for name, (stage, options) in OTHER_STAGES.items()}
     cases |= {f"bf16 {name}": case(f"bf16 {name}", _BF16, ENGINES[name]) for name in IN_BF16}
     cases |= {f"killed/{name}": case(f"killed/{name}", _PRETRAIN, o | _KILL) for name, o in ENGINES.items()}
-    for first in ("alone", *ENGINES):
-        for second, options in ENGINES.items():
-            name = f"{first} then {second}"
-            resumed = options | {"checkpoint_every": 3}
-            cases[name] = case(name, _PRETRAIN, resumed, start_from=home / "killed" / first)
+    for first, second in RESUMES:
+        name = f"{first} then {second}"
+        resumed = ENGINES[second] | {"checkpoint_every": 3}
+        cases[name] = case(name, _PRETRAIN, resumed, start_from=home / "killed" / first)
     return cases
 
 
@@ -169,6 +174,24 @@ def assert_same(one: Trained, other: Trained, *, loss: float = _LOSS, norm: floa
         )
 
 
+def checkpoint_in(home: Path) -> SavedState:
+    store = open_store((home / "store").as_uri())
+    (fingerprint,) = {key.split("/")[1] for key in store.list("checkpoints")}
+    latest = Checkpointer(store, fingerprint, keep=2, processes=Processes()).latest()
+    assert latest is not None
+    assert latest.step == 3
+    return latest.engine
+
+
+def assert_same_state(state: SavedState, expected: SavedState) -> None:
+    """`expected` is a single process's: its tensors have the shapes that the parameters have."""
+    numbers = {"loss_scale"}
+    assert set(state) - numbers == set(expected) - numbers
+    for key in set(expected) - numbers:
+        box = Box.whole(expected.shape(key))
+        torch.testing.assert_close(state.read(key, box), expected.read(key, box), rtol=1e-3, atol=_WEIGHT)
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_engine_draws_the_curve_of_a_single_process(name: str, pair: Any, alone: Any) -> None:
     assert_same(pair[name], alone["pretrain"])
@@ -190,8 +213,7 @@ def test_bfloat16_differs_by_its_own_rounding_only(name: str, pair: Any, alone: 
         assert row["train/loss"] == pytest.approx(expected["train/loss"], abs=2e-3)
 
 
-@pytest.mark.parametrize("second", ENGINES)
-@pytest.mark.parametrize("first", ["alone", *ENGINES])
+@pytest.mark.parametrize(("first", "second"), RESUMES)
 def test_a_checkpoint_of_one_engine_resumes_in_another(first: str, second: str, pair: Any, alone: Any) -> None:
     assert_same(pair[f"{first} then {second}"], alone["pretrain"])
 
@@ -205,6 +227,17 @@ def test_a_checkpoint_of_two_processes_resumes_in_one(
         home / f"{first} then alone", Stage.PRETRAIN, _PRETRAIN, inputs, micro_batch_size=1, checkpoint_every=3
     )
     assert_same(resumed, alone["pretrain"])
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_checkpoints_of_all_engines_hold_the_same(name: str, pair: Any, home: Path) -> None:
+    """Tensor by tensor, whoever wrote which piece."""
+    assert_same_state(checkpoint_in(home / "killed" / name), checkpoint_in(home / "killed" / "alone"))
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_checkpoints_of_all_grids_hold_the_same(name: str, grid: Any, home: Path) -> None:
+    assert_same_state(checkpoint_in(home / "killed" / f"4 {name}"), checkpoint_in(home / "killed" / "alone"))
 
 
 @pytest.mark.parametrize("name", GRIDS)

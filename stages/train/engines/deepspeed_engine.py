@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from stages.config.errors import ConfigError
 from stages.config.execution import ExecutionConfig
 from stages.config.train import TrainConfig
+from stages.models.precision import autocast
 from stages.train.engine import LossOutput, Share, StepReport, Trainable
 from stages.train.engines.local import (
-    autocast,
     check_precision,
     detached,
     make_deterministic,
@@ -56,6 +56,11 @@ class DeepSpeedEngine:
     def __init__(self, parts: dict[str, nn.Module], config: TrainConfig, execution: ExecutionConfig) -> None:
         self.device = local_device()
         check_precision(config.precision, self.device)
+        if config.precision == "fp16":
+            raise ConfigError(
+                "precision='fp16' does not go with engine=deepspeed: the loss is scaled by PyTorch's engines only",
+                advice="Use engine=fsdp, or precision=bf16 or fp32.",
+            )
         self.grid = Grid(self.device)
         self.processes, self.is_main = self.grid.processes, self.grid.is_main
         self.rank, self.world_size = self.grid.data.rank, self.grid.data.size

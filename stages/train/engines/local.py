@@ -1,6 +1,5 @@
 """What every engine does with the models of its own process: precision, recomputed activations, compilation, names."""
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +11,6 @@ from stages.config.execution import ExecutionConfig
 from stages.data.packing import Packed
 from stages.train.engine import LossOutput
 
-_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def check_precision(precision: str, device: torch.device) -> None:
     """float16 has kernels and loss scaling worth their while on GPUs only."""
@@ -22,10 +19,6 @@ def check_precision(precision: str, device: torch.device) -> None:
             "precision='fp16' needs a GPU: processors emulate float16, slower than float32 and with its overflows",
             advice="Use precision=bf16, which needs no loss scaling, or fp32; or give the workers GPUs.",
         )
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast(device.type, dtype=_HALF.get(precision, torch.bfloat16), enabled=precision in _HALF)
 
 
 def moved(arguments: tuple[Any, ...], device: torch.device) -> list[Any]:

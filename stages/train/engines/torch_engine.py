@@ -13,9 +13,9 @@ from stages.config.execution import ExecutionConfig
 from stages.config.train import TrainConfig
 from stages.data.packing import Packed
 from stages.models.forward import hidden_states
+from stages.models.precision import autocast
 from stages.train.engine import LossOutput, Share, StepReport, Trainable
 from stages.train.engines.local import (
-    autocast,
     check_precision,
     detached,
     make_deterministic,
