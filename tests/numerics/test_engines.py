@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
@@ -93,7 +94,7 @@ def pair_cases(home: Path, stage_inputs: Inputs) -> dict[str, Case]:
         options = {"num_workers": 2, "micro_batch_size": 1, **options}
         return Case(home / name, stage, config, stage_inputs[stage], options, **more)
 
-    cases = {name: case(name, _PRETRAIN, options) for name, options in ENGINES.items()}
+    cases = {name: case(name, _PRETRAIN, options | {"export": True}) for name, options in ENGINES.items()}
     cases |= {name: case(name, config, options) for name, (config, options) in VARIANTS.items()}
     cases |= {name: case(name, CONFIGS[stage], options, stage) for name, (stage, options) in OTHER_STAGES.items()}
     cases |= {f"bf16 {name}": case(f"bf16 {name}", _BF16, ENGINES[name]) for name in IN_BF16}
@@ -130,7 +131,7 @@ def train_alone(home: Path, stage_inputs: Inputs) -> dict[str, Trained]:
         "bf16": (Stage.PRETRAIN, _BF16),
     } | {stage.value: (stage, CONFIGS[stage]) for stage, _ in OTHER_STAGES.values()}
     trained = {
-        name: run_training(home / "alone" / name, stage, config, stage_inputs[stage], micro_batch_size=1)
+        name: run_training(home / "alone" / name, stage, config, stage_inputs[stage], micro_batch_size=1, export=True)
         for name, (stage, config) in runs.items()
     }
     with pytest.raises(Killed):
@@ -195,6 +196,16 @@ def assert_same_state(state: SavedState, expected: SavedState) -> None:
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_engine_draws_the_curve_of_a_single_process(name: str, pair: Any, alone: Any) -> None:
     assert_same(pair[name], alone["pretrain"])
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_what_an_engine_exports_loads_in_plain_transformers(name: str, pair: Any, alone: Any, home: Path) -> None:
+    ids = torch.tensor([[3, 70, 71, 72, 1, 5, 200, 17]])
+    ours, expected = (
+        AutoModelForCausalLM.from_pretrained(folder / "model").eval()(input_ids=ids).logits
+        for folder in (home / name, home / "alone" / "pretrain")
+    )
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

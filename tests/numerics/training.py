@@ -20,6 +20,7 @@ from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
 from stages.config.train import TrainConfig
 from stages.data.tokens import TokensArtifact
+from stages.models.build import save_model
 from stages.train.checkpoint import Checkpointer
 from stages.train.engine import make_engine
 from stages.train.loop import train
@@ -47,9 +48,11 @@ def run_training(
     micro_batch_size: int = 4,
     checkpoint_every: int = 0,
     kill_at: int | None = None,
+    export: bool = False,
     **execution_options: Any,
 ) -> Trained:
-    """Train from the newest checkpoint in `home`; `kill_at` raises Killed as soon as that step is reported."""
+    """Train from the newest checkpoint in `home`; `kill_at` raises Killed as soon as that step is reported; `export`
+    writes the model to `home/model`."""
     execution = ExecutionConfig(
         micro_batch_size=micro_batch_size,
         checkpoint_every=checkpoint_every,
@@ -76,7 +79,10 @@ def run_training(
         )
     finally:
         checkpointer.wait()
-    return Trained(engine.model_weights(prepared.exported), history)
+    weights = engine.model_weights(prepared.exported)
+    if export and engine.is_main:
+        save_model(prepared.parts[prepared.exported], weights, home / "model", artifact)  # type: ignore[arg-type]
+    return Trained(weights, history)
 
 
 @dataclass(frozen=True)
