@@ -11,7 +11,7 @@ import json
 import logging
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import load, save, save_file
 
 from stages.artifacts import hash_file
-from stages.config.errors import StageError
+from stages.config.errors import DataError, StageError
 from stages.store import Store, write_json
+from stages.train.best import BestBy
 from stages.train.objective import ObjectiveState
 from stages.train.ranks import Processes
 from stages.train.shards import Box, Piece, Readable, SavedState, StoredPiece
@@ -74,10 +75,14 @@ class Checkpointer:
         *,
         keep: int,
         processes: Processes,
+        best: BestBy | None = None,
+        trained_on: Mapping[str, str] | None = None,
         before_publishing: Callable[[], None] = lambda: None,
     ) -> None:
-        """`before_publishing` raises when this process may not write any more."""
+        """Keep the `keep` newest and the best; `trained_on` names what a resumed training must share with the one that
+        saved; `before_publishing` raises when this process may not write any more."""
         self._store, self._keep, self._processes = store, keep, processes
+        self._best, self._trained_on = best, dict(trained_on or {})
         self._before_publishing = before_publishing
         self._prefix = f"checkpoints/{fingerprint}"
         self._writer: threading.Thread | None = None
@@ -102,7 +107,10 @@ class Checkpointer:
 
     def latest(self) -> SavedCheckpoint | None:
         """Return the newest checkpoint that all processes find intact; a damaged one is named in the log and the one
-        before is used."""
+        before is used.
+
+        Raises DataError when it comes from a training on something else.
+        """
         for step in reversed(self._processes.gather(self._steps())[0]):
             found = problem = None
             try:
@@ -114,6 +122,23 @@ class Checkpointer:
                 return found
             logger.warning("checkpoint %s/%s is damaged and passed over: %s", self._prefix, _folder(step), problems[0])
         return None
+
+    def is_best(self, step: int, history: list[dict[str, Any]]) -> bool:
+        """Whether this step's weights would become the model if nothing better came."""
+        return self._best is not None and self._best.step(history) == step
+
+    def best(self, history: list[dict[str, Any]]) -> SavedCheckpoint | None:
+        """Return the best step's checkpoint; None when the last weights are the ones."""
+        step = self._best.step(history) if self._best else None
+        if step is None or step == history[-1]["step"]:
+            return None
+        try:
+            return self._read(step)
+        except (ValueError, KeyError, OSError) as error:
+            raise DataError(
+                f"the best checkpoint, {self._prefix}/{_folder(step)}, is damaged: {error}",
+                advice=f"Delete {self._store.root_uri}/{self._prefix} to train anew.",
+            ) from error
 
     def _steps(self) -> list[int]:
         records = [key for key in self._store.list(self._prefix) if key.endswith(_RECORD)]
@@ -167,16 +192,23 @@ class Checkpointer:
             "step": checkpoint.step,
             "objective": checkpoint.objective.numbers,
             "files": [asdict(file) for file in files],
+            "trained_on": self._trained_on,
         }
         write_json(self._store, f"{folder}/{_RECORD}", record)
+        self._remove_superseded(checkpoint.history)
+
+    def _remove_superseded(self, history: list[dict[str, Any]]) -> None:
+        best = self._best.step(history) if self._best else None
         for old in self._steps()[: -self._keep]:
-            self._store.delete(f"{self._prefix}/{_folder(old)}/{_RECORD}")
-            self._store.delete(f"{self._prefix}/{_folder(old)}")
+            if old != best:
+                self._store.delete(f"{self._prefix}/{_folder(old)}/{_RECORD}")
+                self._store.delete(f"{self._prefix}/{_folder(old)}")
 
     def _read(self, step: int) -> SavedCheckpoint:
         """Verify this process's share of the files, and the small ones; the others when something is read from them."""
         folder = f"{self._prefix}/{_folder(step)}"
         record = json.loads(self._store.read_bytes(f"{folder}/{_RECORD}"))
+        self._require_same_origin(record["trained_on"], folder)
         files = [_File(**entry) for entry in record["files"]]
         opened = _OpenedFiles(self._store, folder, {file.name: file.sha256 for file in files})
         shards = [file for file in files if file.pieces]
@@ -194,6 +226,24 @@ class Checkpointer:
             objective=ObjectiveState(record["objective"], load(opened.path("objective.safetensors").read_bytes())),
             history=[json.loads(line) for line in opened.path("history.jsonl").read_text().splitlines()],
         )
+
+    def _require_same_origin(self, before: Mapping[str, str], folder: str) -> None:
+        names = sorted(before.keys() | self._trained_on.keys())
+        changes = [
+            f"{name} was {_short(before.get(name))}, is {_short(self._trained_on.get(name))}"
+            for name in names
+            if before.get(name) != self._trained_on.get(name)
+        ]
+        if changes:
+            raise DataError(
+                f"checkpoint {folder} was trained on something else: {'; '.join(changes)}",
+                advice=f"Bring back what it was trained on to go on with it, or delete "
+                f"{self._store.root_uri}/{self._prefix} to train on the new from the start.",
+            )
+
+
+def _short(digest: str | None) -> str:
+    return "absent" if digest is None else digest[:12]
 
 
 class _OpenedFiles:

@@ -13,7 +13,7 @@ from stages.losses import perplexity
 from stages.models.forward import next_token_loss_sum
 from stages.train.engine import Engine
 from stages.train.objective import LossOutput, ObjectiveState, Step
-from stages.train.plan import batches, evenly, in_step, share
+from stages.train.plan import batches, evenly, in_step, order_digest, share
 
 
 class Rows(Protocol):
@@ -76,6 +76,7 @@ class NextTokenObjective:
         self._eval_items = eval_items
         self._cursor = 0
         self.num_steps = len(self._steps)
+        self.order = order_digest(self._steps)
 
     def steps(self, engine: Engine) -> Iterator[Step]:
         while self._cursor < self.num_steps:

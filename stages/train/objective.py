@@ -34,6 +34,8 @@ class Objective(Protocol):
 
     num_steps: int
     """Optimizer steps of the whole training, also those before a resume."""
+    order: str
+    """Digest of which items train in which step: a checkpoint is of use to the same order alone."""
 
     def steps(self, engine: Engine) -> Iterator[Step]:
         """Yield the remaining steps; PPO rolls out in here, with the live policy."""

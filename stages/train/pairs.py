@@ -12,7 +12,7 @@ from stages.data.packing import Packed, TokenSequence, pack, split_by_rows
 from stages.data.tokens import PairView
 from stages.train.engine import Engine
 from stages.train.objective import LossOutput, Step
-from stages.train.plan import batches, epochs, evenly, in_step, share
+from stages.train.plan import batches, epochs, evenly, in_step, order_digest, share
 
 
 class PairSteps:
@@ -32,6 +32,7 @@ class PairSteps:
         self._steps = batches(epochs(len(pairs), num_epochs=num_epochs, seed=seed), global_batch_size)
         self.cursor = 0
         self.num_steps = len(self._steps)
+        self.order = order_digest(self._steps)
 
     def steps(self, engine: Engine) -> Iterator[Step]:
         while self.cursor < self.num_steps:

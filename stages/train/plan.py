@@ -1,7 +1,8 @@
 """Which items each optimizer step trains on: a function of the seed alone, whatever the number of ranks."""
 
+import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -47,3 +48,12 @@ def in_step(ranks: Agreeing, items: Sequence[Item], *, spare: Item) -> Iterator[
 def evenly(num_items: int, *, at_most: int) -> np.ndarray:
     """Return up to `at_most` indices spread evenly over range(num_items)."""
     return np.unique(np.linspace(0, num_items - 1, num=min(at_most, num_items)).astype(np.int64))
+
+
+def order_digest(steps: Iterable[np.ndarray]) -> str:
+    """Hash over the items of every step. numpy does not promise the same permutation in its next version."""
+    digest = hashlib.sha256()
+    for items in steps:
+        digest.update(len(items).to_bytes(8, "little"))
+        digest.update(items.astype("<i8").tobytes())
+    return digest.hexdigest()
