@@ -18,9 +18,9 @@ from stages.config.train import TrainConfig
 from stages.data.packing import Packed
 from stages.stopping import Stopped
 from stages.train.checkpoint import Checkpoint, Checkpointer
-from stages.train.engine import Engine
+from stages.train.engine import Engine, Share
 from stages.train.interruption import Ask
-from stages.train.objective import LossOutput, Objective, Step
+from stages.train.objective import Objective, Step
 from stages.train.optimizer import learning_rate
 
 logger = logging.getLogger(__name__)
@@ -116,14 +116,11 @@ def _accumulate(objective: Objective, engine: Engine, step: Step) -> dict[str, f
     )
     sums: dict[str, Tensor] = {}
     batches = _same_count(engine, step)
-    for position, (batch, share) in enumerate(batches):
-        last = position == len(batches) - 1
-        with engine.defer_sync() if not last else torch.enable_grad():
-            out: LossOutput = engine.call(objective.loss, batch)
-            engine.accumulate(out.loss_sum * (share / units), last=last)
-        pairs = out.metrics | {"train/loss": torch.stack([out.loss_sum.detach(), out.loss_sum.new_tensor(0.0)])}
+    outputs = engine.backward(objective.loss, [Share(batch, counts / units) for batch, counts in batches])
+    for (_, counts), out in zip(batches, outputs, strict=True):
+        pairs = out.metrics | {"train/loss": torch.stack([out.loss_sum, out.loss_sum.new_tensor(0.0)])}
         for name, pair in pairs.items():
-            sums[name] = sums.get(name, 0) + share * pair
+            sums[name] = sums.get(name, 0) + counts * pair
     names = sorted(sums)
     totals = engine.sum([value for name in names for value in sums[name].tolist()])
     metrics = {
@@ -135,7 +132,7 @@ def _accumulate(objective: Objective, engine: Engine, step: Step) -> dict[str, f
 
 
 def _same_count(engine: Engine, step: Step) -> list[tuple[Packed, float]]:
-    """Give every rank the same number of forward passes, each with its share; added ones have share 0."""
+    """Give every rank the same number of forward passes, each with how often it counts: once, or not at all."""
     batches = step.micro_batches
     missing = int(engine.max(len(batches))) - len(batches)
     return [(batch, float(step.counted)) for batch in batches] + [(batches[0], 0.0)] * missing

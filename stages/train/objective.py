@@ -2,19 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from stages.data.packing import Packed
-from stages.train.engine import Engine
-
-
-class LossOutput(NamedTuple):
-    """A loss summed over units (never averaged), and metrics as pairs (sum, weight) of shape (2,)."""
-
-    loss_sum: Tensor
-    metrics: dict[str, Tensor]
+from stages.train.engine import Engine, LossOutput
 
 
 @dataclass(frozen=True)

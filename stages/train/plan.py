@@ -2,9 +2,18 @@
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
+
+Item = TypeVar("Item")
+
+
+class Agreeing(Protocol):
+    """Ranks that can compare numbers; engines do."""
+
+    def max(self, value: float) -> float: ...
 
 
 def shuffled(num_items: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -27,6 +36,13 @@ def batches(items: np.ndarray, size: int) -> list[np.ndarray]:
 def share(items: np.ndarray, *, rank: int, world_size: int) -> np.ndarray:
     """Return the items of one rank; possibly none."""
     return items[rank::world_size]
+
+
+def in_step(ranks: Agreeing, items: Sequence[Item], *, spare: Item) -> Iterator[tuple[Item, bool]]:
+    """Yield the items with True, then the spare with False until all ranks have had equally many: a model in shards
+    computes on all ranks or on none."""
+    for number in range(int(ranks.max(len(items)))):
+        yield (items[number], True) if number < len(items) else (spare, False)
 
 
 def evenly(num_items: int, *, at_most: int) -> np.ndarray:

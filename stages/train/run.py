@@ -20,7 +20,7 @@ from stages.models.build import save_model
 from stages.models.precision import compute_dtype
 from stages.train.best import BestBy
 from stages.train.checkpoint import Checkpointer
-from stages.train.engine import Engine
+from stages.train.engine import Engine, make_engine
 from stages.train.interruption import Interruption, stop_flag
 from stages.train.launch import launch
 from stages.train.loop import train
@@ -54,14 +54,14 @@ def train_on_worker(context: StageContext) -> StageOutcome:
     tokens = TokensArtifact(context.input_dir("tokens"))
     verb = importlib.import_module(f"stages.{context.request.stage.value}")
     prepared: Prepared = verb.prepare(context, tokens)
-    engine = Engine(prepared.parts, config, execution)
+    engine = make_engine(prepared.parts, config, execution)
     objective = prepared.objective(engine)
     _check_size(objective, context)
     checkpointer = Checkpointer(
         context.store,
         context.fingerprint,
         keep=execution.keep_checkpoints,
-        rank=engine.rank,
+        processes=engine.processes,
         best=BestBy.of(config),
         trained_on=_trained_on(context, objective),
         before_publishing=context.check_lease,
@@ -78,7 +78,7 @@ def train_on_worker(context: StageContext) -> StageOutcome:
         )
     chosen = _choose(engine, checkpointer, history)
     weights = engine.model_weights(prepared.exported)
-    if engine.rank == 0:
+    if engine.is_main:
         _export(context.output_dir, prepared, weights, history, tokens)
     final = {name: value for name, value in chosen.items() if name != "step"}
     dtype = str(compute_dtype(engine.device, config.precision)).removeprefix("torch.")
@@ -117,11 +117,11 @@ def _check_size(objective: Objective, context: StageContext) -> None:
 
 
 def _reporter(context: StageContext, engine: Engine) -> Callable[..., None]:
-    """Numbers leave from rank 0 alone."""
+    """Numbers leave from the main process alone."""
 
     def report(metrics: dict[str, float], *, step: int, num_steps: int) -> None:
         context.progress.watchdog.beat()
-        if engine.rank != 0:
+        if not engine.is_main:
             return
         context.tracker.log(metrics, step)
         shown = {name.split("/")[-1]: metrics[name] for name in ("ppo/score", "ppo/kl") if name in metrics}

@@ -93,5 +93,5 @@ def test_a_resume_at_another_world_size_sees_the_same_samples(
 def test_sharded_processes_learn_the_same(stage_inputs: Inputs, tmp_path: Path) -> None:
     config, inputs = CONFIGS[Stage.PPO], stage_inputs[Stage.PPO]
     alone = run_training(tmp_path / "one", Stage.PPO, config, inputs)
-    together = run_on_two_processes(tmp_path / "two", Stage.PPO, config, inputs, engine_kind="fsdp", num_workers=2)
+    together = run_on_two_processes(tmp_path / "two", Stage.PPO, config, inputs, engine="fsdp", num_workers=2)
     assert_same(together, alone)
