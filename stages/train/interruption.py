@@ -69,6 +69,12 @@ def most_pressing(mine: Ask, device: torch.device) -> Ask:
     return Ask(int(pressing))
 
 
+def wait_for_all() -> None:
+    """Return when every process of the training is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 class Interruption:
     """Asked once a step, in every process."""
 

@@ -19,7 +19,7 @@ from stages.data.packing import Packed
 from stages.stopping import Stopped
 from stages.train.checkpoint import Checkpoint, Checkpointer
 from stages.train.engine import Engine, Share
-from stages.train.interruption import Ask
+from stages.train.interruption import Ask, wait_for_all
 from stages.train.objective import Objective, Step
 from stages.train.optimizer import learning_rate
 
@@ -90,6 +90,7 @@ def train(
             blocked += clock() - started
         if ask is Ask.END:
             checkpointer.wait()
+            wait_for_all()  # the first worker that fails ends the others, who may still be writing
             raise Stopped(
                 f"the job was asked to stop and saved its training after step {step} of {objective.num_steps}",
                 advice="If nobody stopped it on purpose, the retry goes on from there.",

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from stages.config.errors import ConfigError
@@ -21,7 +20,7 @@ from stages.models.precision import compute_dtype
 from stages.train.best import BestBy
 from stages.train.checkpoint import Checkpointer
 from stages.train.engine import Engine, make_engine
-from stages.train.interruption import Interruption, stop_flag
+from stages.train.interruption import Interruption, stop_flag, wait_for_all
 from stages.train.launch import launch
 from stages.train.loop import train
 from stages.train.objective import Objective
@@ -98,8 +97,7 @@ def _trained_on(context: StageContext, objective: Objective) -> dict[str, str]:
 
 def _choose(engine: Engine, checkpointer: Checkpointer, history: list[dict[str, Any]]) -> dict[str, Any]:
     """Put the weights that become the model into the engine and return their row of the history."""
-    if dist.is_initialized():
-        dist.barrier()  # rank 0 has written the last checkpoint when the others get past this
+    wait_for_all()  # rank 0 has written the last checkpoint when the others get past this
     best = checkpointer.best(history)
     if best is None:
         return history[-1]

@@ -12,8 +12,11 @@ from stages.store import Store, open_store
 from stages.train.best import BestBy
 from stages.train.checkpoint import Checkpoint, Checkpointer
 from stages.train.objective import ObjectiveState
+from stages.train.ranks import Processes
+from stages.train.shards import Box, Piece
 
 IDENTITY = "f" * 64
+ENGINE = "engine-00000-of-00001.safetensors"
 LOSS = BestBy("eval/loss", highest=False, every=2)
 HISTORY: list[dict[str, Any]] = [
     {"step": 1, "train/loss": 9.0},
@@ -28,14 +31,14 @@ HISTORY: list[dict[str, Any]] = [
 def at(step: int) -> Checkpoint:
     return Checkpoint(
         step=step,
-        engine={"w": torch.full((3,), float(step))},
+        engine={"w": Piece(Box.whole((3,)), torch.full((3,), float(step)))},
         objective=ObjectiveState({"cursor": step}, {"ids": torch.arange(step)}),
         history=[row for row in HISTORY if row["step"] <= step],
     )
 
 
 def saved(store: Store, *steps: int, **options: Any) -> Checkpointer:
-    checkpointer = Checkpointer(store, IDENTITY, rank=0, **{"keep": 2, **options})
+    checkpointer = Checkpointer(store, IDENTITY, processes=Processes(), **{"keep": 2, **options})
     for step in steps:
         checkpointer.save(at(step))
     checkpointer.wait()
@@ -72,7 +75,7 @@ def test_the_newest_and_the_best_checkpoints_stay(store: Store) -> None:
     assert kept(store) == [4, 6, 8]
     best = checkpointer.best(at(8).history)
     assert best is not None
-    assert best.engine["w"].tolist() == [4.0, 4.0, 4.0]
+    assert best.engine.read("w", Box.whole((3,))).tolist() == [4.0, 4.0, 4.0]
 
 
 def test_without_a_best_metric_only_the_newest_stay(store: Store) -> None:
@@ -89,7 +92,7 @@ def files_of_newest(store: Store) -> list[str]:
     return [key for key in store.list("checkpoints") if "step-00000004" in key]
 
 
-@pytest.mark.parametrize("name", ["engine.safetensors", "objective.safetensors", "history.jsonl", "checkpoint.json"])
+@pytest.mark.parametrize("name", [ENGINE, "objective.safetensors", "history.jsonl", "checkpoint.json"])
 @pytest.mark.parametrize("damage", ["first byte", "middle byte", "last byte", "short", "empty", "missing"])
 def test_whatever_is_damaged_the_checkpoint_before_is_used(
     store: Store, name: str, damage: str, caplog: pytest.LogCaptureFixture
@@ -108,7 +111,8 @@ def test_whatever_is_damaged_the_checkpoint_before_is_used(
             store.write_bytes(key, bytes(data))
     latest = checkpointer.latest()
     assert latest is not None
-    assert (latest.step, latest.engine["w"][0].item()) == (3, 3.0)
+    assert latest.step == 3
+    assert latest.engine.read("w", Box.whole((3,))).tolist() == [3.0, 3.0, 3.0]
     if (name, damage) != ("checkpoint.json", "missing"):  # without its record it was never published
         assert "step-00000004 is damaged and passed over" in caplog.text
 
@@ -116,7 +120,11 @@ def test_whatever_is_damaged_the_checkpoint_before_is_used(
 def test_a_checkpoint_of_other_data_is_refused_with_the_reason(store: Store) -> None:
     saved(store, 2, trained_on={"tokens": "a" * 64, "order": "c" * 64, "num_steps": "8"})
     other = Checkpointer(
-        store, IDENTITY, keep=2, rank=0, trained_on={"tokens": "b" * 64, "order": "c" * 64, "num_steps": "6"}
+        store,
+        IDENTITY,
+        keep=2,
+        processes=Processes(),
+        trained_on={"tokens": "b" * 64, "order": "c" * 64, "num_steps": "6"},
     )
     with pytest.raises(DataError) as refused:
         other.latest()
@@ -127,7 +135,7 @@ def test_a_checkpoint_of_other_data_is_refused_with_the_reason(store: Store) -> 
 def test_the_same_origin_is_resumed(store: Store) -> None:
     origin = {"tokens": "a" * 64}
     saved(store, 2, trained_on=origin)
-    latest = Checkpointer(store, IDENTITY, keep=2, rank=0, trained_on=origin).latest()
+    latest = Checkpointer(store, IDENTITY, keep=2, processes=Processes(), trained_on=origin).latest()
     assert latest is not None
     assert latest.step == 2
 
@@ -150,7 +158,7 @@ def test_at_most_one_checkpoint_is_in_flight(store: Store) -> None:
             if key.endswith("checkpoint.json"):
                 in_flight -= 1
 
-    checkpointer = Checkpointer(Counted(), IDENTITY, keep=2, rank=0, before_publishing=count)  # type: ignore[arg-type]
+    checkpointer = Checkpointer(Counted(), IDENTITY, keep=2, processes=Processes(), before_publishing=count)  # type: ignore[arg-type]
     for step in range(1, 30):
         checkpointer.save(at(step))
     checkpointer.wait()
