@@ -162,13 +162,12 @@ class Checkpointer:
         }.items():
             self._store.write_bytes(f"{folder}/{name}", data)
             files.append(_File(name, hashlib.sha256(data).hexdigest(), {}))
-        self._before_publishing()
         record = {
             "step": checkpoint.step,
             "objective": checkpoint.objective.numbers,
             "files": [asdict(file) for file in files],
         }
-        write_json(self._store, f"{folder}/{_RECORD}", record)
+        write_json(self._store, f"{folder}/{_RECORD}", {"record": record, "sha256": _digest(record)})
         for old in self._steps()[: -self._keep]:
             self._store.delete(f"{self._prefix}/{_folder(old)}/{_RECORD}")
             self._store.delete(f"{self._prefix}/{_folder(old)}")
@@ -176,7 +175,10 @@ class Checkpointer:
     def _read(self, step: int) -> SavedCheckpoint:
         """Verify this process's share of the files, and the small ones; the others when something is read from them."""
         folder = f"{self._prefix}/{_folder(step)}"
-        record = json.loads(self._store.read_bytes(f"{folder}/{_RECORD}"))
+        stored = json.loads(self._store.read_bytes(f"{folder}/{_RECORD}"))
+        record = stored["record"]
+        if _digest(record) != stored["sha256"]:
+            raise ValueError(f"{_RECORD} does not have the sha256 that it names")
         files = [_File(**entry) for entry in record["files"]]
         opened = _OpenedFiles(self._store, folder, {file.name: file.sha256 for file in files})
         shards = [file for file in files if file.pieces]
@@ -223,6 +225,10 @@ class _OpenedFiles:
             self._mapped[name] = safe_open(self.path(name), framework="pt")
         stored = self._mapped[name].get_slice(key)
         return stored if stored.get_shape() else self._mapped[name].get_tensor(key)
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _folder(step: int) -> str:
