@@ -187,14 +187,13 @@ class Checkpointer:
         }.items():
             self._store.write_bytes(f"{folder}/{name}", data)
             files.append(_File(name, hashlib.sha256(data).hexdigest(), {}))
-        self._before_publishing()
         record = {
             "step": checkpoint.step,
             "objective": checkpoint.objective.numbers,
             "files": [asdict(file) for file in files],
             "trained_on": self._trained_on,
         }
-        write_json(self._store, f"{folder}/{_RECORD}", record)
+        write_json(self._store, f"{folder}/{_RECORD}", {"record": record, "sha256": _digest(record)})
         self._remove_superseded(checkpoint.history)
 
     def _remove_superseded(self, history: list[dict[str, Any]]) -> None:
@@ -207,7 +206,10 @@ class Checkpointer:
     def _read(self, step: int) -> SavedCheckpoint:
         """Verify this process's share of the files, and the small ones; the others when something is read from them."""
         folder = f"{self._prefix}/{_folder(step)}"
-        record = json.loads(self._store.read_bytes(f"{folder}/{_RECORD}"))
+        stored = json.loads(self._store.read_bytes(f"{folder}/{_RECORD}"))
+        record = stored["record"]
+        if _digest(record) != stored["sha256"]:
+            raise ValueError(f"{_RECORD} does not have the sha256 that it names")
         self._require_same_origin(record["trained_on"], folder)
         files = [_File(**entry) for entry in record["files"]]
         opened = _OpenedFiles(self._store, folder, {file.name: file.sha256 for file in files})
@@ -273,6 +275,10 @@ class _OpenedFiles:
             self._mapped[name] = safe_open(self.path(name), framework="pt")
         stored = self._mapped[name].get_slice(key)
         return stored if stored.get_shape() else self._mapped[name].get_tensor(key)
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _folder(step: int) -> str:

@@ -81,6 +81,7 @@ def run_training(
         checkpointer.wait()
     weights = engine.model_weights(prepared.exported)
     if export and engine.is_main:
+        (home / "model").mkdir()
         save_model(prepared.parts[prepared.exported], weights, home / "model", artifact)  # type: ignore[arg-type]
     return Trained(weights, history)
 
