@@ -33,9 +33,9 @@ from tests.servers import RayServer, ray_server, running
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHORT = {
     "AIRFLOW__TRIGGERER__JOB_HEARTBEAT_SEC": "1",
-    "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "12",
+    "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "15",
     "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
-    "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "20",
+    "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "30",
     "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "5",
     "AIRFLOW__SCHEDULER__TRIGGER_TIMEOUT_CHECK_INTERVAL": "2",
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "30",
@@ -121,7 +121,7 @@ class ChaosStack:
         answer.raise_for_status()
         return [job for job in answer.json() if (job.get("metadata") or {}).get("airflow.run_id")]
 
-    def wait(self, what: str, reached: Any, *, seconds: float = 120, pause: float = 0.2) -> Any:
+    def wait(self, what: str, reached: Any, *, seconds: float = 180, pause: float = 0.2) -> Any:
         """Poll until `reached` returns something true."""
         deadline = time.monotonic() + seconds
         while not (found := reached()):
@@ -163,12 +163,12 @@ class Row:
     def run_state(self) -> str:
         return self.stack.airflow.run_state(self.dag_id, self.run_id)
 
-    def wait_state(self, *states: str, seconds: float = 120) -> str:
+    def wait_state(self, *states: str, seconds: float = 180) -> str:
         return self.stack.wait(
             f"{self.name} is {states}", lambda: (state := self.state()) in states and state, seconds=seconds
         )
 
-    def finish(self, seconds: float = 150) -> str:
+    def finish(self, seconds: float = 300) -> str:
         """Wait for the end of the run and return the task's state."""
         self.stack.wait(f"{self.name} ends", lambda: self.run_state() in FINISHED, seconds=seconds)
         return self.state()

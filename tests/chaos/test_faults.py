@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,13 @@ STOP_LIMIT = 30
 TIMEOUT = 15
 "Of the DAGs `timed` and `limited`."
 STALL_SECONDS = 45
+AT_ONCE = 5
 LONG = "lines:1200"
 "What is to be stopped runs for longer than all of this."
+
+
+Suffered = Future[tuple[Row, float | None]]
+"""A run that was disturbed and has ended; seconds until its job had stopped, where that was meant."""
 
 
 @pytest.fixture(scope="module")
@@ -114,23 +118,9 @@ def nothing(row: Row) -> None:
     """The DAG, the job, or the proxy before Ray, does it."""
 
 
-@dataclass(frozen=True)
-class Disturbed:
-    """A run and what is done to it meanwhile."""
-
-    row: Row
-    disturbance: Future[float | None]
-
-    def finish(self) -> tuple[Row, float | None]:
-        """Wait until it was done and the run has ended."""
-        seconds = self.disturbance.result(timeout=300)
-        self.row.finish(seconds=300)
-        return self.row, seconds
-
-
 @pytest.fixture(scope="module")
-def rows(stack: ChaosStack, tokens: dict[str, Any], request: pytest.FixtureRequest) -> Iterator[dict[str, Disturbed]]:
-    """The rows that disturb nobody else, all started at once, the longest first; with `-k`, those that are read."""
+def rows(stack: ChaosStack, tokens: dict[str, Any], request: pytest.FixtureRequest) -> Iterator[dict[str, Suffered]]:
+    """The rows that disturb nobody else, some of them at a time, longest first; with `-k`, those that are read."""
     stack.proxies["ray_flaky"].close_logs_after = 1.0
     stack.proxies["ray_lossy"].lose_answers = 1
     stack.proxies["ray_late"].lose_answers, stack.proxies["ray_late"].lose_after_seconds = 1, 8.0
@@ -161,14 +151,20 @@ def rows(stack: ChaosStack, tokens: dict[str, Any], request: pytest.FixtureReque
         "worker killed": {"stage": Stage.PRETRAIN, "tokens": tokens, "seed": 2},
         **{name: {"max_retries": 0} for name in ("timeout", "execution timeout", "head gone")},
     }
-    selected = "".join(inspect.getsource(item.function) for item in request.session.items)
+    selected = "".join(
+        inspect.getsource(item.function) for item in request.session.items if isinstance(item, pytest.Function)
+    )
     plan = {name: row for name, row in plan.items() if f'rows["{name}"]' in selected}
-    with ThreadPoolExecutor(len(plan)) as threads:
-        made = {}
-        for name, (dag_id, behaviour, disturb) in plan.items():
-            row = stack.trigger(dag_id, behaviour, **conf.get(name, {}))
-            made[name] = Disturbed(row, threads.submit(disturb, row))
-        yield made
+
+    def suffer(name: str) -> tuple[Row, float | None]:
+        dag_id, behaviour, disturb = plan[name]
+        row = stack.trigger(dag_id, behaviour, **conf.get(name, {}))
+        seconds = disturb(row)
+        row.finish()
+        return row, seconds
+
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        yield {name: threads.submit(suffer, name) for name in plan}
 
 
 def note(
@@ -207,76 +203,76 @@ def first_step(row: Row, submission_id: str) -> int:
 # ---- one task is hit
 
 
-def test_the_driver_of_the_job_is_killed(rows: dict[str, Disturbed]):
-    row, _ = rows["driver killed"].finish()
+def test_the_driver_of_the_job_is_killed(rows: dict[str, Suffered]):
+    row, _ = rows["driver killed"].result()
     assert row.statuses() == ["FAILED", "SUCCEEDED"]
     assert "was killed (signal 9)" in row.task_log()
     note(row, "kill -9 of Ray's job driver", jobs=2, state="success", once=True)
 
 
-def test_the_process_of_a_task_that_waits_itself_is_killed(rows: dict[str, Disturbed]):
-    row, _ = rows["task killed"].finish()
+def test_the_process_of_a_task_that_waits_itself_is_killed(rows: dict[str, Suffered]):
+    row, _ = rows["task killed"].result()
     assert row.task()["try_number"] == 2
     note(row, "kill -9 of the task process", jobs=1, state="success", lines=True)
 
 
-def test_the_worker_of_a_task_that_waits_itself_is_shut_down(rows: dict[str, Disturbed]):
-    row, _ = rows["worker ended"].finish()
+def test_the_worker_of_a_task_that_waits_itself_is_shut_down(rows: dict[str, Suffered]):
+    row, _ = rows["worker ended"].result()
     assert row.task()["try_number"] == 2
     assert "Airflow ended this process" in row.task_log()
     note(row, "SIGTERM to the task process (its worker shuts down)", jobs=1, state="success", lines=True)
 
 
-def test_the_process_dies_between_taking_a_success_and_airflows_noting_it(rows: dict[str, Disturbed]):
-    row, _ = rows["success not noted"].finish()
+def test_the_process_dies_between_taking_a_success_and_airflows_noting_it(rows: dict[str, Suffered]):
+    row, _ = rows["success not noted"].result()
     assert row.task()["try_number"] == 2
     note(row, "kill -9 of the task process, its job's success taken but not noted", jobs=1, state="success", lines=True)
 
 
-def test_marked_failed_while_deferred(rows: dict[str, Disturbed]):
-    row, seconds = rows["marked failed"].finish()
+def test_marked_failed_while_deferred(rows: dict[str, Suffered]):
+    row, seconds = rows["marked failed"].result()
     note(row, "marked failed while deferred", jobs=1, state="failed", seconds=seconds)
 
 
-def test_cleared_while_deferred(rows: dict[str, Disturbed]):
-    row, seconds = rows["cleared"].finish()
+def test_cleared_while_deferred(rows: dict[str, Suffered]):
+    row, seconds = rows["cleared"].result()
     assert row.statuses() == ["STOPPED", "SUCCEEDED"]
     note(row, "cleared while deferred", jobs=2, state="success", seconds=seconds, once=True)
 
 
-def test_the_run_is_marked_failed(rows: dict[str, Disturbed]):
-    row, seconds = rows["run failed"].finish()
+def test_the_run_is_marked_failed(rows: dict[str, Suffered]):
+    row, seconds = rows["run failed"].result()
     note(row, "DAG run marked failed", jobs=1, state="failed", seconds=seconds)
 
 
-def test_marked_failed_while_running(rows: dict[str, Disturbed]):
-    row, seconds = rows["marked failed while running"].finish()
+def test_marked_failed_while_running(rows: dict[str, Suffered]):
+    row, seconds = rows["marked failed while running"].result()
     note(row, "marked failed while running (not deferred)", jobs=1, state="failed", seconds=seconds)
 
 
-def test_cleared_while_running(rows: dict[str, Disturbed]):
-    row, seconds = rows["cleared while running"].finish()
+def test_cleared_while_running(rows: dict[str, Suffered]):
+    row, seconds = rows["cleared while running"].result()
     assert row.statuses() == ["STOPPED", "SUCCEEDED"]
     note(row, "cleared while running (not deferred)", jobs=2, state="success", seconds=seconds, once=True)
 
 
-def test_somebody_stops_the_job_in_ray(rows: dict[str, Disturbed]):
-    row, _ = rows["stopped in Ray"].finish()
+def test_somebody_stops_the_job_in_ray(rows: dict[str, Suffered]):
+    row, _ = rows["stopped in Ray"].result()
     assert row.statuses() == ["STOPPED"]
     assert "was stopped by somebody" in row.task_log()
     note(row, "job stopped by somebody in Ray", jobs=1, state="failed")
 
 
-def test_the_deferral_timeout_passes(rows: dict[str, Disturbed]):
-    row, _ = rows["timeout"].finish()
+def test_the_deferral_timeout_passes(rows: dict[str, Suffered]):
+    row, _ = rows["timeout"].result()
     assert row.statuses() == ["STOPPED"]
     assert "ran longer than its timeout of 0:00:15; its Ray job was stopped" in row.task_log()
     seconds = row.seconds_over(row.logged_at("Pausing task as DEFERRED") + TIMEOUT)
     note(row, "deferral timeout", jobs=1, state="failed", seconds=seconds)
 
 
-def test_the_execution_timeout_of_a_task_that_waits_itself_passes(rows: dict[str, Disturbed]):
-    row, _ = rows["execution timeout"].finish()
+def test_the_execution_timeout_of_a_task_that_waits_itself_passes(rows: dict[str, Suffered]):
+    row, _ = rows["execution timeout"].result()
     assert row.statuses() == ["STOPPED"]
     assert "ran longer than its timeout of 0:00:15; its Ray job was stopped" in row.task_log()
     seconds = row.seconds_over(row.started_at() + TIMEOUT)
@@ -286,43 +282,43 @@ def test_the_execution_timeout_of_a_task_that_waits_itself_passes(rows: dict[str
 # ---- Ray or the way to it is hit
 
 
-def test_the_log_connection_closes_again_and_again(stack: ChaosStack, rows: dict[str, Disturbed]):
-    row, _ = rows["log closed"].finish()
+def test_the_log_connection_closes_again_and_again(stack: ChaosStack, rows: dict[str, Suffered]):
+    row, _ = rows["log closed"].result()
     assert stack.proxies["ray_flaky"].closed_logs > 1
     note(row, "log websocket closed mid-job, many times", jobs=1, state="success", once=True)
 
 
-def test_the_answer_to_the_post_is_lost(stack: ChaosStack, rows: dict[str, Disturbed]):
+def test_the_answer_to_the_post_is_lost(stack: ChaosStack, rows: dict[str, Suffered]):
     """The second POST, of the same id, is refused as a duplicate."""
-    row, _ = rows["answer lost"].finish()
+    row, _ = rows["answer lost"].result()
     assert stack.proxies["ray_lossy"].lose_answers == 0
     note(row, "answer to the POST lost, POST repeated", jobs=1, state="success", once=True)
 
 
-def test_the_job_fails_before_the_task_defers(rows: dict[str, Disturbed]):
-    row, _ = rows["failed early"].finish()
+def test_the_job_fails_before_the_task_defers(rows: dict[str, Suffered]):
+    row, _ = rows["failed early"].result()
     assert row.statuses() == ["FAILED"]
     assert "Pausing task as DEFERRED" not in row.task_log()
     assert "the job fails with data" in row.task_log()
     note(row, "job FAILED before the deferral", jobs=1, state="failed")
 
 
-def test_the_head_is_away_for_a_minute(rows: dict[str, Disturbed]):
-    row, _ = rows["head away"].finish()
+def test_the_head_is_away_for_a_minute(rows: dict[str, Suffered]):
+    row, _ = rows["head away"].result()
     assert "Ray answers again." in row.task_log()
     note(row, "Ray head unreachable for 60 s", jobs=1, state="success", once=True)
 
 
-def test_a_training_worker_is_killed(rows: dict[str, Disturbed]):
-    row, _ = rows["worker killed"].finish()
+def test_a_training_worker_is_killed(rows: dict[str, Suffered]):
+    row, _ = rows["worker killed"].result()
     assert row.statuses() == ["FAILED", "SUCCEEDED"]
     assert "a training worker died" in row.task_log()
     assert first_step(row, row.jobs()[1]["submission_id"]) == HANGS_AT - 1, "not from the checkpoint"
     note(row, "kill -9 of a training worker", jobs=2, state="success")
 
 
-def test_a_training_worker_hangs(rows: dict[str, Disturbed]):
-    row, _ = rows["worker hangs"].finish()
+def test_a_training_worker_hangs(rows: dict[str, Suffered]):
+    row, _ = rows["worker hangs"].result()
     assert row.statuses() == ["FAILED", "SUCCEEDED"]
     assert "the stacks of all threads of process" in row.task_log()
     assert "in hang_for_ever" in row.task_log()
@@ -384,11 +380,11 @@ def test_the_whole_airflow_is_killed_and_started_again(stack: ChaosStack):
         note(row, f"kill -9 of the whole Airflow while {name}, then start", jobs=1, state="success", lines=True)
 
 
-def test_orphans_are_reaped_and_nothing_else(stack: ChaosStack, rows: dict[str, Disturbed]):
+def test_orphans_are_reaped_and_nothing_else(stack: ChaosStack, rows: dict[str, Suffered]):
     """One whose task was failed while no triggerer ran, one whose head was away for good; a third is alive."""
     alive = stack.trigger("deferred", "lines:45")
     alive.wait_running()
-    gone, _ = rows["head gone"].finish()
+    gone, _ = rows["head gone"].result()
     assert "no answer for" in gone.task_log()
     active = {job["submission_id"] for job in stack.jobs() if job["status"] == "RUNNING"}
     assert {gone.jobs()[0]["submission_id"], alive.jobs()[0]["submission_id"]} < active
