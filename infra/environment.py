@@ -89,8 +89,7 @@ def _airflow(layout: Layout, record: StackRecord, secrets: StackSecrets) -> dict
             # a laptop's name changes with its network, which would make Airflow take its own tasks for another host's
             "hostname_callable": "infra.loopback.hostname",
         },
-        # a busy machine may hold a transaction longer than SQLite's 5 s, and "database is locked" ends the triggerer
-        "database": {"sql_alchemy_conn": f"sqlite:///{layout.airflow}/airflow.db?timeout=60"},
+        "database": {"sql_alchemy_conn": f"sqlite:///{layout.airflow}/airflow.db"},
         "api": {"base_url": record.airflow_url, "secret_key": secrets.api_secret, "workers": 1},
         "api_auth": {"jwt_secret": secrets.jwt_secret},
         "workers": {"min_heartbeat_interval": 1},  # default 5 s: how late the end of a task may be noticed

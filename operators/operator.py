@@ -134,15 +134,17 @@ class StageOperator(BaseOperator):
             "micro_batch_size": request.execution.micro_batch_size,
             "links": self.link_addresses,
         }
-        if attached.job is not None and not attached.job.status.is_active:
-            # Ended before anybody watched: processed here and now, a failure included.
-            return self.execute_complete(context, {**_outcome_of(attached).to_json(), "carry": carry})
         if self._terminated:
             raise _preempted(max_retries)
-        if self.deferrable:
-            self._defer(request, carry)
-        with as_stage_failures(max_retries):
-            outcome = self._wait(context, submission_id, request)
+        if attached.submission.consumed:
+            outcome = _outcome_of(attached)
+        else:
+            # One that ended before anybody watched is processed here and now, a failure included, its log too.
+            ended = attached.job is not None and not attached.job.status.is_active
+            if self.deferrable and not ended:
+                self._defer(request, carry)
+            with as_stage_failures(max_retries):
+                outcome = self._wait(context, submission_id, request)
         return self.execute_complete(context, {**outcome.to_json(), "carry": carry})
 
     def execute_complete(self, context: Any, event: Mapping[str, Any]) -> dict[str, Any]:
@@ -491,7 +493,7 @@ def _of_mapped(run: RunInfo, map_index: int | None) -> RunInfo:
 
 
 def _outcome_of(attached: "Attached") -> "Outcome":
-    """The outcome of a job that had ended when the task found it."""
+    """The outcome of a job whose outcome, and log, was processed before."""
     from operators.watch import Outcome
 
     job = attached.job

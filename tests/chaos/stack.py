@@ -19,7 +19,7 @@ from urllib.parse import quote, urlsplit
 import psutil
 import requests
 
-from infra.airflow_api import AirflowApi
+from infra.airflow_api import AirflowApi, AirflowApiError
 from infra.components import airflow_components
 from infra.environment import stack_environment
 from infra.layout import Layout, StackRecord, StackSecrets, write_airflow_passwords
@@ -38,8 +38,6 @@ SHORT = {
     "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "30",
     "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "5",
     "AIRFLOW__SCHEDULER__TRIGGER_TIMEOUT_CHECK_INTERVAL": "2",
-    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "30",
-    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "5",
     "AIRFLOW__SCHEDULER__USE_JOB_SCHEDULE": "false",  # the reaper runs when a row asks for it
     "AIRFLOW__CORE__PARALLELISM": "12",
     "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "false",
@@ -113,15 +111,26 @@ class ChaosStack:
     # ------------------------------------------------------------ runs
 
     def trigger(self, dag_id: str, behaviour: str = "", *, stage: Stage = Stage.CURATE, **conf: Any) -> Row:
-        run_id = self.airflow.trigger(dag_id, {"behaviour": behaviour, **conf})
-        return Row(self, dag_id, run_id, stage.value)
+        body = {"logical_date": None, "conf": {"behaviour": behaviour, **conf}}
+        run = self.ask("POST", f"dags/{dag_id}/dagRuns", json=body)
+        return Row(self, dag_id, run["dag_run_id"], stage.value)
+
+    def ask(self, method: str, path: str, **arguments: Any) -> Any:
+        """One request, again when the database was locked: with SQLite, Airflow's api-server may wait for itself."""
+        for _ in range(3):
+            try:
+                return self.airflow.call(method, path, **arguments)
+            except AirflowApiError as error:
+                if ": 500 " not in str(error):
+                    raise
+        return self.airflow.call(method, path, **arguments)
 
     def jobs(self) -> list[dict[str, Any]]:
         answer = requests.get(f"{self.ray.url}/api/jobs/", headers=self.ray.headers, timeout=30)
         answer.raise_for_status()
         return [job for job in answer.json() if (job.get("metadata") or {}).get("airflow.run_id")]
 
-    def wait(self, what: str, reached: Any, *, seconds: float = 180, pause: float = 0.2) -> Any:
+    def wait(self, what: str, reached: Any, *, seconds: float = 180, pause: float = 0.7) -> Any:
         """Poll until `reached` returns something true."""
         deadline = time.monotonic() + seconds
         while not (found := reached()):
@@ -151,7 +160,7 @@ class Row:
 
     def task(self, map_index: int = -1) -> dict[str, Any]:
         suffix = "" if map_index < 0 else f"/{map_index}"
-        return self.stack.airflow.call("GET", f"{self.path}/taskInstances/{self.stage}{suffix}")
+        return self.stack.ask("GET", f"{self.path}/taskInstances/{self.stage}{suffix}")
 
     def started_at(self) -> float:
         """When the task's first attempt started, in seconds since the epoch."""
@@ -161,7 +170,7 @@ class Row:
         return str(self.task()["state"])
 
     def run_state(self) -> str:
-        return self.stack.airflow.run_state(self.dag_id, self.run_id)
+        return self.stack.ask("GET", self.path)["state"]
 
     def wait_state(self, *states: str, seconds: float = 180) -> str:
         return self.stack.wait(
@@ -204,10 +213,10 @@ class Row:
         return psutil.Process(json.loads(path.read_text())["pid"])
 
     def mark(self, state: str) -> None:
-        self.stack.airflow.call("PATCH", f"{self.path}/taskInstances/{self.stage}", json={"new_state": state})
+        self.stack.ask("PATCH", f"{self.path}/taskInstances/{self.stage}", json={"new_state": state})
 
     def clear(self) -> None:
-        self.stack.airflow.call(
+        self.stack.ask(
             "POST",
             f"dags/{self.dag_id}/clearTaskInstances",
             json={"dag_run_id": self.run_id, "task_ids": [self.stage], "dry_run": False, "only_failed": False},
@@ -219,7 +228,7 @@ class Row:
         requests.post(address, headers=self.stack.ray.headers, timeout=30).raise_for_status()
 
     def fail_run(self) -> None:
-        self.stack.airflow.call("PATCH", self.path, json={"state": "failed"})
+        self.stack.ask("PATCH", self.path, json={"state": "failed"})
 
     def seconds_until_stopped(self, submission_id: str, *, since: float) -> float:
         """Until Ray says that the job has ended and its process is gone."""
@@ -229,7 +238,7 @@ class Row:
             status = {job["submission_id"]: job["status"] for job in self.jobs()}[submission_id]
             return status == "STOPPED" and not driver.is_running()
 
-        self.stack.wait(f"{submission_id} of {self.name} stopped", ended, seconds=60)
+        self.stack.wait(f"{submission_id} of {self.name} stopped", ended, seconds=60, pause=0.2)
         return time.monotonic() - since
 
     def seconds_over(self, since: float) -> float:
@@ -238,12 +247,17 @@ class Row:
 
     # ------------------------------------------------------------ log
 
+    def entries(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.task_log().splitlines() if line.startswith("{")]
+
     def logged_at(self, event: str) -> float:
         """When the task log first says this, in seconds since the epoch."""
-        for line in self.task_log().splitlines():
-            if line.startswith("{") and (entry := json.loads(line))["event"].startswith(event):
-                return datetime.fromisoformat(entry["timestamp"]).timestamp()
-        raise AssertionError(f"{self.name}: no {event!r} in the task log")
+        found = [entry["timestamp"] for entry in self.entries() if entry["event"].startswith(event)]
+        return datetime.fromisoformat(found[0]).timestamp()
+
+    def shown(self) -> str:
+        """What people read: the entries' texts, without what Airflow adds to them, such as a trigger's event."""
+        return "\n".join(str(entry["event"]) for entry in self.entries())
 
     def job_log(self, submission_id: str) -> str:
         answer = requests.get(
@@ -261,7 +275,7 @@ class Row:
 
     def lost_lines(self) -> int:
         """Lines of jobs that ended by themselves which the task log does not have."""
-        shown, lost = self.task_log(), 0
+        shown, lost = self.shown(), 0
         for job in self.jobs():
             if job["status"] == "SUCCEEDED":
                 known = set(_numbered(shown, job["submission_id"]))
@@ -269,7 +283,7 @@ class Row:
         return lost
 
     def repeated_lines(self) -> int:
-        shown, repeated = self.task_log(), 0
+        shown, repeated = self.shown(), 0
         for job in self.jobs():
             numbers = _numbered(shown, job["submission_id"])
             repeated += len(numbers) - len(set(numbers))
@@ -307,7 +321,7 @@ def chaos_stack(root: Path, dag_files: list[Path]) -> Iterator[ChaosStack]:
         migrate = [sys.executable, "-m", "airflow", "db", "migrate"]
         subprocess.run(migrate, env=environment, check=True, capture_output=True, timeout=240)
         chaos = ChaosStack(
-            airflow=AirflowApi(record.airflow_url, user="admin", password=secrets.admin_password),
+            airflow=AirflowApi(record.airflow_url, user="admin", password=secrets.admin_password, timeout_seconds=90),
             ray=ray,
             home=layout.store.parent,
             store=open_store(layout.store.as_uri()),
@@ -330,9 +344,10 @@ def _environment(
     environment.pop("ATHANOR_STACK")
     environment.pop("MLFLOW_TRACKING_URI")
     connection = {"conn_type": "ray_jobs", "host": "127.0.0.1", "password": ray.token}
+    patient = {"ray_late": {"extra": {"timeout_seconds": 120}}}  # longer than its proxy holds the answer back
     ports = {"ray_default": record.ports["ray_dashboard"], **{name: proxy.port for name, proxy in proxies.items()}}
     for name, port in ports.items():
-        environment[f"AIRFLOW_CONN_{name.upper()}"] = json.dumps({**connection, "port": port})
+        environment[f"AIRFLOW_CONN_{name.upper()}"] = json.dumps({**connection, "port": port, **patient.get(name, {})})
     return {
         **environment,
         "PYTHONPATH": str(REPOSITORY),

@@ -99,6 +99,11 @@ def kill_training_worker(row: Row) -> None:
     row.process("worker", job["submission_id"]).kill()
 
 
+def lose_the_answer_when_the_job_has_failed(row: Row) -> None:
+    row.stack.wait("the job has failed", lambda: row.statuses() == ["FAILED"])
+    row.stack.proxies["ray_late"].may_lose.set()
+
+
 def cut_for_a_minute(row: Row) -> None:
     row.wait_running()
     row.wait_state("deferred")
@@ -123,7 +128,8 @@ def rows(stack: ChaosStack, tokens: dict[str, Any], request: pytest.FixtureReque
     """The rows that disturb nobody else, some of them at a time, longest first; with `-k`, those that are read."""
     stack.proxies["ray_flaky"].close_logs_after = 1.0
     stack.proxies["ray_lossy"].lose_answers = 1
-    stack.proxies["ray_late"].lose_answers, stack.proxies["ray_late"].lose_after_seconds = 1, 8.0
+    stack.proxies["ray_late"].lose_answers = 1
+    stack.proxies["ray_late"].may_lose.clear()
     marked, cleared = (lambda row: row.mark("failed")), (lambda row: row.clear())
     plan: dict[str, tuple[str, str, Callable[[Row], float | None]]] = {
         "worker hangs": ("training", "", nothing),
@@ -144,7 +150,7 @@ def rows(stack: ChaosStack, tokens: dict[str, Any], request: pytest.FixtureReque
         "marked failed while running": ("waiting", LONG, stopped_by(marked, deferred=False)),
         "success not noted": ("unnoted", "lines:3", nothing),
         "answer lost": ("lossy", "lines:5", nothing),
-        "failed early": ("late", "fail:data", nothing),
+        "failed early": ("late", "fail:data", lose_the_answer_when_the_job_has_failed),
     }
     conf: dict[str, dict[str, Any]] = {
         "worker hangs": {"stage": Stage.PRETRAIN, "tokens": tokens, "seed": 1, "stall_seconds": STALL_SECONDS},
