@@ -177,7 +177,7 @@ class Row:
             f"{self.name} is {states}", lambda: (state := self.state()) in states and state, seconds=seconds
         )
 
-    def finish(self, seconds: float = 300) -> str:
+    def finish(self, seconds: float = 600) -> str:
         """Wait for the end of the run and return the task's state."""
         self.stack.wait(f"{self.name} ends", lambda: self.run_state() in FINISHED, seconds=seconds)
         return self.state()

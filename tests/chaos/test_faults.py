@@ -23,7 +23,7 @@ from tests.chaos.stack import REPOSITORY, ChaosStack, Row, chaos_stack
 from tests.chaos.training import HANGS_AT
 from tests.small_world import make_tokens
 
-pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.integration, pytest.mark.timeout(900)]
 
 DAGS = [Path(__file__).with_name("chaos_dags.py"), REPOSITORY / "dags" / "reap_orphans.py"]
 NAMES = ("deferred", "waiting", "timed", "limited", "unnoted", "lossy", "late", "flaky", "cut", "gone", "training")
@@ -85,12 +85,14 @@ def kill_task(row: Row) -> None:
 def end_worker(row: Row) -> None:
     """What a shutdown of Airflow's worker does: it passes SIGTERM on to the task, and the task may say good-bye."""
     row.wait_running()
+    row.stack.wait("the task watches its job", lambda: "curate 0/" in row.shown())
     row.task_process().terminate()
 
 
 def stop_in_ray(row: Row) -> None:
     job = row.wait_running()
     row.wait_state("deferred")
+    time.sleep(5)  # the process that submitted it has ended by then
     row.stop_in_ray(job["submission_id"])
 
 
