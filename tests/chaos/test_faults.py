@@ -352,17 +352,19 @@ def test_the_api_server_is_killed_and_comes_back(stack: ChaosStack):
 
 
 def test_the_triggerer_and_then_the_scheduler_are_killed(stack: ChaosStack):
-    """Of three, one goes on deferred, one goes on in its own process, and one becomes an orphan."""
-    goes_on, orphan = stack.trigger("deferred", "lines:70"), stack.trigger("deferred", LONG)
+    """Of three, one goes on deferred, one goes on in its own process, and one is marked failed meanwhile."""
+    goes_on, marked = stack.trigger("deferred", "lines:70"), stack.trigger("deferred", LONG)
     waiting = stack.trigger("waiting", "lines:70")
-    for row in (goes_on, orphan, waiting):
+    for row in (goes_on, marked, waiting):
         row.wait_running()
-    for row in (goes_on, orphan):
+    for row in (goes_on, marked):
         row.wait_state("deferred")
     time.sleep(6)  # the position in the log is saved by then
     stack.kill("triggerer")
-    orphan.mark("failed")  # and nobody is there to stop its job
+    marked.mark("failed")  # and nobody is there to stop its job
     stack.start("triggerer")
+    since = time.monotonic()
+    seconds = marked.seconds_until_stopped(marked.jobs()[0]["submission_id"], since=since)
     stack.wait("another triggerer watches", lambda: "Watching job" in goes_on.task_log())
     stack.kill("scheduler")
     time.sleep(2)
@@ -371,6 +373,7 @@ def test_the_triggerer_and_then_the_scheduler_are_killed(stack: ChaosStack):
     note(
         goes_on, "kill -9 of the triggerer, then of the scheduler, while deferred", jobs=1, state="success", lines=True
     )
+    note(marked, "marked failed while no triggerer ran; from its start", jobs=1, state="failed", seconds=seconds)
     waiting.finish()
     note(waiting, "the same while running (not deferred)", jobs=1, state="success", lines=True)
 
@@ -389,13 +392,13 @@ def test_the_whole_airflow_is_killed_and_started_again(stack: ChaosStack):
 
 
 def test_orphans_are_reaped_and_nothing_else(stack: ChaosStack, rows: dict[str, Suffered]):
-    """One whose task was failed while no triggerer ran, one whose head was away for good; a third is alive."""
+    """One whose head was away for good; another is alive."""
     alive = stack.trigger("deferred", "lines:45")
     alive.wait_running()
     gone, _ = rows["head gone"].result()
     assert "no answer for" in gone.task_log()
     active = {job["submission_id"] for job in stack.jobs() if job["status"] == "RUNNING"}
-    assert {gone.jobs()[0]["submission_id"], alive.jobs()[0]["submission_id"]} < active
+    assert {gone.jobs()[0]["submission_id"], alive.jobs()[0]["submission_id"]} <= active
     since = time.monotonic()
     visit = stack.airflow.trigger("reap_orphans", {"grace_seconds": 2})
     stack.wait("the reaper's visit", lambda: stack.airflow.run_state("reap_orphans", visit) in ("success", "failed"))
