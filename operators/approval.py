@@ -15,6 +15,7 @@ from airflow.providers.standard.operators.hitl import ApprovalOperator, HITLOper
 from airflow.sdk import Param
 from airflow.sdk.exceptions import AirflowSkipException
 
+from operators.asking import ask_once
 from operators.failures import StageConfigFailed, as_stage_failures
 from operators.links import mlflow_run_page
 from operators.markdown import block, plain, table
@@ -67,7 +68,7 @@ class PromotionApproval(ApprovalOperator):
                 )
             self.subject, self.body = question(run, config, ArtifactRef.model_validate(evaluated))
         self.response_timeout = timedelta(hours=config.promote.approval_timeout_hours)
-        return super().execute(context)
+        return ask_once(self, context, super().execute)
 
     def execute_complete(self, context: Any, event: dict[str, Any]) -> dict[str, Any]:
         """Turn the answer into an Approval; past ApprovalOperator, which would skip `promote` after a rejection."""

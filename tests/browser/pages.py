@@ -129,3 +129,14 @@ def choose(page: Page, field: Locator, label: str) -> None:
 
 def task_page(url: str, dag_id: str, run_id: str, task_id: str, tab: str = "") -> str:
     return f"{url}/dags/{dag_id}/runs/{quote(run_id)}/tasks/{task_id}{tab}"
+
+
+def press_trigger(dialog: Locator) -> None:
+    dialog.get_by_role("button", name="Trigger", exact=True).click()
+
+
+def unlock_ray(page: Page, token: str) -> None:
+    """Ray's dashboard asks for the cluster's token once a browser."""
+    page.get_by_label("Authentication Token").fill(token)
+    page.get_by_role("button", name="Submit").click()
+    page.get_by_label("Authentication Token").wait_for(state="hidden")

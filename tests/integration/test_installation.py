@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ UV = Path(sys.executable).with_name("uv")
 # what uv says when it reaches no package index; any other failure is ours
 OFFLINE = ("dns error", "error sending request", "Could not connect", "tcp connect error", "Network is unreachable")
 
-PROBE = '''
+PROBE = """
 import importlib.util, json, pkgutil, sys
 from importlib import import_module
 
@@ -45,7 +44,7 @@ print("PROBE", json.dumps({
     "tasks": tasks,
     "importable": [name for name in heavy if importlib.util.find_spec(name)],
 }))
-'''
+"""
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def uv(*arguments: str | Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Elsewhere:
     folder = tmp_path_factory.mktemp("elsewhere")
     links = ["--find-links", os.environ["PIP_FIND_LINKS"]] if os.environ.get("PIP_FIND_LINKS") else []
     uv("build", "--quiet", "--wheel", *links, "--out-dir", folder / "dist", REPOSITORY)
@@ -94,7 +93,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
     constraints = REPOSITORY / "constraints.txt"
     wanted = f"athanor[airflow] @ {wheel.as_uri()}"
     uv("pip", "install", "--quiet", "--python", venv / "bin" / "python", "--constraint", constraints, *links, wanted)
-    yield Elsewhere(venv, home)
+    return Elsewhere(venv, home)
 
 
 @pytest.fixture(scope="module")
@@ -132,4 +131,6 @@ def test_airflow_lists_the_provider_and_its_connection_type(elsewhere: Elsewhere
     providers = json.loads(elsewhere.run("airflow", "providers", "list", "--output", "json"))
     assert [entry["version"] for entry in providers if entry["package_name"] == "athanor"] == ["0.1.0"]
     hooks = json.loads(elsewhere.run("airflow", "providers", "hooks", "--output", "json"))
-    assert [entry["class"] for entry in hooks if entry["connection_type"] == "ray_jobs"] == ["operators.hook.RayJobHook"]
+    assert [entry["class"] for entry in hooks if entry["connection_type"] == "ray_jobs"] == [
+        "operators.hook.RayJobHook"
+    ]
