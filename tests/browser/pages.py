@@ -127,6 +127,20 @@ def choose(page: Page, field: Locator, label: str) -> None:
     page.get_by_role("option", name=label, exact=True).click()
 
 
+def type_json(page: Page, field: Locator, text: str) -> None:
+    """Replace what is in the form's JSON editor, which closes brackets and quotes by itself."""
+    field.click()
+    page.keyboard.press("Control+a")
+    page.keyboard.insert_text(text)
+    page.keyboard.press("Control+Shift+End")
+    page.keyboard.press("Delete")
+
+
+def switch_on(field: Locator) -> None:
+    """Of a switch the form shows the label; the field itself is out of sight."""
+    field.locator("xpath=ancestor::label").click()
+
+
 def task_page(url: str, dag_id: str, run_id: str, task_id: str, tab: str = "") -> str:
     return f"{url}/dags/{dag_id}/runs/{quote(run_id)}/tasks/{task_id}{tab}"
 
@@ -137,6 +151,7 @@ def press_trigger(dialog: Locator) -> None:
 
 def unlock_ray(page: Page, token: str) -> None:
     """Ray's dashboard asks for the cluster's token once a browser."""
-    page.get_by_label("Authentication Token").fill(token)
+    field = page.get_by_placeholder("Enter your authentication token")
+    field.fill(token)
     page.get_by_role("button", name="Submit").click()
-    page.get_by_label("Authentication Token").wait_for(state="hidden")
+    field.wait_for(state="hidden")

@@ -15,7 +15,9 @@ from tests.browser.pages import (
     open_form,
     open_graph,
     press_trigger,
+    switch_on,
     task_page,
+    type_json,
     unfold,
     unlock_ray,
 )
@@ -32,8 +34,8 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 
-# Long enough for a look at Ray and MLflow while it runs: of the tests' recipe half a minute instead of a second.
-LONG_SFT = {**OVERRIDES, "sft.num_epochs": 12.0}
+# Long enough for a look at Ray and MLflow while it runs.
+LONG_SFT = {**OVERRIDES, "sft.num_epochs": 4.0}
 
 
 def submit(dialog: Locator, live: LiveStack) -> str:
@@ -44,13 +46,6 @@ def submit(dialog: Locator, live: LiveStack) -> str:
         "the run", lambda: [run["dag_run_id"] for run in live.runs(PIPELINE) if run["dag_run_id"] not in before]
     )
     return new
-
-
-def type_json(page: Page, field: Locator, text: str) -> None:
-    """Replace what is in the form's JSON editor."""
-    field.click()
-    page.keyboard.press("Control+a")
-    page.keyboard.insert_text(text)
 
 
 def test_the_form_explains_every_field_in_sections(page: Page, live: LiveStack) -> None:
@@ -95,7 +90,7 @@ def test_a_wrong_field_ends_the_run_in_seconds_and_says_what_was_meant(page: Pag
 def test_the_plan_is_shown_before_anything_is_spent(page: Page, live: LiveStack) -> None:
     dialog = open_form(page, live.record.airflow_url)
     unfold(dialog, "Run", "recipe").fill("tiny")
-    unfold(dialog, "Course of the run", "dry_run").click()
+    switch_on(unfold(dialog, "Course of the run", "dry_run"))
     choose(page, unfold(dialog, "Model and alignment", "alignment"), "DPO: directly from preference pairs")
     type_json(page, unfold(dialog, "Changes to the recipe", "overrides"), json.dumps(LONG_SFT))
     run_id = submit(dialog, live)
@@ -103,7 +98,7 @@ def test_the_plan_is_shown_before_anything_is_spent(page: Page, live: LiveStack)
     assert live.states(PIPELINE, run_id)["curate"] == "skipped"
     page.goto(task_page(live.record.airflow_url, PIPELINE, run_id, "plan"))
     page.get_by_text("Plan of recipe tiny, and nothing else: this is a dry run").first.wait_for()
-    page.get_by_text("num_epochs: 0.5 -> 12.0").first.wait_for()
+    page.get_by_text("num_epochs: 0.5 -> 4.0").first.wait_for()
     parent = live.xcom(PIPELINE, run_id, "resolve")["parent_run_id"]
     page.goto(f"{live.record.mlflow_url}/#/runs/{parent}")
     page.get_by_role("heading", name="Plan of recipe tiny").first.wait_for()
