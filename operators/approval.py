@@ -32,6 +32,17 @@ _COMMENT = Param(
 )
 _MODELS = ("base", "sft", "ppo", "dpo")
 _ALIGNED = ("ppo", "dpo")
+_BETTER = {
+    WIN_RATE: "↑",
+    SCORE: "↑",
+    "eval/preference_accuracy": "↑",
+    "eval/preference_margin": "↑",
+    "eval/perplexity": "↓",
+    "eval/bits_per_byte": "↓",
+    "eval/loss": "↓",
+    "eval/response_loss": "↓",
+}
+"""Which way is better; distances and lengths are neither."""
 
 
 class PromotionApproval(ApprovalOperator):
@@ -98,16 +109,17 @@ def question(run: RunInfo, config: PipelineConfig, evaluation: ArtifactRef) -> t
     models: dict[str, Mapping[str, Any]] = {
         role: report["models"][role] for role in _MODELS if role in report["models"]
     }
-    proposed = strongest([role for role in _ALIGNED if role in models], models)
+    aligned = [role for role in _ALIGNED if role in models]
+    proposed = strongest(aligned, models)
     subject = f"{run.name}: promote the {(proposed or 'aligned').upper()} model to champion?"
     champion = _champion(f"{config.promote.run_name}-aligned", report, evaluation)
     parts = [
-        f"Run {plain(run.name)}, proposed: **{(proposed or 'none').upper()}**, the aligned model with the higher "
-        "win rate against SFT.",
+        f"Run {plain(run.name)}, proposed: **{(proposed or 'none').upper()}**, "
+        + ("the aligned model with the highest win rate against SFT." if len(aligned) > 1 else "its aligned model."),
         _rules(config),
         "### Measured on held-out data",
         _metrics_table(models, champion.metrics),
-        champion.note,
+        f"↑ higher is better, ↓ lower is better. {champion.note}",
         "Scores come from this run's own reward model: they say how well a model pleases it, not how good it is.",
         f"### Answers side by side ({min(_NUM_SAMPLES, len(samples))} of {len(samples)} kept)",
         *(_sample(sample, list(models)) for sample in samples[:_NUM_SAMPLES]),
@@ -164,7 +176,13 @@ def _champion(name: str, report: Mapping[str, Any], evaluation: ArtifactRef) -> 
 def _metrics_table(models: Mapping[str, Mapping[str, Any]], champion: Mapping[str, str]) -> str:
     names = sorted({name for metrics in models.values() for name in metrics}, key=_importance)
     head = ["", *(role.upper() if role != "base" else "base" for role in models)]
-    rows = [[plain(name), *(_number(metrics.get(name)) for metrics in models.values())] for name in names]
+    rows = [
+        [
+            f"{plain(name)} {_BETTER.get(name, '')}".rstrip(),
+            *(_number(metrics.get(name)) for metrics in models.values()),
+        ]
+        for name in names
+    ]
     if champion:
         head.append("champion")
         rows = [[*row, _number(champion.get(name))] for row, name in zip(rows, names, strict=True)]
