@@ -85,6 +85,13 @@ def open_task(page: Page, url: str, run_id: str, task_id: str) -> None:
     page.wait_for_timeout(1000)
 
 
+def open_question(page: Page, address: str, told: str) -> None:
+    """What a person is asked by a task; `told` is a text of the question."""
+    page.goto(address)
+    page.get_by_text(told).first.wait_for()
+    page.wait_for_timeout(1500)  # the form is laid out below it
+
+
 def mlflow_experiment_of(url: str, run_id: str) -> str:
     response = requests.get(f"{url}/api/2.0/mlflow/runs/get", params={"run_id": run_id}, timeout=30)
     response.raise_for_status()
