@@ -29,7 +29,7 @@ modules = [f"{package.__name__}.{found.name}" for package in (operators, dags)
            for found in pkgutil.iter_modules(package.__path__)]
 for name in modules:
     import_module(name)
-bag = DagBag(dag_folder=dags.__path__[0], include_examples=False)
+bag = DagBag(dags.__path__[0])
 tasks = {}
 for dag_id, dag in bag.dags.items():
     there = json.dumps(DagSerialization.to_dict(dag))
