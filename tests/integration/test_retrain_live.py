@@ -87,8 +87,11 @@ def test_the_run_that_it_starts_begins_at_the_champion(live: LiveStack, retraine
 def test_only_the_new_documents_are_curated(live: LiveStack, retrained: Retraining) -> None:
     manifest = read_manifest(live.artifact(retrained.pipeline_run_id, Stage.CURATE))
     documents = manifest.ledger["documents"]
+    assert set(documents["sources"]) == {live.incoming.as_uri(), "planted"}, "no document of the champion's data"
+    assert documents["sources"][live.incoming.as_uri()]["in"]["documents"] == NEW_DOCUMENTS + 1
     assert documents["dropped"]["exact_duplicates/seen_before"]["documents"] == 1
-    assert documents["in"]["documents"] - documents["planted"]["documents"] == NEW_DOCUMENTS + 1
+    new = manifest.metrics["curate/documents_new"]
+    assert NEW_DOCUMENTS / 2 < new <= NEW_DOCUMENTS
 
 
 def test_the_candidate_has_the_old_champion_as_parent(live: LiveStack, first_run: str, retrained: Retraining) -> None:
