@@ -107,11 +107,11 @@ class CurateConfig(Config):
     """Text sources: `installed-docs`, a file, a folder, `s3://bucket/prefix` (.txt .md .rst .jsonl .json .parquet,
     .gz and .zst), or `hf://name?split=train&config=..&text=..&revision=..`."""
     instructions: tuple[str, ...] = (DERIVED,)
-    """Instruction sources: `derived` (from installed-docs), or files, folders, s3:// or hf:// of conversations in one of
-    the shapes of docs/DATA.md, each told from its fields or by `#format=alpaca` behind the source; empty for none."""
+    """Instruction sources: `derived` (from installed-docs), or files, folders, s3:// or hf:// of conversations, each
+    told from its fields or by `#format=alpaca` behind the source (docs/DATA.md); empty for none."""
     preferences: tuple[str, ...] = (DERIVED,)
-    """Preference sources: `derived`, or files, folders, s3:// or hf:// of pairs, transcripts or ranked responses in one
-    of the shapes of docs/DATA.md, each told from its fields or by `#format=ranked` behind the source; empty for none."""
+    """Preference sources: `derived`, or files, folders, s3:// or hf:// of pairs, transcripts or ranked responses, each
+    told from its fields or by `#format=ranked` behind the source (docs/DATA.md); empty for none."""
     packages: tuple[str, ...] = ()
     """Distributions read by `installed-docs`; empty for every installed one."""
     exclude_packages: tuple[str, ...] = ("kubernetes", "kubernetes-asyncio")

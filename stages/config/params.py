@@ -34,10 +34,12 @@ class PipelineParams(Config):
     """Raw text, one source a line: `installed-docs`, a folder, an `s3://` prefix (text, JSONL, Parquet) or
     `hf://dataset?split=train`. Empty: the recipe's."""
     instructions: list[str] = Field(
-        default_factory=list, title="Instructions", examples=["derived", "s3://bucket/sft.jsonl", "s3://bucket/math.jsonl#weight=0.3"]
+        default_factory=list,
+        title="Instructions",
+        examples=["derived", "s3://bucket/sft.jsonl", "s3://bucket/math.jsonl#weight=0.3"],
     )
-    """Conversations, one source a line; `derived` makes pairs from the documents. Behind a source, `#weight=0.3` gives it
-    30 % of the training and `#format=sharegpt` says what its fields do not. Empty: the recipe's."""
+    """Conversations, one source a line; `derived` makes pairs from the documents. Behind a source, `#weight=0.3` gives
+    it 30 % of the training and `#format=sharegpt` says what its fields do not. Empty: the recipe's."""
     preferences: list[str] = Field(
         default_factory=list, title="Preferences", examples=["derived", "s3://bucket/pairs.jsonl"]
     )
