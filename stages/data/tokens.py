@@ -127,6 +127,11 @@ class PairView:
     def __getitem__(self, index: int) -> Pair:
         return Pair(self.chosen[index], self.rejected[index])
 
+    @property
+    def num_targets(self) -> np.ndarray:
+        """Trained tokens of each pair, both answers together."""
+        return self.chosen.num_targets + self.rejected.num_targets
+
 
 def require(items: int, what: str, *, advice: str) -> None:
     """Raise DataError when there is nothing to train or to evaluate on."""
