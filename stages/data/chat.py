@@ -90,6 +90,10 @@ class ChatEncoder:
 
     def check(self) -> int:
         """Return the id that ends an assistant's turn; raises ConfigError for a template that would train wrongly."""
+        if "strftime_now" in self._template and "date_string" not in self._template:
+            raise ConfigError(
+                "the chat template prints today's date: tokens would differ from day to day", advice=_ADVICE
+            )
         turns = [{"role": role, "content": text} for role, text in zip(_PROBE_ROLES, _PROBE_TEXTS, strict=True)]
         try:
             whole = self.encode(turns)
