@@ -11,7 +11,7 @@ tokenizer that knows the stand-ins and takes control tokens for plain text.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -31,7 +31,8 @@ CHAT_TEMPLATE = (
 """Template of tokenizers that we train. Every piece around a message's text is a special token."""
 
 _RESERVED = "\ue000"
-_PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
+_PLACEHOLDER = re.compile("(\u2003?)\ue000(\\d+)\ue001(\u2003?)")
+"""Stands for a message; the wide spaces around it are gone where the template trims."""
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _DATE = "26 Jul 2024"
 """What templates that show a date show; it is the one that Llama's fall back to."""
@@ -50,8 +51,17 @@ class _Piece:
     """Part of a rendered template: text with stand-ins, or the place of a message."""
 
     text: str
-    message: int | None
     trained: bool
+    message: int | None = None
+    is_trimmed: tuple[bool, bool] = (False, False)
+    """Whether the template takes white space off the message's begin, and off its end."""
+
+    def filled(self, messages: Sequence[Message]) -> str:
+        if self.message is None:
+            return self.text
+        text = messages[self.message]["content"]
+        text = text.lstrip() if self.is_trimmed[0] else text
+        return text.rstrip() if self.is_trimmed[1] else text
 
 
 class ChatEncoder:
@@ -65,11 +75,12 @@ class ChatEncoder:
         *,
         infer_spans: bool = False,
     ) -> None:
-        """With `infer_spans`, what the assistant said reaches from the begin of its text to the next control token;
-        else the template's {% generation %} markers say it."""
+        """With `infer_spans`, an assistant's turn reaches from the generation prompt to the control token behind its
+        text; else the template's {% generation %} markers say it."""
         self._template, self._special_tokens, self._infer = chat_template, dict(special_tokens), infer_spans
         self._skeletons: dict[tuple[tuple[str, ...], bool], tuple[_Piece, ...]] = {}
-        self._controls = _control_tokens(tokenizer, self._written())
+        named = set(self._special_tokens.values())
+        self._controls = _control_tokens(tokenizer, self._written(), named)
         self._copy, self._stand_ins, self._real_ids = _with_stand_ins(tokenizer, self._controls)
         names = sorted((token.content for token in self._controls.values()), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, names)) or r"(?!)")
@@ -148,7 +159,7 @@ class ChatEncoder:
         texts: list[str] = []
         trained: list[np.ndarray] = []
         for piece in pieces:
-            text = piece.text if piece.message is None else messages[piece.message]["content"]
+            text = piece.filled(messages)
             if piece.message is not None and _RESERVED in text:
                 raise Unusable("reserved_character")
             texts.append(text)
@@ -173,7 +184,7 @@ class ChatEncoder:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        marked = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
+        marked = [{"role": role, "content": f"\u2003\ue000{i}\ue001\u2003"} for i, role in enumerate(roles)]
         names: dict[str, Any] = {**self._special_tokens, "date_string": _DATE}
         try:
             answer: Any = render_jinja_template(
@@ -185,19 +196,23 @@ class ChatEncoder:
             )
         except TemplateError as error:
             raise Unusable("refused_by_template") from error
-        (text,), (spans,) = answer if _MARKERS.search(self._template) else (answer, [[]])
-        if [int(match[1]) for match in _PLACEHOLDER.finditer(text)] != list(range(len(roles))):
+        (text,), marked_spans = answer
+        spans = marked_spans[0] if marked_spans else []
+        if [int(match[2]) for match in _PLACEHOLDER.finditer(text)] != list(range(len(roles))):
             raise Unusable("left_out_by_template")
         return text, spans
 
     def _inferred(self, text: str, roles: Sequence[str]) -> Iterator[tuple[int, int]]:
-        """From each assistant placeholder to the end of the control token behind it."""
+        """From the end of the generation prompt, which stands before each assistant turn, to the end of the control
+        token behind the turn's text."""
         places = list(_PLACEHOLDER.finditer(text))
         for index, place in enumerate(places):
             if roles[index] == "assistant":
+                asked, _ = self._render(roles[:index], add_generation_prompt=True)
                 limit = places[index + 1].start() if index + 1 < len(places) else len(text)
                 end = self._control.search(text, place.end(), limit)
-                yield place.start(), end.end() if end else place.end()
+                start = len(asked) if text.startswith(asked) else place.start()
+                yield start, end.end() if end else place.end()
 
     def _cut(self, text: str, spans: Sequence[tuple[int, int]]) -> Iterator[_Piece]:
         position = 0
@@ -206,9 +221,10 @@ class ChatEncoder:
             stop = match.start() if match else len(text)
             for start, end in _between(position, stop, edges):
                 part = self._control.sub(lambda control: self._stand_ins[control[0]], text[start:end])
-                yield _Piece(part, None, _inside(start, spans))
+                yield _Piece(part, _inside(start, spans))
             if match:
-                yield _Piece("", int(match[1]), _inside(match.start(), spans))
+                trims = (not match[1], not match[3])
+                yield _Piece("", _inside(match.start(), spans), message=int(match[2]), is_trimmed=trims)
                 position = match.end()
 
 
@@ -217,12 +233,12 @@ _PROBE_TEXTS = ("first question", "first answer", "second question", "second ans
 _ADVICE = "mend the template and give its text as tokenize.chat_template, or set that to 'plain'."
 
 
-def _control_tokens(tokenizer: Tokenizer, written: str) -> dict[int, AddedToken]:
-    """By id: all special tokens, and those of the other added ones that the template itself writes."""
+def _control_tokens(tokenizer: Tokenizer, written: str, named: Container[str]) -> dict[int, AddedToken]:
+    """By id: all special tokens, and of the other added ones those that have a role or that the template writes."""
     return {
         number: token
         for number, token in tokenizer.get_added_tokens_decoder().items()
-        if token.special or (token.content in written and token.content.strip())
+        if token.special or token.content in named or (token.content in written and token.content.strip())
     }
 
 

@@ -176,7 +176,7 @@ def family(name: str) -> Family:
             return Family(made, CHATML, names, "<|im_end|>")
         case "chatml with tokens that nobody declared special":
             made = byte_level("<|endoftext|>", "<|im_start|>", "<|im_end|>", special=False)
-            names = {"bos_token": "", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+            names = {"bos_token": "", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
             return Family(made, CHATML, names, "<|im_end|>")
         case "llama3":
             specials = (
@@ -209,8 +209,7 @@ def test_templates_of_known_families_train_what_the_assistant_said_and_its_end(n
     made = family(name)
     encoded = made.encoder().encode(turns("what does it do?", "it sorts  long lists", "more?", "no, all done"))
     trained = trained_text(made.tokenizer, encoded).replace(" " + made.end, made.end)  # Llama 2 puts a space there
-    assert trained.split(made.end) == ["it sorts  long lists", trained.split(made.end)[1], ""]
-    assert trained.split(made.end)[1].strip() == "no, all done"
+    assert [text.strip() for text in trained.split(made.end)] == ["it sorts  long lists", "no, all done", ""]
     assert made.encoder().check() == made.tokenizer.token_to_id(made.end)
 
 
