@@ -89,7 +89,7 @@ def test_a_template_of_its_own_is_kept_and_gets_the_begin_token_that_its_tokeniz
     bos = tokenizer.token_to_id("<|bos|>")
     assert tokenizer.encode("x").ids[0] == bos
     folder = save(tmp_path, tokenizer, template=UNMARKED)
-    with pytest.raises(ConfigError, match="no {% generation %} markers"):
+    with pytest.raises(ConfigError, match=r"no \{% generation %\} markers"):
         given_tokenizer(folder).chat().check()
     loaded = given_tokenizer(folder, chat_template="infer")
     assert loaded.chat_template == "{{ bos_token }}" + UNMARKED
