@@ -16,6 +16,7 @@ from stages.config.execution import Engine as EngineKind
 from stages.config.execution import ExecutionConfig
 from stages.config.train import TrainConfig
 from stages.data.packing import Packed
+from stages.models.precision import autocast
 from stages.train.optimizer import make_optimizer
 
 Result = TypeVar("Result")
@@ -82,7 +83,7 @@ class Engine:
         return self.call(compute, *arguments)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._config.precision == "bf16")
+        return autocast(self.device, self._config.precision)
 
     def freeze(self, model: nn.Module) -> nn.Module:
         """Move a model that is only read (reference, reward) to the device and take its gradients away."""
