@@ -244,6 +244,11 @@ class Checkpointer:
             )
 
 
+def _digest(record: dict[str, Any]) -> str:
+    """Hash over the record's values: a bit that flips in a cursor would go unnoticed in JSON."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
 def _short(digest: str | None) -> str:
     return "absent" if digest is None else digest[:12]
 
