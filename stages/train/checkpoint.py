@@ -244,6 +244,12 @@ class Checkpointer:
             )
 
 
+def _digest(record: dict[str, Any]) -> str:
+    """Hash over the record's values: a bit that flips in a cursor would go unnoticed in JSON."""
+    as_read = json.loads(json.dumps(record))
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
+
+
 def _short(digest: str | None) -> str:
     return "absent" if digest is None else digest[:12]
 
@@ -278,7 +284,8 @@ class _OpenedFiles:
 
 
 def _digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    as_read = json.loads(json.dumps(record))
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def _folder(step: int) -> str:

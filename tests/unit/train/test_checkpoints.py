@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stages.config.errors import ConfigError, DataError
-from stages.store import Store, open_store
+from stages.store import Store, open_store, read_json, write_json
 from stages.train.best import BestBy
 from stages.train.checkpoint import Checkpoint, Checkpointer
 from stages.train.objective import ObjectiveState
@@ -117,6 +117,17 @@ def test_whatever_is_damaged_the_checkpoint_before_is_used(
         assert "step-00000004 is damaged and passed over" in caplog.text
 
 
+def test_a_cursor_that_changed_in_the_record_is_noticed(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    checkpointer = saved(store, 3, 4)
+    (key,) = [key for key in files_of_newest(store) if key.endswith("checkpoint.json")]
+    record = read_json(store, key)
+    write_json(store, key, {**record, "objective": {"cursor": 5}})
+    latest = checkpointer.latest()
+    assert latest is not None
+    assert latest.step == 3
+    assert "checkpoint.json does not have the digest that it records" in caplog.text
+
+
 def test_a_checkpoint_of_other_data_is_refused_with_the_reason(store: Store) -> None:
     saved(store, 2, trained_on={"tokens": "a" * 64, "order": "c" * 64, "num_steps": "8"})
     other = Checkpointer(
@@ -140,26 +151,31 @@ def test_the_same_origin_is_resumed(store: Store) -> None:
     assert latest.step == 2
 
 
+class Counted:
+    """A store that counts checkpoints whose first file has come and whose record has not."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.in_flight = self.most = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def upload(self, path: Path, key: str) -> None:
+        self.in_flight += 1
+        self.most = max(self.most, self.in_flight)
+        self._store.upload(path, key)
+
+    def write_bytes(self, key: str, data: bytes) -> None:
+        self._store.write_bytes(key, data)
+        if key.endswith("checkpoint.json"):
+            self.in_flight -= 1
+
+
 def test_at_most_one_checkpoint_is_in_flight(store: Store) -> None:
-    in_flight, most = 0, 0
-
-    def count() -> None:
-        nonlocal in_flight, most
-        in_flight += 1
-        most = max(most, in_flight)
-
-    class Counted:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(store, name)
-
-        def write_bytes(self, key: str, data: bytes) -> None:
-            nonlocal in_flight
-            store.write_bytes(key, data)
-            if key.endswith("checkpoint.json"):
-                in_flight -= 1
-
-    checkpointer = Checkpointer(Counted(), IDENTITY, keep=2, processes=Processes(), before_publishing=count)  # type: ignore[arg-type]
+    counted = Counted(store)
+    checkpointer = Checkpointer(counted, IDENTITY, keep=2, processes=Processes())  # type: ignore[arg-type]
     for step in range(1, 30):
         checkpointer.save(at(step))
     checkpointer.wait()
-    assert (in_flight, most) == (0, 1)
+    assert (counted.in_flight, counted.most) == (0, 1)
