@@ -13,6 +13,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DAG_FILES = sorted(path for path in (REPOSITORY / "dags").glob("*.py") if path.name != "__init__.py")
 HEAVY = {"torch", "ray", "mlflow", "transformers", "datatrove", "boto3", "botocore", "numpy", "pandas", "aiohttp"}
 MAX_CPU_SECONDS = 0.3
+YARDSTICK_SECONDS = 0.06
+"""What the probe's loop takes on the machine for which the limit is meant; a slower one gets as much more."""
 
 # The DAG processor has Airflow loaded when it reads a file, so that is not part of the cost.
 PROBE = """
@@ -26,8 +28,11 @@ started = time.process_time()
 file = Path(sys.argv[1])
 bag = BundleDagBag(dag_folder=file, bundle_path=file.parent, bundle_name="probe")
 seconds = time.process_time() - started
+started = time.process_time()
+sum(number * number for number in range(1_000_000))
+yardstick = time.process_time() - started
 new = sorted({name.split(".")[0] for name in set(sys.modules) - before})
-print("PROBE", json.dumps({"seconds": seconds, "errors": bag.import_errors, "dags": list(bag.dags), "new": new}))
+print("PROBE", json.dumps({"seconds": seconds, "yardstick": yardstick, "errors": bag.import_errors, "dags": list(bag.dags), "new": new}))
 """
 
 
@@ -38,7 +43,8 @@ def test_a_dag_is_read_in_a_moment_without_anything_heavy(file: Path, tmp_path: 
     assert found["errors"] == {}
     assert found["dags"]
     assert not HEAVY & set(found["new"])
-    assert found["seconds"] < MAX_CPU_SECONDS
+    slowness = max(1.0, found["yardstick"] / YARDSTICK_SECONDS)
+    assert found["seconds"] < MAX_CPU_SECONDS * slowness
 
 
 def _read(file: Path, home: Path) -> dict[str, Any]:
