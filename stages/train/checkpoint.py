@@ -31,6 +31,8 @@ class Checkpoint:
     step: int
     engine: dict[str, Tensor]
     objective: ObjectiveState
+    guard: dict[str, Any]
+    """What the loop remembers of skipped steps."""
     history: list[dict[str, Any]]
     """Metrics of all logged steps, for the model's history file."""
 
@@ -95,7 +97,12 @@ class Checkpointer:
                 "objective.safetensors": save(checkpoint.objective.tensors),
                 "history.jsonl": lines.encode(),
             }
-            record = {"step": checkpoint.step, "objective": checkpoint.objective.numbers, "sha256": {}}
+            record = {
+                "step": checkpoint.step,
+                "objective": checkpoint.objective.numbers,
+                "guard": checkpoint.guard,
+                "sha256": {},
+            }
             for name, data in files.items():
                 self._store.write_bytes(f"{folder}/{name}", data)
                 record["sha256"][name] = hashlib.sha256(data).hexdigest()
@@ -118,6 +125,7 @@ class Checkpointer:
             step=record["step"],
             engine=load(files["engine.safetensors"]),
             objective=ObjectiveState(record["objective"], load(files["objective.safetensors"])),
+            guard=record["guard"],
             history=[json.loads(line) for line in files["history.jsonl"].splitlines()],
         )
 

@@ -5,9 +5,12 @@ losses, rollouts and evaluations alike are `engine.call(function, batch)`.
 """
 
 import contextlib
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,6 +19,7 @@ from stages.config.execution import Engine as EngineKind
 from stages.config.execution import ExecutionConfig
 from stages.config.train import TrainConfig
 from stages.data.packing import Packed
+from stages.train.averaging import averaged, update_average
 from stages.train.optimizer import make_optimizer
 
 Result = TypeVar("Result")
@@ -38,7 +42,7 @@ class StepReport(NamedTuple):
     grad_norm: float
     """Before clipping."""
     skipped: bool
-    """True when the gradient was not finite and the parameters were left alone."""
+    """True when the step was not accepted and the parameters were left alone."""
 
 
 class Engine:
@@ -55,7 +59,8 @@ class Engine:
         for model in parts.values():
             _prepare(model, execution)
         self._module, self._sharded = self._wrap()
-        self.optimizer = make_optimizer(self.trainable, config.optimizer)
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.optimizer = make_optimizer(self.trainable, config.optimizer, dtype=dtype)
 
     def _wrap(self) -> tuple[nn.Module, bool]:
         if self.world_size == 1:
@@ -78,8 +83,18 @@ class Engine:
 
     @torch.no_grad()
     def infer(self, compute: Callable[..., Result], *arguments: Any) -> Result:
-        """As `call`, without gradients."""
-        return self.call(compute, *arguments)
+        """As `call`, without gradients or dropout."""
+        self.trainable.eval()
+        try:
+            return self.call(compute, *arguments)
+        finally:
+            self.trainable.train()
+
+    def seed(self, seed: int, step: int) -> None:
+        """Make what the models draw in a step (dropout) follow from (seed, step, rank), so that it is the same after a
+        resume."""
+        key = np.random.SeedSequence([seed, step, self.rank]).generate_state(1, np.uint64)[0]
+        torch.manual_seed(int(key))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._config.precision == "bf16")
@@ -100,17 +115,23 @@ class Engine:
             return self._module.no_sync()
         return contextlib.nullcontext()
 
-    def step(self, learning_rate: float) -> StepReport:
-        """Clip, update and clear; a gradient that is not finite changes nothing and is reported."""
+    def step(self, learning_rate: float, *, accepts: Callable[[float], bool] = math.isfinite) -> StepReport:
+        """Clip, update and clear; a step whose gradient norm `accepts` refuses changes nothing."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = torch.nn.utils.clip_grad_norm_(self.trainable.parameters(), self._config.optimizer.max_grad_norm)
         grad_norm = float(_full(norm))
-        skipped = not torch.isfinite(torch.tensor(grad_norm)).item()
+        skipped = not accepts(grad_norm)
         if not skipped:
             self.optimizer.step()
+            if self._config.optimizer.ema_decay:
+                update_average(self.optimizer, self._config.optimizer.ema_decay)
         self.optimizer.zero_grad(set_to_none=True)
         return StepReport(grad_norm, skipped)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the weights are those that are evaluated and exported: their moving average where there is one."""
+        return averaged(self.optimizer)
 
     def sum(self, values: Iterable[float]) -> list[float]:
         """Sum each number over ranks, in float64."""
@@ -131,13 +152,14 @@ class Engine:
         return self.max(0.0 if done else 1.0) == 0.0 if self._sharded else done
 
     def model_weights(self, part: str) -> dict[str, Tensor]:
-        """Return one part's full weights on the CPU; every rank must call it."""
-        return {name: _full(tensor).detach().cpu() for name, tensor in self._part(part).state_dict().items()}
+        """Return one part's full weights for export, on the CPU; every rank must call it."""
+        with self.averaged():
+            return {name: _copy(tensor) for name, tensor in self._part(part).state_dict().items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return full copies of parameters and optimizer moments on the CPU; every rank must call it."""
+        """Return full copies of trained parameters and their optimizer state on the CPU; every rank must call it."""
         state: dict[str, Tensor] = {}
-        for name, parameter in self.trainable.named_parameters():
+        for name, parameter in self._trained_parameters():
             state[f"parameter/{name}"] = _copy(parameter)
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"{key}/{name}"] = _copy(value)
@@ -145,14 +167,18 @@ class Engine:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` returned, at this or another world size."""
+        by_name: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+        for key, value in state.items():
+            kind, _, name = key.partition("/")
+            by_name[name][kind] = value
         with torch.no_grad():
-            for name, parameter in self.trainable.named_parameters():
-                parameter.copy_(_like(state[f"parameter/{name}"], parameter))
-                self.optimizer.state[parameter] = {
-                    key: _like(state[f"{key}/{name}"], parameter) if key != "step" else state[f"{key}/{name}"].clone()
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                    if f"{key}/{name}" in state
-                }
+            for name, parameter in self._trained_parameters():
+                values = by_name[name]
+                parameter.copy_(_like(values.pop("parameter"), parameter))
+                self.optimizer.state[parameter] = {kind: _like(value, parameter) for kind, value in values.items()}
+
+    def _trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self.trainable.named_parameters() if parameter.requires_grad]
 
     def _part(self, name: str) -> nn.Module:
         return self.trainable.parts[name]
@@ -205,7 +231,8 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    if not hasattr(parameter, "device_mesh"):
+    """Place a full value as the parameter is placed; numbers, such as the count of updates, are whole everywhere."""
+    if value.ndim == 0 or not hasattr(parameter, "device_mesh"):
         return value.to(parameter.device, copy=True)
     from torch.distributed.tensor import distribute_tensor
 

@@ -12,18 +12,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from stages.config.errors import NonFiniteError
 from stages.config.execution import ExecutionConfig
 from stages.config.train import TrainConfig
 from stages.data.packing import Packed
 from stages.train.checkpoint import Checkpoint, Checkpointer
 from stages.train.engine import Engine
+from stages.train.guard import StepGuard
 from stages.train.objective import LossOutput, Objective, Step
 from stages.train.optimizer import learning_rate
 
 logger = logging.getLogger(__name__)
 
-_MAX_SKIPPED_IN_A_ROW = 5
 _TIMING = "train/tokens_per_second"
 """Reported, but not part of the history that is published: the same training gives the same bytes."""
 
@@ -48,47 +47,44 @@ def train(
 ) -> History:
     """Train to the end, from the newest checkpoint if there is one; return the metrics of every logged step, but its
     speed."""
-    step, history = _resume(objective, engine, checkpointer)
-    skipped_in_a_row = num_skipped = 0
+    guard = StepGuard(config.optimizer)
+    step, history = _resume(objective, engine, guard, checkpointer)
     last = clock()
     for item in objective.steps(engine):
         rate = learning_rate(config.optimizer, step=step, num_steps=objective.num_steps)
+        engine.seed(config.seed, step)
         metrics = _accumulate(objective, engine, item)
-        outcome = engine.step(rate)
+        outcome = engine.step(rate, accepts=guard.judging(loss=metrics["train/loss"], step=step + 1))
         step += 1
-        num_skipped += outcome.skipped
-        skipped_in_a_row = skipped_in_a_row + 1 if outcome.skipped else 0
-        if skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
-            raise NonFiniteError(
-                f"loss or gradient was not finite in {skipped_in_a_row} steps in a row, up to step {step}",
-                advice=f"Lower optimizer.learning_rate (now {config.optimizer.learning_rate}) or use precision=fp32.",
-            )
         now = clock()
         metrics |= item.metrics | {
             "train/grad_norm": outcome.grad_norm,
             "train/learning_rate": rate,
             _TIMING: metrics.pop("tokens") / (now - last),
-            "train/skipped_steps": float(num_skipped),
+            **guard.metrics,
         }
         last = now
         if _due(step, config.eval_every, objective.num_steps):
-            metrics |= objective.evaluate(engine)
+            with engine.averaged():
+                metrics |= objective.evaluate(engine)
             last = clock()
         if _due(step, execution.log_every, objective.num_steps):
             history.append({"step": step, **{name: value for name, value in metrics.items() if name != _TIMING}})
             report(metrics, step=step, num_steps=objective.num_steps)
         if execution.checkpoint_every and step % execution.checkpoint_every == 0 and step < objective.num_steps:
-            checkpointer.save(Checkpoint(step, engine.state_dict(), objective.state_dict(), list(history)))
+            state = Checkpoint(step, engine.state_dict(), objective.state_dict(), guard.state_dict(), list(history))
+            checkpointer.save(state)
     checkpointer.wait()
     return history
 
 
-def _resume(objective: Objective, engine: Engine, checkpointer: Checkpointer) -> tuple[int, History]:
+def _resume(objective: Objective, engine: Engine, guard: StepGuard, checkpointer: Checkpointer) -> tuple[int, History]:
     checkpoint = checkpointer.latest()
     if checkpoint is None:
         return 0, []
     engine.load_state_dict(checkpoint.engine)
     objective.load_state_dict(checkpoint.objective)
+    guard.load_state_dict(checkpoint.guard)
     logger.info("resumed from the checkpoint of step %d of %d", checkpoint.step, objective.num_steps)
     return checkpoint.step, checkpoint.history
 
@@ -100,15 +96,18 @@ def _accumulate(objective: Objective, engine: Engine, step: Step) -> dict[str, f
         [sum(objective.weight(batch) for batch in counted), sum(_num_tokens(batch) for batch in counted)]
     )
     sums: dict[str, Tensor] = {}
+    counts: list[Tensor] = []
     batches = _same_count(engine, step)
     for position, (batch, share) in enumerate(batches):
         last = position == len(batches) - 1
         with engine.defer_sync() if not last else torch.enable_grad():
             out: LossOutput = engine.call(objective.loss, batch)
-            engine.accumulate(out.loss_sum * (share / units), last=last)
+            engine.accumulate(_share_of_loss(out, share, units=units, tokens=tokens), last=last)
         pairs = out.metrics | {"train/loss": torch.stack([out.loss_sum.detach(), out.loss_sum.new_tensor(0.0)])}
         for name, pair in pairs.items():
             sums[name] = sums.get(name, 0) + share * pair
+        if out.counts is not None:
+            counts.append(share * out.counts)
     names = sorted(sums)
     totals = engine.sum([value for name in names for value in sums[name].tolist()])
     metrics = {
@@ -116,7 +115,16 @@ def _accumulate(objective: Objective, engine: Engine, step: Step) -> dict[str, f
         for name, total, weight in zip(names, totals[::2], totals[1::2], strict=True)
         if weight or name == "train/loss"
     }
+    if counts:
+        total = engine.sum(sum(counts).flatten().tolist())
+        metrics |= step.observe(torch.tensor(total).view_as(counts[0]))
     return metrics | {"tokens": tokens}
+
+
+def _share_of_loss(out: LossOutput, share: float, *, units: float, tokens: float) -> Tensor:
+    """What a micro-batch adds to the loss of the whole step."""
+    loss = out.loss_sum * (share / units)
+    return loss if out.token_loss_sum is None else loss + out.token_loss_sum * (share / tokens)
 
 
 def _same_count(engine: Engine, step: Step) -> list[tuple[Packed, float]]:
