@@ -15,10 +15,12 @@ from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
 from stages.config.train import TrainConfig
+from stages.context import StageContext
 from stages.data.tokens import TokensArtifact
 from stages.train.checkpoint import Checkpointer
 from stages.train.engine import Engine
 from stages.train.loop import train
+from stages.train.run import Prepared
 from tests.small_world import make_context
 
 
@@ -54,8 +56,7 @@ def run_training(
         num_workers=num_workers,
     )
     context = make_context(home, stage, config, inputs, execution)
-    artifact = TokensArtifact(context.input_dir("tokens"))
-    prepared = importlib.import_module(f"stages.{stage.value}").prepare(context, artifact)
+    prepared = prepare_in(context)
     engine = Engine(prepared.parts, config, execution)
 
     def report(metrics: dict[str, float], *, step: int, num_steps: int) -> None:
@@ -75,6 +76,16 @@ def run_training(
     finally:
         checkpointer.wait()
     return Trained(engine.model_weights(prepared.exported), history)
+
+
+def prepare(home: Path, stage: Stage, config: TrainConfig, inputs: dict[str, ArtifactRef]) -> Prepared:
+    """What the stage makes ready, untrained."""
+    return prepare_in(make_context(home, stage, config, inputs))
+
+
+def prepare_in(context: StageContext) -> Prepared:
+    verb = importlib.import_module(f"stages.{context.request.stage.value}")
+    return verb.prepare(context, TokensArtifact(context.input_dir("tokens")))
 
 
 def run_on_two_processes(home: Path, stage: Stage, config: TrainConfig, inputs: dict, **options: Any) -> Trained:
