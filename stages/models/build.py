@@ -123,8 +123,11 @@ def save_model(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path,
     tied = model.all_tied_weights_keys or {}
     untied = {name: weight for name, weight in weights.items() if name not in tied}
     # The names and shapes that the architecture was published with, one matrix an expert, say, as vLLM reads them.
-    save_torch_state_dict(revert_weight_conversion(model, untied), folder, metadata={"format": "pt"})
+    published = {name: _alone(weight) for name, weight in revert_weight_conversion(model, untied).items()}
+    save_torch_state_dict(published, folder, metadata={"format": "pt"})
     model.config.architectures = [type(model).__name__]
+    if hasattr(model.config, "quantization_config"):  # what is written is whole again
+        del model.config.quantization_config
     model.config.dtype = torch.float32
     model.config.save_pretrained(folder)
     if model.can_generate():
@@ -135,6 +138,11 @@ def save_model(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path,
         )
         generation.save_pretrained(folder)
     shutil.copytree(tokens.tokenizer_dir, folder, dirs_exist_ok=True)
+
+
+def _alone(weight: Tensor) -> Tensor:
+    """A slice of a stack gets memory of its own, without which safetensors would not write it."""
+    return weight if weight.untyped_storage().nbytes() == weight.nbytes else weight.clone()
 
 
 def _check_complete(loading: dict[str, Any], folder: Path, *, new: Set[str] = frozenset()) -> None:

@@ -88,30 +88,36 @@ def merged_weights(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Te
     if not has_adapter(model):
         return weights
     from peft.tuners.lora import LoraLayer
-    from peft.utils.integrations import dequantize_module_weight
 
     plain = {
         name.replace(f".modules_to_save.{_NAME}.", ".").replace(".base_layer.", "."): weight
-        for name, weight in weights.items()
-        if ".lora_" not in name and ".original_module." not in name and ".base_layer.weight." not in name
+        for name, weight in (weights | _dequantized(model)).items()
+        if not any(part in name for part in (".lora_", ".original_module.", ".weight."))
     }
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             down, up = (weights[f"{name}.lora_{part}.{_NAME}.weight"] for part in ("A", "B"))
             delta = layer.scaling[_NAME] * (up.float() @ down.float())
-            base: Any = layer.get_base_layer()
-            matrix = plain[f"{name}.weight"]
-            if not matrix.is_floating_point():  # 4 bits, packed
-                matrix = dequantize_module_weight(base).detach().cpu()
-            plain[f"{name}.weight"] = matrix.float() + (delta.T if layer.fan_in_fan_out else delta)  # type: ignore[attr-defined]
+            plain[f"{name}.weight"] = plain[f"{name}.weight"] + (delta.T if layer.fan_in_fan_out else delta)  # type: ignore[attr-defined]
     return plain
+
+
+def _dequantized(model: nn.Module) -> dict[str, Tensor]:
+    """The matrices that are kept in 4 bits, in float32; their scales lie beside them as `...weight.<what>`."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    return {
+        f"{name}.weight": dequantize_module_weight(part).detach().float().cpu()
+        for name, part in model.named_modules()
+        if type(getattr(part, "weight", None)).__name__ == "Params4bit"
+    }
 
 
 def save_adapter(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
     """Write the adapter alone, as peft does, so that `PeftModel.from_pretrained` puts it on the start model."""
     from safetensors.torch import save_file
 
-    folder.mkdir()
+    folder.mkdir(parents=True)
     adapter = {
         "base_model.model." + name.replace(f".modules_to_save.{_NAME}.", ".").replace(f".{_NAME}.", "."): weight
         for name, weight in weights.items()

@@ -111,13 +111,15 @@ def test_the_balancing_loss_evens_the_load_out(stage_inputs: Inputs, tmp_path: P
         config = PRETRAIN.model_copy(
             update={
                 "model": EXPERTS.model_copy(update={"router_loss_coefficient": coefficient}),
-                "max_tokens": 64 * 4 * 60,
+                "max_tokens": 64 * 4 * 40,
             }
         )
         trained = run_training(tmp_path / str(coefficient), Stage.PRETRAIN, config, stage_inputs[Stage.PRETRAIN])
         return float(np.mean([row["train/expert_load_max"] for row in trained.history[-10:]]))
 
-    assert last_load(0.1) < 1.3 < last_load(0.0)
+    # 2 is the most that an expert of four, two a token, can get: all tokens
+    assert last_load(1.0) < 1.5
+    assert last_load(0.0) > 1.8
 
 
 def test_an_export_has_the_published_names_and_reloads_in_plain_transformers(
