@@ -25,6 +25,8 @@ class StageOutcome:
     ledger: dict[str, Any] = field(default_factory=dict)
     files: tuple[FileEntry, ...] = ()
     """Files that a worker on another machine has already uploaded."""
+    execution: dict[str, Any] = field(default_factory=dict)
+    """How it ran, where the execution config leaves that to the hardware; goes into the manifest."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from stages.losses import bits_per_byte, pair_accuracy, perplexity
 from stages.models.build import load_causal_lm, load_reward_model
 from stages.models.forward import next_token_loss_sum, segment_logprobs, segment_scores
 from stages.models.generation import generate, uniforms
+from stages.models.precision import autocast
 from stages.train.engine import local_device
 from stages.train.launch import launch
 from stages.train.next_token import DocumentRows
@@ -264,7 +265,7 @@ class Bench:
 
     def _infer(self, compute: Callable[..., Any], model: nn.Module, *arguments: Any, **options: Any) -> Any:
         moved = [a.to(self._device) if isinstance(a, Packed) else a for a in arguments]
-        with torch.no_grad(), torch.autocast(self._device.type, dtype=torch.bfloat16):
+        with torch.no_grad(), autocast(self._device):
             return compute(model, *moved, **options)
 
     def _document_batches(self) -> list[Packed]:

@@ -20,6 +20,7 @@ from stages.data.tokenizer import LoadedTokenizer, given_tokenizer
 from stages.data.tokens import Split, TokensArtifact, require
 from stages.models.build import load_causal_lm
 from stages.models.generation import generate, uniforms
+from stages.models.precision import autocast
 from stages.train.engine import local_device
 from stages.train.launch import launch
 from stages.train.plan import evenly
@@ -118,7 +119,7 @@ def _answers(
         indices=range(first * each, (first + len(prompts)) * each),
         length=config.max_response_length,
     )
-    with torch.no_grad(), torch.autocast(local_device().type, dtype=torch.bfloat16):
+    with torch.no_grad(), autocast(local_device()):
         flat = generate(
             model,
             [prompt.ids for prompt in prompts for _ in range(each)],

@@ -239,6 +239,7 @@ def _manifest(context: StageContext, outcome: StageOutcome) -> Manifest:
         config=request.config,
         execution={
             **request.execution.model_dump(mode="json"),
+            **outcome.execution,
             "submission_id": request.submission_id,
             "git_commit": git_commit(),
             "python": platform.python_version(),

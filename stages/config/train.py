@@ -130,7 +130,8 @@ class TrainConfig(Config):
     optimizer: OptimizerConfig
     """Optimizer and schedule."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """`bf16` computes matrix products in bfloat16 (autocast), weights and optimizer stay in float32."""
+    """`bf16` computes matrix products in bfloat16 (autocast), weights and optimizer stay in float32; a CPU without
+    bfloat16 instructions computes them in float32, which is faster there and never less exact."""
     global_batch_size: int = Field(ge=1)
     """Items of one optimizer step over all workers: packed sequences (pretrain, sft), pairs (reward, dpo) or
     responses (ppo)."""

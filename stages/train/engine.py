@@ -19,6 +19,7 @@ from stages.config.execution import Engine as EngineKind
 from stages.config.execution import ExecutionConfig
 from stages.config.train import TrainConfig
 from stages.data.packing import Packed
+from stages.models.precision import autocast, compute_dtype
 from stages.train.averaging import averaged, update_average
 from stages.train.optimizer import make_optimizer
 
@@ -59,7 +60,7 @@ class Engine:
         for model in parts.values():
             _prepare(model, execution)
         self._module, self._sharded = self._wrap()
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        dtype = compute_dtype(self.device, config.precision)
         self.optimizer = make_optimizer(self.trainable, config.optimizer, dtype=dtype)
 
     def _wrap(self) -> tuple[nn.Module, bool]:
@@ -97,7 +98,7 @@ class Engine:
         torch.manual_seed(int(key))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._config.precision == "bf16")
+        return autocast(self.device, self._config.precision)
 
     def freeze(self, model: nn.Module) -> nn.Module:
         """Move a model that is only read (reference, reward) to the device and take its gradients away."""

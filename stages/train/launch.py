@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from stages.artifacts import upload_files
@@ -122,13 +123,19 @@ def _on_worker(arguments: dict[str, Any]) -> dict[str, Any] | None:
         context.check_lease()
         kind = GRAPH[request.stage].kind
         files = upload_files(context.store, context.output_dir, kind=kind, fingerprint=context.fingerprint)
-        return _to_json(StageOutcome(outcome.metrics, outcome.ledger, files))
+        return _to_json(replace(outcome, files=files))
 
 
 def _to_json(outcome: StageOutcome) -> dict[str, Any]:
     files = [entry.model_dump() for entry in outcome.files]
-    return {"metrics": outcome.metrics, "ledger": outcome.ledger, "files": files}
+    return {
+        "metrics": outcome.metrics,
+        "ledger": outcome.ledger,
+        "files": files,
+        "execution": outcome.execution,
+    }
 
 
 def _from_json(data: Any) -> StageOutcome:
-    return StageOutcome(data["metrics"], data["ledger"], tuple(FileEntry.model_validate(f) for f in data["files"]))
+    files = tuple(FileEntry.model_validate(entry) for entry in data["files"])
+    return StageOutcome(data["metrics"], data["ledger"], files, data["execution"])

@@ -15,6 +15,7 @@ from stages.config.train import TrainConfig
 from stages.context import StageContext, StageOutcome
 from stages.data.tokens import TokensArtifact
 from stages.models.build import save_model
+from stages.models.precision import compute_dtype
 from stages.train.checkpoint import Checkpointer
 from stages.train.engine import Engine
 from stages.train.launch import launch
@@ -69,7 +70,12 @@ def train_on_worker(context: StageContext) -> StageOutcome:
     if engine.rank == 0:
         _export(context.output_dir, prepared, weights, history, tokens)
     final = {name: value for name, value in history[-1].items() if name != "step"}
-    return StageOutcome(metrics=final, ledger=prepared.ledger | {"steps": objective.num_steps})
+    dtype = str(compute_dtype(engine.device, config.precision)).removeprefix("torch.")
+    return StageOutcome(
+        metrics=final,
+        ledger=prepared.ledger | {"steps": objective.num_steps},
+        execution={"device": engine.device.type, "compute_dtype": dtype},
+    )
 
 
 def _check_size(objective: Objective, context: StageContext) -> None:
