@@ -57,7 +57,7 @@ class DPOObjective:
 
     def __init__(self, steps: PairSteps, config: DPOConfig, *, reference: nn.Module | None, heldout: PairView) -> None:
         self._steps, self._config, self._reference, self._heldout = steps, config, reference, heldout
-        self.num_steps = steps.num_steps
+        self.num_steps, self.order = steps.num_steps, steps.order
 
     def steps(self, engine: Engine) -> Iterator[Step]:
         return self._steps.steps(engine)

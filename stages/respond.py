@@ -21,9 +21,9 @@ from stages.data.tokens import Split, TokensArtifact, require
 from stages.models.build import load_causal_lm
 from stages.models.generation import generate, uniforms
 from stages.models.precision import autocast
-from stages.train.engine import local_device
 from stages.train.launch import launch
 from stages.train.plan import evenly
+from stages.train.ranks import local_device
 
 _BATCH_PROMPTS = 16
 

@@ -52,7 +52,7 @@ class RewardObjective:
 
     def __init__(self, steps: PairSteps, config: RewardConfig, *, heldout: PairView, pad_id: int) -> None:
         self._steps, self._config, self._heldout, self._pad_id = steps, config, heldout, pad_id
-        self.num_steps = steps.num_steps
+        self.num_steps, self.order = steps.num_steps, steps.order
 
     def steps(self, engine: Engine) -> Iterator[Step]:
         return self._steps.steps(engine)

@@ -18,7 +18,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from stages.artifacts import (
@@ -39,6 +38,7 @@ from stages.config.request import Failure, InputEntry, Manifest, StageRequest, S
 from stages.context import StageContext, StageOutcome
 from stages.lease import Fence, Owner, acquire
 from stages.progress import Progress
+from stages.stopping import raise_stopped
 from stages.store import Store, open_store, read_json, write_json
 from stages.tracking import NullTracker, Tracker, record_hit
 
@@ -57,15 +57,9 @@ _OUT_OF_MEMORY_TEXTS = (
 )
 
 
-class Stopped(StageError):
-    """The job was asked to stop (SIGTERM): preemption, or somebody stopped it."""
-
-    category = Category.PREEMPTED
-
-
 def run_stage(config_uri: str) -> int:
     """Run the stage that `config_uri` describes and return the process's exit code."""
-    signal.signal(signal.SIGTERM, _raise_stopped)
+    signal.signal(signal.SIGTERM, raise_stopped)
     try:
         request, store = load_request(config_uri)
     except StageError as error:
@@ -303,13 +297,6 @@ def _scratch_folder() -> Iterator[Path]:
         yield work_dir
     finally:
         shutil.rmtree(work_dir, ignore_errors=True)
-
-
-def _raise_stopped(signum: int, frame: FrameType | None) -> None:
-    raise Stopped(
-        "the job was asked to stop (SIGTERM)",
-        advice="If nobody stopped it on purpose, the retry resumes from the checkpoint.",
-    )
 
 
 def _record_failure(store: Store, request: StageRequest, error: BaseException) -> int:

@@ -30,7 +30,7 @@ from stages.tracking import NullTracker
 _SUBJECTS = ("array", "matrix", "tensor", "table", "graph", "string", "queue", "tree")
 _VERBS = ("sort", "split", "merge", "scale", "count", "filter", "reverse", "copy")
 
-MODEL = ModelConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1)
+MODEL = ModelConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2)
 
 
 def write_curated(folder: Path, *, num_documents: int = 60, seed: int = 0) -> Path:

@@ -182,32 +182,49 @@ def workload(
 def memory_bytes(stage: Stage, config: PipelineConfig, *, vocab_size: int) -> float:
     """Memory of one worker while it trains: weights, gradients, AdamW's moments, frozen models, activations, logits."""
     model, execution = config.pretrain.model, config.stage_execution(stage)
-    weights = _FLOAT32 * count_parameters(model, vocab_size)
-    shards = max(execution.num_workers, 1) if execution.engine is Engine.FSDP else 1
-    # Trained: weight, gradient, two moments (Muon has one), perhaps an average, all float32. Frozen models are whole on
-    # every worker.
+    num_weights = count_parameters(model, vocab_size)
+    embeddings = vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    # Tensor and pipeline parallelism cut the layers; embeddings may be whole. Frozen models are whole on every worker.
+    held = (num_weights - embeddings) / execution.workers_per_copy + embeddings
     num_trained, num_frozen = {Stage.PPO: (2, 2), Stage.DPO: (1, 1), Stage.EVALUATE: (0, 2)}.get(stage, (1, 0))
     if stage is Stage.EVALUATE:
-        return num_frozen * weights
+        return _FLOAT32 * num_frozen * num_weights
     train = config.stage_config(stage)
     assert isinstance(train, TrainConfig)
-    copies = 5 if train.optimizer.ema_decay else 4
-    states = num_trained * copies * weights / shards + num_frozen * weights
+    numbers = _numbers_per_weight(execution, average=train.optimizer.ema_decay > 0)
+    states = _FLOAT32 * (num_trained * held * numbers + num_frozen * num_weights)
     if isinstance(train, PostTrainConfig) and train.lora.rank:
-        states = num_trained * _adapted_bytes(model, train.lora, weights=weights, copies=copies) / shards
+        shards = max(execution.num_workers, 1) if execution.engine is Engine.FSDP else 1
+        frozen = _frozen_bytes(train.lora, held / shards)
+        states = num_trained * (frozen + _FLOAT32 * numbers * adapter_parameters(model, train.lora))
     width = _BFLOAT16 if train.precision == "bf16" else _FLOAT32
     tokens = execution.micro_batch_size * config.tokenize.sequence_length
     logits = _LOGITS_CHUNK * vocab_size * (width + _FLOAT32)
     return states + _activation_bytes(model, execution, tokens=tokens, width=width) + logits
 
 
-def _adapted_bytes(model: ModelConfig, lora: LoRAConfig, *, weights: float, copies: int) -> float:
-    """A frozen model, which is its own reference, with `copies` of an adapter: weights, gradients, moments.
+def _frozen_bytes(lora: LoRAConfig, num_weights: float) -> float:
+    """A model that only its adapter trains, and that is its own reference.
 
     Four bits a weight, with their scales, are about an eighth of float32; embeddings and norms are counted with them.
     """
-    share = 1 / 8 if lora.quantization == "nf4" else 1.0
-    return share * weights + copies * _FLOAT32 * adapter_parameters(model, lora)
+    return num_weights * (_FLOAT32 / 8 if lora.quantization == "nf4" else _FLOAT32)
+
+
+def _numbers_per_weight(execution: ExecutionConfig, *, average: bool) -> float:
+    """How many numbers one worker's device holds for a trained weight: weight, gradient, two moments (Muon has one) and
+    perhaps an average, or a shard of them. ZeRO keeps a second, always sharded, copy of the weight, which is offloaded
+    with the moments."""
+    ranks = max(execution.num_workers, 1) // execution.workers_per_copy
+    match execution.engine:
+        case Engine.DDP:
+            return 4 + average
+        case Engine.FSDP:
+            return (4 + average) / ranks
+        case Engine.DEEPSPEED:
+            weight = 1 / ranks if execution.zero_stage == 3 else 1
+            gradient = 1 / ranks if execution.zero_stage >= 2 else 1
+            return weight + gradient + (0 if execution.offload else 3 / ranks)
 
 
 def _activation_bytes(model: ModelConfig, execution: ExecutionConfig, *, tokens: int, width: int) -> float:

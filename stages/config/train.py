@@ -129,9 +129,10 @@ class TrainConfig(Config):
 
     optimizer: OptimizerConfig
     """Optimizer and schedule."""
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
     """`bf16` computes matrix products in bfloat16 (autocast), weights and optimizer stay in float32; a CPU without
-    bfloat16 instructions computes them in float32, which is faster there and never less exact."""
+    bfloat16 instructions computes them in float32, which is faster there and never less exact. `fp16` is for GPUs
+    without bfloat16: it scales the loss, and steps whose gradient overflows are skipped and counted."""
     global_batch_size: int = Field(ge=1)
     """Items of one optimizer step over all workers: packed sequences (pretrain, sft), pairs (reward, dpo) or
     responses (ppo)."""
@@ -139,8 +140,22 @@ class TrainConfig(Config):
     """Steps between evaluations on held-out data; 0 = at the end only."""
     eval_items: int = Field(default=64, ge=1)
     """Held-out items in one such evaluation."""
+    best_metric: str = ""
+    """Held-out metric, such as `eval/loss`, that chooses the evaluation whose weights become the model; empty = the
+    last weights. The best checkpoint is kept beside the newest ones."""
+    best_is: Literal["lowest", "highest"] = "lowest"
+    """Which value of `best_metric` is the best."""
     seed: int = Field(default=0, ge=0)
     """Initial weights, order of the data and sampling follow from it."""
+
+    @model_validator(mode="after")
+    def _best_of_several(self) -> "TrainConfig":
+        if self.best_metric and not self.eval_every:
+            raise ValueError(
+                f"best_metric={self.best_metric!r} needs eval_every >= 1, got 0: without evaluations on the way there "
+                "is nothing to choose from; set eval_every, or best_metric to nothing"
+            )
+        return self
 
 
 class PretrainConfig(TrainConfig):

@@ -15,15 +15,17 @@ from torch import Tensor
 from stages.config.execution import ExecutionConfig
 from stages.config.train import TrainConfig
 from stages.data.packing import Packed
+from stages.stopping import Stopped
 from stages.train.checkpoint import Checkpoint, Checkpointer
-from stages.train.engine import Engine
+from stages.train.engine import Engine, Share
 from stages.train.guard import StepGuard
-from stages.train.objective import LossOutput, Objective, Step
+from stages.train.interruption import Ask, wait_for_all
+from stages.train.objective import Objective, Step
 from stages.train.optimizer import learning_rate
 
 logger = logging.getLogger(__name__)
 
-_TIMING = "train/tokens_per_second"
+_SPEED, _BLOCKED = "train/tokens_per_second", "train/checkpoint_blocked_seconds"
 """Reported, but not part of the history that is published: the same training gives the same bytes."""
 
 History = list[dict[str, Any]]
@@ -43,12 +45,14 @@ def train(
     execution: ExecutionConfig,
     checkpointer: Checkpointer,
     report: Reporter,
+    asked: Callable[[], Ask] = lambda: Ask.NOTHING,
     clock: Callable[[], float] = time.perf_counter,
 ) -> History:
     """Train to the end, from the newest checkpoint if there is one; return the metrics of every logged step, but its
-    speed."""
+    speed. `asked` says at every step boundary whether to save or to end now, the same on every rank."""
     guard = StepGuard(config.optimizer)
     step, history = _resume(objective, engine, guard, checkpointer)
+    blocked = 0.0
     last = clock()
     for item in objective.steps(engine):
         rate = learning_rate(config.optimizer, step=step, num_steps=objective.num_steps)
@@ -57,23 +61,35 @@ def train(
         outcome = engine.step(rate, accepts=guard.judging(loss=metrics["train/loss"], step=step + 1))
         step += 1
         now = clock()
+        speed, last = metrics.pop("tokens") / (now - last), now
         metrics |= item.metrics | {
             "train/grad_norm": outcome.grad_norm,
             "train/learning_rate": rate,
-            _TIMING: metrics.pop("tokens") / (now - last),
             **guard.metrics,
         }
-        last = now
-        if _due(step, config.eval_every, objective.num_steps):
+        if evaluated := _due(step, config.eval_every, objective.num_steps):
             with engine.averaged():
                 metrics |= objective.evaluate(engine)
             last = clock()
-        if _due(step, execution.log_every, objective.num_steps):
-            history.append({"step": step, **{name: value for name, value in metrics.items() if name != _TIMING}})
-            report(metrics, step=step, num_steps=objective.num_steps)
-        if execution.checkpoint_every and step % execution.checkpoint_every == 0 and step < objective.num_steps:
+        if evaluated or _due(step, execution.log_every, objective.num_steps):
+            history.append({"step": step, **metrics})
+            report(metrics | {_SPEED: speed, _BLOCKED: blocked}, step=step, num_steps=objective.num_steps)
+            blocked = 0.0
+        ask = asked()
+        due = _is_multiple(step, execution.checkpoint_every) or (evaluated and checkpointer.is_best(step, history))
+        if ask is not Ask.NOTHING or (due and step < objective.num_steps):
+            started = clock()
+            checkpointer.wait()
             state = Checkpoint(step, engine.state_dict(), objective.state_dict(), guard.state_dict(), list(history))
             checkpointer.save(state)
+            blocked += clock() - started
+        if ask is Ask.END:
+            checkpointer.wait()
+            wait_for_all()  # the first worker that fails ends the others, who may still be writing
+            raise Stopped(
+                f"the job was asked to stop and saved its training after step {step} of {objective.num_steps}",
+                advice="If nobody stopped it on purpose, the retry goes on from there.",
+            )
     checkpointer.wait()
     return history
 
@@ -96,18 +112,16 @@ def _accumulate(objective: Objective, engine: Engine, step: Step) -> dict[str, f
         [sum(objective.weight(batch) for batch in counted), sum(_num_tokens(batch) for batch in counted)]
     )
     sums: dict[str, Tensor] = {}
-    counts: list[Tensor] = []
     batches = _same_count(engine, step)
-    for position, (batch, share) in enumerate(batches):
-        last = position == len(batches) - 1
-        with engine.defer_sync() if not last else torch.enable_grad():
-            out: LossOutput = engine.call(objective.loss, batch)
-            engine.accumulate(_share_of_loss(out, share, units=units, tokens=tokens), last=last)
-        pairs = out.metrics | {"train/loss": torch.stack([out.loss_sum.detach(), out.loss_sum.new_tensor(0.0)])}
+    shares = [Share(batch, counts / units, counts / tokens) for batch, counts in batches]
+    outputs = engine.backward(objective.loss, shares)
+    observed: list[Tensor] = []
+    for (_, counts), out in zip(batches, outputs, strict=True):
+        pairs = out.metrics | {"train/loss": torch.stack([out.loss_sum, out.loss_sum.new_tensor(0.0)])}
         for name, pair in pairs.items():
-            sums[name] = sums.get(name, 0) + share * pair
+            sums[name] = sums.get(name, 0) + counts * pair
         if out.counts is not None:
-            counts.append(share * out.counts)
+            observed.append(counts * out.counts)
     names = sorted(sums)
     totals = engine.sum([value for name in names for value in sums[name].tolist()])
     metrics = {
@@ -115,20 +129,14 @@ def _accumulate(objective: Objective, engine: Engine, step: Step) -> dict[str, f
         for name, total, weight in zip(names, totals[::2], totals[1::2], strict=True)
         if weight or name == "train/loss"
     }
-    if counts:
-        total = engine.sum(sum(counts).flatten().tolist())
-        metrics |= step.observe(torch.tensor(total).view_as(counts[0]))
+    if observed:
+        total = engine.sum(torch.stack(observed).sum(0).flatten().tolist())
+        metrics |= step.observe(torch.tensor(total).view_as(observed[0]))
     return metrics | {"tokens": tokens}
 
 
-def _share_of_loss(out: LossOutput, share: float, *, units: float, tokens: float) -> Tensor:
-    """What a micro-batch adds to the loss of the whole step."""
-    loss = out.loss_sum * (share / units)
-    return loss if out.token_loss_sum is None else loss + out.token_loss_sum * (share / tokens)
-
-
 def _same_count(engine: Engine, step: Step) -> list[tuple[Packed, float]]:
-    """Give every rank the same number of forward passes, each with its share; added ones have share 0."""
+    """Give every rank the same number of forward passes, each with how often it counts: once, or not at all."""
     batches = step.micro_batches
     missing = int(engine.max(len(batches))) - len(batches)
     return [(batch, float(step.counted)) for batch in batches] + [(batches[0], 0.0)] * missing
@@ -139,4 +147,8 @@ def _num_tokens(batch: Packed) -> int:
 
 
 def _due(step: int, every: int, num_steps: int) -> bool:
-    return step == num_steps or (every > 0 and step % every == 0)
+    return step == num_steps or _is_multiple(step, every)
+
+
+def _is_multiple(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -16,7 +16,7 @@ from stages.models.forward import NextTokenTerms, next_token_loss_sum, next_toke
 from stages.models.noise import embedding_noise
 from stages.train.engine import Engine
 from stages.train.objective import LossOutput, ObjectiveState, Step
-from stages.train.plan import batches, evenly, share
+from stages.train.plan import batches, evenly, in_step, order_digest, share
 from stages.train.routing import RouterBalance, Routing
 
 _PLACE = "place"
@@ -97,6 +97,7 @@ class NextTokenObjective:
         self._balance = RouterBalance(extras.routing) if extras.routing else None
         self._cursor = 0
         self.num_steps = len(self._steps)
+        self.order = order_digest(batches(order, global_batch_size))
 
     def steps(self, engine: Engine) -> Iterator[Step]:
         while self._cursor < self.num_steps:
@@ -163,11 +164,15 @@ class NextTokenObjective:
     def evaluate(self, engine: Engine) -> dict[str, float]:
         """Measure the bare cross-entropy."""
         spread = evenly(len(self._heldout), at_most=self._eval_items)
-        chosen = share(spread, rank=engine.rank, world_size=engine.world_size)
+        if not len(spread):
+            return {}
+        mine = self._micro_batches(self._heldout, share(spread, rank=engine.rank, world_size=engine.world_size))
+        spare = mine[0] if mine else self._micro_batches(self._heldout, spread[:1])[0]
         loss_sum = targets = 0.0
-        for batch in self._micro_batches(self._heldout, chosen):
-            loss_sum += float(engine.infer(_bare_loss, batch))
-            targets += batch.num_targets
+        for batch, counted in in_step(engine, mine, spare=spare):
+            batch_loss = float(engine.infer(_bare_loss, batch).loss_sum)
+            loss_sum += counted * batch_loss
+            targets += counted * batch.num_targets
         loss_sum, targets = engine.sum([loss_sum, targets])
         if not targets:
             return {}
@@ -182,5 +187,5 @@ class NextTokenObjective:
             self._balance.load_state_dict(state.tensors)
 
 
-def _bare_loss(parts: nn.ModuleDict, batch: Packed) -> Tensor:
-    return next_token_loss_sum(parts["policy"], batch)
+def _bare_loss(parts: nn.ModuleDict, batch: Packed) -> LossOutput:
+    return LossOutput(next_token_loss_sum(parts["policy"], batch), {})

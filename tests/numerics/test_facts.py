@@ -174,21 +174,35 @@ def test_frozen_models_do_not_move(
 ) -> None:
     import importlib
 
-    from stages.train.engine import Engine
+    from stages.train.engine import Share, make_engine
 
     context = make_context(tmp_path, stage, CONFIGS[stage], stage_inputs[stage])
     prepared = importlib.import_module(f"stages.{stage}").prepare(context, artifact)
-    engine = Engine(prepared.parts, CONFIGS[stage], context.execution)
+    engine = make_engine(prepared.parts, CONFIGS[stage], context.execution)
     objective = prepared.objective(engine)
     frozen = objective._reference if stage is Stage.DPO else objective._sampler.frozen.reference
     before = {name: weight.clone() for name, weight in frozen.state_dict().items()}
     policy_before = engine.model_weights("policy")["model.norm.weight"].clone()
     for step in objective.steps(engine):
-        for batch in step.micro_batches:
-            engine.accumulate(engine.call(objective.loss, batch).loss_sum, last=True)
+        engine.backward(objective.loss, [Share(batch, 1.0) for batch in step.micro_batches])
         engine.step(1e-2)
     assert all(torch.equal(weight, before[name]) for name, weight in frozen.state_dict().items())
     assert not torch.equal(engine.model_weights("policy")["model.norm.weight"], policy_before)
+
+
+def test_float16_scales_the_loss_and_learns_the_same(
+    stage_inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Allowed on GPUs only; the CPU emulates it, which is enough to see that what is scaled is unscaled."""
+    monkeypatch.setattr("stages.train.engines.torch_engine.check_precision", lambda *_: None)
+    config = CONFIGS[Stage.PRETRAIN]
+    exact = run_training(tmp_path / "fp32", Stage.PRETRAIN, config, stage_inputs[Stage.PRETRAIN])
+    half = config.model_copy(update={"precision": "fp16"})
+    scaled = run_training(tmp_path / "fp16", Stage.PRETRAIN, half, stage_inputs[Stage.PRETRAIN])
+    for row, expected in zip(scaled.history, exact.history, strict=True):
+        assert row["train/loss"] == pytest.approx(expected["train/loss"], abs=2e-2)
+        assert row["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=2e-2)
+        assert row["train/skipped_steps"] == 0
 
 
 def test_non_finite_steps_are_skipped_counted_and_then_end_the_stage(stage_inputs: Inputs, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from stages.config.train import LoRAConfig, PostTrainConfig
 from stages.data.tokens import TokensArtifact
 from stages.models.build import load_causal_lm, load_reward_model, save_model
 from stages.models.lora import add_adapter, start_of
-from stages.train.engine import Engine
+from stages.train.engine import make_engine
 from tests.numerics.training import Killed, prepare, run_training
 from tests.small_world import CONFIGS, make_context
 
@@ -68,7 +68,7 @@ def test_training_with_dropout_resumes_to_the_same_bits(stage: Stage, stage_inpu
 
 def test_the_checkpoint_holds_the_adapter_alone(stage_inputs: Inputs, tmp_path: Path):
     prepared = prepare(tmp_path, Stage.REWARD, adapted(Stage.REWARD), stage_inputs[Stage.REWARD])
-    engine = Engine(prepared.parts, adapted(Stage.REWARD), ExecutionConfig())
+    engine = make_engine(prepared.parts, adapted(Stage.REWARD), ExecutionConfig())
     names = {key.partition("/")[2] for key in engine.state_dict()}
     assert names == {n for n in names if ".lora_" in n or "score.modules_to_save" in n}
     assert any("score" in name for name in names)

@@ -83,6 +83,48 @@ def test_a_config_is_frozen() -> None:
             "Correct",
         ),
         ({"overrides": {"execution.sft.engine": "fsdp"}}, r"engine=fsdp needs num_workers >= 1", "Correct"),
+        ({"overrides": {"execution.sft.engine": "deepspeed"}}, r"engine=deepspeed needs num_workers >= 1", "Correct"),
+        (
+            {"overrides": {"execution.sft.num_workers": 3, "execution.sft.tensor_parallel": 2}},
+            r"num_workers=3 is not a multiple of tensor_parallel=2 x pipeline_parallel=1; use 4",
+            "Correct",
+        ),
+        (
+            {"overrides": {"execution.sft": {"engine": "deepspeed", "num_workers": 2, "tensor_parallel": 2}}},
+            r"does not go with engine=deepspeed; use engine=fsdp",
+            "Correct",
+        ),
+        (
+            {"overrides": {"execution.sft": {"engine": "fsdp", "num_workers": 2, "offload": True}}},
+            r"offload=true needs engine=deepspeed, got fsdp",
+            "Correct",
+        ),
+        (
+            {"overrides": {"execution.ppo": {"num_workers": 2, "pipeline_parallel": 2}}},
+            r"ppo.pipeline_parallel=2: only pretrain and sft run through a pipeline; use tensor_parallel",
+            "Correct",
+        ),
+        (
+            {"overrides": {"execution.pretrain": {"num_workers": 2, "tensor_parallel": 2}}},
+            r"execution.pretrain.tensor_parallel=2 does not divide pretrain.model.num_kv_heads=1",
+            "divisor",
+        ),
+        ({"overrides": {"sft.precision": "fp16"}}, r"sft.precision='fp16' needs execution.sft.gpus_per_worker", "bf16"),
+        (
+            {
+                "overrides": {
+                    "sft.precision": "fp16",
+                    "execution.sft": {"engine": "deepspeed", "num_workers": 1, "gpus_per_worker": 1},
+                }
+            },
+            r"fp16' does not go with execution.sft.engine=deepspeed",
+            "engine=fsdp",
+        ),
+        (
+            {"overrides": {"execution.pretrain": {"num_workers": 4, "pipeline_parallel": 4}}},
+            r"execution.pretrain.pipeline_parallel=4 is more than pretrain.model.num_layers=2",
+            "at most 2",
+        ),
         ({"overrides": {"pretrain.model.num_heads": 7}}, r"hidden_size=32 is not divisible by num_heads=7", "Correct"),
     ],
 )
