@@ -56,12 +56,15 @@ test: $(STAMP) ## all tests but those of `make test-chaos` and `make test-live`
 test-chaos: $(STAMP) ## kills parts of a real Airflow and a real Ray head, minutes on end: the rows of docs/RELIABILITY.md
 	$(PYTHON) -m pytest -m chaos tests/chaos
 
-test-live: $(STAMP) ## people's part on a whole live stack, over REST: approvals and ratings, minutes on end
-	$(PYTHON) -m pytest -m live tests/integration
+test-live: $(STAMP) $(STAMP)-browser ## a whole live stack: people, retraining, browser, a wheel installed elsewhere; minutes
+	$(PYTHON) -m pytest -m live tests/browser tests/integration
 
-test-browser: $(STAMP) ## the user interfaces in headless Chromium (needs chromium; installs Playwright into .venv)
-	@uv pip install --quiet --python $(PYTHON) --constraint constraints.txt playwright
+test-browser: $(STAMP) $(STAMP)-browser ## of these, the user interfaces in headless Chromium (needs chromium)
 	$(PYTHON) -m pytest -m browser tests/browser
+
+$(STAMP)-browser: $(STAMP)
+	@$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --constraint constraints.txt $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} playwright
+	@touch $@
 
 check: $(STAMP) ## format, lint, types, floors and fast tests, in under a minute
 	ruff format --check .
@@ -79,8 +82,7 @@ lock: $(STAMP) ## resolve constraints.txt anew
 	  --no-annotate --no-header --quiet; } > constraints.txt.new
 	mv constraints.txt.new constraints.txt
 
-screenshots: $(STAMP) ## pictures for docs/images, of the running stack (needs chromium)
-	@uv pip install --quiet --python $(PYTHON) --constraint constraints.txt playwright
+screenshots: $(STAMP) $(STAMP)-browser ## pictures for docs/images, of the running stack (needs chromium)
 	$(PYTHON) -m tests.browser.screenshots
 
 clean: down ## stop the stack and remove .venv and .athanor, artifacts and all

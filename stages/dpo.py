@@ -14,6 +14,7 @@ from stages.models.build import load_causal_lm
 from stages.models.forward import segment_logprobs
 from stages.models.lora import add_adapter, start_of
 from stages.train.engine import Engine
+from stages.train.mixture import training_order
 from stages.train.objective import LossOutput, ObjectiveState, Step
 from stages.train.pairs import PairSteps, evaluate_pairs, num_pairs, sides
 from stages.train.run import Prepared, train_stage
@@ -29,10 +30,10 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     assert isinstance(config, DPOConfig)
     pairs = tokens.pairs(Split.TRAIN)
     require(len(pairs), "training preference pairs", advice="Give preference data, or `derived`.")
+    mixture = training_order(tokens.pair_sources(Split.TRAIN), pairs.num_targets, config)
     steps = PairSteps(
         pairs,
-        num_epochs=config.num_epochs,
-        seed=config.seed,
+        order=mixture.order,
         global_batch_size=config.global_batch_size,
         row_length=tokens.sequence_length,
         micro_batch_size=context.execution.micro_batch_size,
@@ -47,7 +48,7 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         parts={"policy": add_adapter(load_causal_lm(start, tokens, lora=config.lora), config.lora, seed=config.seed)},
         objective=objective,
         exported="policy",
-        ledger={"pairs": len(pairs), "epochs": config.num_epochs},
+        ledger={"pairs": len(pairs), "pairs_trained": len(mixture.order), "mixture": mixture.to_dict()},
     )
 
 

@@ -346,7 +346,9 @@ def describe_failure(error: BaseException) -> Failure:
 
 def _cause(error: BaseException) -> Any:
     """The error that explains the others: when one worker fails, its peers fail for want of it."""
-    causes = [getattr(wrapped, "cause", wrapped) for wrapped in getattr(error, "worker_failures", {}).values()]
+    failures = getattr(error, "worker_failures", {}).values()
+    # A worker's own exception is wrapped as a task's error, its death as a health check that failed.
+    causes = [getattr(f, "cause", getattr(f, "health_check_failure", f)) for f in failures]
     telling = (lambda e: isinstance(e, StageError), _is_out_of_memory, _is_worker_death)
     for tells in telling:
         for cause in causes:

@@ -47,9 +47,10 @@ def write_curated(folder: Path, *, num_documents: int = 60, seed: int = 0) -> Pa
             answer, wrong = f"It will {verb} the {subject}.", f"It will {verb} the"
             turns = [{"role": "user", "content": question}]
             reply = {"role": "assistant", "content": answer}
-            instructions.append({"id": f"i{number}", "messages": [*turns, reply]})
+            origin = {"group": "small", "origin": "derived"}
+            instructions.append({"id": f"i{number}", "messages": [*turns, reply], **origin})
             pair = {"prompt": turns, "chosen": answer, "rejected": wrong, "kind": "truncated"}
-            preferences.append({"id": f"p{number}", **pair})
+            preferences.append({"id": f"p{number}", **pair, **origin})
         _write(folder / "documents" / split / "part-00000.jsonl.gz", documents)
         _write(folder / "instructions" / f"{split}.jsonl.gz", instructions)
         _write(folder / "preferences" / f"{split}.jsonl.gz", preferences)

@@ -14,12 +14,15 @@ from stages.config.graph import PIPELINE_STAGES, Stage
 from stages.config.params import PipelineParams
 from stages.config.pipeline import PipelineConfig
 from stages.config.recipes import RECIPES
+from stages.config.sources import take_weights
 from stages.config.train import TrainConfig
 
 _TRAINED = frozenset({Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO})
 
 Model = TypeVar("Model", bound=BaseModel)
 
+_WEIGHED = {"instructions": (Stage.SFT,), "preferences": (Stage.REWARD, Stage.DPO)}
+"""Who trains on what: the stages that the weights of a field's sources go to."""
 _SEEDED = (Stage.CURATE, Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO, Stage.EVALUATE)
 
 
@@ -41,6 +44,7 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     for path, value in _flatten(params.overrides):
         _set_dotted(tree, path, value)
     _apply_seed(tree, params)
+    _place_weights(tree)
     config = validated(PipelineConfig, tree)
     _refuse_underivable(config)
     _refuse_uncuttable(config)
@@ -88,6 +92,22 @@ def _apply_seed(tree: dict[str, Any], params: PipelineParams) -> None:
     for stage in _SEEDED:
         if f"{stage}.seed" not in overridden:
             tree[stage]["seed"] = params.seed
+
+
+def _place_weights(tree: dict[str, Any]) -> None:
+    """Weights behind sources become the mixture of the stages that train on them."""
+    for name, stages in _WEIGHED.items():
+        try:
+            tree["curate"][name], weights = take_weights(name, tree["curate"][name])
+        except ValueError as error:
+            raise ConfigError(str(error), advice=f"Correct {name}, one source a line: uri#weight=0.3.") from None
+        for stage in stages if weights else ():
+            if tree[stage]["mixture"]:
+                raise ConfigError(
+                    f"{name} have weights and {stage.value}.mixture={tree[stage]['mixture']} is set; which one counts?",
+                    advice=f"Give the weights behind the sources, or {stage.value}.mixture, not both.",
+                )
+            tree[stage]["mixture"] = [entry.model_dump(mode="json") for entry in weights]
 
 
 def _refuse_impossible_end(params: PipelineParams) -> None:

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from stages.config.base import Config
+from stages.config.sources import SourceWeight
 
 
 class ModelConfig(Config):
@@ -201,31 +202,41 @@ class PostTrainConfig(TrainConfig):
     """Adapter, instead of all parameters."""
 
 
-class SFTConfig(PostTrainConfig):
-    """Supervised fine-tuning: loss on the assistant's tokens only."""
+class SampledConfig(PostTrainConfig):
+    """How often each example is seen, and in which proportion those of several sources."""
 
     num_epochs: float = Field(default=1.0, gt=0)
-    """Passes over the conversations."""
+    """Passes over the examples. With weights: the amount of training is this times the size of the data; how often a
+    source is seen follows from its weight."""
+    mixture: tuple[SourceWeight, ...] = ()
+    """Shares of sources in training; filled from `#weight=` behind the sources. A source whose share is larger than its
+    size is repeated, one whose share is smaller is cut. Sources without a weight share the rest by size. Empty: every
+    example `num_epochs` times."""
+    mixture_unit: Literal["examples", "tokens"] = "examples"
+    """What shares are shares of: conversations or pairs, or their trained tokens, which the loss sums over."""
+    max_source_epochs: float = Field(default=0.0, ge=0)
+    """Times that a source is repeated at most; training gets shorter until the shares can hold. 0 for no limit."""
+
+
+class SFTConfig(SampledConfig):
+    """Supervised fine-tuning: loss on the assistant's tokens only."""
+
     z_loss_coefficient: float = Field(default=0.0, ge=0)
     """Weight of log^2 Z, which keeps logits small (PaLM: 1e-4); 0 = none."""
     neftune_alpha: float = Field(default=0.0, ge=0)
     """Size of the noise on the embeddings (NEFTune, https://arxiv.org/abs/2310.05914: 5 to 15); 0 = none."""
 
 
-class RewardConfig(PostTrainConfig):
+class RewardConfig(SampledConfig):
     """Bradley-Terry reward model."""
 
-    num_epochs: float = Field(default=1.0, gt=0)
-    """Passes over the pairs."""
     center_coefficient: float = Field(default=0.01, ge=0)
     """Weight of (r_chosen + r_rejected)^2, which keeps scores around zero."""
 
 
-class DPOConfig(PostTrainConfig):
+class DPOConfig(SampledConfig):
     """Direct preference optimisation against the frozen SFT model."""
 
-    num_epochs: float = Field(default=1.0, gt=0)
-    """Passes over the pairs."""
     beta: float = Field(default=0.1, gt=0)
     """Strength of the pull towards the reference."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)

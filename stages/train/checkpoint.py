@@ -190,7 +190,6 @@ class Checkpointer:
         }.items():
             self._store.write_bytes(f"{folder}/{name}", data)
             files.append(_File(name, hashlib.sha256(data).hexdigest(), {}))
-        self._before_publishing()
         record = {
             "step": checkpoint.step,
             "objective": checkpoint.objective.numbers,
@@ -198,7 +197,7 @@ class Checkpointer:
             "files": [asdict(file) for file in files],
             "trained_on": self._trained_on,
         }
-        write_json(self._store, f"{folder}/{_RECORD}", record)
+        write_json(self._store, f"{folder}/{_RECORD}", {"record": record, "sha256": _digest(record)})
         self._remove_superseded(checkpoint.history)
 
     def _remove_superseded(self, history: list[dict[str, Any]]) -> None:
@@ -211,7 +210,10 @@ class Checkpointer:
     def _read(self, step: int) -> SavedCheckpoint:
         """Verify this process's share of the files, and the small ones; the others when something is read from them."""
         folder = f"{self._prefix}/{_folder(step)}"
-        record = json.loads(self._store.read_bytes(f"{folder}/{_RECORD}"))
+        stored = json.loads(self._store.read_bytes(f"{folder}/{_RECORD}"))
+        record = stored["record"]
+        if _digest(record) != stored["sha256"]:
+            raise ValueError(f"{_RECORD} does not have the sha256 that it names")
         self._require_same_origin(record["trained_on"], folder)
         files = [_File(**entry) for entry in record["files"]]
         opened = _OpenedFiles(self._store, folder, {file.name: file.sha256 for file in files})
@@ -247,6 +249,12 @@ class Checkpointer:
             )
 
 
+def _digest(record: dict[str, Any]) -> str:
+    """Hash over the record's values: a bit that flips in a cursor would go unnoticed in JSON."""
+    as_read = json.loads(json.dumps(record))
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
+
+
 def _short(digest: str | None) -> str:
     return "absent" if digest is None else digest[:12]
 
@@ -278,6 +286,11 @@ class _OpenedFiles:
             self._mapped[name] = safe_open(self.path(name), framework="pt")
         stored = self._mapped[name].get_slice(key)
         return stored if stored.get_shape() else self._mapped[name].get_tensor(key)
+
+
+def _digest(record: dict[str, Any]) -> str:
+    as_read = json.loads(json.dumps(record))
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def _folder(step: int) -> str:

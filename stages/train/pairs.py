@@ -12,7 +12,7 @@ from stages.data.packing import Packed, TokenSequence, pack, split_by_rows
 from stages.data.tokens import PairView
 from stages.train.engine import Engine
 from stages.train.objective import LossOutput, Step
-from stages.train.plan import batches, epochs, evenly, in_step, order_digest, share
+from stages.train.plan import batches, evenly, in_step, order_digest, share
 
 
 class PairSteps:
@@ -22,14 +22,13 @@ class PairSteps:
         self,
         pairs: PairView,
         *,
-        num_epochs: float,
-        seed: int,
+        order: np.ndarray,
         global_batch_size: int,
         row_length: int,
         micro_batch_size: int,
     ) -> None:
         self._pairs, self._row_length, self._micro_batch_size = pairs, row_length, micro_batch_size
-        self._steps = batches(epochs(len(pairs), num_epochs=num_epochs, seed=seed), global_batch_size)
+        self._steps = batches(order, global_batch_size)
         self.cursor = 0
         self.num_steps = len(self._steps)
         self.order = order_digest(self._steps)

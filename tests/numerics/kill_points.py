@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import random
+import select
 import signal
 import sys
 import threading
@@ -123,8 +124,9 @@ class _Companion:
             order = os.read(read, 1024)
             if order:
                 kill = Kill(**json.loads(order))
-                time.sleep(kill.seconds)
-                os.kill(victim, kill.signal)
+                ended, _, _ = select.select([read], [], [], kill.seconds)
+                if not ended:  # an end of file: the victim is gone, its pid may be another process's by now
+                    os.kill(victim, kill.signal)
             os._exit(0)
         os.close(read)
 

@@ -83,6 +83,7 @@ def run_training(
     weights = engine.model_weights(prepared.exported)
     if export and engine.is_main:
         artifact = TokensArtifact(context.input_dir("tokens"))
+        (home / "model").mkdir()
         save_model(prepared.parts[prepared.exported], weights, home / "model", artifact)  # type: ignore[arg-type]
     return Trained(weights, history)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stages.config.errors import ConfigError, DataError
-from stages.store import Store, open_store
+from stages.store import Store, open_store, read_json, write_json
 from stages.train.best import BestBy
 from stages.train.checkpoint import Checkpoint, Checkpointer
 from stages.train.objective import ObjectiveState
@@ -116,6 +116,17 @@ def test_whatever_is_damaged_the_checkpoint_before_is_used(
     assert latest.engine.read("w", Box.whole((3,))).tolist() == [3.0, 3.0, 3.0]
     if (name, damage) != ("checkpoint.json", "missing"):  # without its record it was never published
         assert "step-00000004 is damaged and passed over" in caplog.text
+
+
+def test_a_cursor_that_changed_in_the_record_is_noticed(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    checkpointer = saved(store, 3, 4)
+    (key,) = [key for key in files_of_newest(store) if key.endswith("checkpoint.json")]
+    record = read_json(store, key)
+    write_json(store, key, {**record, "objective": {"cursor": 5}})
+    latest = checkpointer.latest()
+    assert latest is not None
+    assert latest.step == 3
+    assert "checkpoint.json does not have the digest that it records" in caplog.text
 
 
 def test_a_checkpoint_of_other_data_is_refused_with_the_reason(store: Store) -> None:
