@@ -57,7 +57,7 @@ class LiveStack:
         overrides = {**OVERRIDES, **params.pop("overrides", {})}
         return self.trigger(PIPELINE, **{**TINY, "run_name": run_name, **params, "overrides": overrides})
 
-    def wait(self, what: str, ready: Callable[[], Any], *, seconds: float = 300) -> Any:
+    def wait(self, what: str, ready: Callable[[], Any], *, seconds: float = 600) -> Any:
         """Return the first true answer; says what it waited for."""
         deadline = time.monotonic() + seconds
         while not (answer := ready()):
@@ -77,7 +77,7 @@ class LiveStack:
 
         self.wait(f"{task_id} {state}", reached)
 
-    def wait_end(self, dag_id: str, run_id: str, *, seconds: float = 300) -> str:
+    def wait_end(self, dag_id: str, run_id: str, *, seconds: float = 600) -> str:
         """Return how a run ended."""
         deadline = time.monotonic() + seconds
         while (state := self.api.run_state(dag_id, run_id)) not in ("success", "failed"):

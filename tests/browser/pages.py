@@ -41,10 +41,10 @@ def open_browser() -> Iterator[Page]:
     arguments = ["--no-sandbox"] if os.getuid() == 0 else []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=arguments)
-        page = browser.new_context(viewport=SIZE).new_page()  # pyright: ignore[reportArgumentType]
-        page.set_default_timeout(60_000)
+        context = browser.new_context(viewport=SIZE)  # pyright: ignore[reportArgumentType]
+        context.set_default_timeout(180_000)  # a busy machine takes a minute for a page of MLflow
         try:
-            yield page
+            yield context.new_page()
         finally:
             browser.close()
 
@@ -150,6 +150,13 @@ def switch_on(field: Locator) -> None:
 
 def task_page(url: str, dag_id: str, run_id: str, task_id: str, tab: str = "") -> str:
     return f"{url}/dags/{dag_id}/runs/{quote(run_id)}/tasks/{task_id}{tab}"
+
+
+def follow(page: Page, link: str) -> Page:
+    """Press a link that opens a page of its own, and return that."""
+    with page.context.expect_page() as opened:
+        page.get_by_role("link", name=link).click()
+    return opened.value
 
 
 def press_trigger(dialog: Locator) -> None:

@@ -32,7 +32,7 @@ from tests.browser.pages import (
 if TYPE_CHECKING:
     from playwright.sync_api import Page  # pyright: ignore[reportMissingImports]
 
-TALL = {"width": 1200, "height": 1500}
+TALL = {"width": 1200, "height": 1900}
 IMAGES = CHECKOUT / "docs" / "images"
 
 

@@ -11,6 +11,7 @@ from stages.artifacts import read_file, read_manifest
 from stages.config.graph import Stage
 from tests.browser.pages import (
     choose,
+    follow,
     login_airflow,
     open_form,
     open_graph,
@@ -31,11 +32,11 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.integration,
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
 ]
 
 # Long enough for a look at Ray and MLflow while it runs.
-LONG_SFT = {**OVERRIDES, "sft.num_epochs": 4.0}
+LONG_SFT = {**OVERRIDES, "sft.num_epochs": 3.0}
 
 
 def submit(dialog: Locator, live: LiveStack) -> str:
@@ -98,7 +99,7 @@ def test_the_plan_is_shown_before_anything_is_spent(page: Page, live: LiveStack)
     assert live.states(PIPELINE, run_id)["curate"] == "skipped"
     page.goto(task_page(live.record.airflow_url, PIPELINE, run_id, "plan"))
     page.get_by_text("Plan of recipe tiny, and nothing else: this is a dry run").first.wait_for()
-    page.get_by_text("num_epochs: 0.5 -> 4.0").first.wait_for()
+    page.get_by_text("num_epochs: 0.5 -> 3.0").first.wait_for()
     parent = live.xcom(PIPELINE, run_id, "resolve")["parent_run_id"]
     page.goto(f"{live.record.mlflow_url}/#/runs/{parent}")
     page.get_by_role("heading", name="Plan of recipe tiny").first.wait_for()
@@ -117,14 +118,10 @@ def test_a_run_from_the_form_to_an_approved_champion(page: Page, live: LiveStack
     # While the stage runs its page leads to Ray and to MLflow.
     live.wait_state(PIPELINE, run_id, "sft", "deferred")
     page.goto(task_page(live.record.airflow_url, PIPELINE, run_id, "sft", "/details"))
-    ray, mlflow = (page.get_by_role("link", name=name) for name in ("Ray job", "MLflow run"))
-    with page.context.expect_page() as opened:
-        ray.click()
-    unlock_ray(opened.value, live.secrets.ray_token)
-    opened.value.get_by_text("RUNNING", exact=True).first.wait_for()
-    with page.context.expect_page() as opened:
-        mlflow.click()
-    opened.value.get_by_text("Running", exact=True).first.wait_for()
+    ray = follow(page, "Ray job")
+    unlock_ray(ray, live.secrets.ray_token)
+    ray.get_by_text("RUNNING", exact=True).first.wait_for()
+    follow(page, "MLflow run").get_by_text("Running", exact=True).first.wait_for()
     assert live.states(PIPELINE, run_id)["sft"] == "deferred", "all that was seen while it ran"
 
     live.wait_state(PIPELINE, run_id, "approve", "awaiting_input")

@@ -130,7 +130,7 @@ class ChaosStack:
         answer.raise_for_status()
         return [job for job in answer.json() if (job.get("metadata") or {}).get("airflow.run_id")]
 
-    def wait(self, what: str, reached: Any, *, seconds: float = 180, pause: float = 0.7) -> Any:
+    def wait(self, what: str, reached: Any, *, seconds: float = 400, pause: float = 0.7) -> Any:
         """Poll until `reached` returns something true."""
         deadline = time.monotonic() + seconds
         while not (found := reached()):
@@ -172,7 +172,7 @@ class Row:
     def run_state(self) -> str:
         return self.stack.ask("GET", self.path)["state"]
 
-    def wait_state(self, *states: str, seconds: float = 180) -> str:
+    def wait_state(self, *states: str, seconds: float = 400) -> str:
         return self.stack.wait(
             f"{self.name} is {states}", lambda: (state := self.state()) in states and state, seconds=seconds
         )
@@ -238,7 +238,7 @@ class Row:
             status = {job["submission_id"]: job["status"] for job in self.jobs()}[submission_id]
             return status == "STOPPED" and not driver.is_running()
 
-        self.stack.wait(f"{submission_id} of {self.name} stopped", ended, seconds=60, pause=0.2)
+        self.stack.wait(f"{submission_id} of {self.name} stopped", ended, seconds=120, pause=0.2)
         return time.monotonic() - since
 
     def seconds_over(self, since: float) -> float:

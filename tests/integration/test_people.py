@@ -10,7 +10,7 @@ pytestmark = [
     pytest.mark.live,
     pytest.mark.integration,
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.usefixtures("first_run"),  # so that the stages of all runs here exist already
 ]
 

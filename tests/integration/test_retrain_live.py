@@ -18,7 +18,7 @@ from stages.store import open_store
 from tests.live_stack import EVALUATE, PIPELINE, RETRAIN, LiveStack
 from tests.raw_text import a_document_of, jsonl, prose
 
-pytestmark = [pytest.mark.live, pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.live, pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 CHAMPION = "athanor-aligned"
 NEW_DOCUMENTS = 20
