@@ -7,7 +7,7 @@ losses, rollouts and evaluations alike are `engine.call(function, batch)`.
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -130,9 +130,13 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         return StepReport(grad_norm, skipped)
 
-    def averaged(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
         """Inside, the weights are those that are evaluated and exported: their moving average where there is one."""
-        return averaged(self.optimizer)
+        with averaged(self.optimizer):
+            yield
+            if self._sharded:  # a forward pass without backward leaves FSDP's root whole: averages, here
+                self.trainable.reshard()  # type: ignore[operator]
 
     def sum(self, values: Iterable[float]) -> list[float]:
         """Sum each number over ranks, in float64."""
