@@ -106,7 +106,7 @@ def test_a_long_conversation_is_cut_behind_the_last_answer_that_fits(tmp_path: P
 
 
 def test_a_long_question_is_trained_on_and_not_asked_in_ppo(tmp_path: Path) -> None:
-    question = " ".join(["a"] * 20)  # 40 tokens, of which max_prompt_length allows 32
+    question = " ".join(["a"] * 40)  # a token each, of which max_prompt_length allows 32
     outcome, tokens = run(tmp_path, instructions=[conversation(question, "b"), conversation("q", "b"),
                                                   conversation("q", "c")])  # fmt: skip
     assert outcome.ledger["train"]["conversations"]["sources"]["chat"]["kept"] == 3

@@ -107,5 +107,5 @@ def test_a_template_given_as_text_takes_the_place_of_the_tokenizers_own(tmp_path
         "{{ m['content'] }}<|end|>", "{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}"
     )
     loaded = given_tokenizer(save(tmp_path, tokenizer, template=UNMARKED), chat_template=marked)
-    assert loaded.chat_template == marked
+    assert loaded.chat_template == "{{ bos_token }}" + marked  # this tokenizer begins every text with it
     assert "Assistant:" in given_tokenizer(save(tmp_path, tokenizer), chat_template="plain").chat_template
