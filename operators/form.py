@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from operators.markdown import plain
 from stages.config.base import Choice, Config
-from stages.config.estimate import count_parameters, human
+from stages.config.estimate import human, model_size
 from stages.config.execution import ExecutionConfig
 from stages.config.params import PipelineParams
 from stages.config.pipeline import PipelineConfig
@@ -79,7 +79,7 @@ def recipe_table() -> str:
 def _main_settings(config: PipelineConfig) -> dict[str, str]:
     model, curate, ppo = config.pretrain.model, config.curate, config.ppo
     limit = f", at most {human(curate.max_bytes)}B" if curate.max_bytes else ""
-    size = human(count_parameters(model, config.tokenize.vocab_size))
+    size = model_size(config.pretrain, config.tokenize.vocab_size)
     return {
         "model": f"{size} parameters: {model.num_layers} layers of {model.hidden_size}",
         "documents": f"{', '.join(curate.documents)}{limit}, filtered as {curate.profile}",

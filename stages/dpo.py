@@ -12,6 +12,7 @@ from stages.data.tokens import PairView, Split, TokensArtifact, require
 from stages.losses import dpo_loss, pair_accuracy
 from stages.models.build import load_causal_lm
 from stages.models.forward import segment_logprobs
+from stages.models.lora import add_adapter, start_of
 from stages.train.engine import Engine
 from stages.train.mixture import training_order
 from stages.train.objective import LossOutput, ObjectiveState, Step
@@ -38,20 +39,24 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         micro_batch_size=context.execution.micro_batch_size,
     )
     start = context.input_dir("model")
+
+    def objective(engine: Engine) -> DPOObjective:
+        reference = None if config.lora.rank else engine.freeze(load_causal_lm(start, tokens))
+        return DPOObjective(steps, config, reference=reference, heldout=tokens.pairs(Split.HELDOUT))
+
     return Prepared(
-        parts={"policy": load_causal_lm(start, tokens)},
-        objective=lambda engine: DPOObjective(
-            steps, config, reference=engine.freeze(load_causal_lm(start, tokens)), heldout=tokens.pairs(Split.HELDOUT)
-        ),
+        parts={"policy": add_adapter(load_causal_lm(start, tokens, lora=config.lora), config.lora, seed=config.seed)},
+        objective=objective,
         exported="policy",
         ledger={"pairs": len(pairs), "pairs_trained": len(mixture.order), "mixture": mixture.to_dict()},
     )
 
 
 class DPOObjective:
-    """Holds the frozen reference; its log-probabilities are computed beside the policy's, without gradients."""
+    """The reference's log-probabilities are computed beside the policy's, without gradients. It is a frozen copy, or
+    None where the policy has an adapter that can be left out."""
 
-    def __init__(self, steps: PairSteps, config: DPOConfig, *, reference: nn.Module, heldout: PairView) -> None:
+    def __init__(self, steps: PairSteps, config: DPOConfig, *, reference: nn.Module | None, heldout: PairView) -> None:
         self._steps, self._config, self._reference, self._heldout = steps, config, reference, heldout
         self.num_steps, self.order = steps.num_steps, steps.order
 
@@ -63,8 +68,8 @@ class DPOObjective:
 
     def loss(self, parts: nn.ModuleDict, batch: Packed) -> LossOutput:
         chosen_P, rejected_P = sides(segment_logprobs(parts["policy"], batch))
-        with torch.no_grad():
-            ref_chosen_P, ref_rejected_P = sides(segment_logprobs(self._reference, batch))
+        with torch.no_grad(), start_of(parts["policy"], self._reference) as reference:
+            ref_chosen_P, ref_rejected_P = sides(segment_logprobs(reference, batch))
         terms = dpo_loss(
             chosen_logprobs_P=chosen_P,
             rejected_logprobs_P=rejected_P,

@@ -1,6 +1,7 @@
 """Every equation once: pure, summed (never averaged), with masks given and not derived.
 
-Shape legend: N counted tokens, S sequences, P pairs, B rows, T positions, R response tokens of one sequence.
+Shape legend: N counted tokens, S sequences, P pairs, B rows, T positions, R response tokens of one sequence, E experts,
+L layers.
 """
 
 import math
@@ -145,6 +146,22 @@ def adapted_kl_coefficient(coefficient: float, *, kl: float, target: float, hori
     """Proportional controller in log space, error clipped to +-0.2. Ziegler et al. 2019, section 2.2."""
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return coefficient * (1.0 + error * num_responses / horizon)
+
+
+def z_loss(log_normaliser_N: Tensor) -> Tensor:
+    """Return sum of log^2 Z, which keeps logits from drifting off together. PaLM (arXiv:2204.02311), section 5."""
+    return log_normaliser_N.square().sum()
+
+
+def router_balance_loss(probabilities_NLE: Tensor, load_LE: Tensor) -> Tensor:
+    """Return the sum over tokens of E sum_e f_e p_e, averaged over layers: the fewer tokens the busy experts get, the
+    lower.
+
+    Fedus et al. 2021 (arXiv:2101.03961), eq. 4 to 6, for K experts a token: `load_LE` holds f_e, assignments a token,
+    so that its rows sum to K and a token costs K where the load is even, as in transformers. f_e carries no gradient.
+    """
+    num_layers, num_experts = load_LE.shape
+    return num_experts / num_layers * (probabilities_NLE * load_LE.detach()).sum()
 
 
 def perplexity(mean_loss: float) -> float:

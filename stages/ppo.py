@@ -18,6 +18,7 @@ from stages.data.tokens import Split, TokensArtifact, require
 from stages.losses import adapted_kl_coefficient, ppo_policy_loss, ppo_value_loss
 from stages.models.build import load_causal_lm, load_reward_model
 from stages.models.forward import target_logprobs, target_positions, target_values
+from stages.models.lora import add_adapter
 from stages.train.engine import Engine
 from stages.train.objective import LossOutput, ObjectiveState, Step
 from stages.train.plan import batches, evenly, order_digest, share, shuffled
@@ -41,17 +42,24 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     sft_dir, reward_dir = context.input_dir("model"), context.input_dir("reward")
 
     def objective(engine: Engine) -> PPOObjective:
-        frozen = FrozenModels(
-            reference=engine.freeze(load_causal_lm(sft_dir, tokens)),
-            reward=engine.freeze(load_reward_model(reward_dir, tokens)),
-        )
+        frozen = FrozenModels(None, None)  # policy and critic without their adapters
+        if not config.lora.rank:
+            frozen = FrozenModels(
+                reference=engine.freeze(load_causal_lm(sft_dir, tokens)),
+                reward=engine.freeze(load_reward_model(reward_dir, tokens)),
+            )
         sampler = Sampler(
             config, frozen, tokens.eos_id, tokens.pad_id, tokens.sequence_length, context.execution.micro_batch_size
         )
         return PPOObjective(config, sampler, prompts=prompts, heldout=tokens.prompts(Split.HELDOUT))
 
+    policy = load_causal_lm(sft_dir, tokens, lora=config.lora)
+    critic = load_reward_model(reward_dir, tokens, lora=config.lora)
     return Prepared(
-        parts={"policy": load_causal_lm(sft_dir, tokens), "critic": load_reward_model(reward_dir, tokens)},
+        parts={
+            "policy": add_adapter(policy, config.lora, seed=config.seed),
+            "critic": add_adapter(critic, config.lora, seed=config.seed + 1),
+        },
         objective=objective,
         exported="policy",
         ledger={"prompts": len(prompts), "responses": config.num_rollouts * config.rollout_size},

@@ -3,14 +3,15 @@
 import math
 
 import numpy as np
-from torch import nn
+from transformers.modeling_utils import PreTrainedModel
 
 from stages.config.train import PretrainConfig
 from stages.context import StageContext, StageOutcome
 from stages.data.tokens import Split, TokensArtifact, require
 from stages.models.build import load_causal_lm, new_causal_lm
-from stages.train.next_token import DocumentRows, NextTokenObjective
+from stages.train.next_token import DocumentRows, Extras, NextTokenObjective
 from stages.train.plan import shuffled
+from stages.train.routing import routing_of
 from stages.train.run import Prepared, train_stage
 
 
@@ -44,13 +45,14 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
             global_batch_size=config.global_batch_size,
             micro_batch_size=context.execution.micro_batch_size,
             eval_items=config.eval_items,
+            extras=Extras(z_coefficient=config.z_loss_coefficient, routing=routing_of(policy)),
         ),
         exported="policy",
         ledger=ledger,
     )
 
 
-def _start(context: StageContext, config: PretrainConfig, tokens: TokensArtifact) -> nn.Module:
+def _start(context: StageContext, config: PretrainConfig, tokens: TokensArtifact) -> PreTrainedModel:
     if context.has_base_model:
         return load_causal_lm(context.base_model_dir(), tokens)
     return new_causal_lm(config.model, tokens, seed=config.seed)

@@ -12,6 +12,7 @@ from stages.data.tokens import PairView, Split, TokensArtifact, require
 from stages.losses import bradley_terry_loss, pair_accuracy, score_centering_loss
 from stages.models.build import load_reward_model
 from stages.models.forward import segment_scores
+from stages.models.lora import add_adapter
 from stages.train.engine import Engine
 from stages.train.mixture import training_order
 from stages.train.objective import LossOutput, ObjectiveState, Step
@@ -38,8 +39,9 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         micro_batch_size=context.execution.micro_batch_size,
     )
     objective = RewardObjective(steps, config, heldout=tokens.pairs(Split.HELDOUT), pad_id=tokens.pad_id)
+    model = load_reward_model(context.input_dir("model"), tokens, lora=config.lora)
     return Prepared(
-        parts={"reward": load_reward_model(context.input_dir("model"), tokens)},
+        parts={"reward": add_adapter(model, config.lora, seed=config.seed)},
         objective=lambda engine: objective,
         exported="reward",
         ledger={"pairs": len(pairs), "pairs_trained": len(mixture.order), "mixture": mixture.to_dict()},

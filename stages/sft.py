@@ -6,8 +6,10 @@ from stages.config.train import SFTConfig
 from stages.context import StageContext, StageOutcome
 from stages.data.tokens import Split, TokensArtifact, require
 from stages.models.build import load_causal_lm
+from stages.models.lora import add_adapter
 from stages.train.mixture import training_order
-from stages.train.next_token import ConversationRows, NextTokenObjective
+from stages.train.next_token import ConversationRows, Extras, NextTokenObjective
+from stages.train.routing import routing_of
 from stages.train.run import Prepared, train_stage
 
 
@@ -24,6 +26,7 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     mixture = training_order(tokens.conversation_sources(Split.TRAIN), conversations.num_targets, config)
     order = mixture.order
     rows = ConversationRows(conversations, order, tokens.sequence_length)
+    policy = add_adapter(load_causal_lm(_start_dir(context), tokens, lora=config.lora), config.lora, seed=config.seed)
     objective = NextTokenObjective(
         rows,
         np.arange(len(rows)),
@@ -32,9 +35,15 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         global_batch_size=config.global_batch_size,
         micro_batch_size=context.execution.micro_batch_size,
         eval_items=config.eval_items,
+        extras=Extras(
+            z_coefficient=config.z_loss_coefficient,
+            noise_alpha=config.neftune_alpha,
+            seed=config.seed,
+            routing=routing_of(policy),
+        ),
     )
     return Prepared(
-        parts={"policy": load_causal_lm(_start_dir(context), tokens)},
+        parts={"policy": policy},
         objective=lambda engine: objective,
         exported="policy",
         ledger={

@@ -10,7 +10,7 @@ from stages.config.base import Config
 from stages.config.execution import Engine, ExecutionConfig
 from stages.config.graph import Stage
 from stages.config.pipeline import PipelineConfig
-from stages.config.train import ModelConfig, PretrainConfig, TrainConfig
+from stages.config.train import LoRAConfig, ModelConfig, PostTrainConfig, PretrainConfig, TrainConfig
 
 TRAINING_STAGES = (Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO)
 ASSUMED_CONVERSATION_TOKENS = 256
@@ -93,25 +93,44 @@ class Estimate(Config):
 
 
 def count_parameters(model: ModelConfig, vocab_size: int) -> int:
-    """Weights of a Llama-style decoder: embeddings, attention, SwiGLU, norms."""
+    """Weights of the decoder: embeddings, attention, SwiGLU (all experts and their router), norms."""
     embeddings = vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
     return embeddings + model.num_layers * _layer_parameters(model) + model.hidden_size
+
+
+def active_parameters(model: ModelConfig, vocab_size: int) -> int:
+    """The weights that one token passes through: of the experts, only its own."""
+    if not model.num_experts:
+        return count_parameters(model, vocab_size)
+    asleep = (model.num_experts - model.num_experts_per_token) * 3 * model.hidden_size * model.intermediate_size
+    return count_parameters(model, vocab_size) - model.num_layers * asleep
 
 
 def _layer_parameters(model: ModelConfig) -> int:
     hidden, kv_size = model.hidden_size, model.hidden_size // model.num_heads * model.num_kv_heads
     attention = 2 * hidden * hidden + 2 * hidden * kv_size
-    return attention + 3 * hidden * model.intermediate_size + 2 * hidden
+    router = hidden * model.num_experts
+    return attention + max(model.num_experts, 1) * 3 * hidden * model.intermediate_size + router + 2 * hidden
+
+
+def adapter_parameters(model: ModelConfig, lora: LoRAConfig) -> int:
+    """Weights of an adapter: rank x (in + out) for every linear module that gets one; experts are no linear modules."""
+    hidden, kv_size = model.hidden_size, model.hidden_size // model.num_heads * model.num_kv_heads
+    widths = {"q_proj": 2 * hidden, "k_proj": hidden + kv_size, "v_proj": hidden + kv_size, "o_proj": 2 * hidden}
+    if not model.num_experts:
+        widths |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), hidden + model.intermediate_size)
+    chosen = [width for name, width in widths.items() if {name, "all-linear"} & set(lora.target_modules)]
+    return model.num_layers * lora.rank * sum(chosen)
 
 
 def forward_flops_per_token(model: ModelConfig, vocab_size: int, sequence_length: float) -> float:
-    """2 FLOPs a multiplied weight, and 4 L H S for the attention over S positions (PaLM, arXiv:2204.02311, app. B).
+    """2 FLOPs a weight that a token meets, and 4 L H S for attention over S positions (PaLM, arXiv:2204.02311, app. B).
 
     The attention term ignores causal and document masks, so it is an upper bound; embedding look-ups are free.
     """
     # With untied embeddings the look-up table is a weight of its own that nothing is multiplied with.
     lookup = 0 if model.tie_embeddings else vocab_size * model.hidden_size
-    multiplied = count_parameters(model, vocab_size) - lookup
+    multiplied = active_parameters(model, vocab_size) - lookup
     return 2 * multiplied + 4 * model.num_layers * model.hidden_size * sequence_length
 
 
@@ -168,26 +187,40 @@ def memory_bytes(stage: Stage, config: PipelineConfig, *, vocab_size: int) -> fl
     # Tensor and pipeline parallelism cut the layers; embeddings may be whole. Frozen models are whole on every worker.
     held = (num_weights - embeddings) / execution.workers_per_copy + embeddings
     num_trained, num_frozen = {Stage.PPO: (2, 2), Stage.DPO: (1, 1), Stage.EVALUATE: (0, 2)}.get(stage, (1, 0))
-    states = _FLOAT32 * (num_trained * held * _numbers_per_weight(execution) + num_frozen * num_weights)
     if stage is Stage.EVALUATE:
-        return states
+        return _FLOAT32 * num_frozen * num_weights
     train = config.stage_config(stage)
     assert isinstance(train, TrainConfig)
+    numbers = _numbers_per_weight(execution, average=train.optimizer.ema_decay > 0)
+    states = _FLOAT32 * (num_trained * held * numbers + num_frozen * num_weights)
+    if isinstance(train, PostTrainConfig) and train.lora.rank:
+        shards = max(execution.num_workers, 1) if execution.engine is Engine.FSDP else 1
+        frozen = _frozen_bytes(train.lora, held / shards)
+        states = num_trained * (frozen + _FLOAT32 * numbers * adapter_parameters(model, train.lora))
     width = _BFLOAT16 if train.precision == "bf16" else _FLOAT32
     tokens = execution.micro_batch_size * config.tokenize.sequence_length
     logits = _LOGITS_CHUNK * vocab_size * (width + _FLOAT32)
     return states + _activation_bytes(model, execution, tokens=tokens, width=width) + logits
 
 
-def _numbers_per_weight(execution: ExecutionConfig) -> float:
-    """How many numbers one worker's device holds for a trained weight: weight, gradient and two moments, or a shard of
-    them. ZeRO keeps a second, always sharded, copy of the weight, which is offloaded with the moments."""
+def _frozen_bytes(lora: LoRAConfig, num_weights: float) -> float:
+    """A model that only its adapter trains, and that is its own reference.
+
+    Four bits a weight, with their scales, are about an eighth of float32; embeddings and norms are counted with them.
+    """
+    return num_weights * (_FLOAT32 / 8 if lora.quantization == "nf4" else _FLOAT32)
+
+
+def _numbers_per_weight(execution: ExecutionConfig, *, average: bool) -> float:
+    """How many numbers one worker's device holds for a trained weight: weight, gradient, two moments (Muon has one) and
+    perhaps an average, or a shard of them. ZeRO keeps a second, always sharded, copy of the weight, which is offloaded
+    with the moments."""
     ranks = max(execution.num_workers, 1) // execution.workers_per_copy
     match execution.engine:
         case Engine.DDP:
-            return 4
+            return 4 + average
         case Engine.FSDP:
-            return 4 / ranks
+            return (4 + average) / ranks
         case Engine.DEEPSPEED:
             weight = 1 / ranks if execution.zero_stage == 3 else 1
             gradient = 1 / ranks if execution.zero_stage >= 2 else 1
@@ -195,12 +228,14 @@ def _numbers_per_weight(execution: ExecutionConfig) -> float:
 
 
 def _activation_bytes(model: ModelConfig, execution: ExecutionConfig, *, tokens: int, width: int) -> float:
-    """What a decoder layer keeps for its backward pass, a token: norms and residuals, q k v o, gate, up, product.
+    """What a decoder layer keeps for its backward pass, a token: norms and residuals, q k v o, and for each of its
+    experts gate, up and product.
 
     With gradient checkpointing each layer keeps its input alone, and one layer at a time is whole.
     """
     hidden, kv_size = model.hidden_size, model.hidden_size // model.num_heads * model.num_kv_heads
-    layer = tokens * (2 * hidden * _FLOAT32 + (5 * hidden + 2 * kv_size + 4 * model.intermediate_size) * width)
+    wide = 4 * model.intermediate_size * (model.num_experts_per_token if model.num_experts else 1)
+    layer = tokens * (2 * hidden * _FLOAT32 + (5 * hidden + 2 * kv_size + wide) * width)
     if execution.gradient_checkpointing:
         return model.num_layers * tokens * hidden * _FLOAT32 + layer
     return model.num_layers * layer
@@ -296,8 +331,9 @@ def cost(seconds: float | None, execution: ExecutionConfig, devices: Devices) ->
 
 
 def model_size(config: PretrainConfig, vocab_size: int) -> str:
-    """`10.1 M`, as people say it."""
-    return human(count_parameters(config.model, vocab_size))
+    """`10.1 M`, as people say it, or `46.7 G, 12.9 G active`."""
+    size = human(count_parameters(config.model, vocab_size))
+    return f"{size}, {human(active_parameters(config.model, vocab_size))} active" if config.model.num_experts else size
 
 
 def human(number: float) -> str:

@@ -10,12 +10,12 @@ from stages.config.sources import SourceWeight
 
 
 class ModelConfig(Config):
-    """A Llama-style decoder: rotary positions, SwiGLU, RMSNorm, grouped-query attention."""
+    """A Llama-style decoder: rotary positions, SwiGLU, RMSNorm, grouped-query attention; with experts, Mixtral's."""
 
     hidden_size: int = Field(default=320, ge=8)
     """Width of the residual stream."""
     intermediate_size: int = Field(default=864, ge=8)
-    """Width of the feed-forward layer."""
+    """Width of the feed-forward layer, or of each of its experts."""
     num_layers: int = Field(default=6, ge=1)
     """Decoder layers."""
     num_heads: int = Field(default=5, ge=1)
@@ -28,6 +28,21 @@ class ModelConfig(Config):
     """Share input and output embeddings."""
     initializer_range: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights."""
+    num_experts: int = Field(default=0, ge=0)
+    """Experts in every feed-forward layer, of which a router picks a few for each token; 0 = a dense model."""
+    num_experts_per_token: int = Field(default=2, ge=1)
+    """Experts that each token passes through."""
+    router_loss_coefficient: float = Field(default=0.01, ge=0)
+    """Weight of the loss that keeps experts evenly busy; it stays with the model, for fine-tuning too."""
+
+    @model_validator(mode="after")
+    def _experts_suffice(self) -> "ModelConfig":
+        if self.num_experts and self.num_experts_per_token > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_token={self.num_experts_per_token} is more than num_experts={self.num_experts}; "
+                f"use at most {self.num_experts}, or num_experts=0 for a dense model"
+            )
+        return self
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "ModelConfig":
@@ -44,29 +59,70 @@ class Schedule(StrEnum):
     COSINE = "cosine"
     LINEAR = "linear"
     CONSTANT = "constant"
+    WSD = "wsd"
+
+
+class Algorithm(StrEnum):
+    """What turns a gradient into an update."""
+
+    ADAMW = "adamw"
+    MUON = "muon"
 
 
 class OptimizerConfig(Config):
-    """AdamW; weight decay applies to matrices only."""
+    """AdamW, or Muon for the matrices of the decoder layers; norms and biases are never decayed."""
 
+    algorithm: Algorithm = Algorithm.ADAMW
+    """`adamw` for all parameters, or `muon` for the matrices of the decoder layers and AdamW for embeddings, heads,
+    norms and biases. Muon's updates are as large as AdamW's, so both share learning rate and decay."""
     learning_rate: float = Field(gt=0)
     """Peak learning rate."""
     min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the last step as a share of the peak."""
     schedule: Schedule = Schedule.COSINE
-    """Shape of the decay."""
+    """Shape of the decay; `wsd` holds the peak and falls at the end."""
     warmup_fraction: float = Field(default=0.03, ge=0, lt=1)
     """Share of all steps with linear warm-up."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps with linear warm-up; 0 = as many as `warmup_fraction` says."""
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    """Share of all steps in which `wsd` falls from the peak to the minimum."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled decay per step, times the learning rate."""
+    decay_embeddings: bool = True
+    """Whether weight decay applies to embeddings too; where they are tied they are the output matrix as well."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
     """Decay of the second moment."""
     epsilon: float = Field(default=1e-8, gt=0)
     """Added to the denominator."""
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of Muon's momentum."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients with a larger norm are scaled down to it."""
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of an exponential moving average of the weights, which is what is evaluated and exported; 0 = none."""
+    spike_window: int = Field(default=0, ge=0)
+    """Steps over which loss and gradient norm are watched; a step far above their mean changes nothing and is counted.
+    0 = every finite step counts. OLMo uses 128."""
+    spike_factor: float = Field(default=6.0, gt=0)
+    """Standard deviations above the mean from which a step counts as a spike."""
+
+    @model_validator(mode="after")
+    def _warmup_and_decay_fit(self) -> "OptimizerConfig":
+        if self.schedule is Schedule.WSD and not self.warmup_steps and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError(
+                f"warmup_fraction={self.warmup_fraction} and decay_fraction={self.decay_fraction} are more than all "
+                "steps together; use shares that sum to at most 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _window_holds_statistics(self) -> "OptimizerConfig":
+        if 0 < self.spike_window < 4:
+            raise ValueError(f"spike_window={self.spike_window} is too few for a spread; use 0 (off) or at least 4")
+        return self
 
 
 class TrainConfig(Config):
@@ -113,9 +169,40 @@ class PretrainConfig(TrainConfig):
     max_epochs: float = Field(default=0, ge=0)
     """Times that each token is seen at most, whatever `max_tokens` says; 0 for no limit. Four are nearly as good as
     new data (https://arxiv.org/abs/2305.16264)."""
+    z_loss_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of log^2 Z, which keeps logits small (PaLM: 1e-4); 0 = none."""
 
 
-class SampledConfig(TrainConfig):
+class LoRAConfig(Config):
+    """Train a low-rank adapter beside frozen weights; the exported model has it merged in."""
+
+    rank: int = Field(default=0, ge=0)
+    """Rank of the adapter; 0 = train all parameters."""
+    alpha: float = Field(default=16.0, gt=0)
+    """The adapter's output is multiplied by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the adapter's inputs that is dropped in training."""
+    target_modules: tuple[str, ...] = Field(default=("all-linear",), min_length=1)
+    """Ends of the names of the linear modules that get an adapter, such as `q_proj`; `all-linear` = all but the
+    head."""
+    quantization: Literal["none", "nf4"] = "none"
+    """`nf4` keeps the frozen weights in 4 bits (QLoRA); needs a GPU and bitsandbytes."""
+
+    @model_validator(mode="after")
+    def _only_frozen_weights_are_quantized(self) -> "LoRAConfig":
+        if self.quantization != "none" and not self.rank:
+            raise ValueError(f"quantization={self.quantization} needs an adapter, got rank=0; set rank, such as 16")
+        return self
+
+
+class PostTrainConfig(TrainConfig):
+    """What the four objectives share that start from a language model."""
+
+    lora: LoRAConfig = LoRAConfig()
+    """Adapter, instead of all parameters."""
+
+
+class SampledConfig(PostTrainConfig):
     """How often each example is seen, and in which proportion those of several sources."""
 
     num_epochs: float = Field(default=1.0, gt=0)
@@ -134,6 +221,11 @@ class SampledConfig(TrainConfig):
 class SFTConfig(SampledConfig):
     """Supervised fine-tuning: loss on the assistant's tokens only."""
 
+    z_loss_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of log^2 Z, which keeps logits small (PaLM: 1e-4); 0 = none."""
+    neftune_alpha: float = Field(default=0.0, ge=0)
+    """Size of the noise on the embeddings (NEFTune, https://arxiv.org/abs/2310.05914: 5 to 15); 0 = none."""
+
 
 class RewardConfig(SampledConfig):
     """Bradley-Terry reward model."""
@@ -151,7 +243,7 @@ class DPOConfig(SampledConfig):
     """Assumed share of flipped labels (conservative DPO)."""
 
 
-class PPOConfig(TrainConfig):
+class PPOConfig(PostTrainConfig):
     """Proximal policy optimisation against the reward model, with a KL penalty to the frozen SFT model.
 
     `global_batch_size` responses make one optimizer step; `rollout_size` responses make one rollout.

@@ -138,12 +138,7 @@ def given_tokenizer(folder: Path, *, chat_template: str = OWN) -> LoadedTokenize
         )
     if not loaded.eos_token:
         raise ConfigError(f"base_model: the tokenizer in {folder} has no end token", advice="Set its eos_token.")
-    rows = AutoConfig.from_pretrained(folder).vocab_size
-    if len(loaded) > rows:
-        raise ConfigError(
-            f"base_model: the tokenizer has {len(loaded)} entries, the model embeds {rows}; not a pair",
-            advice="Use the tokenizer that the model was trained with.",
-        )
+    check_growth(loaded.backend_tokenizer, rows=AutoConfig.from_pretrained(folder).vocab_size)
     special = {
         "bos_token": loaded.bos_token or "",
         "eos_token": loaded.eos_token,
@@ -176,3 +171,18 @@ def _adds_bos(tokenizer: LoadedTokenizer) -> bool:
     tokenizer.backend.encode_special_tokens = False
     ids = tokenizer.backend.encode("a", add_special_tokens=True).ids
     return tokenizer.bos_id >= 0 and ids[:1] == [tokenizer.bos_id]
+
+
+def check_growth(backend: Tokenizer, *, rows: int) -> int:
+    """Return how many rows an embedding of `rows` lacks for this tokenizer.
+
+    Raises ConfigError unless all that it lacks are tokens that somebody added to a vocabulary: a tokenizer whose own
+    pieces have no row is another model's.
+    """
+    without = {index for index in backend.get_vocab(with_added_tokens=True).values() if index >= rows}
+    if without - set(backend.get_added_tokens_decoder()):
+        raise ConfigError(
+            f"base_model: the tokenizer has {backend.get_vocab_size()} entries, the model embeds {rows}; not a pair",
+            advice="Use the tokenizer that the model was trained with; only tokens added to it may be new.",
+        )
+    return max(without, default=rows - 1) + 1 - rows

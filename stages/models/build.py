@@ -3,6 +3,7 @@
 Importing transformers' model classes costs seconds, so this module is imported by the verbs that need it, when they do.
 """
 
+import logging
 import shutil
 from collections.abc import Set
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -18,48 +20,71 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import PreTrainedModel
 
 from stages.config.errors import ConfigError
-from stages.config.train import ModelConfig
+from stages.config.train import LoRAConfig, ModelConfig
+from stages.data.tokenizer import check_growth
 from stages.data.tokens import TokensArtifact
+from stages.models.lora import has_adapter, merged_weights, quantized_loading, save_adapter
+from stages.models.probe import check_packing
+
+logger = logging.getLogger(__name__)
+
+_NO_ADAPTER = LoRAConfig()
 
 
 def new_causal_lm(config: ModelConfig, tokens: TokensArtifact, *, seed: int) -> PreTrainedModel:
-    """Make a Llama-style decoder with random weights that depend on `seed` alone."""
+    """Make a decoder with random weights that depend on `seed` alone: Llama's, or Mixtral's where there are experts."""
+    common: dict[str, Any] = {
+        "vocab_size": tokens.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "max_position_embeddings": tokens.sequence_length,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": config.initializer_range,
+        "bos_token_id": tokens.bos_id if tokens.bos_id >= 0 else None,
+        "eos_token_id": tokens.eos_id,
+        "pad_token_id": tokens.pad_id,
+    }
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=tokens.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            max_position_embeddings=tokens.sequence_length,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=config.tie_embeddings,
-            initializer_range=config.initializer_range,
-            bos_token_id=tokens.bos_id if tokens.bos_id >= 0 else None,
-            eos_token_id=tokens.eos_id,
-            pad_token_id=tokens.pad_id,
-        )
-    )
+    if not config.num_experts:
+        return LlamaForCausalLM(LlamaConfig(**common))
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    experts = {
+        "num_local_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_token,
+        "router_aux_loss_coef": config.router_loss_coefficient,
+        "rms_norm_eps": 1e-6,  # as in Llama above
+        "sliding_window": None,
+    }
+    return MixtralForCausalLM(MixtralConfig(**common, **experts))
 
 
-def load_causal_lm(folder: Path, tokens: TokensArtifact) -> PreTrainedModel:
-    """Load weights in float32; raises ConfigError when the model does not fit the run's tokens."""
+def load_causal_lm(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig = _NO_ADAPTER) -> PreTrainedModel:
+    """Load weights in float32; raises ConfigError when the model does not fit the run's tokens or cannot pack.
+
+    `lora` says whether the weights are to be frozen in 4 bits.
+    """
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+        folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, **quantized_loading(lora)
     )
     model, loading = loaded
     _check_complete(loading, folder)
-    _check_fit(model, tokens, folder)
+    grow_embeddings(model, tokens)
+    _check_positions(model, tokens)
+    check_packing(model)
     model.config.pad_token_id = tokens.pad_id
     return model
 
 
-def load_reward_model(folder: Path, tokens: TokensArtifact) -> PreTrainedModel:
+def load_reward_model(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig = _NO_ADAPTER) -> PreTrainedModel:
     """Load a sequence classifier with one output; a language model's folder gives a head of zeros, so training starts
     at ln 2."""
     fresh = "ForSequenceClassification" not in (folder / "config.json").read_text()
@@ -70,15 +95,18 @@ def load_reward_model(folder: Path, tokens: TokensArtifact) -> PreTrainedModel:
         attn_implementation="sdpa",
         pad_token_id=tokens.pad_id,
         output_loading_info=True,
+        **quantized_loading(lora),
     )
     model, loading = loaded
     _check_complete(loading, folder, new={"score.weight"} if fresh else set())
-    _check_fit(model, tokens, folder)
+    grow_embeddings(model, tokens)
+    _check_positions(model, tokens)
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise ConfigError(
             f"reward: {type(model).__name__} has no linear `score` head",
             advice="Use a decoder architecture whose sequence classifier transformers builds with `score`.",
         )
+    check_packing(model)
     if fresh:
         torch.nn.init.zeros_(model.score.weight)
     return model
@@ -89,11 +117,17 @@ def save_model(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path,
 
     Not `save_pretrained`: it imports accelerate and whatever accelerate finds (DeepSpeed), which costs seconds a stage.
     """
+    if has_adapter(model):
+        save_adapter(model, weights, folder / "adapter")
+        weights = merged_weights(model, weights)
     tied = model.all_tied_weights_keys or {}
-    save_torch_state_dict(
-        {name: weight for name, weight in weights.items() if name not in tied}, folder, metadata={"format": "pt"}
-    )
+    untied = {name: weight for name, weight in weights.items() if name not in tied}
+    # The names and shapes that the architecture was published with, one matrix an expert, say, as vLLM reads them.
+    published = {name: _alone(weight) for name, weight in revert_weight_conversion(model, untied).items()}
+    save_torch_state_dict(published, folder, metadata={"format": "pt"})
     model.config.architectures = [type(model).__name__]
+    if hasattr(model.config, "quantization_config"):  # what is written is whole again
+        del model.config.quantization_config
     model.config.dtype = torch.float32
     model.config.save_pretrained(folder)
     if model.can_generate():
@@ -106,6 +140,11 @@ def save_model(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path,
     shutil.copytree(tokens.tokenizer_dir, folder, dirs_exist_ok=True)
 
 
+def _alone(weight: Tensor) -> Tensor:
+    """A slice of a stack gets memory of its own, without which safetensors would not write it."""
+    return weight if weight.untyped_storage().nbytes() == weight.nbytes else weight.clone()
+
+
 def _check_complete(loading: dict[str, Any], folder: Path, *, new: Set[str] = frozenset()) -> None:
     """transformers fills missing weights with random numbers and goes on; we do not."""
     if missing := set(loading["missing_keys"]) - new:
@@ -115,14 +154,23 @@ def _check_complete(loading: dict[str, Any], folder: Path, *, new: Set[str] = fr
         )
 
 
-def _check_fit(model: PreTrainedModel, tokens: TokensArtifact, folder: Path) -> None:
-    embeddings: Any = model.get_input_embeddings()
-    rows = embeddings.weight.shape[0]
-    if rows < tokens.vocab_size:
-        raise ConfigError(
-            f"model {folder} embeds {rows} tokens, the run's tokenizer has {tokens.vocab_size}: not a pair",
-            advice="Start from a model that was trained with this tokenizer, or let the run use the model's tokenizer.",
-        )
+def grow_embeddings(model: PreTrainedModel, tokens: TokensArtifact) -> None:
+    """Give tokens that were added to the vocabulary rows: the mean of all others, so that at first none is likelier
+    than a token on average (Hewitt 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html)."""
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr, operator]
+    backend = Tokenizer.from_file(str(tokens.tokenizer_dir / "tokenizer.json"))
+    missing = check_growth(backend, rows=rows)  # type: ignore[arg-type]
+    if not missing:
+        return
+    model.resize_token_embeddings(rows + missing, mean_resizing=False)  # type: ignore[operator]
+    with torch.no_grad():
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for values in table.parameters() if table is not None else ():
+                values[rows:] = values[:rows].mean(0)
+    logger.info("%d tokens were added to the vocabulary of %d: their embeddings start as the mean", missing, rows)
+
+
+def _check_positions(model: PreTrainedModel, tokens: TokensArtifact) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and limit < tokens.sequence_length:
         raise ConfigError(

@@ -3,17 +3,18 @@
 Logits exist only where a target is predicted. Models are plain transformers models; nothing here knows an architecture
 beyond `base_model` (the trunk), output embeddings, and `score` (the head of a sequence classifier).
 
-Shape legend: B rows, T positions, N targets, S segments, H hidden size, V vocabulary.
+Shape legend: B rows, T positions, N targets, S segments, H hidden size, V vocabulary, K tokens but padding, L layers,
+E experts.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from stages.data.packing import Packed
 from stages.losses import entropy
-from stages.models.linear_cross_entropy import linear_cross_entropy_sum
+from stages.models.linear_cross_entropy import linear_cross_entropy
 
 
 class TokenLogprobs(NamedTuple):
@@ -25,10 +26,30 @@ class TokenLogprobs(NamedTuple):
     """Of all targets together, in nats, without gradient; None unless asked for, because it reads all logits again."""
 
 
-def hidden_states(model: nn.Module, batch: Packed) -> Tensor:
-    """Return the trunk's last hidden states, shape (B, T, H); documents are told apart by their positions."""
+def run_trunk(model: nn.Module, batch: Packed, *, noise_BTH: Tensor | None = None, **options: Any) -> Any:
+    """Run everything but the head, with noise on the embeddings on request; documents are told apart by their
+    positions."""
     trunk: nn.Module = model.base_model  # type: ignore[assignment]
-    return trunk(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False).last_hidden_state
+    options |= {"position_ids": batch.position_ids_BT, "use_cache": False}
+    if noise_BTH is None:
+        return trunk(input_ids=batch.input_ids_BT, **options)
+    embeddings_BTH = model.get_input_embeddings()(batch.input_ids_BT)  # type: ignore[operator]
+    return trunk(inputs_embeds=embeddings_BTH + noise_BTH, **options)
+
+
+def hidden_states(model: nn.Module, batch: Packed) -> Tensor:
+    """Return the trunk's last hidden states, shape (B, T, H)."""
+    return run_trunk(model, batch).last_hidden_state
+
+
+class NextTokenTerms(NamedTuple):
+    """What next-token training is made of; `next_token_loss_sum` is its bare loss."""
+
+    loss_sum: Tensor
+    """Cross-entropy of all targets, in nats, with the z-loss if there is one."""
+    z_sum: Tensor
+    router_logits_KLE: Tensor | None
+    """Of all tokens but padding; None unless asked for."""
 
 
 def target_positions(batch: Packed) -> tuple[Tensor, Tensor]:
@@ -39,9 +60,32 @@ def target_positions(batch: Packed) -> tuple[Tensor, Tensor]:
 
 def next_token_loss_sum(model: nn.Module, batch: Packed) -> Tensor:
     """Return the summed negative log-likelihood of all targets, in nats."""
+    return next_token_terms(model, batch).loss_sum
+
+
+def next_token_terms(
+    model: nn.Module,
+    batch: Packed,
+    *,
+    z_coefficient: float = 0.0,
+    noise_BTH: Tensor | None = None,
+    with_router_logits: bool = False,
+) -> NextTokenTerms:
+    """As `next_token_loss_sum`, with what training may add: z-loss, noise on the embeddings, the routers' logits."""
+    options = {"output_router_logits": True} if with_router_logits else {}
+    out = run_trunk(model, batch, noise_BTH=noise_BTH, **options)
     rows_N, columns_N = target_positions(batch)
-    hidden_NH = hidden_states(model, batch)[rows_N, columns_N - 1]
-    return linear_cross_entropy_sum(hidden_NH, _output_weight(model), batch.input_ids_BT[rows_N, columns_N])
+    cross_entropy = linear_cross_entropy(
+        out.last_hidden_state[rows_N, columns_N - 1],
+        _output_weight(model),
+        batch.input_ids_BT[rows_N, columns_N],
+        z_coefficient=z_coefficient,
+    )
+    router_logits_KLE = None
+    if with_router_logits:
+        is_token = batch.segment_ids_BT.flatten() >= 0
+        router_logits_KLE = torch.stack([logits[is_token] for logits in out.router_logits], dim=1)
+    return NextTokenTerms(*cross_entropy, router_logits_KLE)
 
 
 def target_logprobs(

@@ -6,29 +6,50 @@ and each logit is touched while it is still in cache. (Idea: Wijmans et al. 2024
 Shape legend: N targets, H hidden size, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from stages.losses import z_loss
+
 _CHUNK = 1024
+
+
+class CrossEntropy(NamedTuple):
+    """Sums over targets, in float32."""
+
+    loss_sum: Tensor
+    """Cross-entropy in nats, plus `z_coefficient` times `z_sum`."""
+    z_sum: Tensor
+    """Squared log-normalisers, without gradient; 0 where the coefficient is 0."""
 
 
 def linear_cross_entropy_sum(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor) -> Tensor:
     """Return the sum over targets of -log softmax(hidden @ weight.T)[target], in float32 and nats."""
+    return linear_cross_entropy(hidden_NH, weight_VH, targets_N).loss_sum
+
+
+def linear_cross_entropy(
+    hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, *, z_coefficient: float = 0.0
+) -> CrossEntropy:
+    """Return the cross-entropy of softmax(hidden @ weight.T), with a z-loss when its coefficient is not 0."""
     device = hidden_NH.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NH.dtype
-    return _LinearCrossEntropySum.apply(hidden_NH, weight_VH, targets_N, dtype)
+    return CrossEntropy(*_LinearCrossEntropySum.apply(hidden_NH, weight_VH, targets_N, dtype, z_coefficient))
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, dtype: torch.dtype, z_coefficient: float
+    ) -> tuple[Tensor, Tensor]:
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         low_VH = weight_VH.detach().to(dtype)
         grad_hidden_NH = torch.empty_like(hidden_NH) if needs_grad else None
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_grad else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_NH.device)
+        z_sum = torch.zeros_like(total)
         with torch.autocast(hidden_NH.device.type, enabled=False):
             for start in range(0, len(hidden_NH), _CHUNK):
                 chunk_CH = hidden_NH[start : start + _CHUNK].detach().to(dtype)
@@ -36,18 +57,25 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                 logits_CV = (chunk_CH @ low_VH.T).float()
                 log_norm_C1 = logits_CV.logsumexp(-1, keepdim=True)
                 total += (log_norm_C1 - logits_CV.gather(1, targets_C)).sum()
+                if z_coefficient:
+                    z_sum += z_loss(log_norm_C1)
                 if grad_hidden_NH is None or grad_weight_VH is None:
                     continue
                 grad_CV = logits_CV.sub_(log_norm_C1).exp_()
+                if z_coefficient:  # d log^2 Z / d logits = 2 log Z softmax
+                    grad_CV.mul_(1 + 2 * z_coefficient * log_norm_C1)
                 grad_CV.scatter_add_(1, targets_C, torch.full_like(targets_C, -1, dtype=grad_CV.dtype))
                 low_CV = grad_CV.to(dtype)
                 grad_hidden_NH[start : start + _CHUNK] = low_CV @ low_VH
                 grad_weight_VH += low_CV.T @ chunk_CH
         if grad_hidden_NH is not None and grad_weight_VH is not None:
             ctx.save_for_backward(grad_hidden_NH, grad_weight_VH.to(weight_VH.dtype))
-        return total
+        if z_coefficient:
+            total += z_coefficient * z_sum
+        ctx.mark_non_differentiable(z_sum)
+        return total, z_sum
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_NH, grad_weight_VH = ctx.saved_tensors
-        return grad_hidden_NH * grad_outputs[0], grad_weight_VH * grad_outputs[0], None, None
+        return grad_hidden_NH * grad_outputs[0], grad_weight_VH * grad_outputs[0], None, None, None

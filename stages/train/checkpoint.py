@@ -42,6 +42,8 @@ class Checkpoint:
     engine: dict[str, Piece]
     """The pieces that this process answers for; those of all processes tile the tensors."""
     objective: ObjectiveState
+    guard: dict[str, Any]
+    """What the loop remembers of skipped steps."""
     history: list[dict[str, Any]]
     """Metrics of all logged steps, for the model's history file."""
 
@@ -53,6 +55,7 @@ class SavedCheckpoint:
     step: int
     engine: SavedState
     objective: ObjectiveState
+    guard: dict[str, Any]
     history: list[dict[str, Any]]
 
 
@@ -190,6 +193,7 @@ class Checkpointer:
         record = {
             "step": checkpoint.step,
             "objective": checkpoint.objective.numbers,
+            "guard": checkpoint.guard,
             "files": [asdict(file) for file in files],
             "trained_on": self._trained_on,
         }
@@ -226,6 +230,7 @@ class Checkpointer:
             step=record["step"],
             engine=SavedState(pieces),
             objective=ObjectiveState(record["objective"], load(opened.path("objective.safetensors").read_bytes())),
+            guard=record["guard"],
             history=[json.loads(line) for line in opened.path("history.jsonl").read_text().splitlines()],
         )
 

@@ -4,6 +4,8 @@ Whatever uses parameters runs inside the forward of one root module (`Trainable`
 losses, rollouts and evaluations are functions given to the engine. `make_engine` alone knows which engines there are.
 """
 
+import contextlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -37,14 +39,24 @@ class LossOutput(NamedTuple):
 
     loss_sum: Tensor
     metrics: dict[str, Tensor]
+    token_loss_sum: Tensor | None = None
+    """A second loss, summed over all tokens but padding and averaged over those of the whole step."""
+    counts: Tensor | None = None
+    """What the step counts, of any shape: summed over micro-batches and ranks, then given to `Step.observe`."""
 
 
 class Share(NamedTuple):
-    """A micro-batch, and the factor that makes its summed loss a share of the step's loss; 0 for one that only keeps
+    """A micro-batch, and the factors that make its summed losses shares of the step's loss; 0 for one that only keeps
     other ranks company."""
 
     batch: Packed
     scale: float
+    token_scale: float = 0.0
+
+    def of(self, output: LossOutput) -> Tensor:
+        """What the micro-batch adds to the loss of the whole step."""
+        loss = output.loss_sum * self.scale
+        return loss if output.token_loss_sum is None else loss + output.token_loss_sum * self.token_scale
 
 
 class StepReport(NamedTuple):
@@ -53,7 +65,7 @@ class StepReport(NamedTuple):
     grad_norm: float
     """Before clipping."""
     skipped: bool
-    """True when the gradient was not finite and the parameters were left alone."""
+    """True when the step was not accepted and the parameters were left alone."""
 
 
 class Engine(Protocol):
@@ -70,8 +82,17 @@ class Engine(Protocol):
     """All processes of the training, also those that share a share."""
 
     def infer(self, compute: Callable[..., Result], *arguments: Any) -> Result:
-        """Run `compute(parts, *arguments)` in the root's forward without gradients, in the run's precision, batches on
-        the device."""
+        """Run `compute(parts, *arguments)` in the root's forward without gradients or dropout, in the run's precision,
+        batches on the device."""
+        ...
+
+    def seed(self, seed: int, step: int) -> None:
+        """Make what the models draw in a step (dropout) follow from (seed, step, rank), so that it is the same after a
+        resume."""
+        ...
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the weights are those that are evaluated and exported: their moving average where there is one."""
         ...
 
     def freeze(self, model: nn.Module) -> nn.Module:
@@ -83,8 +104,8 @@ class Engine(Protocol):
         ranks give equally many. Returns the outputs, detached."""
         ...
 
-    def step(self, learning_rate: float) -> StepReport:
-        """Clip, update and clear; a gradient that is not finite changes nothing and is reported."""
+    def step(self, learning_rate: float, *, accepts: Callable[[float], bool] = math.isfinite) -> StepReport:
+        """Clip, update and clear; a step whose gradient norm `accepts` refuses changes nothing."""
         ...
 
     def sum(self, values: Iterable[float]) -> list[float]:
@@ -104,12 +125,12 @@ class Engine(Protocol):
         ...
 
     def model_weights(self, part: str) -> dict[str, Tensor]:
-        """Return one part's full weights on the CPU; every process must call it, the main one gets them."""
+        """Return one part's full weights for export, on the CPU; every process must call it, the main one gets them."""
         ...
 
     def state_dict(self) -> dict[str, Piece]:
-        """Return copies, on the CPU, of the pieces of parameters and optimizer state for which this process answers;
-        those of all processes tile the tensors."""
+        """Return copies, on the CPU, of the pieces of trained parameters and optimizer state for which this process
+        answers; those of all processes tile the tensors."""
         ...
 
     def load_state_dict(self, state: SavedState) -> None:

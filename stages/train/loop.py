@@ -12,20 +12,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from stages.config.errors import NonFiniteError
 from stages.config.execution import ExecutionConfig
 from stages.config.train import TrainConfig
 from stages.data.packing import Packed
 from stages.stopping import Stopped
 from stages.train.checkpoint import Checkpoint, Checkpointer
 from stages.train.engine import Engine, Share
+from stages.train.guard import StepGuard
 from stages.train.interruption import Ask, wait_for_all
 from stages.train.objective import Objective, Step
 from stages.train.optimizer import learning_rate
 
 logger = logging.getLogger(__name__)
 
-_MAX_SKIPPED_IN_A_ROW = 5
 _SPEED, _BLOCKED = "train/tokens_per_second", "train/checkpoint_blocked_seconds"
 """Reported, but not part of the history that is published: the same training gives the same bytes."""
 
@@ -51,31 +50,26 @@ def train(
 ) -> History:
     """Train to the end, from the newest checkpoint if there is one; return the metrics of every logged step, but its
     speed. `asked` says at every step boundary whether to save or to end now, the same on every rank."""
-    step, history = _resume(objective, engine, checkpointer)
-    skipped_in_a_row = num_skipped = 0
+    guard = StepGuard(config.optimizer)
+    step, history = _resume(objective, engine, guard, checkpointer)
     blocked = 0.0
     last = clock()
     for item in objective.steps(engine):
         rate = learning_rate(config.optimizer, step=step, num_steps=objective.num_steps)
+        engine.seed(config.seed, step)
         metrics = _accumulate(objective, engine, item)
-        outcome = engine.step(rate)
+        outcome = engine.step(rate, accepts=guard.judging(loss=metrics["train/loss"], step=step + 1))
         step += 1
-        num_skipped += outcome.skipped
-        skipped_in_a_row = skipped_in_a_row + 1 if outcome.skipped else 0
-        if skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
-            raise NonFiniteError(
-                f"loss or gradient was not finite in {skipped_in_a_row} steps in a row, up to step {step}",
-                advice=f"Lower optimizer.learning_rate (now {config.optimizer.learning_rate}) or use precision=fp32.",
-            )
         now = clock()
         speed, last = metrics.pop("tokens") / (now - last), now
         metrics |= item.metrics | {
             "train/grad_norm": outcome.grad_norm,
             "train/learning_rate": rate,
-            "train/skipped_steps": float(num_skipped),
+            **guard.metrics,
         }
         if evaluated := _due(step, config.eval_every, objective.num_steps):
-            metrics |= objective.evaluate(engine)
+            with engine.averaged():
+                metrics |= objective.evaluate(engine)
             last = clock()
         if evaluated or _due(step, execution.log_every, objective.num_steps):
             history.append({"step": step, **metrics})
@@ -86,7 +80,8 @@ def train(
         if ask is not Ask.NOTHING or (due and step < objective.num_steps):
             started = clock()
             checkpointer.wait()
-            checkpointer.save(Checkpoint(step, engine.state_dict(), objective.state_dict(), list(history)))
+            state = Checkpoint(step, engine.state_dict(), objective.state_dict(), guard.state_dict(), list(history))
+            checkpointer.save(state)
             blocked += clock() - started
         if ask is Ask.END:
             checkpointer.wait()
@@ -99,12 +94,13 @@ def train(
     return history
 
 
-def _resume(objective: Objective, engine: Engine, checkpointer: Checkpointer) -> tuple[int, History]:
+def _resume(objective: Objective, engine: Engine, guard: StepGuard, checkpointer: Checkpointer) -> tuple[int, History]:
     checkpoint = checkpointer.latest()
     if checkpoint is None:
         return 0, []
     engine.load_state_dict(checkpoint.engine)
     objective.load_state_dict(checkpoint.objective)
+    guard.load_state_dict(checkpoint.guard)
     logger.info("resumed from the checkpoint of step %d of %d", checkpoint.step, objective.num_steps)
     return checkpoint.step, checkpoint.history
 
@@ -117,11 +113,15 @@ def _accumulate(objective: Objective, engine: Engine, step: Step) -> dict[str, f
     )
     sums: dict[str, Tensor] = {}
     batches = _same_count(engine, step)
-    outputs = engine.backward(objective.loss, [Share(batch, counts / units) for batch, counts in batches])
+    shares = [Share(batch, counts / units, counts / tokens) for batch, counts in batches]
+    outputs = engine.backward(objective.loss, shares)
+    observed: list[Tensor] = []
     for (_, counts), out in zip(batches, outputs, strict=True):
         pairs = out.metrics | {"train/loss": torch.stack([out.loss_sum, out.loss_sum.new_tensor(0.0)])}
         for name, pair in pairs.items():
             sums[name] = sums.get(name, 0) + counts * pair
+        if out.counts is not None:
+            observed.append(counts * out.counts)
     names = sorted(sums)
     totals = engine.sum([value for name in names for value in sums[name].tolist()])
     metrics = {
@@ -129,6 +129,9 @@ def _accumulate(objective: Objective, engine: Engine, step: Step) -> dict[str, f
         for name, total, weight in zip(names, totals[::2], totals[1::2], strict=True)
         if weight or name == "train/loss"
     }
+    if observed:
+        total = engine.sum(torch.stack(observed).sum(0).flatten().tolist())
+        metrics |= step.observe(torch.tensor(total).view_as(observed[0]))
     return metrics | {"tokens": tokens}
 
 

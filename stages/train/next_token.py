@@ -1,19 +1,26 @@
 """Next-token prediction: the objective that pretraining and SFT share. They differ in what a row holds."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from stages.data.packing import Packed, TokenSequence, collate, plan_rows
 from stages.data.ragged import Ragged
 from stages.data.tokens import SequenceView
 from stages.losses import perplexity
-from stages.models.forward import next_token_loss_sum
+from stages.models.forward import NextTokenTerms, next_token_loss_sum, next_token_terms
+from stages.models.noise import embedding_noise
 from stages.train.engine import Engine
 from stages.train.objective import LossOutput, ObjectiveState, Step
 from stages.train.plan import batches, evenly, in_step, order_digest, share
+from stages.train.routing import RouterBalance, Routing
+
+_PLACE = "place"
+"""Field of a training batch: where the row stands in the order of all training rows."""
 
 
 class Rows(Protocol):
@@ -55,6 +62,17 @@ class ConversationRows:
         return [self._conversations[i] for i in self._rows[index]]
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What training may add to the bare cross-entropy."""
+
+    z_coefficient: float = 0.0
+    noise_alpha: float = 0.0
+    seed: int = 0
+    """Of the noise."""
+    routing: Routing | None = None
+
+
 class NextTokenObjective:
     """Cross-entropy over the targets of packed rows."""
 
@@ -68,22 +86,37 @@ class NextTokenObjective:
         global_batch_size: int,
         micro_batch_size: int,
         eval_items: int,
+        extras: Extras = Extras(),
     ) -> None:
         """`order` lists the row of every training position, over all epochs."""
-        self._rows, self._heldout, self._row_length = rows, heldout, row_length
-        self._steps = batches(order, global_batch_size)
+        self._rows, self._order, self._heldout, self._row_length = rows, order, heldout, row_length
+        self._steps = batches(np.arange(len(order)), global_batch_size)
         self._micro_batch_size = micro_batch_size
         self._eval_items = eval_items
+        self._extras = extras
+        self._balance = RouterBalance(extras.routing) if extras.routing else None
         self._cursor = 0
         self.num_steps = len(self._steps)
-        self.order = order_digest(self._steps)
+        self.order = order_digest(batches(order, global_batch_size))
 
     def steps(self, engine: Engine) -> Iterator[Step]:
         while self._cursor < self.num_steps:
-            indices = self._steps[self._cursor]
+            places = self._steps[self._cursor]
             self._cursor += 1
-            mine = share(indices, rank=engine.rank, world_size=engine.world_size)
-            yield Step(self._micro_batches(self._rows, mine if len(mine) else indices[:1]), counted=len(mine) > 0)
+            mine = share(places, rank=engine.rank, world_size=engine.world_size)
+            step = Step(self._training_batches(mine if len(mine) else places[:1]), counted=len(mine) > 0)
+            yield replace(step, observe=self._balance.observe) if self._balance else step
+
+    def _training_batches(self, places: np.ndarray) -> list[Packed]:
+        """Micro-batches that know the places of their rows in the training order, if noise is to be drawn by them."""
+        micro_batches = self._micro_batches(self._rows, self._order[places])
+        if not self._extras.noise_alpha:
+            return micro_batches
+        parts = batches(places, self._micro_batch_size)
+        return [
+            replace(batch, fields={_PLACE: torch.from_numpy(part)[:, None].expand_as(batch.input_ids_BT)})
+            for batch, part in zip(micro_batches, parts, strict=True)
+        ]
 
     def _micro_batches(self, rows: Rows, indices: np.ndarray) -> list[Packed]:
         return [
@@ -95,9 +128,41 @@ class NextTokenObjective:
         return float(batch.num_targets)
 
     def loss(self, parts: nn.ModuleDict, batch: Packed) -> LossOutput:
-        return LossOutput(next_token_loss_sum(parts["policy"], batch), {})
+        extras, policy = self._extras, parts["policy"]
+        terms = next_token_terms(
+            policy,
+            batch,
+            z_coefficient=extras.z_coefficient,
+            noise_BTH=self._noise(policy, batch) if extras.noise_alpha else None,
+            with_router_logits=self._balance is not None,
+        )
+        metrics = self._added_metrics(terms, batch)
+        if self._balance is None or terms.router_logits_KLE is None:
+            return LossOutput(terms.loss_sum, metrics)
+        balance_sum = self._balance.loss_sum(terms.router_logits_KLE)
+        num_tokens = balance_sum.new_tensor(float(len(terms.router_logits_KLE)))
+        metrics["train/router_loss"] = torch.stack([balance_sum.detach(), num_tokens])
+        return LossOutput(terms.loss_sum, metrics, balance_sum, self._balance.count(terms.router_logits_KLE))
+
+    def _noise(self, policy: nn.Module, batch: Packed) -> Tensor:
+        return embedding_noise(
+            batch,
+            batch.fields[_PLACE][:, 0],
+            alpha=self._extras.noise_alpha,
+            seed=self._extras.seed,
+            hidden_size=policy.get_input_embeddings().embedding_dim,  # type: ignore[operator]
+        )
+
+    def _added_metrics(self, terms: NextTokenTerms, batch: Packed) -> dict[str, Tensor]:
+        """The z-loss apart, when there is one."""
+        coefficient = self._extras.z_coefficient
+        if not coefficient:
+            return {}
+        z_loss = coefficient * terms.z_sum
+        return {"train/z_loss": torch.stack([z_loss, z_loss.new_tensor(float(batch.num_targets))])}
 
     def evaluate(self, engine: Engine) -> dict[str, float]:
+        """Measure the bare cross-entropy."""
         spread = evenly(len(self._heldout), at_most=self._eval_items)
         if not len(spread):
             return {}
@@ -105,7 +170,7 @@ class NextTokenObjective:
         spare = mine[0] if mine else self._micro_batches(self._heldout, spread[:1])[0]
         loss_sum = targets = 0.0
         for batch, counted in in_step(engine, mine, spare=spare):
-            batch_loss = float(engine.infer(self.loss, batch).loss_sum)
+            batch_loss = float(engine.infer(_bare_loss, batch).loss_sum)
             loss_sum += counted * batch_loss
             targets += counted * batch.num_targets
         loss_sum, targets = engine.sum([loss_sum, targets])
@@ -114,7 +179,13 @@ class NextTokenObjective:
         return {"eval/loss": loss_sum / targets, "eval/perplexity": perplexity(loss_sum / targets)}
 
     def state_dict(self) -> ObjectiveState:
-        return ObjectiveState({"cursor": self._cursor})
+        return ObjectiveState({"cursor": self._cursor}, self._balance.state_dict() if self._balance else {})
 
     def load_state_dict(self, state: ObjectiveState) -> None:
         self._cursor = int(state.numbers["cursor"])
+        if self._balance:
+            self._balance.load_state_dict(state.tensors)
+
+
+def _bare_loss(parts: nn.ModuleDict, batch: Packed) -> LossOutput:
+    return LossOutput(next_token_loss_sum(parts["policy"], batch), {})

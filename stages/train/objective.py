@@ -1,6 +1,6 @@
 """The role that pretraining, SFT, reward, DPO and PPO play for the one training loop."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -8,6 +8,10 @@ from torch import Tensor, nn
 
 from stages.data.packing import Packed
 from stages.train.engine import Engine, LossOutput
+
+
+def _observe_nothing(counts: Tensor) -> dict[str, float]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,8 @@ class Step:
     """False on a rank that a small last step leaves without items: it joins the collectives and counts nothing."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Numbers that belong to the step as a whole, already the same on every rank (a rollout's, say)."""
+    observe: Callable[[Tensor], dict[str, float]] = _observe_nothing
+    """Takes in the counts of the whole step, before the next one is asked for, and tells numbers about them."""
 
 
 @dataclass(frozen=True)

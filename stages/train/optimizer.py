@@ -1,42 +1,99 @@
-"""AdamW groups and learning-rate schedules."""
+"""Which parameters are updated how, and learning-rate schedules."""
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from stages.config.train import OptimizerConfig, Schedule
+from stages.config.errors import ConfigError
+from stages.config.train import Algorithm, OptimizerConfig, Schedule
+from stages.train.muon import Muon
+
+_FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu")
+"""Where torch has one kernel for a whole group of AdamW."""
 
 
-def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Decay matrices, leave norms and biases alone; one fused kernel per group."""
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+def make_optimizer(module: nn.Module, config: OptimizerConfig, *, dtype: torch.dtype) -> torch.optim.Optimizer:
+    """Make the optimizer of all parameters that want a gradient; `dtype` is that of Muon's matrix products."""
+    groups = parameter_groups(module, config)
+    fused = all(parameter.device.type in _FUSED_DEVICES for group in groups for parameter in group["params"])
+    common: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.epsilon}
+    match config.algorithm:
+        case Algorithm.ADAMW:
+            for group in groups:
+                del group["muon"]
+            return torch.optim.AdamW(groups, **common, fused=fused)
+        case Algorithm.MUON:
+            if not any(group["muon"] for group in groups):
+                raise ConfigError(
+                    "optimizer.algorithm=muon, but the model has no matrices in repeated layers",
+                    advice="Use optimizer.algorithm=adamw.",
+                )
+            return Muon(groups, **common, momentum=config.muon_momentum, fused=fused, dtype=dtype)
+
+
+def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Return groups with `params`, `weight_decay` and `muon`.
+
+    Not decayed: norms, biases and whatever else is no matrix, and embeddings unless the config says so. A weight that
+    is tied counts as the embedding. Muon's are the matrices of the repeated layers.
+    """
+    repeated = {
+        id(parameter)
+        for container in module.modules()
+        if isinstance(container, nn.ModuleList)
+        for parameter in container.parameters()
+    }
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    seen: set[int] = set()
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            is_embedding = isinstance(owner, nn.Embedding)
+            is_matrix = parameter.ndim >= 2 and "bias" not in name and "norm" not in type(owner).__name__.lower()
+            decays = is_matrix and (config.decay_embeddings or not is_embedding)
+            key = (decays, is_matrix and not is_embedding and id(parameter) in repeated)
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, "muon": muon}
+        for (decays, muon), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-        fused=True,
-    )
 
 
 def learning_rate(config: OptimizerConfig, *, step: int, num_steps: int) -> float:
     """Return the rate of step `step` (0-based): linear warm-up, then the schedule down to its minimum at the last
-    step."""
-    warmup = math.ceil(config.warmup_fraction * num_steps)
+    step.
+
+    WSD: Hu et al. 2024 (arXiv:2404.06395), with the 1 - sqrt decay of Hägele et al. 2024 (arXiv:2405.18392).
+    """
+    warmup = warmup_steps(config, num_steps=num_steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    share = (step - warmup) / max(num_steps - 1 - warmup, 1)
+    low = config.min_learning_rate_ratio
+    start = warmup
+    if config.schedule is Schedule.WSD:
+        start = max(warmup, num_steps - math.ceil(config.decay_fraction * num_steps))
+    share = max(0.0, (step - start) / max(num_steps - 1 - start, 1))
     match config.schedule:
         case Schedule.CONSTANT:
             factor = 1.0
         case Schedule.LINEAR:
-            factor = 1.0 - (1.0 - config.min_learning_rate_ratio) * share
+            factor = 1.0 - (1.0 - low) * share
         case Schedule.COSINE:
-            low = config.min_learning_rate_ratio
             factor = low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * share))
+        case Schedule.WSD:
+            factor = low + (1.0 - low) * (1.0 - math.sqrt(share))
     return config.learning_rate * factor
+
+
+def warmup_steps(config: OptimizerConfig, *, num_steps: int) -> int:
+    """Return the steps of the warm-up; raises ConfigError when they leave none at the peak."""
+    if config.warmup_steps >= num_steps > 0:
+        raise ConfigError(
+            f"optimizer.warmup_steps={config.warmup_steps}, but there are only {num_steps} steps",
+            advice=f"Use at most {num_steps - 1}, or 0 and warmup_fraction.",
+        )
+    return config.warmup_steps or math.ceil(config.warmup_fraction * num_steps)

@@ -18,6 +18,7 @@ from stages.data.packing import Packed, TokenSequence, collate, plan_rows
 from stages.losses import gae, shaped_rewards, whiten
 from stages.models.forward import segment_scores, target_logprobs, target_values
 from stages.models.generation import generate, uniforms
+from stages.models.lora import start_of
 from stages.train.engine import Engine
 from stages.train.plan import batches, in_step, share
 
@@ -47,10 +48,10 @@ class Sampled:
 
 @dataclass(frozen=True)
 class FrozenModels:
-    """What PPO reads and never changes."""
+    """What PPO reads and never changes; None is the policy, or the critic, without its adapter."""
 
-    reference: nn.Module
-    reward: nn.Module
+    reference: nn.Module | None
+    reward: nn.Module | None
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,7 @@ class Sampler:
         return [item for _, item in sorted(engine.gather(scored), key=lambda pair: pair[0])]
 
     def _generate(self, parts: nn.ModuleDict, prompts: list[np.ndarray], draws_SR: np.ndarray, all_done):
-        parts["policy"].eval()
-        responses = generate(
+        return generate(
             parts["policy"],
             prompts,
             max_response_length=self.config.max_response_length,
@@ -92,8 +92,6 @@ class Sampler:
             uniforms_SR=draws_SR,
             all_done=all_done,
         )
-        parts["policy"].train()
-        return responses
 
     def _score(self, engine: Engine, prompts: list[np.ndarray], responses: list[np.ndarray]) -> list[Sampled]:
         sequences = [
@@ -121,11 +119,15 @@ class Sampler:
 
     def _measure(self, parts: nn.ModuleDict, batch: Packed) -> tuple[Tensor, ...]:
         temperature = self.config.temperature
+        with start_of(parts["policy"], self.frozen.reference) as reference:
+            ref_logprobs_N = target_logprobs(reference, batch, temperature=temperature).logprobs_N
+        with start_of(parts["critic"], self.frozen.reward) as reward:
+            scores_S = segment_scores(reward, batch, pad_id=self.pad_id)
         return (
             target_logprobs(parts["policy"], batch, temperature=temperature).logprobs_N,
-            target_logprobs(self.frozen.reference, batch, temperature=temperature).logprobs_N,
+            ref_logprobs_N,
             target_values(parts["critic"], batch),
-            segment_scores(self.frozen.reward, batch, pad_id=self.pad_id),
+            scores_S,
         )
 
 

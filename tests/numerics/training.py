@@ -19,11 +19,13 @@ from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
 from stages.config.train import TrainConfig
+from stages.context import StageContext
 from stages.data.tokens import TokensArtifact
 from stages.models.build import save_model
 from stages.train.checkpoint import Checkpointer
 from stages.train.engine import make_engine
 from stages.train.loop import train
+from stages.train.run import Prepared
 from tests.small_world import make_context
 
 
@@ -59,8 +61,7 @@ def run_training(
         **execution_options,
     )
     context = make_context(home, stage, config, inputs, execution)
-    artifact = TokensArtifact(context.input_dir("tokens"))
-    prepared = importlib.import_module(f"stages.{stage.value}").prepare(context, artifact)
+    prepared = prepare_in(context)
     engine = make_engine(prepared.parts, config, execution)
 
     def report(metrics: dict[str, float], *, step: int, num_steps: int) -> None:
@@ -81,9 +82,20 @@ def run_training(
         checkpointer.wait()
     weights = engine.model_weights(prepared.exported)
     if export and engine.is_main:
+        artifact = TokensArtifact(context.input_dir("tokens"))
         (home / "model").mkdir()
         save_model(prepared.parts[prepared.exported], weights, home / "model", artifact)  # type: ignore[arg-type]
     return Trained(weights, history)
+
+
+def prepare(home: Path, stage: Stage, config: TrainConfig, inputs: dict[str, ArtifactRef]) -> Prepared:
+    """What the stage makes ready, untrained."""
+    return prepare_in(make_context(home, stage, config, inputs))
+
+
+def prepare_in(context: StageContext) -> Prepared:
+    verb = importlib.import_module(f"stages.{context.request.stage.value}")
+    return verb.prepare(context, TokensArtifact(context.input_dir("tokens")))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ and leaves parameters alone when that norm is not finite. Its flat partitions ar
 checkpoints are the same as everybody's. This reaches below DeepSpeed's public interface, whose version is pinned.
 """
 
+import contextlib
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -15,17 +17,19 @@ from torch import Tensor, nn
 
 from stages.config.errors import ConfigError
 from stages.config.execution import ExecutionConfig
-from stages.config.train import TrainConfig
+from stages.config.train import Algorithm, OptimizerConfig, TrainConfig
 from stages.models.precision import autocast
 from stages.train.engine import LossOutput, Share, StepReport, Trainable
 from stages.train.engines.local import (
     check_precision,
     detached,
+    evaluating,
     make_deterministic,
     moved,
     part_of,
     persistent_buffers,
     prepare,
+    seed_models,
 )
 from stages.train.optimizer import make_optimizer
 from stages.train.ranks import Grid, local_device
@@ -61,6 +65,7 @@ class DeepSpeedEngine:
                 "precision='fp16' does not go with engine=deepspeed: the loss is scaled by PyTorch's engines only",
                 advice="Use engine=fsdp, or precision=bf16 or fp32.",
             )
+        _refuse_what_is_not_there(config.optimizer)
         self.grid = Grid(self.device)
         self.processes, self.is_main = self.grid.processes, self.grid.is_main
         self.rank, self.world_size = self.grid.data.rank, self.grid.data.size
@@ -73,7 +78,7 @@ class DeepSpeedEngine:
             prepare(model, execution)
         self._module, self._zero, _, _ = _import_deepspeed(self.device).initialize(
             model=self.trainable,
-            optimizer=make_optimizer(self.trainable, config.optimizer),
+            optimizer=make_optimizer(self.trainable, config.optimizer, dtype=torch.float32),
             config=_settings(config, execution, self.device),
         )
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer
@@ -87,7 +92,14 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def infer(self, compute: Callable[..., Result], *arguments: Any) -> Result:
-        return self._call(compute, *arguments)
+        with evaluating(self.trainable):
+            return self._call(compute, *arguments)
+
+    def seed(self, seed: int, step: int) -> None:
+        seed_models(seed, step, rank=self.rank)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def freeze(self, model: nn.Module) -> nn.Module:
         return model.requires_grad_(False).eval().to(self.device)
@@ -97,15 +109,17 @@ class DeepSpeedEngine:
         for position, share in enumerate(shares):
             self._module.set_gradient_accumulation_boundary(position == len(shares) - 1)
             out = self._call(loss, share.batch)
-            self._module.backward(out.loss_sum * share.scale * self.world_size, scale_wrt_gas=False)
+            self._module.backward(share.of(out) * self.world_size, scale_wrt_gas=False)
             outputs.append(detached(out))
         return outputs
 
-    def step(self, learning_rate: float) -> StepReport:
+    def step(self, learning_rate: float, *, accepts: Callable[[float], bool] = math.isfinite) -> StepReport:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self._module.step()
-        return StepReport(float(self._module.get_global_grad_norm()), bool(self._zero.overflow))
+        self._module.step()  # judges by itself, as `accepts` does where there is no spike rule
+        grad_norm = float(self._module.get_global_grad_norm())
+        accepted = accepts(float("inf") if self._zero.overflow else grad_norm)
+        return StepReport(grad_norm, skipped=not accepted)
 
     def sum(self, values: Iterable[float]) -> list[float]:
         return self.grid.data.sum(values)
@@ -126,7 +140,8 @@ class DeepSpeedEngine:
         return {name: flat.view(shapes[name]) for name, flat in whole.items()} | buffers
 
     def state_dict(self) -> dict[str, Piece]:
-        state = {f"parameter/{name}": piece for name, piece in self._pieces().items()}
+        trained = {name for name, parameter in self.trainable.named_parameters() if parameter.requires_grad}
+        state = {f"parameter/{name}": piece for name, piece in self._pieces().items() if name in trained}
         for name, parameter in self.trainable.named_parameters():
             held = self._range(parameter)
             if held is None:
@@ -141,6 +156,8 @@ class DeepSpeedEngine:
     def load_state_dict(self, state: SavedState) -> None:
         self.optimizer.state.clear()
         for name, parameter in self.trainable.named_parameters():
+            if not parameter.requires_grad:
+                continue
             self._load_parameter(parameter, state, name)
             held = self._range(parameter)
             if held is None:
@@ -202,6 +219,17 @@ class DeepSpeedEngine:
         partition = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
         held, own = mapping.hp_fragment_address, mapping.lp_fragment_address
         return _Range(partition, held.start, own.start, own.numel)
+
+
+def _refuse_what_is_not_there(config: OptimizerConfig) -> None:
+    """ZeRO steps on flat partitions and decides about a step by itself."""
+    asked = {
+        "optimizer.algorithm=muon": config.algorithm is Algorithm.MUON,
+        f"optimizer.ema_decay={config.ema_decay}": config.ema_decay > 0,
+        f"optimizer.spike_window={config.spike_window}": config.spike_window > 0,
+    }
+    for setting in (setting for setting, is_asked in asked.items() if is_asked):
+        raise ConfigError(f"{setting} does not go with engine=deepspeed", advice="Use engine=fsdp.")
 
 
 def _piece(values: Tensor, parameter: Any, numel: int, start: int) -> Piece:

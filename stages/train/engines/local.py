@@ -1,8 +1,10 @@
 """What every engine does with the models of its own process: precision, recomputed activations, compilation, names."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,22 @@ def check_precision(precision: str, device: torch.device) -> None:
             "precision='fp16' needs a GPU: processors emulate float16, slower than float32 and with its overflows",
             advice="Use precision=bf16, which needs no loss scaling, or fp32; or give the workers GPUs.",
         )
+
+
+def seed_models(seed: int, step: int, *, rank: int) -> None:
+    """Start the random numbers of a step anew."""
+    key = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(key))
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """No dropout inside."""
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train()
 
 
 def moved(arguments: tuple[Any, ...], device: torch.device) -> list[Any]:
@@ -44,7 +62,7 @@ def prepare(model: nn.Module, execution: ExecutionConfig) -> None:
 
 
 def detached(output: LossOutput) -> LossOutput:
-    return LossOutput(output.loss_sum.detach(), output.metrics)
+    return output._replace(loss_sum=output.loss_sum.detach(), token_loss_sum=None)
 
 
 def part_of(state: Mapping[str, Any], part: str) -> dict[str, Any]:

@@ -2,33 +2,40 @@
 with tensor and pipeline parallelism."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from stages.config.errors import ConfigError
 from stages.config.execution import Engine as EngineKind
 from stages.config.execution import ExecutionConfig
-from stages.config.train import TrainConfig
+from stages.config.train import Algorithm, TrainConfig
 from stages.data.packing import Packed
 from stages.models.forward import hidden_states
-from stages.models.precision import autocast
+from stages.models.lora import has_adapter
+from stages.models.precision import autocast, compute_dtype
+from stages.train.averaging import averaged, update_average
 from stages.train.engine import LossOutput, Share, StepReport, Trainable
 from stages.train.engines.local import (
     check_precision,
     detached,
+    evaluating,
     make_deterministic,
     moved,
     part_of,
     persistent_buffers,
     prepare,
+    seed_models,
 )
 from stages.train.engines.pipeline import Schedule, keep_stage, set_received
 from stages.train.engines.tensor_parallel import Slice, cut_layers
 from stages.train.loss_scale import LossScale
 from stages.train.optimizer import make_optimizer
 from stages.train.ranks import Grid, local_device
+from stages.train.routing import routing_of
 from stages.train.shards import Box, Piece, SavedState, scalar, whole_tensors
 
 Result = TypeVar("Result")
@@ -48,6 +55,7 @@ class TorchEngine:
         self.rank, self.world_size = self.grid.data.rank, self.grid.data.size
         if self.device.type == "cpu":
             make_deterministic()
+        _refuse_what_cannot_be_cut(parts, config, execution)
         self._config, self._execution = config, execution
         self._loss_scale = LossScale(dynamic=config.precision == "fp16")
         self._slices: dict[str, Slice] = {}
@@ -60,7 +68,8 @@ class TorchEngine:
         for model in parts.values():
             prepare(model, execution)
         self._module, self._sharded = self._wrap()
-        self.optimizer = make_optimizer(self.trainable, config.optimizer)
+        dtype = compute_dtype(self.device, config.precision)
+        self.optimizer = make_optimizer(self.trainable, config.optimizer, dtype=dtype)
         self._positions = {name: index for index, (name, _) in enumerate(self.trainable.named_parameters())}
 
     def _cut(self, prefix: str, model: nn.Module) -> None:
@@ -105,12 +114,23 @@ class TorchEngine:
 
     @torch.no_grad()
     def infer(self, compute: Callable[..., Result], *arguments: Any) -> Result:
-        if self._schedule is None:
-            return self._call(compute, *arguments)
-        (batch,) = arguments
-        share = Share(batch, 1.0)
-        output = self._schedule.infer(share, forward=lambda share, received: self._stage(compute, share, received))
+        with evaluating(self.trainable):
+            if self._schedule is None:
+                return self._call(compute, *arguments)
+            (batch,) = arguments
+            share = Share(batch, 1.0)
+            output = self._schedule.infer(share, forward=lambda share, received: self._stage(compute, share, received))
         return self.grid.pipeline.from_last(_on_cpu(output))
+
+    def seed(self, seed: int, step: int) -> None:
+        seed_models(seed, step, rank=self.processes.rank)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        self._reshard()
+        with averaged(self.optimizer):
+            yield
+            self._reshard()  # what FSDP left whole are averages
 
     def freeze(self, model: nn.Module) -> nn.Module:
         return model.requires_grad_(False).eval().to(self.device)
@@ -129,7 +149,7 @@ class TorchEngine:
     def _scaled(self, out: LossOutput, share: Share) -> Tensor:
         """The share of the step's loss; DDP and FSDP average over ranks what we want summed."""
         averaged_over = self.world_size if self._sharded or self._module is not self.trainable else 1
-        return out.loss_sum * share.scale * averaged_over * self._loss_scale.value
+        return share.of(out) * averaged_over * self._loss_scale.value
 
     def _synchronised_at(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Gradients of all shares but the last stay on the rank."""
@@ -162,17 +182,19 @@ class TorchEngine:
         """This stage's part of a forward pass: hidden states, or the loss on the last stage."""
         return self._call(_run_stage, loss if self.grid.pipeline.is_last else None, share.batch, received)
 
-    def step(self, learning_rate: float) -> StepReport:
+    def step(self, learning_rate: float, *, accepts: Callable[[float], bool] = math.isfinite) -> StepReport:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self._complete_gradients()
         norm = self._grad_norm()
         grad_norm = float(norm)
-        skipped = not torch.isfinite(torch.tensor(grad_norm)).item()
+        skipped = not accepts(grad_norm)
         if not skipped:
             nn.utils.clip_grads_with_norm_(self.trainable.parameters(), self._config.optimizer.max_grad_norm, norm)
             self.optimizer.step()
-        self._loss_scale.update(overflowed=skipped)
+            if self._config.optimizer.ema_decay:
+                update_average(self.optimizer, self._config.optimizer.ema_decay)
+        self._loss_scale.update(overflowed=not math.isfinite(grad_norm))
         self.optimizer.zero_grad(set_to_none=True)
         return StepReport(grad_norm, skipped)
 
@@ -215,12 +237,14 @@ class TorchEngine:
         return self.max(0.0 if done else 1.0) == 0.0 if self._sharded else done
 
     def model_weights(self, part: str) -> dict[str, Tensor]:
-        whole = whole_tensors(part_of(self._pieces(), part), self.processes)
+        with self.averaged():
+            pieces = self._pieces()
+        whole = whole_tensors(part_of(pieces, part), self.processes)
         return {**whole, **persistent_buffers(self.trainable.parts[part])}
 
     def state_dict(self) -> dict[str, Piece]:
         return (
-            {f"parameter/{name}": piece for name, piece in self._pieces().items()}
+            {f"parameter/{name}": piece for name, piece in self._pieces(trained=True).items()}
             | self._moments()
             | ({_LOSS_SCALE: Piece(Box.whole((2,)), self._loss_scale.state())} if self.is_main else {})
         )
@@ -229,6 +253,8 @@ class TorchEngine:
         self._reshard()
         with torch.no_grad():
             for name, parameter in self.trainable.named_parameters():
+                if not parameter.requires_grad:
+                    continue
                 box = self._box(name, parameter)
                 _local(parameter).copy_(state.read(f"parameter/{name}", box))
                 self.optimizer.state[parameter] = {
@@ -245,13 +271,13 @@ class TorchEngine:
         _local(value).copy_(state.read(key, box))
         return value
 
-    def _pieces(self) -> dict[str, Piece]:
-        """Copies of the parameters' pieces for which this process answers."""
+    def _pieces(self, *, trained: bool = False) -> dict[str, Piece]:
+        """Copies of the pieces of parameters, all or the trained ones, for which this process answers."""
         self._reshard()
         return {
             name: Piece(self._box(name, parameter), _copy(parameter))
             for name, parameter in self.trainable.named_parameters()
-            if self._answers_for(name, parameter)
+            if self._answers_for(name, parameter) and (parameter.requires_grad or not trained)
         }
 
     def _moments(self) -> dict[str, Piece]:
@@ -331,3 +357,23 @@ def _on_cpu(output: Any) -> Any:
     if not isinstance(output, LossOutput):
         return None
     return LossOutput(output.loss_sum.cpu(), {name: pair.cpu() for name, pair in output.metrics.items()})
+
+
+def _refuse_what_cannot_be_cut(parts: dict[str, nn.Module], config: TrainConfig, execution: ExecutionConfig) -> None:
+    if execution.tensor_parallel > 1 and config.optimizer.algorithm is Algorithm.MUON:
+        raise ConfigError(
+            f"optimizer.algorithm=muon needs whole matrices, which tensor_parallel={execution.tensor_parallel} cuts",
+            advice="Use engine=fsdp, whose ranks gather them, or optimizer.algorithm=adamw.",
+        )
+    if execution.workers_per_copy > 1 and any(has_adapter(model) for model in parts.values()):
+        raise ConfigError(
+            "an adapter (lora.rank) does not go with tensor_parallel or pipeline_parallel",
+            advice="Use engine=fsdp, or lora.rank=0.",
+        )
+    added = getattr(config, "neftune_alpha", 0.0) or any(routing_of(model) for model in parts.values())
+    if execution.pipeline_parallel > 1 and added:
+        raise ConfigError(
+            f"pipeline_parallel={execution.pipeline_parallel} runs the bare next-token loss: neither the noise of "
+            "neftune_alpha nor the balancing loss of a mixture of experts reaches through its stages",
+            advice="Use engine=fsdp.",
+        )

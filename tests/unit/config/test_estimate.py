@@ -8,6 +8,8 @@ from stages.config.estimate import (
     DataCounts,
     Devices,
     Measured,
+    active_parameters,
+    adapter_parameters,
     assumed_counts,
     count_parameters,
     estimate,
@@ -21,7 +23,7 @@ from stages.config.graph import Stage
 from stages.config.pipeline import PipelineConfig
 from stages.config.recipes import tiny
 from stages.config.resolve import resolve
-from stages.config.train import ModelConfig
+from stages.config.train import LoRAConfig, ModelConfig
 
 SMALL = ModelConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1)
 COUNTS = DataCounts(conversations=100, conversation_tokens=40, preferences=50, vocab_size=512, basis="counted")
@@ -54,6 +56,41 @@ def test_parameters_agree_with_transformers_llama():
         )
     )
     assert llama.num_parameters() == count_parameters(SMALL, 512)
+
+
+def test_experts_all_count_as_weights_and_only_the_chosen_ones_as_work():
+    # four experts instead of one, 3*32*64 each, and a router of 32*4 in each of two layers; two experts are active
+    experts = SMALL.model_copy(update={"num_experts": 4, "num_experts_per_token": 2})
+    assert count_parameters(experts, 512) == 34_976 + 2 * (3 * 6144 + 128) == 72_096
+    assert active_parameters(experts, 512) == 34_976 + 2 * (6144 + 128) == 47_520
+    assert forward_flops_per_token(experts, 512, 128) == 2 * 47_520 + 4 * 2 * 32 * 128
+
+
+def test_parameters_agree_with_transformers_mixtral():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    mixtral = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=512,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=4,
+            tie_word_embeddings=True,
+        )
+    )
+    assert mixtral.num_parameters() == count_parameters(SMALL.model_copy(update={"num_experts": 4}), 512)
+
+
+def test_an_adapter_needs_no_second_model_and_little_besides():
+    # rank 2, a layer: q and o 2*(32+32), k and v 2*(32+16), gate, up and down 2*(32+64) = 1024
+    config = resolve({"recipe": "tiny", "overrides": {"dpo.lora.rank": 2}})
+    assert adapter_parameters(SMALL, config.dpo.lora) == 2 * 1024
+    assert adapter_parameters(SMALL, LoRAConfig(rank=2, target_modules=("q_proj",))) == 2 * 2 * 64
+    whole, adapted = (memory_bytes(Stage.DPO, c, vocab_size=512) for c in (tiny(), config))
+    assert whole - adapted == 4 * (4 + 1 - 1) * 34_976 - 4 * 4 * 2048
 
 
 def test_flops_are_two_a_weight_and_the_attention_whether_embeddings_are_tied_or_not():

@@ -28,10 +28,10 @@ def test_a_checkpoint_is_not_published_by_a_process_that_lost_its_lease(tmp_path
             raise LeaseLostError("another process builds")
 
     checkpointer = Checkpointer(store, IDENTITY, keep=2, processes=Processes(), before_publishing=check)
-    checkpointer.save(Checkpoint(1, {"w": Piece(Box.whole((2,)), torch.ones(2))}, ObjectiveState(), []))
+    checkpointer.save(Checkpoint(1, {"w": Piece(Box.whole((2,)), torch.ones(2))}, ObjectiveState(), {}, []))
     checkpointer.wait()
     held[0] = False
-    checkpointer.save(Checkpoint(2, {"w": Piece(Box.whole((2,)), torch.zeros(2))}, ObjectiveState(), []))
+    checkpointer.save(Checkpoint(2, {"w": Piece(Box.whole((2,)), torch.zeros(2))}, ObjectiveState(), {}, []))
     with pytest.raises(LeaseLostError, match="another process builds"):
         checkpointer.wait()
     latest = checkpointer.latest()

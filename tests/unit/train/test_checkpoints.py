@@ -33,6 +33,7 @@ def at(step: int) -> Checkpoint:
         step=step,
         engine={"w": Piece(Box.whole((3,)), torch.full((3,), float(step)))},
         objective=ObjectiveState({"cursor": step}, {"ids": torch.arange(step)}),
+        guard={},
         history=[row for row in HISTORY if row["step"] <= step],
     )
 
