@@ -1,7 +1,7 @@
 # One command a task; `make help` lists them. Everything made lies in .venv/ and .athanor/.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-chaos test-live test-browser test-compose check format lock screenshots clean
+.PHONY: compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-exact test-chaos test-live test-browser test-compose check format lock screenshots clean
 
 VENV   := .venv
 PYTHON := $(CURDIR)/$(VENV)/bin/python
@@ -52,8 +52,11 @@ logs: $(STAMP) ## follow the logs of the stack; `make logs COMPONENT=scheduler` 
 demo: $(STAMP) ## raw text to aligned model: setup and up if needed, run llm_pipeline, show it live
 	@$(PYTHON) -m infra demo --recipe "$$RECIPE" --params "$$PARAMS"
 
-test: $(STAMP) ## all tests but those of `make test-chaos`, `test-live` and `test-compose`
-	$(PYTHON) -m pytest -m 'not chaos and not live and not compose' $(TESTS)
+test: $(STAMP) ## all tests but those of `make test-exact`, `test-chaos`, `test-live` and `test-compose`
+	$(PYTHON) -m pytest -m 'not exact and not chaos and not live and not compose' $(TESTS)
+
+test-exact: $(STAMP) ## every objective at random kill points (KILLS=4 each) and at another world size
+	$(PYTHON) -m pytest -m exact tests/numerics
 
 test-chaos: $(STAMP) ## kills parts of a real Airflow and a real Ray head, minutes on end: the rows of docs/RELIABILITY.md
 	$(PYTHON) -m pytest -m chaos tests/chaos

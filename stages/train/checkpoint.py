@@ -288,10 +288,5 @@ class _OpenedFiles:
         return stored if stored.get_shape() else self._mapped[name].get_tensor(key)
 
 
-def _digest(record: dict[str, Any]) -> str:
-    as_read = json.loads(json.dumps(record))
-    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
-
-
 def _folder(step: int) -> str:
     return f"step-{step:08d}"

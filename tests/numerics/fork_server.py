@@ -39,7 +39,6 @@ _SETTINGS = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "DO_NOT_TRACK": "true",
-    "ARROW_DEFAULT_MEMORY_POOL": "system",  # jemalloc, which comes with Arrow, starts a thread
 }
 
 
@@ -137,7 +136,8 @@ def _fork(order: dict[str, Any]) -> int:
 def _threads() -> list[str]:
     if sys.platform != "linux":
         return [thread.name for thread in threading.enumerate()]
-    return [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    names = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    return [name for name in names if name != "jemalloc_bg_thd"]  # Arrow's allocator knows how to be forked
 
 
 def _become(order: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """SIGKILL at random moments, restart, and so on until the stage ends: its artifact and its metrics are, bit for bit,
 those of an undisturbed run, for every objective.
 
-Four deaths an objective, or as many as KILLS says: `KILLS=20 make test TESTS=tests/numerics/test_kill_points.py` is the
+Four deaths an objective, or as many as KILLS says: `KILLS=20 make test-exact` is the
 full proof. KILL_SEED draws other moments. MLflow's store is SQLite without a server, so that transactions die as well.
 """
 
@@ -27,7 +27,7 @@ from tests.numerics.fork_server import ForkServer, fork_server
 from tests.numerics.kill_points import Kill, Visits, as_json, draw_kill, places_of
 from tests.small_world import CONFIGS
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.exact, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 KILLS = int(os.environ.get("KILLS", "4"))
 _STATUS = {signal.SIGKILL: -9, signal.SIGTERM: int(ExitCode.PREEMPTED)}

@@ -51,9 +51,9 @@ def assert_same(found: Trained, expected: Trained) -> None:
     """Every metric that the loss is made of, and all weights."""
     assert len(expected.history) >= 4
     assert losses(found) == pytest.approx(losses(expected), rel=0, abs=LOSS_TOLERANCE)
-    for name in ("ppo/value_loss", "ppo/policy_loss"):
-        for before, after in zip(expected.history, found.history, strict=True):
-            assert after.get(name) == pytest.approx(before.get(name), rel=0, abs=LOSS_TOLERANCE)
+    for before, after in zip(expected.history, found.history, strict=True):
+        for name in {"ppo/value_loss", "ppo/policy_loss"} & before.keys():
+            assert after[name] == pytest.approx(before[name], rel=0, abs=LOSS_TOLERANCE)
     assert found.weights.keys() == expected.weights.keys()
     for name, weight in expected.weights.items():
         torch.testing.assert_close(found.weights[name], weight, rtol=0, atol=WEIGHT_TOLERANCE, msg=name)
@@ -73,6 +73,7 @@ def test_ranks_and_micro_batches_do_not_matter(
         assert_same(found, whole)
 
 
+@pytest.mark.exact
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)], ids=["grown", "shrunk"])
 @pytest.mark.parametrize("stage", list(CONFIGS), ids=str)

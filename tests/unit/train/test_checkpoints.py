@@ -121,12 +121,12 @@ def test_whatever_is_damaged_the_checkpoint_before_is_used(
 def test_a_cursor_that_changed_in_the_record_is_noticed(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     checkpointer = saved(store, 3, 4)
     (key,) = [key for key in files_of_newest(store) if key.endswith("checkpoint.json")]
-    record = read_json(store, key)
-    write_json(store, key, {**record, "objective": {"cursor": 5}})
+    stored = read_json(store, key)
+    write_json(store, key, {**stored, "record": {**stored["record"], "objective": {"cursor": 5}}})
     latest = checkpointer.latest()
     assert latest is not None
     assert latest.step == 3
-    assert "checkpoint.json does not have the digest that it records" in caplog.text
+    assert "checkpoint.json does not have the sha256 that it names" in caplog.text
 
 
 def test_a_checkpoint_of_other_data_is_refused_with_the_reason(store: Store) -> None:
