@@ -145,7 +145,7 @@ def hook(ray_head: RayServer, monkeypatch: pytest.MonkeyPatch) -> RayJobHook:
 @pytest.fixture
 def world(hook: RayJobHook, file_store: str, monkeypatch: pytest.MonkeyPatch, request) -> World:
     """A task instance with a name of its own, because the head serves all tests."""
-    name = f"run-{request.node.name[:60]}"
+    name = f"run-{request.node.name[-60:]}"
     monkeypatch.setattr(TaskInstance, "run_id", name)
     monkeypatch.setenv("ARTIFACT_STORE", file_store)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
@@ -198,6 +198,7 @@ def test_a_damaged_artifact_is_named_and_built_again(world: World, hook: RayJobH
     damaged = world.store.local_path(f"artifacts/tokens/{built.fingerprint}/content.txt")
     assert damaged is not None
     damaged.write_text("cut")
+    world.clear_number += 1
     again = ArtifactRef.model_validate(world.finish(world.start("succeed", try_number=2), try_number=2))
     assert again == built
     assert len(our_jobs(hook)) == 2
