@@ -72,10 +72,7 @@ def load_causal_lm(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig = _
 
     `lora` says whether the weights are to be frozen in 4 bits.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, **quantized_loading(lora)
-    )
-    model, loading = loaded
+    model, loading = _load(AutoModelForCausalLM, folder, **quantized_loading(lora))
     _check_complete(loading, folder)
     grow_embeddings(model, tokens)
     _check_positions(model, tokens)
@@ -84,20 +81,32 @@ def load_causal_lm(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig = _
     return model
 
 
+def _load(auto_class: Any, folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Load with scaled dot-product attention, which packed rows need; an architecture without it is refused."""
+    try:
+        return auto_class.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, **options
+        )
+    except ValueError as error:
+        if "attention implementation" not in str(error):
+            raise
+        raise ConfigError(
+            f"the model in {folder} cannot be trained on packed rows: {str(error).partition(' yet')[0]}",
+            advice="Give a decoder that transformers runs with scaled dot-product attention, such as Llama or Qwen.",
+        ) from error
+
+
 def load_reward_model(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig = _NO_ADAPTER) -> PreTrainedModel:
     """Load a sequence classifier with one output; a language model's folder gives a head of zeros, so training starts
     at ln 2."""
     fresh = "ForSequenceClassification" not in (folder / "config.json").read_text()
-    loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+    model, loading = _load(
+        AutoModelForSequenceClassification,
         folder,
         num_labels=1,
-        dtype=torch.float32,
-        attn_implementation="sdpa",
         pad_token_id=tokens.pad_id,
-        output_loading_info=True,
         **quantized_loading(lora),
     )
-    model, loading = loaded
     _check_complete(loading, folder, new={"score.weight"} if fresh else set())
     grow_embeddings(model, tokens)
     _check_positions(model, tokens)

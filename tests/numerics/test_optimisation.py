@@ -61,14 +61,12 @@ def test_micro_batches_do_not_matter(option: str, stage_inputs: Inputs, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine_kind", ["ddp", "fsdp"])
-def test_muon_with_an_average_learns_the_same_on_two_processes(engine_kind: str, stage_inputs: Inputs, tmp_path: Path):
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_muon_with_an_average_learns_the_same_on_two_processes(engine: str, stage_inputs: Inputs, tmp_path: Path):
     config = changed(Stage.PRETRAIN, {"algorithm": "muon", "ema_decay": 0.5}, {})
     inputs = stage_inputs[Stage.PRETRAIN]
     alone = run_training(tmp_path / "one", Stage.PRETRAIN, config, inputs)
-    together = run_on_two_processes(
-        tmp_path / "two", Stage.PRETRAIN, config, inputs, engine_kind=engine_kind, num_workers=2
-    )
+    together = run_on_two_processes(tmp_path / "two", Stage.PRETRAIN, config, inputs, engine=engine, num_workers=2)
     losses = [[row["train/loss"] for row in trained.history] for trained in (alone, together)]
     assert losses[1] == pytest.approx(losses[0], rel=2e-5)
     for name, weight in alone.weights.items():
