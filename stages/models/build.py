@@ -23,12 +23,13 @@ from transformers.modeling_utils import PreTrainedModel
 from stages.config.errors import ConfigError
 from stages.config.train import ModelConfig
 from stages.data.tokens import TokensArtifact
+from stages.models.attention import attend_within_documents
 
 
 def new_causal_lm(config: ModelConfig, tokens: TokensArtifact, *, seed: int) -> PreTrainedModel:
     """Make a Llama-style decoder with random weights that depend on `seed` alone."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=tokens.vocab_size,
             hidden_size=config.hidden_size,
@@ -45,6 +46,8 @@ def new_causal_lm(config: ModelConfig, tokens: TokensArtifact, *, seed: int) -> 
             pad_token_id=tokens.pad_id,
         )
     )
+    attend_within_documents(model)
+    return model
 
 
 def load_causal_lm(folder: Path, tokens: TokensArtifact) -> PreTrainedModel:
@@ -56,6 +59,7 @@ def load_causal_lm(folder: Path, tokens: TokensArtifact) -> PreTrainedModel:
     _check_complete(loading, folder)
     _check_fit(model, tokens, folder)
     model.config.pad_token_id = tokens.pad_id
+    attend_within_documents(model)
     return model
 
 
@@ -81,6 +85,7 @@ def load_reward_model(folder: Path, tokens: TokensArtifact) -> PreTrainedModel:
         )
     if fresh:
         torch.nn.init.zeros_(model.score.weight)
+    attend_within_documents(model)
     return model
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from stages.data.packing import Packed
-from stages.losses import entropy
+from stages.models.attention import attends_within_documents, document_arguments
 from stages.models.linear_cross_entropy import linear_cross_entropy_sum
+from stages.models.linear_logprobs import linear_logprobs
 
 
 class TokenLogprobs(NamedTuple):
@@ -26,21 +27,52 @@ class TokenLogprobs(NamedTuple):
 
 
 def hidden_states(model: nn.Module, batch: Packed) -> Tensor:
-    """Return the trunk's last hidden states, shape (B, T, H); documents are told apart by their positions."""
+    """Return the trunk's last hidden states, shape (B, T, H); no document sees another."""
     trunk: nn.Module = model.base_model  # type: ignore[assignment]
-    return trunk(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False).last_hidden_state
+    if not attends_within_documents(model):
+        return _hidden_states_padded(trunk, batch)
+    out = trunk(
+        input_ids=batch.input_ids_BT.view(1, -1),
+        position_ids=batch.position_ids_BT.view(1, -1),
+        use_cache=False,
+        **document_arguments(batch),
+    )
+    return out.last_hidden_state.view(*batch.input_ids_BT.shape, -1)
+
+
+def _hidden_states_padded(trunk: nn.Module, batch: Packed) -> Tensor:
+    """Give an attention that knows no documents one padded row for each, and put their tokens back end to end."""
+    spans = batch.spans_D4.tolist()
+    ids_N = batch.input_ids_BT.flatten()
+    whole = [torch.cat([ids_N[before:shared], ids_N[start:end]]) for start, end, before, shared in spans]
+    mask_DT = nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in whole], batch_first=True)
+    ids_DT = nn.utils.rnn.pad_sequence(whole, batch_first=True)
+    out_DTH = trunk(input_ids=ids_DT, attention_mask=mask_DT, use_cache=False).last_hidden_state
+    own = [row_TH[shared - before :][: end - start] for row_TH, (start, end, before, shared) in zip(out_DTH, spans, strict=True)]
+    return torch.cat(own).view(*batch.input_ids_BT.shape, -1)
 
 
 def target_positions(batch: Packed) -> tuple[Tensor, Tensor]:
-    """Return rows and columns of the targets; a target at column t is predicted from column t - 1."""
+    """Return rows and columns of the targets."""
     rows_N, columns_N = batch.loss_mask_BT.nonzero(as_tuple=True)
     return rows_N, columns_N
+
+
+def before_targets(states_BTH: Tensor, batch: Packed) -> Tensor:
+    """Return the states that targets are predicted from, shape (N, H): those of the token before, which for the first
+    token after a shared beginning is the beginning's last."""
+    before = torch.arange(-1, batch.num_tokens - 1)
+    starts, _, shared_starts, shared_ends = batch.spans_D4.T
+    goes_on = shared_ends > shared_starts
+    before[starts[goes_on]] = shared_ends[goes_on] - 1
+    wanted = before.to(states_BTH.device)[batch.loss_mask_BT.flatten() == 1]
+    return states_BTH.flatten(0, 1)[wanted]
 
 
 def next_token_loss_sum(model: nn.Module, batch: Packed) -> Tensor:
     """Return the summed negative log-likelihood of all targets, in nats."""
     rows_N, columns_N = target_positions(batch)
-    hidden_NH = hidden_states(model, batch)[rows_N, columns_N - 1]
+    hidden_NH = before_targets(hidden_states(model, batch), batch)
     return linear_cross_entropy_sum(hidden_NH, _output_weight(model), batch.input_ids_BT[rows_N, columns_N])
 
 
@@ -48,13 +80,15 @@ def target_logprobs(
     model: nn.Module, batch: Packed, *, temperature: float = 1.0, with_entropy: bool = False
 ) -> TokenLogprobs:
     """Return the log-probability of each target under softmax(logits / temperature), in float32."""
-    rows_N, columns_N = target_positions(batch)
-    hidden_NH = hidden_states(model, batch)[rows_N, columns_N - 1]
-    logits_NV = nn.functional.linear(hidden_NH, _output_weight(model)).float() / temperature
-    targets_N = batch.input_ids_BT[rows_N, columns_N]
-    logprobs_N = logits_NV.gather(1, targets_N[:, None])[:, 0] - logits_NV.logsumexp(-1)
-    entropy_sum = entropy(logits_NV.detach()).sum() if with_entropy else None
-    return TokenLogprobs(logprobs_N, batch.segment_ids_BT[rows_N, columns_N], entropy_sum)
+    where = target_positions(batch)
+    logprobs_N, entropy_sum = linear_logprobs(
+        before_targets(hidden_states(model, batch), batch),
+        _output_weight(model),
+        batch.input_ids_BT[where],
+        temperature=temperature,
+        with_entropy=with_entropy,
+    )
+    return TokenLogprobs(logprobs_N, batch.segment_ids_BT[where], entropy_sum if with_entropy else None)
 
 
 def segment_logprobs(model: nn.Module, batch: Packed) -> Tensor:
@@ -72,7 +106,7 @@ def segment_scores(model: nn.Module, batch: Packed, *, pad_id: int) -> Tensor:
     """
     flat_ids = batch.input_ids_BT.flatten()
     flat_segments = batch.segment_ids_BT.flatten()
-    counted = ((flat_segments >= 0) & (flat_ids != pad_id)).nonzero()[:, 0]
+    counted = (flat_ids != pad_id).nonzero()[:, 0]
     last_S = torch.zeros(batch.num_segments, dtype=torch.long, device=flat_ids.device)
     last_S = last_S.scatter_reduce(0, flat_segments[counted], counted, reduce="amax")
     hidden_SH = hidden_states(model, batch).flatten(0, 1)[last_S]
@@ -81,8 +115,7 @@ def segment_scores(model: nn.Module, batch: Packed, *, pad_id: int) -> Tensor:
 
 def target_values(critic: nn.Module, batch: Packed) -> Tensor:
     """Return the value head's prediction before each target is chosen, shape (N,)."""
-    rows_N, columns_N = target_positions(batch)
-    hidden_NH = hidden_states(critic, batch)[rows_N, columns_N - 1]
+    hidden_NH = before_targets(hidden_states(critic, batch), batch)
     return critic.score(hidden_NH)[:, 0].float()  # type: ignore[operator]
 
 

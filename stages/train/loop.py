@@ -97,7 +97,7 @@ def _accumulate(objective: Objective, engine: Engine, step: Step) -> dict[str, f
     """Run every micro-batch forward and backward; return the step's metrics over all ranks."""
     counted = step.micro_batches if step.counted else []
     units, tokens = engine.sum(
-        [sum(objective.weight(batch) for batch in counted), sum(_num_tokens(batch) for batch in counted)]
+        [sum(objective.weight(batch) for batch in counted), sum(batch.num_tokens for batch in counted)]
     )
     sums: dict[str, Tensor] = {}
     batches = _same_count(engine, step)
@@ -124,10 +124,6 @@ def _same_count(engine: Engine, step: Step) -> list[tuple[Packed, float]]:
     batches = step.micro_batches
     missing = int(engine.max(len(batches))) - len(batches)
     return [(batch, float(step.counted)) for batch in batches] + [(batches[0], 0.0)] * missing
-
-
-def _num_tokens(batch: Packed) -> int:
-    return int((batch.segment_ids_BT >= 0).sum())
 
 
 def _due(step: int, every: int, num_steps: int) -> bool:
