@@ -1,9 +1,9 @@
 """Many sequences in one micro-batch, without padding and without a token of one seeing another.
 
-Sequences lie end to end; `spans_D4` says where each begins and what it may look back to. A sequence that begins like the
-one before it (a rejected answer after the chosen one) can leave that beginning out and look back to it there.
+Sequences lie end to end; `spans_D4` says where each begins and what it may look back to. A sequence that begins like
+the one before it (a rejected answer after the chosen one) can leave that beginning out and look back to it there.
 
-Shape legend: B rows, T positions of a row, D laid-out sequences.
+Shape legend: B rows (one here; engines may think in more), T positions of a row, D laid-out sequences.
 """
 
 from collections.abc import Mapping, Sequence
@@ -89,11 +89,9 @@ def plan_rows(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list
     return rows
 
 
-def collate(rows: Sequence[Sequence[TokenSequence]], row_length: int) -> Packed:
-    """Lay out rows of sequences; rows that are all full stay rows, others become one long row without padding."""
-    batch = lay_out([sequence for row in rows for sequence in row])
-    full = all(sum(sequence.num_laid_out for sequence in row) == row_length for row in rows)
-    return _reshaped(batch, (len(rows), row_length)) if full else batch
+def collate(rows: Sequence[Sequence[TokenSequence]]) -> Packed:
+    """Lay out planned rows: they bound a micro-batch's memory, and are laid end to end without padding."""
+    return lay_out([sequence for row in rows for sequence in row])
 
 
 def lay_out(sequences: Sequence[TokenSequence]) -> Packed:
@@ -127,12 +125,6 @@ def lay_out(sequences: Sequence[TokenSequence]) -> Packed:
     )
 
 
-def pack(sequences: Sequence[TokenSequence], row_length: int) -> Packed:
-    """Plan and lay out sequences in their order."""
-    plan = plan_rows([len(sequence.ids) for sequence in sequences], row_length)
-    return collate([[sequences[index] for index in row] for row in plan], row_length)
-
-
 def split_by_rows(groups: Sequence[Sequence[int]], *, row_length: int, max_rows: int) -> list[range]:
     """Cut groups of sequence lengths (a pair's two answers, say) into consecutive ranges of at most `max_rows` rows.
 
@@ -148,15 +140,3 @@ def split_by_rows(groups: Sequence[Sequence[int]], *, row_length: int, max_rows:
     if lengths:
         ranges.append(range(start, len(groups)))
     return ranges
-
-
-def _reshaped(batch: Packed, shape: tuple[int, int]) -> Packed:
-    return Packed(
-        batch.input_ids_BT.view(shape),
-        batch.position_ids_BT.view(shape),
-        batch.segment_ids_BT.view(shape),
-        batch.loss_mask_BT.view(shape),
-        batch.num_segments,
-        batch.spans_D4,
-        {name: values.view(shape) for name, values in batch.fields.items()},
-    )

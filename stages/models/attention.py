@@ -1,6 +1,6 @@
 """Causal attention within each packed sequence, without a mask of all tokens by all tokens.
 
-transformers would derive such a mask from the positions and compute every pair of tokens, most of them for nothing. Here
+transformers would derive such a mask from the positions and compute every pair of tokens, most of them in vain. Here
 every sequence is its own small product. On the CPU queries go in blocks of 128, because torch's kernel computes what
 causality masks inside a block of keys; `spans_D4` (stages/data/packing.py) may point a sequence to an earlier beginning
 that it shares. On a GPU it is torch's variable-length flash attention in half precision, SDPA a sequence in float32.
@@ -31,7 +31,11 @@ def attend_within_documents(model: nn.Module) -> None:
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     capped = getattr(config, "attn_logit_softcapping", None)
-    if getattr(model, "_supports_attention_backend", False) and layers == {"full_attention"} and not (windowed or capped):
+    if (
+        getattr(model, "_supports_attention_backend", False)
+        and layers == {"full_attention"}
+        and not (windowed or capped)
+    ):
         model.set_attn_implementation(_NAME)  # type: ignore[operator]
 
 
@@ -77,7 +81,16 @@ def _attend_flash(query_NHE: Tensor, key_NHE: Tensor, value_NHE: Tensor, spans_D
     bounds = torch.cat([ends.new_zeros(1), ends])
     longest = int((spans_D4[:, 1] - spans_D4[:, 0]).max())
     out = varlen_attn(
-        query_NHE, key_NHE, value_NHE, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=True
+        query_NHE,
+        key_NHE,
+        value_NHE,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1, 0),
+        enable_gqa=True,
     )
     assert isinstance(out, Tensor)
     return out

@@ -31,13 +31,8 @@ def hidden_states(model: nn.Module, batch: Packed) -> Tensor:
     trunk: nn.Module = model.base_model  # type: ignore[assignment]
     if not attends_within_documents(model):
         return _hidden_states_padded(trunk, batch)
-    out = trunk(
-        input_ids=batch.input_ids_BT.view(1, -1),
-        position_ids=batch.position_ids_BT.view(1, -1),
-        use_cache=False,
-        **document_arguments(batch),
-    )
-    return out.last_hidden_state.view(*batch.input_ids_BT.shape, -1)
+    arguments = {"input_ids": batch.input_ids_BT, "position_ids": batch.position_ids_BT, "use_cache": False}
+    return trunk(**arguments, **document_arguments(batch)).last_hidden_state
 
 
 def _hidden_states_padded(trunk: nn.Module, batch: Packed) -> Tensor:
@@ -48,8 +43,11 @@ def _hidden_states_padded(trunk: nn.Module, batch: Packed) -> Tensor:
     mask_DT = nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in whole], batch_first=True)
     ids_DT = nn.utils.rnn.pad_sequence(whole, batch_first=True)
     out_DTH = trunk(input_ids=ids_DT, attention_mask=mask_DT, use_cache=False).last_hidden_state
-    own = [row_TH[shared - before :][: end - start] for row_TH, (start, end, before, shared) in zip(out_DTH, spans, strict=True)]
-    return torch.cat(own).view(*batch.input_ids_BT.shape, -1)
+    own = [
+        states_TH[shared - before :][: end - start]
+        for states_TH, (start, end, before, shared) in zip(out_DTH, spans, strict=True)
+    ]
+    return torch.cat(own)[None]
 
 
 def target_positions(batch: Packed) -> tuple[Tensor, Tensor]:

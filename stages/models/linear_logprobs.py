@@ -19,8 +19,8 @@ _CHUNK = 1024
 def linear_logprobs(
     hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, *, temperature: float = 1.0, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return log softmax(hidden @ weight.T / temperature)[target], shape (N,), in float32, and the entropies' sum, without
-    gradient and 0 unless asked for."""
+    """Return log softmax(hidden @ weight.T / temperature)[target], shape (N,), in float32, and the sum of the
+    distributions' entropies, without gradient and 0 unless asked for."""
     device = hidden_NH.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NH.dtype
     return _LinearLogprobs.apply(hidden_NH, weight_VH, targets_N, dtype, temperature, with_entropy)

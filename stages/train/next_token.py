@@ -64,13 +64,12 @@ class NextTokenObjective:
         order: np.ndarray,
         *,
         heldout: Rows,
-        row_length: int,
         global_batch_size: int,
         micro_batch_size: int,
         eval_items: int,
     ) -> None:
         """`order` lists the row of every training position, over all epochs."""
-        self._rows, self._heldout, self._row_length = rows, heldout, row_length
+        self._rows, self._heldout = rows, heldout
         self._steps = batches(order, global_batch_size)
         self._micro_batch_size = micro_batch_size
         self._eval_items = eval_items
@@ -85,10 +84,7 @@ class NextTokenObjective:
             yield Step(self._micro_batches(self._rows, mine if len(mine) else indices[:1]), counted=len(mine) > 0)
 
     def _micro_batches(self, rows: Rows, indices: np.ndarray) -> list[Packed]:
-        return [
-            collate([rows[int(index)] for index in part], self._row_length)
-            for part in batches(indices, self._micro_batch_size)
-        ]
+        return [collate([rows[int(index)] for index in part]) for part in batches(indices, self._micro_batch_size)]
 
     def weight(self, batch: Packed) -> float:
         return float(batch.num_targets)

@@ -103,7 +103,7 @@ class Sampler:
         plan = plan_rows([len(sequence.ids) for sequence in sequences], self.row_length)
         for start in range(0, len(plan), self.max_rows):
             rows = [[sequences[index] for index in row] for row in plan[start : start + self.max_rows]]
-            batch = collate(rows, self.row_length)
+            batch = collate(rows)
             values = engine.infer(self._measure, batch)
             lengths = [int(sequence.loss_mask.sum()) for row in rows for sequence in row]
             cuts = np.cumsum(lengths)[:-1]

@@ -10,7 +10,7 @@ import torch
 
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
-from stages.data.packing import TokenSequence, collate, pack
+from stages.data.packing import TokenSequence, collate, lay_out
 from stages.data.tokens import Split, TokensArtifact
 from stages.models.build import load_causal_lm, load_reward_model, new_causal_lm
 from stages.models.forward import next_token_loss_sum, segment_logprobs, segment_scores, target_logprobs
@@ -43,7 +43,7 @@ def sequence(*ids: int, targets: int | None = None) -> TokenSequence:
 
 def test_the_first_loss_is_ln_v(artifact: TokensArtifact, model: torch.nn.Module) -> None:
     ids = np.random.default_rng(0).integers(0, artifact.vocab_size, size=(4, 64))
-    batch = collate([[sequence(*row)] for row in ids], 64)
+    batch = collate([[sequence(*row)] for row in ids])
     loss = next_token_loss_sum(model, batch).item() / batch.num_targets
     assert loss == pytest.approx(math.log(artifact.vocab_size), abs=0.1)
 
@@ -78,21 +78,21 @@ def test_chunked_cross_entropy_equals_the_plain_one_with_its_gradients() -> None
 def test_packed_equals_unpacked_token_by_token(model: torch.nn.Module) -> None:
     rng = np.random.default_rng(1)
     sequences = [sequence(*rng.integers(6, 200, size=n)) for n in (5, 17, 3, 30, 9)]
-    packed = target_logprobs(model, pack(sequences, 64)).logprobs_N
-    alone = torch.cat([target_logprobs(model, collate([[one]], len(one.ids))).logprobs_N for one in sequences])
+    packed = target_logprobs(model, lay_out(sequences)).logprobs_N
+    alone = torch.cat([target_logprobs(model, collate([[one]])).logprobs_N for one in sequences])
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_no_token_sees_another_document(model: torch.nn.Module) -> None:
     first, other, second = sequence(9, 10, 11, 12), sequence(99, 98, 97, 96), sequence(20, 21, 22, 23, 24)
-    with_first = segment_logprobs(model, pack([first, second], 16))[1]
-    with_other = segment_logprobs(model, pack([other, second], 16))[1]
+    with_first = segment_logprobs(model, lay_out([first, second]))[1]
+    with_other = segment_logprobs(model, lay_out([other, second]))[1]
     assert with_first.item() == pytest.approx(with_other.item(), abs=1e-6)
 
 
 def test_a_batch_without_targets_costs_exactly_nothing(model: torch.nn.Module) -> None:
     nothing = TokenSequence(np.array([5, 6, 7]), np.zeros(3, dtype=np.int64))
-    loss = next_token_loss_sum(model, collate([[nothing]], 8))
+    loss = next_token_loss_sum(model, collate([[nothing]]))
     assert loss.item() == 0.0
     loss.backward()
     assert all(p.grad is None or not p.grad.isnan().any() for p in model.parameters())
@@ -103,8 +103,8 @@ def test_a_score_depends_neither_on_neighbours_nor_on_padding(artifact: TokensAr
     folder = Path(stage_inputs[Stage.PPO]["reward"].uri.removeprefix("file://"))
     reward = load_reward_model(folder, artifact).eval()
     one, others = sequence(9, 10, 11, 1), [sequence(*range(20, 40)), sequence(50, 51, 52)]
-    alone = segment_scores(reward, collate([[one]], 4), pad_id=artifact.pad_id)[0]
-    among = segment_scores(reward, pack([*others, one], 64), pad_id=artifact.pad_id)[2]
+    alone = segment_scores(reward, collate([[one]]), pad_id=artifact.pad_id)[0]
+    among = segment_scores(reward, lay_out([*others, one]), pad_id=artifact.pad_id)[2]
     hugging_face = reward(input_ids=torch.tensor([[9, 10, 11, 1]])).logits[0, 0]
     padded = torch.tensor([[9, 10, 11, 1, artifact.pad_id, artifact.pad_id]])
     hugging_face_padded = reward(input_ids=padded, attention_mask=(padded != artifact.pad_id).long()).logits[0, 0]
