@@ -1,20 +1,22 @@
 """Direct preference optimisation of the SFT model, against a frozen copy of itself."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stages.config.train import DPOConfig
 from stages.context import StageContext, StageOutcome
 from stages.data.packing import Packed
-from stages.data.tokens import PairView, Split, TokensArtifact, require
+from stages.data.tokens import Split, TokensArtifact, require
 from stages.losses import dpo_loss, pair_accuracy
 from stages.models.build import load_causal_lm
-from stages.models.forward import segment_logprobs
+from stages.models.forward import sum_by_segment, target_logprobs, target_positions
 from stages.train.engine import Engine
 from stages.train.objective import LossOutput, ObjectiveState, Step
-from stages.train.pairs import PairSteps, evaluate_pairs, num_pairs, sides
+from stages.train.pairs import Pairs, PairSteps, evaluate_pairs, num_pairs, sides
+from stages.train.plan import evenly
+from stages.train.reference import FIELD, Reference
 from stages.train.run import Prepared, train_stage
 
 
@@ -26,7 +28,7 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     """Policy and reference start as the same SFT model."""
     config = context.config
     assert isinstance(config, DPOConfig)
-    pairs = tokens.pairs(Split.TRAIN)
+    pairs, heldout = tokens.pairs(Split.TRAIN), tokens.pairs(Split.HELDOUT)
     require(len(pairs), "training preference pairs", advice="Give preference data, or `derived`.")
     steps = PairSteps(
         pairs,
@@ -37,21 +39,32 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         micro_batch_size=context.execution.micro_batch_size,
     )
     start = context.input_dir("model")
+
+    def objective(engine: Engine) -> DPOObjective:
+        reference = Reference(
+            context, engine, steps, lambda: _logprobs_of(engine.freeze(load_causal_lm(start, tokens)))
+        )
+        steps.pairs = reference.carried_by(pairs, steps.indices, split="train")
+        evaluated = evenly(len(heldout), at_most=config.eval_items)
+        return DPOObjective(steps, config, heldout=reference.carried_by(heldout, evaluated, split="heldout"))
+
     return Prepared(
         parts={"policy": load_causal_lm(start, tokens)},
-        objective=lambda engine: DPOObjective(
-            steps, config, reference=engine.freeze(load_causal_lm(start, tokens)), heldout=tokens.pairs(Split.HELDOUT)
-        ),
+        objective=objective,
         exported="policy",
         ledger={"pairs": len(pairs), "epochs": config.num_epochs},
     )
 
 
-class DPOObjective:
-    """Holds the frozen reference; its log-probabilities are computed beside the policy's, without gradients."""
+def _logprobs_of(model: nn.Module) -> Callable[..., Tensor]:
+    return lambda parts, batch: target_logprobs(model, batch).logprobs_N
 
-    def __init__(self, steps: PairSteps, config: DPOConfig, *, reference: nn.Module, heldout: PairView) -> None:
-        self._steps, self._config, self._reference, self._heldout = steps, config, reference, heldout
+
+class DPOObjective:
+    """The reference's log-probabilities come with the pairs' tokens."""
+
+    def __init__(self, steps: PairSteps, config: DPOConfig, *, heldout: Pairs) -> None:
+        self._steps, self._config, self._heldout = steps, config, heldout
         self.num_steps = steps.num_steps
 
     def steps(self, engine: Engine) -> Iterator[Step]:
@@ -61,9 +74,9 @@ class DPOObjective:
         return float(num_pairs(batch))
 
     def loss(self, parts: nn.ModuleDict, batch: Packed) -> LossOutput:
-        chosen_P, rejected_P = sides(segment_logprobs(parts["policy"], batch))
-        with torch.no_grad():
-            ref_chosen_P, ref_rejected_P = sides(segment_logprobs(self._reference, batch))
+        ref_logprobs_N = batch.fields[FIELD][target_positions(batch)]
+        chosen_P, rejected_P = sides(sum_by_segment(target_logprobs(parts["policy"], batch).logprobs_N, batch))
+        ref_chosen_P, ref_rejected_P = sides(sum_by_segment(ref_logprobs_N, batch))
         terms = dpo_loss(
             chosen_logprobs_P=chosen_P,
             rejected_logprobs_P=rejected_P,

@@ -18,12 +18,11 @@ from stages.models.linear_logprobs import linear_logprobs
 
 
 class TokenLogprobs(NamedTuple):
-    """One entry per target, in reading order of the rows."""
+    """One entry per target, in the order of the tokens."""
 
     logprobs_N: Tensor
-    segments_N: Tensor
     entropy_sum: Tensor | None
-    """Of all targets together, in nats, without gradient; None unless asked for, because it reads all logits again."""
+    """Of all targets together, in nats, without gradient; None unless asked for, because it costs another softmax."""
 
 
 def hidden_states(model: nn.Module, batch: Packed) -> Tensor:
@@ -86,15 +85,18 @@ def target_logprobs(
         temperature=temperature,
         with_entropy=with_entropy,
     )
-    return TokenLogprobs(logprobs_N, batch.segment_ids_BT[where], entropy_sum if with_entropy else None)
+    return TokenLogprobs(logprobs_N, entropy_sum if with_entropy else None)
 
 
 def segment_logprobs(model: nn.Module, batch: Packed) -> Tensor:
     """Return the log-probability of each segment's targets together, shape (S,)."""
-    tokens = target_logprobs(model, batch)
-    return torch.zeros(batch.num_segments, device=tokens.logprobs_N.device).index_add(
-        0, tokens.segments_N, tokens.logprobs_N
-    )
+    return sum_by_segment(target_logprobs(model, batch).logprobs_N, batch)
+
+
+def sum_by_segment(values_N: Tensor, batch: Packed) -> Tensor:
+    """Return the sum over each segment's targets, shape (S,)."""
+    segments_N = batch.segment_ids_BT[target_positions(batch)]
+    return torch.zeros(batch.num_segments, device=values_N.device).index_add(0, segments_N, values_N)
 
 
 def segment_scores(model: nn.Module, batch: Packed, *, pad_id: int) -> Tensor:

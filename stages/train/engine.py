@@ -20,6 +20,7 @@ from stages.models.precision import autocast
 from stages.train.optimizer import make_optimizer
 
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 
 class Trainable(nn.Module):
@@ -126,6 +127,14 @@ class Engine:
         if self.world_size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return float(tensor)
+
+    def gather(self, items: list[Item]) -> list[Item]:
+        """Concatenate every rank's items, small ones, in the order of ranks."""
+        if self.world_size == 1:
+            return items
+        everybody: list[list[Item]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(everybody, items)
+        return [item for part in everybody for item in part]
 
     def all_done(self, done: bool) -> bool:
         """Agree on the end of a generation; only sharded models need to."""

@@ -6,6 +6,7 @@ prompt of a pair is computed once and both answers look back to it; flash attent
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,10 +14,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stages.data.packing import Packed, TokenSequence, lay_out, split_by_rows
-from stages.data.tokens import Pair, PairView
+from stages.data.tokens import Pair
 from stages.train.engine import Engine
 from stages.train.objective import LossOutput, Step
 from stages.train.plan import batches, epochs, evenly, share
+
+
+class Pairs(Protocol):
+    """Pairs by index."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Pair: ...
 
 
 class PairSteps:
@@ -24,7 +32,7 @@ class PairSteps:
 
     def __init__(
         self,
-        pairs: PairView,
+        pairs: Pairs,
         *,
         num_epochs: float,
         seed: int,
@@ -32,7 +40,7 @@ class PairSteps:
         row_length: int,
         micro_batch_size: int,
     ) -> None:
-        self._pairs, self._row_length, self._micro_batch_size = pairs, row_length, micro_batch_size
+        self.pairs, self._row_length, self._micro_batch_size = pairs, row_length, micro_batch_size
         self._share_prompts = not torch.cuda.is_available()
         self._steps = batches(epochs(len(pairs), num_epochs=num_epochs, seed=seed), global_batch_size)
         self.cursor = 0
@@ -43,9 +51,14 @@ class PairSteps:
             indices = self._steps[self.cursor]
             mine = share(indices, rank=engine.rank, world_size=engine.world_size)
             self.cursor += 1
-            yield Step(self.micro_batches(self._pairs, mine if len(mine) else indices[:1]), counted=len(mine) > 0)
+            yield Step(self.micro_batches(self.pairs, mine if len(mine) else indices[:1]), counted=len(mine) > 0)
 
-    def micro_batches(self, pairs: PairView, indices: np.ndarray) -> list[Packed]:
+    @property
+    def indices(self) -> np.ndarray:
+        """Which pairs training sees, each once, in order of their index."""
+        return np.unique(np.concatenate(self._steps))
+
+    def micro_batches(self, pairs: Pairs, indices: np.ndarray) -> list[Packed]:
         chosen = [pairs[int(index)] for index in indices]
         sequences = [both_answers(pair, share_prompt=self._share_prompts) for pair in chosen]
         groups = [[sequence.num_laid_out for sequence in both] for both in sequences]
@@ -67,7 +80,7 @@ def both_answers(pair: Pair, *, share_prompt: bool) -> tuple[TokenSequence, Toke
 
 
 def evaluate_pairs(
-    engine: Engine, loss: Callable[..., LossOutput], steps: PairSteps, heldout: PairView, *, at_most: int
+    engine: Engine, loss: Callable[..., LossOutput], steps: PairSteps, heldout: Pairs, *, at_most: int
 ) -> dict[str, float]:
     """Return the loss a pair and the objective's metrics over evenly spread held-out pairs, under `eval/...`."""
     spread = evenly(len(heldout), at_most=at_most)

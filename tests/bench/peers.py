@@ -8,11 +8,7 @@ both sides train on the same.
 import json
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
-
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent.parent]
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from datasets import Dataset

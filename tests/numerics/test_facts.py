@@ -168,27 +168,60 @@ def test_an_export_reloads_in_plain_transformers(artifact: TokensArtifact, stage
     assert served.count(artifact.bos_id) == 1
 
 
-@pytest.mark.parametrize("stage", [Stage.DPO, Stage.PPO], ids=str)
-def test_frozen_models_do_not_move(
-    stage: Stage, stage_inputs: Inputs, artifact: TokensArtifact, tmp_path: Path
-) -> None:
+def prepared_objective(stage: Stage, inputs: dict[str, ArtifactRef], artifact: TokensArtifact, home: Path) -> Any:
     import importlib
 
     from stages.train.engine import Engine
 
-    context = make_context(tmp_path, stage, CONFIGS[stage], stage_inputs[stage])
+    context = make_context(home, stage, CONFIGS[stage], inputs)
     prepared = importlib.import_module(f"stages.{stage}").prepare(context, artifact)
     engine = Engine(prepared.parts, CONFIGS[stage], context.execution)
-    objective = prepared.objective(engine)
-    frozen = objective._reference if stage is Stage.DPO else objective._sampler.frozen.reference
-    before = {name: weight.clone() for name, weight in frozen.state_dict().items()}
-    policy_before = engine.model_weights("policy")["model.norm.weight"].clone()
+    return engine, prepared.objective(engine)
+
+
+def train_all(engine: Any, objective: Any) -> None:
+    before = engine.model_weights("policy")["model.norm.weight"].clone()
     for step in objective.steps(engine):
         for batch in step.micro_batches:
             engine.accumulate(engine.call(objective.loss, batch).loss_sum, last=True)
         engine.step(1e-2)
+    assert not torch.equal(engine.model_weights("policy")["model.norm.weight"], before)
+
+
+def test_the_reference_of_ppo_does_not_move(stage_inputs: Inputs, artifact: TokensArtifact, tmp_path: Path) -> None:
+    engine, objective = prepared_objective(Stage.PPO, stage_inputs[Stage.PPO], artifact, tmp_path)
+    frozen = objective._sampler.frozen.reference
+    before = {name: weight.clone() for name, weight in frozen.state_dict().items()}
+    train_all(engine, objective)
     assert all(torch.equal(weight, before[name]) for name, weight in frozen.state_dict().items())
-    assert not torch.equal(engine.model_weights("policy")["model.norm.weight"], policy_before)
+
+
+def test_the_reference_of_dpo_is_the_start_also_after_training_and_in_a_second_attempt(
+    stage_inputs: Inputs, artifact: TokensArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import stages.dpo
+    from stages.train.reference import FIELD
+
+    inputs = stage_inputs[Stage.DPO]
+    engine, objective = prepared_objective(Stage.DPO, inputs, artifact, tmp_path)
+    train_all(engine, objective)
+    start = load_causal_lm(Path(inputs["model"].uri.removeprefix("file://")), artifact).eval()
+    loaded: list[Path] = []
+
+    def load_once(folder: Path, *arguments: Any, **options: Any) -> Any:
+        assert not loaded, "the reference is loaded although its log-probabilities are in the store"
+        loaded.append(folder)
+        return load_causal_lm(folder, *arguments, **options)
+
+    monkeypatch.setattr(stages.dpo, "load_causal_lm", load_once)
+    engine, objective = prepared_objective(Stage.DPO, inputs, artifact, tmp_path)
+    seen = 0
+    for step in objective.steps(engine):
+        for batch in step.micro_batches:
+            carried = batch.fields[FIELD][batch.loss_mask_BT == 1]
+            torch.testing.assert_close(carried, target_logprobs(start, batch).logprobs_N, rtol=1e-4, atol=1e-5)
+            seen += batch.num_segments // 2
+    assert seen == len(artifact.pairs(Split.TRAIN))
 
 
 def test_non_finite_steps_are_skipped_counted_and_then_end_the_stage(stage_inputs: Inputs, tmp_path: Path) -> None:
