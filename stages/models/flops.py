@@ -2,8 +2,8 @@
 
 Two for each weight that meets a token and four for each pair of positions that attention compares, a layer and unit of
 width; three times that with the backward pass. Recomputed activations, reference models, rollouts, norms and the
-optimizer are not counted, so the figure is work done for the result. Kaplan et al. 2020 (arXiv:2001.08361), section 2.1,
-with attention counted where it happens: within documents, below the diagonal.
+optimizer are not counted, so the figure is work done for the result. Kaplan et al. 2020 (arXiv:2001.08361), section
+2.1, with attention counted where it happens: within documents, below the diagonal.
 """
 
 from dataclasses import dataclass

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from stages.models.precision import compute_dtype
-from tests.bench.data import MODEL, make_data, model_dir
+from tests.bench.data import MODEL, make_data, model_dir, num_pairs
 from tests.bench.table import Comparison, Scaling, print_all, write_page
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,12 @@ class Bed:
 
     @contextmanager
     def ours(self, kind: str, name: str, **options: Any) -> Iterator[Worker]:
-        options = {"threads": self.threads, "precision": self.precision} | options
+        options = {
+            "threads": self.threads,
+            "precision": self.precision,
+            "rounds": self.rounds + _WARM_UP_ROUNDS,
+            "pairs": num_pairs(self.inputs),
+        } | options
         command = [sys.executable, "-m", "tests.bench.ours", str(self.home), kind, json.dumps(options)]
         worker = Worker(command, self.home / "logs" / f"{name}-ours.log", threads=options["threads"])
         try:

@@ -42,6 +42,10 @@ def make_data(home: Path, sources: Path) -> dict[str, ArtifactRef]:
     return {role: ArtifactRef.model_validate(ref) for role, ref in json.loads(record.read_text()).items()}
 
 
+def num_pairs(inputs: dict[str, ArtifactRef]) -> int:
+    return len(TokensArtifact(_folder(inputs["tokens"])).pairs(Split.TRAIN))
+
+
 def model_dir(inputs: dict[str, ArtifactRef]) -> Path:
     return _folder(inputs["model"])
 

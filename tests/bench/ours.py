@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,12 @@ from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
 from stages.config.train import DPOConfig, ModelConfig, PretrainConfig, RewardConfig, SFTConfig, TrainConfig
+from stages.context import StageContext
+from stages.data.packing import Packed
 from stages.data.tokens import TokensArtifact
+from stages.models.build import load_causal_lm
 from stages.models.flops import FlopCounter
+from stages.models.forward import target_logprobs
 from stages.models.precision import compute_dtype
 from stages.train.checkpoint import Checkpointer
 from stages.train.engine import Engine
@@ -47,61 +52,83 @@ def config_of(stage: Stage, options: dict[str, Any]) -> TrainConfig:
             model = ModelConfig(**options["model"]) if "model" in options else MODEL
             return PretrainConfig(max_tokens=1 << 40, max_epochs=1000, model=model, **common)
         case Stage.SFT:
-            return SFTConfig(num_epochs=1000, **common)
+            return SFTConfig(num_epochs=100, **common)
         case Stage.REWARD:
-            return RewardConfig(num_epochs=1000, center_coefficient=0.01, **common)
+            return RewardConfig(num_epochs=100, center_coefficient=0.01, **common)
         case Stage.DPO:
-            return DPOConfig(num_epochs=options.get("epochs", 1000), **common)
+            return DPOConfig(num_epochs=_dpo_epochs(options), **common)
     raise ValueError(f"no benchmark of {stage}")
 
 
-class Counted:
-    """An objective that tells the rounds how much work its steps hold."""
+def _dpo_epochs(options: dict[str, Any]) -> float:
+    """As many pairs as the rounds need, and one round more: the reference is computed for no others."""
+    return options["batch"] * options["steps"] * (options["rounds"] + 1) / options["pairs"]
 
-    def __init__(self, objective: Any, rounds: Rounds, counter: FlopCounter, unit: str) -> None:
+
+class Counted:
+    """An objective that tells the rounds how much work its steps hold, and does what else belongs to a step."""
+
+    def __init__(
+        self, objective: Any, rounds: Any, counter: FlopCounter, unit: str, *, before: Callable[[Packed], object] | None
+    ) -> None:
         self._objective, self._rounds, self._counter, self._unit = objective, rounds, counter, unit
+        self._before = before
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._objective, name)
 
-    def steps(self, engine: Engine):
+    def steps(self, engine: Engine) -> Iterator[Step]:
         for step in self._objective.steps(engine):
-            self._count(step, engine.world_size)
+            for batch in step.micro_batches:
+                units = batch.num_segments / 2 if self._unit == "pairs" else batch.num_tokens
+                self._rounds.count(units * engine.world_size, flops=self._counter.training(batch) * engine.world_size)
+                if self._before:
+                    self._before(batch)
             yield step
-
-    def _count(self, step: Step, world_size: int) -> None:
-        for batch in step.micro_batches:
-            units = batch.num_segments / 2 if self._unit == "pairs" else batch.num_tokens
-            self._rounds.count(units * world_size, flops=self._counter.training(batch) * world_size)
 
 
 def work(home: Path, stage: Stage, options: dict[str, Any]) -> None:
     """Train for ever, a round at a time."""
     torch.set_num_threads(options["threads"])
-    inputs = {
-        role: ArtifactRef.model_validate(ref) for role, ref in json.loads((home / "inputs.json").read_text()).items()
-    }
-    execution = ExecutionConfig(micro_batch_size=options.get("micro_batch", 8), compile=options.get("compile", False))
-    config = config_of(stage, options)
     with tempfile.TemporaryDirectory() as scratch:
-        needed = inputs if stage is not Stage.PRETRAIN else {"tokens": inputs["tokens"]}
-        context = make_context(Path(scratch), stage, config, needed, execution)
-        prepared = importlib.import_module(f"stages.{stage}").prepare(
-            context, TokensArtifact(context.input_dir("tokens"))
-        )
+        context = _context(home, Path(scratch), stage, options)
+        artifact = TokensArtifact(context.input_dir("tokens"))
+        prepared = importlib.import_module(f"stages.{stage}").prepare(context, artifact)
         counter = FlopCounter.of(next(iter(prepared.parts.values())))
-        engine = Engine(prepared.parts, config, execution)
-        objective = prepared.objective(engine)
+        config = context.config
+        assert isinstance(config, TrainConfig)
+        engine = Engine(prepared.parts, config, context.execution)
         rounds = Rounds(options["steps"], in_step=_together) if engine.rank == 0 else _Follower(options["steps"])
+        counted = Counted(
+            prepared.objective(engine),
+            rounds,
+            counter,
+            "pairs" if stage in (Stage.REWARD, Stage.DPO) else "tokens",
+            before=_reference_pass(context, engine, artifact) if options.get("reference") else None,
+        )
         rounds.begin()
         train(
-            Counted(objective, rounds, counter, "pairs" if stage in (Stage.REWARD, Stage.DPO) else "tokens"),  # type: ignore[arg-type]
+            counted,  # type: ignore[arg-type]
             engine,
             config=config,
-            execution=execution,
+            execution=context.execution,
             checkpointer=Checkpointer(context.store, context.fingerprint, keep=1, rank=engine.rank),
             report=lambda metrics, **_: rounds.step(loss=metrics["train/loss"]),
         )
+
+
+def _context(home: Path, scratch: Path, stage: Stage, options: dict[str, Any]) -> StageContext:
+    refs = json.loads((home / "inputs.json").read_text())
+    needed = ("tokens",) if stage is Stage.PRETRAIN else ("tokens", "model")
+    inputs = {role: ArtifactRef.model_validate(refs[role]) for role in needed}
+    execution = ExecutionConfig(micro_batch_size=options.get("micro_batch", 8), compile=options.get("compile", False))
+    return make_context(scratch, stage, config_of(stage, options), inputs, execution)
+
+
+def _reference_pass(context: StageContext, engine: Engine, tokens: TokensArtifact) -> Callable[[Packed], object]:
+    """The forward pass of the reference, which training makes once for all epochs, as part of every step."""
+    reference = engine.freeze(load_causal_lm(context.input_dir("model"), tokens))
+    return lambda batch: engine.infer(lambda parts, moved: target_logprobs(reference, moved).logprobs_N, batch)
 
 
 class _Follower:
