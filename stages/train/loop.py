@@ -20,13 +20,11 @@ from stages.train.checkpoint import Checkpoint, Checkpointer
 from stages.train.engine import Engine
 from stages.train.objective import LossOutput, Objective, Step
 from stages.train.optimizer import learning_rate
+from stages.train.throughput import Meter, with_waiting
 
 logger = logging.getLogger(__name__)
 
 _MAX_SKIPPED_IN_A_ROW = 5
-_TIMING = "train/tokens_per_second"
-"""Reported, but not part of the history that is published: the same training gives the same bytes."""
-
 History = list[dict[str, Any]]
 
 
@@ -44,16 +42,17 @@ def train(
     execution: ExecutionConfig,
     checkpointer: Checkpointer,
     report: Reporter,
+    meter: Meter,
     clock: Callable[[], float] = time.perf_counter,
 ) -> History:
-    """Train to the end, from the newest checkpoint if there is one; return the metrics of every logged step, but its
-    speed."""
+    """Train to the end, from the newest checkpoint if there is one; return the metrics of every logged step, but not
+    its timing: the same training gives the same bytes."""
     step, history = _resume(objective, engine, checkpointer)
     skipped_in_a_row = num_skipped = 0
     last = clock()
-    for item in objective.steps(engine):
+    for item, waited in with_waiting(objective.steps(engine)):
         rate = learning_rate(config.optimizer, step=step, num_steps=objective.num_steps)
-        metrics = _accumulate(objective, engine, item)
+        metrics, tokens, flops = _accumulate(objective, engine, item, meter)
         outcome = engine.step(rate)
         step += 1
         num_skipped += outcome.skipped
@@ -67,16 +66,20 @@ def train(
         metrics |= item.metrics | {
             "train/grad_norm": outcome.grad_norm,
             "train/learning_rate": rate,
-            _TIMING: metrics.pop("tokens") / (now - last),
             "train/skipped_steps": float(num_skipped),
+        }
+        timing = {
+            "train/tokens_per_second": tokens / (now - last),
+            "train/mfu": meter.utilisation(flops, now - last),
+            "train/data_wait_seconds": waited,
         }
         last = now
         if _due(step, config.eval_every, objective.num_steps):
             metrics |= objective.evaluate(engine)
             last = clock()
         if _due(step, execution.log_every, objective.num_steps):
-            history.append({"step": step, **{name: value for name, value in metrics.items() if name != _TIMING}})
-            report(metrics, step=step, num_steps=objective.num_steps)
+            history.append({"step": step, **metrics})
+            report(metrics | timing, step=step, num_steps=objective.num_steps)
         if execution.checkpoint_every and step % execution.checkpoint_every == 0 and step < objective.num_steps:
             checkpointer.save(Checkpoint(step, engine.state_dict(), objective.state_dict(), list(history)))
     checkpointer.wait()
@@ -93,12 +96,13 @@ def _resume(objective: Objective, engine: Engine, checkpointer: Checkpointer) ->
     return checkpoint.step, checkpoint.history
 
 
-def _accumulate(objective: Objective, engine: Engine, step: Step) -> dict[str, float]:
-    """Run every micro-batch forward and backward; return the step's metrics over all ranks."""
+def _accumulate(
+    objective: Objective, engine: Engine, step: Step, meter: Meter
+) -> tuple[dict[str, float], float, float]:
+    """Run every micro-batch forward and backward; return the step's metrics, tokens and model FLOPs over all ranks."""
     counted = step.micro_batches if step.counted else []
-    units, tokens = engine.sum(
-        [sum(objective.weight(batch) for batch in counted), sum(batch.num_tokens for batch in counted)]
-    )
+    sizes = [(objective.weight(batch), batch.num_tokens, meter.flops(batch)) for batch in counted]
+    units, tokens, flops = engine.sum(sum(column) for column in zip((0.0, 0.0, 0.0), *sizes, strict=True))
     sums: dict[str, Tensor] = {}
     batches = _same_count(engine, step)
     for position, (batch, share) in enumerate(batches):
@@ -116,7 +120,7 @@ def _accumulate(objective: Objective, engine: Engine, step: Step) -> dict[str, f
         for name, total, weight in zip(names, totals[::2], totals[1::2], strict=True)
         if weight or name == "train/loss"
     }
-    return metrics | {"tokens": tokens}
+    return metrics, tokens, flops
 
 
 def _same_count(engine: Engine, step: Step) -> list[tuple[Packed, float]]:

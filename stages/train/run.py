@@ -17,10 +17,11 @@ from stages.data.tokens import TokensArtifact
 from stages.models.build import save_model
 from stages.models.precision import compute_dtype
 from stages.train.checkpoint import Checkpointer
-from stages.train.engine import Engine
+from stages.train.engine import Engine, local_device
 from stages.train.launch import launch
 from stages.train.loop import train
 from stages.train.objective import Objective
+from stages.train.throughput import Meter
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ def train_on_worker(context: StageContext) -> StageOutcome:
     tokens = TokensArtifact(context.input_dir("tokens"))
     verb = importlib.import_module(f"stages.{context.request.stage.value}")
     prepared: Prepared = verb.prepare(context, tokens)
+    dtype = compute_dtype(local_device(), config.precision)
+    meter = Meter.of(prepared.parts, device=local_device(), dtype=dtype)
     engine = Engine(prepared.parts, config, execution)
     objective = prepared.objective(engine)
     _check_size(objective, context)
@@ -65,16 +68,16 @@ def train_on_worker(context: StageContext) -> StageOutcome:
         execution=execution,
         checkpointer=checkpointer,
         report=_reporter(context, engine),
+        meter=meter,
     )
     weights = engine.model_weights(prepared.exported)
     if engine.rank == 0:
         _export(context.output_dir, prepared, weights, history, tokens)
     final = {name: value for name, value in history[-1].items() if name != "step"}
-    dtype = str(compute_dtype(engine.device, config.precision)).removeprefix("torch.")
     return StageOutcome(
         metrics=final,
         ledger=prepared.ledger | {"steps": objective.num_steps},
-        execution={"device": engine.device.type, "compute_dtype": dtype},
+        execution={"device": engine.device.type, "compute_dtype": str(dtype).removeprefix("torch.")},
     )
 
 

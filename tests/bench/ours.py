@@ -32,6 +32,7 @@ from stages.train.checkpoint import Checkpointer
 from stages.train.engine import Engine
 from stages.train.loop import train
 from stages.train.objective import Step
+from stages.train.throughput import Meter
 from tests.bench.data import MODEL, OPTIMIZER, SEQUENCE_LENGTH
 from tests.bench.protocol import Rounds
 from tests.small_world import make_context
@@ -113,7 +114,10 @@ def work(home: Path, stage: Stage, options: dict[str, Any]) -> None:
             config=config,
             execution=context.execution,
             checkpointer=Checkpointer(context.store, context.fingerprint, keep=1, rank=engine.rank),
-            report=lambda metrics, **_: rounds.step(loss=metrics["train/loss"]),
+            report=lambda metrics, **_: rounds.step(
+                loss=metrics["train/loss"], waited=metrics["train/data_wait_seconds"]
+            ),
+            meter=Meter((), peak_flops=1.0),
         )
 
 
