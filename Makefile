@@ -1,7 +1,7 @@
 # One command a task; `make help` lists them. Everything made lies in .venv/ and .athanor/.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup up down status logs demo test test-chaos test-live test-browser bench check format lock screenshots clean
+.PHONY: compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-chaos test-live test-browser bench test-compose check format lock screenshots clean
 
 VENV   := .venv
 PYTHON := $(CURDIR)/$(VENV)/bin/python
@@ -19,6 +19,8 @@ TESTS   ?= tests
 # through the environment, so that quotes in JSON survive the shell
 export RECIPE PARAMS
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+COMPOSE = ATHANOR_GIT_COMMIT=$$(git rev-parse HEAD 2>/dev/null || echo unknown) docker compose
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -53,17 +55,16 @@ logs: $(STAMP) ## follow the logs of the stack; `make logs COMPONENT=scheduler` 
 demo: $(STAMP) ## raw text to aligned model: setup and up if needed, run llm_pipeline, show it live
 	@$(PYTHON) -m infra demo --recipe "$$RECIPE" --params "$$PARAMS"
 
-test: $(STAMP) ## all tests but those of `make test-chaos` and `make test-live`
-	$(PYTHON) -m pytest -m 'not chaos and not live' $(TESTS)
+test: $(STAMP) ## all tests but those of `make test-chaos`, `test-live` and `test-compose`
+	$(PYTHON) -m pytest -m 'not chaos and not live and not compose' $(TESTS)
 
 test-chaos: $(STAMP) ## kills parts of a real Airflow and a real Ray head, minutes on end: the rows of docs/RELIABILITY.md
 	$(PYTHON) -m pytest -m chaos tests/chaos
 
-test-live: $(STAMP) ## people's part on a whole live stack, over REST: approvals and ratings, minutes on end
-	$(PYTHON) -m pytest -m live tests/integration
+test-live: $(STAMP) $(STAMP)-browser ## a whole live stack: people, retraining, browser, a wheel installed elsewhere; minutes
+	$(PYTHON) -m pytest -m live tests/browser tests/integration
 
-test-browser: $(STAMP) ## the user interfaces in headless Chromium (needs chromium; installs Playwright into .venv)
-	@uv pip install --quiet --python $(PYTHON) --constraint constraints.txt playwright
+test-browser: $(STAMP) $(STAMP)-browser ## of these, the user interfaces in headless Chromium (needs chromium)
 	$(PYTHON) -m pytest -m browser tests/browser
 
 bench: $(STAMP) $(PEERS)/.ready ## our training against Trainer and TRL, rounds in turn, half an hour; writes docs/PERFORMANCE.md
@@ -75,6 +76,28 @@ $(PEERS)/.ready: constraints.txt | $(STAMP)
 	uv pip install --quiet --python $(PEERS)/bin/python --constraint constraints.txt \
 	  $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} torch transformers accelerate datasets 'trl==1.16.0'
 	@touch $@
+
+$(STAMP)-browser: $(STAMP)
+	@$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --constraint constraints.txt $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} playwright
+	@touch $@
+
+compose-env: ## secrets and settings of docker-compose.yml, into .env; keeps what is there
+	@python3 -m infra.deploy.environment write
+
+compose-up: ## the server edition: build the images, start everything in containers, wait until healthy
+	@python3 -m infra.deploy.environment check
+	@$(COMPOSE) build
+	@$(COMPOSE) up --detach --wait
+	@$(COMPOSE) ps
+
+compose-down: ## stop the containers; volumes stay (`docker compose down --volumes` removes them)
+	@$(COMPOSE) down
+
+compose-demo: ## run a recipe on the containers, shown live; RECIPE and PARAMS as for `make demo`
+	@$(COMPOSE) --profile demo run --rm --no-deps demo --recipe "$$RECIPE" --params "$$PARAMS"
+
+test-compose: $(STAMP) ## the whole of docker-compose.yml on a real Docker engine, `tiny` through it; about ten minutes
+	$(PYTHON) -m pytest -s -m compose tests/compose
 
 check: $(STAMP) ## format, lint, types, floors and fast tests, in under a minute
 	ruff format --check .
@@ -92,8 +115,7 @@ lock: $(STAMP) ## resolve constraints.txt anew
 	  --no-annotate --no-header --quiet; } > constraints.txt.new
 	mv constraints.txt.new constraints.txt
 
-screenshots: $(STAMP) ## pictures for docs/images, of the running stack (needs chromium)
-	@uv pip install --quiet --python $(PYTHON) --constraint constraints.txt playwright
+screenshots: $(STAMP) $(STAMP)-browser ## pictures for docs/images, of the running stack (needs chromium)
 	$(PYTHON) -m tests.browser.screenshots
 
 clean: down ## stop the stack and remove .venv and .athanor, artifacts and all

@@ -32,6 +32,11 @@ class Component:
 QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
 
 
+# "database is locked" ends a triggerer. Not for the api-server: with SQLite it can wait for itself (one request holds
+# the lock and needs the event loop, which another blocks), and all of Airflow with it, until SQLite's 5 s are over.
+PATIENT = {"AIRFLOW__DATABASE__SQL_ALCHEMY_CONNECT_ARGS": "infra.loopback.PATIENT_SQLITE"}
+
+
 def airflow_components(*, port: int) -> list[Component]:
     """The four processes of Airflow. Not `airflow standalone`: SIGTERM to it leaves its children behind.
 
@@ -40,9 +45,9 @@ def airflow_components(*, port: int) -> list[Component]:
     airflow = str(BIN / "airflow")
     return [
         Component("api-server", (airflow, "api-server", "--host", "127.0.0.1", "--port", str(port)), QUIET),
-        Component("scheduler", (airflow, "scheduler", "--skip-serve-logs"), QUIET),
-        Component("dag-processor", (airflow, "dag-processor"), QUIET),
-        Component("triggerer", (airflow, "triggerer", "--skip-serve-logs"), QUIET),
+        Component("scheduler", (airflow, "scheduler", "--skip-serve-logs"), {**QUIET, **PATIENT}),
+        Component("dag-processor", (airflow, "dag-processor"), {**QUIET, **PATIENT}),
+        Component("triggerer", (airflow, "triggerer", "--skip-serve-logs"), {**QUIET, **PATIENT}),
     ]
 
 

@@ -1,10 +1,11 @@
-"""`make demo`: start a run of `llm_pipeline` through Airflow's REST API, show it live, end with what came out of it.
-The run belongs to Airflow: ending this program does not end the run."""
+"""`make demo` and `make compose-demo`: start a run of `llm_pipeline` through Airflow's REST API, show it live, end with
+what came out of it. The run belongs to Airflow: ending this program does not end the run."""
 
 from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
@@ -12,8 +13,9 @@ from urllib.parse import quote, unquote, urlsplit
 import requests
 from rich.console import Console
 
+from infra.airflow_api import AirflowApi
 from infra.health import Health
-from infra.layout import Layout, StackRecord, StackSecrets
+from infra.layout import StackSecrets
 from infra.run_state import DAG_ID, Row, RunWatch, Snapshot
 from infra.screen import open_screen, samples_panels, summary_table
 from infra.stack import Stack, relative
@@ -25,29 +27,56 @@ POLL_SECONDS = 2.0
 PATIENCE_SECONDS = 120.0
 
 
+@dataclass(frozen=True)
+class Deployment:
+    """What following a run needs to know of the place it runs in; addresses are those for a browser."""
+
+    api: AirflowApi
+    artifact_store: str
+    airflow_url: str
+    mlflow_url: str
+    login: str
+    "Words that tell how to log in."
+    stopping: str
+    "Words that tell how to stop everything."
+    task_logs: Path | None = None
+    "Folder of Airflow's task logs, where this machine has it."
+
+
 def demo(stack: Stack, *, recipe: str, params: dict[str, Any]) -> int:
-    """Returns the exit status: 0 when the run succeeded, 1 when it failed, 130 when the user stopped watching."""
-    console = Console(soft_wrap=False)
+    """Bring the local stack up and run the recipe on it; returns the exit status."""
     begin = time.monotonic()
     record = stack.up()
-    api = Health(record, StackSecrets.load_or_generate(stack.layout)).airflow
-    api.wait_for_dag(DAG_ID, seconds=90)
-    run_id = api.trigger(DAG_ID, {"recipe": recipe, **params})
-    page = f"{record.airflow_url}/dags/{DAG_ID}/runs/{quote(run_id)}"
-    login = f"user admin, password in {relative(stack.layout.airflow_passwords)}"
-    say(console, f"run {run_id}  ({login})\n  {page}")
-    watch = RunWatch(api, open_store(record.artifact_store), run_id)
+    deployment = Deployment(
+        api=Health(record, StackSecrets.load_or_generate(stack.layout)).airflow,
+        artifact_store=record.artifact_store,
+        airflow_url=record.airflow_url,
+        mlflow_url=record.mlflow_url,
+        login=f"user admin, password in {relative(stack.layout.airflow_passwords)}",
+        stopping="`make down`",
+        task_logs=stack.layout.logs / "tasks",
+    )
+    return run(deployment, recipe=recipe, params=params, begin=begin)
+
+
+def run(deployment: Deployment, *, recipe: str, params: dict[str, Any], begin: float) -> int:
+    """Returns the exit status: 0 when the run succeeded, 1 when it failed, 130 when the user stopped watching."""
+    console = Console(soft_wrap=False)
+    deployment.api.wait_for_dag(DAG_ID, seconds=90)
+    run_id = deployment.api.trigger(DAG_ID, {"recipe": recipe, **params})
+    page = f"{deployment.airflow_url}/dags/{DAG_ID}/runs/{quote(run_id)}"
+    say(console, f"run {run_id}  ({deployment.login})\n  {page}")
+    watch = RunWatch(deployment.api, open_store(deployment.artifact_store), run_id)
     try:
         snapshot = follow(watch, console)
     except KeyboardInterrupt:
         say(console, f"\nThe run goes on without this window: {page}")
-        say(console, "To stop it, mark the run as failed on that page, or stop everything with `make down`.")
+        say(console, f"To stop it, mark the run as failed on that page, or stop everything with {deployment.stopping}.")
         return 130
-    finished = time.monotonic() - begin
     if snapshot.state == "success":
-        show_outcome(watch, snapshot, record, console, page=page, seconds=finished)
+        show_outcome(watch, snapshot, deployment, console, page=page, seconds=time.monotonic() - begin)
         return 0
-    show_failure(watch, snapshot, stack.layout, console, page=page)
+    show_failure(watch, snapshot, deployment, console, page=page)
     return 1
 
 
@@ -75,7 +104,7 @@ def follow(watch: RunWatch, console: Console) -> Snapshot:
 
 
 def show_outcome(
-    watch: RunWatch, snapshot: Snapshot, record: StackRecord, console: Console, *, page: str, seconds: float
+    watch: RunWatch, snapshot: Snapshot, deployment: Deployment, console: Console, *, page: str, seconds: float
 ) -> None:
     console.print(summary_table(snapshot))
     for panel in samples_panels(read_samples(snapshot)):
@@ -86,7 +115,7 @@ def show_outcome(
         say(console, f"{len(built)} stages executed, {len(hits)} taken from earlier runs; {seconds:.0f} s in all")
     else:
         say(console, f"0 stages executed: all {len(hits)} were already built by earlier runs; {seconds:.0f} s in all")
-    for line in addresses(watch, snapshot, record, page=page):
+    for line in addresses(watch, snapshot, deployment, page=page):
         say(console, line)
 
 
@@ -101,12 +130,12 @@ def read_samples(snapshot: Snapshot) -> list[dict[str, Any]]:
         return []
 
 
-def addresses(watch: RunWatch, snapshot: Snapshot, record: StackRecord, *, page: str) -> list[str]:
+def addresses(watch: RunWatch, snapshot: Snapshot, deployment: Deployment, *, page: str) -> list[str]:
     """Where to look next: the run in Airflow, the parent run in MLflow, the report."""
     lines = [f"Airflow  {page}"]
     parent = watch.parameters().get("parent_run_id")
     if parent:
-        lines.append(f"MLflow   {record.mlflow_url}/#/runs/{parent}")
+        lines.append(f"MLflow   {deployment.mlflow_url}/#/runs/{parent}")
     reported = next((row.result for row in snapshot.rows if row.name == Stage.REPORT and row.result), None)
     if reported:
         link = watch.links(Stage.REPORT).get("Report")
@@ -117,7 +146,7 @@ def addresses(watch: RunWatch, snapshot: Snapshot, record: StackRecord, *, page:
     return lines
 
 
-def show_failure(watch: RunWatch, snapshot: Snapshot, layout: Layout, console: Console, *, page: str) -> None:
+def show_failure(watch: RunWatch, snapshot: Snapshot, deployment: Deployment, console: Console, *, page: str) -> None:
     """Which task failed, why, what to do, and where its log is."""
     if any(row.result for row in snapshot.stages):
         console.print(summary_table(snapshot))
@@ -126,7 +155,7 @@ def show_failure(watch: RunWatch, snapshot: Snapshot, layout: Layout, console: C
         say(console, f"\n{row.name} failed", style="bold red")
         for line in reasons(watch, row):
             say(console, f"  {line}")
-        for log in task_logs(layout, watch.run_id, row):
+        for log in task_logs(deployment, watch.run_id, row):
             say(console, f"  log: {log}")
     if not failed:
         say(console, "\nno task failed: the run was marked as failed, or timed out", style="bold red")
@@ -140,7 +169,9 @@ def reasons(watch: RunWatch, row: Row) -> list[str]:
     return watch.last_errors(row) or ["no error message was logged"]
 
 
-def task_logs(layout: Layout, run_id: str, row: Row) -> list[str]:
+def task_logs(deployment: Deployment, run_id: str, row: Row) -> list[str]:
     """The log files of the task's last attempt."""
-    folder = layout.logs / "tasks" / f"dag_id={DAG_ID}" / f"run_id={run_id}" / f"task_id={row.name}"
+    if deployment.task_logs is None:
+        return []
+    folder = deployment.task_logs / f"dag_id={DAG_ID}" / f"run_id={run_id}" / f"task_id={row.name}"
     return [relative(file) for file in sorted(folder.glob(f"attempt={row.try_number}.log*"))]

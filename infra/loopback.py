@@ -1,8 +1,11 @@
-"""Settings of the local stack that Airflow and Ray take as names of functions: both stay on loopback."""
+"""Settings of the local stack that Airflow and Ray take by the name of a Python object."""
 
 from __future__ import annotations
 
 from typing import Any
+
+PATIENT_SQLITE = {"timeout": 20.0}
+"""`[database] sql_alchemy_connect_args`: seconds that a component waits for the database's lock, instead of 5."""
 
 
 def hostname() -> str:

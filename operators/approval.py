@@ -15,6 +15,7 @@ from airflow.providers.standard.operators.hitl import ApprovalOperator, HITLOper
 from airflow.sdk import Param
 from airflow.sdk.exceptions import AirflowSkipException
 
+from operators.asking import ask_once
 from operators.failures import StageConfigFailed, as_stage_failures
 from operators.links import mlflow_run_page
 from operators.markdown import block, plain, table
@@ -31,6 +32,17 @@ _COMMENT = Param(
 )
 _MODELS = ("base", "sft", "ppo", "dpo")
 _ALIGNED = ("ppo", "dpo")
+_BETTER = {
+    WIN_RATE: "↑",
+    SCORE: "↑",
+    "eval/preference_accuracy": "↑",
+    "eval/preference_margin": "↑",
+    "eval/perplexity": "↓",
+    "eval/bits_per_byte": "↓",
+    "eval/loss": "↓",
+    "eval/response_loss": "↓",
+}
+"""Which way is better; distances and lengths are neither."""
 
 
 class PromotionApproval(ApprovalOperator):
@@ -67,7 +79,7 @@ class PromotionApproval(ApprovalOperator):
                 )
             self.subject, self.body = question(run, config, ArtifactRef.model_validate(evaluated))
         self.response_timeout = timedelta(hours=config.promote.approval_timeout_hours)
-        return super().execute(context)
+        return ask_once(self, context, super().execute)
 
     def execute_complete(self, context: Any, event: dict[str, Any]) -> dict[str, Any]:
         """Turn the answer into an Approval; past ApprovalOperator, which would skip `promote` after a rejection."""
@@ -97,16 +109,17 @@ def question(run: RunInfo, config: PipelineConfig, evaluation: ArtifactRef) -> t
     models: dict[str, Mapping[str, Any]] = {
         role: report["models"][role] for role in _MODELS if role in report["models"]
     }
-    proposed = strongest([role for role in _ALIGNED if role in models], models)
+    aligned = [role for role in _ALIGNED if role in models]
+    proposed = strongest(aligned, models)
     subject = f"{run.name}: promote the {(proposed or 'aligned').upper()} model to champion?"
     champion = _champion(f"{config.promote.run_name}-aligned", report, evaluation)
     parts = [
-        f"Run {plain(run.name)}, proposed: **{(proposed or 'none').upper()}**, the aligned model with the higher "
-        "win rate against SFT.",
+        f"Run {plain(run.name)}, proposed: **{(proposed or 'none').upper()}**, "
+        + ("the aligned model with the highest win rate against SFT." if len(aligned) > 1 else "its aligned model."),
         _rules(config),
         "### Measured on held-out data",
         _metrics_table(models, champion.metrics),
-        champion.note,
+        f"↑ higher is better, ↓ lower is better. {champion.note}",
         "Scores come from this run's own reward model: they say how well a model pleases it, not how good it is.",
         f"### Answers side by side ({min(_NUM_SAMPLES, len(samples))} of {len(samples)} kept)",
         *(_sample(sample, list(models)) for sample in samples[:_NUM_SAMPLES]),
@@ -163,7 +176,13 @@ def _champion(name: str, report: Mapping[str, Any], evaluation: ArtifactRef) -> 
 def _metrics_table(models: Mapping[str, Mapping[str, Any]], champion: Mapping[str, str]) -> str:
     names = sorted({name for metrics in models.values() for name in metrics}, key=_importance)
     head = ["", *(role.upper() if role != "base" else "base" for role in models)]
-    rows = [[plain(name), *(_number(metrics.get(name)) for metrics in models.values())] for name in names]
+    rows = [
+        [
+            f"{plain(name)} {_BETTER.get(name, '')}".rstrip(),
+            *(_number(metrics.get(name)) for metrics in models.values()),
+        ]
+        for name in names
+    ]
     if champion:
         head.append("champion")
         rows = [[*row, _number(champion.get(name))] for row, name in zip(rows, names, strict=True)]

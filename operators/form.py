@@ -1,5 +1,6 @@
 """The trigger form, generated from PipelineParams: titles, help, choices and defaults are typed there only."""
 
+import re
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from airflow.sdk.definitions.param import Param, ParamsDict
 from pydantic.fields import FieldInfo
 
+from operators.markdown import plain
 from stages.config.base import Choice, Config
 from stages.config.estimate import count_parameters, human
 from stages.config.execution import ExecutionConfig
@@ -69,7 +71,7 @@ def recipe_table() -> str:
     """What an untouched field means: the recipes' main settings as Markdown, read off the recipes themselves."""
     configs = {name: recipe() for name, recipe in RECIPES.items()}
     columns = [_main_settings(config) for config in configs.values()]
-    lines = ["| |" + "".join(f" `{name}` |" for name in configs), "|---|" + "---|" * len(configs)]
+    lines = ["| |" + "".join(f" {plain(name)} |" for name in configs), "|---|" + "---|" * len(configs)]
     lines += [f"| {name} |" + "".join(f" {column[name]} |" for column in columns) for name in columns[0]]
     return "\n".join(lines)
 
@@ -102,11 +104,14 @@ def _workers(execution: ExecutionConfig) -> str:
 
 
 def _help(field: FieldInfo) -> str:
-    """The field's docstring; examples of lists are told here, because the form would allow nothing else."""
+    """The field's docstring; examples of lists are told here, because the form would allow nothing else.
+
+    Bold in place of code: the form draws code in boxes that are taller than a line and hide the lines beside it.
+    """
     text = field.description or ""
     if field.examples and field.annotation is not str:
         text += f" Examples: {', '.join(f'`{example}`' for example in field.examples)}."
-    return text
+    return re.sub("`([^`]+)`", lambda code: f"**{plain(code[1])}**", text)
 
 
 def _flat(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any]:

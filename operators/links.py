@@ -4,6 +4,7 @@ Airflow asks every link for its address once more when the task's process ends a
 So the operator remembers in `link_addresses` what was written, also across a deferral, and the links answer from there.
 """
 
+import os
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -46,8 +47,11 @@ class ReportLink(_KnownLink):
 
 
 def mlflow_run_page(tracking_uri: str, run_id: str, experiment_id: str | None = None) -> str:
-    """Page of an MLflow run; a user name or password in the tracking URI does not get into the link."""
-    base = without_credentials(tracking_uri)
+    """Page of an MLflow run; a user name or password in the tracking URI does not get into the link.
+
+    ATHANOR_MLFLOW_URL is MLflow's address for browsers, where programs know it by another one.
+    """
+    base = without_credentials(os.environ.get("ATHANOR_MLFLOW_URL") or tracking_uri)
     place = f"experiments/{quote(experiment_id)}/runs" if experiment_id else "runs"
     return f"{base}/#/{place}/{quote(run_id)}"
 

@@ -57,6 +57,11 @@ class LogRelay:
         self._omitted = 0
         self._kept: deque[str] = deque(maxlen=_KEPT_LINES)
 
+    @property
+    def burst(self) -> float:
+        """Lines shown lately, beyond what may be shown all the time."""
+        return max(0.0, self._burst - self._allowance - (self._clock() - self._allowed_at) * self._rate)
+
     def restart(self) -> None:
         """The log begins anew at its first byte."""
         self._position, self._partial = 0, ""

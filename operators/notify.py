@@ -93,15 +93,16 @@ def _webhook() -> tuple[str, dict[str, str]]:
 
 
 def _about(context: Any) -> dict[str, Any]:
-    """What is known of the run: Airflow gives callbacks an object or, for deadlines, plain data."""
+    """What is known of the run. Airflow gives callbacks a run as an object, for deadlines as plain data, and for a run
+    without a last task (one that was skipped whole) none at all: then only the names of DAG and run."""
     run = context.get("dag_run") or {}
 
     def known(name: str) -> Any:
         return run.get(name) if isinstance(run, dict) else getattr(run, name, None)
 
     values = {
-        "dag_id": known("dag_id"),
-        "run_id": known("run_id") or known("dag_run_id"),
+        "dag_id": known("dag_id") or getattr(context.get("dag"), "dag_id", None),
+        "run_id": known("run_id") or known("dag_run_id") or context.get("run_id"),
         "state": known("state"),
         "started_at": known("start_date"),
         "ended_at": known("end_date"),

@@ -13,12 +13,13 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import Asset, BaseOperator
-from airflow.sdk.exceptions import AirflowSkipException, TaskDeferralTimeout
+from airflow.sdk.exceptions import AirflowSkipException, AirflowTaskTimeout, TaskDeferralTimeout
 
 from operators.failures import (
     StageConfigFailed,
     StageOutOfMemory,
     StageOutOfMemoryForGood,
+    StagePreempted,
     StageTimedOut,
     as_stage_failures,
 )
@@ -41,6 +42,10 @@ _KILL_PATIENCE_SECONDS = 20.0
 _STALL_MARGIN_SECONDS = 120.0
 """A job that hangs ends itself, with its stacks in the log; this is how much later the watcher does it."""
 
+_GOES_ON = frozenset({None, "scheduled", "queued", "running", "deferred", "up_for_retry"})
+"""States of a task whose job is of use when its process is asked to end: it is still, or again, Airflow's own to run.
+After a clear it is `restarting`, after a mark it has ended."""
+
 # Set in front of the entrypoint rather than in a runtime environment: jobs that have one cannot use Ray's warm workers.
 _JOB_ENVIRONMENT = {"RAY_COLOR_PREFIX": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
 
@@ -49,7 +54,8 @@ class StageOperator(BaseOperator):
     """Run one stage and return its ArtifactRef as JSON.
 
     The task `resolve_task_id` returned the RunInfo; inputs come from the tasks named like the stages that GRAPH says.
-    `timeout` bounds the job's time and stops the job; Airflow's own `execution_timeout` does not count deferred time.
+    `timeout` bounds the job's time and stops the job; Airflow's own `execution_timeout` does so too, but does not count
+    deferred time.
     Give it `retries=MAX_RETRIES` and a StageRetryPolicy.
     """
 
@@ -94,8 +100,16 @@ class StageOperator(BaseOperator):
         self.operator_extra_links = (RayJobLink(), MlflowRunLink(), ArtifactLink(), *report_link)
         self.link_addresses: dict[str, str] = {}
         self._running: str | None = None
+        self._waiting_as: Any = None
+        self._terminated = False
 
     def execute(self, context: Any) -> dict[str, Any]:
+        try:
+            return self._execute(context)
+        except AirflowTaskTimeout:
+            raise self._timed_out(context, self._time_limit()) from None
+
+    def _execute(self, context: Any) -> dict[str, Any]:
         from operators.mlflow import note_hit
         from operators.prepare import find_hit
 
@@ -120,13 +134,17 @@ class StageOperator(BaseOperator):
             "micro_batch_size": request.execution.micro_batch_size,
             "links": self.link_addresses,
         }
-        if attached.job is not None and not attached.job.status.is_active:
-            # Ended before anybody watched: processed here and now, a failure included.
-            return self.execute_complete(context, {**_outcome_of(attached).to_json(), "carry": carry})
-        if self.deferrable:
-            self._defer(request, carry)
-        with as_stage_failures(max_retries):
-            outcome = self._wait(submission_id, request)
+        if self._terminated:
+            raise _preempted(max_retries)
+        if attached.submission.consumed:
+            outcome = _outcome_of(attached)
+        else:
+            # One that ended before anybody watched is processed here and now, a failure included, its log too.
+            ended = attached.job is not None and not attached.job.status.is_active
+            if self.deferrable and not ended:
+                self._defer(request, carry)
+            with as_stage_failures(max_retries):
+                outcome = self._wait(context, submission_id, request)
         return self.execute_complete(context, {**outcome.to_json(), "carry": carry})
 
     def execute_complete(self, context: Any, event: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,11 +166,16 @@ class StageOperator(BaseOperator):
             log.consume(submission)
             self.log.info("The job was stopped together with an earlier attempt; starting a new one.")
             return self.execute(context)
+        taken_in: int | None = None
         try:
             with as_stage_failures(max_retries):
                 known = {"run": run, "store": self._open_store(), "outcome": outcome, "max_retries": max_retries}
                 if status is JobStatus.SUCCEEDED:
-                    return self._finish(context, run, read_result(Stage(self.stage), **known))
+                    returned = self._finish(context, run, read_result(Stage(self.stage), **known))
+                    taken_in = _clear_number(context)
+                    return returned
+                if status is JobStatus.STOPPED and self._terminated:
+                    raise _preempted(max_retries)
                 raise explain_failure(Stage(self.stage), **known)
         except StageOutOfMemory as error:
             log.count_out_of_memory()
@@ -166,7 +189,7 @@ class StageOperator(BaseOperator):
         finally:
             if status is not JobStatus.UNREACHABLE:
                 # Only now is the outcome processed; a job that may still run keeps its record for the retry.
-                log.consume(submission)
+                log.consume(submission, taken_in=taken_in)
             if status not in (JobStatus.UNREACHABLE, JobStatus.SUCCEEDED):
                 from operators.mlflow import end_stage_runs
 
@@ -177,9 +200,9 @@ class StageOperator(BaseOperator):
         try:
             return super().resume_execution(next_method, next_kwargs, context)
         except TaskDeferralTimeout:
-            raise self._timed_out(context) from None
+            raise self._timed_out(context, self.timeout) from None
 
-    def _timed_out(self, context: Any) -> StageTimedOut:
+    def _timed_out(self, context: Any, limit: timedelta | None) -> StageTimedOut:
         from operators.prepare import load_config
         from operators.submission import patiently
 
@@ -187,7 +210,7 @@ class StageOperator(BaseOperator):
         with as_stage_failures():
             config = load_config(self._open_store(), self._run(context))
         max_retries = config.stage_execution(Stage(self.stage)).max_retries
-        what = f"{self.stage} ran longer than its timeout of {self.timeout}"
+        what = f"{self.stage} ran longer than its timeout of {limit}"
         if not self.cancel_on_kill:
             return StageTimedOut(
                 f"{what}; cancel_on_kill=False lets its job go on.",
@@ -207,15 +230,35 @@ class StageOperator(BaseOperator):
         )
 
     def on_kill(self) -> None:
-        """SIGTERM or execution_timeout while this process, not the triggerer, is in charge of the job."""
+        """SIGTERM while this process, not the triggerer, is in charge of the job.
+
+        Airflow sends it when the task was cleared or marked, and then the job must end; and also when a worker shuts
+        down or a new scheduler took the task over, and then the job goes on, for the next attempt to attach to. Only
+        Airflow's record of the task tells which; it can be asked while this process does nothing but wait.
+        """
+        submission_id, self._terminated = self._running, True
+        if submission_id is None:
+            return
+        if self._waiting_as is not None and self._goes_on(self._waiting_as):
+            raise _preempted()
+        if not self.cancel_on_kill:
+            return
         from operators.submission import patiently
 
-        submission_id = self._running
-        if submission_id is None or not self.cancel_on_kill:
-            return
         with RayJobHook(self.ray_conn_id) as hook:
             patiently(lambda: hook.stop_job(submission_id), _KILL_PATIENCE_SECONDS)
         self.log.info("Stopped Ray job %s.", submission_id)
+
+    def _goes_on(self, ti: Any) -> bool:
+        """Whether Airflow still has a use for the job of this task instance."""
+        name = ti.task_id if ti.map_index in (None, -1) else f"{ti.task_id}_{ti.map_index}"
+        try:
+            tasks = ti.get_task_states(dag_id=ti.dag_id, run_ids=[ti.run_id]).get(ti.run_id, {})
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with Airflow, nobody has asked for a stop
+            self.log.warning("Airflow does not tell what became of the task: %s: %s", type(error).__name__, error)
+            return True
+        self.log.info("Asked to end while the task is %s.", tasks.get(name, "gone"))
+        return name in tasks and tasks[name] in _GOES_ON
 
     def _run(self, context: Any) -> RunInfo:
         value = context["ti"].xcom_pull(task_ids=self.resolve_task_id)
@@ -312,6 +355,7 @@ class StageOperator(BaseOperator):
             self._submission_log(context),
             hook,
             try_number=request.try_number,
+            clear_number=_clear_number(context),
             prepare=prepare,
             post=post,
             patience_seconds=self.unreachable_seconds,
@@ -368,8 +412,12 @@ class StageOperator(BaseOperator):
             asked_cpus=execution.entrypoint_cpus,
         )
 
-    def _wait(self, submission_id: str, request: StageRequest) -> "Outcome":
-        """Watch in this process, the way the trigger would."""
+    def _time_limit(self) -> timedelta | None:
+        """How long this process may watch a job; in the triggerer, `timeout` alone counts."""
+        return min((limit for limit in (self.timeout, self.execution_timeout) if limit), default=None)
+
+    def _wait(self, context: Any, submission_id: str, request: StageRequest) -> "Outcome":
+        """Watch in this process, the way the trigger would; raises AirflowTaskTimeout when its time is over."""
         from operators.client import RayJobClient
         from operators.watch import LogCursor, watch_job
         from stages.artifacts import run_key
@@ -378,11 +426,19 @@ class StageOperator(BaseOperator):
         endpoint = RayJobHook(self.ray_conn_id).endpoint
         cursor = LogCursor(request.store_uri, run_key(request.run.run_id, request.stage, "log.json"), submission_id)
 
+        limit = self._time_limit()
+
         async def watch() -> "Outcome":
-            async with RayJobClient(endpoint) as client:
+            async with asyncio.timeout(limit.total_seconds() if limit else None), RayJobClient(endpoint) as client:
                 return await watch_job(client, submission_id, cursor=cursor, logger=self.log, settings=settings)
 
-        return asyncio.run(watch())
+        self._waiting_as = context["ti"]
+        try:
+            return asyncio.run(watch())
+        except TimeoutError:
+            raise AirflowTaskTimeout from None
+        finally:
+            self._waiting_as = None
 
     def _finish(self, context: Any, run: RunInfo, result: StageResult) -> dict[str, Any]:
         artifact = result.artifact
@@ -416,6 +472,19 @@ class StageOperator(BaseOperator):
             self._push_link(context, MlflowRunLink(), mlflow_run_page(tracking_uri, run_id, experiment_id))
 
 
+def _preempted(max_retries: int | None = None) -> StagePreempted:
+    return StagePreempted(
+        "Airflow ended this process while it waited for the job.",
+        advice="The next attempt attaches to the job, or starts it anew from its checkpoint if it was stopped.",
+        max_retries=max_retries,
+    )
+
+
+def _clear_number(context: Any) -> int:
+    """How often somebody cleared tasks of this run; retries and restarts do not count."""
+    return context["dag_run"].clear_number or 0
+
+
 def _of_mapped(run: RunInfo, map_index: int | None) -> RunInfo:
     """Give each instance of a mapped task a folder of its own under `runs/`."""
     if map_index is None or map_index < 0:
@@ -424,7 +493,7 @@ def _of_mapped(run: RunInfo, map_index: int | None) -> RunInfo:
 
 
 def _outcome_of(attached: "Attached") -> "Outcome":
-    """The outcome of a job that had ended when the task found it."""
+    """The outcome of a job whose outcome, and log, was processed before."""
     from operators.watch import Outcome
 
     job = attached.job

@@ -15,6 +15,7 @@ from typing import Any
 from airflow.providers.standard.operators.hitl import HITLOperator
 from airflow.sdk import Param
 
+from operators.asking import ask_once
 from operators.failures import as_stage_failures
 from operators.markdown import block
 from stages.artifacts import read_file
@@ -76,7 +77,7 @@ class PreferenceRating(HITLOperator):
         self.body = body(row, order)
         hours = context["params"]["answer_hours"]
         self.response_timeout = timedelta(hours=hours)
-        return super().execute(context)
+        return ask_once(self, context, super().execute)
 
     def execute_complete(self, context: Any, event: dict[str, Any]) -> dict[str, Any]:
         self.options = options(len(self.question["order"]))

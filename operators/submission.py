@@ -58,6 +58,17 @@ class Submission:
     try_number: int
     """Attempt that submitted the job; a later attempt that finds the job has re-attached."""
     consumed: bool = False
+    taken_in: int | None = None
+    """`clear_number` of the DAG run in which a success was taken; None for every other outcome."""
+
+    def is_open_in(self, clear_number: int) -> bool:
+        """Whether the next attempt takes this job's outcome, rather than start a new job.
+
+        Airflow notes a success only after the task has taken it. A process that dies in between, or loses its task to
+        a new scheduler, is followed by an attempt that nobody asked for: it takes the same success again. An attempt
+        after a clear, which raises the run's `clear_number`, has been asked for.
+        """
+        return not self.consumed or self.taken_in == clear_number
 
 
 class SubmissionLog:
@@ -76,9 +87,11 @@ class SubmissionLog:
         self._store.set(STATE_KEY, asdict(submission), retention=self._retention)
         return submission
 
-    def consume(self, submission: Submission) -> None:
-        """The outcome has been processed: the next attempt starts a new job."""
-        self._store.set(STATE_KEY, asdict(replace(submission, consumed=True)), retention=self._retention)
+    def consume(self, submission: Submission, *, taken_in: int | None = None) -> None:
+        """The outcome has been processed: the next attempt starts a new job, see `Submission.is_open_in`."""
+        self._store.set(
+            STATE_KEY, asdict(replace(submission, consumed=True, taken_in=taken_in)), retention=self._retention
+        )
 
     def out_of_memory_failures(self) -> int:
         """How often the task ran out of memory, over all its attempts."""
@@ -103,6 +116,7 @@ def attach_or_submit(
     hook: RayJobHook,
     *,
     try_number: int,
+    clear_number: int,
     prepare: Callable[[Submission], None],
     post: Callable[[Submission], None],
     patience_seconds: float,
@@ -113,7 +127,7 @@ def attach_or_submit(
     then. Raises RayUnreachableError when Ray stays away for `patience_seconds`.
     """
     last = log.last()
-    if last is not None and not last.consumed:
+    if last is not None and last.is_open_in(clear_number):
         job = patiently(lambda: hook.get_job(last.submission_id), patience_seconds)
         if job is not None and (job.status.is_active or job.status is JobStatus.SUCCEEDED):
             logger.info("Attaching to Ray job %s (%s) of attempt %d.", job.submission_id, job.status, last.try_number)

@@ -90,6 +90,7 @@ class RayJobTrigger(BaseTrigger):
                 logger=self.log,
                 settings=self.settings,
                 on_mlflow_run=lambda run: links.add(asyncio.create_task(self._push_mlflow_link(run))),
+                drain=True,
             )
             await asyncio.gather(*links)
             return outcome

@@ -23,6 +23,8 @@ _LAST_LINES_SECONDS = 20.0
 _CAPACITY_SECONDS = 30.0
 _CURSOR_SECONDS = 2.0
 _STOP_SECONDS = 30.0
+_DRAIN_SECONDS = 1.0
+_DRAINED_PER_SECOND = 500.0
 
 
 class Log(Protocol):
@@ -105,6 +107,14 @@ class JobWatcher:
     def settled(self) -> int:
         """Lines of the log that are done with, shown or said to be left out."""
         return self._relay.settled
+
+    async def drain(self) -> None:
+        """Give the lines that were shown last the time to arrive.
+
+        Airflow's triggerer passes log lines and the end of a trigger on by two ways, and lines that the end overtakes
+        are written to the triggerer's own log instead of the task's.
+        """
+        await asyncio.sleep(_DRAIN_SECONDS + self._relay.burst / _DRAINED_PER_SECOND)
 
     async def watch(self) -> Outcome:
         """Return when the job has ended, is unknown to the cluster, or the cluster is away for too long."""
@@ -288,8 +298,12 @@ async def watch_job(
     logger: Log,
     settings: WatchSettings,
     on_mlflow_run: Callable[[dict[str, Any]], None] = lambda run: None,
+    drain: bool = False,
 ) -> Outcome:
-    """Watch a job to its end, going on in its log where an earlier watcher of the same job had stopped."""
+    """Watch a job to its end, going on in its log where an earlier watcher of the same job had stopped.
+
+    `drain` is for triggers, see JobWatcher.
+    """
     watcher = JobWatcher(
         client,
         submission_id,
@@ -300,6 +314,9 @@ async def watch_job(
     )
     keeper = asyncio.create_task(cursor.follow(watcher, logger))
     try:
-        return await watcher.watch()
+        outcome = await watcher.watch()
+        if drain:
+            await watcher.drain()
+        return outcome
     finally:
         keeper.cancel()

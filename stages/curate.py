@@ -250,8 +250,15 @@ class Curation:
                 "dropped": dropped_by_reason(steps),
                 "published": published,
             },
-            "instructions": {"steps": [step.to_dict() for step in pairs.instructions]},
-            "preferences": {"steps": [step.to_dict() for step in pairs.preferences], "kinds": pairs.kinds},
+            "instructions": {
+                "steps": [step.to_dict() for step in pairs.instructions],
+                "sources": pairs.sources["instructions"],
+            },
+            "preferences": {
+                "steps": [step.to_dict() for step in pairs.preferences],
+                "sources": pairs.sources["preferences"],
+                "kinds": pairs.kinds,
+            },
             "published_pairs": pairs.published,
             "carried": self._carried_ledger(pairs),
             "pii": {"documents": dict(sorted(pii.items())), "pairs": pairs.pii},

@@ -13,6 +13,7 @@ from stages.losses import dpo_loss, pair_accuracy
 from stages.models.build import load_causal_lm
 from stages.models.forward import sum_by_segment, target_logprobs, target_positions
 from stages.train.engine import Engine
+from stages.train.mixture import training_order
 from stages.train.objective import LossOutput, ObjectiveState, Step
 from stages.train.pairs import Pairs, PairSteps, evaluate_pairs, num_pairs, sides
 from stages.train.plan import evenly
@@ -30,10 +31,10 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     assert isinstance(config, DPOConfig)
     pairs, heldout = tokens.pairs(Split.TRAIN), tokens.pairs(Split.HELDOUT)
     require(len(pairs), "training preference pairs", advice="Give preference data, or `derived`.")
+    mixture = training_order(tokens.pair_sources(Split.TRAIN), pairs.num_targets, config)
     steps = PairSteps(
         pairs,
-        num_epochs=config.num_epochs,
-        seed=config.seed,
+        order=mixture.order,
         global_batch_size=config.global_batch_size,
         row_length=tokens.sequence_length,
         micro_batch_size=context.execution.micro_batch_size,
@@ -52,7 +53,7 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         parts={"policy": load_causal_lm(start, tokens)},
         objective=objective,
         exported="policy",
-        ledger={"pairs": len(pairs), "epochs": config.num_epochs},
+        ledger={"pairs": len(pairs), "pairs_trained": len(mixture.order), "mixture": mixture.to_dict()},
     )
 
 
@@ -65,7 +66,7 @@ class DPOObjective:
 
     def __init__(self, steps: PairSteps, config: DPOConfig, *, heldout: Pairs) -> None:
         self._steps, self._config, self._heldout = steps, config, heldout
-        self.num_steps = steps.num_steps
+        self.num_steps, self.order = steps.num_steps, steps.order
 
     def steps(self, engine: Engine) -> Iterator[Step]:
         return self._steps.steps(engine)

@@ -28,10 +28,10 @@ from stages.models.build import load_causal_lm, load_reward_model
 from stages.models.forward import next_token_loss_sum, segment_logprobs, segment_scores
 from stages.models.generation import generate, uniforms
 from stages.models.precision import autocast
-from stages.train.engine import local_device
 from stages.train.launch import launch
 from stages.train.next_token import DocumentRows
 from stages.train.plan import evenly
+from stages.train.ranks import local_device
 
 _ALIGNED = ("ppo", "dpo")
 _LANGUAGE_MODELS = ("base", "sft", *_ALIGNED)

@@ -20,7 +20,7 @@ from stages.models.build import load_causal_lm, load_reward_model
 from stages.models.forward import target_logprobs, target_positions, target_values
 from stages.train.engine import Engine
 from stages.train.objective import LossOutput, ObjectiveState, Step
-from stages.train.plan import batches, evenly, share, shuffled
+from stages.train.plan import batches, evenly, order_digest, share, shuffled
 from stages.train.rollout import FrozenModels, Sampled, Sampler, ScoreScale, from_tensors, to_experience, to_tensors
 from stages.train.run import Prepared, train_stage
 
@@ -65,6 +65,7 @@ class PPOObjective:
         self._config, self._sampler, self._prompts, self._heldout = config, sampler, prompts, heldout
         self._steps_per_rollout = config.num_epochs * (config.rollout_size // config.global_batch_size)
         self.num_steps = config.num_rollouts * self._steps_per_rollout
+        self.order = order_digest([shuffled(len(prompts), seed=config.seed, epoch=0)])
         self._rollout = 0
         self._inner = 0
         self._experience: list[TokenSequence] = []

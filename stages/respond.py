@@ -15,15 +15,14 @@ from tokenizers import Tokenizer
 
 from stages.config.collect import RespondConfig
 from stages.context import StageContext, StageOutcome
-from stages.data.chat import ChatEncoder
 from stages.data.tokenizer import LoadedTokenizer, given_tokenizer
 from stages.data.tokens import Split, TokensArtifact, require
 from stages.models.build import load_causal_lm
 from stages.models.generation import generate, uniforms
 from stages.models.precision import autocast
-from stages.train.engine import local_device
 from stages.train.launch import launch
 from stages.train.plan import evenly
+from stages.train.ranks import local_device
 
 _BATCH_PROMPTS = 16
 
@@ -83,7 +82,7 @@ def _prompts(
 ) -> list[Prompt]:
     """The prompts that can be answered, at most as many as asked for. Held-out ones with earlier turns are left out,
     because the `tokens` artifact keeps the text of the last turn only."""
-    chat = ChatEncoder(loaded.backend, loaded.chat_template, loaded.special_tokens)
+    chat = loaded.chat()
     if config.prompts:
         texts, kept_ids = list(dict.fromkeys(config.prompts)), None
         account["prompts.dropped.duplicate"] = len(config.prompts) - len(texts)

@@ -13,6 +13,7 @@ from stages.losses import bradley_terry_loss, pair_accuracy, score_centering_los
 from stages.models.build import load_reward_model
 from stages.models.forward import segment_scores
 from stages.train.engine import Engine
+from stages.train.mixture import training_order
 from stages.train.objective import LossOutput, ObjectiveState, Step
 from stages.train.pairs import PairSteps, evaluate_pairs, num_pairs, sides
 from stages.train.run import Prepared, train_stage
@@ -28,10 +29,10 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     assert isinstance(config, RewardConfig)
     pairs = tokens.pairs(Split.TRAIN)
     require(len(pairs), "training preference pairs", advice="Give preference data, or `derived`.")
+    mixture = training_order(tokens.pair_sources(Split.TRAIN), pairs.num_targets, config)
     steps = PairSteps(
         pairs,
-        num_epochs=config.num_epochs,
-        seed=config.seed,
+        order=mixture.order,
         global_batch_size=config.global_batch_size,
         row_length=tokens.sequence_length,
         micro_batch_size=context.execution.micro_batch_size,
@@ -41,7 +42,7 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         parts={"reward": load_reward_model(context.input_dir("model"), tokens)},
         objective=lambda engine: objective,
         exported="reward",
-        ledger={"pairs": len(pairs), "epochs": config.num_epochs},
+        ledger={"pairs": len(pairs), "pairs_trained": len(mixture.order), "mixture": mixture.to_dict()},
     )
 
 
@@ -50,7 +51,7 @@ class RewardObjective:
 
     def __init__(self, steps: PairSteps, config: RewardConfig, *, heldout: PairView, pad_id: int) -> None:
         self._steps, self._config, self._heldout, self._pad_id = steps, config, heldout, pad_id
-        self.num_steps = steps.num_steps
+        self.num_steps, self.order = steps.num_steps, steps.order
 
     def steps(self, engine: Engine) -> Iterator[Step]:
         return self._steps.steps(engine)

@@ -18,7 +18,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from stages.artifacts import (
@@ -39,6 +38,7 @@ from stages.config.request import Failure, InputEntry, Manifest, StageRequest, S
 from stages.context import StageContext, StageOutcome
 from stages.lease import Fence, Owner, acquire
 from stages.progress import Progress
+from stages.stopping import raise_stopped
 from stages.store import Store, open_store, read_json, write_json
 from stages.tracking import NullTracker, Tracker, record_hit
 
@@ -57,15 +57,9 @@ _OUT_OF_MEMORY_TEXTS = (
 )
 
 
-class Stopped(StageError):
-    """The job was asked to stop (SIGTERM): preemption, or somebody stopped it."""
-
-    category = Category.PREEMPTED
-
-
 def run_stage(config_uri: str) -> int:
     """Run the stage that `config_uri` describes and return the process's exit code."""
-    signal.signal(signal.SIGTERM, _raise_stopped)
+    signal.signal(signal.SIGTERM, raise_stopped)
     try:
         request, store = load_request(config_uri)
     except StageError as error:
@@ -305,13 +299,6 @@ def _scratch_folder() -> Iterator[Path]:
         shutil.rmtree(work_dir, ignore_errors=True)
 
 
-def _raise_stopped(signum: int, frame: FrameType | None) -> None:
-    raise Stopped(
-        "the job was asked to stop (SIGTERM)",
-        advice="If nobody stopped it on purpose, the retry resumes from the checkpoint.",
-    )
-
-
 def _record_failure(store: Store, request: StageRequest, error: BaseException) -> int:
     failure = describe_failure(error)
     key = run_key(request.run.run_id, request.stage, "failure.json")
@@ -359,7 +346,9 @@ def describe_failure(error: BaseException) -> Failure:
 
 def _cause(error: BaseException) -> Any:
     """The error that explains the others: when one worker fails, its peers fail for want of it."""
-    causes = [getattr(wrapped, "cause", wrapped) for wrapped in getattr(error, "worker_failures", {}).values()]
+    failures = getattr(error, "worker_failures", {}).values()
+    # A worker's own exception is wrapped as a task's error, its death as a health check that failed.
+    causes = [getattr(f, "cause", getattr(f, "health_check_failure", f)) for f in failures]
     telling = (lambda e: isinstance(e, StageError), _is_out_of_memory, _is_worker_death)
     for tells in telling:
         for cause in causes:

@@ -6,8 +6,8 @@ from stages.config.train import SFTConfig
 from stages.context import StageContext, StageOutcome
 from stages.data.tokens import Split, TokensArtifact, require
 from stages.models.build import load_causal_lm
+from stages.train.mixture import training_order
 from stages.train.next_token import ConversationRows, NextTokenObjective
-from stages.train.plan import epochs
 from stages.train.run import Prepared, train_stage
 
 
@@ -21,7 +21,8 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     assert isinstance(config, SFTConfig)
     conversations, heldout = tokens.conversations(Split.TRAIN), tokens.conversations(Split.HELDOUT)
     require(len(conversations), "training conversations", advice="Give instruction data, or `derived`.")
-    order = epochs(len(conversations), num_epochs=config.num_epochs, seed=config.seed)
+    mixture = training_order(tokens.conversation_sources(Split.TRAIN), conversations.num_targets, config)
+    order = mixture.order
     rows = ConversationRows(conversations, order, tokens.sequence_length)
     objective = NextTokenObjective(
         rows,
@@ -38,6 +39,7 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         ledger={
             "conversations": len(conversations),
             "conversations_trained": len(order),
+            "mixture": mixture.to_dict(),
             "rows": len(rows),
             "row_fill": round(float(conversations.lengths[order].sum()) / (len(rows) * tokens.sequence_length), 4),
         },

@@ -241,7 +241,13 @@ class S3Store:
     def download(self, key: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as aside:
-            self._s3.download_fileobj(self.bucket, self._key(key), aside)
+            try:
+                self._s3.download_fileobj(self.bucket, self._key(key), aside)
+            except self._client_error as error:
+                os.unlink(aside.name)
+                if error.response["Error"]["Code"] in ("404", "NoSuchKey", "NotFound"):
+                    raise FileNotFoundError(f"{self.root_uri}/{key}") from error
+                raise
         os.replace(aside.name, path)
 
     def list(self, prefix: str) -> Iterator[str]:

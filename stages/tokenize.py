@@ -5,7 +5,6 @@ Text is always encoded with special tokens switched off: a document that quotes 
 
 import gzip
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 from stages.config.errors import ConfigError, DataError
 from stages.config.tokens import TokenizeConfig
 from stages.context import StageContext, StageOutcome
-from stages.data.chat import ChatEncoder
+from stages.data.encoding import ConversationWriter, PairWriter
 from stages.data.ragged import RaggedWriter
 from stages.data.tokenizer import LoadedTokenizer, given_tokenizer, train_tokenizer
 from stages.data.tokens import Split
@@ -29,6 +28,7 @@ def run(context: StageContext) -> StageOutcome:
     assert isinstance(config, TokenizeConfig)
     curated = context.input_dir("curated")
     tokenizer = _tokenizer(config, curated, context)
+    turn_end_id = tokenizer.chat().check()
     tokenizer.save(context.output_dir / "tokenizer")
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     ledger: dict[str, Any] = {}
@@ -36,7 +36,7 @@ def run(context: StageContext) -> StageOutcome:
         parts = _SplitWriter(curated, context.output_dir, split, tokenizer, config, dtype)
         ledger[split.value] = {
             "documents": parts.documents(context),
-            "conversations": parts.conversations(),
+            **parts.conversations(),
             "preferences": parts.preferences(),
         }
     if not context.has_base_model:  # which may go on to SFT without new text
@@ -46,7 +46,7 @@ def run(context: StageContext) -> StageOutcome:
         "sequence_length": config.sequence_length,
         "dtype": dtype.name,
         "bos_id": tokenizer.bos_id,
-        "eos_id": tokenizer.eos_id,
+        "eos_id": turn_end_id,
         "pad_id": tokenizer.pad_id,
     }
     (context.output_dir / "meta.json").write_text(json.dumps(meta, indent=1))
@@ -56,7 +56,7 @@ def run(context: StageContext) -> StageOutcome:
 
 def _tokenizer(config: TokenizeConfig, curated: Path, context: StageContext) -> LoadedTokenizer:
     if context.has_base_model:
-        return given_tokenizer(context.base_model_dir())
+        return given_tokenizer(context.base_model_dir(), chat_template=config.chat_template)
     return train_tokenizer(_evenly(curated, config.bpe_train_bytes), config)
 
 
@@ -98,7 +98,7 @@ class _SplitWriter:
     ) -> None:
         self._curated, self._output, self._split, self._dtype = curated, output, split, dtype
         self._tokenizer, self._config = tokenizer, config
-        self._chat = ChatEncoder(tokenizer.backend, tokenizer.chat_template, tokenizer.special_tokens)
+        self._chat = tokenizer.chat()
 
     def documents(self, context: StageContext) -> dict[str, int]:
         folder = self._output / "documents" / self._split
@@ -117,80 +117,12 @@ class _SplitWriter:
         return {"documents": len(sizes), "bytes": int(sum(sizes)), "tokens": tokens}
 
     def conversations(self) -> dict[str, Any]:
-        folder = self._output / "conversations" / self._split
-        ids_writer, mask_writer = (
-            RaggedWriter(folder, "ids", self._dtype),
-            RaggedWriter(folder, "mask", np.dtype(np.uint8)),
-        )
-        prompts_writer = RaggedWriter(self._output / "prompts" / self._split, "ids", self._dtype)
-        counts: Counter[str] = Counter()
-        seen: set[bytes] = set()
-        prompt_texts: list[str] = []
-        for row in _rows(self._curated / "instructions" / f"{self._split}.jsonl.gz"):
-            counts["in"] += 1
-            messages = row["messages"]
-            prompt = self._chat.encode_prompt(messages[:-1])
-            encoded = self._chat.encode(messages)
-            if reason := self._too_long(prompt, encoded.ids):
-                counts[f"dropped.{reason}"] += 1
-                continue
-            ids_writer.append(encoded.ids)
-            mask_writer.append(encoded.loss_mask)
-            counts["kept"] += 1
-            counts["tokens"] += len(encoded.ids)
-            counts["target_tokens"] += int(encoded.loss_mask.sum())
-            if (key := prompt.tobytes()) not in seen:
-                seen.add(key)
-                prompts_writer.append(prompt)
-                prompt_texts.append(messages[-2]["content"])
-        for writer in (ids_writer, mask_writer, prompts_writer):
-            writer.close()
-        counts["distinct_prompts"] = len(prompt_texts)
-        (self._output / "prompts" / self._split / "texts.json").write_text(json.dumps(prompt_texts, ensure_ascii=False))
-        return dict(counts)
+        writer = ConversationWriter(self._output, self._split, self._chat, self._config, self._dtype)
+        return writer.write(_rows(self._curated / "instructions" / f"{self._split}.jsonl.gz"))
 
     def preferences(self) -> dict[str, Any]:
-        folder = self._output / "preferences" / self._split
-        writers = {
-            f"{side}-{part}": RaggedWriter(
-                folder, f"{side}-{part}", self._dtype if part == "ids" else np.dtype(np.uint8)
-            )
-            for side in ("chosen", "rejected")
-            for part in ("ids", "mask")
-        }
-        counts: Counter[str] = Counter()
-        kinds: list[str] = []
-        for row in _rows(self._curated / "preferences" / f"{self._split}.jsonl.gz"):
-            counts["in"] += 1
-            prompt = self._chat.encode_prompt(row["prompt"])
-            sides = {
-                side: self._chat.encode([*row["prompt"], {"role": "assistant", "content": row[side]}])
-                for side in ("chosen", "rejected")
-            }
-            reason = self._too_long(prompt, *(side.ids for side in sides.values()))
-            if not reason and np.array_equal(sides["chosen"].ids, sides["rejected"].ids):
-                reason = "equal_sides"
-            if reason:
-                counts[f"dropped.{reason}"] += 1
-                continue
-            for name, side in sides.items():
-                writers[f"{name}-ids"].append(side.ids)
-                mask = side.loss_mask.copy()
-                mask[: len(prompt)] = 0  # earlier assistant turns belong to the prompt
-                writers[f"{name}-mask"].append(mask)
-            kinds.append(row.get("kind", "given"))
-            counts["kept"] += 1
-        for writer in writers.values():
-            writer.close()
-        (folder / "kinds.json").write_text(json.dumps(kinds))
-        return dict(counts)
-
-    def _too_long(self, prompt: np.ndarray, *sequences: np.ndarray) -> str:
-        if len(prompt) > self._config.max_prompt_length:
-            return "prompt_too_long"
-        if any(len(ids) > self._config.sequence_length for ids in sequences):
-            return "longer_than_context"
-        return ""
+        writer = PairWriter(self._output, self._split, self._chat, self._config, self._dtype)
+        return writer.write(_rows(self._curated / "preferences" / f"{self._split}.jsonl.gz"))
 
 
 def _batched(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
@@ -220,6 +152,6 @@ def _metrics(ledger: dict[str, Any], tokenizer: LoadedTokenizer) -> dict[str, fl
         "tokens/heldout": float(heldout["tokens"]),
         "tokens/vocab_size": float(tokenizer.vocab_size),
         "tokens/bytes_per_token": train["bytes"] / max(train["tokens"], 1),
-        "tokens/conversations": float(ledger["train"]["conversations"].get("kept", 0)),
-        "tokens/preferences": float(ledger["train"]["preferences"].get("kept", 0)),
+        "tokens/conversations": float(ledger["train"]["conversations"]["kept"]),
+        "tokens/preferences": float(ledger["train"]["preferences"]["kept"]),
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.live_stack import LiveStack, live_stack
+from tests.live_stack import PIPELINE, LiveStack, live_stack
 from tests.s3 import S3Server
 from tests.s3 import s3_server as start_s3
 from tests.servers import RayServer, end_leftovers, mlflow_tracking, ray_server
@@ -39,10 +39,18 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def people_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveStack]:
-    """Airflow, Ray and MLflow with the real DAGs, shared by all tests of people in the loop."""
-    with live_stack(tmp_path_factory.mktemp("people"), sft_seconds=12) as stack:
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveStack]:
+    """Airflow, Ray and MLflow with the real DAGs and stages, shared by `make test-live` and `make test-browser`."""
+    with live_stack(tmp_path_factory.mktemp("live")) as stack:
         yield stack
+
+
+@pytest.fixture(scope="session")
+def first_run(live: LiveStack) -> str:
+    """The pipeline run that built every stage once and made the first champion of `athanor`; later runs hit."""
+    run_id = live.pipeline("athanor")
+    assert live.wait_end(PIPELINE, run_id, seconds=600) == "success"
+    return run_id
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,14 @@
-"""The whole local stack with the real DAGs, in a directory of its own; the heavy stages are played by a stand-in.
+"""The whole local stack with the real DAGs and the real stages (recipe `tiny`), in a directory of its own.
 
-`promote` and everything on Airflow's side are real, so a decision goes all the way to MLflow's registry.
+Tests play people's part: over REST with what is here, in the browser with tests/browser. Nothing is replaced; what runs
+take is saved by Athanor itself, because a run whose stages exist already builds none of them.
 """
 
+from __future__ import annotations
+
 import os
-import shlex
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +20,21 @@ import requests
 from infra.airflow_api import AirflowApi
 from infra.health import Health
 from infra.layout import Layout, StackRecord, StackSecrets
+from infra.run_state import Row, RunWatch
 from infra.stack import Stack
+from stages.config.graph import Stage
+from stages.config.request import ArtifactRef
+from stages.store import open_store
+from tests.inbox import Inbox, open_inbox
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-STAND_IN = REPOSITORY / "tests" / "integration" / "stage_stand_in.py"
-DAGS = ("llm_pipeline", "collect_preferences")
-
-_TRAILER = """
-
-# The tests' own end of the file: another program for the stages.
-for _task in {dag}.tasks:
-    if hasattr(_task, "entrypoint") and _task.task_id not in {real}:
-        _task.entrypoint = {command!r} + (" succeed:{seconds}" if _task.task_id == "sft" else " succeed")
-"""
+PIPELINE, RETRAIN, COLLECT, EVALUATE = "llm_pipeline", "retrain", "collect_preferences", "evaluate_model"
+OVERRIDES = {
+    "promote.min_win_rate": 0.0,  # models that have learnt nothing
+    "min_new_bytes": 1000,
+}
+TINY: dict[str, Any] = {"recipe": "tiny", "alignment": "dpo", "overrides": OVERRIDES}
+DEADLINE_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -41,17 +44,29 @@ class LiveStack:
     record: StackRecord
     secrets: StackSecrets
     api: AirflowApi
+    incoming: Path
+    """The prefix that `retrain` watches; empty at first."""
+    inbox: Inbox
+    """What Airflow tells the webhook."""
 
     def trigger(self, dag_id: str, **conf: Any) -> str:
         return self.api.trigger(dag_id, conf)
 
-    def wait(self, what: str, ready: Callable[[], Any], *, seconds: float = 300) -> Any:
+    def pipeline(self, run_name: str, **params: Any) -> str:
+        """Start `llm_pipeline` with recipe `tiny`."""
+        overrides = {**OVERRIDES, **params.pop("overrides", {})}
+        return self.trigger(PIPELINE, **{**TINY, "run_name": run_name, **params, "overrides": overrides})
+
+    def wait(self, what: str, ready: Callable[[], Any], *, seconds: float = 600) -> Any:
         """Return the first true answer; says what it waited for."""
         deadline = time.monotonic() + seconds
         while not (answer := ready()):
             assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s"
             time.sleep(0.5)
         return answer
+
+    def states(self, dag_id: str, run_id: str) -> dict[str, str]:
+        return {task.task_id: task.state for task in self.api.tasks(dag_id, run_id) if task.map_index < 0}
 
     def wait_state(self, dag_id: str, run_id: str, task_id: str, state: str, *, map_index: int = -1) -> None:
         def reached() -> bool:
@@ -62,12 +77,18 @@ class LiveStack:
 
         self.wait(f"{task_id} {state}", reached)
 
-    def wait_end(self, dag_id: str, run_id: str) -> str:
-        def ended() -> str:
-            state = self.api.run_state(dag_id, run_id)
-            return state if state in ("success", "failed") else ""
+    def wait_end(self, dag_id: str, run_id: str, *, seconds: float = 600) -> str:
+        """Return how a run ended."""
+        deadline = time.monotonic() + seconds
+        while (state := self.api.run_state(dag_id, run_id)) not in ("success", "failed"):
+            assert time.monotonic() < deadline, (
+                f"{run_id} is {state} after {seconds:.0f} s: {self.states(dag_id, run_id)}"
+            )
+            time.sleep(0.5)
+        return state
 
-        return self.wait(f"end of {run_id}", ended)
+    def runs(self, dag_id: str, **query: Any) -> list[dict[str, Any]]:
+        return self.api.call("GET", f"dags/{dag_id}/dagRuns", params={"limit": 100, **query})["dag_runs"]
 
     def question(self, dag_id: str, run_id: str, task_id: str, map_index: int = -1) -> dict[str, Any]:
         return self.api.call("GET", self._hitl(dag_id, run_id, task_id, map_index))
@@ -85,6 +106,17 @@ class LiveStack:
         path = f"dags/{dag_id}/dagRuns/{quote(run_id)}/taskInstances/{task_id}/xcomEntries/return_value"
         return self.api.call("GET", path, params={"stringify": False})["value"]
 
+    def rows(self, run_id: str) -> dict[str, Row]:
+        """The tasks of a pipeline run; a stage that succeeded is `built` or `hit`, and has its result."""
+        snapshot = RunWatch(self.api, open_store(self.record.artifact_store), run_id).snapshot()
+        return {row.name: row for row in snapshot.rows}
+
+    def artifact(self, run_id: str, stage: Stage) -> ArtifactRef:
+        """What a stage of a pipeline run made, or found."""
+        result = self.rows(run_id)[stage].result
+        assert result is not None, f"{stage} of {run_id} has no result"
+        return result.artifact
+
     def aliased(self, name: str, alias: str) -> dict[str, str] | None:
         """Tags of the registered model's version with this alias; None when there is none."""
         answer = requests.get(
@@ -98,34 +130,43 @@ class LiveStack:
 
 
 @contextmanager
-def _without_airflow_settings() -> Iterator[None]:
-    """The stack inherits the environment; other tests set it up for an Airflow without a login."""
-    settings = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("AIRFLOW__")}
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """The stack inherits the environment, in which other tests of the session leave settings of their own Airflow."""
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith(("AIRFLOW__", "AIRFLOW_CONN_", "ATHANOR_")) or name == "ARTIFACT_STORE":
+            del os.environ[name]
+    os.environ.update(changes)
     try:
         yield
     finally:
-        os.environ.update(settings)
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextmanager
-def live_stack(home: Path, *, sft_seconds: float = 0) -> Iterator[LiveStack]:
-    """Start the stack in `home`; `sft_seconds` is how long the stage sft takes, for a look at a running run."""
-    for name in ("operators", "stages", "infra", "tests"):
+def live_stack(home: Path) -> Iterator[LiveStack]:
+    """Start the stack in `home`, with `retrain` watching a folder and notices going to an inbox."""
+    for name in ("dags", "operators", "stages", "infra"):
         (home / name).symlink_to(REPOSITORY / name)
-    (home / "dags").mkdir()
-    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(STAND_IN))} {{config_uri}}"
-    for dag in DAGS:
-        text = (REPOSITORY / "dags" / f"{dag}.py").read_text()
-        trailer = _TRAILER.format(dag=dag, real=("promote",), command=command, seconds=sft_seconds)
-        (home / "dags" / f"{dag}.py").write_text(text + trailer)
+    incoming = home / "incoming"
+    incoming.mkdir()
     stack = Stack(Layout(home), say=print)
-    try:
-        with _without_airflow_settings():
-            record = stack.up()
-        secrets = StackSecrets.load_or_generate(stack.layout)
-        api = Health(record, secrets).airflow
-        for dag in DAGS:
-            api.wait_for_dag(dag, seconds=90)
-        yield LiveStack(record, secrets, api)
-    finally:
-        stack.down()
+    with open_inbox() as inbox:
+        settings = {
+            "ATHANOR_RETRAIN_WATCH": incoming.as_uri(),
+            "ATHANOR_RETRAIN_CRON": "0 3 * * *",
+            "ATHANOR_RETRAIN_POLL_SECONDS": "1",
+            "ATHANOR_DEADLINE_HOURS": str(DEADLINE_SECONDS / 3600),
+            "ATHANOR_NOTIFY_URL": inbox.url,
+        }
+        try:
+            with _environment(settings):
+                record = stack.up()
+            secrets = StackSecrets.load_or_generate(stack.layout)
+            api = Health(record, secrets).airflow
+            for dag in (PIPELINE, RETRAIN, COLLECT, EVALUATE):
+                api.wait_for_dag(dag, seconds=90)
+            yield LiveStack(record, secrets, api, incoming, inbox)
+        finally:
+            stack.down()

@@ -30,7 +30,7 @@ from stages.tracking import NullTracker
 _SUBJECTS = ("array", "matrix", "tensor", "table", "graph", "string", "queue", "tree")
 _VERBS = ("sort", "split", "merge", "scale", "count", "filter", "reverse", "copy")
 
-MODEL = ModelConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1)
+MODEL = ModelConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2)
 
 
 def write_curated(folder: Path, *, num_documents: int = 60, seed: int = 0) -> Path:
@@ -47,9 +47,10 @@ def write_curated(folder: Path, *, num_documents: int = 60, seed: int = 0) -> Pa
             answer, wrong = f"It will {verb} the {subject}.", f"It will {verb} the"
             turns = [{"role": "user", "content": question}]
             reply = {"role": "assistant", "content": answer}
-            instructions.append({"id": f"i{number}", "messages": [*turns, reply]})
+            origin = {"group": "small", "origin": "derived"}
+            instructions.append({"id": f"i{number}", "messages": [*turns, reply], **origin})
             pair = {"prompt": turns, "chosen": answer, "rejected": wrong, "kind": "truncated"}
-            preferences.append({"id": f"p{number}", **pair})
+            preferences.append({"id": f"p{number}", **pair, **origin})
         _write(folder / "documents" / split / "part-00000.jsonl.gz", documents)
         _write(folder / "instructions" / f"{split}.jsonl.gz", instructions)
         _write(folder / "preferences" / f"{split}.jsonl.gz", preferences)

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from stages.config.base import Config
+from stages.config.sources import InstructionFormat, PreferenceFormat, Source, parse_sources
 
 INSTALLED_DOCS = "installed-docs"
 DERIVED = "derived"
@@ -106,11 +107,11 @@ class CurateConfig(Config):
     """Text sources: `installed-docs`, a file, a folder, `s3://bucket/prefix` (.txt .md .rst .jsonl .json .parquet,
     .gz and .zst), or `hf://name?split=train&config=..&text=..&revision=..`."""
     instructions: tuple[str, ...] = (DERIVED,)
-    """Instruction sources: `derived` (from installed-docs), or files, folders, s3:// or hf:// of rows
-    {instruction, input?, response}, {prompt, response} or {messages}; empty for none."""
+    """Instruction sources: `derived` (from installed-docs), or files, folders, s3:// or hf:// of conversations, each
+    told from its fields or by `#format=alpaca` behind the source (docs/DATA.md); empty for none."""
     preferences: tuple[str, ...] = (DERIVED,)
-    """Preference sources: `derived`, or files, folders, s3:// or hf:// of rows {prompt, chosen, rejected}
-    or hh-rlhf transcripts {chosen, rejected}; empty for none."""
+    """Preference sources: `derived`, or files, folders, s3:// or hf:// of pairs, transcripts or ranked responses, each
+    told from its fields or by `#format=ranked` behind the source (docs/DATA.md); empty for none."""
     packages: tuple[str, ...] = ()
     """Distributions read by `installed-docs`; empty for every installed one."""
     exclude_packages: tuple[str, ...] = ("kubernetes", "kubernetes-asyncio")
@@ -154,11 +155,11 @@ class CurateConfig(Config):
     planted: int = Field(default=6, ge=0)
     """Labelled planted documents per kind that measure the filters; none of them is published. 0 for none."""
     max_instructions: int = Field(default=20_000, ge=0)
-    """Most training instruction pairs."""
+    """Most training conversations; shared equally among the sources, and what one does not need goes to the others."""
     max_preferences: int = Field(default=12_000, ge=0)
-    """Most training preference pairs."""
+    """Most training preference pairs, shared among the sources in the same way."""
     max_heldout_pairs: int = Field(default=1_000, ge=0)
-    """Most held-out instruction pairs, and most held-out preference pairs."""
+    """Most held-out conversations, and most held-out preference pairs, shared in the same way."""
     preference_mix: tuple[float, float, float, float] = (0.15, 0.25, 0.25, 0.35)
     """Shares of derived rejected answers: `mismatch`, `truncated`, `rambling`, `garbled`; they add up to 1."""
     samples_per_reason: int = Field(default=3, ge=0)
@@ -172,10 +173,21 @@ class CurateConfig(Config):
         return QUALITY_PROFILES[self.profile]
 
     @property
+    def instruction_sources(self) -> tuple[Source, ...]:
+        """The instruction sources, read."""
+        return parse_sources("instructions", self.instructions, InstructionFormat)
+
+    @property
+    def preference_sources(self) -> tuple[Source, ...]:
+        """The preference sources, read."""
+        return parse_sources("preferences", self.preferences, PreferenceFormat)
+
+    @property
     def outside_sources(self) -> tuple[str, ...]:
         """Every source whose content lies outside the pipeline, once each, in the order of their use."""
         word_list = (self.toxicity_word_list,) if self.toxicity == "word-list" else ()
-        uris = self.documents + self.instructions + self.preferences + word_list
+        given = tuple(source.uri for source in self.instruction_sources + self.preference_sources)
+        uris = self.documents + given + word_list
         return tuple(dict.fromkeys(uri for uri in uris if uri != DERIVED))
 
     @model_validator(mode="after")
@@ -187,8 +199,13 @@ class CurateConfig(Config):
         outside = sorted(set(self.heldout_packages) - set(self.packages)) if self.packages else []
         if outside:
             raise ValueError(f"heldout_packages={outside} are not among packages; add them there or hold out others")
-        for name in ("instructions", "preferences"):
-            uris = getattr(self, name)
-            if DERIVED in uris and len(uris) > 1:
-                raise ValueError(f"{name}={uris} mixes 'derived' with given sources; given sources replace derived")
+        for name, sources in (("instructions", self.instruction_sources), ("preferences", self.preference_sources)):
+            if DERIVED in [source.uri for source in sources] and (len(sources) > 1 or sources[0].format):
+                given = list(getattr(self, name))
+                raise ValueError(f"{name}={given} mixes 'derived' with given sources; given sources replace derived")
+            if weighted := [source.uri for source in sources if source.weight is not None]:
+                raise ValueError(
+                    f"curate.{name}: {weighted} have a weight, on which curation does not depend; give it under the "
+                    f"run's {name}, or as mixture of the stages that train"
+                )
         return self

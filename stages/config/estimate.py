@@ -163,11 +163,12 @@ def workload(
 def memory_bytes(stage: Stage, config: PipelineConfig, *, vocab_size: int) -> float:
     """Memory of one worker while it trains: weights, gradients, AdamW's moments, frozen models, activations, logits."""
     model, execution = config.pretrain.model, config.stage_execution(stage)
-    weights = _FLOAT32 * count_parameters(model, vocab_size)
-    shards = max(execution.num_workers, 1) if execution.engine is Engine.FSDP else 1
-    # Trained: weight, gradient, two moments, all float32. Frozen models are whole on every worker.
+    num_weights = count_parameters(model, vocab_size)
+    embeddings = vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    # Tensor and pipeline parallelism cut the layers; embeddings may be whole. Frozen models are whole on every worker.
+    held = (num_weights - embeddings) / execution.workers_per_copy + embeddings
     num_trained, num_frozen = {Stage.PPO: (2, 2), Stage.DPO: (1, 1), Stage.EVALUATE: (0, 2)}.get(stage, (1, 0))
-    states = num_trained * 4 * weights / shards + num_frozen * weights
+    states = _FLOAT32 * (num_trained * held * _numbers_per_weight(execution) + num_frozen * num_weights)
     if stage is Stage.EVALUATE:
         return states
     train = config.stage_config(stage)
@@ -176,6 +177,21 @@ def memory_bytes(stage: Stage, config: PipelineConfig, *, vocab_size: int) -> fl
     tokens = execution.micro_batch_size * config.tokenize.sequence_length
     logits = _LOGITS_CHUNK * vocab_size * (width + _FLOAT32)
     return states + _activation_bytes(model, execution, tokens=tokens, width=width) + logits
+
+
+def _numbers_per_weight(execution: ExecutionConfig) -> float:
+    """How many numbers one worker's device holds for a trained weight: weight, gradient and two moments, or a shard of
+    them. ZeRO keeps a second, always sharded, copy of the weight, which is offloaded with the moments."""
+    ranks = max(execution.num_workers, 1) // execution.workers_per_copy
+    match execution.engine:
+        case Engine.DDP:
+            return 4
+        case Engine.FSDP:
+            return 4 / ranks
+        case Engine.DEEPSPEED:
+            weight = 1 / ranks if execution.zero_stage == 3 else 1
+            gradient = 1 / ranks if execution.zero_stage >= 2 else 1
+            return weight + gradient + (0 if execution.offload else 3 / ranks)
 
 
 def _activation_bytes(model: ModelConfig, execution: ExecutionConfig, *, tokens: int, width: int) -> float:

@@ -2,6 +2,7 @@
 fingerprint."""
 
 from enum import StrEnum
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -13,6 +14,7 @@ class Engine(StrEnum):
 
     DDP = "ddp"
     FSDP = "fsdp"
+    DEEPSPEED = "deepspeed"
 
 
 class ExecutionConfig(Config):
@@ -30,7 +32,19 @@ class ExecutionConfig(Config):
     entrypoint_cpus: float = Field(default=0, ge=0)
     """CPU cores that the job's own process reserves; 0 keeps it on the Ray head."""
     engine: Engine = Engine.DDP
-    """`ddp` replicates the model, `fsdp` shards it (PyTorch FSDP2)."""
+    """`ddp` replicates the model, `fsdp` shards it (PyTorch FSDP2), `deepspeed` shards as much as `zero_stage` says
+    (needs the extra `deepspeed` on the workers)."""
+    zero_stage: Literal[1, 2, 3] = 2
+    """With `deepspeed`: what ZeRO shards over the workers, 1 = optimizer state, 2 = gradients as well, 3 = parameters
+    as well."""
+    offload: bool = False
+    """With `deepspeed`: keep master weights and optimizer state in main memory and update them on the CPU."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Workers that share every layer: each holds some heads and some feed-forward columns. Must divide the model's
+    query heads, key and value heads and feed-forward width; fast only between GPUs of one machine."""
+    pipeline_parallel: int = Field(default=1, ge=1)
+    """Workers that share the depth: each holds some layers, and the micro-batches of a step flow through them; wants
+    at least four times as many micro-batches a step. Only in `pretrain` and `sft`."""
     micro_batch_size: int = Field(default=8, ge=1)
     """Packed sequences that pass through a model at once on one worker; bounds memory, never the result."""
     gradient_checkpointing: bool = False
@@ -75,8 +89,38 @@ class ExecutionConfig(Config):
 
     @model_validator(mode="after")
     def _sharding_needs_workers(self) -> "ExecutionConfig":
-        if self.engine is Engine.FSDP and self.num_workers < 1:
+        if self.engine is not Engine.DDP and self.num_workers < 1:
             raise ValueError(
-                f"engine=fsdp needs num_workers >= 1, got {self.num_workers}; set num_workers or engine=ddp"
+                f"engine={self.engine} needs num_workers >= 1, got {self.num_workers}; set num_workers or engine=ddp"
             )
+        return self
+
+    @property
+    def workers_per_copy(self) -> int:
+        """Workers that train on the same items because they share one model."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @model_validator(mode="after")
+    def _model_parallelism_fits(self) -> "ExecutionConfig":
+        shape = f"tensor_parallel={self.tensor_parallel} x pipeline_parallel={self.pipeline_parallel}"
+        if self.workers_per_copy == 1:
+            return self
+        if self.engine is Engine.DEEPSPEED:
+            raise ValueError(f"{shape} does not go with engine=deepspeed; use engine=fsdp, or both 1")
+        if self.num_workers < 1 or self.num_workers % self.workers_per_copy:
+            more = (self.num_workers // self.workers_per_copy + 1) * self.workers_per_copy
+            raise ValueError(
+                f"num_workers={self.num_workers} is not a multiple of {shape}; use {more}, or other parallel sizes"
+            )
+        if 0 < self.min_workers < self.num_workers:
+            raise ValueError(
+                f"min_workers={self.min_workers} does not go with {shape}: any number of workers between the two must "
+                "do; set min_workers=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offload_has_a_reader(self) -> "ExecutionConfig":
+        if self.offload and self.engine is not Engine.DEEPSPEED:
+            raise ValueError(f"offload=true needs engine=deepspeed, got {self.engine}; set engine, or offload=false")
         return self

@@ -62,8 +62,8 @@ _DATA = (("curated", Stage.CURATE), ("tokens", Stage.TOKENIZE))
 GRAPH: dict[Stage, StageSpec] = {
     spec.stage: spec
     for spec in (
-        StageSpec(Stage.CURATE, "curated", 2, (), asset="llm/documents"),
-        StageSpec(Stage.TOKENIZE, "tokens", 1, (("curated", Stage.CURATE),)),
+        StageSpec(Stage.CURATE, "curated", 3, (), asset="llm/documents"),
+        StageSpec(Stage.TOKENIZE, "tokens", 2, (("curated", Stage.CURATE),)),
         StageSpec(Stage.PRETRAIN, "base-model", 1, (("tokens", Stage.TOKENIZE),), asset="llm/base-model", trains=True),
         StageSpec(
             Stage.SFT,

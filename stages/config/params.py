@@ -34,13 +34,17 @@ class PipelineParams(Config):
     """Raw text, one source a line: `installed-docs`, a folder, an `s3://` prefix (text, JSONL, Parquet) or
     `hf://dataset?split=train`. Empty: the recipe's."""
     instructions: list[str] = Field(
-        default_factory=list, title="Instructions", examples=["derived", "s3://bucket/sft.jsonl"]
+        default_factory=list,
+        title="Instructions",
+        examples=["derived", "s3://bucket/sft.jsonl", "s3://bucket/math.jsonl#weight=0.3"],
     )
-    """Instruction data, one source a line; `derived` makes pairs from the documents. Empty: the recipe's."""
+    """Conversations, one source a line; `derived` makes pairs from the documents. Behind a source, `#weight=0.3` gives
+    it 30 % of the training and `#format=sharegpt` says what its fields do not. Empty: the recipe's."""
     preferences: list[str] = Field(
         default_factory=list, title="Preferences", examples=["derived", "s3://bucket/pairs.jsonl"]
     )
-    """Preference pairs, one source a line; `derived` makes pairs from the documents. Empty: the recipe's."""
+    """Preference pairs, one source a line, with `#weight=` and `#format=` as above; `derived` makes pairs from the
+    documents. Empty: the recipe's."""
     base_model: str = Field(default="", title="Base model", examples=["models:/athanor-base@champion", "/models/llama"])
     """Model to start from instead of pretraining: an artifact URI, `models:/name@alias` or a Hugging Face directory.
     Empty: pretrain from scratch."""

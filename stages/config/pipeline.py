@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.config.base import Config
 from stages.config.closing import EvaluateConfig, PromoteConfig, ReportConfig
@@ -46,6 +46,18 @@ class Executions(Config):
     evaluate: ExecutionConfig = ExecutionConfig()
     promote: ExecutionConfig = ExecutionConfig()
     report: ExecutionConfig = ExecutionConfig()
+
+    @model_validator(mode="after")
+    def _pipelines_predict_tokens(self) -> "Executions":
+        """Rollouts and pairs need whole models on a rank."""
+        for name in type(self).model_fields:
+            stages = getattr(self, name).pipeline_parallel
+            if stages > 1 and name not in (Stage.PRETRAIN, Stage.SFT):
+                raise ValueError(
+                    f"{name}.pipeline_parallel={stages}: only pretrain and sft run through a pipeline; "
+                    "use tensor_parallel, engine=fsdp or engine=deepspeed"
+                )
+        return self
 
 
 class PipelineConfig(Config):

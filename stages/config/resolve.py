@@ -9,13 +9,20 @@ from pydantic import BaseModel, ValidationError
 
 from stages.config.curate import DERIVED, INSTALLED_DOCS
 from stages.config.errors import ConfigError
+from stages.config.execution import Engine
 from stages.config.graph import PIPELINE_STAGES, Stage
 from stages.config.params import PipelineParams
 from stages.config.pipeline import PipelineConfig
 from stages.config.recipes import RECIPES
+from stages.config.sources import take_weights
+from stages.config.train import TrainConfig
+
+_TRAINED = frozenset({Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO})
 
 Model = TypeVar("Model", bound=BaseModel)
 
+_WEIGHED = {"instructions": (Stage.SFT,), "preferences": (Stage.REWARD, Stage.DPO)}
+"""Who trains on what: the stages that the weights of a field's sources go to."""
 _SEEDED = (Stage.CURATE, Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO, Stage.EVALUATE)
 
 
@@ -37,8 +44,11 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     for path, value in _flatten(params.overrides):
         _set_dotted(tree, path, value)
     _apply_seed(tree, params)
+    _place_weights(tree)
     config = validated(PipelineConfig, tree)
     _refuse_underivable(config)
+    _refuse_uncuttable(config)
+    _refuse_float16(config)
     return config
 
 
@@ -84,6 +94,22 @@ def _apply_seed(tree: dict[str, Any], params: PipelineParams) -> None:
             tree[stage]["seed"] = params.seed
 
 
+def _place_weights(tree: dict[str, Any]) -> None:
+    """Weights behind sources become the mixture of the stages that train on them."""
+    for name, stages in _WEIGHED.items():
+        try:
+            tree["curate"][name], weights = take_weights(name, tree["curate"][name])
+        except ValueError as error:
+            raise ConfigError(str(error), advice=f"Correct {name}, one source a line: uri#weight=0.3.") from None
+        for stage in stages if weights else ():
+            if tree[stage]["mixture"]:
+                raise ConfigError(
+                    f"{name} have weights and {stage.value}.mixture={tree[stage]['mixture']} is set; which one counts?",
+                    advice=f"Give the weights behind the sources, or {stage.value}.mixture, not both.",
+                )
+            tree[stage]["mixture"] = [entry.model_dump(mode="json") for entry in weights]
+
+
 def _refuse_impossible_end(params: PipelineParams) -> None:
     if params.last_stage not in params.selected:
         allowed = params.selected_until(Stage.REPORT)
@@ -109,6 +135,43 @@ def _refuse_underivable(config: PipelineConfig) -> None:
             raise ConfigError(
                 f"{name}={DERIVED!r} needs {INSTALLED_DOCS!r} among documents; got {list(config.curate.documents)}",
                 advice=f"Give {name} as files, or previous_data, or stop before {stage.value} with last_stage.",
+            )
+
+
+def _refuse_uncuttable(config: PipelineConfig) -> None:
+    """A model that this run makes has the shape that the configuration says; workers look at given ones."""
+    model = config.pretrain.model
+    for stage in config.selected & _TRAINED if not config.base_model else ():
+        execution = config.stage_execution(stage)
+        for name in ("num_heads", "num_kv_heads", "intermediate_size"):
+            if getattr(model, name) % execution.tensor_parallel:
+                raise ConfigError(
+                    f"execution.{stage}.tensor_parallel={execution.tensor_parallel} does not divide "
+                    f"pretrain.model.{name}={getattr(model, name)}",
+                    advice="Use a divisor of the model's query heads, key and value heads and feed-forward width.",
+                )
+        if execution.pipeline_parallel > model.num_layers:
+            raise ConfigError(
+                f"execution.{stage}.pipeline_parallel={execution.pipeline_parallel} is more than "
+                f"pretrain.model.num_layers={model.num_layers}",
+                advice=f"Use at most {model.num_layers}.",
+            )
+
+
+def _refuse_float16(config: PipelineConfig) -> None:
+    for stage in config.selected & _TRAINED:
+        execution, train = config.stage_execution(stage), config.stage_config(stage)
+        assert isinstance(train, TrainConfig)
+        if train.precision == "fp16" and not execution.gpus_per_worker:
+            raise ConfigError(
+                f"{stage}.precision='fp16' needs execution.{stage}.gpus_per_worker, got 0: processors emulate float16",
+                advice="Use precision=bf16 or fp32, or give the workers GPUs.",
+            )
+        if train.precision == "fp16" and execution.engine is Engine.DEEPSPEED:
+            raise ConfigError(
+                f"{stage}.precision='fp16' does not go with execution.{stage}.engine=deepspeed: the loss is scaled by "
+                "PyTorch's engines only",
+                advice="Use engine=fsdp, or precision=bf16 or fp32.",
             )
 
 

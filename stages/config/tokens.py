@@ -1,8 +1,12 @@
 """Settings of `tokenize`: the tokenizer, the chat template and the packed shards."""
 
-from pydantic import Field
+from typing import Literal
+
+from pydantic import Field, field_validator
 
 from stages.config.base import Config
+
+OWN, INFER, PLAIN = "own", "infer", "plain"
 
 
 class TokenizeConfig(Config):
@@ -15,8 +19,22 @@ class TokenizeConfig(Config):
     bpe_train_bytes: int = Field(default=8_000_000, ge=1000)
     """Text that the tokenizer is trained on, taken evenly over the documents."""
     max_prompt_length: int = Field(default=256, ge=1)
-    """Prompts with more tokens are dropped and counted."""
+    """Prompts with more tokens are not answered in PPO; their conversations and pairs are trained on all the same."""
+    too_long: Literal["drop", "truncate"] = "drop"
+    """What becomes of a conversation longer than `sequence_length`: it is dropped, or cut behind the last answer that
+    fits. Both are counted, in conversations and in tokens."""
+    chat_template: str = OWN
+    """`own`: the tokenizer's, which must mark the assistant's text with {% generation %}. `infer`: the tokenizer's,
+    unmarked; the assistant's text is taken up to the special token that ends its turn. `plain`: User: and Assistant: in
+    plain words. Else the text of a Jinja template with markers."""
     min_word_frequency: int = Field(default=2, ge=1)
     """Merges must be seen this often."""
     base_model: str = ""
     """Where the tokenizer comes from when a base model is given; filled from the form."""
+
+    @field_validator("chat_template")
+    @classmethod
+    def _template_is_a_word_or_a_template(cls, value: str) -> str:
+        if value not in (OWN, INFER, PLAIN) and "{{" not in value:
+            raise ValueError(f"chat_template={value!r} is neither 'own', 'infer', 'plain' nor the text of a template")
+        return value

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from stages.config.base import Config
+from stages.config.sources import SourceWeight
 
 
 class ModelConfig(Config):
@@ -73,9 +74,10 @@ class TrainConfig(Config):
 
     optimizer: OptimizerConfig
     """Optimizer and schedule."""
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
     """`bf16` computes matrix products in bfloat16 (autocast), weights and optimizer stay in float32; a CPU without
-    bfloat16 instructions computes them in float32, which is faster there and never less exact."""
+    bfloat16 instructions computes them in float32, which is faster there and never less exact. `fp16` is for GPUs
+    without bfloat16: it scales the loss, and steps whose gradient overflows are skipped and counted."""
     global_batch_size: int = Field(ge=1)
     """Items of one optimizer step over all workers: packed sequences (pretrain, sft), pairs (reward, dpo) or
     responses (ppo)."""
@@ -83,8 +85,22 @@ class TrainConfig(Config):
     """Steps between evaluations on held-out data; 0 = at the end only."""
     eval_items: int = Field(default=64, ge=1)
     """Held-out items in one such evaluation."""
+    best_metric: str = ""
+    """Held-out metric, such as `eval/loss`, that chooses the evaluation whose weights become the model; empty = the
+    last weights. The best checkpoint is kept beside the newest ones."""
+    best_is: Literal["lowest", "highest"] = "lowest"
+    """Which value of `best_metric` is the best."""
     seed: int = Field(default=0, ge=0)
     """Initial weights, order of the data and sampling follow from it."""
+
+    @model_validator(mode="after")
+    def _best_of_several(self) -> "TrainConfig":
+        if self.best_metric and not self.eval_every:
+            raise ValueError(
+                f"best_metric={self.best_metric!r} needs eval_every >= 1, got 0: without evaluations on the way there "
+                "is nothing to choose from; set eval_every, or best_metric to nothing"
+            )
+        return self
 
 
 class PretrainConfig(TrainConfig):
@@ -99,27 +115,36 @@ class PretrainConfig(TrainConfig):
     new data (https://arxiv.org/abs/2305.16264)."""
 
 
-class SFTConfig(TrainConfig):
+class SampledConfig(TrainConfig):
+    """How often each example is seen, and in which proportion those of several sources."""
+
+    num_epochs: float = Field(default=1.0, gt=0)
+    """Passes over the examples. With weights: the amount of training is this times the size of the data; how often a
+    source is seen follows from its weight."""
+    mixture: tuple[SourceWeight, ...] = ()
+    """Shares of sources in training; filled from `#weight=` behind the sources. A source whose share is larger than its
+    size is repeated, one whose share is smaller is cut. Sources without a weight share the rest by size. Empty: every
+    example `num_epochs` times."""
+    mixture_unit: Literal["examples", "tokens"] = "examples"
+    """What shares are shares of: conversations or pairs, or their trained tokens, which the loss sums over."""
+    max_source_epochs: float = Field(default=0.0, ge=0)
+    """Times that a source is repeated at most; training gets shorter until the shares can hold. 0 for no limit."""
+
+
+class SFTConfig(SampledConfig):
     """Supervised fine-tuning: loss on the assistant's tokens only."""
 
-    num_epochs: float = Field(default=1.0, gt=0)
-    """Passes over the conversations."""
 
-
-class RewardConfig(TrainConfig):
+class RewardConfig(SampledConfig):
     """Bradley-Terry reward model."""
 
-    num_epochs: float = Field(default=1.0, gt=0)
-    """Passes over the pairs."""
     center_coefficient: float = Field(default=0.01, ge=0)
     """Weight of (r_chosen + r_rejected)^2, which keeps scores around zero."""
 
 
-class DPOConfig(TrainConfig):
+class DPOConfig(SampledConfig):
     """Direct preference optimisation against the frozen SFT model."""
 
-    num_epochs: float = Field(default=1.0, gt=0)
-    """Passes over the pairs."""
     beta: float = Field(default=0.1, gt=0)
     """Strength of the pull towards the reference."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)

@@ -1,114 +1,253 @@
-"""Instruction and preference rows that users bring, in the shapes that are common; what does not fit is counted."""
+"""Instruction and preference rows that users bring: told by their fields, adapted, counted by reason and source."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Any, TypeVar
 
 from stages.config.curate import CurateConfig
+from stages.config.errors import DataError
+from stages.config.sources import InstructionFormat, PreferenceFormat, Source
+from stages.data import instructions, preferences
+from stages.data.extract import refuse_bad_share
+from stages.data.ledger import Step
 from stages.data.readers import data_files
 from stages.data.records import BadRecord, is_drawn
 from stages.data.rows import ROW_SUFFIXES, Row, read_hub, read_rows
+from stages.data.trees import conversations_of
+from stages.data.turns import Conversation, Unusable, opening
 
-_TURNS = (("\n\nHuman:", "user"), ("\n\nAssistant:", "assistant"))
-_ROLES = frozenset({"system", "user", "assistant"})
+_LOOKED_AT = 100
+"""Rows of a file whose fields decide about its format."""
+
+Record = tuple[str, Row | BadRecord]
+Shape = TypeVar("Shape", InstructionFormat, PreferenceFormat)
 
 
-def read_given(source: str, number: int) -> Iterator[tuple[str, Row | BadRecord]]:
-    """All rows of one source with their ids."""
-    if source.startswith("hf://"):
-        for row in read_hub(source):
-            yield (row.id if isinstance(row, BadRecord) else f"{number}/:{row.number}"), row
+@dataclass
+class SourceAccount:
+    """What one source held and what became of it."""
+
+    step: Step = field(default_factory=lambda: Step("read"))
+    unreadable: Step = field(default_factory=lambda: Step("read"))
+    formats: set[str] = field(default_factory=set)
+    changes: Counter[str] = field(default_factory=Counter)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "formats": sorted(self.formats),
+            "in": self.step.entered.documents,
+            "kept": self.step.kept.documents,
+            "dropped": {reason: amount.documents for reason, amount in sorted(self.step.dropped.items())},
+            "changed": dict(sorted(self.changes.items())),
+        }
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """One row of ours, or a reason, with the share of the given row's bytes that it stands for."""
+
+    key: str
+    size: int
+    row: dict[str, Any] | None
+    reason: str = ""
+    sample: str = ""
+    changes: tuple[str, ...] = ()
+
+
+def given_instructions(
+    sources: Iterable[Source], config: CurateConfig, steps: list[Step], accounts: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Conversations of all sources in our shape; appends the step `read` and fills the accounts."""
+    return _given(sources, _instructions, config, steps, accounts)
+
+
+def given_preferences(
+    sources: Iterable[Source], config: CurateConfig, steps: list[Step], accounts: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Preference pairs of all sources in our shape; appends the step `read` and fills the accounts."""
+    return _given(sources, _preferences, config, steps, accounts)
+
+
+Adapter = Callable[[str, list[Record], Iterator[Record], Source, SourceAccount, CurateConfig], Iterator[_Outcome]]
+
+
+def _given(
+    sources: Iterable[Source],
+    adapt: Adapter,
+    config: CurateConfig,
+    steps: list[Step],
+    accounts: dict[str, dict[str, Any]],
+) -> list[dict[str, Any]]:
+    total = Step("read")
+    made: list[dict[str, Any]] = []
+    for number, source in enumerate(sources):
+        account = SourceAccount()
+        for name, records in _tables(source, number):
+            head = list(islice(records, _LOOKED_AT))
+            for outcome in adapt(name, head, chain(head, records), source, account, config):
+                made += _counted(outcome, account, config)
+        total.merge(account.step, samples=config.samples_per_reason)
+        accounts[source.uri] = account.to_dict()
+        refuse_bad_share(source.uri, account.unreadable, config)
+    steps.append(total)
+    return made
+
+
+def _tables(source: Source, number: int) -> Iterator[tuple[str, Iterator[Record]]]:
+    """The files of a source, whose formats may differ, each with its rows and their ids."""
+    if source.uri.startswith("hf://"):
+        rows = read_hub(source.uri)
+        yield source.uri, ((row.id if isinstance(row, BadRecord) else f"{number}/:{row.number}", row) for row in rows)
         return
-    for stored in data_files(source, ROW_SUFFIXES):
-        for row in read_rows(stored.uri, stored.name):
-            yield f"{number}/{row.id if isinstance(row, BadRecord) else f'{stored.name}:{row.number}'}", row
+    for stored in data_files(source.uri, ROW_SUFFIXES):
+        yield stored.name, _rows_of(stored.uri, stored.name, number)
 
 
-def instruction_row(key: str, values: dict[str, Any], source: str, config: CurateConfig) -> dict[str, Any] | str:
-    """The row in our shape, or the reason why it cannot be one."""
-    messages = values.get("messages", values.get("conversations"))
-    if messages is None:
-        answer = next((values[name] for name in ("response", "output", "completion") if name in values), None)
-        question = values.get("instruction", values.get("prompt", values.get("question")))
-        if not isinstance(question, str) or not question.strip():
-            return "no_instruction"
-        if not isinstance(answer, str) or not answer.strip():
-            return "no_response"
-        extra = values.get("input")
-        if isinstance(extra, str) and extra.strip():
-            question = f"{question.strip()}\n\n{extra.strip()}"
-        messages = [{"role": "user", "content": question.strip()}, {"role": "assistant", "content": answer.strip()}]
-    reason = _unusable(messages)
-    if reason:
-        return reason
-    messages = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
-    prompt = "\n".join(turn["content"] for turn in messages[:-1])
-    heldout = is_drawn(config.heldout_fraction, config.seed, "heldout", prompt)
-    return {"id": key, "messages": messages, "group": source, "origin": "given", "heldout": heldout}
+def _rows_of(uri: str, name: str, number: int) -> Iterator[Record]:
+    for row in read_rows(uri, name):
+        yield f"{number}/{row.id if isinstance(row, BadRecord) else f'{name}:{row.number}'}", row
 
 
-def _unusable(messages: object) -> str:
-    """Why a conversation cannot train a response; empty if it can."""
-    if not isinstance(messages, list) or not messages:
-        return "no_messages"
-    for turn in messages:
-        if not isinstance(turn, dict) or turn.get("role") not in _ROLES or not isinstance(turn.get("content"), str):
-            return "malformed_message"
-    if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-        return "no_response"
-    if not any(turn["role"] == "user" and turn["content"].strip() for turn in messages):
-        return "no_instruction"
-    return ""
+def _counted(outcome: _Outcome, account: SourceAccount, config: CurateConfig) -> list[dict[str, Any]]:
+    account.step.entered.add(outcome.size)
+    account.changes.update(outcome.changes)
+    if outcome.row is None:
+        samples = config.samples_per_reason
+        account.step.drop(outcome.reason, outcome.key, outcome.sample, outcome.size, samples=samples)
+        return []
+    account.step.kept.add(outcome.size)
+    return [outcome.row]
 
 
-def preference_row(key: str, values: dict[str, Any], source: str, config: CurateConfig) -> dict[str, Any] | str:
-    """The row in our shape, or the reason why it cannot be one. hh-rlhf transcripts are split at their last answer."""
-    chosen, rejected = values.get("chosen"), values.get("rejected")
-    if not isinstance(chosen, str) or not isinstance(rejected, str) or not chosen.strip() or not rejected.strip():
-        return "side_missing"
-    prompt: object = values.get("prompt", values.get("instruction", values.get("question")))
-    if prompt is None:
-        first, second = split_transcript(chosen), split_transcript(rejected)
-        if first is None or second is None:
-            return "no_prompt"
-        if first[0] != second[0]:
-            return "prompts_differ"
-        prompt, chosen, rejected = first[0], first[1], second[1]
-    turns = [{"role": "user", "content": prompt.strip()}] if isinstance(prompt, str) else prompt
-    if not isinstance(turns, list) or not turns or _unusable([*turns, {"role": "assistant", "content": "-"}]):
-        return "no_prompt"
-    chosen, rejected = chosen.strip(), rejected.strip()
-    if not chosen or not rejected:
-        return "side_missing"
-    if chosen == rejected:
-        return "equal_sides"
-    heldout = is_drawn(config.heldout_fraction, config.seed, "heldout", "\n".join(turn["content"] for turn in turns))
+def _unreadable(key: str, record: BadRecord, account: SourceAccount) -> _Outcome:
+    account.unreadable.entered.add(record.size)
+    account.unreadable.drop(record.reason, key, record.sample, record.size, samples=1)
+    return _Outcome(key, record.size, None, record.reason, record.sample)
+
+
+def _format(
+    name: str, head: Sequence[Record], source: Source, formats: type[Shape], fitting: Callable[[Any], list[Shape]]
+) -> Shape | None:
+    """The format that the source is said to have, or the only one that fits the fields of a file's first rows.
+
+    None when none of these rows can be read; raises DataError when no format or more than one fits.
+    """
+    if source.format:
+        return formats(source.format)
+    values: dict[str, Any] = {}
+    for _, record in head:
+        for field_name, value in record.values.items() if isinstance(record, Row) else ():
+            if value is not None and not values.get(field_name):  # an empty list of turns does not tell their fields
+                values[field_name] = value
+    if not any(isinstance(record, Row) for _, record in head):
+        return None
+    found = fitting(values)
+    if len(found) == 1:
+        return found[0]
+    what = f"fit {' and '.join(found)}" if found else f"fit none of the formats {', '.join(formats)}"
+    example = f"{source.uri}#format={next(iter(found or formats))}"
+    raise DataError(
+        f"source {source.uri!r}: the fields of {name} {what}; found: {', '.join(sorted(values)) or 'none'}",
+        advice=f"Say which it is behind the source, as in {example}"
+        + ("." if found else ", or rename the fields; docs/DATA.md lists what each format needs."),
+    )
+
+
+def _instructions(
+    name: str,
+    head: list[Record],
+    records: Iterator[Record],
+    source: Source,
+    account: SourceAccount,
+    config: CurateConfig,
+) -> Iterator[_Outcome]:
+    shape = _format(name, head, source, InstructionFormat, instructions.fitting_formats)
+    if shape:
+        account.formats.add(shape)
+    if shape is InstructionFormat.OASST:
+        yield from _joined(records, source, account, config)
+        return
+    for key, record in records:
+        if isinstance(record, BadRecord) or shape is None:
+            assert isinstance(record, BadRecord)
+            yield _unreadable(key, record, account)
+            continue
+        account.unreadable.entered.add(record.size)
+        try:
+            made = instructions.to_conversation(shape, record.values)
+        except Unusable as error:
+            yield _Outcome(key, record.size, None, error.reason, str(record.values))
+        else:
+            yield _Outcome(key, record.size, _instruction_row(key, made, source, config), changes=made.changes)
+
+
+def _joined(
+    records: Iterator[Record], source: Source, account: SourceAccount, config: CurateConfig
+) -> Iterator[_Outcome]:
+    """A table of messages is read whole, for a reply may stand before what it replies to."""
+    rows: dict[str, Row] = {}
+    for key, record in records:
+        if isinstance(record, BadRecord):
+            yield _unreadable(key, record, account)
+        else:
+            account.unreadable.entered.add(record.size)
+            rows[key] = record
+    for made in conversations_of([(key, row.values) for key, row in rows.items()]):
+        row, size = rows[made.key], rows[made.key].size
+        if made.conversation is None:
+            yield _Outcome(made.key, size, None, made.reason, str(row.values))
+        else:
+            ours = _instruction_row(made.key, made.conversation, source, config)
+            yield _Outcome(made.key, size, ours, changes=made.conversation.changes)
+
+
+def _instruction_row(key: str, made: Conversation, source: Source, config: CurateConfig) -> dict[str, Any]:
+    messages = [dict(message) for message in made.messages]
+    heldout = is_drawn(config.heldout_fraction, config.seed, "heldout", opening(messages))
+    return {"id": key, "messages": messages, "group": source.uri, "origin": "given", "heldout": heldout}
+
+
+def _preferences(
+    name: str,
+    head: list[Record],
+    records: Iterator[Record],
+    source: Source,
+    account: SourceAccount,
+    config: CurateConfig,
+) -> Iterator[_Outcome]:
+    shape = _format(name, head, source, PreferenceFormat, preferences.fitting_formats)
+    if shape:
+        account.formats.add(shape)
+    for key, record in records:
+        if isinstance(record, BadRecord) or shape is None:
+            assert isinstance(record, BadRecord)
+            yield _unreadable(key, record, account)
+            continue
+        account.unreadable.entered.add(record.size)
+        try:
+            found = preferences.to_preferences(shape, record.values)
+        except Unusable as error:
+            found = [error.reason]
+        share, rest = divmod(record.size, len(found))
+        for place, made in enumerate(found):
+            size, ours = share + (rest if place == 0 else 0), f"{key}/{place}" if len(found) > 1 else key
+            if isinstance(made, str):
+                yield _Outcome(ours, size, None, made, str(record.values))
+            else:
+                yield _Outcome(ours, size, _preference_row(ours, made, source, config))
+
+
+def _preference_row(key: str, made: preferences.Preference, source: Source, config: CurateConfig) -> dict[str, Any]:
+    prompt = [dict(message) for message in made.prompt]
     return {
         "id": key,
-        "prompt": [{"role": turn["role"], "content": turn["content"]} for turn in turns],
-        "chosen": chosen,
-        "rejected": rejected,
+        "prompt": prompt,
+        "chosen": made.chosen,
+        "rejected": made.rejected,
         "kind": "given",
-        "group": source,
+        "group": source.uri,
         "origin": "given",
-        "heldout": heldout,
+        "heldout": is_drawn(config.heldout_fraction, config.seed, "heldout", opening(prompt)),
     }
-
-
-def split_transcript(text: str) -> tuple[list[dict[str, str]], str] | None:
-    """Turns before the last answer, and that answer; None when the text is no Human/Assistant transcript."""
-    places = sorted((start, role, mark) for mark, role in _TURNS for start in _starts("\n\n" + text.lstrip("\n"), mark))
-    body = "\n\n" + text.lstrip("\n")
-    turns: list[dict[str, str]] = []
-    for position, (start, role, mark) in enumerate(places):
-        end = places[position + 1][0] if position + 1 < len(places) else len(body)
-        turns.append({"role": role, "content": body[start + len(mark) : end].strip()})
-    if len(turns) < 2 or turns[0]["role"] != "user" or turns[-1]["role"] != "assistant":
-        return None
-    return turns[:-1], turns[-1]["content"]
-
-
-def _starts(text: str, mark: str) -> Iterator[int]:
-    start = text.find(mark)
-    while start >= 0:
-        yield start
-        start = text.find(mark, start + 1)

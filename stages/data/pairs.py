@@ -1,7 +1,7 @@
 """Instruction and preference rows, derived or given: capped, without duplicates, toxic answers or personal data."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,11 @@ from stages.config.curate import DERIVED, CurateConfig
 from stages.config.errors import DataError
 from stages.data import derive, given
 from stages.data.carried import carried_pairs
-from stages.data.extract import refuse_bad_share, symbols_file
+from stages.data.extract import symbols_file
 from stages.data.ledger import Step, verify_chain
 from stages.data.passes import toxicity_scorer, write_published
 from stages.data.pii import scrub
-from stages.data.records import BadRecord, Symbol, read_lines, stable_hash, utf8_size
+from stages.data.records import Symbol, read_lines, source_of, stable_hash, utf8_size
 
 Row = dict[str, Any]
 
@@ -30,6 +30,8 @@ class PairsResult:
     pii: dict[str, int]
     carried: dict[str, int]
     """Rows taken over from the previous data, part of `published`."""
+    sources: dict[str, dict[str, Any]]
+    """For `instructions` and `preferences`: the account of each given source."""
 
 
 def build_pairs(
@@ -46,13 +48,14 @@ def build_pairs(
     if DERIVED in config.instructions + config.preferences:
         questions = derive.distinct_questions(_symbols(units, folder), config, unique)
     prepared = _Preparation(config, words, pii)
+    sources: dict[str, dict[str, Any]] = {"instructions": {}, "preferences": {}}
     carried = {name: carried_pairs(previous, name) if previous else [] for name in ("instructions", "preferences")}
 
     made: list[Step] = [unique] if DERIVED in config.instructions else []
     if DERIVED in config.instructions:
         rows = [derive.instruction(question) for question in questions]
     else:
-        rows = list(_given(config.instructions, given.instruction_row, config, made))
+        rows = given.given_instructions(config.instruction_sources, config, made, sources["instructions"])
     rows = prepared.run(rows, _answers, config.max_instructions, made, carried["instructions"])
     published |= _publish("instructions", rows, config.instructions, made, output, carried["instructions"])
 
@@ -61,7 +64,7 @@ def build_pairs(
     if DERIVED in config.preferences:
         rows = derive.preferences(questions, config, wrong)
     else:
-        rows = list(_given(config.preferences, given.preference_row, config, paired))
+        rows = given.given_preferences(config.preference_sources, config, paired, sources["preferences"])
     rows = prepared.run(rows, lambda row: row["chosen"], config.max_preferences, paired, carried["preferences"])
     published |= _publish("preferences", rows, config.preferences, paired, output, carried["preferences"])
     kinds = dict(sorted(Counter(row["kind"] for row in [*carried["preferences"], *rows]).items()))
@@ -70,41 +73,13 @@ def build_pairs(
         for name, rows in carried.items()
         for split, heldout in (("train", False), ("heldout", True))
     }
-    return PairsResult(made, paired, published, kinds, dict(sorted(pii.items())), taken_over)
+    return PairsResult(made, paired, published, kinds, dict(sorted(pii.items())), taken_over, sources)
 
 
 def _symbols(units: int, folder: Path) -> Iterator[Symbol]:
     for number in range(units):
         for row in read_lines(symbols_file(folder, number)):
             yield Symbol(**row)
-
-
-def _given(
-    sources: Iterable[str],
-    shape: Callable[[str, Row, str, CurateConfig], Row | str],
-    config: CurateConfig,
-    steps: list[Step],
-) -> Iterator[Row]:
-    """Rows of the given sources in our shape; the account has one step, the share of unreadable rows is per source."""
-    total = Step("read")
-    steps.append(total)
-    for number, source in enumerate(sources):
-        step, unreadable = Step("read"), Step("read")
-        for key, record in given.read_given(source, number):
-            step.entered.add(record.size)
-            unreadable.entered.add(record.size)
-            if isinstance(record, BadRecord):
-                for account in (step, unreadable):
-                    account.drop(record.reason, key, record.sample, record.size, samples=config.samples_per_reason)
-                continue
-            row = shape(key, record.values, source, config)
-            if isinstance(row, str):
-                step.drop(row, key, str(record.values), record.size, samples=config.samples_per_reason)
-            else:
-                step.kept.add(record.size)
-                yield row
-        total.merge(step, samples=config.samples_per_reason)
-        refuse_bad_share(source, unreadable, config)
 
 
 def _texts(row: Row) -> list[str]:
@@ -119,6 +94,14 @@ def _answers(row: Row) -> str:
 
 def _size(row: Row) -> int:
     return sum(map(utf8_size, _texts(row)))
+
+
+def fair_shares(wanted: Mapping[str, int], limit: int) -> dict[str, int]:
+    """Share `limit` equally; what one source does not need goes to the others, the last odd ones to the largest."""
+    shares: dict[str, int] = {}
+    for place, source in enumerate(sorted(wanted, key=lambda name: (wanted[name], name))):
+        shares[source] = min(wanted[source], (limit - sum(shares.values())) // (len(wanted) - place))
+    return shares
 
 
 class _Preparation:
@@ -174,11 +157,17 @@ class _Preparation:
         return scrub(text).text if self._config.scrub_pii else text
 
     def _over(self, rows: list[Row], limit: int) -> list[str]:
-        left = {False: limit, True: self._config.max_heldout_pairs}
+        """The cap of each half is shared among the sources, so that a large one does not crowd out a small one."""
+        found: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
+        for row in rows:
+            found[row["heldout"]][source_of(row)] += 1
+        limits = {False: limit, True: self._config.max_heldout_pairs}
+        left = {heldout: fair_shares(counts, limits[heldout]) for heldout, counts in found.items()}
         reasons: list[str] = []
         for row in rows:
-            left[row["heldout"]] -= 1
-            reasons.append("over_cap" if left[row["heldout"]] < 0 else "")
+            mine, source = left[row["heldout"]], source_of(row)
+            mine[source] -= 1
+            reasons.append("over_cap" if mine[source] < 0 else "")
         return reasons
 
     def _scrubbed(self, rows: list[Row], steps: list[Step]) -> list[Row]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,11 @@ class Symbol:
 
 
 Record = SourceDocument | BadRecord | Symbol
+
+
+def source_of(row: Mapping[str, Any]) -> str:
+    """The source of a published instruction or preference row, as it is named under instructions or preferences."""
+    return row["group"] if row["origin"] == "given" else row["origin"]
 
 
 def utf8_size(text: str) -> int:

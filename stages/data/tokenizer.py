@@ -1,15 +1,16 @@
 """The tokenizer that a run trains, or the one that its base model brings, behind one small object."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from stages.config.errors import ConfigError
-from stages.config.tokens import TokenizeConfig
-from stages.data.chat import CHAT_TEMPLATE
+from stages.config.tokens import INFER, OWN, PLAIN, TokenizeConfig
+from stages.data.chat import CHAT_TEMPLATE, ChatEncoder
 
 _BOS, _EOS, _PAD = "<|bos|>", "<|end|>", "<|pad|>"
 _SPECIAL_TOKENS = [_BOS, _EOS, _PAD, "<|system|>", "<|user|>", "<|assistant|>"]
@@ -32,6 +33,11 @@ class LoadedTokenizer:
     special_tokens: dict[str, str]
     """`bos_token`, `eos_token`, `pad_token`: the names that templates use."""
     max_length: int
+    infer_spans: bool = False
+    """Whether what the assistant says is inferred from the rendered template instead of marked in it."""
+
+    def chat(self) -> ChatEncoder:
+        return ChatEncoder(self.backend, self.chat_template, self.special_tokens, infer_spans=self.infer_spans)
 
     @property
     def vocab_size(self) -> int:
@@ -100,11 +106,23 @@ def train_tokenizer(texts: Iterator[str], config: TokenizeConfig) -> LoadedToken
         single=f"{_BOS} $A", pair=f"{_BOS} $A $B", special_tokens=[(_BOS, backend.token_to_id(_BOS))]
     )
     special = {"bos_token": _BOS, "eos_token": _EOS, "pad_token": _PAD}
-    return LoadedTokenizer(backend, CHAT_TEMPLATE, special, config.sequence_length)
+    template = _template(config.chat_template, CHAT_TEMPLATE)
+    return LoadedTokenizer(backend, template, special, config.sequence_length, config.chat_template == INFER)
 
 
-def given_tokenizer(folder: Path) -> LoadedTokenizer:
-    """Load a base model's tokenizer; raises ConfigError when it is not a fast tokenizer or does not fit the model."""
+def _template(wanted: str, own: str) -> str:
+    """What `tokenize.chat_template` stands for."""
+    if wanted == PLAIN:
+        return _PLAIN_TEMPLATE
+    return own if wanted in (OWN, INFER) else wanted
+
+
+def given_tokenizer(folder: Path, *, chat_template: str = OWN) -> LoadedTokenizer:
+    """Load a base model's tokenizer; raises ConfigError when it is not a fast tokenizer or does not fit the model.
+
+    A tokenizer that begins every text with its begin token gets it in front of the chat template too, if that writes
+    none.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -131,6 +149,30 @@ def given_tokenizer(folder: Path) -> LoadedTokenizer:
         "eos_token": loaded.eos_token,
         "pad_token": loaded.pad_token or loaded.eos_token,
     }
-    return LoadedTokenizer(
-        loaded.backend_tokenizer, loaded.chat_template or _PLAIN_TEMPLATE, special, int(loaded.model_max_length)
+    template = _template(chat_template, _own_template(loaded) or _PLAIN_TEMPLATE)
+    made = LoadedTokenizer(
+        loaded.backend_tokenizer, template, special, int(loaded.model_max_length), chat_template == INFER
     )
+    if _adds_bos(made) and not made.chat().begins_with(special["bos_token"]):
+        made = replace(made, chat_template="{{ bos_token }}" + template)
+    return made
+
+
+def _own_template(loaded: Any) -> str:
+    """A tokenizer's chat template; of several named ones the one called `default`."""
+    template = loaded.chat_template or ""
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise ConfigError(
+                f"base_model: the tokenizer has the chat templates {sorted(template)} and none called 'default'",
+                advice="Give the text of the one to use as tokenize.chat_template.",
+            )
+        template = template["default"]
+    return template
+
+
+def _adds_bos(tokenizer: LoadedTokenizer) -> bool:
+    """Whether plain encoding begins with the begin token."""
+    tokenizer.backend.encode_special_tokens = False
+    ids = tokenizer.backend.encode("a", add_special_tokens=True).ids
+    return tokenizer.bos_id >= 0 and ids[:1] == [tokenizer.bos_id]

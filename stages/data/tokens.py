@@ -28,6 +28,14 @@ class Pair:
     rejected: TokenSequence
 
 
+@dataclass(frozen=True)
+class Sources:
+    """Which source each conversation or pair is of."""
+
+    names: tuple[str, ...]
+    indices: np.ndarray
+
+
 class TokensArtifact:
     """Opens parts of a `tokens` folder on demand."""
 
@@ -38,6 +46,7 @@ class TokensArtifact:
         self.vocab_size: int = self.meta["vocab_size"]
         self.pad_id: int = self.meta["pad_id"]
         self.eos_id: int = self.meta["eos_id"]
+        """What ends an assistant's turn; documents may end with another token."""
         self.bos_id: int = self.meta["bos_id"]
 
     @property
@@ -70,6 +79,16 @@ class TokensArtifact:
     def pair_kinds(self, split: Split) -> list[str]:
         return json.loads((self.folder / "preferences" / split / "kinds.json").read_text())
 
+    def conversation_sources(self, split: Split) -> "Sources":
+        return self._sources("conversations", split)
+
+    def pair_sources(self, split: Split) -> "Sources":
+        return self._sources("preferences", split)
+
+    def _sources(self, part: str, split: Split) -> "Sources":
+        folder = self.folder / part / split
+        return Sources(tuple(json.loads((folder / "sources.json").read_text())), np.load(folder / "sources.npy"))
+
     def _ragged(self, part: str, split: Split, name: str) -> Ragged:
         return Ragged(self.folder / part / split, name)
 
@@ -87,6 +106,11 @@ class SequenceView:
         return TokenSequence(self._ids[index], self._mask[index])
 
     @property
+    def num_targets(self) -> np.ndarray:
+        """Trained tokens of each sequence."""
+        return np.asarray([int(self._mask[index].sum()) for index in range(len(self))], dtype=np.int64)
+
+    @property
     def lengths(self) -> np.ndarray:
         return self._ids.lengths
 
@@ -102,6 +126,11 @@ class PairView:
 
     def __getitem__(self, index: int) -> Pair:
         return Pair(self.chosen[index], self.rejected[index])
+
+    @property
+    def num_targets(self) -> np.ndarray:
+        """Trained tokens of each pair, both answers together."""
+        return self.chosen.num_targets + self.rejected.num_targets
 
 
 def require(items: int, what: str, *, advice: str) -> None:

@@ -17,7 +17,9 @@ _CPU_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
 
 
 def compute_dtype(device: torch.device, precision: str = "bf16") -> torch.dtype:
-    """Return bfloat16 or float32, whichever `precision` means on this device."""
+    """Return what `precision` means on this device: bfloat16, float32, or float16 where that is asked for."""
+    if precision == "fp16":
+        return torch.float16
     return torch.bfloat16 if precision == "bf16" and multiplies_bfloat16(device.type) else torch.float32
 
 
@@ -41,4 +43,5 @@ def names_bfloat16(capabilities: Mapping[str, Any]) -> bool:
 def autocast(device: torch.device, precision: str = "bf16") -> torch.autocast:
     """Context in which matrix products are computed as `precision` says."""
     dtype = compute_dtype(device, precision)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16)
+    low = dtype is not torch.float32
+    return torch.autocast(device.type, dtype=dtype if low else torch.bfloat16, enabled=low)

@@ -6,7 +6,7 @@ from typing import Any
 
 from stages.config.graph import Stage
 from stages.config.request import Manifest
-from stages.reporting.line_plot import number
+from stages.reporting.mixture_views import reasons
 from stages.reporting.story import Story
 from stages.reporting.tables import Cell, Table, bytes_text, code, duration_text, num, shown, text, total_row
 
@@ -145,18 +145,20 @@ def tokens_table(story: Story) -> Table | None:
             if not isinstance(counts, dict):
                 continue
             lost = {key.removeprefix("dropped."): value for key, value in counts.items() if key.startswith("dropped.")}
-            why = ", ".join(f"{_words(reason)} {number(value)}" for reason, value in lost.items())
+            cut = {"cut to fit": counts["cut"]} if counts.get("cut") else {}
             rows.append(
                 (
                     text(f"{split} {item}"),
                     num(counts.get("in", counts.get("documents"))),
                     num(counts.get("kept", counts.get("documents"))),
                     num(sum(lost.values())),
-                    text(why or "–"),
+                    text(reasons({**lost, **cut})),
                     num(counts.get("tokens")),
+                    num(counts.get("target_tokens")),
+                    num(sum(value for key, value in counts.items() if key.startswith("dropped_tokens."))),
                 )
             )
-    head = ("what", "in", "kept", "dropped", "why", "tokens")
+    head = ("what", "in", "kept", "dropped", "why", "tokens", "of them trained", "tokens dropped")
     return Table("Tokens", head, tuple(rows)) if rows else None
 
 

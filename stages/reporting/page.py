@@ -4,7 +4,7 @@ from importlib.resources import files
 
 from stages.artifacts import utc_now
 from stages.lineage import to_svg
-from stages.reporting import data_views, model_views
+from stages.reporting import data_views, mixture_views, model_views
 from stages.reporting.story import Story
 
 
@@ -35,7 +35,9 @@ def render_page(story: Story) -> str:
         samples=model_views.samples(story),
         accounts=data_views.accounts(story),
         planted=data_views.planted_table(story),
+        sources=mixture_views.sources_table(story),
         tokens=data_views.tokens_table(story),
+        mixture=mixture_views.mixture_table(story),
         cost=data_views.cost_table(story),
         registered=data_views.registered_table(story),
         artifacts=data_views.artifacts_table(story),

@@ -4,9 +4,11 @@ With `num_workers=0` Ray Train runs the body in the job's own process, which sav
 Otherwise rank 0 uploads what it wrote, because a worker's disk is not the job's; the job writes the manifest, last.
 """
 
+import contextlib
 import importlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,6 +20,7 @@ from stages.config.execution import ExecutionConfig
 from stages.config.graph import GRAPH
 from stages.config.request import FileEntry, StageRequest
 from stages.context import StageContext, StageOutcome
+from stages.stopping import StopNotice, postponing
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +63,15 @@ def launch(context: StageContext, body: Body) -> StageOutcome:
     )
     with context.progress.watchdog.paused():  # the workers have watchdogs of their own
         wait_for_capacity(execution, stage=context.request.stage.value)
-        return _from_json(trainer.fit().return_value)
+        with _passing_on_stops(context):
+            return _from_json(trainer.fit().return_value)
+
+
+def _passing_on_stops(context: StageContext) -> contextlib.AbstractContextManager[None]:
+    """On SIGTERM tell the workers, who save and end the training by failing with Stopped."""
+    if context.fence is None or threading.current_thread() is not threading.main_thread():
+        return contextlib.nullcontext()
+    return postponing(StopNotice(context.store, context.fence).give)
 
 
 def resources_of_worker(execution: ExecutionConfig) -> dict[str, float]:

@@ -16,9 +16,11 @@ from stages.config.errors import NonFiniteError
 from stages.config.execution import ExecutionConfig
 from stages.config.train import TrainConfig
 from stages.data.packing import Packed
+from stages.stopping import Stopped
 from stages.train.checkpoint import Checkpoint, Checkpointer
-from stages.train.engine import Engine
-from stages.train.objective import LossOutput, Objective, Step
+from stages.train.engine import Engine, Share
+from stages.train.interruption import Ask, wait_for_all
+from stages.train.objective import Objective, Step
 from stages.train.optimizer import learning_rate
 from stages.train.throughput import Meter, with_waiting
 
@@ -43,12 +45,15 @@ def train(
     checkpointer: Checkpointer,
     report: Reporter,
     meter: Meter,
+    asked: Callable[[], Ask] = lambda: Ask.NOTHING,
     clock: Callable[[], float] = time.perf_counter,
 ) -> History:
     """Train to the end, from the newest checkpoint if there is one; return the metrics of every logged step, but not
-    its timing: the same training gives the same bytes."""
+    its timing: the same training gives the same bytes. `asked` says at every step boundary whether to save or to end
+    now, the same on every rank."""
     step, history = _resume(objective, engine, checkpointer)
     skipped_in_a_row = num_skipped = 0
+    blocked = 0.0
     last = clock()
     for item, waited in with_waiting(objective.steps(engine)):
         rate = learning_rate(config.optimizer, step=step, num_steps=objective.num_steps)
@@ -72,16 +77,30 @@ def train(
             "train/tokens_per_second": tokens / (now - last),
             "train/mfu": meter.utilisation(flops, now - last),
             "train/data_wait_seconds": waited,
+            "train/checkpoint_blocked_seconds": blocked,
         }
         last = now
-        if _due(step, config.eval_every, objective.num_steps):
+        if evaluated := _due(step, config.eval_every, objective.num_steps):
             metrics |= objective.evaluate(engine)
             last = clock()
-        if _due(step, execution.log_every, objective.num_steps):
+        if evaluated or _due(step, execution.log_every, objective.num_steps):
             history.append({"step": step, **metrics})
             report(metrics | timing, step=step, num_steps=objective.num_steps)
-        if execution.checkpoint_every and step % execution.checkpoint_every == 0 and step < objective.num_steps:
+            blocked = 0.0
+        ask = asked()
+        due = _is_multiple(step, execution.checkpoint_every) or (evaluated and checkpointer.is_best(step, history))
+        if ask is not Ask.NOTHING or (due and step < objective.num_steps):
+            started = clock()
+            checkpointer.wait()
             checkpointer.save(Checkpoint(step, engine.state_dict(), objective.state_dict(), list(history)))
+            blocked += clock() - started
+        if ask is Ask.END:
+            checkpointer.wait()
+            wait_for_all()  # the first worker that fails ends the others, who may still be writing
+            raise Stopped(
+                f"the job was asked to stop and saved its training after step {step} of {objective.num_steps}",
+                advice="If nobody stopped it on purpose, the retry goes on from there.",
+            )
     checkpointer.wait()
     return history
 
@@ -105,14 +124,11 @@ def _accumulate(
     units, tokens, flops = engine.sum(sum(column) for column in zip((0.0, 0.0, 0.0), *sizes, strict=True))
     sums: dict[str, Tensor] = {}
     batches = _same_count(engine, step)
-    for position, (batch, share) in enumerate(batches):
-        last = position == len(batches) - 1
-        with engine.defer_sync() if not last else torch.enable_grad():
-            out: LossOutput = engine.call(objective.loss, batch)
-            engine.accumulate(out.loss_sum * (share / units), last=last)
-        pairs = out.metrics | {"train/loss": torch.stack([out.loss_sum.detach(), out.loss_sum.new_tensor(0.0)])}
+    outputs = engine.backward(objective.loss, [Share(batch, counts / units) for batch, counts in batches])
+    for (_, counts), out in zip(batches, outputs, strict=True):
+        pairs = out.metrics | {"train/loss": torch.stack([out.loss_sum, out.loss_sum.new_tensor(0.0)])}
         for name, pair in pairs.items():
-            sums[name] = sums.get(name, 0) + share * pair
+            sums[name] = sums.get(name, 0) + counts * pair
     names = sorted(sums)
     totals = engine.sum([value for name in names for value in sums[name].tolist()])
     metrics = {
@@ -124,11 +140,15 @@ def _accumulate(
 
 
 def _same_count(engine: Engine, step: Step) -> list[tuple[Packed, float]]:
-    """Give every rank the same number of forward passes, each with its share; added ones have share 0."""
+    """Give every rank the same number of forward passes, each with how often it counts: once, or not at all."""
     batches = step.micro_batches
     missing = int(engine.max(len(batches))) - len(batches)
     return [(batch, float(step.counted)) for batch in batches] + [(batches[0], 0.0)] * missing
 
 
 def _due(step: int, every: int, num_steps: int) -> bool:
-    return step == num_steps or (every > 0 and step % every == 0)
+    return step == num_steps or _is_multiple(step, every)
+
+
+def _is_multiple(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -13,7 +13,7 @@ from stages.losses import perplexity
 from stages.models.forward import next_token_loss_sum
 from stages.train.engine import Engine
 from stages.train.objective import LossOutput, ObjectiveState, Step
-from stages.train.plan import batches, evenly, share
+from stages.train.plan import batches, evenly, in_step, order_digest, share
 
 
 class Rows(Protocol):
@@ -75,6 +75,7 @@ class NextTokenObjective:
         self._eval_items = eval_items
         self._cursor = 0
         self.num_steps = len(self._steps)
+        self.order = order_digest(self._steps)
 
     def steps(self, engine: Engine) -> Iterator[Step]:
         while self._cursor < self.num_steps:
@@ -94,11 +95,15 @@ class NextTokenObjective:
 
     def evaluate(self, engine: Engine) -> dict[str, float]:
         spread = evenly(len(self._heldout), at_most=self._eval_items)
-        chosen = share(spread, rank=engine.rank, world_size=engine.world_size)
+        if not len(spread):
+            return {}
+        mine = self._micro_batches(self._heldout, share(spread, rank=engine.rank, world_size=engine.world_size))
+        spare = mine[0] if mine else self._micro_batches(self._heldout, spread[:1])[0]
         loss_sum = targets = 0.0
-        for batch in self._micro_batches(self._heldout, chosen):
-            loss_sum += float(engine.infer(self.loss, batch).loss_sum)
-            targets += batch.num_targets
+        for batch, counted in in_step(engine, mine, spare=spare):
+            batch_loss = float(engine.infer(self.loss, batch).loss_sum)
+            loss_sum += counted * batch_loss
+            targets += counted * batch.num_targets
         loss_sum, targets = engine.sum([loss_sum, targets])
         if not targets:
             return {}

@@ -2,19 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from stages.data.packing import Packed
-from stages.train.engine import Engine
-
-
-class LossOutput(NamedTuple):
-    """A loss summed over units (never averaged), and metrics as pairs (sum, weight) of shape (2,)."""
-
-    loss_sum: Tensor
-    metrics: dict[str, Tensor]
+from stages.train.engine import Engine, LossOutput
 
 
 @dataclass(frozen=True)
@@ -41,6 +34,8 @@ class Objective(Protocol):
 
     num_steps: int
     """Optimizer steps of the whole training, also those before a resume."""
+    order: str
+    """Digest of which items train in which step: a checkpoint is of use to the same order alone."""
 
     def steps(self, engine: Engine) -> Iterator[Step]:
         """Yield the remaining steps; PPO rolls out in here, with the live policy."""

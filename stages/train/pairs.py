@@ -10,14 +10,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from stages.data.packing import Packed, TokenSequence, lay_out, split_by_rows
 from stages.data.tokens import Pair
 from stages.train.engine import Engine
 from stages.train.objective import LossOutput, Step
-from stages.train.plan import batches, epochs, evenly, share
+from stages.train.plan import batches, evenly, in_step, order_digest, share
 
 
 class Pairs(Protocol):
@@ -34,17 +33,17 @@ class PairSteps:
         self,
         pairs: Pairs,
         *,
-        num_epochs: float,
-        seed: int,
+        order: np.ndarray,
         global_batch_size: int,
         row_length: int,
         micro_batch_size: int,
     ) -> None:
         self.pairs, self._row_length, self._micro_batch_size = pairs, row_length, micro_batch_size
         self._share_prompts = not torch.cuda.is_available()
-        self._steps = batches(epochs(len(pairs), num_epochs=num_epochs, seed=seed), global_batch_size)
+        self._steps = batches(order, global_batch_size)
         self.cursor = 0
         self.num_steps = len(self._steps)
+        self.order = order_digest(self._steps)
 
     def steps(self, engine: Engine) -> Iterator[Step]:
         while self.cursor < self.num_steps:
@@ -85,23 +84,22 @@ def evaluate_pairs(
     """Return the loss a pair and the objective's metrics over evenly spread held-out pairs, under `eval/...`."""
     spread = evenly(len(heldout), at_most=at_most)
     totals: dict[str, float] = {"pairs": 0.0, "loss": 0.0}
-    for batch in steps.micro_batches(heldout, share(spread, rank=engine.rank, world_size=engine.world_size)):
+    if not len(spread):
+        return {}
+    mine = steps.micro_batches(heldout, share(spread, rank=engine.rank, world_size=engine.world_size))
+    spare = mine[0] if mine else steps.micro_batches(heldout, spread[:1])[0]
+    for batch, counted in in_step(engine, mine, spare=spare):
         out = engine.infer(loss, batch)
+        if not counted:
+            continue
         totals["pairs"] += num_pairs(batch)
         totals["loss"] += float(out.loss_sum)
         for name, pair in out.metrics.items():
             totals[name] = totals.get(name, 0.0) + float(pair[0])
-    names = sorted(totals) if engine.world_size == 1 else _common_names(engine, totals)
+    names = sorted(set(engine.gather(list(totals))))  # a rank without pairs knows no metric names; all sum the same
     summed = dict(zip(names, engine.sum(totals.get(name, 0.0) for name in names), strict=True))
     count = summed.pop("pairs")
     return {f"eval/{name.replace('/', '_')}": value / count for name, value in summed.items()} if count else {}
-
-
-def _common_names(engine: Engine, totals: dict[str, float]) -> list[str]:
-    """A rank without pairs knows no metric names; all must sum the same ones."""
-    everybody: list[list[str]] = [[] for _ in range(engine.world_size)]
-    dist.all_gather_object(everybody, list(totals))
-    return sorted({name for names in everybody for name in names})
 
 
 def num_pairs(batch: Packed) -> int:

@@ -1,8 +1,19 @@
 """Which items each optimizer step trains on: a function of the seed alone, whatever the number of ranks."""
 
+import hashlib
 import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
+
+Item = TypeVar("Item")
+
+
+class Agreeing(Protocol):
+    """Ranks that can compare numbers; engines do."""
+
+    def max(self, value: float) -> float: ...
 
 
 def shuffled(num_items: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -27,6 +38,22 @@ def share(items: np.ndarray, *, rank: int, world_size: int) -> np.ndarray:
     return items[rank::world_size]
 
 
+def in_step(ranks: Agreeing, items: Sequence[Item], *, spare: Item) -> Iterator[tuple[Item, bool]]:
+    """Yield the items with True, then the spare with False until all ranks have had equally many: a model in shards
+    computes on all ranks or on none."""
+    for number in range(int(ranks.max(len(items)))):
+        yield (items[number], True) if number < len(items) else (spare, False)
+
+
 def evenly(num_items: int, *, at_most: int) -> np.ndarray:
     """Return up to `at_most` indices spread evenly over range(num_items)."""
     return np.unique(np.linspace(0, num_items - 1, num=min(at_most, num_items)).astype(np.int64))
+
+
+def order_digest(steps: Iterable[np.ndarray]) -> str:
+    """Hash over the items of every step. numpy does not promise the same permutation in its next version."""
+    digest = hashlib.sha256()
+    for items in steps:
+        digest.update(len(items).to_bytes(8, "little"))
+        digest.update(items.astype("<i8").tobytes())
+    return digest.hexdigest()

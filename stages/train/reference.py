@@ -6,7 +6,7 @@ They depend on the model, the tokens, which pairs are used and the number format
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +21,7 @@ from stages.data.tokens import Pair, PairView
 from stages.models.precision import compute_dtype
 from stages.train.engine import Engine
 from stages.train.pairs import Pairs, PairSteps
-from stages.train.plan import batches, share
+from stages.train.plan import batches, in_step, share
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +61,11 @@ class Reference:
         """Return the pairs with log-probabilities for `indices`."""
         key = f"reference-logprobs/{self._identity(indices, split)}.safetensors"
         store = self.context.store
-        if store.exists(key):
+        if self.engine.max(0.0 if store.exists(key) else 1.0) == 0.0:  # all ranks compute, or none
             logger.info("the reference's log-probabilities of %d %s pairs are in the store", len(indices), split)
             return WithReference(pairs, _unpacked(load(store.read_bytes(key))))
-        found = self._compute(pairs, indices)
-        if self.engine.rank == 0:
+        found = self._compute(pairs, indices) if len(indices) else {}
+        if self.engine.is_main:
             self.context.check_lease()
             store.write_bytes(key, save(_packed(found)))
         return WithReference(pairs, found)
@@ -85,19 +85,22 @@ class Reference:
         compute = self.load()
         mine = share(indices, rank=self.engine.rank, world_size=self.engine.world_size)
         found: list[tuple[int, Sides]] = []
-        for part in batches(mine, _PAIRS_AT_ONCE):
+        for part, counted in in_step(self.engine, batches(mine, _PAIRS_AT_ONCE), spare=indices[:1]):
             values = self._values(compute, self.steps.micro_batches(pairs, part))
-            found += [(int(index), (next(values), next(values))) for index in part]
+            if counted:
+                found += [(int(index), sides) for index, sides in zip(part, values, strict=True)]
         return dict(sorted(self.engine.gather(found), key=lambda item: item[0]))
 
-    def _values(self, compute: Callable[..., Tensor], micro_batches: list[Packed]) -> Iterator[np.ndarray]:
-        """Yield each segment's values, in order."""
-        for batch in micro_batches:
+    def _values(self, compute: Callable[..., Tensor], micro_batches: list[Packed]) -> list[Sides]:
+        """Return the values of each pair's sides, in order."""
+        segments: list[np.ndarray] = []
+        spare = micro_batches[0]
+        for batch, counted in in_step(self.engine, micro_batches, spare=spare):
             logprobs_N = self.engine.infer(compute, batch).float().cpu().numpy()
-            counts_S = torch.bincount(
-                batch.segment_ids_BT[batch.loss_mask_BT == 1].cpu(), minlength=batch.num_segments
-            ).numpy()
-            yield from np.split(logprobs_N, np.cumsum(counts_S)[:-1])
+            targets = batch.segment_ids_BT[batch.loss_mask_BT == 1]
+            counts_S = torch.bincount(targets, minlength=batch.num_segments).numpy()
+            segments += np.split(logprobs_N, np.cumsum(counts_S)[:-1]) if counted else []
+        return list(zip(segments[0::2], segments[1::2], strict=True))
 
 
 def _carrying(sequence: TokenSequence, logprobs: np.ndarray) -> TokenSequence:

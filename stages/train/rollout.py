@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from stages.config.train import PPOConfig
@@ -20,7 +19,7 @@ from stages.losses import gae, shaped_rewards, whiten
 from stages.models.forward import segment_scores, target_logprobs, target_values
 from stages.models.generation import generate, uniforms
 from stages.train.engine import Engine
-from stages.train.plan import batches, share
+from stages.train.plan import batches, in_step, share
 
 FIELDS = ("old_logprobs", "old_values", "advantages", "returns")
 
@@ -68,16 +67,18 @@ class Sampler:
     def sample(self, engine: Engine, prompts: Sequence[np.ndarray], *, stream: int) -> list[Sampled]:
         """Return one scored response per prompt, in order and on every rank; draws depend on (seed, stream,
         position)."""
-        mine = share(np.arange(len(prompts)), rank=engine.rank, world_size=engine.world_size)
+        everything = np.arange(len(prompts))
+        mine = batches(share(everything, rank=engine.rank, world_size=engine.world_size), _PROMPTS_AT_ONCE)
         scored: list[tuple[int, Sampled]] = []
-        for part in batches(mine, _PROMPTS_AT_ONCE):
+        for part, counted in in_step(engine, mine, spare=everything[:1]):
             chosen = [prompts[int(index)] for index in part]
             draws_SR = uniforms(
                 seed=self.config.seed, stream=stream, indices=part.tolist(), length=self.config.max_response_length
             )
             responses = engine.infer(self._generate, chosen, draws_SR, engine.all_done)
-            scored += zip(part.tolist(), self._score(engine, chosen, responses), strict=True)
-        return [item for _, item in sorted(_gathered(engine, scored), key=lambda pair: pair[0])]
+            samples = self._score(engine, chosen, responses)
+            scored += zip(part.tolist(), samples, strict=True) if counted else ()
+        return [item for _, item in sorted(engine.gather(scored), key=lambda pair: pair[0])]
 
     def _generate(self, parts: nn.ModuleDict, prompts: list[np.ndarray], draws_SR: np.ndarray, all_done):
         parts["policy"].eval()
@@ -101,10 +102,12 @@ class Sampler:
         ]
         measured: list[tuple[np.ndarray, ...]] = []
         plan = plan_rows([len(sequence.ids) for sequence in sequences], self.row_length)
-        for start in range(0, len(plan), self.max_rows):
-            rows = [[sequences[index] for index in row] for row in plan[start : start + self.max_rows]]
-            batch = collate(rows)
-            values = engine.infer(self._measure, batch)
+        parts = [plan[start : start + self.max_rows] for start in range(0, len(plan), self.max_rows)]
+        for part, counted in in_step(engine, parts, spare=parts[0]):
+            rows = [[sequences[index] for index in row] for row in part]
+            values = engine.infer(self._measure, collate(rows))
+            if not counted:
+                continue
             lengths = [int(sequence.loss_mask.sum()) for row in rows for sequence in row]
             cuts = np.cumsum(lengths)[:-1]
             *per_token, scores_S = (value.float().cpu().numpy() for value in values)
@@ -207,12 +210,3 @@ def from_tensors(tensors: dict[str, Tensor]) -> list[TokenSequence]:
 
 def _response_mask(prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(len(prompt), dtype=np.int64), np.ones(len(response), dtype=np.int64)])
-
-
-def _gathered(engine: Engine, items: list) -> list:
-    """Concatenate every rank's items; they are small (ids and a few floats per token)."""
-    if engine.world_size == 1:
-        return items
-    everybody: list[list] = [[] for _ in range(engine.world_size)]
-    dist.all_gather_object(everybody, items)
-    return [item for part in everybody for item in part]

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +17,17 @@ from stages.context import StageContext, StageOutcome
 from stages.data.tokens import TokensArtifact
 from stages.models.build import save_model
 from stages.models.precision import compute_dtype
+from stages.train.best import BestBy
 from stages.train.checkpoint import Checkpointer
-from stages.train.engine import Engine, local_device
+from stages.train.engine import Engine, make_engine
+from stages.train.interruption import Interruption, stop_flag, wait_for_all
 from stages.train.launch import launch
 from stages.train.loop import train
 from stages.train.objective import Objective
+from stages.train.ranks import local_device
 from stages.train.throughput import Meter
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,34 +57,57 @@ def train_on_worker(context: StageContext) -> StageOutcome:
     prepared: Prepared = verb.prepare(context, tokens)
     dtype = compute_dtype(local_device(), config.precision)
     meter = Meter.of(prepared.parts, device=local_device(), dtype=dtype)
-    engine = Engine(prepared.parts, config, execution)
+    engine = make_engine(prepared.parts, config, execution)
     objective = prepared.objective(engine)
     _check_size(objective, context)
     checkpointer = Checkpointer(
         context.store,
         context.fingerprint,
         keep=execution.keep_checkpoints,
-        rank=engine.rank,
+        processes=engine.processes,
+        best=BestBy.of(config),
+        trained_on=_trained_on(context, objective),
         before_publishing=context.check_lease,
     )
-    history = train(
-        objective,
-        engine,
-        config=config,
-        execution=execution,
-        checkpointer=checkpointer,
-        report=_reporter(context, engine),
-        meter=meter,
-    )
+    with stop_flag(context) as stop:
+        history = train(
+            objective,
+            engine,
+            config=config,
+            execution=execution,
+            checkpointer=checkpointer,
+            report=_reporter(context, engine),
+            meter=meter,
+            asked=Interruption(engine.device, stop).asked,
+        )
+    chosen = _choose(engine, checkpointer, history)
     weights = engine.model_weights(prepared.exported)
-    if engine.rank == 0:
+    if engine.is_main:
         _export(context.output_dir, prepared, weights, history, tokens)
-    final = {name: value for name, value in history[-1].items() if name != "step"}
+    final = {name: value for name, value in chosen.items() if name != "step"}
     return StageOutcome(
         metrics=final,
         ledger=prepared.ledger | {"steps": objective.num_steps},
         execution={"device": engine.device.type, "compute_dtype": str(dtype).removeprefix("torch.")},
     )
+
+
+def _trained_on(context: StageContext, objective: Objective) -> dict[str, str]:
+    """What decides the samples beside the fingerprint: an input built again may hold other bytes under the same
+    fingerprint, and other code or libraries may plan another order from the same seed."""
+    digests = {role: ref.digest for role, ref in context.inputs.items()}
+    return {**digests, "order": objective.order, "num_steps": str(objective.num_steps)}
+
+
+def _choose(engine: Engine, checkpointer: Checkpointer, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Put the weights that become the model into the engine and return their row of the history."""
+    wait_for_all()  # rank 0 has written the last checkpoint when the others get past this
+    best = checkpointer.best(history)
+    if best is None:
+        return history[-1]
+    engine.load_state_dict(best.engine)
+    logger.info("the model is that of step %d, the best one", best.step)
+    return next(row for row in history if row["step"] == best.step)
 
 
 def _check_size(objective: Objective, context: StageContext) -> None:
@@ -90,11 +119,11 @@ def _check_size(objective: Objective, context: StageContext) -> None:
 
 
 def _reporter(context: StageContext, engine: Engine) -> Callable[..., None]:
-    """Numbers leave from rank 0 alone."""
+    """Numbers leave from the main process alone."""
 
     def report(metrics: dict[str, float], *, step: int, num_steps: int) -> None:
         context.progress.watchdog.beat()
-        if engine.rank != 0:
+        if not engine.is_main:
             return
         context.tracker.log(metrics, step)
         shown = {name.split("/")[-1]: metrics[name] for name in ("ppo/score", "ppo/kl") if name in metrics}

@@ -29,7 +29,7 @@ from stages.models.flops import FlopCounter
 from stages.models.forward import target_logprobs
 from stages.models.precision import compute_dtype
 from stages.train.checkpoint import Checkpointer
-from stages.train.engine import Engine
+from stages.train.engine import Engine, make_engine
 from stages.train.loop import train
 from stages.train.objective import Step
 from stages.train.throughput import Meter
@@ -98,8 +98,8 @@ def work(home: Path, stage: Stage, options: dict[str, Any]) -> None:
         counter = FlopCounter.of(next(iter(prepared.parts.values())))
         config = context.config
         assert isinstance(config, TrainConfig)
-        engine = Engine(prepared.parts, config, context.execution)
-        rounds = Rounds(options["steps"], in_step=_together) if engine.rank == 0 else _Follower(options["steps"])
+        engine = make_engine(prepared.parts, config, context.execution)
+        rounds = Rounds(options["steps"], in_step=_together) if engine.is_main else _Follower(options["steps"])
         counted = Counted(
             prepared.objective(engine),
             rounds,
@@ -113,7 +113,7 @@ def work(home: Path, stage: Stage, options: dict[str, Any]) -> None:
             engine,
             config=config,
             execution=context.execution,
-            checkpointer=Checkpointer(context.store, context.fingerprint, keep=1, rank=engine.rank),
+            checkpointer=Checkpointer(context.store, context.fingerprint, keep=1, processes=engine.processes),
             report=lambda metrics, **_: rounds.step(
                 loss=metrics["train/loss"], waited=metrics["train/data_wait_seconds"]
             ),

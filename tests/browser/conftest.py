@@ -1,11 +1,15 @@
 """A browser that is already on this machine; without one the tests say what to install and are skipped."""
 
+from __future__ import annotations
+
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.browser.screenshots import BrowserMissing, login_airflow, open_browser
+from tests.browser.pages import BrowserMissing, login_airflow, open_browser
 from tests.live_stack import LiveStack
 
 if TYPE_CHECKING:
@@ -23,8 +27,10 @@ def _browser_is_there() -> None:
 
 
 @pytest.fixture
-def page(_browser_is_there: None, people_stack: LiveStack) -> "Iterator[Page]":
-    """A page that is logged in to Airflow."""
+def page(_browser_is_there: None, live: LiveStack, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Page]:
+    """A page that is logged in to Airflow; what it showed last is kept as a picture, for when a test fails."""
     with open_browser() as page:
-        login_airflow(page, people_stack.record.airflow_url, people_stack.secrets.admin_password)
+        login_airflow(page, live.record.airflow_url, live.secrets.admin_password)
         yield page
+        name = re.sub(r"\W+", "-", request.node.name)
+        page.screenshot(path=tmp_path / f"{name}.png")

@@ -1,143 +1,182 @@
-"""What a person does in the browser: trigger by the form, watch, open links, approve, reject, label a pair."""
+"""What a person does in the browser: fill in the form, see what is wrong, watch, open links, decide, label a pair."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+import json
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.browser.screenshots import login_airflow, open_graph
-from tests.live_stack import LiveStack
+from stages.artifacts import read_file, read_manifest
+from stages.config.graph import Stage
+from tests.browser.pages import (
+    choose,
+    follow,
+    login_airflow,
+    open_form,
+    open_graph,
+    press_trigger,
+    switch_on,
+    task_page,
+    type_json,
+    unfold,
+    unlock_ray,
+)
+from tests.live_stack import COLLECT, OVERRIDES, PIPELINE, LiveStack
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page  # pyright: ignore[reportMissingImports]
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.browser, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.browser,
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+]
 
-DAG = "llm_pipeline"
-
-
-def open_form(page: Page, stack: LiveStack) -> Locator:
-    page.goto(f"{stack.record.airflow_url}/dags/{DAG}")
-    page.get_by_role("button", name="Trigger Dag").click()
-    dialog = page.get_by_role("dialog")
-    dialog.get_by_text("Advanced Options").wait_for()
-    return dialog
-
-
-def unfold(dialog: Locator, section: str, field: str) -> Locator:
-    """The field, with its section unfolded."""
-    found = dialog.locator(f"[id=element_{field}]").first
-    if not found.is_visible():
-        dialog.get_by_role("button", name=section, exact=True).click()
-    found.wait_for()
-    return found
+# Long enough for a look at Ray and MLflow while it runs.
+LONG_SFT = {**OVERRIDES, "sft.num_epochs": 3.0}
 
 
-def choose(page: Page, field: Locator, value: str) -> None:
-    field.click()
-    page.get_by_role("option", name=value, exact=True).click()
-
-
-def submit(dialog: Locator, stack: LiveStack) -> str:
+def submit(dialog: Locator, live: LiveStack) -> str:
     """Press Trigger and return the new run's id."""
-    before = {run["dag_run_id"] for run in runs(stack)}
-    dialog.get_by_role("button", name="Trigger", exact=True).click()
-    (new,) = stack.wait("the run", lambda: [r["dag_run_id"] for r in runs(stack) if r["dag_run_id"] not in before])
+    before = {run["dag_run_id"] for run in live.runs(PIPELINE)}
+    press_trigger(dialog)
+    (new,) = live.wait(
+        "the run", lambda: [run["dag_run_id"] for run in live.runs(PIPELINE) if run["dag_run_id"] not in before]
+    )
     return new
 
 
-def runs(stack: LiveStack) -> list[dict[str, Any]]:
-    return stack.api.call("GET", f"dags/{DAG}/dagRuns")["dag_runs"]
+def test_the_form_explains_every_field_in_sections(page: Page, live: LiveStack) -> None:
+    dialog = open_form(page, live.record.airflow_url)
+    recipe = unfold(dialog, "Run", "recipe")
+    assert recipe.input_value() == "demo"
+    dialog.get_by_role("cell", name="6.11 M parameters: 5 layers of 256").wait_for()  # what the recipe's defaults are
+    assert {option.get_attribute("value") for option in dialog.locator("datalist option").all()} >= {"demo", "tiny"}
+    assert unfold(dialog, "Data", "documents").evaluate("field => field.tagName") == "TEXTAREA"
+    dialog.get_by_text("one source a line").first.wait_for()
+    unfold(dialog, "Model and alignment", "alignment").get_by_text("Both, side by side").wait_for()
+    assert unfold(dialog, "Course of the run", "dry_run").count() == 1
+    unfold(dialog, "Changes to the recipe", "overrides")
 
 
-def task_page(stack: LiveStack, run_id: str, task_id: str, tab: str = "") -> str:
-    return f"{stack.record.airflow_url}/dags/{DAG}/runs/{quote(run_id)}/tasks/{task_id}{tab}"
+def test_the_form_shows_what_is_wrong_and_does_not_let_go(page: Page, live: LiveStack) -> None:
+    dialog = open_form(page, live.record.airflow_url)
+    name = unfold(dialog, "Run", "run_name")
+    name.fill("")
+    dialog.get_by_text("This field is required").wait_for()
+    trigger = dialog.get_by_role("button", name="Trigger", exact=True)
+    assert trigger.is_disabled()
+    name.fill("browser")
+    dialog.get_by_text("This field is required").wait_for(state="hidden")
+    assert trigger.is_enabled()
+    type_json(page, unfold(dialog, "Changes to the recipe", "overrides"), '{"sft.num_epochs": ')
+    dialog.get_by_text("SyntaxError").first.wait_for()
+    assert trigger.is_disabled()
 
 
-def test_a_wrong_field_ends_the_run_in_seconds_and_says_what_was_meant(page: Page, people_stack: LiveStack) -> None:
-    dialog = open_form(page, people_stack)
+def test_a_wrong_field_ends_the_run_in_seconds_and_says_what_was_meant(page: Page, live: LiveStack) -> None:
+    dialog = open_form(page, live.record.airflow_url)
     unfold(dialog, "Run", "recipe").fill("tinny")
-    run_id = submit(dialog, people_stack)
-    assert people_stack.wait_end(DAG, run_id) == "failed"
-    page.goto(task_page(people_stack, run_id, "resolve"))
+    run_id = submit(dialog, live)
+    assert live.wait_end(PIPELINE, run_id) == "failed"
+    page.goto(task_page(live.record.airflow_url, PIPELINE, run_id, "resolve"))
     page.get_by_text("recipe='tinny' does not exist").first.wait_for()
     page.get_by_text("Did you mean 'tiny'?").first.wait_for()
 
 
-def test_a_run_from_the_form_to_an_approved_champion(page: Page, people_stack: LiveStack) -> None:
-    stack = people_stack
-    dialog = open_form(page, stack)
+@pytest.mark.usefixtures("first_run")
+def test_the_plan_is_shown_before_anything_is_spent(page: Page, live: LiveStack) -> None:
+    dialog = open_form(page, live.record.airflow_url)
+    unfold(dialog, "Run", "recipe").fill("tiny")
+    switch_on(unfold(dialog, "Course of the run", "dry_run"))
+    choose(page, unfold(dialog, "Model and alignment", "alignment"), "DPO: directly from preference pairs")
+    type_json(page, unfold(dialog, "Changes to the recipe", "overrides"), json.dumps(LONG_SFT))
+    run_id = submit(dialog, live)
+    assert live.wait_end(PIPELINE, run_id) == "success"
+    assert live.states(PIPELINE, run_id)["curate"] == "skipped"
+    page.goto(task_page(live.record.airflow_url, PIPELINE, run_id, "plan"))
+    page.get_by_text("Plan of recipe tiny, and nothing else: this is a dry run").first.wait_for()
+    page.get_by_text("num_epochs: 0.5 -> 3.0").first.wait_for()
+    parent = live.xcom(PIPELINE, run_id, "resolve")["parent_run_id"]
+    page.goto(f"{live.record.mlflow_url}/#/runs/{parent}")
+    page.get_by_role("heading", name="Plan of recipe tiny").first.wait_for()
+
+
+@pytest.mark.usefixtures("first_run")
+def test_a_run_from_the_form_to_an_approved_champion(page: Page, live: LiveStack) -> None:
+    dialog = open_form(page, live.record.airflow_url)
     unfold(dialog, "Run", "recipe").fill("tiny")
     unfold(dialog, "Run", "run_name").fill("browser")
-    choose(page, unfold(dialog, "Model and alignment", "alignment"), "dpo")
-    choose(page, unfold(dialog, "Course of the run", "promotion"), "approval")
-    dialog.locator("input[name=element_seed]").fill("7")  # a run of its own: no stage has been built before
-    run_id = submit(dialog, stack)
+    choose(page, unfold(dialog, "Model and alignment", "alignment"), "DPO: directly from preference pairs")
+    choose(page, unfold(dialog, "Course of the run", "promotion"), "By approval: a person decides")
+    type_json(page, unfold(dialog, "Changes to the recipe", "overrides"), json.dumps(LONG_SFT))
+    run_id = submit(dialog, live)
 
-    stack.wait_state(DAG, run_id, "sft", "deferred")
-    page.goto(task_page(stack, run_id, "sft"))
-    addresses = {
-        name: page.get_by_role("link", name=name).first.get_attribute("href") for name in ("Ray job", "MLflow run")
-    }
-    states = {task.task_id: task.state for task in stack.api.tasks(DAG, run_id)}
-    assert states["sft"] == "deferred", "the links are there before the stage has ended"
-    page.goto(addresses["MLflow run"] or "")
-    page.get_by_text("Overview").first.wait_for()
-    page.set_extra_http_headers({"Authorization": f"Bearer {stack.secrets.ray_token}"})
-    page.goto(addresses["Ray job"] or "")
-    page.get_by_text("athanor").first.wait_for()
-    page.set_extra_http_headers({})
+    # While the stage runs its page leads to Ray and to MLflow.
+    live.wait_state(PIPELINE, run_id, "sft", "deferred")
+    page.goto(task_page(live.record.airflow_url, PIPELINE, run_id, "sft", "/details"))
+    ray = follow(page, "Ray job")
+    unlock_ray(ray, live.secrets.ray_token)
+    ray.get_by_text("RUNNING", exact=True).first.wait_for()
+    follow(page, "MLflow run").get_by_text("Running", exact=True).first.wait_for()
+    assert live.states(PIPELINE, run_id)["sft"] == "deferred", "all that was seen while it ran"
 
-    stack.wait_state(DAG, run_id, "approve", "awaiting_input")
-    page.goto(task_page(stack, run_id, "approve", "/required_actions"))
+    live.wait_state(PIPELINE, run_id, "approve", "awaiting_input")
+    page.goto(task_page(live.record.airflow_url, PIPELINE, run_id, "approve", "/required_actions"))
     page.get_by_text("Answers side by side").wait_for()
-    assert page.get_by_role("cell", name="DPO", exact=True).or_(page.get_by_role("columnheader", name="DPO")).count()
-    page.locator("[id=element_comment]").first.fill("reads well")
-    page.get_by_test_id("hitl-option-Approve").click()
+    headings = [cell.inner_text() for cell in page.get_by_role("table").first.get_by_role("columnheader").all()]
+    assert headings == ["", "base", "SFT", "DPO"]
+    page.locator("[id=element_comment]").fill("reads well")
+    page.get_by_role("button", name="Approve").click()
 
-    open_graph(page, stack.record.airflow_url, run_id)
-    assert stack.wait_end(DAG, run_id) == "success"
-    page.get_by_text("Success").first.wait_for()  # without loading the page again
-    champion = stack.aliased("browser-aligned", "champion")
+    open_graph(page, live.record.airflow_url, run_id)
+    assert live.wait_end(PIPELINE, run_id) == "success"
+    finished = page.locator(".react-flow__node", has_text="close").get_by_text("success", exact=False)
+    finished.wait_for()  # without loading the page again
+    champion = live.aliased("browser-aligned", "champion")
     assert champion is not None
     assert (champion["approval.verdict"], champion["approval.comment"]) == ("approved", "reads well")
+    assert live.rows(run_id)["pretrain"].state == "hit"
 
 
-def test_a_rejection_leaves_no_champion_and_a_report(page: Page, people_stack: LiveStack) -> None:
-    stack = people_stack
-    run_id = stack.trigger(DAG, recipe="tiny", alignment="dpo", promotion="approval", run_name="refused")
-    stack.wait_state(DAG, run_id, "approve", "awaiting_input")
-    page.goto(task_page(stack, run_id, "approve", "/required_actions"))
-    page.get_by_test_id("hitl-option-Reject").click()
-    assert stack.wait_end(DAG, run_id) == "success"
-    assert stack.aliased("refused-aligned", "champion") is None
-    candidate = stack.aliased("refused-aligned", "candidate")
+@pytest.mark.usefixtures("first_run")
+def test_a_rejection_leaves_no_champion_and_a_report(page: Page, live: LiveStack) -> None:
+    run_id = live.pipeline("refused", promotion="approval")
+    live.wait_state(PIPELINE, run_id, "approve", "awaiting_input")
+    page.goto(f"{live.record.airflow_url}/required_actions?response_received=false")
+    page.get_by_role("link", name="refused: promote the DPO model to champion?").first.click()
+    page.get_by_role("button", name="Reject").click()
+    assert live.wait_end(PIPELINE, run_id) == "success"
+    assert live.aliased("refused-aligned", "champion") is None
+    candidate = live.aliased("refused-aligned", "candidate")
     assert candidate is not None
     assert candidate["approval.verdict"] == "rejected"
+    assert live.artifact(run_id, Stage.REPORT).kind == "report"
 
 
-def test_a_pair_is_labelled_on_the_page_of_required_actions(page: Page, people_stack: LiveStack) -> None:
-    stack, dag = people_stack, "collect_preferences"
-    if stack.aliased("refused-aligned", "candidate") is None:
-        made = stack.trigger(DAG, recipe="tiny", alignment="dpo", promotion="never", run_name="refused")
-        assert stack.wait_end(DAG, made) == "success"
-    run_id = stack.trigger(dag, run_name="refused", num_prompts=1)
-    stack.wait_state(dag, run_id, "rate", "awaiting_input", map_index=0)
-    page.goto(f"{stack.record.airflow_url}/required_actions?response_received=false")
-    page.get_by_text("Which response is better: What is 0 + 0?").first.wait_for()
-    page.goto(f"{stack.record.airflow_url}/dags/{dag}/runs/{quote(run_id)}/tasks/rate/mapped/0/required_actions")
-    page.get_by_text("It is 0.").wait_for()
-    page.get_by_test_id("hitl-option-B").click()
-    assert stack.wait_end(dag, run_id) == "success"
-    assert stack.xcom(dag, run_id, "publish")["kind"] == "preferences"
+@pytest.mark.usefixtures("first_run")
+def test_a_pair_is_labelled_on_the_page_of_required_actions(page: Page, live: LiveStack) -> None:
+    run_id = live.trigger(COLLECT, prompts=["Who goes there?"], max_response_length=8)
+    live.wait_state(COLLECT, run_id, "rate", "awaiting_input", map_index=0)
+    page.goto(f"{live.record.airflow_url}/required_actions?response_received=false")
+    page.get_by_role("link", name="Which response is better: Who goes there?").first.click()
+    page.get_by_text("Who goes there?").first.wait_for()
+    page.get_by_role("heading", name="B", exact=True).wait_for()
+    page.get_by_role("button", name="B", exact=True).click()
+    assert live.wait_end(COLLECT, run_id) == "success"
+    made = live.xcom(COLLECT, run_id, "publish")
+    assert read_manifest(made["uri"]).ledger["questions"]["answered"] == 1
+    (pair,) = [json.loads(line) for line in read_file(made["uri"], "preferences.jsonl").splitlines()]
+    assert (pair["prompt"], pair["by"]) == ("Who goes there?", "admin")
 
 
-def test_the_login_is_needed(people_stack: LiveStack, page: Page) -> None:
+def test_the_login_is_needed(page: Page, live: LiveStack) -> None:
     """The tests above would prove nothing about people if anybody could decide."""
     page.context.clear_cookies()
     page.evaluate("window.localStorage.clear()")
-    page.goto(f"{people_stack.record.airflow_url}/required_actions")
+    page.goto(f"{live.record.airflow_url}/required_actions")
     page.locator("input[name=username]").wait_for()
-    login_airflow(page, people_stack.record.airflow_url, people_stack.secrets.admin_password)
+    login_airflow(page, live.record.airflow_url, live.secrets.admin_password)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -14,8 +15,14 @@ from operators.failures import MAX_RETRIES, StageRetryPolicy
 from operators.operator import StageOperator
 from stages.config.graph import Stage
 
+CHECKPOINT_EVERY = 4
 JOB = sys.executable + " -m tests.chaos.job {config_uri} {{ params.behaviour }}"
-POLICY = StageRetryPolicy(first_delay=timedelta(seconds=1), longest_delay=timedelta(seconds=1))
+TRAINING = sys.executable + " -m tests.chaos.training {config_uri}"
+DEFAULTS = {
+    "retries": MAX_RETRIES,
+    "retry_delay": timedelta(seconds=1),  # of attempts that die without a word
+    "retry_policy": StageRetryPolicy(first_delay=timedelta(seconds=1), longest_delay=timedelta(seconds=1)),
+}
 
 
 def note_pid(context: dict) -> None:
@@ -26,12 +33,18 @@ def note_pid(context: dict) -> None:
     (folder / name).write_text(json.dumps({"pid": os.getpid()}))
 
 
-def run_info() -> dict:
+def die_after_the_first_success(context: dict, result: Any) -> None:
+    """The outcome has been processed, and Airflow does not know yet."""
+    if context["ti"].try_number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_info(**form: Any) -> dict:
     from operators.run import start_run
 
     context: Any = get_current_context()
-    retries = context["params"].get("max_retries", 2)
-    form = {"recipe": "tiny", "overrides": {"execution.curate.max_retries": retries}}
+    overrides = {"execution.curate.max_retries": context["params"].get("max_retries", 2)}
+    form = {"recipe": "tiny", **form, "overrides": {**overrides, **form.get("overrides", {})}}
     return start_run({**context, "params": form})
 
 
@@ -40,7 +53,7 @@ def chaos_dag(dag_id: str, **settings: Any) -> DAG:
         dag_id=dag_id,
         schedule=None,
         params=ParamsDict({"behaviour": "lines:5", "max_retries": 2}),
-        default_args={"retries": MAX_RETRIES, "retry_policy": POLICY},
+        default_args=DEFAULTS,
     ) as dag:
 
         @task
@@ -54,17 +67,46 @@ def chaos_dag(dag_id: str, **settings: Any) -> DAG:
 deferred = chaos_dag("deferred")
 waiting = chaos_dag("waiting", deferrable=False)
 timed = chaos_dag("timed", timeout=timedelta(seconds=15))
+limited = chaos_dag("limited", deferrable=False, execution_timeout=timedelta(seconds=15))
+unnoted = chaos_dag("unnoted", post_execute=die_after_the_first_success)
 lossy = chaos_dag("lossy", ray_conn_id="ray_lossy")
+late = chaos_dag("late", ray_conn_id="ray_late")
 flaky = chaos_dag("flaky", ray_conn_id="ray_flaky")
 cut = chaos_dag("cut", ray_conn_id="ray_cut")
 gone = chaos_dag("gone", ray_conn_id="ray_gone", unreachable_seconds=15)
+
+with DAG(
+    dag_id="training",
+    schedule=None,
+    params=ParamsDict({"behaviour": "", "tokens": {}, "seed": 0, "stall_seconds": 0}),
+    default_args=DEFAULTS,
+) as training:
+
+    @task(task_id="resolve")
+    def resolve_training() -> dict:
+        context: Any = get_current_context()
+        settings = {
+            "num_workers": 1,
+            "checkpoint_every": CHECKPOINT_EVERY,
+            "stall_seconds": context["params"]["stall_seconds"],
+        }
+        overrides = {f"execution.pretrain.{name}": value for name, value in settings.items()}
+        return run_info(seed=context["params"]["seed"], overrides=overrides)
+
+    @task
+    def tokenize() -> dict:
+        """The artifact that the test has made."""
+        context: Any = get_current_context()
+        return context["params"]["tokens"]
+
+    chain(resolve_training(), tokenize(), StageOperator(stage=Stage.PRETRAIN, entrypoint=TRAINING, outlets=[]))
 
 with DAG(
     dag_id="mapped",
     schedule=None,
     params=ParamsDict({"behaviour": "lines:1", "count": 12}),
     max_active_tasks=64,
-    default_args={"retries": MAX_RETRIES, "retry_policy": POLICY},
+    default_args=DEFAULTS,
 ) as mapped:
 
     @task(task_id="resolve")

@@ -20,7 +20,9 @@ class Proxy:
         "Connections are closed at once, those that exist too."
         self.lose_answers = 0
         "So many submissions are carried out, and their connection is closed instead of an answer."
-        self.lose_after_seconds = 0.0
+        self.may_lose = threading.Event()
+        "The connection is held until then."
+        self.may_lose.set()
         self.close_logs_after: float | None = None
         "Seconds after which each log connection is closed."
         self.closed_logs = 0
@@ -80,7 +82,9 @@ class Proxy:
                 if data.startswith(_SUBMISSION) and self.lose_answers:
                     self.lose_answers -= 1
                     answers.cancel()
-                    await asyncio.sleep(max(0.5, self.lose_after_seconds))
+                    await asyncio.sleep(0.5)
+                    while not self.may_lose.is_set():
+                        await asyncio.sleep(0.1)
                     break
                 if _LOG in data[:300] and self.close_logs_after is not None:
                     await asyncio.sleep(self.close_logs_after)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -17,7 +19,7 @@ from urllib.parse import quote, urlsplit
 import psutil
 import requests
 
-from infra.airflow_api import AirflowApi
+from infra.airflow_api import AirflowApi, AirflowApiError
 from infra.components import airflow_components
 from infra.environment import stack_environment
 from infra.layout import Layout, StackRecord, StackSecrets, write_airflow_passwords
@@ -31,18 +33,17 @@ from tests.servers import RayServer, ray_server, running
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHORT = {
     "AIRFLOW__TRIGGERER__JOB_HEARTBEAT_SEC": "1",
-    "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "6",
+    "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "15",
     "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
-    "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "8",
+    "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "30",
     "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "5",
     "AIRFLOW__SCHEDULER__TRIGGER_TIMEOUT_CHECK_INTERVAL": "2",
-    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "30",
-    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "5",
     "AIRFLOW__SCHEDULER__USE_JOB_SCHEDULE": "false",  # the reaper runs when a row asks for it
-    "AIRFLOW__CORE__PARALLELISM": "6",
+    "AIRFLOW__CORE__PARALLELISM": "12",
     "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "false",
 }
-CONNECTIONS = ("ray_lossy", "ray_flaky", "ray_cut", "ray_gone")
+COMPONENTS = ("api-server", "dag-processor", "scheduler", "triggerer")
+CONNECTIONS = ("ray_lossy", "ray_late", "ray_flaky", "ray_cut", "ray_gone")
 FINISHED = ("success", "failed")
 
 
@@ -52,6 +53,7 @@ class ChaosStack:
 
     airflow: AirflowApi
     ray: RayServer
+    home: Path
     store: Store
     logs: Path
     pids: Path
@@ -83,11 +85,24 @@ class ChaosStack:
     def kill(self, name: str) -> None:
         """SIGKILL. A triggerer dies with the process in which its triggers run; a scheduler leaves its executor's
         processes behind, as it does in real life, so that tasks that run go on."""
-        process = psutil.Process(self.processes[name].pid)
-        children = process.children(recursive=True) if name == "triggerer" else []
-        for victim in (process, *children):
-            victim.kill()
-        self.processes[name].wait()
+        self._kill(name, with_children=name == "triggerer")
+
+    def kill_all(self) -> None:
+        """SIGKILL to the whole Airflow, the processes of its tasks included."""
+        for name in COMPONENTS:
+            self._kill(name, with_children=True)
+
+    def start_all(self) -> None:
+        for name in COMPONENTS:
+            self.start(name)
+
+    def _kill(self, name: str, *, with_children: bool) -> None:
+        server = self.processes.pop(name)
+        process = psutil.Process(server.pid)
+        for victim in (process, *(process.children(recursive=True) if with_children else ())):
+            with contextlib.suppress(psutil.NoSuchProcess):  # a task's process may end meanwhile
+                victim.kill()
+        server.wait()
 
     def stop(self) -> None:
         for stack in reversed(self._stacks):
@@ -95,18 +110,32 @@ class ChaosStack:
 
     # ------------------------------------------------------------ runs
 
-    def trigger(self, dag_id: str, behaviour: str = "lines:5", **conf: Any) -> Row:
-        return Row(self, dag_id, self.airflow.trigger(dag_id, {"behaviour": behaviour, **conf}))
+    def trigger(self, dag_id: str, behaviour: str = "", *, stage: Stage = Stage.CURATE, **conf: Any) -> Row:
+        body = {"logical_date": None, "conf": {"behaviour": behaviour, **conf}}
+        run = self.ask("POST", f"dags/{dag_id}/dagRuns", json=body)
+        return Row(self, dag_id, run["dag_run_id"], stage.value)
+
+    def ask(self, method: str, path: str, **arguments: Any) -> Any:
+        """One request, again when the database was locked: with SQLite, Airflow's api-server may wait for itself."""
+        for _ in range(3):
+            try:
+                return self.airflow.call(method, path, **arguments)
+            except AirflowApiError as error:
+                if ": 500 " not in str(error):
+                    raise
+        return self.airflow.call(method, path, **arguments)
 
     def jobs(self) -> list[dict[str, Any]]:
         answer = requests.get(f"{self.ray.url}/api/jobs/", headers=self.ray.headers, timeout=30)
         answer.raise_for_status()
         return [job for job in answer.json() if (job.get("metadata") or {}).get("airflow.run_id")]
 
-    def wait(self, what: str, reached: Any, *, seconds: float = 120, pause: float = 0.2) -> Any:
+    def wait(self, what: str, reached: Any, *, seconds: float = 400, pause: float = 0.7) -> Any:
         """Poll until `reached` returns something true."""
         deadline = time.monotonic() + seconds
         while not (found := reached()):
+            dead = [name for name, process in list(self.processes.items()) if process.poll() is not None]
+            assert not dead, f"died by itself: {dead}; see {self.logs}"
             assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
             time.sleep(pause)
         return found
@@ -119,10 +148,7 @@ class Row:
     stack: ChaosStack
     dag_id: str
     run_id: str
-
-    @property
-    def stage(self) -> str:
-        return Stage.CURATE.value
+    stage: str = Stage.CURATE.value
 
     @property
     def name(self) -> str:
@@ -134,20 +160,24 @@ class Row:
 
     def task(self, map_index: int = -1) -> dict[str, Any]:
         suffix = "" if map_index < 0 else f"/{map_index}"
-        return self.stack.airflow.call("GET", f"{self.path}/taskInstances/{self.stage}{suffix}")
+        return self.stack.ask("GET", f"{self.path}/taskInstances/{self.stage}{suffix}")
+
+    def started_at(self) -> float:
+        """When the task's first attempt started, in seconds since the epoch."""
+        return datetime.fromisoformat(self.task()["start_date"]).timestamp()
 
     def state(self) -> str:
         return str(self.task()["state"])
 
     def run_state(self) -> str:
-        return self.stack.airflow.run_state(self.dag_id, self.run_id)
+        return self.stack.ask("GET", self.path)["state"]
 
-    def wait_state(self, *states: str, seconds: float = 120) -> str:
+    def wait_state(self, *states: str, seconds: float = 400) -> str:
         return self.stack.wait(
             f"{self.name} is {states}", lambda: (state := self.state()) in states and state, seconds=seconds
         )
 
-    def finish(self, seconds: float = 150) -> str:
+    def finish(self, seconds: float = 600) -> str:
         """Wait for the end of the run and return the task's state."""
         self.stack.wait(f"{self.name} ends", lambda: self.run_state() in FINISHED, seconds=seconds)
         return self.state()
@@ -172,8 +202,8 @@ class Row:
 
     def process(self, role: str, submission_id: str) -> psutil.Process:
         """The job's driver or its worker."""
-        key = run_key(re.sub(r"[^A-Za-z0-9_.-]", "-", self.run_id), Stage.CURATE, f"{role}-{submission_id}.json")
-        self.stack.wait(f"{role} of {self.name}", lambda: self.stack.store.exists(key))
+        key = run_key(re.sub(r"[^A-Za-z0-9_.-]", "-", self.run_id), Stage(self.stage), f"{role}-{submission_id}.json")
+        self.stack.wait(f"{role} of {self.name}", lambda: self.stack.store.exists(key), seconds=240)
         return psutil.Process(read_json(self.stack.store, key)["pid"])
 
     def task_process(self, try_number: int = 1) -> psutil.Process:
@@ -183,17 +213,22 @@ class Row:
         return psutil.Process(json.loads(path.read_text())["pid"])
 
     def mark(self, state: str) -> None:
-        self.stack.airflow.call("PATCH", f"{self.path}/taskInstances/{self.stage}", json={"new_state": state})
+        self.stack.ask("PATCH", f"{self.path}/taskInstances/{self.stage}", json={"new_state": state})
 
     def clear(self) -> None:
-        self.stack.airflow.call(
+        self.stack.ask(
             "POST",
             f"dags/{self.dag_id}/clearTaskInstances",
             json={"dag_run_id": self.run_id, "task_ids": [self.stage], "dry_run": False, "only_failed": False},
         )
 
+    def stop_in_ray(self, submission_id: str) -> None:
+        """What somebody does who looks at Ray's dashboard."""
+        address = f"{self.stack.ray.url}/api/jobs/{submission_id}/stop"
+        requests.post(address, headers=self.stack.ray.headers, timeout=30).raise_for_status()
+
     def fail_run(self) -> None:
-        self.stack.airflow.call("PATCH", self.path, json={"state": "failed"})
+        self.stack.ask("PATCH", self.path, json={"state": "failed"})
 
     def seconds_until_stopped(self, submission_id: str, *, since: float) -> float:
         """Until Ray says that the job has ended and its process is gone."""
@@ -203,16 +238,36 @@ class Row:
             status = {job["submission_id"]: job["status"] for job in self.jobs()}[submission_id]
             return status == "STOPPED" and not driver.is_running()
 
-        self.stack.wait(f"{submission_id} of {self.name} stopped", ended, seconds=60)
+        self.stack.wait(f"{submission_id} of {self.name} stopped", ended, seconds=120, pause=0.2)
         return time.monotonic() - since
+
+    def seconds_over(self, since: float) -> float:
+        """How long after a moment, in seconds since the epoch, the last job ended."""
+        return self.jobs()[-1]["end_time"] / 1000 - since
 
     # ------------------------------------------------------------ log
 
+    def entries(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.task_log().splitlines() if line.startswith("{")]
+
+    def logged_at(self, event: str) -> float:
+        """When the task log first says this, in seconds since the epoch."""
+        found = [entry["timestamp"] for entry in self.entries() if entry["event"].startswith(event)]
+        return datetime.fromisoformat(found[0]).timestamp()
+
+    def shown(self) -> str:
+        """What people read: the entries' texts, without what Airflow adds to them, such as a trigger's event."""
+        return "\n".join(str(entry["event"]) for entry in self.entries())
+
+    def job_log(self, submission_id: str) -> str:
+        answer = requests.get(
+            f"{self.stack.ray.url}/api/jobs/{submission_id}/logs", headers=self.stack.ray.headers, timeout=30
+        )
+        return (answer.json().get("logs") or "") if answer.ok else ""
+
     def lines(self, submission_id: str) -> list[str]:
         """The numbered lines that Ray has of a job."""
-        address = f"{self.stack.ray.url}/api/jobs/{submission_id}/logs"
-        answer = requests.get(address, headers=self.stack.ray.headers, timeout=30)
-        return _numbered(answer.json().get("logs") or "", submission_id) if answer.ok else []
+        return _numbered(self.job_log(submission_id), submission_id)
 
     def task_log(self) -> str:
         folder = self.stack.logs / "tasks" / f"dag_id={self.dag_id}" / f"run_id={self.run_id}" / f"task_id={self.stage}"
@@ -220,7 +275,7 @@ class Row:
 
     def lost_lines(self) -> int:
         """Lines of jobs that ended by themselves which the task log does not have."""
-        shown, lost = self.task_log(), 0
+        shown, lost = self.shown(), 0
         for job in self.jobs():
             if job["status"] == "SUCCEEDED":
                 known = set(_numbered(shown, job["submission_id"]))
@@ -228,7 +283,7 @@ class Row:
         return lost
 
     def repeated_lines(self) -> int:
-        shown, repeated = self.task_log(), 0
+        shown, repeated = self.shown(), 0
         for job in self.jobs():
             numbers = _numbered(shown, job["submission_id"])
             repeated += len(numbers) - len(set(numbers))
@@ -266,8 +321,9 @@ def chaos_stack(root: Path, dag_files: list[Path]) -> Iterator[ChaosStack]:
         migrate = [sys.executable, "-m", "airflow", "db", "migrate"]
         subprocess.run(migrate, env=environment, check=True, capture_output=True, timeout=240)
         chaos = ChaosStack(
-            airflow=AirflowApi(record.airflow_url, user="admin", password=secrets.admin_password),
+            airflow=AirflowApi(record.airflow_url, user="admin", password=secrets.admin_password, timeout_seconds=90),
             ray=ray,
+            home=layout.store.parent,
             store=open_store(layout.store.as_uri()),
             logs=layout.logs,
             pids=root / "pids",
@@ -276,8 +332,7 @@ def chaos_stack(root: Path, dag_files: list[Path]) -> Iterator[ChaosStack]:
             port=record.ports["airflow"],
         )
         stack.callback(chaos.stop)
-        for name in ("api-server", "dag-processor", "scheduler", "triggerer"):
-            chaos.start(name)
+        chaos.start_all()
         yield chaos
 
 
@@ -289,13 +344,13 @@ def _environment(
     environment.pop("ATHANOR_STACK")
     environment.pop("MLFLOW_TRACKING_URI")
     connection = {"conn_type": "ray_jobs", "host": "127.0.0.1", "password": ray.token}
+    patient = {"ray_late": {"extra": {"timeout_seconds": 120}}}  # longer than its proxy holds the answer back
     ports = {"ray_default": record.ports["ray_dashboard"], **{name: proxy.port for name, proxy in proxies.items()}}
     for name, port in ports.items():
-        environment[f"AIRFLOW_CONN_{name.upper()}"] = json.dumps({**connection, "port": port})
+        environment[f"AIRFLOW_CONN_{name.upper()}"] = json.dumps({**connection, "port": port, **patient.get(name, {})})
     return {
         **environment,
         "PYTHONPATH": str(REPOSITORY),
         "RAY_AUTH_TOKEN": ray.token,
         "CHAOS_PIDS": str(layout.checkout / "pids"),
-        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{layout.airflow}/airflow.db",
     }

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,11 @@ from stages.config.resolve import resolve
 from stages.lineage import ancestors
 from stages.runner import execute
 from stages.store import Store, open_store, write_json
+from tests.raw_text import WORDS, prose
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(300)]
 
-WORDS = ("river", "mill", "letter", "city", "house", "winter", "sailor", "teacher", "garden", "window", "kitchen")
 CHAIN = (Stage.CURATE, Stage.TOKENIZE, Stage.PRETRAIN, Stage.SFT)
-
-
-def prose(seed: int) -> str:
-    rng = random.Random(seed)
-    shape = "The {} of the {} was taken to the {} before anybody in the {} had heard of that {}."
-    return " ".join(shape.format(*rng.sample(WORDS, 5)) for _ in range(8))
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:

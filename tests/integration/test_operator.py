@@ -2,12 +2,16 @@
 
 import asyncio
 import json
+import os
 import shlex
+import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,6 +27,7 @@ from operators.failures import (
     StageLost,
     StageOutOfMemory,
     StageOutOfMemoryForGood,
+    StagePreempted,
     StageStalled,
     StageStopped,
     StageTimedOut,
@@ -63,8 +68,11 @@ class Memory:
 class TaskInstance:
     dag_id, run_id, task_id, map_index = KEY.dag_id, KEY.run_id, KEY.task_id, -1
 
-    def __init__(self, xcoms: dict[str, Any], try_number: int) -> None:
-        self.xcoms, self.try_number = xcoms, try_number
+    def __init__(self, xcoms: dict[str, Any], try_number: int, state: str | None) -> None:
+        self.xcoms, self.try_number, self.state = xcoms, try_number, state
+
+    def get_task_states(self, dag_id: str, run_ids: list[str]) -> dict[str, Any]:
+        return {run_id: {self.task_id: self.state} for run_id in run_ids}
 
     def xcom_pull(self, task_ids: str) -> Any:
         return self.xcoms.get(task_ids)
@@ -84,6 +92,8 @@ class World:
             "curate": CURATED.model_dump(mode="json"),
         }
         self.events: dict[Any, Any] = {}
+        self.clear_number = 0
+        self.state: str | None = "running"
         self.configure()
 
     def configure(self, **params: Any) -> None:
@@ -96,8 +106,9 @@ class World:
         return StageOperator(stage=stage, entrypoint=command, poll_interval=0.3, **settings)
 
     def context(self, try_number: int = 1) -> dict[str, Any]:
-        ti = TaskInstance(self.xcoms, try_number)
-        return {"ti": ti, "task_state_store": self.memory, "outlet_events": self.events}
+        ti = TaskInstance(self.xcoms, try_number, self.state)
+        dag_run = SimpleNamespace(clear_number=self.clear_number)
+        return {"ti": ti, "dag_run": dag_run, "task_state_store": self.memory, "outlet_events": self.events}
 
     def start(self, behaviour: str, *, try_number: int = 1, **settings: Any) -> TaskDeferred:
         with pytest.raises(TaskDeferred) as deferred:
@@ -352,21 +363,56 @@ def test_a_job_that_somebody_stops_in_ray_fails_for_good(world: World, hook: Ray
         world.finish(deferred)
 
 
-def test_sigterm_of_a_waiting_task_stops_the_job(world: World, hook: RayJobHook):
-    operator = world.operator("succeed:60", deferrable=False)
+@pytest.fixture
+def terminated(world: World, hook: RayJobHook) -> Iterator[Callable[[StageOperator], None]]:
+    """Run a task that waits itself, and end it as Airflow does: on_kill in the handler of a signal."""
+    before = signal.getsignal(signal.SIGTERM)
 
-    def terminate() -> None:
-        while STATE_KEY not in world.memory.values:
-            time.sleep(0.1)
-        running_id(world, hook)
-        operator.on_kill()
+    def run(operator: StageOperator) -> None:
+        def terminate() -> None:
+            while STATE_KEY not in world.memory.values:
+                time.sleep(0.1)
+            running_id(world, hook)
+            time.sleep(1)  # it waits by now
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    killer = threading.Thread(target=terminate)
-    killer.start()
-    with pytest.raises(StageStopped):
-        operator.execute(world.context())
-    killer.join()
+        signal.signal(signal.SIGTERM, lambda signum, frame: operator.on_kill())
+        killer = threading.Thread(target=terminate)
+        killer.start()
+        with pytest.raises(StagePreempted, match="Airflow ended this process"):
+            operator.execute(world.context())
+        killer.join()
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("state", ["restarting", "failed", "success"])
+def test_a_waiting_task_that_was_cleared_or_marked_stops_its_job(world: World, hook: RayJobHook, terminated, state):
+    world.state = state
+    terminated(world.operator("succeed:60", deferrable=False))
     assert list(our_jobs(hook).values()) == ["STOPPED"]
+
+
+@pytest.mark.parametrize("state", ["running", "scheduled", None])
+def test_a_waiting_task_whose_worker_ends_leaves_its_job_to_the_next_attempt(
+    world: World, hook: RayJobHook, terminated, state
+):
+    world.state = state
+    terminated(world.operator("succeed:8", deferrable=False))
+    assert list(our_jobs(hook).values()) == ["RUNNING"]
+    again = world.operator("succeed:8", deferrable=False)
+    assert again.execute(world.context(2))["kind"] == "tokens"
+    assert list(our_jobs(hook).values()) == ["SUCCEEDED"]
+
+
+def test_a_waiting_task_stops_its_job_when_its_time_is_over(world: World, hook: RayJobHook):
+    operator = world.operator("succeed:60", deferrable=False, timeout=timedelta(seconds=6))
+    with pytest.raises(StageTimedOut, match=r"longer than its timeout of 0:00:06; its Ray job was stopped") as caught:
+        operator.execute(world.context())
+    (submission_id,) = our_jobs(hook)
+    wait_for(hook, submission_id, "STOPPED")
+    assert caught.value.max_retries == 2
 
 
 def test_cancel_on_kill_off_leaves_the_job(world: World, hook: RayJobHook):

@@ -5,9 +5,7 @@ trigger, and the pipeline that it would start run here one after the other.
 """
 
 import asyncio
-import gzip
 import json
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,13 +25,13 @@ from stages.config.request import StageResult
 from stages.config.retrain import RetrainParams
 from stages.lineage import ancestors
 from stages.store import open_store
+from tests.raw_text import a_document_of, jsonl, prose
 from tests.servers import ray_server
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
 DEFAULTS = PipelineParams.model_validate({}).model_dump(mode="json")
 QUICK = {"promote.min_win_rate": 0.0, "min_new_bytes": 1000}
-WORDS = ("river", "mill", "letter", "city", "house", "winter", "sailor", "teacher", "garden", "window", "kitchen")
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +60,6 @@ def play(store_uri: str, **params: Any) -> dict[Stage, StageResult]:
     store, run_id = open_store(store_uri), dag_run.run_id.replace(":", "-").replace("+", "-")
     keys = {stage: run_key(run_id, stage, "result.json") for stage in Stage}
     return {s: StageResult.model_validate_json(store.read_bytes(key)) for s, key in keys.items() if store.exists(key)}
-
-
-def prose(seed: int) -> str:
-    """English sentences that say nothing and repeat nothing."""
-    rng = random.Random(seed)
-    shape = "The {} of the {} was taken to the {} before anybody in the {} had heard of that {}."
-    return " ".join(shape.format(*rng.sample(WORDS, 5)) for _ in range(8))
 
 
 def next_event(raw: Path) -> dict[str, Any]:
@@ -119,11 +110,9 @@ def test_a_file_in_the_watched_prefix_ends_in_a_candidate_that_descends_from_the
     assert champion.tags["lineage.fingerprint"] == first[Stage.DPO].artifact.fingerprint
     assert decide(RetrainParams(run_name="tiny")) == Skip(f"{raw.as_uri()} is empty.")
 
-    curated = fetch(first[Stage.CURATE].artifact, tmp_path)
-    with gzip.open(next((curated / "documents" / "train").glob("*.jsonl.gz")), "rt") as lines:
-        seen = next(text for text in (json.loads(line)["text"] for line in lines) if "<" not in text)  # not scrubbed
-    rows = [{"text": seen}, *({"text": prose(seed)} for seed in range(20))]
-    (raw / "monday.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = a_document_of(fetch(first[Stage.CURATE].artifact, tmp_path))
+    texts = [seen, *(prose(seed) for seed in range(20))]
+    (raw / "monday.jsonl").write_text(jsonl(texts))
     assert next_event(raw)["objects"] == 1
 
     verdict = decided()
@@ -133,7 +122,7 @@ def test_a_file_in_the_watched_prefix_ends_in_a_candidate_that_descends_from_the
 
     ledger = read_manifest(second[Stage.CURATE].artifact).ledger["documents"]
     assert ledger["dropped"]["exact_duplicates/seen_before"]["documents"] == 1
-    assert second[Stage.CURATE].metrics["curate/documents_in"] <= len(rows) + 60  # the planted ones come along
+    assert second[Stage.CURATE].metrics["curate/documents_in"] <= len(texts) + 60  # the planted ones come along
     pretrain = read_manifest(second[Stage.PRETRAIN].artifact)
     assert {entry.role: entry.fingerprint for entry in pretrain.inputs}["base_model"] == (
         first[Stage.DPO].artifact.fingerprint

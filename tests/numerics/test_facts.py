@@ -171,19 +171,20 @@ def test_an_export_reloads_in_plain_transformers(artifact: TokensArtifact, stage
 def prepared_objective(stage: Stage, inputs: dict[str, ArtifactRef], artifact: TokensArtifact, home: Path) -> Any:
     import importlib
 
-    from stages.train.engine import Engine
+    from stages.train.engine import make_engine
 
     context = make_context(home, stage, CONFIGS[stage], inputs)
     prepared = importlib.import_module(f"stages.{stage}").prepare(context, artifact)
-    engine = Engine(prepared.parts, CONFIGS[stage], context.execution)
+    engine = make_engine(prepared.parts, CONFIGS[stage], context.execution)
     return engine, prepared.objective(engine)
 
 
 def train_all(engine: Any, objective: Any) -> None:
+    from stages.train.engine import Share
+
     before = engine.model_weights("policy")["model.norm.weight"].clone()
     for step in objective.steps(engine):
-        for batch in step.micro_batches:
-            engine.accumulate(engine.call(objective.loss, batch).loss_sum, last=True)
+        engine.backward(objective.loss, [Share(batch, 1.0) for batch in step.micro_batches])
         engine.step(1e-2)
     assert not torch.equal(engine.model_weights("policy")["model.norm.weight"], before)
 
@@ -222,6 +223,21 @@ def test_the_reference_of_dpo_is_the_start_also_after_training_and_in_a_second_a
             torch.testing.assert_close(carried, target_logprobs(start, batch).logprobs_N, rtol=1e-4, atol=1e-5)
             seen += batch.num_segments // 2
     assert seen == len(artifact.pairs(Split.TRAIN))
+
+
+def test_float16_scales_the_loss_and_learns_the_same(
+    stage_inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Allowed on GPUs only; the CPU emulates it, which is enough to see that what is scaled is unscaled."""
+    monkeypatch.setattr("stages.train.engines.torch_engine.check_precision", lambda *_: None)
+    config = CONFIGS[Stage.PRETRAIN]
+    exact = run_training(tmp_path / "fp32", Stage.PRETRAIN, config, stage_inputs[Stage.PRETRAIN])
+    half = config.model_copy(update={"precision": "fp16"})
+    scaled = run_training(tmp_path / "fp16", Stage.PRETRAIN, half, stage_inputs[Stage.PRETRAIN])
+    for row, expected in zip(scaled.history, exact.history, strict=True):
+        assert row["train/loss"] == pytest.approx(expected["train/loss"], abs=2e-2)
+        assert row["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=2e-2)
+        assert row["train/skipped_steps"] == 0
 
 
 def test_non_finite_steps_are_skipped_counted_and_then_end_the_stage(stage_inputs: Inputs, tmp_path: Path) -> None:

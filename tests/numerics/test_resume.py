@@ -37,7 +37,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     undisturbed = run_training(tmp_path / "whole", Stage.PRETRAIN, config, inputs)
     with pytest.raises(Killed):
         run_training(tmp_path / "killed", Stage.PRETRAIN, config, inputs, checkpoint_every=2, kill_at=5)
-    newest = sorted((tmp_path / "killed" / "store" / "checkpoints").rglob("engine.safetensors"))[-1]
+    newest = sorted((tmp_path / "killed" / "store" / "checkpoints").rglob("engine-*.safetensors"))[-1]
     data = bytearray(newest.read_bytes())
     data[-1] ^= 1
     newest.write_bytes(data)

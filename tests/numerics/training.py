@@ -1,7 +1,11 @@
 """Run an objective through the real loop, in this process or on two, with a kill at any step."""
 
+import contextlib
 import importlib
+import os
+import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +20,9 @@ from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
 from stages.config.train import TrainConfig
 from stages.data.tokens import TokensArtifact
+from stages.models.build import save_model
 from stages.train.checkpoint import Checkpointer
-from stages.train.engine import Engine
+from stages.train.engine import make_engine
 from stages.train.loop import train
 from stages.train.throughput import Meter
 from tests.small_world import make_context
@@ -47,26 +52,26 @@ def run_training(
     micro_batch_size: int = 4,
     checkpoint_every: int = 0,
     kill_at: int | None = None,
-    engine_kind: str = "ddp",
-    num_workers: int = 0,
+    export: bool = False,
+    **execution_options: Any,
 ) -> Trained:
-    """Train from the newest checkpoint in `home`; `kill_at` raises Killed as soon as that step is reported."""
+    """Train from the newest checkpoint in `home`; `kill_at` raises Killed as soon as that step is reported; `export`
+    writes the model to `home/model`."""
     execution = ExecutionConfig(
         micro_batch_size=micro_batch_size,
         checkpoint_every=checkpoint_every,
-        engine=engine_kind,  # type: ignore[arg-type]
-        num_workers=num_workers,
+        **execution_options,
     )
     context = make_context(home, stage, config, inputs, execution)
     artifact = TokensArtifact(context.input_dir("tokens"))
     prepared = importlib.import_module(f"stages.{stage.value}").prepare(context, artifact)
-    engine = Engine(prepared.parts, config, execution)
+    engine = make_engine(prepared.parts, config, execution)
 
     def report(metrics: dict[str, float], *, step: int, num_steps: int) -> None:
         if step == kill_at:
             raise Killed
 
-    checkpointer = Checkpointer(context.store, context.fingerprint, keep=2, rank=engine.rank)
+    checkpointer = Checkpointer(context.store, context.fingerprint, keep=2, processes=engine.processes)
     try:
         history = train(
             prepared.objective(engine),
@@ -79,20 +84,56 @@ def run_training(
         )
     finally:
         checkpointer.wait()
-    return Trained(engine.model_weights(prepared.exported), history)
+    weights = engine.model_weights(prepared.exported)
+    if export and engine.is_main:
+        (home / "model").mkdir()
+        save_model(prepared.parts[prepared.exported], weights, home / "model", artifact)  # type: ignore[arg-type]
+    return Trained(weights, history)
 
 
-def run_on_two_processes(home: Path, stage: Stage, config: TrainConfig, inputs: dict, **options: Any) -> Trained:
-    """The same on two gloo ranks; returns what rank 0 saw."""
+@dataclass(frozen=True)
+class Case:
+    """A training on several processes; `options` are those of `run_training`."""
+
+    home: Path
+    stage: Stage
+    config: TrainConfig
+    inputs: dict[str, ArtifactRef]
+    options: dict[str, Any]
+    start_from: Path | None = None
+    """Home of a case that ran before and left a checkpoint to go on from."""
+
+
+def run_on_processes(cases: Mapping[str, Case], *, num_processes: int) -> dict[str, Trained]:
+    """Run one case after another on the same gloo ranks; returns what rank 0 saw. Killed cases return nothing."""
     with tempfile.TemporaryDirectory() as scratch:
-        spawn(_rank, args=(scratch, home, stage, config, inputs, options), nprocs=2)
+        spawn(_rank, args=(num_processes, scratch, dict(cases)), nprocs=num_processes)
         return torch.load(Path(scratch) / "trained.pt", weights_only=False)
 
 
-def _rank(rank: int, scratch: str, home: Path, stage: Stage, config: TrainConfig, inputs: dict, options: dict) -> None:
+def run_on_two_processes(home: Path, stage: Stage, config: TrainConfig, inputs: dict, **options: Any) -> Trained:
+    """The same training on two gloo ranks."""
+    return run_on_processes({"": Case(home, stage, config, inputs, options)}, num_processes=2)[""]
+
+
+def continue_from(home: Path, start_from: Path) -> None:
+    """Give `home` the checkpoints of another."""
+    shutil.copytree(start_from / "store" / "checkpoints", home / "store" / "checkpoints")
+
+
+def _rank(rank: int, num_processes: int, scratch: str, cases: dict[str, Case]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{scratch}/rendezvous", rank=rank, world_size=2)
-    trained = run_training(home, stage, config, inputs, **options)
+    # Ray Train sets these for its workers; DeepSpeed wants to see them.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    dist.init_process_group("gloo", init_method=f"file://{scratch}/rendezvous", rank=rank, world_size=num_processes)
+    trained = {}
+    for name, case in cases.items():
+        if case.start_from is not None and rank == 0:
+            continue_from(case.home, case.start_from)
+        dist.barrier()
+        with contextlib.suppress(Killed):
+            trained[name] = run_training(case.home, case.stage, case.config, case.inputs, **case.options)
     if rank == 0:
         torch.save(trained, Path(scratch) / "trained.pt")
     dist.destroy_process_group()

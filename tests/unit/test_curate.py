@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 import tarfile
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,6 +16,7 @@ from stages import curate
 from stages.config.curate import CurateConfig
 from stages.config.errors import ConfigError, DataError
 from stages.context import StageOutcome
+from stages.data.pairs import fair_shares
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 _TINY = {"packages": ("click", "jinja2"), "heldout_packages": ("click",), "planted": 2}
@@ -226,7 +228,7 @@ def test_given_rows_replace_derived_ones_and_bad_ones_are_counted(tmp_path: Path
         toxicity="classifier",
     )
     steps = {step["step"]: step["dropped"] for step in outcome.ledger["instructions"]["steps"]}
-    assert steps["read"]["no_response"]["documents"] == 1
+    assert steps["read"]["empty_response"]["documents"] == 1
     assert steps["duplicates"]["duplicate"]["documents"] == 1
     assert outcome.ledger["preferences"]["steps"][0]["dropped"]["equal_sides"]["documents"] == 1
     rows = _rows(output / "instructions" / "train.jsonl.gz")
@@ -235,8 +237,8 @@ def test_given_rows_replace_derived_ones_and_bad_ones_are_counted(tmp_path: Path
 
 
 def test_given_rows_of_which_none_is_left_are_an_error(tmp_path: Path) -> None:
-    source = _write_jsonl(tmp_path / "i.jsonl", [{"instruction": "Silent."}])
-    with pytest.raises(DataError, match=r"no row is left.*no_response"):
+    source = _write_jsonl(tmp_path / "i.jsonl", [{"instruction": "Silent.", "response": ""}])
+    with pytest.raises(DataError, match=r"no row is left.*empty_response"):
         _given(tmp_path, [{"text": _prose(number)} for number in range(5)], instructions=(source,))
 
 
@@ -382,3 +384,35 @@ def test_the_index_does_not_depend_on_the_number_of_processes(tmp_path: Path) ->
         digests.append({name: value for name, value in _digests(second).items() if name.startswith("index/")})
     assert digests[0] == digests[1]
     assert len(digests[0]) == 16
+
+
+def test_a_cap_is_shared_equally_so_that_a_large_source_does_not_crowd_out_a_small_one(tmp_path: Path) -> None:
+    sources = [
+        _write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {n}?", "response": "yes"} for n in range(count)])
+        for name, count in (("large", 300), ("middle", 60), ("small", 10))
+    ]
+    documents = _write_jsonl(tmp_path / "text.jsonl", [{"text": _prose(seed)} for seed in range(8)])
+    outcome, output = _run(
+        tmp_path,
+        documents=[documents],
+        instructions=sources,
+        preferences=[],
+        max_instructions=120,
+        heldout_fraction=0.0,
+        planted=0,
+        toxicity="none",
+    )
+    counts = Counter(Path(row["group"]).stem for row in _rows(output / "instructions" / "train.jsonl.gz"))
+    assert counts == {"large": 55, "middle": 55, "small": 10}
+    accounts = outcome.ledger["instructions"]["sources"]
+    assert {Path(name).stem: account["in"] for name, account in accounts.items()} == {
+        "large": 300,
+        "middle": 60,
+        "small": 10,
+    }
+
+
+def test_shares_of_a_cap_use_all_of_it() -> None:
+    assert fair_shares({"a": 1, "b": 100, "c": 100}, 10) == {"a": 1, "b": 4, "c": 5}
+    assert fair_shares({"a": 3, "b": 4}, 100) == {"a": 3, "b": 4}
+    assert fair_shares({}, 5) == {}

@@ -5,6 +5,8 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -14,9 +16,10 @@ from stages.config.errors import DamagedArtifactError
 from stages.config.graph import Stage
 from stages.config.request import RunInfo
 from stages.report import run
-from stages.reporting.data_views import mask
+from stages.reporting.data_views import mask, tokens_table
 from stages.reporting.line_plot import Series, line_plot, number
-from stages.reporting.story import read_story
+from stages.reporting.mixture_views import mixture_table, sources_table
+from stages.reporting.story import Story, read_story
 from stages.reporting.tables import bytes_text, duration_text
 from tests.pipeline_records import context_for, publish_run, refs_for, request_for, run_info
 
@@ -245,3 +248,38 @@ def test_numbers_are_spelled_for_people(value: float | None, spelled: str) -> No
 def test_sizes_and_durations_are_spelled_for_people() -> None:
     assert (bytes_text(512), bytes_text(1536), bytes_text(3 * 2**30)) == ("512 B", "1.5 KiB", "3.00 GiB")
     assert (duration_text(4.2), duration_text(200), duration_text(3720)) == ("4.2 s", "3 min 20 s", "1 h 02 min")
+
+
+def test_sources_are_told_with_their_losses_and_shares() -> None:
+    account = {"formats": ["alpaca"], "in": 8, "kept": 5, "changed": {"unanswered_last_turn": 2}}
+    source = {"s3://b/math": {**account, "dropped": {"tool_role": 1, "empty_response": 2}}}
+    share = {"asked": 0.25, "examples": 3, "distinct": 2, "epochs": 1.5, "target_tokens": 40, "realised": 0.2525}
+    ledgers = {
+        "curated": {"instructions": {"sources": source}},
+        "sft": {"mixture": {"unit": "examples", "sources": {"s3://b/math": share, "s3://b/chat": share}}},
+        "tokens": {"train": {"conversations": {"in": 5, "kept": 4, "cut": 1, "dropped.longer_than_context": 1}}},
+    }
+    manifests: Any = {role: SimpleNamespace(ledger=ledger) for role, ledger in ledgers.items()}
+    story = Story("t", run_info(), manifests, {})
+    sources, mixture, tokens = sources_table(story), mixture_table(story), tokens_table(story)
+    assert sources is not None
+    assert mixture is not None
+    assert tokens is not None
+    assert [cell.text for cell in sources.rows[0]][1:] == [
+        "instructions: alpaca",
+        "8",
+        "5",
+        "empty response 2, tool role 1",
+        "unanswered last turn 2",
+    ]
+    assert [cell.text for cell in mixture.rows[0]] == [
+        "SFT: s3://b/math",
+        "25.00 %",
+        "25.25 %",
+        "examples",
+        "3",
+        "2",
+        "1.5",
+        "40",
+    ]
+    assert "longer than context 1, cut to fit 1" in [cell.text for cell in tokens.rows[0]]

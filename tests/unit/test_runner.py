@@ -16,6 +16,14 @@ class WorkerGroupError(Exception):
         self.worker_failures = dict(enumerate(failures))
 
 
+class WorkerHealthCheckFailedError(Exception):
+    """How Ray Train tells of a worker that died."""
+
+    def __init__(self, failure: Exception) -> None:
+        super().__init__("A worker health check failed.")
+        self.health_check_failure = failure
+
+
 @pytest.mark.parametrize(
     ("error", "category"),
     [
@@ -35,5 +43,7 @@ def test_the_worker_that_knows_why_speaks_for_those_that_failed_with_it():
     peer = RuntimeError("gloo: connection closed by peer")
     assert describe_failure(WorkerGroupError(peer, ActorDiedError("died"))).category == Category.LOST
     assert describe_failure(WorkerGroupError(peer, MemoryError())).category == Category.OUT_OF_MEMORY
+    died = describe_failure(WorkerGroupError(peer, WorkerHealthCheckFailedError(ActorDiedError("died"))))
+    assert (died.category, died.message) == (Category.LOST, "a training worker died: died")
     told = describe_failure(WorkerGroupError(peer, DataError("no pairs", advice="Bring some.")))
     assert (told.category, told.message, told.advice) == (Category.DATA, "no pairs", "Bring some.")

@@ -15,6 +15,7 @@ from stages.config.errors import ConfigError, DataError
 from stages.config.graph import Stage
 from stages.config.tokens import TokenizeConfig
 from stages.context import StageOutcome
+from stages.data.encoding import Account
 from stages.data.ragged import Ragged, RaggedWriter
 from stages.data.tokens import Split, TokensArtifact
 from tests.small_world import make_context, published, write_curated
@@ -36,12 +37,15 @@ def run(
     return outcome, TokensArtifact(context.output_dir)
 
 
-def conversation(prompt: str, answer: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+def conversation(*texts: str, source: str = "chat") -> dict[str, Any]:
+    messages = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
+    return {"messages": messages, "group": source, "origin": "given"}
 
 
-def pair(chosen: str, rejected: str) -> dict[str, Any]:
-    return {"prompt": [{"role": "user", "content": "why?"}], "chosen": chosen, "rejected": rejected, "kind": "given"}
+def pair(chosen: str, rejected: str, *earlier: str) -> dict[str, Any]:
+    prompt = conversation(*(earlier or ("why?",)))["messages"]
+    sides = {"chosen": chosen, "rejected": rejected}
+    return {"prompt": prompt, **sides, "kind": "given", "group": "pairs", "origin": "given"}
 
 
 def test_documents_come_back_as_they_were_between_begin_and_end(tmp_path: Path) -> None:
@@ -60,7 +64,7 @@ def test_documents_come_back_as_they_were_between_begin_and_end(tmp_path: Path) 
     assert ledger["tokens"] == documents.num_items == documents.lengths.sum()
 
 
-def test_what_does_not_fit_is_counted_by_reason(tmp_path: Path) -> None:
+def test_what_does_not_fit_is_counted_by_reason_in_rows_and_tokens(tmp_path: Path) -> None:
     long = "word " * 100
     outcome, tokens = run(
         tmp_path,
@@ -68,21 +72,73 @@ def test_what_does_not_fit_is_counted_by_reason(tmp_path: Path) -> None:
         preferences=[pair("the same", "the same"), pair("fine", long)],
     )
     conversations, preferences = (outcome.ledger["train"][part] for part in ("conversations", "preferences"))
-    assert conversations["dropped.prompt_too_long"] == 1
-    assert conversations["dropped.longer_than_context"] == 1
+    assert conversations["dropped.longer_than_context"] == 2
     assert conversations["in"] == conversations["kept"] + 2 == len(tokens.conversations(Split.TRAIN)) + 2
     assert preferences["dropped.equal_sides"] == 1
     assert preferences["dropped.longer_than_context"] == 1
     assert preferences["in"] == preferences["kept"] + 2
+    assert conversations["tokens"] == tokens.conversations(Split.TRAIN).lengths.sum()
+    for part in (conversations, preferences):
+        lost = part["dropped_tokens.longer_than_context"] + part.get("dropped_tokens.equal_sides", 0)
+        assert lost > 100
+        assert part["tokens_in"] == part["target_tokens"] + part["masked_tokens"] + lost
+
+
+def test_a_long_conversation_is_cut_behind_the_last_answer_that_fits(tmp_path: Path) -> None:
+    long = "word " * 100
+    rows = [conversation("a?", "b", "c?", "d", "e?", long), conversation("a?", long, "c?", "d")]
+    rows[0]["messages"].insert(0, {"role": "system", "content": "be brief"})
+    outcome, tokens = run(tmp_path, CONFIG.model_copy(update={"too_long": "truncate"}), instructions=rows)
+    account = outcome.ledger["train"]["conversations"]["sources"]["chat"]
+    assert (account["in"], account["kept"], account["cut"]) == (2, 1, 1)
+    assert account["dropped.longer_than_context"] == 1
+    tokenizer = Tokenizer.from_file(str(tokens.tokenizer_dir / "tokenizer.json"))
+    last = tokens.conversations(Split.TRAIN)[len(tokens.conversations(Split.TRAIN)) - 1]
+    said = tokenizer.decode(last.ids.tolist(), skip_special_tokens=False)
+    kept = "<|user|>a?<|end|><|assistant|>b<|end|><|user|>c?<|end|><|assistant|>d<|end|>"
+    assert said == f"<|bos|><|system|>be brief<|end|>{kept}"
+    assert account["target_tokens"] == last.loss_mask.sum() == 4  # b, d and their ends
+    assert account["masked_tokens"] == len(last.ids) - 4
+    assert account["dropped_tokens.cut"] > 100
+    assert account["tokens_in"] == len(last.ids) + sum(
+        count for name, count in account.items() if name.startswith("dropped_tokens.")
+    )
+
+
+def test_a_long_question_is_trained_on_and_not_asked_in_ppo(tmp_path: Path) -> None:
+    question = " ".join(["a"] * 20)  # 40 tokens, of which max_prompt_length allows 32
+    outcome, tokens = run(tmp_path, instructions=[conversation(question, "b"), conversation("q", "b"),
+                                                  conversation("q", "c")])  # fmt: skip
+    assert outcome.ledger["train"]["conversations"]["sources"]["chat"]["kept"] == 3
+    prompts = outcome.ledger["train"]["prompts"]
+    assert prompts["dropped.prompt_too_long"] == 1
+    assert prompts["in"] == prompts["kept"] + prompts["dropped.repeated"] + 1
+    assert len(tokens.prompts(Split.TRAIN)) == prompts["kept"]
+    assert tokens.prompts(Split.TRAIN).lengths.max() <= 32
+
+
+def test_each_row_is_known_by_its_source(tmp_path: Path) -> None:
+    rows = [conversation("q", "a", source="one"), conversation("q", "b", source="two"), conversation("r", "c")]
+    _, tokens = run(tmp_path, instructions=rows, preferences=[pair("x", "y")])
+    sources = tokens.conversation_sources(Split.TRAIN)
+    assert sources.names == ("derived", "one", "two", "chat")
+    assert sources.indices[-3:].tolist() == [1, 2, 3]
+    assert len(sources.indices) == len(tokens.conversations(Split.TRAIN))
+    assert tokens.pair_sources(Split.TRAIN).names == ("derived", "pairs")
+
+
+def test_tokens_that_do_not_add_up_fail_the_stage() -> None:
+    account = Account()
+    account.count("s", **{"in": 1})
+    account.drop("s", "longer_than_context", tokens=7)
+    assert account.to_dict("conversations")["dropped_tokens.longer_than_context"] == 7
+    account.count("s", tokens_in=1)
+    with pytest.raises(DataError, match="8 tokens came in, 1 and 7 are accounted for"):
+        account.to_dict("conversations")
 
 
 def test_earlier_assistant_turns_are_not_trained_as_answers_of_a_pair(tmp_path: Path) -> None:
-    turns = [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b"},
-        {"role": "user", "content": "c"},
-    ]
-    row = {"prompt": turns, "chosen": "yes", "rejected": "no", "kind": "given"}
+    row = pair("yes", "no", "a", "b", "c")
     _, tokens = run(tmp_path, preferences=[row])
     last = tokens.pairs(Split.TRAIN)[len(tokens.pairs(Split.TRAIN)) - 1].chosen
     tokenizer = Tokenizer.from_file(str(tokens.tokenizer_dir / "tokenizer.json"))

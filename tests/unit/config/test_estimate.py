@@ -1,5 +1,7 @@
 """The plan's arithmetic, redone by hand."""
 
+from typing import Any
+
 import pytest
 
 from stages.config.estimate import (
@@ -97,6 +99,37 @@ def test_memory_of_pretraining():
     assert memory_bytes(Stage.PRETRAIN, spared, vocab_size=512) == weights + 2 * tokens * 32 * 4 + layer + logits
     sharded = changed(Stage.PRETRAIN, engine=Engine.FSDP.value, num_workers=4, micro_batch_size=4)
     assert memory_bytes(Stage.PRETRAIN, sharded, vocab_size=512) == weights / 4 + 2 * layer + logits
+
+
+@pytest.mark.parametrize(
+    ("execution", "numbers"),
+    [
+        ({"zero_stage": 1}, 1 + 1 + 3 / 4),
+        ({"zero_stage": 2}, 1 + 1 / 4 + 3 / 4),
+        ({"zero_stage": 3}, 5 / 4),
+        ({"zero_stage": 3, "offload": True}, 2 / 4),
+    ],
+)
+def test_memory_under_deepspeed(execution: dict[str, Any], numbers: float):
+    """Weight, gradient, two moments and ZeRO's own copy of the weight, four bytes each, on four workers."""
+    plain = memory_bytes(Stage.PRETRAIN, changed(Stage.PRETRAIN, micro_batch_size=4), vocab_size=512)
+    config = changed(Stage.PRETRAIN, engine="deepspeed", num_workers=4, micro_batch_size=4, **execution)
+    assert memory_bytes(Stage.PRETRAIN, config, vocab_size=512) - plain == pytest.approx(34_976 * 4 * (numbers - 4))
+
+
+def test_memory_of_a_tensor_parallel_model():
+    """The layers' weights are halved, the 512 x 32 embeddings are not."""
+    overrides = {"pretrain.model.num_kv_heads": 2}
+    plain = resolve({"recipe": "tiny", "overrides": overrides})
+    cut = resolve(
+        {
+            "recipe": "tiny",
+            "overrides": overrides | {"execution.pretrain": {"tensor_parallel": 2, "num_workers": 2}},
+        }
+    )
+    before, after = (memory_bytes(Stage.PRETRAIN, config, vocab_size=512) for config in (plain, cut))
+    layers = 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
+    assert before - after == layers / 2 * 16
 
 
 def test_frozen_models_cost_their_weights_alone():

@@ -83,6 +83,48 @@ def test_a_config_is_frozen() -> None:
             "Correct",
         ),
         ({"overrides": {"execution.sft.engine": "fsdp"}}, r"engine=fsdp needs num_workers >= 1", "Correct"),
+        ({"overrides": {"execution.sft.engine": "deepspeed"}}, r"engine=deepspeed needs num_workers >= 1", "Correct"),
+        (
+            {"overrides": {"execution.sft.num_workers": 3, "execution.sft.tensor_parallel": 2}},
+            r"num_workers=3 is not a multiple of tensor_parallel=2 x pipeline_parallel=1; use 4",
+            "Correct",
+        ),
+        (
+            {"overrides": {"execution.sft": {"engine": "deepspeed", "num_workers": 2, "tensor_parallel": 2}}},
+            r"does not go with engine=deepspeed; use engine=fsdp",
+            "Correct",
+        ),
+        (
+            {"overrides": {"execution.sft": {"engine": "fsdp", "num_workers": 2, "offload": True}}},
+            r"offload=true needs engine=deepspeed, got fsdp",
+            "Correct",
+        ),
+        (
+            {"overrides": {"execution.ppo": {"num_workers": 2, "pipeline_parallel": 2}}},
+            r"ppo.pipeline_parallel=2: only pretrain and sft run through a pipeline; use tensor_parallel",
+            "Correct",
+        ),
+        (
+            {"overrides": {"execution.pretrain": {"num_workers": 2, "tensor_parallel": 2}}},
+            r"execution.pretrain.tensor_parallel=2 does not divide pretrain.model.num_kv_heads=1",
+            "divisor",
+        ),
+        ({"overrides": {"sft.precision": "fp16"}}, r"sft.precision='fp16' needs execution.sft.gpus_per_worker", "bf16"),
+        (
+            {
+                "overrides": {
+                    "sft.precision": "fp16",
+                    "execution.sft": {"engine": "deepspeed", "num_workers": 1, "gpus_per_worker": 1},
+                }
+            },
+            r"fp16' does not go with execution.sft.engine=deepspeed",
+            "engine=fsdp",
+        ),
+        (
+            {"overrides": {"execution.pretrain": {"num_workers": 4, "pipeline_parallel": 4}}},
+            r"execution.pretrain.pipeline_parallel=4 is more than pretrain.model.num_layers=2",
+            "at most 2",
+        ),
         ({"overrides": {"pretrain.model.num_heads": 7}}, r"hidden_size=32 is not divisible by num_heads=7", "Correct"),
     ],
 )
@@ -135,3 +177,48 @@ def test_pairs_cannot_be_derived_from_other_documents() -> None:
     with pytest.raises(ConfigError, match=r"instructions='derived' needs 'installed-docs' among documents"):
         resolve({"recipe": "tiny", "documents": ["/data"]})
     assert resolve({"recipe": "tiny", "documents": ["/data"], "last_stage": "pretrain"})
+
+
+def test_weights_behind_sources_go_to_the_stages_that_train_on_them() -> None:
+    given = {"instructions": ["s3://b/math#weight=0.3&format=alpaca", "s3://b/chat"], "preferences": ["/p#weight=2"]}
+    config, same = (
+        resolve({"recipe": "tiny", **given, "instructions": lines})
+        for lines in (given["instructions"], ["s3://b/math#format=alpaca", "s3://b/chat"])
+    )
+    assert config.curate.instructions == ("s3://b/math#format=alpaca", "s3://b/chat")
+    assert config.curate.outside_sources[1:] == ("s3://b/math", "s3://b/chat", "/p")
+    assert [(entry.source, entry.weight) for entry in config.sft.mixture] == [("s3://b/math", 0.3)]
+    assert [entry.source for entry in config.dpo.mixture] == [entry.source for entry in config.reward.mixture] == ["/p"]
+    assert config.curate == same.curate
+    assert same.sft.mixture == ()
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"instructions": ["/a#wieght=0.3"]}, "unknown option 'wieght'; did you mean 'weight'"),
+        ({"instructions": ["/a#weight=much"]}, "has weight='much'; it must be a number above 0"),
+        ({"instructions": ["/a#weight=-1"]}, "must be a number above 0"),
+        ({"instructions": ["/a#weight=0.7", "/b#weight=0.3", "/c"]}, "leave nothing for the sources without a weight"),
+        ({"instructions": ["/a#format=poem"]}, "format='poem' of '/a' is not one of messages, sharegpt"),
+        ({"preferences": ["/a#format=alpaca"]}, "format='alpaca' of '/a' is not one of pair, transcripts"),
+        ({"instructions": ["/a", "/a#weight=0.5"]}, r"instructions: \['/a'\] stand twice"),
+        ({"instructions": ["derived", "/a"]}, "mixes 'derived' with given sources"),
+        (
+            {"instructions": ["/a#weight=1"], "overrides": {"sft.mixture": [{"source": "/a", "weight": 1}]}},
+            "instructions have weights and sft.mixture",
+        ),
+        (
+            {"overrides": {"tokenize.chat_template": "chatml"}},
+            "'chatml' is neither 'own', 'infer', 'plain' nor the text",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_source_is_said(values: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        resolve({"recipe": "tiny", **values})
+
+
+def test_other_signs_in_names_are_no_options() -> None:
+    config = resolve({"recipe": "tiny", "instructions": ["/data/c#.jsonl", "/data/a#1/b=2.jsonl"]})
+    assert config.curate.outside_sources[1:] == ("/data/c#.jsonl", "/data/a#1/b=2.jsonl")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stages.config.errors import ConfigError
 from stages.config.tokens import TokenizeConfig
@@ -18,16 +18,16 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer(iter([str(TokenizeConfig.__doc__) + Path(__file__).read_text()]), config).backend
 
 
-def save(folder: Path, tokenizer: Tokenizer | None, *, vocab_size: int = 300) -> Path:
+def save(folder: Path, tokenizer: Tokenizer | None, *, vocab_size: int = 300, template: str | None = None) -> Path:
     """A model as a user would bring it: written by transformers alone."""
     config = LlamaConfig(
         vocab_size=vocab_size, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     if tokenizer is not None:
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|end|>").save_pretrained(
-            folder
-        )
+        made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|end|>")
+        made.chat_template = template
+        made.save_pretrained(folder)
     return folder
 
 
@@ -76,3 +76,36 @@ def test_a_plain_base_model_gets_a_template_of_plain_words(tmp_path: Path, token
     assert "generation" in loaded.chat_template
     assert loaded.eos_id == tokenizer.token_to_id("<|end|>")
     assert loaded.pad_id == loaded.eos_id
+
+
+UNMARKED = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}" + (
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_a_template_of_its_own_is_kept_and_gets_the_begin_token_that_its_tokenizer_adds(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    bos = tokenizer.token_to_id("<|bos|>")
+    assert tokenizer.encode("x").ids[0] == bos
+    folder = save(tmp_path, tokenizer, template=UNMARKED)
+    with pytest.raises(ConfigError, match=r"no \{% generation %\} markers"):
+        given_tokenizer(folder).chat().check()
+    loaded = given_tokenizer(folder, chat_template="infer")
+    assert loaded.chat_template == "{{ bos_token }}" + UNMARKED
+    assert loaded.chat().check() == loaded.eos_id
+    ids = loaded.chat().encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]).ids
+    assert (ids == bos).nonzero()[0].tolist() == [0]
+    loaded.save(tmp_path / "saved")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert list(saved.apply_chat_template(turns)["input_ids"]) == ids.tolist()
+
+
+def test_a_template_given_as_text_takes_the_place_of_the_tokenizers_own(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    marked = UNMARKED.replace(
+        "{{ m['content'] }}<|end|>", "{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}"
+    )
+    loaded = given_tokenizer(save(tmp_path, tokenizer, template=UNMARKED), chat_template=marked)
+    assert loaded.chat_template == marked
+    assert "Assistant:" in given_tokenizer(save(tmp_path, tokenizer), chat_template="plain").chat_template

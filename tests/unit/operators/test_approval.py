@@ -48,8 +48,9 @@ def test_the_question_shows_every_model_side_by_side_and_proposes_the_one_that_p
     subject, body = question(asked[0], config(), asked[1])
     assert subject == "demo: promote the PPO model to champion?"
     assert "|  | base | SFT | PPO | DPO |" in body
-    assert "| eval\\/win\\_rate | – | – | 0.71 | 0.64 |" in body
-    assert body.index("win\\_rate | –") < body.index("eval\\/perplexity")
+    assert "| eval\\/win\\_rate ↑ | – | – | 0.71 | 0.64 |" in body
+    assert body.index("win\\_rate ↑ | –") < body.index("eval\\/perplexity ↓")
+    assert "proposed: **PPO**, the aligned model with the highest win rate against SFT." in body
 
 
 def test_the_question_says_what_each_answer_and_silence_mean(asked) -> None:

@@ -127,3 +127,15 @@ def test_a_relay_that_takes_over_in_a_flood_tells_of_the_lines_that_were_left_ou
     second: list[str] = []
     LogRelay(second.append, skip=relay.settled).finish("".join(f"{number}\n" for number in range(50)))
     assert first + second == [str(number) for number in range(50)]
+
+
+def test_a_burst_is_what_was_shown_lately_beyond_the_steady_rate():
+    now = 0.0
+    relay = LogRelay(lambda line: None, lines_per_second=100, lines_at_once=2000, clock=lambda: now)
+    assert relay.burst == 0
+    relay.feed("line\n" * 500)
+    assert relay.burst == 500
+    now = 3.0
+    assert relay.burst == 200
+    now = 6.0
+    assert relay.burst == 0

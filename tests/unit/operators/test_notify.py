@@ -1,45 +1,20 @@
 """Notices against a real HTTP server; one that fails must not fail anything."""
 
 import json
-import threading
 from collections.abc import Iterator
 from datetime import timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from operators.notify import deadline, notifications, report_late
-
-
-class Inbox:
-    def __init__(self) -> None:
-        self.messages: list[dict[str, Any]] = []
-        self.authorizations: list[str | None] = []
-        self.status = 200
-        self.url = ""
+from tests.inbox import Inbox, open_inbox
 
 
 @pytest.fixture
 def inbox() -> Iterator[Inbox]:
-    inbox = Inbox()
-
-    class Webhook(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            inbox.messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            inbox.authorizations.append(self.headers["Authorization"])
-            self.send_response(inbox.status)
-            self.end_headers()
-
-        def log_message(self, format: str, *args: object) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Webhook)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    inbox.url = f"http://127.0.0.1:{server.server_port}/hook"
-    yield inbox
-    server.shutdown()
-    server.server_close()
+    with open_inbox() as inbox:
+        yield inbox
 
 
 RUN = SimpleNamespace(dag_id="retrain", run_id="r1", state="failed")
@@ -50,9 +25,12 @@ def test_the_end_of_a_run_is_told(inbox: Inbox, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("ATHANOR_NOTIFY_URL", inbox.url)
     notifications()["on_failure_callback"](CONTEXT)
     notifications()["on_success_callback"]({"dag_run": {"dag_id": "retrain", "dag_run_id": "r2"}})
+    skipped = {"dag": SimpleNamespace(dag_id="retrain"), "run_id": "r3", "reason": "success"}
+    notifications()["on_success_callback"](skipped)
     assert inbox.messages == [
         {"event": "failure", "dag_id": "retrain", "run_id": "r1", "state": "failed", "reason": "task_failure"},
         {"event": "success", "dag_id": "retrain", "run_id": "r2"},
+        {"event": "success", "dag_id": "retrain", "run_id": "r3", "reason": "success"},
     ]
 
 

@@ -147,6 +147,11 @@ def test_a_configuration_that_is_gone_is_named(tmp_path: Path):
         load_config(open_store(tmp_path.as_uri()), RUN)
 
 
+def test_links_take_the_address_that_browsers_know(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ATHANOR_MLFLOW_URL", "https://mlflow.example.org/")
+    assert mlflow_run_page("http://mlflow:5000", "r1") == "https://mlflow.example.org/#/runs/r1"
+
+
 def test_links_lead_to_mlflows_pages_and_tell_no_password():
     assert mlflow_run_page("http://me:secret@mlflow:5000/", "r1", "7") == "http://mlflow:5000/#/experiments/7/runs/r1"
     assert json.dumps(mlflow_artifact_page("https://m", "r1", "report.html", "7")) == (

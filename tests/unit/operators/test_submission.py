@@ -46,7 +46,9 @@ def prepared() -> list[str]:
 def attempt(ray: StandInRay, memory: Memory, prepared: list[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("AIRFLOW_CONN_RAY_DEFAULT", json.dumps(ray.connection))
 
-    def run(try_number: int, *, crash_before_post: bool = False, crash_after_post: bool = False) -> Attached:
+    def run(
+        try_number: int, *, clear_number: int = 0, crash_before_post: bool = False, crash_after_post: bool = False
+    ) -> Attached:
         with RayJobHook() as hook:
 
             def prepare(submission: Submission) -> None:
@@ -60,13 +62,21 @@ def attempt(ray: StandInRay, memory: Memory, prepared: list[str], monkeypatch: p
                     raise Crash
 
             log = SubmissionLog(memory, KEY, retention=None)
-            return attach_or_submit(log, hook, try_number=try_number, prepare=prepare, post=post, patience_seconds=3)
+            return attach_or_submit(
+                log,
+                hook,
+                try_number=try_number,
+                clear_number=clear_number,
+                prepare=prepare,
+                post=post,
+                patience_seconds=3,
+            )
 
     return run
 
 
-def consume(memory: Memory, attached: Attached) -> None:
-    SubmissionLog(memory, KEY, retention=None).consume(attached.submission)
+def consume(memory: Memory, attached: Attached, *, taken_in: int | None = None) -> None:
+    SubmissionLog(memory, KEY, retention=None).consume(attached.submission, taken_in=taken_in)
 
 
 def test_ids_are_readable_stable_and_differ_by_task_instance_and_generation():
@@ -136,11 +146,30 @@ def test_a_job_that_the_cluster_forgot_is_started_anew(attempt, ray: StandInRay)
     assert list(ray.jobs) == [KEY.submission_id(1)]
 
 
-def test_a_processed_outcome_is_never_taken_again(attempt, ray: StandInRay, memory: Memory):
+def test_a_processed_failure_is_never_taken_again(attempt, ray: StandInRay, memory: Memory):
     attached = attempt(1)
-    ray.jobs[attached.submission.submission_id].status = "SUCCEEDED"
+    ray.jobs[attached.submission.submission_id].status = "FAILED"
     consume(memory, attached)
     assert attempt(2).submission.generation == 2
+    assert len(ray.jobs) == 2
+
+
+def test_a_success_that_airflow_did_not_note_is_taken_again(attempt, ray: StandInRay, memory: Memory):
+    """The process died between taking the success and Airflow's recording it: nobody asked for another attempt."""
+    attached = attempt(1, clear_number=3)
+    ray.jobs[attached.submission.submission_id].status = "SUCCEEDED"
+    consume(memory, attached, taken_in=3)
+    again = attempt(2, clear_number=3)
+    assert again.job is not None
+    assert (again.submission.generation, again.job.status) == (1, "SUCCEEDED")
+    assert len(ray.jobs) == 1
+
+
+def test_a_success_is_not_taken_again_when_somebody_cleared_the_task(attempt, ray: StandInRay, memory: Memory):
+    attached = attempt(1, clear_number=3)
+    ray.jobs[attached.submission.submission_id].status = "SUCCEEDED"
+    consume(memory, attached, taken_in=3)
+    assert attempt(2, clear_number=4).submission.generation == 2
     assert len(ray.jobs) == 2
 
 

@@ -13,6 +13,8 @@ from stages.store import open_store
 from stages.train.checkpoint import Checkpoint, Checkpointer
 from stages.train.launch import _on_worker
 from stages.train.objective import ObjectiveState
+from stages.train.ranks import Processes
+from stages.train.shards import Box, Piece
 from tests.pipeline_records import request_for, run_info
 
 IDENTITY = "f" * 64
@@ -25,11 +27,11 @@ def test_a_checkpoint_is_not_published_by_a_process_that_lost_its_lease(tmp_path
         if not held[0]:
             raise LeaseLostError("another process builds")
 
-    checkpointer = Checkpointer(store, IDENTITY, keep=2, rank=0, before_publishing=check)
-    checkpointer.save(Checkpoint(1, {"w": torch.ones(2)}, ObjectiveState(), []))
+    checkpointer = Checkpointer(store, IDENTITY, keep=2, processes=Processes(), before_publishing=check)
+    checkpointer.save(Checkpoint(1, {"w": Piece(Box.whole((2,)), torch.ones(2))}, ObjectiveState(), []))
     checkpointer.wait()
     held[0] = False
-    checkpointer.save(Checkpoint(2, {"w": torch.zeros(2)}, ObjectiveState(), []))
+    checkpointer.save(Checkpoint(2, {"w": Piece(Box.whole((2,)), torch.zeros(2))}, ObjectiveState(), []))
     with pytest.raises(LeaseLostError, match="another process builds"):
         checkpointer.wait()
     latest = checkpointer.latest()

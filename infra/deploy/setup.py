@@ -1,0 +1,195 @@
+"""What must be there before the first run: databases, the bucket, Airflow's schema and first user, MLflow's account.
+
+Every part looks first and may be repeated; Compose runs them at each start, Kubernetes as a job. What people have
+changed stays: passwords of people, slots of the pool. What machines use among themselves follows the environment.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from infra.deploy.probe import Unhealthy, check_store
+
+PATIENCE_SECONDS = 180.0
+POOL = "gpu"
+CONNECTION = "ray_default"
+
+
+class SetupFailed(RuntimeError):
+    """The message says what could not be set up, and why."""
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        match arguments:
+            case ["databases"]:
+                databases()
+            case ["bucket"]:
+                bucket()
+            case ["airflow"]:
+                airflow()
+            case ["mlflow"]:
+                mlflow()
+            case _:
+                print("usage: python -m infra.deploy.setup databases|bucket|airflow|mlflow", file=sys.stderr)
+                return 2
+    except SetupFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def required(name: str) -> str:
+    if not (value := os.environ.get(name)):
+        raise SetupFailed(f"{name} is not set in the environment of this container")
+    return value
+
+
+# ---------------------------------------------------------------- Postgres
+
+
+def databases() -> None:
+    """A role and its databases for Airflow and for MLflow; nobody else may connect to them. libpq's variables name
+    the server and its superuser."""
+    import psycopg2
+    from psycopg2 import sql
+
+    connection = psycopg2.connect(dbname="postgres")
+    connection.autocommit = True  # CREATE DATABASE refuses a transaction
+    with connection.cursor() as cursor:
+        for role, names in (("airflow", ("airflow",)), ("mlflow", ("mlflow", "mlflow_auth"))):
+            password = required(f"{role.upper()}_DB_PASSWORD")
+            cursor.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", [role])
+            verb = "ALTER" if cursor.fetchone() else "CREATE"
+            words = sql.SQL(f"{verb} ROLE {{}} LOGIN PASSWORD {{}}")
+            cursor.execute(words.format(sql.Identifier(role), sql.Literal(password)))
+            for name in names:
+                cursor.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name])
+                if not cursor.fetchone():
+                    words = sql.SQL("CREATE DATABASE {} OWNER {} ENCODING 'UTF8' TEMPLATE template0")
+                    cursor.execute(words.format(sql.Identifier(name), sql.Identifier(role)))
+                    print(f"database {name} made")
+                cursor.execute(sql.SQL("REVOKE CONNECT ON DATABASE {} FROM PUBLIC").format(sql.Identifier(name)))
+    connection.close()
+
+
+# --------------------------------------------------------------- the bucket
+
+
+def bucket() -> None:
+    """The bucket of ARTIFACT_STORE, and proof that the server creates objects only once."""
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import ClientError
+
+    uri = required("ARTIFACT_STORE")
+    name = urlsplit(uri).netloc
+    client = boto3.client("s3", config=Config(s3={"addressing_style": "path"}))
+    try:
+        client.head_bucket(Bucket=name)
+    except ClientError as error:
+        if error.response["Error"]["Code"] not in ("404", "NoSuchBucket"):
+            raise SetupFailed(f"bucket {name}: {error}") from error
+        region = client.meta.region_name
+        # the first of Amazon's regions is the one that may not be named
+        place = {} if region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": region}}
+        client.create_bucket(Bucket=name, **place)
+        print(f"bucket {name} made")
+    try:
+        check_store(uri)
+    except Unhealthy as error:
+        raise SetupFailed(str(error)) from error
+
+
+# ----------------------------------------------------------------- Airflow
+
+
+def airflow() -> None:
+    """Schema, first user, the connection to Ray and the pool of heavy stages."""
+    _airflow("db", "migrate")
+    password = required("AIRFLOW_ADMIN_PASSWORD")
+    _airflow(
+        *("users", "create", "--role", "Admin", "--username", "admin", "--email", "admin@localhost"),
+        *("--firstname", "Athanor", "--lastname", "Administrator"),
+        typed=f"{password}\n{password}\n",  # asked for twice; an existing user stays as it is
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "connections.json"  # a file, because arguments are in everybody's process list
+        file.touch(mode=0o600)
+        file.write_text(json.dumps({CONNECTION: ray_connection()}))
+        _airflow("connections", "import", "--overwrite", str(file))
+    if not _airflow("pools", "get", POOL, may_fail=True):
+        _airflow("pools", "set", POOL, "1", "heavy stages, as many at a time as there are slots", "--include-deferred")
+
+
+def ray_connection() -> dict[str, object]:
+    ray = urlsplit(required("RAY_JOBS_URL"))
+    return {
+        "conn_type": "ray_jobs",
+        "schema": ray.scheme,
+        "host": ray.hostname,
+        "port": ray.port,
+        "password": required("RAY_TOKEN"),
+        "extra": json.dumps({"dashboard_url": os.environ.get("RAY_URL", "")}),
+    }
+
+
+def _airflow(*words: str, typed: str = "", may_fail: bool = False) -> bool:
+    """Run Airflow's command line and say so; its output is shown only when it fails."""
+    done = subprocess.run(["airflow", *words], input=typed, capture_output=True, text=True, check=False)
+    if done.returncode and not may_fail:
+        raise SetupFailed(f"`airflow {' '.join(words[:2])}` failed:\n{(done.stderr or done.stdout)[-2000:]}")
+    if not done.returncode:
+        print(f"airflow {' '.join(words[:2])}: done")
+    return done.returncode == 0
+
+
+# ------------------------------------------------------------------ MLflow
+
+
+def mlflow() -> None:
+    """The account that Airflow and the stages use: no administrator, and with the password of the environment."""
+    user, password = required("MLFLOW_TRACKING_USERNAME"), required("MLFLOW_TRACKING_PASSWORD")
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            status, text = _as_mlflow_admin("POST", "users/create", {"username": user, "password": password})
+            break
+        except OSError as error:  # not listening yet
+            if time.monotonic() > deadline:
+                raise SetupFailed(f"MLflow has not answered for {PATIENCE_SECONDS:.0f} s: {error}") from error
+            time.sleep(2)
+    if status != 200 and "RESOURCE_ALREADY_EXISTS" in text:
+        status, text = _as_mlflow_admin("PATCH", "users/update-password", {"username": user, "password": password})
+    if status != 200:
+        raise SetupFailed(f"MLflow refused the account {user}: {status} {text[:500]}")
+    print(f"MLflow account {user}: done")
+
+
+def _as_mlflow_admin(method: str, path: str, body: dict[str, str]) -> tuple[int, str]:
+    login = base64.b64encode(f"admin:{required('MLFLOW_AUTH_ADMIN_PASSWORD')}".encode()).decode()
+    call = urllib.request.Request(
+        f"{required('MLFLOW_TRACKING_URI').rstrip('/')}/api/2.0/mlflow/{path}",
+        json.dumps(body).encode(),
+        {"Authorization": f"Basic {login}", "Content-Type": "application/json"},
+        method=method,
+    )
+    try:
+        with urllib.request.urlopen(call, timeout=15) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,126 @@
+"""A source as it is written in the form: where the data lies and, behind `#`, how to read it and how much it counts.
+
+`s3://bucket/dolly.jsonl#format=dolly&weight=0.3`. Only a tail that begins with `#name=` is read as options, so that
+other `#` in names of files and keys stay what they are.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import Any
+
+from pydantic import Field
+
+from stages.config.base import Config
+
+_OPTIONS = re.compile(r"#((?:\w+=[^#&]*)(?:&\w+=[^#&]*)*)$")
+_KNOWN = ("format", "weight")
+
+
+class InstructionFormat(StrEnum):
+    """Shapes of instruction rows; docs/DATA.md says which fields tell them apart."""
+
+    MESSAGES = "messages"
+    SHAREGPT = "sharegpt"
+    OASST = "oasst"
+    OASST_TREE = "oasst_tree"
+    ALPACA = "alpaca"
+    DOLLY = "dolly"
+    INSTRUCTION = "instruction"
+    FLAN = "flan"
+    PROMPT = "prompt"
+
+
+class PreferenceFormat(StrEnum):
+    """Shapes of preference rows; docs/DATA.md says which fields tell them apart."""
+
+    PAIR = "pair"
+    TRANSCRIPTS = "transcripts"
+    DIALOGUES = "dialogues"
+    RANKED = "ranked"
+
+
+class Source(Config):
+    """One line of `instructions` or `preferences`, read."""
+
+    uri: str
+    """Where the data lies, without options; the name of the source in every account."""
+    format: str = ""
+    """Shape of the rows; empty = told from their fields."""
+    weight: float | None = None
+    """Share of training, relative to the other weights; None = by size."""
+
+    def __str__(self) -> str:
+        return f"{self.uri}#format={self.format}" if self.format else self.uri
+
+
+class SourceWeight(Config):
+    """How much of training one source gets."""
+
+    source: str
+    """The source, as under instructions or preferences, without its options."""
+    weight: float = Field(gt=0)
+    """Its share: of 1, or relative to the others when every source has one."""
+
+
+def parse_source(text: str) -> Source:
+    """Read one line; raises ValueError for an option that does not exist or a weight that is none."""
+    found = _OPTIONS.search(text)
+    if not found:
+        return Source(uri=text)
+    options = dict(part.split("=", 1) for part in found[1].split("&"))
+    for name in options:
+        if name not in _KNOWN:
+            close = difflib.get_close_matches(name, _KNOWN, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(_KNOWN)}"
+            raise ValueError(f"source {text!r} has an unknown option {name!r}; {hint}")
+    return Source(
+        uri=text[: found.start()],
+        format=options.get("format", ""),
+        weight=_weight(text, options["weight"]) if "weight" in options else None,
+    )
+
+
+def _weight(text: str, value: str) -> float:
+    try:
+        weight = float(value)
+    except ValueError:
+        weight = math.nan
+    if not (math.isfinite(weight) and weight > 0):
+        raise ValueError(f"source {text!r} has weight={value!r}; it must be a number above 0, such as weight=0.3")
+    return weight
+
+
+def parse_sources(field: str, lines: Iterable[str], formats: type[StrEnum]) -> tuple[Source, ...]:
+    """Read all lines of a field; raises ValueError also for an unknown format and for a source that stands twice."""
+    sources = tuple(parse_source(line) for line in lines)
+    for source in sources:
+        if source.format and source.format not in list(formats):
+            allowed = ", ".join(formats)
+            raise ValueError(f"{field}: format={source.format!r} of {source.uri!r} is not one of {allowed}")
+    uris = [source.uri for source in sources]
+    if repeated := sorted({uri for uri in uris if uris.count(uri) > 1}):
+        raise ValueError(f"{field}: {repeated} stand twice; give each source once, its weight says how often it counts")
+    return sources
+
+
+def take_weights(field: str, lines: Iterable[Any]) -> tuple[list[Any], list[SourceWeight]]:
+    """Split the lines of a field into lines without weights and the weights.
+
+    Curation does not depend on weights, so it is not done again when they change; training reads them.
+    """
+    bare: list[Any] = []
+    weights: list[SourceWeight] = []
+    for line in lines:
+        source = parse_source(line) if isinstance(line, str) else None
+        bare.append(line if source is None else str(source))
+        if source is not None and source.weight is not None:
+            weights.append(SourceWeight(source=source.uri, weight=source.weight))
+    if weights and len(weights) < len(bare) and sum(entry.weight for entry in weights) >= 1:
+        shown = ", ".join(f"{entry.source}={entry.weight:g}" for entry in weights)
+        raise ValueError(
+            f"{field}: {shown} leave nothing for the sources without a weight; give each a weight, or weights below 1"
+        )
+    return bare, weights

@@ -1,0 +1,59 @@
+"""What every engine does with the models of its own process: precision, recomputed activations, compilation, names."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.config.errors import ConfigError
+from stages.config.execution import ExecutionConfig
+from stages.data.packing import Packed
+from stages.train.engine import LossOutput
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """float16 has kernels and loss scaling worth their while on GPUs only."""
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError(
+            "precision='fp16' needs a GPU: processors emulate float16, slower than float32 and with its overflows",
+            advice="Use precision=bf16, which needs no loss scaling, or fp32; or give the workers GPUs.",
+        )
+
+
+def moved(arguments: tuple[Any, ...], device: torch.device) -> list[Any]:
+    """The arguments of a function of models, batches on the device."""
+    return [argument.to(device) if isinstance(argument, Packed) else argument for argument in arguments]
+
+
+def make_deterministic() -> None:
+    """The same bits every time on the CPU: compiled code would add embedding gradients in whatever order threads come.
+
+    Filling fresh memory, which the mode adds, costs time and protects from nothing here.
+    """
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def prepare(model: nn.Module, execution: ExecutionConfig) -> None:
+    if execution.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    if execution.compile:
+        model.base_model.compile()  # type: ignore[union-attr, operator]
+    model.train()
+
+
+def detached(output: LossOutput) -> LossOutput:
+    return LossOutput(output.loss_sum.detach(), output.metrics)
+
+
+def part_of(state: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """Entries of one part of the root, by the part's own names."""
+    prefix = f"parts.{part}."
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What is saved with a model besides its parameters; the same on every process."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: value.detach().cpu() for name, value in model.state_dict().items() if name not in parameters}

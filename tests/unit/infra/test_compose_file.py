@@ -1,0 +1,124 @@
+"""docker-compose.yml as Compose itself reads it; no engine is needed for that."""
+
+import json
+import os
+import shutil
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from infra.deploy.environment import SECRETS, parse, write
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+LOCAL_IMAGES = REPOSITORY / "infra" / "compose" / "local-images.yml"
+PROFILES = ("s3", "cpu", "gpu", "demo")
+ONCE = {"setup-databases", "setup-bucket", "setup-airflow", "setup-mlflow", "migrate-mlflow"}
+
+
+@lru_cache
+def compose_command() -> tuple[str, ...]:
+    if not shutil.which("docker"):
+        pytest.skip("docker is not installed: nothing reads docker-compose.yml")
+    asked = subprocess.run(["docker", "compose", "version"], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        pytest.skip("docker has no compose plugin: nothing reads docker-compose.yml")
+    return ("docker", "compose")
+
+
+def configure(*files: Path, env_file: Path) -> subprocess.CompletedProcess[str]:
+    inherited = {name: os.environ[name] for name in ("PATH", "HOME", "DOCKER_CONFIG") if name in os.environ}
+    words = [word for file in files for word in ("--file", str(file))]
+    words += [word for profile in PROFILES for word in ("--profile", profile)]
+    return subprocess.run(
+        [*compose_command(), "--env-file", str(env_file), *words, "config", "--format", "json"],
+        env=inherited,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def env_file(tmp_path: Path) -> Path:
+    write(tmp_path / ".env")
+    return tmp_path / ".env"
+
+
+def read(env_file: Path, *files: Path) -> dict[str, Any]:
+    done = configure(*(files or (REPOSITORY / "docker-compose.yml",)), env_file=env_file)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_compose_accepts_the_file_with_and_without_local_images(env_file: Path) -> None:
+    usual = read(env_file)["services"]
+    local = read(env_file, REPOSITORY / "docker-compose.yml", LOCAL_IMAGES)["services"]
+    assert usual.keys() == local.keys()
+    assert {name for name in usual if usual[name]["image"] != local[name]["image"]} == {"postgres", "s3"}
+
+
+def test_a_misspelt_key_is_caught(tmp_path: Path, env_file: Path) -> None:
+    broken = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text())
+    broken["services"]["mlflow"]["comand"] = broken["services"]["mlflow"].pop("command")
+    (tmp_path / "docker-compose.yml").write_text(yaml.safe_dump(broken))
+    done = configure(tmp_path / "docker-compose.yml", env_file=env_file)
+    assert done.returncode != 0
+    assert "comand" in done.stderr
+
+
+def test_nothing_starts_without_secrets(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    done = configure(REPOSITORY / "docker-compose.yml", env_file=tmp_path / "empty")
+    assert done.returncode != 0
+    assert "make compose-env" in done.stderr
+
+
+def test_only_loopback_is_published(env_file: Path) -> None:
+    services = read(env_file)["services"]
+    published = {name: [port["host_ip"] for port in s["ports"]] for name, s in services.items() if s.get("ports")}
+    assert published == {"airflow-api-server": ["127.0.0.1"], "mlflow": ["127.0.0.1"], "ray-head": ["127.0.0.1"]}
+
+
+def test_servers_are_probed_restarted_and_bounded_in_memory(env_file: Path) -> None:
+    for name, service in read(env_file)["services"].items():
+        assert int(service["mem_limit"]) > 0, name
+        if name not in ONCE | {"demo"}:
+            assert service["restart"] == "unless-stopped", name
+            assert service["healthcheck"]["test"], name
+
+
+def test_our_containers_have_no_privileges(env_file: Path) -> None:
+    for name, service in read(env_file)["services"].items():
+        assert "no-new-privileges:true" in service["security_opt"], name
+        if service["image"].startswith("athanor/"):
+            assert service["cap_drop"] == ["ALL"], name
+
+
+def test_each_program_holds_only_the_secrets_it_needs(env_file: Path) -> None:
+    """Who reads one container's environment must not get all the others."""
+    values = parse(env_file.read_text())
+    allowed = {
+        "ray-head": {"RAY_TOKEN", "S3_ACCESS_KEY", "S3_SECRET_KEY", "MLFLOW_PASSWORD"},
+        "ray-worker": {"RAY_TOKEN", "S3_ACCESS_KEY", "S3_SECRET_KEY", "MLFLOW_PASSWORD"},
+        "postgres": {"POSTGRES_PASSWORD"},
+        "airflow-triggerer": {
+            *("S3_ACCESS_KEY", "S3_SECRET_KEY", "MLFLOW_PASSWORD", "AIRFLOW_DB_PASSWORD"),
+            *("AIRFLOW_FERNET_KEY", "AIRFLOW_API_SECRET", "AIRFLOW_JWT_SECRET"),
+        },
+    }
+    services = read(env_file)["services"]
+    for name, names in allowed.items():
+        text = json.dumps(services[name]["environment"])
+        assert {secret.name for secret in SECRETS if values[secret.name] in text} == names, name
+
+
+def test_ray_cannot_reach_the_databases(env_file: Path) -> None:
+    document = read(env_file)
+    assert document["networks"]["database"]["internal"] is True
+    members = {name for name, service in document["services"].items() if "database" in service["networks"]}
+    assert not any(name.startswith(("ray", "s3", "demo")) for name in members)
+    assert document["services"]["postgres"]["networks"].keys() == {"database"}
