@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-MIRROR = "http://deb.debian.org/debian"
 BASE_IMAGE = "athanor/debian:bookworm"
 
 
@@ -123,7 +122,7 @@ def _compose_plugin(root: Path) -> None:
     apt = root / "trixie"
     (apt / "lists" / "partial").mkdir(parents=True, exist_ok=True)
     keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
-    (apt / "sources.list").write_text(f"deb [signed-by={keyring}] {MIRROR} trixie main\n")
+    (apt / "sources.list").write_text(f"deb [signed-by={keyring}] {_mirror()} trixie main\n")
     options = {
         "Dir::Etc::sourcelist": apt / "sources.list",
         "Dir::Etc::sourceparts": "-",
@@ -142,7 +141,7 @@ def _base_image(engine: Engine, root: Path) -> None:
         return
     folder = root / "bookworm"
     shutil.rmtree(folder, ignore_errors=True)
-    _call("debootstrap", "--variant=minbase", "bookworm", str(folder), MIRROR)
+    _call("debootstrap", "--variant=minbase", "bookworm", str(folder), _mirror())
     with subprocess.Popen(["tar", "--directory", str(folder), "--create", "."], stdout=subprocess.PIPE) as packed:
         engine.docker("import", "-", BASE_IMAGE, stdin=packed.stdout, seconds=600)
     shutil.rmtree(folder)
@@ -159,6 +158,16 @@ def _wait(engine: Engine, daemon: subprocess.Popen[bytes], root: Path, seconds: 
     raise NoEngine(
         f"dockerd did not start; the end of {root}/dockerd.log:\n{(root / 'dockerd.log').read_text()[-2000:]}"
     )
+
+
+def _mirror() -> str:
+    """The Debian mirror that this machine's apt uses."""
+    asked = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Identifier: Packages"]
+    told = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+    mirrors = [uri.rstrip("/") for uri in told if uri.rstrip("/").endswith("/debian")]
+    if not mirrors:
+        raise NoEngine("apt has no source that ends in /debian; add Debian's main archive to its sources")
+    return mirrors[0]
 
 
 def _call(*command: str, cwd: Path | None = None) -> None:
