@@ -1,7 +1,7 @@
 # One command a task; `make help` lists them. Everything made lies in .venv/ and .athanor/.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-exact test-chaos test-live test-browser test-compose check format lock screenshots clean
+.PHONY: compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-exact test-chaos test-live test-browser bench test-compose check format lock screenshots clean
 
 VENV   := .venv
 PYTHON := $(CURDIR)/$(VENV)/bin/python
@@ -11,6 +11,9 @@ PYTHON3 ?= python3
 RECIPE  ?= demo
 # a JSON object of trigger form fields, such as PARAMS='{"alignment": "dpo"}'
 PARAMS  ?= {}
+# options of the benchmark: make bench BENCH='--only sft,dpo --rounds 9', or --quick; BENCH=--help lists them
+BENCH   ?=
+PEERS   := .athanor/bench-venv
 # what `make test` runs; `make test TESTS=tests/unit`
 TESTS   ?= tests
 # through the environment, so that quotes in JSON survive the shell
@@ -66,6 +69,16 @@ test-live: $(STAMP) $(STAMP)-browser ## a whole live stack: people, retraining, 
 
 test-browser: $(STAMP) $(STAMP)-browser ## of these, the user interfaces in headless Chromium (needs chromium)
 	$(PYTHON) -m pytest -m browser tests/browser
+
+bench: $(STAMP) $(PEERS)/.ready ## our training against Trainer and TRL, rounds in turn, half an hour; writes docs/PERFORMANCE.md
+	$(PYTHON) -m tests.bench $(BENCH)
+
+# Hugging Face's trainers, in an environment of their own and with our versions of what both use
+$(PEERS)/.ready: constraints.txt | $(STAMP)
+	uv venv --quiet --clear --python $(PYTHON) $(PEERS)
+	uv pip install --quiet --python $(PEERS)/bin/python --constraint constraints.txt \
+	  $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} torch transformers accelerate datasets 'trl==1.16.0'
+	@touch $@
 
 $(STAMP)-browser: $(STAMP)
 	@$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --constraint constraints.txt $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} playwright

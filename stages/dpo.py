@@ -8,15 +8,17 @@ from torch import nn
 from stages.config.train import DPOConfig
 from stages.context import StageContext, StageOutcome
 from stages.data.packing import Packed
-from stages.data.tokens import PairView, Split, TokensArtifact, require
+from stages.data.tokens import Split, TokensArtifact, require
 from stages.losses import dpo_loss, pair_accuracy
 from stages.models.build import load_causal_lm
-from stages.models.forward import segment_logprobs
-from stages.models.lora import add_adapter, start_of
+from stages.models.forward import sum_by_segment, target_logprobs, target_positions
+from stages.models.lora import add_adapter
 from stages.train.engine import Engine
 from stages.train.mixture import training_order
 from stages.train.objective import LossOutput, ObjectiveState, Step
-from stages.train.pairs import PairSteps, evaluate_pairs, num_pairs, sides
+from stages.train.pairs import Pairs, PairSteps, evaluate_pairs, num_pairs, sides
+from stages.train.plan import evenly
+from stages.train.reference import FIELD, Reference
 from stages.train.run import Prepared, train_stage
 
 
@@ -28,7 +30,7 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     """Policy and reference start as the same SFT model."""
     config = context.config
     assert isinstance(config, DPOConfig)
-    pairs = tokens.pairs(Split.TRAIN)
+    pairs, heldout = tokens.pairs(Split.TRAIN), tokens.pairs(Split.HELDOUT)
     require(len(pairs), "training preference pairs", advice="Give preference data, or `derived`.")
     mixture = training_order(tokens.pair_sources(Split.TRAIN), pairs.num_targets, config)
     steps = PairSteps(
@@ -41,8 +43,10 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     start = context.input_dir("model")
 
     def objective(engine: Engine) -> DPOObjective:
-        reference = None if config.lora.rank else engine.freeze(load_causal_lm(start, tokens))
-        return DPOObjective(steps, config, reference=reference, heldout=tokens.pairs(Split.HELDOUT))
+        reference = Reference(context, engine, steps)
+        steps.pairs = reference.carried_by(pairs, steps.indices, split="train")
+        evaluated = evenly(len(heldout), at_most=config.eval_items)
+        return DPOObjective(steps, config, heldout=reference.carried_by(heldout, evaluated, split="heldout"))
 
     return Prepared(
         parts={"policy": add_adapter(load_causal_lm(start, tokens, lora=config.lora), config.lora, seed=config.seed)},
@@ -53,11 +57,10 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
 
 
 class DPOObjective:
-    """The reference's log-probabilities are computed beside the policy's, without gradients. It is a frozen copy, or
-    None where the policy has an adapter that can be left out."""
+    """The reference's log-probabilities come with the pairs' tokens."""
 
-    def __init__(self, steps: PairSteps, config: DPOConfig, *, reference: nn.Module | None, heldout: PairView) -> None:
-        self._steps, self._config, self._reference, self._heldout = steps, config, reference, heldout
+    def __init__(self, steps: PairSteps, config: DPOConfig, *, heldout: Pairs) -> None:
+        self._steps, self._config, self._heldout = steps, config, heldout
         self.num_steps, self.order = steps.num_steps, steps.order
 
     def steps(self, engine: Engine) -> Iterator[Step]:
@@ -67,9 +70,9 @@ class DPOObjective:
         return float(num_pairs(batch))
 
     def loss(self, parts: nn.ModuleDict, batch: Packed) -> LossOutput:
-        chosen_P, rejected_P = sides(segment_logprobs(parts["policy"], batch))
-        with torch.no_grad(), start_of(parts["policy"], self._reference) as reference:
-            ref_chosen_P, ref_rejected_P = sides(segment_logprobs(reference, batch))
+        ref_logprobs_N = batch.fields[FIELD][target_positions(batch)]
+        chosen_P, rejected_P = sides(sum_by_segment(target_logprobs(parts["policy"], batch).logprobs_N, batch))
+        ref_chosen_P, ref_rejected_P = sides(sum_by_segment(ref_logprobs_N, batch))
         terms = dpo_loss(
             chosen_logprobs_P=chosen_P,
             rejected_logprobs_P=rejected_P,

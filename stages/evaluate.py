@@ -21,7 +21,7 @@ from torch import nn
 
 from stages.config.closing import EvaluateConfig
 from stages.context import StageContext, StageOutcome
-from stages.data.packing import Packed, TokenSequence, collate, pack, plan_rows, split_by_rows
+from stages.data.packing import Packed, TokenSequence, collate, lay_out, plan_rows, split_by_rows
 from stages.data.tokens import Split, TokensArtifact
 from stages.losses import bits_per_byte, pair_accuracy, perplexity
 from stages.models.build import load_causal_lm, load_reward_model
@@ -270,15 +270,12 @@ class Bench:
 
     def _document_batches(self) -> list[Packed]:
         rows = [self._document_rows[int(index)] for index in self._rows]
-        return [
-            collate(rows[start : start + self._max_rows], self._row_length)
-            for start in range(0, len(rows), self._max_rows)
-        ]
+        return [collate(rows[start : start + self._max_rows]) for start in range(0, len(rows), self._max_rows)]
 
     def _packed(self, sequences: list[TokenSequence]) -> list[Packed]:
         plan = plan_rows([len(sequence.ids) for sequence in sequences], self._row_length)
         return [
-            collate([[sequences[i] for i in row] for row in plan[start : start + self._max_rows]], self._row_length)
+            collate([[sequences[i] for i in row] for row in plan[start : start + self._max_rows]])
             for start in range(0, len(plan), self._max_rows)
         ]
 
@@ -289,7 +286,7 @@ class Bench:
         pairs = [self._pairs[int(index)] for index in self._pair_indices()]
         groups = [(len(pair.chosen.ids), len(pair.rejected.ids)) for pair in pairs]
         return [
-            pack([side for i in part for side in (pairs[i].chosen, pairs[i].rejected)], self._row_length)
+            lay_out([side for i in part for side in (pairs[i].chosen, pairs[i].rejected)])
             for part in split_by_rows(groups, row_length=self._row_length, max_rows=self._max_rows)
         ]
 

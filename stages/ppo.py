@@ -12,7 +12,7 @@ from torch import nn
 
 from stages.config.train import PPOConfig
 from stages.context import StageContext, StageOutcome
-from stages.data.packing import Packed, TokenSequence, pack, split_by_rows
+from stages.data.packing import Packed, TokenSequence, lay_out, split_by_rows
 from stages.data.ragged import Ragged
 from stages.data.tokens import Split, TokensArtifact, require
 from stages.losses import adapted_kl_coefficient, ppo_policy_loss, ppo_value_loss
@@ -137,7 +137,7 @@ class PPOObjective:
             row_length=self._sampler.row_length,
             max_rows=self._sampler.max_rows,
         )
-        micro_batches = [pack([sequences[i] for i in part], self._sampler.row_length) for part in parts]
+        micro_batches = [lay_out([sequences[i] for i in part]) for part in parts]
         return Step(micro_batches, counted=len(mine) > 0, metrics=dict(self._rollout_metrics))
 
     def weight(self, batch: Packed) -> float:

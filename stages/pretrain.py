@@ -41,7 +41,6 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
             rows,
             order,
             heldout=DocumentRows(tokens.documents(Split.HELDOUT), row_length),
-            row_length=row_length,
             global_batch_size=config.global_batch_size,
             micro_batch_size=context.execution.micro_batch_size,
             eval_items=config.eval_items,

@@ -31,7 +31,6 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         rows,
         np.arange(len(rows)),
         heldout=ConversationRows(heldout, np.arange(len(heldout)), tokens.sequence_length),
-        row_length=tokens.sequence_length,
         global_batch_size=config.global_batch_size,
         micro_batch_size=context.execution.micro_batch_size,
         eval_items=config.eval_items,

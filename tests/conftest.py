@@ -17,6 +17,8 @@ from tests.servers import RayServer, end_leftovers, mlflow_tracking, ray_server
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Several test processes share the cores, and the models are tiny: a second thread of torch would wait, not help.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,9 +1,9 @@
-"""Many short sequences in one row, without a token of one seeing another.
+"""Many sequences in one micro-batch, without padding and without a token of one seeing another.
 
-The document mask is carried by `position_ids`, which start again at 0 in every sequence: transformers derives the
-block-diagonal causal mask from them. Padding tokens are sequences of length one, so no row of the mask is empty.
+Sequences lie end to end; `spans_D4` says where each begins and what it may look back to. A sequence that begins like
+the one before it (a rejected answer after the chosen one) can leave that beginning out and look back to it there.
 
-Shape legend: B rows, T positions of a row.
+Shape legend: B rows (one here; engines may think in more), T positions of a row, D laid-out sequences.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,20 +15,21 @@ from torch import Tensor
 
 from stages.config.errors import DataError
 
-PADDING = -1
-"""Segment id of padding."""
-
 
 @dataclass(frozen=True)
 class Packed:
-    """One micro-batch. A token with `loss_mask` 1 is a target; it is predicted from the position before it."""
+    """One micro-batch. A token with `loss_mask` 1 is a target; it is predicted from the token before it in its
+    sequence."""
 
     input_ids_BT: Tensor
     position_ids_BT: Tensor
     segment_ids_BT: Tensor
-    """Number of the sequence in this micro-batch, -1 for padding."""
+    """Number of the sequence in this micro-batch."""
     loss_mask_BT: Tensor
     num_segments: int
+    spans_D4: Tensor
+    """Start and end of each sequence, and of the earlier tokens that it goes on from, counted over all rows; on the
+    CPU."""
     fields: Mapping[str, Tensor] = field(default_factory=dict)
     """Further values per token, shape (B, T)."""
 
@@ -39,12 +40,17 @@ class Packed:
             self.segment_ids_BT.to(device),
             self.loss_mask_BT.to(device),
             self.num_segments,
+            self.spans_D4,
             {name: tensor.to(device) for name, tensor in self.fields.items()},
         )
 
     @property
     def num_targets(self) -> int:
         return int(self.loss_mask_BT.sum())
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids_BT.numel()
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,12 @@ class TokenSequence:
     ids: np.ndarray
     loss_mask: np.ndarray
     fields: Mapping[str, np.ndarray] = field(default_factory=dict)
+    shared: int = 0
+    """Leading tokens that the sequence before begins with too, and that are laid out there alone."""
+
+    @property
+    def num_laid_out(self) -> int:
+        return len(self.ids) - self.shared
 
 
 def plan_rows(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list[int]]:
@@ -77,43 +89,40 @@ def plan_rows(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list
     return rows
 
 
-def collate(rows: Sequence[Sequence[TokenSequence]], row_length: int) -> Packed:
-    """Lay out rows of sequences; segments are numbered in reading order."""
-    shape = (len(rows), row_length)
-    input_ids = np.zeros(shape, dtype=np.int64)
-    position_ids = np.zeros(shape, dtype=np.int64)
-    segment_ids = np.full(shape, PADDING, dtype=np.int64)
-    loss_mask = np.zeros(shape, dtype=np.int64)
-    names = rows[0][0].fields.keys() if rows and rows[0] else ()
-    fields = {name: np.zeros(shape, dtype=np.float32) for name in names}
-    segment = 0
-    for b, row in enumerate(rows):
-        start = 0
-        for sequence in row:
-            span = slice(start, start + len(sequence.ids))
-            input_ids[b, span] = sequence.ids
-            position_ids[b, span] = np.arange(len(sequence.ids))
-            segment_ids[b, span] = segment
-            loss_mask[b, span] = sequence.loss_mask
-            loss_mask[b, start] = 0  # nothing precedes the first token
-            for name, values in sequence.fields.items():
-                fields[name][b, span] = values
-            start = span.stop
-            segment += 1
+def collate(rows: Sequence[Sequence[TokenSequence]]) -> Packed:
+    """Lay out planned rows: they bound a micro-batch's memory, and are laid end to end without padding."""
+    return lay_out([sequence for row in rows for sequence in row])
+
+
+def lay_out(sequences: Sequence[TokenSequence]) -> Packed:
+    """Lay sequences end to end in one row; segments are numbered in their order."""
+    total = sum(sequence.num_laid_out for sequence in sequences)
+    numbers = {name: np.zeros(total, dtype=np.int64) for name in ("ids", "positions", "segments", "mask")}
+    fields = {name: np.zeros(total, dtype=np.float32) for name in (sequences[0].fields if sequences else ())}
+    spans = np.zeros((len(sequences), 4), dtype=np.int64)
+    before = start = 0
+    for segment, sequence in enumerate(sequences):
+        shared, end = sequence.shared, start + sequence.num_laid_out
+        numbers["ids"][start:end] = sequence.ids[shared:]
+        numbers["positions"][start:end] = np.arange(shared, len(sequence.ids))
+        numbers["segments"][start:end] = segment
+        numbers["mask"][start:end] = sequence.loss_mask[shared:]
+        if not shared:
+            numbers["mask"][start] = 0  # nothing precedes the first token
+        for name, values in sequence.fields.items():
+            fields[name][start:end] = values[shared:]
+        spans[segment] = (start, end, before, before + shared) if shared else (start, end, start, start)
+        before, start = start, end
+    tensors = {name: torch.from_numpy(values)[None] for name, values in numbers.items()}
     return Packed(
-        torch.from_numpy(input_ids),
-        torch.from_numpy(position_ids),
-        torch.from_numpy(segment_ids),
-        torch.from_numpy(loss_mask),
-        segment,
-        {name: torch.from_numpy(values) for name, values in fields.items()},
+        tensors["ids"],
+        tensors["positions"],
+        tensors["segments"],
+        tensors["mask"],
+        len(sequences),
+        torch.from_numpy(spans),
+        {name: torch.from_numpy(values)[None] for name, values in fields.items()},
     )
-
-
-def pack(sequences: Sequence[TokenSequence], row_length: int) -> Packed:
-    """Plan and lay out sequences in their order."""
-    plan = plan_rows([len(sequence.ids) for sequence in sequences], row_length)
-    return collate([[sequences[index] for index in row] for row in plan], row_length)
 
 
 def split_by_rows(groups: Sequence[Sequence[int]], *, row_length: int, max_rows: int) -> list[range]:

@@ -27,6 +27,7 @@ from stages.config.errors import ConfigError
 from stages.config.train import LoRAConfig, ModelConfig
 from stages.data.tokenizer import check_growth
 from stages.data.tokens import TokensArtifact
+from stages.models.attention import attend_within_documents
 from stages.models.lora import has_adapter, merged_weights, quantized_loading, save_adapter
 from stages.models.probe import check_packing
 
@@ -53,8 +54,12 @@ def new_causal_lm(config: ModelConfig, tokens: TokensArtifact, *, seed: int) -> 
         "pad_token_id": tokens.pad_id,
     }
     torch.manual_seed(seed)
-    if not config.num_experts:
-        return LlamaForCausalLM(LlamaConfig(**common))
+    model = _mixture(config, common) if config.num_experts else LlamaForCausalLM(LlamaConfig(**common))
+    attend_within_documents(model)
+    return model
+
+
+def _mixture(config: ModelConfig, common: dict[str, Any]) -> PreTrainedModel:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     experts = {
@@ -76,24 +81,14 @@ def load_causal_lm(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig = _
     _check_complete(loading, folder)
     grow_embeddings(model, tokens)
     _check_positions(model, tokens)
+    attend_within_documents(model)
     check_packing(model)
     model.config.pad_token_id = tokens.pad_id
     return model
 
 
 def _load(auto_class: Any, folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """Load with scaled dot-product attention, which packed rows need; an architecture without it is refused."""
-    try:
-        return auto_class.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, **options
-        )
-    except ValueError as error:
-        if "attention implementation" not in str(error):
-            raise
-        raise ConfigError(
-            f"the model in {folder} cannot be trained on packed rows: {str(error).partition(' yet')[0]}",
-            advice="Give a decoder that transformers runs with scaled dot-product attention, such as Llama or Qwen.",
-        ) from error
+    return auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
 
 
 def load_reward_model(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig = _NO_ADAPTER) -> PreTrainedModel:
@@ -115,6 +110,7 @@ def load_reward_model(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig 
             f"reward: {type(model).__name__} has no linear `score` head",
             advice="Use a decoder architecture whose sequence classifier transformers builds with `score`.",
         )
+    attend_within_documents(model)
     check_packing(model)
     if fresh:
         torch.nn.init.zeros_(model.score.weight)

@@ -3,7 +3,7 @@
 Logits exist only where a target is predicted. Models are plain transformers models; nothing here knows an architecture
 beyond `base_model` (the trunk), output embeddings, and `score` (the head of a sequence classifier).
 
-Shape legend: B rows, T positions, N targets, S segments, H hidden size, V vocabulary, K tokens but padding, L layers,
+Shape legend: B rows, T positions, N targets, S segments, H hidden size, V vocabulary, K tokens, L layers,
 E experts.
 """
 
@@ -13,33 +13,70 @@ import torch
 from torch import Tensor, nn
 
 from stages.data.packing import Packed
-from stages.losses import entropy
+from stages.models.attention import attends_within_documents, document_arguments
 from stages.models.linear_cross_entropy import linear_cross_entropy
+from stages.models.linear_logprobs import linear_logprobs
 
 
 class TokenLogprobs(NamedTuple):
-    """One entry per target, in reading order of the rows."""
+    """One entry per target, in the order of the tokens."""
 
     logprobs_N: Tensor
-    segments_N: Tensor
     entropy_sum: Tensor | None
-    """Of all targets together, in nats, without gradient; None unless asked for, because it reads all logits again."""
+    """Of all targets together, in nats, without gradient; None unless asked for, because it costs another softmax."""
 
 
-def run_trunk(model: nn.Module, batch: Packed, *, noise_BTH: Tensor | None = None, **options: Any) -> Any:
-    """Run everything but the head, with noise on the embeddings on request; documents are told apart by their
-    positions."""
-    trunk: nn.Module = model.base_model  # type: ignore[assignment]
-    options |= {"position_ids": batch.position_ids_BT, "use_cache": False}
-    if noise_BTH is None:
-        return trunk(input_ids=batch.input_ids_BT, **options)
-    embeddings_BTH = model.get_input_embeddings()(batch.input_ids_BT)  # type: ignore[operator]
-    return trunk(inputs_embeds=embeddings_BTH + noise_BTH, **options)
+class TrunkOutput(NamedTuple):
+    last_hidden_BTH: Tensor
+    router_logits_KLE: Tensor | None
+    """Of all tokens; None unless asked for."""
+
+
+def run_trunk(
+    model: nn.Module, batch: Packed, *, noise_BTH: Tensor | None = None, with_router_logits: bool = False
+) -> TrunkOutput:
+    """Run everything but the head, with noise on the embeddings on request; no document sees another."""
+    inputs = {"input_ids": batch.input_ids_BT}
+    if noise_BTH is not None:
+        inputs = {"inputs_embeds": model.get_input_embeddings()(batch.input_ids_BT) + noise_BTH}  # type: ignore[operator]
+    options = {"output_router_logits": True} if with_router_logits else {}
+    run = _run_within_documents if attends_within_documents(model) else _run_padded
+    return run(model.base_model, batch, inputs, options)  # type: ignore[arg-type]
 
 
 def hidden_states(model: nn.Module, batch: Packed) -> Tensor:
     """Return the trunk's last hidden states, shape (B, T, H)."""
-    return run_trunk(model, batch).last_hidden_state
+    return run_trunk(model, batch).last_hidden_BTH
+
+
+def _run_within_documents(
+    trunk: nn.Module, batch: Packed, inputs: dict[str, Tensor], options: dict[str, Any]
+) -> TrunkOutput:
+    positions = {"position_ids": batch.position_ids_BT, "use_cache": False}
+    out = trunk(**inputs, **positions, **document_arguments(batch), **options)
+    return TrunkOutput(out.last_hidden_state, torch.stack(out.router_logits, dim=1) if options else None)
+
+
+def _run_padded(trunk: nn.Module, batch: Packed, inputs: dict[str, Tensor], options: dict[str, Any]) -> TrunkOutput:
+    """Give a model that knows no documents one padded row for each, and put their tokens back end to end."""
+    spans = batch.spans_D4.tolist()
+
+    def padded(values: Tensor) -> Tensor:
+        flat = values.flatten(0, 1)
+        whole = [torch.cat([flat[before:shared], flat[start:end]]) for start, end, before, shared in spans]
+        return nn.utils.rnn.pad_sequence(whole, batch_first=True)
+
+    mask_DT = padded(torch.ones_like(batch.input_ids_BT))
+    out = trunk(
+        **{name: padded(values) for name, values in inputs.items()}, attention_mask=mask_DT, use_cache=False, **options
+    )
+    is_own_DT = mask_DT.bool()
+    for row, (_, _, before, shared) in zip(is_own_DT, spans, strict=True):
+        row[: shared - before] = False
+    router_logits_KLE = None
+    if options:
+        router_logits_KLE = torch.stack([logits[is_own_DT.flatten()] for logits in out.router_logits], dim=1)
+    return TrunkOutput(out.last_hidden_state[is_own_DT][None], router_logits_KLE)
 
 
 class NextTokenTerms(NamedTuple):
@@ -49,13 +86,24 @@ class NextTokenTerms(NamedTuple):
     """Cross-entropy of all targets, in nats, with the z-loss if there is one."""
     z_sum: Tensor
     router_logits_KLE: Tensor | None
-    """Of all tokens but padding; None unless asked for."""
+    """Of all tokens; None unless asked for."""
 
 
 def target_positions(batch: Packed) -> tuple[Tensor, Tensor]:
-    """Return rows and columns of the targets; a target at column t is predicted from column t - 1."""
+    """Return rows and columns of the targets."""
     rows_N, columns_N = batch.loss_mask_BT.nonzero(as_tuple=True)
     return rows_N, columns_N
+
+
+def before_targets(states_BTH: Tensor, batch: Packed) -> Tensor:
+    """Return the states that targets are predicted from, shape (N, H): those of the token before, which for the first
+    token after a shared beginning is the beginning's last."""
+    before = torch.arange(-1, batch.num_tokens - 1)
+    starts, _, shared_starts, shared_ends = batch.spans_D4.T
+    goes_on = shared_ends > shared_starts
+    before[starts[goes_on]] = shared_ends[goes_on] - 1
+    wanted = before.to(states_BTH.device)[batch.loss_mask_BT.flatten() == 1]
+    return states_BTH.flatten(0, 1)[wanted]
 
 
 def next_token_loss_sum(model: nn.Module, batch: Packed) -> Tensor:
@@ -72,41 +120,40 @@ def next_token_terms(
     with_router_logits: bool = False,
 ) -> NextTokenTerms:
     """As `next_token_loss_sum`, with what training may add: z-loss, noise on the embeddings, the routers' logits."""
-    options = {"output_router_logits": True} if with_router_logits else {}
-    out = run_trunk(model, batch, noise_BTH=noise_BTH, **options)
-    rows_N, columns_N = target_positions(batch)
+    out = run_trunk(model, batch, noise_BTH=noise_BTH, with_router_logits=with_router_logits)
     cross_entropy = linear_cross_entropy(
-        out.last_hidden_state[rows_N, columns_N - 1],
+        before_targets(out.last_hidden_BTH, batch),
         _output_weight(model),
-        batch.input_ids_BT[rows_N, columns_N],
+        batch.input_ids_BT[target_positions(batch)],
         z_coefficient=z_coefficient,
     )
-    router_logits_KLE = None
-    if with_router_logits:
-        is_token = batch.segment_ids_BT.flatten() >= 0
-        router_logits_KLE = torch.stack([logits[is_token] for logits in out.router_logits], dim=1)
-    return NextTokenTerms(*cross_entropy, router_logits_KLE)
+    return NextTokenTerms(*cross_entropy, out.router_logits_KLE)
 
 
 def target_logprobs(
     model: nn.Module, batch: Packed, *, temperature: float = 1.0, with_entropy: bool = False
 ) -> TokenLogprobs:
     """Return the log-probability of each target under softmax(logits / temperature), in float32."""
-    rows_N, columns_N = target_positions(batch)
-    hidden_NH = hidden_states(model, batch)[rows_N, columns_N - 1]
-    logits_NV = nn.functional.linear(hidden_NH, _output_weight(model)).float() / temperature
-    targets_N = batch.input_ids_BT[rows_N, columns_N]
-    logprobs_N = logits_NV.gather(1, targets_N[:, None])[:, 0] - logits_NV.logsumexp(-1)
-    entropy_sum = entropy(logits_NV.detach()).sum() if with_entropy else None
-    return TokenLogprobs(logprobs_N, batch.segment_ids_BT[rows_N, columns_N], entropy_sum)
+    where = target_positions(batch)
+    logprobs_N, entropy_sum = linear_logprobs(
+        before_targets(hidden_states(model, batch), batch),
+        _output_weight(model),
+        batch.input_ids_BT[where],
+        temperature=temperature,
+        with_entropy=with_entropy,
+    )
+    return TokenLogprobs(logprobs_N, entropy_sum if with_entropy else None)
 
 
 def segment_logprobs(model: nn.Module, batch: Packed) -> Tensor:
     """Return the log-probability of each segment's targets together, shape (S,)."""
-    tokens = target_logprobs(model, batch)
-    return torch.zeros(batch.num_segments, device=tokens.logprobs_N.device).index_add(
-        0, tokens.segments_N, tokens.logprobs_N
-    )
+    return sum_by_segment(target_logprobs(model, batch).logprobs_N, batch)
+
+
+def sum_by_segment(values_N: Tensor, batch: Packed) -> Tensor:
+    """Return the sum over each segment's targets, shape (S,)."""
+    segments_N = batch.segment_ids_BT[target_positions(batch)]
+    return torch.zeros(batch.num_segments, device=values_N.device).index_add(0, segments_N, values_N)
 
 
 def segment_scores(model: nn.Module, batch: Packed, *, pad_id: int) -> Tensor:
@@ -116,7 +163,7 @@ def segment_scores(model: nn.Module, batch: Packed, *, pad_id: int) -> Tensor:
     """
     flat_ids = batch.input_ids_BT.flatten()
     flat_segments = batch.segment_ids_BT.flatten()
-    counted = ((flat_segments >= 0) & (flat_ids != pad_id)).nonzero()[:, 0]
+    counted = (flat_ids != pad_id).nonzero()[:, 0]
     last_S = torch.zeros(batch.num_segments, dtype=torch.long, device=flat_ids.device)
     last_S = last_S.scatter_reduce(0, flat_segments[counted], counted, reduce="amax")
     hidden_SH = hidden_states(model, batch).flatten(0, 1)[last_S]
@@ -125,8 +172,7 @@ def segment_scores(model: nn.Module, batch: Packed, *, pad_id: int) -> Tensor:
 
 def target_values(critic: nn.Module, batch: Packed) -> Tensor:
     """Return the value head's prediction before each target is chosen, shape (N,)."""
-    rows_N, columns_N = target_positions(batch)
-    hidden_NH = hidden_states(critic, batch)[rows_N, columns_N - 1]
+    hidden_NH = before_targets(hidden_states(critic, batch), batch)
     return critic.score(hidden_NH)[:, 0].float()  # type: ignore[operator]
 
 

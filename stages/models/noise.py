@@ -4,7 +4,7 @@ Jain et al. 2023 (arXiv:2310.05914): uniform in [-1, 1], times alpha / sqrt(L H)
 of a row is drawn from (seed, place of the row in the training order) alone, so it is the same after a resume and in
 every layout.
 
-Shape legend: B rows, T positions, H hidden size.
+Shape legend: B rows (one), T positions, H hidden size.
 """
 
 import numpy as np
@@ -14,23 +14,19 @@ from torch import Tensor
 from stages.data.packing import Packed
 
 
-def embedding_noise(batch: Packed, places_B: Tensor, *, alpha: float, seed: int, hidden_size: int) -> Tensor:
-    """Return noise of shape (B, T, H), none on padding; L is the length of the packed sequence, not of its row."""
-    device, length = batch.input_ids_BT.device, batch.input_ids_BT.shape[1]
+def embedding_noise(batch: Packed, places_BT: Tensor, *, alpha: float, seed: int, hidden_size: int) -> Tensor:
+    """Return noise of shape (B, T, H); L is the length of the packed sequence, not of its row.
+
+    `places_BT` says for every token which row of the training order it came with.
+    """
+    device = batch.input_ids_BT.device
     rows = []
-    for place in places_B.tolist():
+    places, lengths = torch.unique_consecutive(places_BT.flatten(), return_counts=True)
+    for place, length in zip(places.tolist(), lengths.tolist(), strict=True):
         key = int(np.random.SeedSequence([seed, place]).generate_state(1, np.uint64)[0])
         generator = torch.Generator(device).manual_seed(key)
         rows.append(torch.rand(length, hidden_size, generator=generator, device=device))
-    noise_BTH = 2 * torch.stack(rows) - 1
-    return noise_BTH * (alpha / (_sequence_lengths(batch) * hidden_size).sqrt())[..., None]
-
-
-def _sequence_lengths(batch: Packed) -> Tensor:
-    """Length of the sequence that each token belongs to, shape (B, T); infinite for padding."""
+    noise_BTH = 2 * torch.cat(rows)[None] - 1
     segments_BT = batch.segment_ids_BT
-    is_token = segments_BT >= 0
-    lengths_S = torch.bincount(segments_BT[is_token], minlength=batch.num_segments).float()
-    lengths_BT = torch.full(segments_BT.shape, torch.inf, device=segments_BT.device)
-    lengths_BT[is_token] = lengths_S[segments_BT[is_token]]
-    return lengths_BT
+    lengths_BT = torch.bincount(segments_BT.flatten(), minlength=batch.num_segments)[segments_BT]
+    return noise_BTH * (alpha / (lengths_BT * hidden_size).sqrt())[..., None]

@@ -1,7 +1,7 @@
-"""Whether an architecture can be trained on packed rows: tried out, not looked up in a list.
+"""Whether an architecture can be trained on packed documents: tried out, not looked up in a list.
 
-Two short documents go through the model in one row and apart. A model that carries something from one to the other,
-such as a recurrent state, is refused, and so is one whose logits are not its output matrix times its hidden states.
+Two short documents go through the model together and apart. A model that carries something from one to the other is
+refused, and so is one whose logits are not its output matrix times its hidden states.
 """
 
 import numpy as np
@@ -10,8 +10,8 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from stages.config.errors import ConfigError
-from stages.data.packing import TokenSequence, collate
-from stages.models.forward import run_trunk
+from stages.data.packing import TokenSequence, lay_out
+from stages.models.forward import hidden_states
 
 _FIRST, _SECOND = 5, 7
 """Tokens of the two documents."""
@@ -21,7 +21,7 @@ _TOLERANCE = 1e-4
 
 @torch.no_grad()
 def check_packing(model: PreTrainedModel) -> None:
-    """Raise ConfigError when packed rows would give other numbers than single documents."""
+    """Raise ConfigError when packed documents would give other numbers than single ones."""
     was_training = model.training
     model.eval()
     try:
@@ -34,23 +34,17 @@ def check_packing(model: PreTrainedModel) -> None:
 
 def _check_documents(model: PreTrainedModel) -> None:
     first, second = _documents(model)
-    length = _FIRST + _SECOND
-    try:
-        packed = run_trunk(model, collate([[first, second]], length).to(model.device)).last_hidden_state[0, _FIRST:]
-        alone = run_trunk(model, collate([[second]], _SECOND).to(model.device)).last_hidden_state[0]
-    except TypeError as error:
-        raise _cannot_pack(model, f"its forward pass takes no position_ids ({error})") from error
+    packed = hidden_states(model, lay_out([first, second]).to(model.device))[0, _FIRST:]
+    alone = hidden_states(model, lay_out([second]).to(model.device))[0]
     if not _equal(packed, alone, model):
-        raise _cannot_pack(model, "a document's hidden states change with the document before it in the row")
-    if getattr(model.config, "attn_logit_softcapping", None):
-        raise _cannot_pack(model, "its attention caps logits, which no fast attention here does")
+        raise _cannot_pack(model, "a document's hidden states change with the document before it")
 
 
 def _check_head(model: PreTrainedModel) -> None:
-    batch = collate([[_documents(model)[1]]], _SECOND).to(model.device)
-    hidden = run_trunk(model, batch).last_hidden_state
+    batch = lay_out([_documents(model)[1]]).to(model.device)
+    hidden = hidden_states(model, batch)
     head = model.get_output_embeddings()
-    expected = model(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False).logits
+    expected = model(input_ids=batch.input_ids_BT, use_cache=False).logits
     if not _equal(nn.functional.linear(hidden.to(head.weight.dtype), head.weight), expected, model):  # type: ignore[union-attr, arg-type]
         raise _cannot_pack(model, "its logits are scaled, capped or shifted after the output matrix")
 
@@ -69,6 +63,6 @@ def _equal(left: torch.Tensor, right: torch.Tensor, model: PreTrainedModel) -> b
 
 def _cannot_pack(model: PreTrainedModel, reason: str) -> ConfigError:
     return ConfigError(
-        f"{type(model).__name__} cannot be trained on packed rows: {reason}",
-        advice="Use an architecture with attention over position_ids and plain logits, such as Llama, Qwen3 or GPT-2.",
+        f"{type(model).__name__} cannot be trained on packed documents: {reason}",
+        advice="Use an architecture with plain causal attention and plain logits, such as Llama, Qwen3 or GPT-2.",
     )

@@ -22,11 +22,9 @@ from stages.train.guard import StepGuard
 from stages.train.interruption import Ask, wait_for_all
 from stages.train.objective import Objective, Step
 from stages.train.optimizer import learning_rate
+from stages.train.throughput import Meter, with_waiting
 
 logger = logging.getLogger(__name__)
-
-_SPEED, _BLOCKED = "train/tokens_per_second", "train/checkpoint_blocked_seconds"
-"""Reported, but not part of the history that is published: the same training gives the same bytes."""
 
 History = list[dict[str, Any]]
 
@@ -45,35 +43,43 @@ def train(
     execution: ExecutionConfig,
     checkpointer: Checkpointer,
     report: Reporter,
+    meter: Meter,
     asked: Callable[[], Ask] = lambda: Ask.NOTHING,
     clock: Callable[[], float] = time.perf_counter,
 ) -> History:
-    """Train to the end, from the newest checkpoint if there is one; return the metrics of every logged step, but its
-    speed. `asked` says at every step boundary whether to save or to end now, the same on every rank."""
+    """Train to the end, from the newest checkpoint if there is one; return the metrics of every logged step, but not
+    its timing: the same training gives the same bytes. `asked` says at every step boundary whether to save or to end
+    now, the same on every rank."""
     guard = StepGuard(config.optimizer)
     step, history = _resume(objective, engine, guard, checkpointer)
     blocked = 0.0
     last = clock()
-    for item in objective.steps(engine):
+    for item, waited in with_waiting(objective.steps(engine)):
         rate = learning_rate(config.optimizer, step=step, num_steps=objective.num_steps)
         engine.seed(config.seed, step)
-        metrics = _accumulate(objective, engine, item)
+        metrics, tokens, flops = _accumulate(objective, engine, item, meter)
         outcome = engine.step(rate, accepts=guard.judging(loss=metrics["train/loss"], step=step + 1))
         step += 1
         now = clock()
-        speed, last = metrics.pop("tokens") / (now - last), now
         metrics |= item.metrics | {
             "train/grad_norm": outcome.grad_norm,
             "train/learning_rate": rate,
             **guard.metrics,
         }
+        timing = {
+            "train/tokens_per_second": tokens / (now - last),
+            "train/mfu": meter.utilisation(flops, now - last),
+            "train/data_wait_seconds": waited,
+            "train/checkpoint_blocked_seconds": blocked,
+        }
+        last = now
         if evaluated := _due(step, config.eval_every, objective.num_steps):
             with engine.averaged():
                 metrics |= objective.evaluate(engine)
             last = clock()
         if evaluated or _due(step, execution.log_every, objective.num_steps):
             history.append({"step": step, **metrics})
-            report(metrics | {_SPEED: speed, _BLOCKED: blocked}, step=step, num_steps=objective.num_steps)
+            report(metrics | timing, step=step, num_steps=objective.num_steps)
             blocked = 0.0
         ask = asked()
         due = _is_multiple(step, execution.checkpoint_every) or (evaluated and checkpointer.is_best(step, history))
@@ -105,12 +111,13 @@ def _resume(objective: Objective, engine: Engine, guard: StepGuard, checkpointer
     return checkpoint.step, checkpoint.history
 
 
-def _accumulate(objective: Objective, engine: Engine, step: Step) -> dict[str, float]:
-    """Run every micro-batch forward and backward; return the step's metrics over all ranks."""
+def _accumulate(
+    objective: Objective, engine: Engine, step: Step, meter: Meter
+) -> tuple[dict[str, float], float, float]:
+    """Run every micro-batch forward and backward; return the step's metrics, tokens and model FLOPs over all ranks."""
     counted = step.micro_batches if step.counted else []
-    units, tokens = engine.sum(
-        [sum(objective.weight(batch) for batch in counted), sum(_num_tokens(batch) for batch in counted)]
-    )
+    sizes = [(objective.weight(batch), batch.num_tokens, meter.flops(batch)) for batch in counted]
+    units, tokens, flops = engine.sum(sum(column) for column in zip((0.0, 0.0, 0.0), *sizes, strict=True))
     sums: dict[str, Tensor] = {}
     batches = _same_count(engine, step)
     shares = [Share(batch, counts / units, counts / tokens) for batch, counts in batches]
@@ -132,7 +139,7 @@ def _accumulate(objective: Objective, engine: Engine, step: Step) -> dict[str, f
     if observed:
         total = engine.sum(torch.stack(observed).sum(0).flatten().tolist())
         metrics |= step.observe(torch.tensor(total).view_as(observed[0]))
-    return metrics | {"tokens": tokens}
+    return metrics, tokens, flops
 
 
 def _same_count(engine: Engine, step: Step) -> list[tuple[Packed, float]]:
@@ -140,10 +147,6 @@ def _same_count(engine: Engine, step: Step) -> list[tuple[Packed, float]]:
     batches = step.micro_batches
     missing = int(engine.max(len(batches))) - len(batches)
     return [(batch, float(step.counted)) for batch in batches] + [(batches[0], 0.0)] * missing
-
-
-def _num_tokens(batch: Packed) -> int:
-    return int((batch.segment_ids_BT >= 0).sum())
 
 
 def _due(step: int, every: int, num_steps: int) -> bool:

@@ -20,7 +20,7 @@ from stages.train.plan import batches, evenly, in_step, order_digest, share
 from stages.train.routing import RouterBalance, Routing
 
 _PLACE = "place"
-"""Field of a training batch: where the row stands in the order of all training rows."""
+"""Field of a training batch: where the row of each token stands in the order of all training rows."""
 
 
 class Rows(Protocol):
@@ -82,14 +82,13 @@ class NextTokenObjective:
         order: np.ndarray,
         *,
         heldout: Rows,
-        row_length: int,
         global_batch_size: int,
         micro_batch_size: int,
         eval_items: int,
         extras: Extras = Extras(),
     ) -> None:
         """`order` lists the row of every training position, over all epochs."""
-        self._rows, self._order, self._heldout, self._row_length = rows, order, heldout, row_length
+        self._rows, self._order, self._heldout = rows, order, heldout
         self._steps = batches(np.arange(len(order)), global_batch_size)
         self._micro_batch_size = micro_batch_size
         self._eval_items = eval_items
@@ -108,21 +107,18 @@ class NextTokenObjective:
             yield replace(step, observe=self._balance.observe) if self._balance else step
 
     def _training_batches(self, places: np.ndarray) -> list[Packed]:
-        """Micro-batches that know the places of their rows in the training order, if noise is to be drawn by them."""
-        micro_batches = self._micro_batches(self._rows, self._order[places])
+        """Micro-batches that know the place of every token's row in the training order, if noise is drawn by it."""
         if not self._extras.noise_alpha:
-            return micro_batches
-        parts = batches(places, self._micro_batch_size)
-        return [
-            replace(batch, fields={_PLACE: torch.from_numpy(part)[:, None].expand_as(batch.input_ids_BT)})
-            for batch, part in zip(micro_batches, parts, strict=True)
-        ]
+            return self._micro_batches(self._rows, self._order[places])
+        return [self._placed(part) for part in batches(places, self._micro_batch_size)]
+
+    def _placed(self, places: np.ndarray) -> Packed:
+        rows = [self._rows[int(index)] for index in self._order[places]]
+        lengths = [sum(sequence.num_laid_out for sequence in row) for row in rows]
+        return replace(collate(rows), fields={_PLACE: torch.from_numpy(np.repeat(places, lengths))[None]})
 
     def _micro_batches(self, rows: Rows, indices: np.ndarray) -> list[Packed]:
-        return [
-            collate([rows[int(index)] for index in part], self._row_length)
-            for part in batches(indices, self._micro_batch_size)
-        ]
+        return [collate([rows[int(index)] for index in part]) for part in batches(indices, self._micro_batch_size)]
 
     def weight(self, batch: Packed) -> float:
         return float(batch.num_targets)
@@ -147,7 +143,7 @@ class NextTokenObjective:
     def _noise(self, policy: nn.Module, batch: Packed) -> Tensor:
         return embedding_noise(
             batch,
-            batch.fields[_PLACE][:, 0],
+            batch.fields[_PLACE],
             alpha=self._extras.noise_alpha,
             seed=self._extras.seed,
             hidden_size=policy.get_input_embeddings().embedding_dim,  # type: ignore[operator]

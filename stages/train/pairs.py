@@ -1,18 +1,29 @@
 """Steps over preference pairs, for the reward model and DPO: both answers of a pair in one micro-batch, packed.
 
-Segments of a micro-batch alternate: 2i is the chosen answer of its i-th pair, 2i + 1 the rejected one.
+Segments of a micro-batch alternate: 2i is the chosen answer of its i-th pair, 2i + 1 the rejected one. On the CPU the
+prompt of a pair is computed once and both answers look back to it; flash attention on a GPU cannot.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from stages.data.packing import Packed, TokenSequence, pack, split_by_rows
-from stages.data.tokens import PairView
+from stages.data.packing import Packed, TokenSequence, lay_out, split_by_rows
+from stages.data.tokens import Pair
 from stages.train.engine import Engine
 from stages.train.objective import LossOutput, Step
 from stages.train.plan import batches, evenly, in_step, order_digest, share
+
+
+class Pairs(Protocol):
+    """Pairs by index."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Pair: ...
 
 
 class PairSteps:
@@ -20,14 +31,15 @@ class PairSteps:
 
     def __init__(
         self,
-        pairs: PairView,
+        pairs: Pairs,
         *,
         order: np.ndarray,
         global_batch_size: int,
         row_length: int,
         micro_batch_size: int,
     ) -> None:
-        self._pairs, self._row_length, self._micro_batch_size = pairs, row_length, micro_batch_size
+        self.pairs, self._row_length, self._micro_batch_size = pairs, row_length, micro_batch_size
+        self._share_prompts = not torch.cuda.is_available()
         self._steps = batches(order, global_batch_size)
         self.cursor = 0
         self.num_steps = len(self._steps)
@@ -38,23 +50,36 @@ class PairSteps:
             indices = self._steps[self.cursor]
             mine = share(indices, rank=engine.rank, world_size=engine.world_size)
             self.cursor += 1
-            yield Step(self.micro_batches(self._pairs, mine if len(mine) else indices[:1]), counted=len(mine) > 0)
+            yield Step(self.micro_batches(self.pairs, mine if len(mine) else indices[:1]), counted=len(mine) > 0)
 
-    def micro_batches(self, pairs: PairView, indices: np.ndarray) -> list[Packed]:
+    @property
+    def indices(self) -> np.ndarray:
+        """Which pairs training sees, each once, in order of their index."""
+        return np.unique(np.concatenate(self._steps))
+
+    def micro_batches(self, pairs: Pairs, indices: np.ndarray) -> list[Packed]:
         chosen = [pairs[int(index)] for index in indices]
-        groups = [(len(pair.chosen.ids), len(pair.rejected.ids)) for pair in chosen]
+        sequences = [both_answers(pair, share_prompt=self._share_prompts) for pair in chosen]
+        groups = [[sequence.num_laid_out for sequence in both] for both in sequences]
         parts = split_by_rows(groups, row_length=self._row_length, max_rows=self._micro_batch_size)
-        result = []
-        for part in parts:
-            sequences: list[TokenSequence] = []
-            for index in part:
-                sequences += (chosen[index].chosen, chosen[index].rejected)
-            result.append(pack(sequences, self._row_length))
-        return result
+        return [lay_out([sequence for index in part for sequence in sequences[index]]) for part in parts]
+
+
+def both_answers(pair: Pair, *, share_prompt: bool) -> tuple[TokenSequence, TokenSequence]:
+    """Return a pair as sequences, the rejected one without the tokens before its first target that both begin with."""
+    chosen, rejected = pair.chosen, pair.rejected
+    if not share_prompt:
+        return chosen, rejected
+    limit = min(len(chosen.ids), len(rejected.ids) - 1)
+    differs = np.flatnonzero(
+        (chosen.ids[:limit] != rejected.ids[:limit]) | (chosen.loss_mask[:limit] + rejected.loss_mask[:limit] > 0)
+    )
+    shared = int(differs[0]) if len(differs) else limit
+    return chosen, replace(rejected, shared=shared)
 
 
 def evaluate_pairs(
-    engine: Engine, loss: Callable[..., LossOutput], steps: PairSteps, heldout: PairView, *, at_most: int
+    engine: Engine, loss: Callable[..., LossOutput], steps: PairSteps, heldout: Pairs, *, at_most: int
 ) -> dict[str, float]:
     """Return the loss a pair and the objective's metrics over evenly spread held-out pairs, under `eval/...`."""
     spread = evenly(len(heldout), at_most=at_most)

@@ -103,7 +103,7 @@ class Sampler:
         parts = [plan[start : start + self.max_rows] for start in range(0, len(plan), self.max_rows)]
         for part, counted in in_step(engine, parts, spare=parts[0]):
             rows = [[sequences[index] for index in row] for row in part]
-            values = engine.infer(self._measure, collate(rows, self.row_length))
+            values = engine.infer(self._measure, collate(rows))
             if not counted:
                 continue
             lengths = [int(sequence.loss_mask.sum()) for row in rows for sequence in row]

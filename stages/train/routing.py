@@ -5,7 +5,7 @@ Taken over a micro-batch, as most trainers do, that share depends on the layout 
 to be about one thing. Here it is the share over all tokens of the *whole step before*, over all ranks: the loss then is
 a sum over tokens, and every layout gives the same gradient. In the first step all shares are equal.
 
-Shape legend: K tokens but padding, L layers, E experts.
+Shape legend: K tokens, L layers, E experts.
 """
 
 from dataclasses import dataclass

@@ -24,6 +24,8 @@ from stages.train.interruption import Interruption, stop_flag, wait_for_all
 from stages.train.launch import launch
 from stages.train.loop import train
 from stages.train.objective import Objective
+from stages.train.ranks import local_device
+from stages.train.throughput import Meter
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,8 @@ def train_on_worker(context: StageContext) -> StageOutcome:
     tokens = TokensArtifact(context.input_dir("tokens"))
     verb = importlib.import_module(f"stages.{context.request.stage.value}")
     prepared: Prepared = verb.prepare(context, tokens)
+    dtype = compute_dtype(local_device(), config.precision)
+    meter = Meter.of(prepared.parts, device=local_device(), dtype=dtype)
     engine = make_engine(prepared.parts, config, execution)
     objective = prepared.objective(engine)
     _check_size(objective, context)
@@ -73,6 +77,7 @@ def train_on_worker(context: StageContext) -> StageOutcome:
             execution=execution,
             checkpointer=checkpointer,
             report=_reporter(context, engine),
+            meter=meter,
             asked=Interruption(engine.device, stop).asked,
         )
     chosen = _choose(engine, checkpointer, history)
@@ -80,11 +85,10 @@ def train_on_worker(context: StageContext) -> StageOutcome:
     if engine.is_main:
         _export(context.output_dir, prepared, weights, history, tokens)
     final = {name: value for name, value in chosen.items() if name != "step"}
-    dtype = str(compute_dtype(engine.device, config.precision)).removeprefix("torch.")
     return StageOutcome(
         metrics=final,
         ledger=prepared.ledger | {"steps": objective.num_steps},
-        execution={"device": engine.device.type, "compute_dtype": dtype},
+        execution={"device": engine.device.type, "compute_dtype": str(dtype).removeprefix("torch.")},
     )
 
 

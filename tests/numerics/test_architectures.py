@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from stages.config.errors import ConfigError
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
-from stages.data.packing import TokenSequence, collate, pack
+from stages.data.packing import TokenSequence, lay_out
 from stages.data.tokenizer import check_growth
 from stages.data.tokens import TokensArtifact
 from stages.models.build import load_causal_lm, load_reward_model
@@ -56,8 +56,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts": 4,
         "num_experts_per_tok": 2,
     },
-}
-REFUSED: dict[str, dict[str, Any]] = {
     "mamba, a recurrent state": {
         "model_type": "mamba",
         "vocab_size": 300,
@@ -65,6 +63,8 @@ REFUSED: dict[str, dict[str, Any]] = {
         "state_size": 4,
         "num_hidden_layers": 2,
     },
+}
+REFUSED: dict[str, dict[str, Any]] = {
     "gemma2, capped logits": {"model_type": "gemma2", "query_pre_attn_scalar": 8},
 }
 
@@ -95,20 +95,20 @@ def test_packed_equals_unpacked_and_the_loss_is_that_of_transformers(
     model = load_causal_lm(folder, artifact).eval()
     rng = np.random.default_rng(1)
     documents = [TokenSequence(rng.integers(6, 200, size=n), np.ones(n, dtype=np.int64)) for n in (5, 17, 3, 30, 9)]
-    packed = target_logprobs(model, pack(documents, 64)).logprobs_N
-    alone = [target_logprobs(model, collate([[one]], len(one.ids))).logprobs_N for one in documents]
+    packed = target_logprobs(model, lay_out(documents)).logprobs_N
+    alone = [target_logprobs(model, lay_out([one])).logprobs_N for one in documents]
     torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-3, atol=2e-4)
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = torch.from_numpy(documents[3].ids)[None]
     theirs = plain(input_ids=ids, labels=ids).loss.item()
-    assert next_token_loss_sum(model, collate([[documents[3]]], 30)).item() / 29 == pytest.approx(theirs, rel=1e-4)
+    assert next_token_loss_sum(model, lay_out([documents[3]])).item() / 29 == pytest.approx(theirs, rel=1e-4)
 
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_an_architecture_that_cannot_pack_is_refused_with_the_reason(
     family: str, artifact: TokensArtifact, tmp_path: Path
 ):
-    with pytest.raises(ConfigError, match="cannot be trained on packed rows"):
+    with pytest.raises(ConfigError, match="cannot be trained on packed documents"):
         load_causal_lm(brought(tmp_path, REFUSED[family]), artifact)
 
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
-from stages.data.packing import TokenSequence, collate, pack
+from stages.data.packing import TokenSequence, lay_out
 from stages.data.tokens import TokensArtifact
 from stages.losses import router_balance_loss
 from stages.models.build import load_causal_lm, new_causal_lm, save_model
@@ -40,10 +40,16 @@ def sequences(*lengths: int) -> list[TokenSequence]:
     return [TokenSequence(rng.integers(6, 200, size=n), np.ones(n, dtype=np.int64)) for n in lengths]
 
 
-def test_packed_equals_unpacked_and_padding_is_routed_nowhere(model: Any):
+@pytest.mark.parametrize("own_attention", [False, True], ids=["packed", "padded rows"])
+def test_packed_equals_unpacked_and_padding_is_routed_nowhere(
+    own_attention: bool, model: Any, monkeypatch: pytest.MonkeyPatch
+):
+    if own_attention:  # what an architecture with windows gets
+        monkeypatch.setattr("stages.models.forward.attends_within_documents", lambda _: False)
+
     documents = sequences(5, 17, 3, 30, 9)
-    packed = pack(documents, 50)
-    alone = torch.cat([target_logprobs(model, collate([[one]], len(one.ids))).logprobs_N for one in documents])
+    packed = lay_out(documents)
+    alone = torch.cat([target_logprobs(model, lay_out([one])).logprobs_N for one in documents])
     torch.testing.assert_close(target_logprobs(model, packed).logprobs_N, alone, rtol=1e-4, atol=1e-5)
     balance = RouterBalance(Routing(num_chosen=2, coefficient=1.0))
     logits = next_token_terms(model, packed, with_router_logits=True).router_logits_KLE

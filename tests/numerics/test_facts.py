@@ -10,7 +10,7 @@ import torch
 
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
-from stages.data.packing import TokenSequence, collate, pack
+from stages.data.packing import TokenSequence, collate, lay_out
 from stages.data.tokens import Split, TokensArtifact
 from stages.models.build import load_causal_lm, load_reward_model, new_causal_lm
 from stages.models.forward import next_token_loss_sum, segment_logprobs, segment_scores, target_logprobs
@@ -43,7 +43,7 @@ def sequence(*ids: int, targets: int | None = None) -> TokenSequence:
 
 def test_the_first_loss_is_ln_v(artifact: TokensArtifact, model: torch.nn.Module) -> None:
     ids = np.random.default_rng(0).integers(0, artifact.vocab_size, size=(4, 64))
-    batch = collate([[sequence(*row)] for row in ids], 64)
+    batch = collate([[sequence(*row)] for row in ids])
     loss = next_token_loss_sum(model, batch).item() / batch.num_targets
     assert loss == pytest.approx(math.log(artifact.vocab_size), abs=0.1)
 
@@ -78,21 +78,21 @@ def test_chunked_cross_entropy_equals_the_plain_one_with_its_gradients() -> None
 def test_packed_equals_unpacked_token_by_token(model: torch.nn.Module) -> None:
     rng = np.random.default_rng(1)
     sequences = [sequence(*rng.integers(6, 200, size=n)) for n in (5, 17, 3, 30, 9)]
-    packed = target_logprobs(model, pack(sequences, 64)).logprobs_N
-    alone = torch.cat([target_logprobs(model, collate([[one]], len(one.ids))).logprobs_N for one in sequences])
+    packed = target_logprobs(model, lay_out(sequences)).logprobs_N
+    alone = torch.cat([target_logprobs(model, collate([[one]])).logprobs_N for one in sequences])
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_no_token_sees_another_document(model: torch.nn.Module) -> None:
     first, other, second = sequence(9, 10, 11, 12), sequence(99, 98, 97, 96), sequence(20, 21, 22, 23, 24)
-    with_first = segment_logprobs(model, pack([first, second], 16))[1]
-    with_other = segment_logprobs(model, pack([other, second], 16))[1]
+    with_first = segment_logprobs(model, lay_out([first, second]))[1]
+    with_other = segment_logprobs(model, lay_out([other, second]))[1]
     assert with_first.item() == pytest.approx(with_other.item(), abs=1e-6)
 
 
 def test_a_batch_without_targets_costs_exactly_nothing(model: torch.nn.Module) -> None:
     nothing = TokenSequence(np.array([5, 6, 7]), np.zeros(3, dtype=np.int64))
-    loss = next_token_loss_sum(model, collate([[nothing]], 8))
+    loss = next_token_loss_sum(model, collate([[nothing]]))
     assert loss.item() == 0.0
     loss.backward()
     assert all(p.grad is None or not p.grad.isnan().any() for p in model.parameters())
@@ -103,8 +103,8 @@ def test_a_score_depends_neither_on_neighbours_nor_on_padding(artifact: TokensAr
     folder = Path(stage_inputs[Stage.PPO]["reward"].uri.removeprefix("file://"))
     reward = load_reward_model(folder, artifact).eval()
     one, others = sequence(9, 10, 11, 1), [sequence(*range(20, 40)), sequence(50, 51, 52)]
-    alone = segment_scores(reward, collate([[one]], 4), pad_id=artifact.pad_id)[0]
-    among = segment_scores(reward, pack([*others, one], 64), pad_id=artifact.pad_id)[2]
+    alone = segment_scores(reward, collate([[one]]), pad_id=artifact.pad_id)[0]
+    among = segment_scores(reward, lay_out([*others, one]), pad_id=artifact.pad_id)[2]
     hugging_face = reward(input_ids=torch.tensor([[9, 10, 11, 1]])).logits[0, 0]
     padded = torch.tensor([[9, 10, 11, 1, artifact.pad_id, artifact.pad_id]])
     hugging_face_padded = reward(input_ids=padded, attention_mask=(padded != artifact.pad_id).long()).logits[0, 0]
@@ -168,26 +168,61 @@ def test_an_export_reloads_in_plain_transformers(artifact: TokensArtifact, stage
     assert served.count(artifact.bos_id) == 1
 
 
-@pytest.mark.parametrize("stage", [Stage.DPO, Stage.PPO], ids=str)
-def test_frozen_models_do_not_move(
-    stage: Stage, stage_inputs: Inputs, artifact: TokensArtifact, tmp_path: Path
-) -> None:
+def prepared_objective(stage: Stage, inputs: dict[str, ArtifactRef], artifact: TokensArtifact, home: Path) -> Any:
     import importlib
 
-    from stages.train.engine import Share, make_engine
+    from stages.train.engine import make_engine
 
-    context = make_context(tmp_path, stage, CONFIGS[stage], stage_inputs[stage])
+    context = make_context(home, stage, CONFIGS[stage], inputs)
     prepared = importlib.import_module(f"stages.{stage}").prepare(context, artifact)
     engine = make_engine(prepared.parts, CONFIGS[stage], context.execution)
-    objective = prepared.objective(engine)
-    frozen = objective._reference if stage is Stage.DPO else objective._sampler.frozen.reference
-    before = {name: weight.clone() for name, weight in frozen.state_dict().items()}
-    policy_before = engine.model_weights("policy")["model.norm.weight"].clone()
+    return engine, prepared.objective(engine)
+
+
+def train_all(engine: Any, objective: Any) -> None:
+    from stages.train.engine import Share
+
+    before = engine.model_weights("policy")["model.norm.weight"].clone()
     for step in objective.steps(engine):
         engine.backward(objective.loss, [Share(batch, 1.0) for batch in step.micro_batches])
         engine.step(1e-2)
+    assert not torch.equal(engine.model_weights("policy")["model.norm.weight"], before)
+
+
+def test_the_reference_of_ppo_does_not_move(stage_inputs: Inputs, artifact: TokensArtifact, tmp_path: Path) -> None:
+    engine, objective = prepared_objective(Stage.PPO, stage_inputs[Stage.PPO], artifact, tmp_path)
+    frozen = objective._sampler.frozen.reference
+    before = {name: weight.clone() for name, weight in frozen.state_dict().items()}
+    train_all(engine, objective)
     assert all(torch.equal(weight, before[name]) for name, weight in frozen.state_dict().items())
-    assert not torch.equal(engine.model_weights("policy")["model.norm.weight"], policy_before)
+
+
+def test_the_reference_of_dpo_is_the_start_also_after_training_and_in_a_second_attempt(
+    stage_inputs: Inputs, artifact: TokensArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import stages.dpo
+    from stages.train.reference import FIELD
+
+    inputs = stage_inputs[Stage.DPO]
+    engine, objective = prepared_objective(Stage.DPO, inputs, artifact, tmp_path)
+    train_all(engine, objective)
+    start = load_causal_lm(Path(inputs["model"].uri.removeprefix("file://")), artifact).eval()
+    loaded: list[Path] = []
+
+    def load_once(folder: Path, *arguments: Any, **options: Any) -> Any:
+        assert not loaded, "the reference is loaded although its log-probabilities are in the store"
+        loaded.append(folder)
+        return load_causal_lm(folder, *arguments, **options)
+
+    monkeypatch.setattr(stages.dpo, "load_causal_lm", load_once)
+    engine, objective = prepared_objective(Stage.DPO, inputs, artifact, tmp_path)
+    seen = 0
+    for step in objective.steps(engine):
+        for batch in step.micro_batches:
+            carried = batch.fields[FIELD][batch.loss_mask_BT == 1]
+            torch.testing.assert_close(carried, target_logprobs(start, batch).logprobs_N, rtol=1e-4, atol=1e-5)
+            seen += batch.num_segments // 2
+    assert seen == len(artifact.pairs(Split.TRAIN))
 
 
 def test_float16_scales_the_loss_and_learns_the_same(

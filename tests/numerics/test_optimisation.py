@@ -99,12 +99,17 @@ def test_noise_depends_on_seed_and_place_alone_and_is_scaled_by_the_sequences_le
         return TokenSequence(np.arange(length), np.ones(length, dtype=np.int64))
 
     row, other = [sequence(4), sequence(9)], [sequence(16)]
-    together, alone = collate([other, row], 16), collate([row], 16)
     settings = {"alpha": 6.0, "seed": 3, "hidden_size": 4}
-    noise = embedding_noise(together, torch.tensor([7, 8]), **settings)  # type: ignore[arg-type]
-    assert torch.equal(noise[1], embedding_noise(alone, torch.tensor([8]), **settings)[0])  # type: ignore[arg-type]
-    assert not torch.equal(noise[1], embedding_noise(alone, torch.tensor([9]), **settings)[0])  # type: ignore[arg-type]
+
+    def noise_of(*rows: list[TokenSequence], places: list[int]) -> torch.Tensor:
+        places_T = torch.cat(
+            [torch.full((sum(len(one.ids) for one in row),), at) for row, at in zip(rows, places, strict=True)]
+        )
+        return embedding_noise(collate(rows), places_T[None], **settings)[0]  # type: ignore[arg-type]
+
+    noise = noise_of(other, row, places=[7, 8])
+    assert torch.equal(noise[16:], noise_of(row, places=[8]))
+    assert not torch.equal(noise[16:], noise_of(row, places=[9]))
     # alpha / sqrt(L H): 6 / sqrt(16 * 4) = 0.75, 6 / sqrt(4 * 4) = 1.5, 6 / sqrt(9 * 4) = 1; uniform fills it
-    for part, bound in ((noise[0], 0.75), (noise[1, :4], 1.5), (noise[1, 4:13], 1.0)):
+    for part, bound in ((noise[:16], 0.75), (noise[16:20], 1.5), (noise[20:], 1.0)):
         assert 0.8 * bound < part.abs().max() <= bound
-    assert not noise[1, 13:].any()

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stages.config.errors import ConfigError
+from stages.models.attention import attends_within_documents
 from stages.train.engine import LossOutput, Share
 from stages.train.ranks import Axis
 
@@ -50,6 +51,12 @@ def keep_stage(model: Any, axis: Axis) -> str | None:
     if not isinstance(layers, nn.ModuleList) or norm is None:
         raise ConfigError(
             f"pipeline_parallel={axis.size}: {type(model).__name__} is not a stack of `layers` with a last `norm`",
+            advice="Use engine=fsdp or engine=deepspeed with pipeline_parallel=1 for this architecture.",
+        )
+    if not attends_within_documents(model):
+        raise ConfigError(
+            f"pipeline_parallel={axis.size}: {type(model).__name__} has an attention of its own (windows, caps), "
+            "which gets padded rows, and those do not pass between stages",
             advice="Use engine=fsdp or engine=deepspeed with pipeline_parallel=1 for this architecture.",
         )
     if len(layers) < axis.size:

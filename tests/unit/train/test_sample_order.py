@@ -13,6 +13,7 @@ from stages import dpo, pretrain, reward, sft
 from stages.config.graph import Stage
 from stages.data.packing import Packed
 from stages.data.tokens import TokensArtifact
+from stages.train.engine import make_engine
 from stages.train.objective import Objective, Step
 from stages.train.plan import order_digest
 from tests.small_world import CONFIGS, make_context, make_models, make_tokens
@@ -31,8 +32,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         config = CONFIGS[stage].model_copy(update={"global_batch_size": 7})
         context = make_context(Path(home), stage, config, inputs[stage])
         prepared = VERBS[stage].prepare(context, TokensArtifact(context.input_dir("tokens")))
-        engine: Any = SimpleNamespace(rank=0, world_size=1, freeze=lambda model: model)
-        return prepared.objective(engine)
+        return prepared.objective(make_engine(prepared.parts, config, context.execution))
 
     return objective
 
