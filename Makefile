@@ -16,6 +16,8 @@ BENCH   ?=
 PEERS   := .athanor/bench-venv
 # what `make test` runs; `make test TESTS=tests/unit`
 TESTS   ?= tests
+# several tests at once, those of a file in one process; much of what they do is waiting for servers
+PYTEST_PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
 # through the environment, so that quotes in JSON survive the shell
 export RECIPE PARAMS
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -56,7 +58,7 @@ demo: $(STAMP) ## raw text to aligned model: setup and up if needed, run llm_pip
 	@$(PYTHON) -m infra demo --recipe "$$RECIPE" --params "$$PARAMS"
 
 test: $(STAMP) ## all tests but those of `make test-exact`, `test-chaos`, `test-live` and `test-compose`
-	$(PYTHON) -m pytest -m 'not exact and not chaos and not live and not compose' $(TESTS)
+	$(PYTHON) -m pytest $(PYTEST_PARALLEL) -m 'not exact and not chaos and not live and not compose' $(TESTS)
 
 test-exact: $(STAMP) ## every objective at random kill points (KILLS=4 each) and at another world size
 	$(PYTHON) -m pytest -m exact tests/numerics
@@ -107,7 +109,7 @@ check: $(STAMP) ## format, lint, types, floors and fast tests, in under a minute
 	ruff check .
 	pyright --threads
 	lint-imports
-	$(PYTHON) -m pytest -q -m 'not slow and not integration' tests/unit
+	$(PYTHON) -m pytest -q $(PYTEST_PARALLEL) -m 'not slow and not integration' tests/unit
 
 format: $(STAMP) ## rewrite the code in the project's format
 	ruff format .

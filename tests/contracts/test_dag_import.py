@@ -50,7 +50,6 @@ def test_a_dag_is_read_in_a_moment_without_anything_heavy(file: Path, tmp_path: 
 
 def _read(file: Path, home: Path) -> dict[str, Any]:
     environment = {**os.environ, "AIRFLOW_HOME": str(home), "AIRFLOW__CORE__LOAD_EXAMPLES": "false"}
-    environment |= {"PYTHONPYCACHEPREFIX": str(home / "bytecode")}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(
         [sys.executable, "-c", PROBE, str(file)],
