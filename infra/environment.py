@@ -93,11 +93,10 @@ def _airflow(layout: Layout, record: StackRecord, secrets: StackSecrets) -> dict
         "api": {"base_url": record.airflow_url, "secret_key": secrets.api_secret, "workers": 1},
         "api_auth": {"jwt_secret": secrets.jwt_secret},
         "workers": {"min_heartbeat_interval": 1},  # default 5 s: how late the end of a task may be noticed
-        "scheduler": {"scheduler_idle_sleep_time": 0.25},  # default 1 s adds up to a second to every task
         "dag_processor": {
             "dag_bundle_config_list": json.dumps([bundle]),
             "parsing_processes": 1,
-            "min_file_process_interval": 30,
+            "min_file_process_interval": 300,  # a changed file is read at once, whatever this says
             "refresh_interval": 60,
             "print_stats_interval": 600,
         },

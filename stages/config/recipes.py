@@ -8,6 +8,7 @@ from stages.config.execution import Engine, ExecutionConfig
 from stages.config.pipeline import Executions, PipelineConfig
 from stages.config.tokens import TokenizeConfig
 from stages.config.train import (
+    Algorithm,
     DPOConfig,
     ModelConfig,
     OptimizerConfig,
@@ -20,20 +21,17 @@ from stages.config.train import (
 
 _DEMO_PACKAGES = (
     "apache-airflow-core",
-    "apache-airflow-task-sdk",
     "datasets",
     "huggingface-hub",
     "networkx",
     "numpy",
     "pandas",
-    "scikit-learn",
-    "scipy",
     "torch",
 )
 
 
 def demo(*, seed: int = 0) -> PipelineConfig:
-    """Six million parameters from the documentation of the installed packages, on two CPU cores in minutes."""
+    """Under three million parameters from the documentation of the installed packages, on two CPU cores in minutes."""
     train = ExecutionConfig(micro_batch_size=16, checkpoint_every=50, cpus_per_worker=2)
     return PipelineConfig(
         recipe="demo",
@@ -42,17 +40,19 @@ def demo(*, seed: int = 0) -> PipelineConfig:
             packages=_DEMO_PACKAGES,
             heldout_packages=("datasets", "networkx"),
             include_stdlib=True,
-            max_bytes=20_000_000,
-            max_instructions=8_000,
-            max_preferences=3_200,
+            max_bytes=4_000_000,
+            max_instructions=3_000,
+            max_preferences=2_000,
             seed=seed,
         ),
-        tokenize=TokenizeConfig(vocab_size=8192, sequence_length=256, max_prompt_length=96),
+        tokenize=TokenizeConfig(vocab_size=2048, sequence_length=256, max_prompt_length=96),
         pretrain=PretrainConfig(
-            model=ModelConfig(hidden_size=256, intermediate_size=704, num_layers=5, num_heads=4, num_kv_heads=4),
-            max_tokens=1_100_000,
+            model=ModelConfig(hidden_size=192, intermediate_size=512, num_layers=5, num_heads=3, num_kv_heads=3),
+            max_tokens=300_000,
             global_batch_size=16,
-            optimizer=OptimizerConfig(learning_rate=2.5e-3, weight_decay=0.1, warmup_fraction=0.05),
+            optimizer=OptimizerConfig(
+                algorithm=Algorithm.MUON, learning_rate=8e-3, weight_decay=0.1, warmup_fraction=0.05
+            ),
             seed=seed,
         ),
         sft=SFTConfig(
@@ -62,19 +62,19 @@ def demo(*, seed: int = 0) -> PipelineConfig:
             seed=seed,
         ),
         reward=RewardConfig(
-            num_epochs=2, global_batch_size=32, optimizer=OptimizerConfig(learning_rate=5e-4), seed=seed
+            num_epochs=1.5, global_batch_size=32, optimizer=OptimizerConfig(learning_rate=8e-4), seed=seed
         ),
         ppo=PPOConfig(
-            num_rollouts=27,
+            num_rollouts=18,
             rollout_size=64,
             global_batch_size=32,
             num_epochs=2,
             max_response_length=40,
             kl_coefficient=0.03,
-            optimizer=OptimizerConfig(learning_rate=2e-4, schedule=Schedule.LINEAR, min_learning_rate_ratio=0.2),
+            optimizer=OptimizerConfig(learning_rate=3e-4, schedule=Schedule.LINEAR, min_learning_rate_ratio=0.2),
             seed=seed,
         ),
-        dpo=DPOConfig(num_epochs=0.75, global_batch_size=64, optimizer=OptimizerConfig(learning_rate=2e-4), seed=seed),
+        dpo=DPOConfig(num_epochs=0.75, global_batch_size=32, optimizer=OptimizerConfig(learning_rate=3e-4), seed=seed),
         evaluate=EvaluateConfig(max_documents_tokens=80_000, max_preferences=400, max_response_length=40),
         execution=Executions(
             curate=ExecutionConfig(cpus_per_worker=2),
