@@ -200,7 +200,7 @@ class CurateConfig(Config):
         if outside:
             raise ValueError(f"heldout_packages={outside} are not among packages; add them there or hold out others")
         for name, sources in (("instructions", self.instruction_sources), ("preferences", self.preference_sources)):
-            if DERIVED in [source.uri for source in sources] and (len(sources) > 1 or sources[0].format):
+            if any(source.uri == DERIVED and (len(sources) > 1 or source.format) for source in sources):
                 given = list(getattr(self, name))
                 raise ValueError(f"{name}={given} mixes 'derived' with given sources; given sources replace derived")
             if weighted := [source.uri for source in sources if source.weight is not None]:

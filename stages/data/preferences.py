@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeGuard
 
 from stages.config.sources import PreferenceFormat
 from stages.data.turns import Message, Unusable, checked, plain_text, read_turns, with_system
@@ -171,12 +171,14 @@ def _ranks(values: Mapping[str, Any], responses: Sequence[Any]) -> list[float]:
         ([entry.get("rank") for entry in inside], 1.0),
         ([_named(entry, _SCORES) for entry in inside], -1.0),
     ):
-        if isinstance(found, list) and len(found) == count and all(_is_number(value) for value in found):
-            return [sign * value for value in found]
+        if isinstance(found, list) and len(found) == count:
+            numbers = [sign * value for value in found if _is_number(value)]
+            if len(numbers) == count:
+                return numbers
     raise Unusable("no_ranking")
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 

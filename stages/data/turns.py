@@ -73,8 +73,9 @@ def plain_text(content: object) -> str:
     if content is None:
         return ""
     if isinstance(content, Sequence) and not isinstance(content, str):
-        parts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
-        if len(parts) < len(content) or not all(isinstance(part, str) for part in parts):
+        found = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
+        parts = [text for text in found if isinstance(text, str)]
+        if len(parts) < len(content):
             raise Unusable("not_text")
         content = "".join(parts)
     if not isinstance(content, str):

@@ -66,12 +66,16 @@ def _attention(
     query, key = query.to(value.dtype), key.to(value.dtype)
     if query.device.type == "cpu":
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-        out_NHE, _ = _attend(*(states[0].transpose(0, 1) for states in (query, key, value)), spans_D4, scale)
+        out_NHE, _ = _attend(_end_to_end(query), _end_to_end(key), _end_to_end(value), spans_D4, scale)
     elif value.dtype in (torch.bfloat16, torch.float16):
-        out_NHE = _attend_flash(*(states[0].transpose(0, 1) for states in (query, key, value)), spans_D4, scale)
+        out_NHE = _attend_flash(_end_to_end(query), _end_to_end(key), _end_to_end(value), spans_D4, scale)
     else:
         out_NHE = _attend_each(query, repeat_kv(key, groups), repeat_kv(value, groups), spans_D4, scale)
     return out_NHE[None], None
+
+
+def _end_to_end(states: Tensor) -> Tensor:
+    return states[0].transpose(0, 1)
 
 
 def _attend_flash(query_NHE: Tensor, key_NHE: Tensor, value_NHE: Tensor, spans_D4: Tensor, scale: float) -> Tensor:

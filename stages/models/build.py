@@ -132,7 +132,7 @@ def save_model(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path,
     save_torch_state_dict(published, folder, metadata={"format": "pt"})
     model.config.architectures = [type(model).__name__]
     if hasattr(model.config, "quantization_config"):  # what is written is whole again
-        del model.config.quantization_config
+        del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
     model.config.dtype = torch.float32
     model.config.save_pretrained(folder)
     if model.can_generate():

@@ -22,7 +22,7 @@ def update_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
         elif state:  # a parameter that has no gradient yet has no state either
             state[_KEY] = parameter.detach().clone()
     if averages:
-        torch._foreach_lerp_(averages, parameters, 1 - decay)
+        torch._foreach_lerp_(averages, parameters, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @contextlib.contextmanager

@@ -88,7 +88,9 @@ class Processes:
         """Every process must call it."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return Processes()
-        return Processes(rank=dist.get_rank(), size=dist.get_world_size(), group=dist.new_group(backend="gloo"))
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        return Processes(rank=dist.get_rank(), size=dist.get_world_size(), group=group)
 
     def gather_to_main(self, item: Item) -> list[Item]:
         """Return every process's item, in the order of ranks, on rank 0; nothing elsewhere."""

@@ -82,7 +82,7 @@ class StoredPiece:
 
     box: Box
     dtype: torch.dtype
-    open: Callable[[], Readable]
+    open: Callable[[], Readable | Tensor]
 
 
 class SavedState:

@@ -17,8 +17,8 @@ from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
 from stages.config.tokens import TokenizeConfig
 from stages.config.train import ModelConfig, OptimizerConfig, SFTConfig
-from stages.data.given import split_transcript
 from stages.data.packing import TokenSequence
+from stages.data.preferences import split_transcript
 from stages.data.tokens import Pair, Split, TokensArtifact
 from stages.train.plan import epochs
 from tests.small_world import make_context, published

@@ -86,7 +86,7 @@ def main(kind: str, model_dir: str, rows: str, options: dict[str, Any]) -> None:
             data = data.map(lambda row: {"labels": row["input_ids"]})
             trainer = counted(Trainer, rounds, "tokens")(model, TrainingArguments(**common), train_dataset=data)
         case "sft":
-            from trl import SFTConfig, SFTTrainer
+            from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
 
             model = AutoModelForCausalLM.from_pretrained(model_dir, **causal)
             arguments = SFTConfig(**common, max_length=512, completion_only_loss=True)
@@ -94,7 +94,7 @@ def main(kind: str, model_dir: str, rows: str, options: dict[str, Any]) -> None:
                 model, arguments, train_dataset=data, processing_class=tokenizer
             )
         case "reward":
-            from trl import RewardConfig, RewardTrainer
+            from trl import RewardConfig, RewardTrainer  # pyright: ignore[reportMissingImports]
 
             model = AutoModelForSequenceClassification.from_pretrained(
                 model_dir, num_labels=1, pad_token_id=tokenizer.pad_token_id, **causal
@@ -108,7 +108,7 @@ def main(kind: str, model_dir: str, rows: str, options: dict[str, Any]) -> None:
                 model, arguments, train_dataset=data, processing_class=tokenizer
             )
         case "dpo":
-            from trl import DPOConfig, DPOTrainer
+            from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportMissingImports]
 
             model = AutoModelForCausalLM.from_pretrained(model_dir, **causal)
             if common.get("precompute_ref_log_probs"):

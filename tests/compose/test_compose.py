@@ -128,9 +128,9 @@ def test_only_loopback_listens(deployed: Deployment) -> None:
     assert {port for _, port in published} == wanted
     assert {address for address, _ in published} == {"127.0.0.1"}
     listening = {
-        (entry.laddr[0], entry.laddr[1])
+        (entry.laddr.ip, entry.laddr.port)
         for entry in psutil.net_connections("tcp")
-        if entry.status == psutil.CONN_LISTEN and entry.laddr[1] in wanted
+        if entry.laddr and entry.status == psutil.CONN_LISTEN and entry.laddr.port in wanted
     }
     assert listening == {("127.0.0.1", port) for port in wanted}
 

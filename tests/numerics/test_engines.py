@@ -73,7 +73,7 @@ RESUMES = [("alone", name) for name in ENGINES] + list(zip(ENGINES, [*list(ENGIN
 """Every engine after the single process, and after the engine before it: with what every checkpoint holds (below), and
 every engine before the single process, that covers all pairs."""
 IN_BF16 = ("zero2", "tensor", "pipeline")
-_KILL = {"checkpoint_every": 3, "kill_at": 4}
+_KILL: dict[str, Any] = {"checkpoint_every": 3, "kill_at": 4}
 Inputs = dict[Stage, dict[str, ArtifactRef]]
 
 

@@ -30,7 +30,7 @@ from tests.small_world import CONFIGS
 pytestmark = [pytest.mark.exact, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 KILLS = int(os.environ.get("KILLS", "4"))
-_STATUS = {signal.SIGKILL: -9, signal.SIGTERM: int(ExitCode.PREEMPTED)}
+_STATUS: dict[int, int] = {signal.SIGKILL: -9, signal.SIGTERM: int(ExitCode.PREEMPTED)}
 Inputs = dict[Stage, dict[str, ArtifactRef]]
 Series = dict[str, list[list[float]]]
 """MLflow's points [step, value] of every metric; each step once."""

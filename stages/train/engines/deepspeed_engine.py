@@ -188,7 +188,7 @@ class DeepSpeedEngine:
             numel = self._shapes[name].numel()
             if self._stage == 3:
                 start, length = self._share_of(parameter)
-                values = parameter.ds_tensor.detach()[:length]
+                values = parameter.ds_tensor.detach()[:length]  # pyright: ignore[reportAttributeAccessIssue]
             elif not parameter.requires_grad:  # in no partition: whole on every rank
                 start, values = 0, parameter.detach().flatten()[: numel if self.is_main else 0]
             else:

@@ -1,6 +1,7 @@
 """Attention within packed documents equals attention of each alone, in values and gradients; so do shared prompts."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from stages.models.attention import attend_within_documents, attends_within_docu
 from stages.models.forward import hidden_states, segment_logprobs, target_logprobs
 from stages.train.pairs import both_answers
 
-_SIZES = {
+_SIZES: dict[str, Any] = {
     "vocab_size": 50,
     "hidden_size": 32,
     "intermediate_size": 48,

@@ -1,5 +1,7 @@
 """Model FLOPs by hand: 6 for each weight a token meets, 12 a layer and unit of width for each pair of positions."""
 
+from typing import Any
+
 import numpy as np
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -41,7 +43,12 @@ def test_a_shared_prompt_is_work_once_but_is_looked_at_by_both() -> None:
 def test_experts_count_as_many_as_a_token_meets() -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 1, "vocab_size": 50}
+    sizes: dict[str, Any] = {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 50,
+    }
     model = MixtralForCausalLM(
         MixtralConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, **sizes)
     )

@@ -14,7 +14,7 @@ def test_loss_and_gradients_are_those_of_autograd(coefficient: float, monkeypatc
     hidden, weight = torch.randn(10, 6, generator=generator), torch.randn(7, 6, generator=generator)
     targets = torch.randint(0, 7, (10,), generator=generator)
     ours = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
-    result = fused.linear_cross_entropy(*ours, targets, z_coefficient=coefficient)
+    result = fused.linear_cross_entropy(ours[0], ours[1], targets, z_coefficient=coefficient)
     (2.5 * result.loss_sum).backward()
 
     plain = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]

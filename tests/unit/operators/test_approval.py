@@ -105,7 +105,7 @@ def test_a_rejection_does_not_skip_what_comes_after_it() -> None:
     """Airflow's own operator would call `skip`, which needs a task instance that this context does not have."""
     with DAG("probe", schedule=None):
         task = PromotionApproval(task_id="approve")
-        task >> EmptyOperator(task_id="promote")
+        task.set_downstream(EmptyOperator(task_id="promote"))
     given = task.execute_complete({}, {**answer("Reject", "no", {"id": "1", "name": "ada"}), "timedout": False})
     assert given == {"verdict": "rejected", "by": "ada", "at": "2026-11-24T09:30:15+00:00", "comment": "no"}
 
