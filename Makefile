@@ -1,7 +1,7 @@
 # One command a task; `make help` lists them. Everything made lies in .venv/ and .athanor/.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-exact test-chaos test-live test-browser bench test-compose check format lock screenshots clean
+.PHONY: doctor compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-exact test-chaos test-live test-browser bench test-compose check format lock screenshots clean
 
 VENV   := .venv
 PYTHON := $(CURDIR)/$(VENV)/bin/python
@@ -51,6 +51,9 @@ status: $(STAMP) ## what runs, since when, with how much memory
 
 logs: $(STAMP) ## follow the logs of the stack; `make logs COMPONENT=scheduler` for one
 	@$(PYTHON) -m infra logs $(COMPONENT)
+
+doctor: $(STAMP) ## tries object store, Airflow, Ray and MLflow; says what is wrong and what to do
+	@$(PYTHON) -m infra doctor
 
 demo: $(STAMP) ## raw text to aligned model: setup and up if needed, run llm_pipeline, show it live
 	@$(PYTHON) -m infra demo --recipe "$$RECIPE" --params "$$PARAMS"

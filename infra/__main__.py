@@ -1,4 +1,4 @@
-"""`python -m infra up|down|status|logs|env|demo`: what the Makefile calls."""
+"""`python -m infra up|down|status|logs|env|demo|doctor`: what the Makefile calls."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+from infra.doctor import doctor
 from infra.environment import client_environment
 from infra.layout import CHECKOUT, Layout, StackSecrets
 from infra.stack import Stack, StackError, login_lines
@@ -31,6 +32,8 @@ def main() -> int:
                 return logs(stack, arguments.component)
             case "env":
                 return environment(stack)
+            case "doctor":
+                return doctor(settings(stack, of_environment=arguments.environment), say=print)
             case _:
                 from infra.demo import demo
 
@@ -51,10 +54,19 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("status", help="state and memory of every component")
     commands.add_parser("logs", help="follow logs").add_argument("component", nargs="?", default="*")
     commands.add_parser("env", help='shell lines that point programs at the stack: eval "$(python -m infra env)"')
+    asked = commands.add_parser(
+        "doctor", help="what is wrong with object store, Airflow, Ray and MLflow, and what to do"
+    )
+    _may_leave_the_stack(asked)
     demo = commands.add_parser("demo", help="run llm_pipeline and show it live")
     demo.add_argument("--recipe", default="demo")
     demo.add_argument("--params", type=_json_object, default={}, help="JSON object of trigger form fields")
     return parser
+
+
+def _may_leave_the_stack(parser: argparse.ArgumentParser) -> None:
+    help_ = "the servers that the environment names, even if a local stack runs"
+    parser.add_argument("--environment", action="store_true", help=help_)
 
 
 def _json_object(text: str) -> dict[str, object]:
@@ -104,6 +116,18 @@ def environment(stack: Stack) -> int:
     for name, value in client_environment(record, secrets).items():
         print(f"export {name}={shlex.quote(value)}")
     return 0
+
+
+def settings(stack: Stack, *, of_environment: bool) -> dict[str, str]:
+    """Addresses and logins of the running local stack over those of the environment, or the environment's alone."""
+    try:
+        record = None if of_environment else stack.record()
+    except StackError:
+        record = None
+    if record is None:
+        return dict(os.environ)
+    ours = client_environment(record, StackSecrets.load_or_generate(stack.layout))
+    return {**os.environ, **ours, "AIRFLOW_API_URL": record.airflow_url}
 
 
 if __name__ == "__main__":
