@@ -1,7 +1,7 @@
 # One command a task; `make help` lists them. Everything made lies in .venv/ and .athanor/.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: doctor compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-exact test-chaos test-live test-browser bench test-compose check format lock screenshots clean
+.PHONY: doctor gc compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-exact test-chaos test-live test-browser bench test-compose check format lock screenshots clean
 
 VENV   := .venv
 PYTHON := $(CURDIR)/$(VENV)/bin/python
@@ -13,6 +13,8 @@ RECIPE  ?= demo
 PARAMS  ?= {}
 # options of the benchmark: make bench BENCH='--only sft,dpo --rounds 9', or --quick; BENCH=--help lists them
 BENCH   ?=
+# options of garbage collection
+GC      ?=
 PEERS   := .athanor/bench-venv
 # what `make test` runs; `make test TESTS=tests/unit`
 TESTS   ?= tests
@@ -54,6 +56,9 @@ logs: $(STAMP) ## follow the logs of the stack; `make logs COMPONENT=scheduler` 
 
 doctor: $(STAMP) ## tries object store, Airflow, Ray and MLflow; says what is wrong and what to do
 	@$(PYTHON) -m infra doctor
+
+gc: $(STAMP) ## lists what nothing in the store needs any more; make gc GC='--delete --keep-days 14' deletes it
+	@$(PYTHON) -m infra gc $(GC)
 
 demo: $(STAMP) ## raw text to aligned model: setup and up if needed, run llm_pipeline, show it live
 	@$(PYTHON) -m infra demo --recipe "$$RECIPE" --params "$$PARAMS"

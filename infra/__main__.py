@@ -1,4 +1,4 @@
-"""`python -m infra up|down|status|logs|env|demo|doctor`: what the Makefile calls."""
+"""`python -m infra up|down|status|logs|env|demo|doctor|gc`: what the Makefile calls."""
 
 from __future__ import annotations
 
@@ -34,6 +34,9 @@ def main() -> int:
                 return environment(stack)
             case "doctor":
                 return doctor(settings(stack, of_environment=arguments.environment), say=print)
+            case "gc":
+                os.environ.update(settings(stack, of_environment=arguments.environment))
+                return garbage(arguments)
             case _:
                 from infra.demo import demo
 
@@ -58,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", help="what is wrong with object store, Airflow, Ray and MLflow, and what to do"
     )
     _may_leave_the_stack(asked)
+    garbage = commands.add_parser("gc", help="list what nothing in the store needs any more; with --delete, delete it")
+    garbage.add_argument("--delete", action="store_true", help="delete what is listed")
+    garbage.add_argument("--keep-days", type=float, default=30.0, help="runs, artifacts and checkpoints younger stay")
+    garbage.add_argument("--unfinished-hours", type=float, default=24.0, help="unfinished uploads younger stay")
+    _may_leave_the_stack(garbage)
     demo = commands.add_parser("demo", help="run llm_pipeline and show it live")
     demo.add_argument("--recipe", default="demo")
     demo.add_argument("--params", type=_json_object, default={}, help="JSON object of trigger form fields")
@@ -128,6 +136,14 @@ def settings(stack: Stack, *, of_environment: bool) -> dict[str, str]:
         return dict(os.environ)
     ours = client_environment(record, StackSecrets.load_or_generate(stack.layout))
     return {**os.environ, **ours, "AIRFLOW_API_URL": record.airflow_url}
+
+
+def garbage(arguments: argparse.Namespace) -> int:
+    from infra.garbage import collect
+    from stages.retention import Policy
+
+    policy = Policy(keep_days=arguments.keep_days, unfinished_hours=arguments.unfinished_hours)
+    return collect(policy, remove=arguments.delete, say=print)
 
 
 if __name__ == "__main__":
