@@ -145,7 +145,8 @@ def _renew_keys() -> None:
 
 def error_code(error: BaseException) -> str:
     """The server's own word for a refusal; empty for anything else."""
-    return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
+    response = getattr(error, "response", None)  # a broken connection has one as well, which is None
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
 
 def is_passing(error: BaseException) -> bool:

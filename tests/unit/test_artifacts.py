@@ -2,6 +2,9 @@
 folder and on two very different S3 servers."""
 
 import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from stages.config.errors import ConfigError, DamagedArtifactError
 from stages.config.graph import PIPELINE_STAGES, Stage
 from stages.config.recipes import tiny
 from stages.config.request import ArtifactRef, Manifest
+from stages.s3 import S3Store
 from stages.store import FileStore, Store, open_store
 
 
@@ -179,3 +183,29 @@ def test_a_damaged_artifact_is_no_hit_and_is_set_aside(
     assert find_intact(store, "tokens", "f" * 64) is None
     assert "a.txt is missing" in caplog.text
     assert find_manifest(store, "tokens", "f" * 64) is None
+
+
+def test_of_eight_publishers_at_once_one_wins_where_the_server_can_and_the_artifact_is_whole(
+    store: Store, tmp_path: Path
+) -> None:
+    """Without a lease; with it there is one on every server, as test_lease_s3 shows."""
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "a.txt").write_text("alpha")
+    start = threading.Barrier(8)
+
+    def build(number: int) -> tuple[str, str]:
+        files = upload_files(store, tmp_path / "output", kind="tokens", fingerprint="f" * 64)
+        mine = manifest(files).model_copy(update={"metrics": {"builder": float(number)}, "digest": f"{number}" * 64})
+        start.wait()
+        return mine.digest, publish(store, mine).digest
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        results = list(pool.map(build, range(8)))
+    found = find_manifest(store, "tokens", "f" * 64)
+    assert found is not None
+    verify(store, found, hashes=True)
+    winners = [mine for mine, published in results if mine == published]
+    assert found.digest in winners
+    if not isinstance(store, S3Store) or "swift" not in os.environ.get("PYTEST_CURRENT_TEST", ""):
+        assert winners == [found.digest]
+        assert {published for _, published in results} == {found.digest}
