@@ -1,4 +1,4 @@
-"""`python -m infra up|down|status|logs|env|demo|doctor|gc`: what the Makefile calls."""
+"""`python -m infra up|down|status|logs|env|demo|doctor|gc|backup|restore`: what the Makefile calls."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from infra.doctor import doctor
 from infra.environment import client_environment
@@ -37,6 +38,11 @@ def main() -> int:
             case "gc":
                 os.environ.update(settings(stack, of_environment=arguments.environment))
                 return garbage(arguments)
+            case "backup" | "restore":
+                from infra.backup_command import keep
+
+                keep(stack, arguments.command, arguments.folder, postgres=arguments.postgres)
+                return 0
             case _:
                 from infra.demo import demo
 
@@ -66,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     garbage.add_argument("--keep-days", type=float, default=30.0, help="runs, artifacts and checkpoints younger stay")
     garbage.add_argument("--unfinished-hours", type=float, default=24.0, help="unfinished uploads younger stay")
     _may_leave_the_stack(garbage)
+    for name, help_ in (("backup", "copy databases, keys and artifact store"), ("restore", "put a backup back")):
+        keeping = commands.add_parser(name, help=help_)
+        keeping.add_argument("folder", type=Path)
+        postgres = "Postgres by libpq's variables, and ARTIFACT_STORE, instead of the local stack"
+        keeping.add_argument("--postgres", action="store_true", help=postgres)
     demo = commands.add_parser("demo", help="run llm_pipeline and show it live")
     demo.add_argument("--recipe", default="demo")
     demo.add_argument("--params", type=_json_object, default={}, help="JSON object of trigger form fields")
