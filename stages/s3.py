@@ -101,6 +101,14 @@ HASTY = Patience(outage_seconds=0, connect_seconds=3, read_seconds=10, tries=1)
 _making = threading.Lock()
 
 
+def _new_lock() -> None:
+    global _making
+    _making = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_new_lock)  # a thread that held it is not there any more
+
+
 def s3_client(patience: Patience = PATIENT) -> Any:
     """This process's client for the present AWS variables; clients may be shared by threads, never by processes."""
     names = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "REQUESTS_CA_BUNDLE", "HOME")
