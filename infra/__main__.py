@@ -71,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     garbage.add_argument("--delete", action="store_true", help="delete what is listed")
     garbage.add_argument("--keep-days", type=float, default=30.0, help="runs, artifacts and checkpoints younger stay")
     garbage.add_argument("--unfinished-hours", type=float, default=24.0, help="unfinished uploads younger stay")
+    vouched = "no model of this store is registered, though some were promoted"
+    garbage.add_argument("--nothing-registered", action="store_true", help=vouched)
     _may_leave_the_stack(garbage)
     for name, help_ in (("backup", "copy databases, keys and artifact store"), ("restore", "put a backup back")):
         keeping = commands.add_parser(name, help=help_)
@@ -153,7 +155,11 @@ def garbage(arguments: argparse.Namespace) -> int:
     from infra.garbage import collect
     from stages.retention import Policy
 
-    policy = Policy(keep_days=arguments.keep_days, unfinished_hours=arguments.unfinished_hours)
+    policy = Policy(
+        keep_days=arguments.keep_days,
+        unfinished_hours=arguments.unfinished_hours,
+        nothing_registered=arguments.nothing_registered,
+    )
     return collect(policy, remove=arguments.delete, say=print)
 
 

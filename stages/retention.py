@@ -45,6 +45,8 @@ class Policy:
     """Runs, artifacts, checkpoints of unfinished training and caches."""
     unfinished_hours: float = 24.0
     """Uploads and publications that nobody finished."""
+    nothing_registered: bool = False
+    """Somebody vouches that no model of this store is registered."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def find(store: Store, registered: Registered, policy: Policy) -> list[Waste]:
     """Everything that nothing needs, artifacts first."""
     picture = _Picture(store, policy)
     manifests = picture.manifests()
-    needed = _needed(picture, manifests, registered())
+    needed = _needed(picture, manifests, _asked(registered, manifests, policy))
     return [
         *(
             Waste("artifact", key, picture.artifacts[key].size, f"nothing needs it; made {manifest.created_at[:10]}")
@@ -164,6 +166,19 @@ def find(store: Store, registered: Registered, policy: Policy) -> list[Waste]:
         *_beside_artifacts(picture, manifests),
         *_uploads(picture),
     ]
+
+
+def _asked(registered: Registered, manifests: Mapping[str, Manifest], policy: Policy) -> set[str]:
+    """What is registered; DataError when that looks like the answer of another store's MLflow."""
+    found = registered()
+    promotions = [key for key, manifest in manifests.items() if manifest.stage is Stage.PROMOTE]
+    if promotions and not policy.nothing_registered and not found & {m.fingerprint for m in manifests.values()}:
+        raise DataError(
+            f"MLflow knows no model of this store as registered, though {len(promotions)} promotions are in it",
+            advice="Set MLFLOW_TRACKING_URI to the server that this store belongs to. If no model is registered any "
+            "more, say --nothing-registered.",
+        )
+    return found
 
 
 def _needed(picture: _Picture, manifests: Mapping[str, Manifest], registered: set[str]) -> set[str]:
@@ -246,7 +261,7 @@ def delete(store: Store, waste: list[Waste], registered: Registered, policy: Pol
     needed = set(taken)  # all come back when the second look fails
     try:
         picture = _Picture(store, policy)
-        needed = _needed(picture, manifests, registered())
+        needed = _needed(picture, manifests, _asked(registered, manifests, policy))
     finally:
         for key in needed & taken.keys():
             if key.rsplit("/", 1)[1] not in picture.live:  # else its builder publishes it anew

@@ -17,7 +17,7 @@ from stages.store import Store, open_store, write_json
 from tests.pipeline_records import fingerprint_of, publish_artifact, publish_run
 from tests.unit.test_lease import owner
 
-POLICY = Policy(keep_days=30, unfinished_hours=24)
+POLICY = Policy(keep_days=30, unfinished_hours=24, nothing_registered=True)
 DAY = 86_400
 
 
@@ -127,6 +127,18 @@ def test_when_mlflow_does_not_answer_nothing_is_deleted(
     assert collect(POLICY, remove=True, say=said.append) == 1
     assert "registered models could not be asked for" in said[-1]
     assert sorted(store.list("artifacts")) == before
+
+
+def test_an_mlflow_that_knows_nothing_of_this_store_is_not_believed(two_runs) -> None:
+    store, first, _ = two_runs
+    before = sorted(store.list("artifacts"))
+    waste = find(store, nobody, POLICY)
+    with pytest.raises(DataError, match="though 2 promotions are in it"):
+        find(store, lambda: {"e" * 64}, Policy())
+    with pytest.raises(DataError, match="though 2 promotions are in it"):
+        delete(store, waste, nobody, Policy())
+    assert sorted(store.list("artifacts")) == before
+    assert find(store, lambda: {first[Stage.DPO].fingerprint}, Policy()) != []
 
 
 def test_a_manifest_that_cannot_be_read_stops_everything(two_runs) -> None:
