@@ -132,13 +132,13 @@ def test_when_mlflow_does_not_answer_nothing_is_deleted(
 def test_an_mlflow_that_knows_nothing_of_this_store_is_not_believed(two_runs) -> None:
     store, first, _ = two_runs
     before = sorted(store.list("artifacts"))
+    assert find(store, lambda: {first[Stage.DPO].fingerprint}, Policy()) != []
     waste = find(store, nobody, POLICY)
     with pytest.raises(DataError, match="though 2 promotions are in it"):
         find(store, lambda: {"e" * 64}, Policy())
     with pytest.raises(DataError, match="though 2 promotions are in it"):
         delete(store, waste, nobody, Policy())
     assert sorted(store.list("artifacts")) == before
-    assert find(store, lambda: {first[Stage.DPO].fingerprint}, Policy()) != []
 
 
 def test_a_manifest_that_cannot_be_read_stops_everything(two_runs) -> None:
