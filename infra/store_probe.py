@@ -212,7 +212,7 @@ def _checksums(store: S3Store, folder: str) -> Iterator[Finding]:
             request_checksum_calculation=mode,
             response_checksum_validation=mode,
         )
-        client = boto3.session.Session().client("s3", config=config)
+        client = boto3.Session().client("s3", config=config)
         try:
             client.put_object(**place, Body=mode.encode())
             if client.get_object(**place)["Body"].read() != mode.encode():

@@ -128,7 +128,7 @@ def _make_client(pid: int, settings: tuple[tuple[str, str], ...], patience: Pati
     elsewhere = given.get("AWS_ENDPOINT_URL_S3") or given.get("AWS_ENDPOINT_URL")
     # A session of its own, for the default one remembers the first keys that it saw. Path-style addresses and
     # checksums only where required: what every S3-compatible server understands.
-    return boto3.session.Session().client(
+    return boto3.Session().client(
         "s3",
         config=Config(
             retries={"total_max_attempts": patience.tries, "mode": "standard"},

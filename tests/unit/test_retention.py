@@ -216,7 +216,7 @@ def test_checkpoints_of_training_that_may_resume_stay_and_leftovers_of_published
     for fingerprint in (IDENTITY, model):
         store.write_bytes(f"checkpoints/{fingerprint}/step-1/checkpoint.json", b"{}")
     for path in (tmp_path / "store" / "checkpoints").rglob("*.json"):
-        os.utime(path, (time.time() - 3 * DAY,) * 2)
+        os.utime(path, (time.time() - 3 * DAY, time.time() - 3 * DAY))
     found = {entry.key for entry in find(store, lambda: {model}, POLICY) if entry.what == "checkpoints"}
     assert found == {f"checkpoints/{model}"}
 
