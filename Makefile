@@ -1,7 +1,7 @@
 # One command a task; `make help` lists them. Everything made lies in .venv/ and .athanor/.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-exact test-chaos test-live test-browser bench test-compose check format lock screenshots clean
+.PHONY: doctor gc backup restore compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-exact test-chaos test-live test-browser bench test-compose check format lock screenshots clean
 
 VENV   := .venv
 PYTHON := $(CURDIR)/$(VENV)/bin/python
@@ -13,13 +13,17 @@ RECIPE  ?= demo
 PARAMS  ?= {}
 # options of the benchmark: make bench BENCH='--only sft,dpo --rounds 9', or --quick; BENCH=--help lists them
 BENCH   ?=
+# options of garbage collection
+GC      ?=
+# folder of backup and restore
+BACKUP  ?=
 PEERS   := .athanor/bench-venv
 # what `make test` runs; `make test TESTS=tests/unit`
 TESTS   ?= tests
 # several tests at once, those of a file in one process; much of what they do is waiting for servers
 PYTEST_PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
 # through the environment, so that quotes in JSON survive the shell
-export RECIPE PARAMS
+export RECIPE PARAMS BACKUP
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 COMPOSE = ATHANOR_GIT_COMMIT=$$(git rev-parse HEAD 2>/dev/null || echo unknown) docker compose
@@ -53,6 +57,18 @@ status: $(STAMP) ## what runs, since when, with how much memory
 
 logs: $(STAMP) ## follow the logs of the stack; `make logs COMPONENT=scheduler` for one
 	@$(PYTHON) -m infra logs $(COMPONENT)
+
+doctor: $(STAMP) ## tries object store, Airflow, Ray and MLflow; says what is wrong and what to do
+	@$(PYTHON) -m infra doctor
+
+gc: $(STAMP) ## lists what nothing in the store needs any more; make gc GC='--delete --keep-days 14' deletes it
+	@$(PYTHON) -m infra gc $(GC)
+
+backup: $(STAMP) ## databases, keys and artifact store into a folder: make backup BACKUP=/folder
+	@$(PYTHON) -m infra backup "$${BACKUP:?say where: make backup BACKUP=/folder}"
+
+restore: $(STAMP) ## puts a backup back, the stack being down: make restore BACKUP=/folder
+	@$(PYTHON) -m infra restore "$${BACKUP:?say from where: make restore BACKUP=/folder}"
 
 demo: $(STAMP) ## raw text to aligned model: setup and up if needed, run llm_pipeline, show it live
 	@$(PYTHON) -m infra demo --recipe "$$RECIPE" --params "$$PARAMS"

@@ -1,4 +1,4 @@
-"""`python -m infra up|down|status|logs|env|demo`: what the Makefile calls."""
+"""`python -m infra up|down|status|logs|env|demo|doctor|gc|backup|restore`: what the Makefile calls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+from infra.doctor import doctor
 from infra.environment import client_environment
 from infra.layout import CHECKOUT, Layout, StackSecrets
 from infra.stack import Stack, StackError, login_lines
@@ -31,6 +33,16 @@ def main() -> int:
                 return logs(stack, arguments.component)
             case "env":
                 return environment(stack)
+            case "doctor":
+                return doctor(settings(stack, of_environment=arguments.environment), say=print)
+            case "gc":
+                os.environ.update(settings(stack, of_environment=arguments.environment))
+                return garbage(arguments)
+            case "backup" | "restore":
+                from infra.backup_command import keep
+
+                keep(stack, arguments.command, arguments.folder, postgres=arguments.postgres)
+                return 0
             case _:
                 from infra.demo import demo
 
@@ -51,10 +63,31 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("status", help="state and memory of every component")
     commands.add_parser("logs", help="follow logs").add_argument("component", nargs="?", default="*")
     commands.add_parser("env", help='shell lines that point programs at the stack: eval "$(python -m infra env)"')
+    asked = commands.add_parser(
+        "doctor", help="what is wrong with object store, Airflow, Ray and MLflow, and what to do"
+    )
+    _may_leave_the_stack(asked)
+    garbage = commands.add_parser("gc", help="list what nothing in the store needs any more; with --delete, delete it")
+    garbage.add_argument("--delete", action="store_true", help="delete what is listed")
+    garbage.add_argument("--keep-days", type=float, default=30.0, help="runs, artifacts and checkpoints younger stay")
+    garbage.add_argument("--unfinished-hours", type=float, default=24.0, help="unfinished uploads younger stay")
+    vouched = "no model of this store is registered, though some were promoted"
+    garbage.add_argument("--nothing-registered", action="store_true", help=vouched)
+    _may_leave_the_stack(garbage)
+    for name, help_ in (("backup", "copy databases, keys and artifact store"), ("restore", "put a backup back")):
+        keeping = commands.add_parser(name, help=help_)
+        keeping.add_argument("folder", type=Path)
+        postgres = "Postgres by libpq's variables, and ARTIFACT_STORE, instead of the local stack"
+        keeping.add_argument("--postgres", action="store_true", help=postgres)
     demo = commands.add_parser("demo", help="run llm_pipeline and show it live")
     demo.add_argument("--recipe", default="demo")
     demo.add_argument("--params", type=_json_object, default={}, help="JSON object of trigger form fields")
     return parser
+
+
+def _may_leave_the_stack(parser: argparse.ArgumentParser) -> None:
+    help_ = "the servers that the environment names, even if a local stack runs"
+    parser.add_argument("--environment", action="store_true", help=help_)
 
 
 def _json_object(text: str) -> dict[str, object]:
@@ -104,6 +137,30 @@ def environment(stack: Stack) -> int:
     for name, value in client_environment(record, secrets).items():
         print(f"export {name}={shlex.quote(value)}")
     return 0
+
+
+def settings(stack: Stack, *, of_environment: bool) -> dict[str, str]:
+    """Addresses and logins of the running local stack over those of the environment, or the environment's alone."""
+    try:
+        record = None if of_environment else stack.record()
+    except StackError:
+        record = None
+    if record is None:
+        return dict(os.environ)
+    ours = client_environment(record, StackSecrets.load_or_generate(stack.layout))
+    return {**os.environ, **ours, "AIRFLOW_API_URL": record.airflow_url}
+
+
+def garbage(arguments: argparse.Namespace) -> int:
+    from infra.garbage import collect
+    from stages.retention import Policy
+
+    policy = Policy(
+        keep_days=arguments.keep_days,
+        unfinished_hours=arguments.unfinished_hours,
+        nothing_registered=arguments.nothing_registered,
+    )
+    return collect(policy, remove=arguments.delete, say=print)
 
 
 if __name__ == "__main__":

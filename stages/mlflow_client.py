@@ -214,6 +214,24 @@ def registered_versions(fingerprints: Iterable[str]) -> list[tuple[str, str, tup
     return sorted(found)
 
 
+def all_registered() -> set[str]:
+    """Return the fingerprints of all model versions that Athanor registered; StageError when MLflow does not tell."""
+    from mlflow.exceptions import MlflowException
+
+    client, found, token = connect(), set[str](), None
+    while True:
+        try:
+            page = client.search_model_versions(max_results=500, page_token=token)
+        except MlflowException as error:
+            advice = "Start MLflow and set MLFLOW_TRACKING_URI: only it knows which models are registered."
+            raise StageError(f"registered models could not be asked for: {explain(error)}", advice=advice) from error
+        for version in page:
+            uri = version.tags.get("artifact.uri", "")
+            found |= {version.tags.get("lineage.fingerprint", ""), uri.rstrip("/").rsplit("/", 1)[-1]} - {""}
+        if not (token := page.token):
+            return found
+
+
 def explain(error: Exception) -> str:
     """Return a short reason for a failed call; mlflow's own message of a refused connection fills half a screen."""
     cause = error.__cause__ or error.__context__

@@ -1,21 +1,25 @@
 """Object storage behind one small interface: `file://` for one machine, `s3://` for any S3-compatible server.
 
 Surprising on purpose: a file in a `file://` store appears under its name only when it is complete (write aside, fsync,
-rename), and `put_if_absent` has exactly one winner. boto3 is imported on the first use of an `s3://` store.
+rename), and `put_if_absent` has exactly one winner where the server can: `make doctor` tells. What is half-written lies
+under a hidden name, as a multipart upload does on a server. `stages.s3` has the other kind of store.
 """
 
 import json
 import os
+import re
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 from stages.config.errors import ConfigError
+
+_ASIDE = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,17 @@ class Listed:
     key: str
     size: int
     version: str
+    modified: datetime
+    """By the store's clock."""
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """An object that somebody began to write and has not finished, or never will."""
+
+    key: str
+    started: datetime
+    id: str
 
 
 class Store(Protocol):
@@ -40,7 +55,7 @@ class Store(Protocol):
     def read_bytes(self, key: str) -> bytes: ...
     def write_bytes(self, key: str, data: bytes) -> None: ...
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write unless the key exists; True for the one writer that made it."""
+        """Write unless the key exists; True for the one writer that made it, whose data must be like no other's."""
         ...
 
     def upload(self, path: Path, key: str) -> None: ...
@@ -61,6 +76,18 @@ class Store(Protocol):
         """The object's own file, when the store is a local folder."""
         ...
 
+    def clock(self) -> datetime:
+        """The present by the clock that `Listed.modified` is read from; a server's may differ from ours."""
+        ...
+
+    def unfinished(self) -> Iterator[Unfinished]:
+        """Yield what is half-written, in no order."""
+        ...
+
+    def discard(self, upload: Unfinished) -> None:
+        """Remove what is half-written; nothing happens when it is gone."""
+        ...
+
 
 def open_store(root_uri: str) -> Store:
     """Open a store by its root; raises ConfigError for a scheme that is neither `file` nor `s3`."""
@@ -69,6 +96,8 @@ def open_store(root_uri: str) -> Store:
         case "file":
             return FileStore(Path(unquote(parts.path)))
         case "s3" if parts.netloc:
+            from stages.s3 import S3Store
+
             return S3Store(parts.netloc, parts.path.strip("/"))
         case _:
             raise ConfigError(
@@ -138,6 +167,8 @@ class FileStore:
     def upload(self, path: Path, key: str) -> None:
         aside = self._aside(key)
         shutil.copyfile(path, aside)
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(aside, self._path(key))
 
     def download(self, key: str, path: Path) -> None:
@@ -164,7 +195,8 @@ class FileStore:
                     found = path.stat()
                 except FileNotFoundError:
                     continue  # removed while we were looking
-                yield Listed(path.relative_to(root).as_posix(), found.st_size, str(found.st_mtime_ns))
+                modified = datetime.fromtimestamp(found.st_mtime, UTC)
+                yield Listed(path.relative_to(root).as_posix(), found.st_size, str(found.st_mtime_ns), modified)
 
     def delete(self, key: str) -> None:
         path = self._path(key)
@@ -176,97 +208,20 @@ class FileStore:
     def local_path(self, key: str) -> Path | None:
         return self._path(key)
 
+    def clock(self) -> datetime:
+        return datetime.now(UTC)
 
-class S3Store:
-    """A prefix of a bucket; endpoint and credentials come from the standard AWS variables."""
-
-    def __init__(self, bucket: str, prefix: str) -> None:
-        import boto3
-        from botocore.config import Config as BotoConfig
-        from botocore.exceptions import ClientError
-
-        self.bucket, self.prefix = bucket, prefix
-        self.root_uri = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
-        self._client_error = ClientError
-        # Path-style addresses and checksums only where required: what every S3-compatible server understands.
-        self._s3 = boto3.client(
-            "s3",
-            config=BotoConfig(
-                retries={"max_attempts": 8, "mode": "adaptive"},
-                s3={"addressing_style": "path"} if os.environ.get("AWS_ENDPOINT_URL") else {},
-                request_checksum_calculation=os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required"),
-                response_checksum_validation=os.environ.get("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required"),
-            ),
-        )
-
-    def _key(self, key: str) -> str:
-        if ".." in key.split("/"):
-            raise ConfigError(f"key={key!r} leaves the store {self.root_uri}", advice="Use keys without '..'.")
-        return f"{self.prefix}/{key}" if self.prefix else key
-
-    def exists(self, key: str) -> bool:
-        return self.size(key) is not None
-
-    def size(self, key: str) -> int | None:
-        try:
-            return self._s3.head_object(Bucket=self.bucket, Key=self._key(key))["ContentLength"]
-        except self._client_error as error:
-            if error.response["Error"]["Code"] in ("404", "NoSuchKey", "NotFound"):
-                return None
-            raise
-
-    def read_bytes(self, key: str) -> bytes:
-        try:
-            return self._s3.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
-        except self._client_error as error:
-            if error.response["Error"]["Code"] in ("404", "NoSuchKey", "NotFound"):
-                raise FileNotFoundError(f"{self.root_uri}/{key}") from error
-            raise
-
-    def write_bytes(self, key: str, data: bytes) -> None:
-        self._s3.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
-
-    def put_if_absent(self, key: str, data: bytes) -> bool:
-        try:
-            self._s3.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
-        except self._client_error as error:
-            if error.response["Error"]["Code"] in ("412", "PreconditionFailed", "ConditionalRequestConflict"):
-                return False
-            raise
-        return True
-
-    def upload(self, path: Path, key: str) -> None:
-        self._s3.upload_file(str(path), self.bucket, self._key(key))
-
-    def download(self, key: str, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as aside:
+    def unfinished(self) -> Iterator[Unfinished]:
+        for path in self.root.resolve().rglob(".*.*"):
+            name = _ASIDE.fullmatch(path.name)
+            if name is None:
+                continue
             try:
-                self._s3.download_fileobj(self.bucket, self._key(key), aside)
-            except self._client_error as error:
-                os.unlink(aside.name)
-                if error.response["Error"]["Code"] in ("404", "NoSuchKey", "NotFound"):
-                    raise FileNotFoundError(f"{self.root_uri}/{key}") from error
-                raise
-        os.replace(aside.name, path)
+                started = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+            except FileNotFoundError:
+                continue  # finished while we were looking
+            key = path.with_name(name["name"]).relative_to(self.root.resolve()).as_posix()
+            yield Unfinished(key, started, path.name)
 
-    def list(self, prefix: str) -> Iterator[str]:
-        folder = self._key(prefix.rstrip("/")) + "/"
-        cut = len(self.prefix) + 1 if self.prefix else 0
-        for page in self._s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder):
-            for entry in page.get("Contents", ()):
-                yield entry["Key"][cut:]
-
-    def listing(self) -> Iterator[Listed]:
-        folder = f"{self.prefix}/" if self.prefix else ""
-        for page in self._s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder):
-            for entry in page.get("Contents", ()):
-                if not entry["Key"].endswith("/"):
-                    yield Listed(entry["Key"][len(folder) :], entry["Size"], entry["ETag"])
-
-    def delete(self, key: str) -> None:
-        for name in (key, *self.list(key)):
-            self._s3.delete_object(Bucket=self.bucket, Key=self._key(name))
-
-    def local_path(self, key: str) -> Path | None:
-        return None
+    def discard(self, upload: Unfinished) -> None:
+        self._path(upload.key).with_name(upload.id).unlink(missing_ok=True)

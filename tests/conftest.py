@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.live_stack import PIPELINE, LiveStack, live_stack
-from tests.s3 import S3Server
+from tests.s3 import S3Server, best_kind, missing_of_ceph
 from tests.s3 import s3_server as start_s3
 from tests.servers import RayServer, end_leftovers, mlflow_tracking, ray_server
 
@@ -56,18 +56,38 @@ def first_run(live: LiveStack) -> str:
 
 
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[S3Server]:
-    """Ceph's S3 gateway where it is installed, OpenStack Swift otherwise."""
-    with start_s3() as server:
+def ceph_server() -> Iterator[S3Server]:
+    """Ceph's S3 gateway: creates objects only once, ignores checksums."""
+    if missing := missing_of_ceph():
+        pytest.skip(f"Ceph is not installed: {', '.join(missing)} not on PATH")
+    with start_s3("ceph") as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def swift_server() -> Iterator[S3Server]:
+    """OpenStack Swift: checks checksums, looks before it creates an object and may create it twice."""
+    with start_s3("swift") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_server(request: pytest.FixtureRequest) -> S3Server:
+    """Ceph's S3 gateway where it is installed, OpenStack Swift otherwise."""
+    return request.getfixturevalue(f"{best_kind()}_server")
 
 
 @pytest.fixture
 def s3_store(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     """An empty s3:// bucket URI, with the AWS variables of this process pointing at its server."""
-    for name, value in s3_server.environment.items():
+    return enter(s3_server, monkeypatch)
+
+
+def enter(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URI of a new bucket, with the AWS variables of this process pointing at its server."""
+    for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
-    return f"s3://{s3_server.new_bucket()}"
+    return f"s3://{server.new_bucket()}"
 
 
 @pytest.fixture
@@ -76,3 +96,20 @@ def file_store(tmp_path: Path) -> str:
     store = tmp_path / "store"
     store.mkdir()
     return store.as_uri()
+
+
+S3_KINDS = [pytest.param(kind, marks=pytest.mark.integration) for kind in ("ceph", "swift")]
+
+
+@pytest.fixture(params=["file", *S3_KINDS])
+def every_store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty store of each kind, below a prefix."""
+    if request.param == "file":
+        return request.getfixturevalue("file_store")
+    return f"{enter(request.getfixturevalue(f'{request.param}_server'), monkeypatch)}/a/prefix"
+
+
+@pytest.fixture(params=S3_KINDS)
+def every_server(request: pytest.FixtureRequest) -> S3Server:
+    """Each real S3 server."""
+    return request.getfixturevalue(f"{request.param}_server")

@@ -1,5 +1,6 @@
-"""A real S3 server for tests: Ceph's RADOS gateway when its Debian packages are installed (ceph-mon, ceph-osd,
-radosgw, ceph-common), OpenStack Swift with s3api otherwise. ATHANOR_TEST_S3=ceph|swift chooses one explicitly.
+"""Real S3 servers for tests: Ceph's RADOS gateway when its Debian packages are installed (ceph-mon, ceph-osd,
+radosgw, ceph-common), and OpenStack Swift with s3api. ATHANOR_TEST_S3=ceph|swift says which one serves tests that need
+any; those that need both take both.
 
 They differ where clients get it wrong. Ceph creates-if-absent atomically and ignores CRC32 headers; Swift checks CRC32
 and its create-if-absent is check-then-write."""
@@ -16,6 +17,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import requests
@@ -28,6 +30,15 @@ REGION = "us-east-1"
 
 
 @dataclass(frozen=True)
+class Certificate:
+    """Of a server on 127.0.0.1, signed by an authority of our own."""
+
+    authority: Path
+    certificate: Path
+    key: Path
+
+
+@dataclass(frozen=True)
 class S3Server:
     """An S3 endpoint with one user's keys."""
 
@@ -35,6 +46,7 @@ class S3Server:
     endpoint: str
     access_key: str
     secret_key: str
+    authority: Path | None = None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -46,6 +58,7 @@ class S3Server:
             "AWS_REGION": REGION,
             "AWS_DEFAULT_REGION": REGION,
             "AWS_EC2_METADATA_DISABLED": "true",
+            **({"AWS_CA_BUNDLE": str(self.authority)} if self.authority else {}),
         }
 
     def new_bucket(self, prefix: str = "athanor") -> str:
@@ -59,6 +72,7 @@ class S3Server:
             aws_access_key_id=self.access_key,
             aws_secret_access_key=self.secret_key,
             region_name=REGION,
+            verify=str(self.authority) if self.authority else None,
             config=Config(s3={"addressing_style": "path"}),
         )
         name = f"{prefix}-{uuid.uuid4().hex[:8]}"
@@ -66,32 +80,41 @@ class S3Server:
         return name
 
 
+def missing_of_ceph() -> list[str]:
+    """Programs of Ceph that are not on PATH."""
+    return [program for program in CEPH_PROGRAMS if not shutil.which(program)]
+
+
+def best_kind() -> str:
+    """The better real server of those that this machine has."""
+    return os.environ.get("ATHANOR_TEST_S3", "swift" if missing_of_ceph() else "ceph")
+
+
 @contextmanager
-def s3_server() -> Iterator[S3Server]:
-    """The best real S3 server this machine has, in a directory of its own."""
-    missing = [program for program in CEPH_PROGRAMS if not shutil.which(program)]
-    kind = os.environ.get("ATHANOR_TEST_S3", "swift" if missing else "ceph")
+def s3_server(kind: str, *, certificate: Certificate | None = None) -> Iterator[S3Server]:
+    """A real S3 server in a directory of its own; Swift alone speaks TLS, with `certificate`."""
     root = Path(tempfile.mkdtemp(prefix="ath-s3-", dir="/tmp"))  # Unix sockets need a short path
     try:
         match kind:
-            case "ceph" if missing:
-                raise ServerError(f"ATHANOR_TEST_S3=ceph, but not on PATH: {', '.join(missing)}")
+            case "ceph" if missing := missing_of_ceph():
+                raise ServerError(f"Ceph was asked for, but not on PATH: {', '.join(missing)}")
             case "ceph":
                 with _ceph(root) as server:
                     yield server
             case "swift":
-                with _swift(root) as server:
+                with _swift(root, certificate) as server:
                     yield server
             case _:
-                raise ServerError(f"ATHANOR_TEST_S3={kind!r} is not one of ceph, swift")
+                raise ServerError(f"S3 server {kind!r} is not one of ceph, swift")
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def _listens(endpoint: str) -> bool:
+def _listens(endpoint: str, authority: Path | None = None) -> bool:
     """Any HTTP answer counts: without a signature an S3 server refuses, which shows that it is there."""
     with requests.Session() as session:
         session.trust_env = False
+        session.verify = str(authority) if authority else True
         return session.get(endpoint, timeout=2).status_code < 500
 
 
@@ -258,7 +281,7 @@ SWIFT_FILTERS = (
 
 
 @contextmanager
-def _swift(root: Path) -> Iterator[S3Server]:
+def _swift(root: Path, certificate: Certificate | None) -> Iterator[S3Server]:
     """Account, container, object and proxy server in the foreground; about 3 s, no root needed."""
     (root / "srv" / "d1").mkdir(parents=True)
     (root / "swift.conf").write_text(f"[swift-hash]\nswift_hash_path_suffix = {secrets.token_hex(8)}\n")
@@ -277,19 +300,25 @@ def _swift(root: Path) -> Iterator[S3Server]:
             text = SWIFT_COMMON.format(port=port, root=root, name=name, user=user)
             if name == "proxy":
                 pipeline = f"{SWIFT_FILTERS} proxy-server"
+                if certificate:
+                    text += f"cert_file = {certificate.certificate}\nkey_file = {certificate.key}\n"
                 text += SWIFT_PROXY.format(pipeline=pipeline, secret=secret, region=REGION) + filters
             else:
                 text += SWIFT_STORAGE.format(name=name)
             config = root / f"{name}.conf"
             config.write_text(text)
             program = str(Path(sys.executable).parent / f"swift-{name}-server")
-            url = f"http://127.0.0.1:{port}/healthcheck"
-            log = root / f"{name}.log"
+            authority = certificate.authority if certificate and name == "proxy" else None
+            url = f"{'https' if authority else 'http'}://127.0.0.1:{port}"
             server = running(
-                name, [program, str(config)], log=log, environment={}, answers=lambda url=url: _listens(url)
+                name,
+                [program, str(config)],
+                log=root / f"{name}.log",
+                environment={},
+                answers=partial(_listens, f"{url}/healthcheck", authority),
             )
             stack.enter_context(server)
-        yield S3Server("swift", f"http://127.0.0.1:{ports['proxy']}", "ci:ci", secret)
+        yield S3Server("swift", url, "ci:ci", secret, authority)  # the proxy is the last
 
 
 def _user() -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from infra.deploy.probe import Unhealthy, check_store
+from stages.s3 import s3_client
 
 PATIENCE_SECONDS = 180.0
 POOL = "gpu"
@@ -88,13 +89,11 @@ def databases() -> None:
 
 def bucket() -> None:
     """The bucket of ARTIFACT_STORE, and proof that the server creates objects only once."""
-    import boto3
-    from botocore.config import Config
     from botocore.exceptions import ClientError
 
     uri = required("ARTIFACT_STORE")
     name = urlsplit(uri).netloc
-    client = boto3.client("s3", config=Config(s3={"addressing_style": "path"}))
+    client = s3_client()
     try:
         client.head_bucket(Bucket=name)
     except ClientError as error:

@@ -6,15 +6,14 @@ Names are relative to what the user gave, so nothing that is published depends o
 import gzip
 import hashlib
 import io
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 from urllib.parse import unquote, urlsplit
 
 from stages.config.errors import ConfigError
+from stages.s3 import s3_client
 
 
 @dataclass(frozen=True)
@@ -79,23 +78,6 @@ def _list_s3(uri: str) -> list[Stored]:
 def _bucket_and_key(uri: str) -> tuple[str, str]:
     bucket, _, key = uri.removeprefix("s3://").partition("/")  # not urlsplit: '?' and '#' may be in a key
     return bucket, key.lstrip("/")
-
-
-@lru_cache(maxsize=1)
-def s3_client() -> Any:
-    import boto3
-    from botocore.config import Config
-
-    style = {"addressing_style": "path"} if os.environ.get("AWS_ENDPOINT_URL") else {}
-    return boto3.client(
-        "s3",
-        config=Config(
-            retries={"max_attempts": 8, "mode": "adaptive"},
-            s3=cast(Any, style),
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        ),
-    )
 
 
 def open_raw(uri: str) -> IO[bytes]:

@@ -7,21 +7,25 @@ import pytest
 
 from stages.lease import LeaseLostError
 from stages.store import open_store
+from tests.conftest import enter
 from tests.s3 import S3Server
 from tests.unit.test_lease import IDENTITY, held, publish_empty, take
 
 pytestmark = pytest.mark.integration
 
 
-def test_one_of_many_publishes_on_s3_and_a_holder_that_slept_is_fenced(s3_store: str, s3_server: S3Server):
-    store = open_store(f"{s3_store}/prefix")
+def test_one_of_many_publishes_on_s3_and_a_holder_that_slept_is_fenced(
+    every_server: S3Server, monkeypatch: pytest.MonkeyPatch
+):
+    bucket = enter(every_server, monkeypatch)
+    store = open_store(f"{bucket}/prefix")
     sleeper = held(store, "sleeper")  # holds, and does not beat
     published: list[str] = []
     lost: list[str] = []
-    start = threading.Barrier(6)
+    start = threading.Barrier(8)
 
     def need(run: str) -> None:
-        mine = open_store(f"{s3_store}/prefix")
+        mine = open_store(f"{bucket}/prefix")
         start.wait()
         try:
             lease = take(mine, run)
@@ -36,13 +40,13 @@ def test_one_of_many_publishes_on_s3_and_a_holder_that_slept_is_fenced(s3_store:
         except LeaseLostError:
             lost.append(run)
 
-    threads = [threading.Thread(target=need, args=(f"run-{number}",)) for number in range(6)]
+    threads = [threading.Thread(target=need, args=(f"run-{number}",)) for number in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(published) == 1
-    assert not lost or s3_server.kind == "swift"  # whose put-if-absent looks before it writes
+    assert not lost or every_server.kind == "swift"  # whose put-if-absent looks before it writes
     with pytest.raises(LeaseLostError, match="has been published"):
         sleeper.check()
     assert list(store.list(f"leases/{IDENTITY}")) == []

@@ -1,6 +1,10 @@
-"""Fingerprints cover what decides a result and nothing else; artifacts exist with their manifest or not at all."""
+"""Fingerprints cover what decides a result and nothing else; artifacts exist with their manifest or not at all, on a
+folder and on two very different S3 servers."""
 
 import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,6 +23,7 @@ from stages.config.errors import ConfigError, DamagedArtifactError
 from stages.config.graph import PIPELINE_STAGES, Stage
 from stages.config.recipes import tiny
 from stages.config.request import ArtifactRef, Manifest
+from stages.s3 import S3Store
 from stages.store import FileStore, Store, open_store
 
 
@@ -47,10 +52,8 @@ def make_artifact(store: Store, tmp_path: Path) -> ArtifactRef:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> FileStore:
-    opened = open_store((tmp_path / "store").as_uri())
-    assert isinstance(opened, FileStore)
-    return opened
+def store(every_store: str) -> Store:
+    return open_store(every_store)
 
 
 REF = ArtifactRef(kind="tokens", uri="file:///x/artifacts/tokens/a", fingerprint="a" * 64, digest="d" * 64)
@@ -91,14 +94,14 @@ def test_no_execution_setting_is_in_a_stage_config() -> None:
         assert not execution & set(tiny().stage_config(stage).model_dump()), stage
 
 
-def test_files_without_a_manifest_are_no_artifact(store: FileStore, tmp_path: Path) -> None:
+def test_files_without_a_manifest_are_no_artifact(store: Store, tmp_path: Path) -> None:
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "a.txt").write_text("alpha")
     upload_files(store, tmp_path / "output", kind="tokens", fingerprint="f" * 64)
     assert find_manifest(store, "tokens", "f" * 64) is None
 
 
-def test_publish_verify_fetch(store: FileStore, tmp_path: Path) -> None:
+def test_publish_verify_fetch(store: Store, tmp_path: Path) -> None:
     ref = make_artifact(store, tmp_path)
     found = find_manifest(store, "tokens", "f" * 64)
     assert found is not None
@@ -106,42 +109,39 @@ def test_publish_verify_fetch(store: FileStore, tmp_path: Path) -> None:
     assert (fetch(ref, tmp_path / "cache") / "inner" / "b.bin").read_bytes() == bytes(range(256))
 
 
-def test_a_changed_byte_is_named_when_it_is_read(store: FileStore, tmp_path: Path) -> None:
+def test_a_changed_byte_is_named_when_it_is_read(store: Store, tmp_path: Path) -> None:
     ref = make_artifact(store, tmp_path)
-    path = store.local_path(f"artifacts/tokens/{'f' * 64}/a.txt")
-    assert path is not None
-    path.write_text("alphA")
+    store.write_bytes(f"artifacts/tokens/{'f' * 64}/a.txt", b"alphA")
     with pytest.raises(DamagedArtifactError, match=r"a\.txt does not have the content"):
         fetch(ref, tmp_path / "cache")
 
 
-def test_a_missing_and_a_short_file_are_named_by_the_cheap_check(store: FileStore, tmp_path: Path) -> None:
+def test_a_missing_and_a_short_file_are_named_by_the_cheap_check(store: Store, tmp_path: Path) -> None:
     make_artifact(store, tmp_path)
     found = find_manifest(store, "tokens", "f" * 64)
     assert found is not None
-    path = store.local_path(f"artifacts/tokens/{'f' * 64}/a.txt")
-    assert path is not None
-    path.write_text("alp")
+    key = f"artifacts/tokens/{'f' * 64}/a.txt"
+    store.write_bytes(key, b"alp")
     with pytest.raises(DamagedArtifactError, match=r"a\.txt has 3 bytes, its manifest says 5"):
         verify(store, found)
-    path.unlink()
+    store.delete(key)
     with pytest.raises(DamagedArtifactError, match=r"a\.txt is missing"):
         verify(store, found)
 
 
-def test_the_first_manifest_wins(store: FileStore, tmp_path: Path) -> None:
+def test_the_first_manifest_wins(store: Store, tmp_path: Path) -> None:
     ref = make_artifact(store, tmp_path)
     late = manifest((), identity="f" * 64)
     assert publish(store, late).digest == ref.digest
 
 
-def test_one_of_many_writers_creates_a_key(store: FileStore) -> None:
+def test_one_of_many_writers_creates_a_key(store: Store) -> None:
     results = [store.put_if_absent("runs/x/lease", str(i).encode()) for i in range(5)]
     assert results == [True, False, False, False, False]
     assert store.read_bytes("runs/x/lease") == b"0"
 
 
-def test_keys_cannot_leave_the_store(store: FileStore) -> None:
+def test_keys_cannot_leave_the_store(store: Store) -> None:
     with pytest.raises(ConfigError, match="leaves the store"):
         store.write_bytes("../outside", b"x")
 
@@ -152,7 +152,7 @@ def test_an_unusable_store_is_refused(uri: str) -> None:
         open_store(uri)
 
 
-def test_a_manifest_survives_its_json(store: FileStore, tmp_path: Path) -> None:
+def test_a_manifest_survives_its_json(store: Store, tmp_path: Path) -> None:
     make_artifact(store, tmp_path)
     raw = store.read_bytes(f"artifacts/tokens/{'f' * 64}/manifest.json")
     assert Manifest.model_validate(json.loads(raw)).files[0].path == "a.txt"
@@ -175,13 +175,37 @@ def test_a_damaged_local_copy_is_fetched_again(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_damaged_artifact_is_no_hit_and_is_set_aside(
-    store: FileStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_artifact(store, tmp_path)
     assert find_intact(store, "tokens", "f" * 64) is not None
-    path = store.local_path(f"artifacts/tokens/{'f' * 64}/a.txt")
-    assert path is not None
-    path.unlink()
+    store.delete(f"artifacts/tokens/{'f' * 64}/a.txt")
     assert find_intact(store, "tokens", "f" * 64) is None
     assert "a.txt is missing" in caplog.text
     assert find_manifest(store, "tokens", "f" * 64) is None
+
+
+def test_of_eight_publishers_at_once_one_wins_where_the_server_can_and_the_artifact_is_whole(
+    store: Store, tmp_path: Path
+) -> None:
+    """Without a lease; with it there is one on every server, as test_lease_s3 shows."""
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "a.txt").write_text("alpha")
+    start = threading.Barrier(8)
+
+    def build(number: int) -> tuple[str, str]:
+        files = upload_files(store, tmp_path / "output", kind="tokens", fingerprint="f" * 64)
+        mine = manifest(files).model_copy(update={"metrics": {"builder": float(number)}, "digest": f"{number}" * 64})
+        start.wait()
+        return mine.digest, publish(store, mine).digest
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        results = list(pool.map(build, range(8)))
+    found = find_manifest(store, "tokens", "f" * 64)
+    assert found is not None
+    verify(store, found, hashes=True)
+    winners = [mine for mine, published in results if mine == published]
+    assert found.digest in winners
+    if not isinstance(store, S3Store) or "swift" not in os.environ.get("PYTEST_CURRENT_TEST", ""):
+        assert winners == [found.digest]
+        assert {published for _, published in results} == {found.digest}

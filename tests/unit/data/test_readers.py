@@ -150,14 +150,13 @@ def test_snapshot_of_installed_docs_is_quick_and_depends_on_the_choice() -> None
 
 @pytest.mark.integration
 def test_an_s3_prefix_is_read_like_the_folder_it_came_from(tmp_path: Path, s3_store: str) -> None:
-    from stages.data.storage import s3_client
+    from stages.s3 import s3_client
 
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(_lines(3)))
     (tmp_path / "b #1.txt").write_text("plain")
     pq.write_table(pa.Table.from_pylist([{"text": "columns"}]), tmp_path / "c.parquet")
     bucket, _, root = s3_store.removeprefix("s3://").partition("/")
     prefix = f"{root}/corpus" if root else "corpus"
-    s3_client.cache_clear()
     for path in tmp_path.iterdir():
         s3_client().upload_file(str(path), bucket, f"{prefix}/{path.name}")
     s3_client().put_object(Bucket=bucket, Key=f"{prefix}-2/other.txt", Body=b"a neighbour")

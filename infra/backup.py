@@ -1,0 +1,222 @@
+"""`python -m infra backup FOLDER` and `restore FOLDER`: databases, keys and the artifact store, in a folder.
+
+The databases are copied first and the store after them, so that all that a database names is in the copy. What was
+copied is recorded last, the databases with their SHA-256, which is checked before anything is restored. A SQLite
+database may be in use while it is copied; Postgres is asked by `pg_dump`, which sees one moment of it as well.
+Artifacts that are there already are not copied again, so a second backup into the same folder is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import subprocess
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from infra.layout import Layout
+from stages.artifacts import MANIFEST, hash_file
+from stages.store import FileStore, Store
+
+RECORD = "backup.json"
+POSTGRES_DATABASES = ("airflow", "mlflow", "mlflow_auth")
+# momentary, and a restored lease or probe would only be in the way
+_LEFT_OUT = ("leases/", "probe/")
+Say = Callable[[str], None]
+
+
+class BackupError(RuntimeError):
+    """Says what could not be copied or restored, and what to do."""
+
+
+class Record(BaseModel):
+    """What a backup holds; written last."""
+
+    model_config = ConfigDict(frozen=True)
+
+    made_at: str
+    store: str
+    databases: dict[str, str]
+    "File below the backup -> SHA-256."
+    objects: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Files of the local stack, by their names in the backup."""
+
+    layout: Layout
+
+    @property
+    def databases(self) -> dict[str, Path]:
+        return {"airflow.db": self.layout.airflow / "airflow.db", "mlflow.db": self.layout.mlflow / "mlflow.db"}
+
+
+def back_up(folder: Path, store: Store, databases: Iterable[Path], say: Say) -> Record:
+    """Copy the databases that `databases` has written into `folder`, and the store."""
+    (folder / RECORD).unlink(missing_ok=True)  # until all is there, this is no backup
+    hashes = {path.relative_to(folder).as_posix(): hash_file(path) for path in databases}
+    number = _copy(store, FileStore(folder.resolve() / "store"), say)
+    record = Record(
+        made_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        store=store.root_uri,
+        databases=hashes,
+        objects=number,
+    )
+    (folder / RECORD).write_text(record.model_dump_json(indent=1))
+    say(f"{folder}: {len(hashes)} databases and files, {number} objects of {store.root_uri}")
+    return record
+
+
+def read_record(folder: Path) -> Record:
+    """The record of a whole backup, its databases verified."""
+    try:
+        record = Record.model_validate_json((folder / RECORD).read_text())
+    except FileNotFoundError:
+        raise BackupError(f"{folder} holds no finished backup: {RECORD} is missing") from None
+    except ValidationError as error:
+        raise BackupError(f"{folder / RECORD} cannot be read: {error}") from error
+    for name, expected in record.databases.items():
+        path = folder / name
+        if not path.is_file() or hash_file(path) != expected:
+            raise BackupError(f"{path} is missing or was changed since the backup; take another backup")
+    return record
+
+
+# --------------------------------------------------------- the local stack
+
+
+def dump_local(folder: Path, layout: Layout) -> list[Path]:
+    """The stack's SQLite databases, MLflow's files and the secrets: without its key, Airflow's connections are lost."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    written = []
+    for name, path in Place(layout).databases.items():
+        if not path.exists():
+            raise BackupError(f"{path} is not there: nothing has run here yet, so there is nothing to back up")
+        target = folder / name
+        target.unlink(missing_ok=True)
+        with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(target)) as copy:
+            source.backup(copy)
+        written.append(target)
+    shutil.copyfile(layout.secrets, folder / "secrets.json")
+    (folder / "secrets.json").chmod(0o600)
+    shutil.rmtree(folder / "mlflow-artifacts", ignore_errors=True)
+    shutil.copytree(layout.mlflow / "artifacts", folder / "mlflow-artifacts")
+    return [*written, folder / "secrets.json", *_files(folder / "mlflow-artifacts")]
+
+
+def restore_local(folder: Path, layout: Layout, store: Store, say: Say) -> None:
+    """Put everything back into a stack that is stopped and has no databases."""
+    read_record(folder)
+    for path in Place(layout).databases.values():
+        if path.exists():
+            raise BackupError(f"{path} exists and would be overwritten; move {layout.home} away first")
+    restore_store(folder, store, say)  # first: the databases name what is in it
+    for name, path in Place(layout).databases.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, path)
+    shutil.copyfile(folder / "secrets.json", layout.secrets)
+    layout.secrets.chmod(0o600)
+    shutil.copytree(folder / "mlflow-artifacts", layout.mlflow / "artifacts", dirs_exist_ok=True)
+
+
+def restore_store(folder: Path, store: Store, say: Say) -> None:
+    """What the store has beside it stays: garbage collection will find what nothing needs."""
+    record = read_record(folder)
+    if record.store != store.root_uri:
+        raise BackupError(
+            f"{folder} is a backup of {record.store}, and its manifests name each other there; "
+            f"it cannot be restored to {store.root_uri}. Set ARTIFACT_STORE={record.store}"
+        )
+    number = _copy(FileStore(folder.resolve() / "store"), store, say)
+    say(f"restored from {folder}: {number} objects are in {store.root_uri}")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+# ---------------------------------------------------------------- Postgres
+
+
+def dump_postgres(folder: Path) -> list[Path]:
+    """Each database by `pg_dump`; libpq's variables (PGHOST, PGUSER, PGPASSWORD) name the server."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    written = []
+    for name in POSTGRES_DATABASES:
+        target = folder / f"{name}.dump"
+        _postgres("pg_dump", "--format=custom", f"--file={target}", name)
+        target.chmod(0o600)
+        written.append(target)
+    return written
+
+
+def restore_postgres(folder: Path) -> None:
+    """Into databases that `infra.deploy.setup databases` has made; what they hold is replaced."""
+    read_record(folder)
+    for name in POSTGRES_DATABASES:
+        words = ("--clean", "--if-exists", "--single-transaction", f"--dbname={name}")
+        _postgres("pg_restore", *words, str(folder / f"{name}.dump"))
+
+
+def _postgres(*command: str) -> None:
+    if not shutil.which(command[0]):
+        raise BackupError(f"{command[0]} is not on PATH; install PostgreSQL's client, of the server's version or newer")
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    if done.returncode:
+        raise BackupError(f"{command[0]} failed: {done.stderr.strip()[-800:]}")
+
+
+# ------------------------------------------------------------------- store
+
+
+def _copy(source: Store, target: Store, say: Say) -> int:
+    """Copy every object, manifests last, so that an artifact is in the copy as a whole or not at all."""
+    sizes = {entry.key: entry.size for entry in target.listing()}
+    entries = [entry for entry in source.listing() if not entry.key.startswith(_LEFT_OUT)]
+    entries.sort(key=lambda entry: (entry.key.endswith("/manifest.json"), entry.key))
+    published: dict[str, bool] = {}
+    copied, skipped = 0, 0
+    for entry in entries:
+        artifact = _artifact(entry.key)
+        if artifact and artifact not in published:
+            published[artifact] = _same_manifest(source, target, artifact)
+        if artifact and published[artifact] and sizes.get(entry.key) == entry.size:
+            continue
+        try:
+            _copy_one(source, target, entry.key)
+            copied += 1
+        except FileNotFoundError:
+            skipped += 1  # superseded while we were copying: a checkpoint, a record of progress
+    say(f"{copied} objects copied, {len(entries) - copied - skipped} were there, {skipped} were gone meanwhile")
+    return len(entries) - skipped
+
+
+def _artifact(key: str) -> str:
+    """The artifact that an object belongs to; empty for what may change at any time."""
+    parts = key.split("/")
+    return "/".join(parts[:3]) if parts[0] == "artifacts" and len(parts) > 3 else ""
+
+
+def _same_manifest(source: Store, target: Store, artifact: str) -> bool:
+    """Whether both have the same artifact published: its files are then the same, too."""
+    try:
+        key = f"{artifact}/{MANIFEST}"
+        return source.read_bytes(key) == target.read_bytes(key)
+    except FileNotFoundError:
+        return False
+
+
+def _copy_one(source: Store, target: Store, key: str) -> None:
+    if path := source.local_path(key):
+        target.upload(path, key)
+    elif path := target.local_path(key):
+        source.download(key, path)
+    else:
+        target.write_bytes(key, source.read_bytes(key))

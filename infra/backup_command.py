@@ -1,0 +1,50 @@
+"""Which databases and which store `backup` and `restore` are about."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from infra.backup import (
+    BackupError,
+    back_up,
+    dump_local,
+    dump_postgres,
+    read_record,
+    restore_local,
+    restore_postgres,
+    restore_store,
+)
+from infra.layout import StackRecord
+from infra.stack import Stack, StackError
+from infra.supervisor import Supervisor
+from stages.config.errors import StageError
+from stages.store import Store, open_store
+
+
+def keep(stack: Stack, command: str, folder: Path, *, postgres: bool) -> None:
+    """Back up into `folder`, or restore from it; raises BackupError or StackError."""
+    try:
+        match command, postgres:
+            case "backup", True:
+                store = _store(os.environ.get("ARTIFACT_STORE", ""))
+                back_up(folder, store, dump_postgres(folder), stack.say)
+            case "backup", False:
+                record = StackRecord.load(stack.layout)
+                if record is None:
+                    raise StackError("there is no local stack here; for a server's databases add --postgres")
+                back_up(folder, _store(record.artifact_store), dump_local(folder, stack.layout), stack.say)
+            case _, True:
+                restore_store(folder, _store(os.environ.get("ARTIFACT_STORE", "")), stack.say)
+                restore_postgres(folder)
+            case _:
+                record = StackRecord.load(stack.layout)
+                if record is not None and Supervisor(stack.layout, record).answers():
+                    raise StackError("the stack runs; stop it with `make down` before you restore")
+                restore_local(folder, stack.layout, _store(read_record(folder).store), stack.say)
+    except StageError as error:
+        raise BackupError(f"{error.message}\n{error.advice}") from error
+
+
+def _store(uri: str) -> Store:
+    return open_store(uri)

@@ -1,0 +1,190 @@
+"""`make doctor`: whether object store, Airflow, Ray and MLflow can do what the stages need of them; if not, what is
+wrong and what to do, in words. Ends with 1 when something is wrong.
+
+Asked are the running local stack, or else (and with `--environment` always) the servers that the environment names, so
+it runs in any container of a deployment as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+
+from infra.store_probe import Finding, Verdict, examine, ok, warning, wrong
+
+TIMEOUT_SECONDS = 10.0
+_MARKS = {Verdict.OK: "ok     ", Verdict.WARNING: "warning", Verdict.WRONG: "WRONG  ", Verdict.NOT_ASKED: "-      "}
+
+
+def doctor(settings: Mapping[str, str], say: Callable[[str], None]) -> int:
+    """Ask everything, say everything; the exit status."""
+    worst = 0
+    for finding in findings(settings):
+        say(f"{_MARKS[finding.verdict]} {finding.subject:<16} {finding.what}")
+        if finding.advice:
+            say(f"{'':<24} -> {finding.advice}")
+        worst += finding.verdict is Verdict.WRONG
+    say(f"{worst} thing{'s' if worst != 1 else ''} wrong" if worst else "nothing is wrong")
+    return 1 if worst else 0
+
+
+def findings(settings: Mapping[str, str]) -> Iterator[Finding]:
+    """All findings, the store's first: without it nothing works."""
+    uri = settings.get("ARTIFACT_STORE")
+    if uri:
+        yield from examine(uri)
+    else:
+        yield wrong(
+            "store",
+            "ARTIFACT_STORE is not set and no local stack runs",
+            "Run `make up`, or set ARTIFACT_STORE to file:///folder or s3://bucket/prefix.",
+        )
+    yield from _asked("Airflow", _airflow_url(settings), "AIRFLOW_API_URL", _airflow)
+    ray, token = _ray_of(settings)
+    yield from _asked("Ray", ray, "AIRFLOW_CONN_RAY_DEFAULT or RAY_JOBS_URL", lambda url: _ray(url, token))
+    yield from _asked(
+        "MLflow", settings.get("MLFLOW_TRACKING_URI", ""), "MLFLOW_TRACKING_URI", lambda url: _mlflow(url, settings)
+    )
+
+
+def _asked(subject: str, url: str, variable: str, ask: Callable[[str], Iterable[Finding]]) -> Iterator[Finding]:
+    if not url:
+        yield Finding(Verdict.NOT_ASKED, subject, f"not asked: {variable} is not set")
+        return
+    try:
+        yield from ask(url.rstrip("/"))
+    except requests.RequestException as error:
+        yield wrong(subject, *_unreachable(url, error, variable))
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"{url} answers, but not as {subject} does ({type(error).__name__}: {error})"
+        yield wrong(subject, what, f"Something else listens there: correct {variable}.")
+
+
+def _unreachable(url: str, error: requests.RequestException, variable: str) -> tuple[str, str]:
+    host = urlsplit(url).netloc
+    match error:
+        case requests.exceptions.SSLError():
+            return (
+                f"the certificate of {host} is not trusted",
+                "Set REQUESTS_CA_BUNDLE to the file with the certificate of its authority.",
+            )
+        case requests.exceptions.InvalidURL() | requests.exceptions.MissingSchema():
+            return f"{url!r} is no address", f"Set {variable} to something like http://host:port."
+        case requests.exceptions.Timeout():
+            return (
+                f"{host} did not answer within {TIMEOUT_SECONDS:.0f} s",
+                "It may be overloaded, or a firewall drops what we send: look at its log and at network policies.",
+            )
+        case requests.exceptions.ConnectionError() if "NameResolution" in str(error) or "getaddrinfo" in str(error):
+            return f"the name in {url} does not resolve", f"Correct {variable}, or run this inside its network."
+        case _:
+            return f"nothing listens at {host}", f"Start it (`make up`, `make compose-up`), or correct {variable}."
+
+
+def _get(url: str, *, token: str = "", login: tuple[str, str] | None = None, **params: Any) -> requests.Response:
+    with requests.Session() as session:
+        if urlsplit(url).hostname in ("127.0.0.1", "localhost"):
+            session.trust_env = False  # loopback: no proxy
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        return session.get(url, headers=headers, auth=login, params=params, timeout=TIMEOUT_SECONDS)
+
+
+# ----------------------------------------------------------------- Airflow
+
+
+def _airflow_url(settings: Mapping[str, str]) -> str:
+    """By whatever name this place knows the API server."""
+    if url := settings.get("AIRFLOW_API_URL"):
+        return url
+    execution = urlsplit(settings.get("AIRFLOW__CORE__EXECUTION_API_SERVER_URL", ""))
+    return f"{execution.scheme}://{execution.netloc}" if execution.netloc else ""
+
+
+def _airflow(url: str) -> Iterator[Finding]:
+    response = _get(f"{url}/api/v2/monitor/health")
+    if not response.ok:
+        yield wrong("Airflow", f"{url} answers {response.status_code}", "Look at the API server's log.")
+        return
+    report = response.json()
+    for name in ("metadatabase", "scheduler", "dag_processor", "triggerer"):
+        status = report[name]["status"]
+        if status == "healthy":
+            continue
+        last = report[name].get(f"latest_{name}_heartbeat") or "never"
+        seen = "" if name == "metadatabase" else f", last heartbeat {last}"
+        yield wrong("Airflow", f"{name} is {status}{seen}", f"Start it again and look at its log: {name}.")
+    if all(part["status"] == "healthy" for part in report.values() if part.get("status")):
+        yield ok("Airflow", f"{url}: database, scheduler, DAG processor and triggerer are healthy")
+
+
+# --------------------------------------------------------------------- Ray
+
+
+def _ray_of(settings: Mapping[str, str]) -> tuple[str, str]:
+    """Address and token: those of Airflow's connection, which decides, else those of Ray's own variables."""
+    token = settings.get("RAY_AUTH_TOKEN") or settings.get("RAY_TOKEN", "")
+    if not (text := settings.get("AIRFLOW_CONN_RAY_DEFAULT")):
+        return settings.get("RAY_JOBS_URL") or settings.get("RAY_API_SERVER_ADDRESS", ""), token
+    if text.startswith("{"):
+        found = json.loads(text)
+        scheme, host, port = found.get("schema") or "http", found.get("host"), found.get("port")
+        return f"{scheme}://{host}:{port}", found.get("password") or token
+    parts = urlsplit(text)
+    return f"http://{parts.hostname}:{parts.port}", parts.password or token
+
+
+def _ray(url: str, token: str) -> Iterator[Finding]:
+    response = _get(f"{url}/api/v0/nodes", token=token)
+    if response.status_code in (401, 403):
+        advice = "Give the connection ray_default the token of the head (RAY_AUTH_TOKEN there) as its password."
+        yield wrong("Ray", f"{url} refuses {'the token' if token else 'us, who have no token'}", advice)
+        return
+    if not response.ok:
+        yield wrong("Ray", f"{url} answers {response.status_code}", "Look at the log of Ray's head.")
+        return
+    nodes = [node for node in response.json()["data"]["result"]["result"] if node["state"] == "ALIVE"]
+    if not nodes:
+        yield wrong("Ray", "the head answers, but none of its nodes is alive", "Look at the log of Ray's head.")
+        return
+    total: dict[str, float] = {}
+    for node in nodes:
+        for name in ("CPU", "GPU"):
+            total[name] = total.get(name, 0) + node.get("resources_total", {}).get(name, 0)
+    yield ok("Ray", f"{url}: {len(nodes)} nodes, {total['CPU']:.0f} CPU, {total['GPU']:.0f} GPU")
+
+
+# ------------------------------------------------------------------ MLflow
+
+
+def _mlflow(url: str, settings: Mapping[str, str]) -> Iterator[Finding]:
+    if urlsplit(url).scheme not in ("http", "https"):
+        advice = "Set MLFLOW_TRACKING_URI to the URL of a server: stages on other machines cannot see this one."
+        yield wrong("MLflow", f"{url!r} is not a server", advice)
+        return
+    user, password = settings.get("MLFLOW_TRACKING_USERNAME", ""), settings.get("MLFLOW_TRACKING_PASSWORD", "")
+    login = (user, password) if user else None
+    response = _get(f"{url}/api/2.0/mlflow/experiments/search", login=login, max_results=1)
+    if response.status_code == 401:
+        who = f"the login of {user}" if user else "us, who have no login"
+        advice = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to an account that it knows."
+        yield wrong("MLflow", f"{url} refuses {who}", advice)
+        return
+    if response.status_code == 403:
+        advice = "Start MLflow with this host in --allowed-hosts (MLFLOW_HOSTS for Compose), or give the user rights."
+        yield wrong("MLflow", f"{url} forbids it: {response.text[:200]}", advice)
+        return
+    if not response.ok:
+        yield wrong("MLflow", f"{url} answers {response.status_code}", "Look at its log and at its database.")
+        return
+    if not isinstance(response.json(), dict):
+        raise ValueError("no JSON object")
+    version = _get(f"{url}/version", login=login).text.strip()
+    if not version.startswith("3."):
+        advice = "Use MLflow 3.17 or newer: older ones have no LoggedModels."
+        yield warning("MLflow", f"{url} says that its version is {version[:40]!r}", advice)
+        return
+    yield ok("MLflow", f"{url}: version {version}, {'logged in as ' + user if user else 'without a login'}")

@@ -1,0 +1,176 @@
+"""A backup of the local stack that is destroyed and restored; and backups that must not be restored."""
+
+import os
+import pwd
+import shutil
+import sqlite3
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from infra.backup import (
+    POSTGRES_DATABASES,
+    BackupError,
+    back_up,
+    dump_local,
+    dump_postgres,
+    read_record,
+    restore_local,
+    restore_postgres,
+    restore_store,
+)
+from infra.layout import Layout, StackSecrets
+from stages.artifacts import fetch, read_manifest
+from stages.config.graph import Stage
+from stages.store import open_store
+from tests.pipeline_records import publish_run
+
+
+def say(line: str) -> None:
+    pass
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    """A checkout whose stack has run: databases with a row, MLflow's files, secrets."""
+    made = Layout(tmp_path / "checkout")
+    for folder in (made.airflow, made.mlflow / "artifacts" / "1"):
+        folder.mkdir(parents=True)
+    (made.mlflow / "artifacts" / "1" / "report.html").write_text("story")
+    for path in (made.airflow / "airflow.db", made.mlflow / "mlflow.db"):
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("CREATE TABLE runs (name TEXT)")
+            connection.execute("INSERT INTO runs VALUES ('first')")
+            connection.commit()
+    StackSecrets.load_or_generate(made)
+    return made
+
+
+def rows(path: Path) -> list[str]:
+    with closing(sqlite3.connect(path)) as connection:
+        return [name for (name,) in connection.execute("SELECT name FROM runs")]
+
+
+def test_what_was_destroyed_comes_back_as_it_was_while_it_was_in_use(layout: Layout, tmp_path: Path) -> None:
+    store, made = publish_run(tmp_path)
+    store.write_bytes("leases/x/1.json", b"{}")
+    secrets = StackSecrets.load_or_generate(layout)
+    backup = tmp_path / "backup"
+    with closing(sqlite3.connect(layout.airflow / "airflow.db")) as busy:
+        busy.execute("INSERT INTO runs VALUES ('second')")
+        busy.commit()  # in the write-ahead log only: a copy of the file alone would miss it
+        busy.execute("INSERT INTO runs VALUES ('not committed')")
+        back_up(backup, store, dump_local(backup, layout), say)
+        busy.rollback()
+    assert backup.stat().st_mode & 0o077 == 0
+    shutil.rmtree(layout.home)
+    shutil.rmtree(tmp_path / "store")
+    restore_local(backup, layout, store, say)
+    assert rows(layout.airflow / "airflow.db") == ["first", "second"]
+    assert rows(layout.mlflow / "mlflow.db") == ["first"]
+    assert (layout.mlflow / "artifacts" / "1" / "report.html").read_text() == "story"
+    assert StackSecrets.load_or_generate(layout) == secrets
+    for ref in made.values():
+        fetch(ref, tmp_path / "cache")  # raises unless every byte is as the manifest says
+    assert list(store.list("leases")) == []
+
+
+def test_a_second_backup_copies_what_is_new_and_what_was_built_anew(layout: Layout, tmp_path: Path) -> None:
+    store, made = publish_run(tmp_path)
+    backup, said = tmp_path / "backup", list[str]()
+    back_up(backup, store, dump_local(backup, layout), said.append)
+    back_up(backup, store, dump_local(backup, layout), said.append)
+    assert said[2].startswith("0 objects copied")
+    ref = made[Stage.SFT]
+    manifest = read_manifest(ref)
+    store.write_bytes(f"artifacts/{ref.kind}/{ref.fingerprint}/model.safetensors", b"SFT")  # as long as before
+    text = manifest.model_copy(update={"created_at": "2027-01-01T00:00:00+00:00"}).model_dump_json()
+    store.write_bytes(f"artifacts/{ref.kind}/{ref.fingerprint}/manifest.json", text.encode())
+    back_up(backup, store, dump_local(backup, layout), said.append)
+    copy = open_store((backup / "store").as_uri())
+    assert copy.read_bytes(f"artifacts/{ref.kind}/{ref.fingerprint}/model.safetensors") == b"SFT"
+
+
+def test_a_changed_an_unfinished_and_a_misplaced_backup_are_refused(layout: Layout, tmp_path: Path) -> None:
+    store, _ = publish_run(tmp_path)
+    backup = tmp_path / "backup"
+    back_up(backup, store, dump_local(backup, layout), say)
+    with pytest.raises(BackupError, match="exists and would be overwritten"):
+        restore_local(backup, layout, store, say)
+    shutil.rmtree(layout.home)
+    other = open_store((tmp_path / "elsewhere").as_uri())
+    with pytest.raises(BackupError, match="cannot be restored to"):
+        restore_local(backup, layout, other, say)
+    assert not (layout.airflow / "airflow.db").exists()
+    with (backup / "mlflow.db").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(BackupError, match=r"mlflow\.db is missing or was changed"):
+        restore_local(backup, layout, store, say)
+    (backup / "backup.json").unlink()
+    with pytest.raises(BackupError, match="no finished backup"):
+        read_record(backup)
+
+
+def test_without_postgres_tools_or_server_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BackupError, match="pg_dump is not on PATH"):
+        dump_postgres(tmp_path / "backup")
+
+
+@pytest.fixture
+def postgres(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A real server with the three databases, named by libpq's variables; it refuses to run as root."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    try:
+        user = pwd.getpwnam("postgres" if os.getuid() == 0 else pwd.getpwuid(os.getuid()).pw_name)
+    except KeyError:
+        user = None
+    if not programs or not shutil.which("pg_dump") or user is None:
+        pytest.skip("PostgreSQL's server and client are not installed (Debian: postgresql)")
+    root = Path(tempfile.mkdtemp(prefix="ath-pg-", dir="/tmp"))  # its socket needs a short path
+    os.chown(root, user.pw_uid, user.pw_gid)
+    binaries = programs[-1].parent
+    monkeypatch.setenv("PGHOST", str(root))
+    monkeypatch.setenv("PGUSER", "postgres")
+    who = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if os.getuid() == 0 else {}
+
+    def run(*words: str) -> None:
+        # to a file: the server that pg_ctl leaves behind would hold a pipe open
+        with (root / "run.log").open("ab") as log:
+            subprocess.run(words, check=True, stdout=log, stderr=log, stdin=subprocess.DEVNULL, **who)
+
+    run(str(binaries / "initdb"), "-D", f"{root}/data", "-U", "postgres", "--auth=trust", "--no-sync", "-E", "UTF8")
+    options = f"-c listen_addresses= -c unix_socket_directories={root} -c fsync=off"
+    run(str(binaries / "pg_ctl"), "-D", f"{root}/data", "-w", "-l", f"{root}/pg.log", "-o", options, "start")
+    try:
+        for name in POSTGRES_DATABASES:
+            sql(f'CREATE DATABASE "{name}"', "postgres")
+            sql("CREATE TABLE runs (name TEXT); INSERT INTO runs VALUES ('first')", name)
+        yield
+    finally:
+        run(str(binaries / "pg_ctl"), "-D", f"{root}/data", "-m", "immediate", "stop")
+        shutil.rmtree(root)
+
+
+def sql(text: str, database: str) -> str:
+    words = ("psql", "--no-psqlrc", "-At", "-v", "ON_ERROR_STOP=1", "-c", text, database)
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.integration
+def test_postgres_databases_come_back_as_they_were(postgres: None, tmp_path: Path) -> None:
+    store, made = publish_run(tmp_path)
+    backup = tmp_path / "backup"
+    back_up(backup, store, dump_postgres(backup), say)
+    sql("DROP TABLE runs", "airflow")
+    sql("INSERT INTO runs VALUES ('later')", "mlflow")
+    shutil.rmtree(tmp_path / "store")
+    restore_store(backup, store, say)
+    restore_postgres(backup)
+    assert [sql("SELECT name FROM runs", name) for name in POSTGRES_DATABASES] == ["first"] * 3
+    fetch(made[Stage.DPO], tmp_path / "cache")
