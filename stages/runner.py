@@ -291,7 +291,12 @@ def _flat_params(config: Config, prefix: str = "") -> dict[str, str]:
 def _scratch_folder() -> Iterator[Path]:
     """A folder of this attempt; downloads go beside it and stay for the next stage of the same machine."""
     home = Path(os.environ.get("ATHANOR_SCRATCH") or Path(tempfile.gettempdir()) / f"athanor-{os.getuid()}")
-    home.mkdir(parents=True, exist_ok=True)
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if home.stat().st_uid != os.getuid():
+        raise ConfigError(
+            f"the scratch folder {home} belongs to user {home.stat().st_uid}, who could change what is trained",
+            advice="Remove it, or set ATHANOR_SCRATCH to a folder of the user that Ray runs as.",
+        )
     work_dir = Path(tempfile.mkdtemp(dir=home, prefix="stage-"))
     try:
         yield work_dir

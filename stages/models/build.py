@@ -88,7 +88,15 @@ def load_causal_lm(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig = _
 
 
 def _load(auto_class: Any, folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
-    return auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+    """Nothing is unpickled and no code of the folder runs, whatever it holds."""
+    return auto_class.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        output_loading_info=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        **options,
+    )
 
 
 def load_reward_model(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig = _NO_ADAPTER) -> PreTrainedModel:
