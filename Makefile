@@ -1,7 +1,7 @@
 # One command a task; `make help` lists them. Everything made lies in .venv/ and .athanor/.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-exact test-chaos test-live test-browser bench test-compose check format lock screenshots clean
+.PHONY: audit sbom compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-exact test-chaos test-live test-browser bench test-compose check format lock screenshots clean
 
 VENV   := .venv
 PYTHON := $(CURDIR)/$(VENV)/bin/python
@@ -14,6 +14,7 @@ PARAMS  ?= {}
 # options of the benchmark: make bench BENCH='--only sft,dpo --rounds 9', or --quick; BENCH=--help lists them
 BENCH   ?=
 PEERS   := .athanor/bench-venv
+CYCLONEDX := cyclonedx-bom==7.5.0
 # what `make test` runs; `make test TESTS=tests/unit`
 TESTS   ?= tests
 # through the environment, so that quotes in JSON survive the shell
@@ -108,6 +109,15 @@ check: $(STAMP) ## format, lint, types, floors and fast tests, in under a minute
 	pyright --threads
 	lint-imports
 	$(PYTHON) -m pytest -q -m 'not slow and not integration' tests/unit
+
+audit: $(STAMP) ## known vulnerabilities of the installed packages; needs the network, says so when it has none
+	@$(PYTHON) -m infra.audit
+
+sbom: $(STAMP) ## what is installed here, as CycloneDX: .athanor/sbom.cdx.json
+	@mkdir -p .athanor
+	@uv tool run --from $(CYCLONEDX) cyclonedx-py environment --pyproject pyproject.toml --mc-type application \
+	  --output-reproducible --of JSON -o .athanor/sbom.cdx.json $(PYTHON)
+	@echo "made .athanor/sbom.cdx.json"
 
 format: $(STAMP) ## rewrite the code in the project's format
 	ruff format .

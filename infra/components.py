@@ -15,9 +15,9 @@ MIB = 1024 * 1024
 RAY_ADDRESS = "127.0.0.1"
 
 # Ray replaces 127.0.0.1 by the network interface's address, which on a laptop changes with the network and ends the
-# cluster, and then listens on all interfaces. With clusters over machines switched off, as they are on macOS and Windows
-# by default, 127.0.0.1 stays what it is and every process of Ray listens there alone. Whoever connects needs the setting
-# too; jobs have it from the head.
+# cluster, and then listens on all interfaces. With clusters over machines off, as on macOS and Windows by default,
+# 127.0.0.1 stays what it is and every process of Ray listens there alone. Whoever connects needs the setting too; jobs
+# have it from the head.
 RAY_ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
