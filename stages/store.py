@@ -280,6 +280,7 @@ class S3Store:
                     yield Listed(entry["Key"][len(folder) :], entry["Size"], entry["ETag"])
 
     def delete(self, key: str) -> None:
+        check_key(key, self.root_uri)
         for name in (key, *self.list(key)):
             self._s3.delete_object(Bucket=self.bucket, Key=self._key(name))
 
