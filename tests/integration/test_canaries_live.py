@@ -25,7 +25,7 @@ HOSTILE = "{{ 7 * 7 }}/$(touch athanor-ran)/`touch athanor-ran`/'; DROP TABLE da
 @pytest.fixture(scope="module")
 def failed_run(live: LiveStack) -> str:
     """Failures say more than successes: tracebacks, `failure.json`, the last words of a job, a notice."""
-    run_id = live.pipeline("broken", documents=[f"/nowhere/{HOSTILE}"])
+    run_id = live.pipeline("broken", documents=[f"/nowhere/{HOSTILE}"], last_stage="curate")
     assert live.wait_end(PIPELINE, run_id, seconds=300) == "failed"
     return run_id
 
