@@ -1,7 +1,7 @@
 # One command a task; `make help` lists them. Everything made lies in .venv/ and .athanor/.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: doctor gc backup restore compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-exact test-chaos test-live test-browser bench test-compose check format lock screenshots clean
+.PHONY: doctor gc backup restore audit sbom compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-exact test-chaos test-live test-browser bench test-compose check format lock screenshots clean
 
 VENV   := .venv
 PYTHON := $(CURDIR)/$(VENV)/bin/python
@@ -18,6 +18,7 @@ GC      ?=
 # folder of backup and restore
 BACKUP  ?=
 PEERS   := .athanor/bench-venv
+CYCLONEDX := cyclonedx-bom==7.5.0
 # what `make test` runs; `make test TESTS=tests/unit`
 TESTS   ?= tests
 # several tests at once, those of a file in one process; much of what they do is waiting for servers
@@ -126,6 +127,15 @@ check: $(STAMP) ## format, lint, types, floors and fast tests, in under a minute
 	pyright --threads
 	lint-imports
 	$(PYTHON) -m pytest -q $(PYTEST_PARALLEL) -m 'not slow and not integration' tests/unit
+
+audit: $(STAMP) ## known vulnerabilities of the installed packages; needs the network, says so when it has none
+	@$(PYTHON) -m infra.audit
+
+sbom: $(STAMP) ## what is installed here, as CycloneDX: .athanor/sbom.cdx.json
+	@mkdir -p .athanor
+	@uv tool run --from $(CYCLONEDX) cyclonedx-py environment --pyproject pyproject.toml --mc-type application \
+	  --output-reproducible --of JSON -o .athanor/sbom.cdx.json $(PYTHON)
+	@echo "made .athanor/sbom.cdx.json"
 
 format: $(STAMP) ## rewrite the code in the project's format
 	ruff format .

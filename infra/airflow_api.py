@@ -70,8 +70,10 @@ class AirflowApi:
         response = self._request("GET", f"pools/{quote(name)}")
         if response.status_code == 404:
             pool = {"name": name, "slots": slots, "description": description, "include_deferred": True}
-            self.call("POST", "pools", json=pool)
-        elif not response.ok:
+            response = self._request("POST", "pools", json=pool)
+            if response.status_code == 409:  # Airflow repeats a write that found its database locked: it is there
+                return
+        if not response.ok:
             raise AirflowApiError(f"pool {name}: {response.status_code} {_reason(response)}")
 
     def import_errors(self) -> dict[str, str]:

@@ -12,9 +12,13 @@ from pathlib import Path
 BIN = Path(sys.executable).parent
 MIB = 1024 * 1024
 
+RAY_ADDRESS = "127.0.0.1"
+
 # Ray replaces 127.0.0.1 by the network interface's address, which on a laptop changes with the network and ends the
-# cluster. Linux answers on all of 127.0.0.0/8 and Ray leaves this one alone; elsewhere there is only 127.0.0.1.
-RAY_ADDRESS = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
+# cluster, and then listens on all interfaces. With clusters over machines off, as on macOS and Windows by default,
+# 127.0.0.1 stays what it is and every process of Ray listens there alone. Whoever connects needs the setting too; jobs
+# have it from the head.
+RAY_ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ def ray_head(
         "ray",
         (*command, *(f"{name}={value}" for name, value in options.items())),
         {
+            **RAY_ON_LOOPBACK,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_START_HOOK": "infra.loopback.without_client_server",
             "RAY_enable_metrics_collection": "0",  # nobody scrapes them here; saves CPU on every node report

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from infra.components import BIN
+from infra.components import BIN, RAY_ON_LOOPBACK
 from infra.layout import Layout, StackRecord, StackSecrets
 from infra.processes import marking
 
@@ -59,6 +59,7 @@ def client_environment(record: StackRecord, secrets: StackSecrets) -> dict[str, 
         "AIRFLOW_CONN_RAY_DEFAULT": json.dumps(connection),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.ray_token,
+        **RAY_ON_LOOPBACK,
     }
 
 

@@ -160,7 +160,8 @@ def choose_runtime_dir(layout: Layout, recorded: str | None) -> Path:
         return near
     if recorded and is_ours(Path(recorded)):
         return Path(recorded)
-    base = next((d for d in (tempfile.gettempdir(), "/tmp") if len(d) <= LONGEST_SOCKET_ROOT - 18), None)
+    shared = (tempfile.gettempdir(), "/tmp")  # noqa: S108 - mkdtemp below makes a folder of our own there
+    base = next((d for d in shared if len(d) <= LONGEST_SOCKET_ROOT - 18), None)
     if base is None:
         raise RuntimeError(
             f"no directory short enough for Unix sockets: {near} has {len(str(near))} characters, at most "

@@ -59,7 +59,7 @@ _CONNECTION_FIELDS: dict[str, Any] = {
         "description": "Certificate authorities to trust instead of the system's (PEM file on the Airflow machines).",
         "schema": {"type": ["string", "null"]},
     },
-    "headers": {
+    "secret_headers": {
         "label": "Extra headers",
         "description": 'HTTP headers for a proxy in front of Ray as a JSON object: {"X-Team": "llm"}. Kept secret.',
         "schema": {"type": ["string", "null"], "format": "password"},

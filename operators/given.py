@@ -8,7 +8,7 @@ import os
 
 from operators.mlflow import MlflowServer, MlflowUnavailableError, ModelVersion
 from stages.artifacts import read_manifest
-from stages.config.errors import ConfigError, StageError
+from stages.config.errors import ConfigError, StageError, without_logins
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import BASE_MODEL, PREVIOUS, PipelineConfig
 from stages.config.request import ArtifactRef, Manifest
@@ -102,7 +102,7 @@ def find_version(address: str) -> ModelVersion | None:
     tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not tracking_uri.startswith(("http://", "https://")):
         raise ConfigError(
-            f"MLFLOW_TRACKING_URI={tracking_uri!r} is not an HTTP address, so {address!r} cannot be looked up",
+            f"MLFLOW_TRACKING_URI={without_logins(tracking_uri)!r} is not HTTP: nobody can be asked for {address!r}",
             advice="Set MLFLOW_TRACKING_URI in Airflow's environment, such as http://127.0.0.1:5000.",
         )
     name, _, alias = address.removeprefix("models:/").partition("@")

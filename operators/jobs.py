@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 DEFAULT_PORT = 8265
+HEADERS_FIELD = "secret_headers"
+"""Airflow's API and logs mask an extra field by its name, whatever the connection form says of it."""
 
 
 class RayUnreachableError(Exception):
@@ -109,12 +111,20 @@ class RayEndpoint:
                 advice="Set it to the address of the Ray head, such as ray-head.example.org.",
             )
         base_url = _base_url(connection)
+        dashboard_url = str(extra.get("dashboard_url") or base_url).rstrip("/")
+        for name, url in (("host", base_url), ("dashboard_url", dashboard_url)):
+            if urlsplit(url).username is not None:
+                raise RayRefusedError(
+                    f"connection {connection.conn_id!r}: {name} holds a user name or password, which links and logs "
+                    "would show",
+                    advice=f'Put it into {HEADERS_FIELD} as {{"Authorization": "Basic ..."}}, or use the token.',
+                )
         headers = {str(name): str(value) for name, value in _headers(connection, extra).items()}
         if connection.password:
             headers["Authorization"] = f"Bearer {connection.password}"
         return cls(
             base_url=base_url,
-            dashboard_url=str(extra.get("dashboard_url") or base_url).rstrip("/"),
+            dashboard_url=dashboard_url,
             headers=headers,
             verify=bool(extra.get("verify", True)),
             ca_path=str(extra.get("ca_path") or ""),
@@ -143,7 +153,12 @@ def _base_url(connection: ConnectionLike) -> str:
 
 
 def _headers(connection: ConnectionLike, extra: Mapping[str, Any]) -> Mapping[str, Any]:
-    headers = extra.get("headers") or {}
+    if "headers" in extra:
+        raise RayRefusedError(
+            f"connection {connection.conn_id!r}: extra field headers is shown to all who may read connections",
+            advice=f"Name it {HEADERS_FIELD}: Airflow masks fields with `secret` in their name.",
+        )
+    headers = extra.get(HEADERS_FIELD) or {}
     if isinstance(headers, str):
         try:
             headers = json.loads(headers)
@@ -151,7 +166,7 @@ def _headers(connection: ConnectionLike, extra: Mapping[str, Any]) -> Mapping[st
             headers = None
     if not isinstance(headers, Mapping):
         raise RayRefusedError(
-            f"connection {connection.conn_id!r}: extra field headers is not a JSON object",
+            f"connection {connection.conn_id!r}: extra field {HEADERS_FIELD} is not a JSON object",
             advice='Write it as {"Header-Name": "value"}.',
         )
     return headers

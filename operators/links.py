@@ -6,9 +6,11 @@ So the operator remembers in `link_addresses` what was written, also across a de
 
 import os
 from typing import Any
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote
 
 from airflow.sdk import BaseOperatorLink
+
+from stages.config.errors import without_logins
 
 
 class _KnownLink(BaseOperatorLink):
@@ -51,7 +53,7 @@ def mlflow_run_page(tracking_uri: str, run_id: str, experiment_id: str | None = 
 
     ATHANOR_MLFLOW_URL is MLflow's address for browsers, where programs know it by another one.
     """
-    base = without_credentials(os.environ.get("ATHANOR_MLFLOW_URL") or tracking_uri)
+    base = _base_address(os.environ.get("ATHANOR_MLFLOW_URL") or tracking_uri)
     place = f"experiments/{quote(experiment_id)}/runs" if experiment_id else "runs"
     return f"{base}/#/{place}/{quote(run_id)}"
 
@@ -61,6 +63,5 @@ def mlflow_artifact_page(tracking_uri: str, run_id: str, path: str, experiment_i
     return f"{mlflow_run_page(tracking_uri, run_id, experiment_id)}/artifacts/{quote(path)}"
 
 
-def without_credentials(uri: str) -> str:
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
+def _base_address(uri: str) -> str:
+    return without_logins(uri).rstrip("/")

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from operators.links import mlflow_artifact_page
+from stages.config.errors import without_logins
 from stages.config.request import ArtifactRef, RunInfo
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,9 @@ def open_parent_run(run: RunInfo) -> str | None:
     """Find or create the parent run, set it RUNNING and return its id; None when MLflow is away or not configured."""
     tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not tracking_uri.startswith(("http://", "https://")):
-        logger.warning("MLFLOW_TRACKING_URI=%r is not an HTTP address: no MLflow parent run.", tracking_uri)
+        logger.warning(
+            "MLFLOW_TRACKING_URI=%r is not an HTTP address: no MLflow parent run.", without_logins(tracking_uri)
+        )
         return None
     try:
         with MlflowServer(tracking_uri) as server:

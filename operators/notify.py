@@ -1,7 +1,8 @@
 """Tells somebody how runs end, and which take too long: one JSON object, posted to a webhook.
 
 Silent unless configured. `ATHANOR_NOTIFY_URL` is the address, or `ATHANOR_NOTIFY_CONN_ID` names an Airflow connection
-whose host (a full URL) is the address and whose password, if there is one, becomes a bearer token.
+whose extra field `webhook_url`, which Airflow masks, or whose host (a full URL), which it shows, is the address, and
+whose password, if there is one, becomes a bearer token. No address is ever logged: many are secrets themselves.
 `ATHANOR_DEADLINE_HOURS` says how long a run may take from when it was queued. A failed notice is a line in the log:
 it never fails a run.
 """
@@ -88,7 +89,8 @@ def _webhook() -> tuple[str, dict[str, str]]:
     if conn_id := os.environ.get("ATHANOR_NOTIFY_CONN_ID", ""):
         connection = BaseHook.get_connection(conn_id)
         token = connection.password
-        return connection.host or "", {"Authorization": f"Bearer {token}"} if token else {}
+        url = connection.extra_dejson.get("webhook_url") or connection.host or ""
+        return url, {"Authorization": f"Bearer {token}"} if token else {}
     return os.environ.get("ATHANOR_NOTIFY_URL", ""), {}
 
 

@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 
 def safe_run_id(airflow_run_id: str) -> str:
-    """The key under `runs/`: everything outside [A-Za-z0-9_.-] replaced by `-`."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "-", airflow_run_id)
+    """The key under `runs/`: everything outside [A-Za-z0-9_.-] replaced by `-`, and dots that would be a path too."""
+    return re.sub(r"[^A-Za-z0-9_.-]|^\.+$", "-", airflow_run_id)
 
 
 def start_run(context: Any) -> dict[str, Any]:

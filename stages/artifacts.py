@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from stages.config.base import Config
 from stages.config.errors import DamagedArtifactError
 from stages.config.graph import GRAPH, Stage
@@ -68,10 +70,17 @@ def find_manifest(store: Store, kind: str, fingerprint: str) -> Manifest | None:
 
 
 def read_manifest(ref: ArtifactRef | str) -> Manifest:
-    """Read the manifest behind a reference or an artifact URI."""
+    """Read the manifest behind a reference or an artifact URI; DamagedArtifactError when it is none of ours."""
     uri = ref if isinstance(ref, str) else ref.uri
     store, key = split_artifact_uri(uri)
-    return Manifest.model_validate_json(store.read_bytes(f"{key}/{MANIFEST}"))
+    try:
+        return Manifest.model_validate_json(store.read_bytes(f"{key}/{MANIFEST}"))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise DamagedArtifactError(
+            f"{uri}/{MANIFEST} is no manifest: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+            advice="Do not use this artifact unless you know who wrote it.",
+        ) from None
 
 
 def split_artifact_uri(uri: str) -> tuple[Store, str]:
@@ -185,9 +194,11 @@ def fetch(ref: ArtifactRef, cache_dir: Path) -> Path:
     """
     store, key = split_artifact_uri(ref.uri)
     manifest = read_manifest(ref)
-    if manifest.digest != ref.digest:
+    listed = content_digest(manifest.files)
+    if not ref.digest == manifest.digest == listed:
         raise DamagedArtifactError(
-            f"{ref.uri} has digest {manifest.digest[:12]}, the run expects {ref.digest[:12]}",
+            f"{ref.uri} has digest {manifest.digest[:12]} and lists files of {listed[:12]}, the run expects "
+            f"{ref.digest[:12]}",
             advice="Something replaced the artifact after it was built; clear the stage that produced it.",
         )
     target = cache_dir / manifest.kind / manifest.digest

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.config.errors import ConfigError, StageError
+from stages.config.errors import ConfigError, StageError, without_logins
 from stages.config.request import Manifest
 from stages.lineage import lineage_tags
 
@@ -236,8 +236,8 @@ def explain(error: Exception) -> str:
     """Return a short reason for a failed call; mlflow's own message of a refused connection fills half a screen."""
     cause = error.__cause__ or error.__context__
     if isinstance(cause, OSError):  # which the exceptions of requests are
-        return f"{os.environ.get('MLFLOW_TRACKING_URI', '')} does not answer ({type(cause).__name__})"
-    return str(error)[:300]
+        return f"{without_logins(os.environ.get('MLFLOW_TRACKING_URI', ''))} does not answer ({type(cause).__name__})"
+    return without_logins(str(error))[:300]
 
 
 def now_ms() -> int:

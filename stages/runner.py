@@ -31,7 +31,7 @@ from stages.artifacts import (
     utc_now,
 )
 from stages.config.base import Config
-from stages.config.errors import EXIT_CODES, Category, ConfigError, ExitCode, StageError
+from stages.config.errors import EXIT_CODES, Category, ConfigError, ExitCode, StageError, without_logins
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import stage_config_from_json
 from stages.config.request import Failure, InputEntry, Manifest, StageRequest, StageResult
@@ -177,7 +177,7 @@ def _build(
             context.check_lease()
             publish(store, manifest)
         except BaseException as error:
-            tracker.fail(f"{type(error).__name__}: {error}")
+            tracker.fail(without_logins(f"{type(error).__name__}: {error}"))
             raise
         finally:
             progress.close()
@@ -291,7 +291,12 @@ def _flat_params(config: Config, prefix: str = "") -> dict[str, str]:
 def _scratch_folder() -> Iterator[Path]:
     """A folder of this attempt; downloads go beside it and stay for the next stage of the same machine."""
     home = Path(os.environ.get("ATHANOR_SCRATCH") or Path(tempfile.gettempdir()) / f"athanor-{os.getuid()}")
-    home.mkdir(parents=True, exist_ok=True)
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if home.stat().st_uid != os.getuid():
+        raise ConfigError(
+            f"the scratch folder {home} belongs to user {home.stat().st_uid}, who could change what is trained",
+            advice="Remove it, or set ATHANOR_SCRATCH to a folder of the user that Ray runs as.",
+        )
     work_dir = Path(tempfile.mkdtemp(dir=home, prefix="stage-"))
     try:
         yield work_dir
@@ -320,7 +325,7 @@ def describe_failure(error: BaseException) -> Failure:
     cause = _cause(error)
     if isinstance(cause, StageError):
         return Failure(category=cause.category, message=cause.message, advice=cause.advice)
-    detail = "".join(traceback.format_exception(error))[-8000:]
+    detail = without_logins("".join(traceback.format_exception(error)))[-8000:]
     if _is_out_of_memory(cause):
         return Failure(
             category=Category.OUT_OF_MEMORY,
@@ -338,7 +343,7 @@ def describe_failure(error: BaseException) -> Failure:
         )
     return Failure(
         category=Category.INFRASTRUCTURE,
-        message=f"{type(cause).__name__}: {cause}",
+        message=without_logins(f"{type(cause).__name__}: {cause}"),
         advice="Unexpected; the traceback is in the job's log. The task is retried and resumes from its checkpoint.",
         detail=detail,
     )

@@ -20,8 +20,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stages.config.errors import Category, ConfigError, StageError
-from stages.store import Listed, Unfinished
+from stages.config.errors import Category, StageError
+from stages.store import Listed, Unfinished, check_key
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -202,9 +202,8 @@ class S3Store:
         self._patience = patience
 
     def _key(self, key: str) -> str:
-        if ".." in key.split("/"):
-            raise ConfigError(f"key={key!r} leaves the store {self.root_uri}", advice="Use keys without '..'.")
-        return f"{self.prefix}/{key}" if self.prefix else key
+        checked = check_key(key, self.root_uri)
+        return f"{self.prefix}/{checked}" if self.prefix else checked
 
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": self._key(key)}

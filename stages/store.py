@@ -106,6 +106,19 @@ def open_store(root_uri: str) -> Store:
             )
 
 
+def check_key(key: str, root_uri: str) -> str:
+    """Return a key as it is; raises ConfigError for one that is empty, absolute, or names another place than it says.
+
+    Keys are put together from records that others may have written, such as the files that a manifest names.
+    """
+    if any(part in ("", ".", "..") for part in key.split("/")) or "\0" in key:
+        raise ConfigError(
+            f"key={key!r} leaves the store {root_uri}",
+            advice="Use relative keys without empty parts, '.' and '..'; who wrote this one wanted something else.",
+        )
+    return key
+
+
 def read_json(store: Store, key: str) -> Any:
     return json.loads(store.read_bytes(key))
 
@@ -122,9 +135,12 @@ class FileStore:
         self.root_uri = root.as_uri()
 
     def _path(self, key: str) -> Path:
-        path = (self.root / key).resolve()
+        path = (self.root / check_key(key, self.root_uri)).resolve()
         if not path.is_relative_to(self.root.resolve()):
-            raise ConfigError(f"key={key!r} leaves the store {self.root_uri}", advice="Use keys without '..'.")
+            raise ConfigError(
+                f"key={key!r} leaves the store {self.root_uri} through a link",
+                advice="Put the files themselves into the store.",
+            )
         return path
 
     def exists(self, key: str) -> bool:
@@ -176,7 +192,7 @@ class FileStore:
         shutil.copyfile(self._path(key), path)
 
     def list(self, prefix: str) -> Iterator[str]:
-        folder = self._path(prefix)
+        folder = self._path(prefix.rstrip("/"))
         if not folder.is_dir():
             return
         for path in sorted(folder.rglob("*")):

@@ -34,9 +34,15 @@ def ray_head() -> Iterator[RayServer]:
 
 
 @pytest.fixture(scope="session")
-def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def mlflow_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the MLflow server keeps its database, its artifacts and its log."""
+    return tmp_path_factory.mktemp("mlflow")
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(mlflow_home: Path) -> Iterator[str]:
     """URL of an MLflow server with its own database."""
-    with mlflow_tracking(tmp_path_factory.mktemp("mlflow")) as url:
+    with mlflow_tracking(mlflow_home) as url:
         yield url
 
 

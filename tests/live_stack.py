@@ -25,6 +25,7 @@ from infra.stack import Stack
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
 from stages.store import open_store
+from tests.canaries import as_login, canary
 from tests.inbox import Inbox, open_inbox
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -48,6 +49,10 @@ class LiveStack:
     """The prefix that `retrain` watches; empty at first."""
     inbox: Inbox
     """What Airflow tells the webhook."""
+    home: Path
+    """The checkout that the stack thinks it lies in."""
+    canaries: dict[str, str]
+    """Secrets by name that are in the environment of all processes, some of them at work; see tests/canaries.py."""
 
     def trigger(self, dag_id: str, **conf: Any) -> str:
         return self.api.trigger(dag_id, conf)
@@ -152,13 +157,18 @@ def live_stack(home: Path) -> Iterator[LiveStack]:
     incoming = home / "incoming"
     incoming.mkdir()
     stack = Stack(Layout(home), say=print)
+    canaries = {name: canary(name) for name in ("s3-key", "mlflow", "webhook")}
+    canaries["mlflow login"] = as_login("athanor", canaries["mlflow"])
     with open_inbox() as inbox:
         settings = {
             "ATHANOR_RETRAIN_WATCH": incoming.as_uri(),
             "ATHANOR_RETRAIN_CRON": "0 3 * * *",
             "ATHANOR_RETRAIN_POLL_SECONDS": "1",
             "ATHANOR_DEADLINE_HOURS": str(DEADLINE_SECONDS / 3600),
-            "ATHANOR_NOTIFY_URL": inbox.url,
+            "ATHANOR_NOTIFY_URL": f"{inbox.url}/{canaries['webhook']}",
+            "AWS_SECRET_ACCESS_KEY": canaries["s3-key"],
+            "MLFLOW_TRACKING_USERNAME": "athanor",
+            "MLFLOW_TRACKING_PASSWORD": canaries["mlflow"],
         }
         try:
             with _environment(settings):
@@ -167,6 +177,6 @@ def live_stack(home: Path) -> Iterator[LiveStack]:
             api = Health(record, secrets).airflow
             for dag in (PIPELINE, RETRAIN, COLLECT, EVALUATE):
                 api.wait_for_dag(dag, seconds=90)
-            yield LiveStack(record, secrets, api, incoming, inbox)
+            yield LiveStack(record, secrets, api, incoming, inbox, home, canaries)
         finally:
             stack.down()

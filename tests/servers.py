@@ -134,6 +134,8 @@ class RayServer:
     "The Jobs REST API."
     token: str
     gcs_address: str
+    session_root: Path
+    """Session files of Ray: logs of its own and of its jobs."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -150,6 +152,7 @@ def ray_server(*, num_cpus: int = 2, environment: Mapping[str, str] | None = Non
         url=f"http://127.0.0.1:{ports['ray_dashboard']}",
         token=secrets.token_hex(32),
         gcs_address=f"{RAY_ADDRESS}:{ports['ray_gcs']}",
+        session_root=root,
     )
     shared = {
         "RAY_AUTH_MODE": "token",

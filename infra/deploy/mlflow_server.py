@@ -11,7 +11,9 @@ import tempfile
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-SERVER = ("mlflow", "server", "--app-name", "basic-auth", "--host", "0.0.0.0", "--port", "5000", "--workers")
+# on all interfaces of its container, behind a login; what of it is published Compose and Kubernetes decide
+HOST = "0.0.0.0"  # noqa: S104
+SERVER = ("mlflow", "server", "--app-name", "basic-auth", "--host", HOST, "--port", "5000", "--workers")
 
 CONFIG = """[mlflow]
 default_permission = READ

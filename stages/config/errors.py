@@ -1,6 +1,14 @@
 """Failures that a user can act on. Each carries a category (which decides about retries) and an advice (what to do)."""
 
+import re
 from enum import IntEnum, StrEnum
+
+_LOGIN = re.compile(r"(?<=://)[^\s/@'\"]+@")
+
+
+def without_logins(text: str) -> str:
+    """Take user names and passwords out of the addresses in a text that people will read."""
+    return _LOGIN.sub("", text)
 
 
 class Category(StrEnum):

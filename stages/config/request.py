@@ -1,12 +1,30 @@
 """The records that cross between Airflow, the Ray job and the object store: request in, manifest and result out."""
 
-from typing import Any
+import re
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from stages.config.base import Config
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
+
+
+def _inside(path: str) -> str:
+    """A manifest may come from a store that others write to, and its paths become files on a worker."""
+    if "\\" in path or "\0" in path or any(part in ("", ".", "..") for part in path.split("/")):
+        raise ValueError(f"path={path!r} leaves the artifact; use relative paths with forward slashes, without '..'")
+    return path
+
+
+def _one_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"{name!r} is no name of a folder; allowed are letters, digits, '.', '_' and '-'")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_one_name)]
+"""One part of a path, which cannot lead anywhere else."""
 
 
 class ArtifactRef(Config):
@@ -65,7 +83,7 @@ class StageRequest(Config):
 class FileEntry(Config):
     """One file of an artifact."""
 
-    path: str
+    path: Annotated[str, AfterValidator(_inside)]
     """Relative to the artifact, with forward slashes."""
     size: int
     """Bytes."""
@@ -96,11 +114,11 @@ class Cost(Config):
 class Manifest(Config):
     """Record of a complete artifact, written last; lineage everywhere else is copied from it."""
 
-    kind: str
+    kind: FolderName
     stage: Stage
     version: int
-    fingerprint: str
-    digest: str
+    fingerprint: FolderName
+    digest: FolderName
     files: tuple[FileEntry, ...]
     inputs: tuple[InputEntry, ...]
     sources: dict[str, str] = Field(default_factory=dict)

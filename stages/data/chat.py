@@ -194,7 +194,7 @@ class ChatEncoder:
                 add_generation_prompt=add_generation_prompt,
                 **names,
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise Unusable("refused_by_template") from error
         (text,), marked_spans = answer
         spans = marked_spans[0] if marked_spans else []

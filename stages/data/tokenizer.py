@@ -126,7 +126,7 @@ def given_tokenizer(folder: Path, *, chat_template: str = OWN) -> LoadedTokenize
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(folder)
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"base_model: no tokenizer in {folder}: {error}",
@@ -138,7 +138,8 @@ def given_tokenizer(folder: Path, *, chat_template: str = OWN) -> LoadedTokenize
         )
     if not loaded.eos_token:
         raise ConfigError(f"base_model: the tokenizer in {folder} has no end token", advice="Set its eos_token.")
-    check_growth(loaded.backend_tokenizer, rows=AutoConfig.from_pretrained(folder).vocab_size)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    check_growth(loaded.backend_tokenizer, rows=config.vocab_size)
     special = {
         "bos_token": loaded.bos_token or "",
         "eos_token": loaded.eos_token,

@@ -3,6 +3,7 @@
 Importing transformers' model classes costs seconds, so this module is imported by the verbs that need it, when they do.
 """
 
+import json
 import logging
 import shutil
 from collections.abc import Set
@@ -88,7 +89,29 @@ def load_causal_lm(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig = _
 
 
 def _load(auto_class: Any, folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
-    return auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+    """Nothing is unpickled and no code of the folder runs, whatever it holds."""
+    _refuse_other_weights(folder)
+    return auto_class.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        output_loading_info=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        **options,
+    )
+
+
+def _refuse_other_weights(folder: Path) -> None:
+    """`use_safetensors` chooses the index, and transformers opens whatever files that names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    names = set(json.loads(index.read_text())["weight_map"].values())
+    if wrong := sorted(name for name in names if "/" in name or not name.endswith(".safetensors")):
+        raise ConfigError(
+            f"{index} names {wrong}; allowed are *.safetensors in the same folder, for other formats may run code",
+            advice="Save the model again with save_pretrained.",
+        )
 
 
 def load_reward_model(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig = _NO_ADAPTER) -> PreTrainedModel:

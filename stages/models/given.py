@@ -1,6 +1,7 @@
 """A base model that somebody gives: an artifact of ours, `models:/name@alias` in MLflow, a Hugging Face folder or hub
 id."""
 
+import json
 import re
 from pathlib import Path
 
@@ -31,19 +32,33 @@ def snapshot_base_model(uri: str) -> str:
 
 
 def base_model_dir(uri: str, cache_dir: Path) -> Path:
-    """Return a local folder with the model's files; weights are safetensors, pickles are refused."""
+    """Return a local folder with the model's files; weights are safetensors, and pickles and code are refused."""
     uri = _resolved(uri)
     if _is_artifact(uri):
         return fetch(_manifest_of(uri).ref(uri), cache_dir)
     folder = Path(uri.removeprefix("file://"))
-    if folder.is_dir():
-        _model_files(folder)
-        return folder
-    if _HUB_ID.fullmatch(uri):
+    if not folder.is_dir():
+        if not _HUB_ID.fullmatch(uri):
+            raise _not_there(uri)
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(uri, allow_patterns=list(_WEIGHTS)))
-    raise _not_there(uri)
+        folder = Path(snapshot_download(uri, allow_patterns=list(_WEIGHTS)))
+    _model_files(folder)
+    _refuse_code(folder)
+    return folder
+
+
+def _refuse_code(folder: Path) -> None:
+    """An architecture that comes as Python files would run on the workers, with their credentials."""
+    from transformers import CONFIG_MAPPING
+
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"base_model={str(folder)!r} brings code of its own for model_type={config.get('model_type')!r} "
+            "(auto_map in config.json), which is never run",
+            advice="Use a model whose architecture transformers itself knows.",
+        )
 
 
 def _is_artifact(uri: str) -> bool:

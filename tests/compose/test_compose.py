@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import requests
 
 from stages.config.graph import PIPELINE_STAGES
+from tests.canaries import airflow_answers, as_login, as_text
 from tests.compose.conftest import tasks
 from tests.compose.deployment import Deployment
 
@@ -145,7 +145,7 @@ def test_no_secret_is_anywhere_it_could_be_read(deployed: Deployment, run_id: st
         "container logs": deployed.compose("logs", "--no-color", seconds=300),
         "process arguments": json.dumps([[c["Args"], c["Config"]["Cmd"]] for c in deployed.containers()]),
         "image histories": image_histories(deployed),
-        "Airflow, over its API": json.dumps(list(airflow_answers(deployed, run_id))),
+        "Airflow, over its API": airflow_text(deployed, run_id),
         "Ray's jobs": json.dumps(ray_jobs(deployed)),
         "MLflow's runs, models and versions": json.dumps(mlflow_records(deployed)),
     }
@@ -167,7 +167,7 @@ def test_the_search_finds_a_secret_that_is_there(deployed: Deployment, run_id: s
     planted = {"planted": "llm_pipeline"}  # in every task log and in the manifests of runs
     assert search_inside(deployed, "airflow-scheduler", SEARCH_LOGS, planted)["found"]
     assert search_inside(deployed, "airflow-scheduler", SEARCH_STORE, planted)["found"]
-    assert "llm_pipeline" in json.dumps(list(airflow_answers(deployed, run_id)))
+    assert "llm_pipeline" in airflow_text(deployed, run_id)
     assert "athanor-" in json.dumps(ray_jobs(deployed))
 
 
@@ -175,7 +175,7 @@ def canaries(deployed: Deployment) -> dict[str, str]:
     needles = dict(deployed.secrets)
     needles.pop("S3_ACCESS_KEY")  # a name, not a secret: it is in every signed request
     for user, name in (("athanor", "MLFLOW_PASSWORD"), ("admin", "MLFLOW_ADMIN_PASSWORD")):
-        needles[f"{name}, as a login"] = base64.b64encode(f"{user}:{needles[name]}".encode()).decode()
+        needles[f"{name}, as a login"] = as_login(user, needles[name])
     return needles
 
 
@@ -184,22 +184,10 @@ def search_inside(deployed: Deployment, service: str, program: str, needles: dic
     return json.loads(deployed.compose(*words, seconds=600).splitlines()[-1])
 
 
-def airflow_answers(deployed: Deployment, run_id: str):
-    """What anybody who may log in can read of a run: XComs, rendered templates, logs, connections, configuration."""
-    call = deployed.airflow.call
-    run = f"dags/llm_pipeline/dagRuns/{run_id}"
-    yield call("GET", run)
-    for task in call("GET", f"{run}/taskInstances")["task_instances"]:
-        yield task  # rendered_fields among it
-        path = f"{run}/taskInstances/{task['task_id']}"
-        for entry in call("GET", f"{path}/xcomEntries")["xcom_entries"]:
-            yield call("GET", f"{path}/xcomEntries/{entry['key']}", params={"stringify": True})
-        if task["try_number"]:
-            yield call("GET", f"{path}/logs/{task['try_number']}", headers={"Accept": "application/json"})
-    connection = call("GET", "connections/ray_default")
+def airflow_text(deployed: Deployment, run_id: str) -> str:
+    connection = deployed.airflow.call("GET", "connections/ray_default")
     assert connection["host"] == "ray-head"
-    yield connection
-    yield call("GET", "pools")
+    return as_text([connection, *airflow_answers(deployed.airflow.call, "llm_pipeline", run_id)])
 
 
 def ray_jobs(deployed: Deployment) -> Any:

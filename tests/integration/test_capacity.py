@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from infra.components import RAY_ON_LOOPBACK
 from tests.servers import RayServer
 
 pytestmark = pytest.mark.integration
@@ -29,7 +30,12 @@ except CapacityError as error:
 
 @pytest.mark.slow
 def test_the_wait_for_capacity_is_said_and_ends(ray_head: RayServer):
-    environment = {"RAY_ADDRESS": ray_head.gcs_address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": ray_head.token}
+    environment = {
+        **RAY_ON_LOOPBACK,
+        "RAY_ADDRESS": ray_head.gcs_address,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": ray_head.token,
+    }
     done = subprocess.run(
         [sys.executable, "-c", ASKS], env={**os.environ, **environment}, capture_output=True, text=True, check=True
     )

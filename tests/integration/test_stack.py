@@ -1,9 +1,11 @@
 """The real local stack, in a directory of its own: up, a run through it, a crash, a taken port, up again, down."""
 
 import os
+import shlex
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -15,6 +17,7 @@ from infra.environment import POOL
 from infra.health import Health
 from infra.layout import Layout, StackRecord, StackSecrets
 from infra.stack import Stack, StackError
+from tests.listening import listeners
 from tests.unit.infra.test_ports import listener
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -63,6 +66,36 @@ def run_through(stack: Stack, record: StackRecord) -> dict[str, str]:
     return api.call("GET", f"{task}/xcomEntries/return_value", params={"stringify": False})["value"]
 
 
+JOB = """
+import os, pathlib, ray, time
+ray.init()
+
+@ray.remote
+def busy(sign):
+    pathlib.Path(sign).touch()
+    time.sleep(60)
+
+ray.get(busy.remote(os.environ["BUSY"]))
+"""
+
+
+@contextmanager
+def ray_job(record: StackRecord, token: str) -> Iterator[None]:
+    """A job whose driver and worker are there while the block runs."""
+    busy = Path(record.runtime_dir) / "busy"
+    held = {"Authorization": f"Bearer {token}"}
+    jobs = f"{record.ray_url}/api/jobs/"
+    entrypoint = f"env BUSY={shlex.quote(str(busy))} python -c {shlex.quote(JOB)}"
+    body = {"submission_id": "busy", "entrypoint": entrypoint}
+    assert requests.post(jobs, headers=held, json=body, timeout=30).ok
+    deadline = time.monotonic() + 60
+    while not busy.exists():
+        assert time.monotonic() < deadline, requests.get(f"{jobs}busy/logs", headers=held, timeout=10).text
+        time.sleep(0.2)
+    yield
+    requests.post(f"{jobs}busy/stop", headers=held, timeout=30)
+
+
 def test_up_run_crash_up_again_down(stack: Stack) -> None:
     record = stack.up()
     secrets = StackSecrets.load_or_generate(stack.layout)
@@ -76,6 +109,12 @@ def test_up_run_crash_up_again_down(stack: Stack) -> None:
         "MLFLOW_TRACKING_URI": record.mlflow_url,
         "RAY_AUTH_TOKEN": secrets.ray_token,
     }
+
+    with ray_job(record, secrets.ray_token):
+        everything = listeners(processes.marked(record.stack_id))
+        assert {entry.port for entry in everything} >= set(record.ports.values())
+        assert len(everything) > len(record.ports), "a job brings ports of its own"
+        assert [entry for entry in everything if not entry.on_loopback] == []
 
     begin = time.monotonic()
     assert stack.up() == record, "a second `up` changes nothing"

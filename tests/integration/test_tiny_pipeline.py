@@ -16,8 +16,11 @@ from stages.config.graph import GRAPH, PIPELINE_STAGES, Stage
 from stages.config.params import PipelineParams
 from stages.config.request import ArtifactRef, StageResult
 from stages.store import open_store
+from tests.airflow_home import HOME
+from tests.canaries import Search, as_login, canary
+from tests.inbox import open_inbox
 from tests.s3 import S3Server
-from tests.servers import ray_server
+from tests.servers import RayServer, ray_server
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -38,23 +41,52 @@ class Run:
         return {stage for stage, result in self.results.items() if not result.hit}
 
 
+@dataclass(frozen=True)
+class Services:
+    store_uri: str
+    ray: RayServer
+    secrets: dict[str, str]
+    """By name; each is at work in the run, or in the environment of all its processes."""
+
+
 @pytest.fixture(scope="module")
-def services(airflow_db: None, mlflow_server: str, s3_server: S3Server) -> Iterator[str]:
-    """Ray with the environment of a cluster node; yields the store's URI."""
+def services(airflow_db: None, mlflow_server: str, s3_server: S3Server) -> Iterator[Services]:
+    """Ray with the environment of a cluster node, and secrets of every kind planted."""
     store_uri = f"s3://{s3_server.new_bucket()}/tiny"
-    shared = {**s3_server.environment, "MLFLOW_TRACKING_URI": mlflow_server, "ARTIFACT_STORE": store_uri}
-    with pytest.MonkeyPatch.context() as patch, ray_server(environment=shared) as ray:
-        for name, value in shared.items():
+    header, password, hook = canary("header"), canary("mlflow"), canary("webhook")
+    shared = {
+        **s3_server.environment,
+        "ARTIFACT_STORE": store_uri,
+        "MLFLOW_TRACKING_URI": mlflow_server,
+        "MLFLOW_TRACKING_USERNAME": "athanor",
+        "MLFLOW_TRACKING_PASSWORD": password,
+    }
+    with open_inbox() as inbox, pytest.MonkeyPatch.context() as patch, ray_server(environment=shared) as ray:
+        for name, value in {**shared, "ATHANOR_NOTIFY_URL": f"{inbox.url}/{hook}"}.items():
             patch.setenv(name, value)
         parts = urlsplit(ray.url)
-        connection = {"conn_type": "ray_jobs", "host": parts.hostname, "port": parts.port, "password": ray.token}
+        connection = {
+            "conn_type": "ray_jobs",
+            "host": parts.hostname,
+            "port": parts.port,
+            "password": ray.token,
+            "extra": {"secret_headers": json.dumps({"X-Proxy": header})},
+        }
         patch.setenv("AIRFLOW_CONN_RAY_DEFAULT", json.dumps(connection))
-        yield store_uri
+        secrets = {
+            "Ray's token": ray.token,
+            "header of the connection": header,
+            "S3 key": s3_server.secret_key,
+            "MLflow password": password,
+            "MLflow login": as_login("athanor", password),
+            "webhook": hook,
+        }
+        yield Services(store_uri, ray, secrets)
 
 
-def play(store_uri: str, **params: Any) -> Run:
+def play(services: Services, **params: Any) -> Run:
     dag_run = llm_pipeline.test(run_conf={**DEFAULTS, "recipe": "tiny", "run_name": "tiny", **params})
-    store, run_id = open_store(store_uri), dag_run.run_id.replace(":", "-").replace("+", "-")
+    store, run_id = open_store(services.store_uri), dag_run.run_id.replace(":", "-").replace("+", "-")
     results = {}
     for stage in PIPELINE_STAGES:
         key = run_key(run_id, stage, "result.json")
@@ -65,7 +97,7 @@ def play(store_uri: str, **params: Any) -> Run:
 
 
 @pytest.fixture(scope="module")
-def first(services: str) -> Run:
+def first(services: Services) -> Run:
     return play(services)
 
 
@@ -146,7 +178,33 @@ def test_mlflow_knows_the_run_its_stages_and_its_models(first: Run) -> None:
     assert "report.html" in {file.path for file in client.list_artifacts(parent.info.run_id)}
 
 
-def test_an_identical_run_builds_nothing(first: Run, services: str) -> None:
+def test_no_secret_is_anywhere_it_could_be_read(first: Run, services: Services, mlflow_home: Path) -> None:
+    search = searched(services, services.secrets, mlflow_home)
+    assert search.seen > 200
+    assert search.found == []
+
+
+def test_the_search_finds_what_is_there(first: Run, services: Services, mlflow_home: Path) -> None:
+    """A canary test that cannot fail is none: these words are no secrets and everywhere."""
+    search = searched(services, {"dag": "llm_pipeline", "job": "athanor-sft-"}, mlflow_home)
+    places = {place.partition(" ")[0] for place, _ in search.found}
+    assert places == {"airflow", "mlflow", "ray", "store", "jobs"}
+
+
+def searched(services: Services, needles: dict[str, str], mlflow_home: Path) -> Search:
+    """Look through all that the run left: Airflow's database (XComs, rendered templates, states of tasks), MLflow's
+    database, artifacts and log, Ray's session with the logs of jobs, the bucket, and what Ray tells of its jobs."""
+    search = Search(needles)
+    for name, folder in (("airflow", HOME), ("mlflow", mlflow_home), ("ray", services.ray.session_root)):
+        search.folder(folder, name)
+    store = open_store(services.store_uri)
+    for entry in store.listing():
+        search.data(f"store {entry.key}", store.read_bytes(entry.key))
+    search.text("jobs ", RayJobHook()._request("GET", "/api/jobs/", what="list jobs").text)
+    return search
+
+
+def test_an_identical_run_builds_nothing(first: Run, services: Services) -> None:
     again = play(services)
     assert again.state == "success"
     assert again.built == set()
@@ -157,7 +215,7 @@ def test_an_identical_run_builds_nothing(first: Run, services: str) -> None:
     assert jobs_of(again) == 1  # curate: only a job on the cluster can see whether the outside documents have changed
 
 
-def test_a_run_goes_on_from_a_registered_model_on_two_workers_of_ray(first: Run, services: str) -> None:
+def test_a_run_goes_on_from_a_registered_model_on_two_workers_of_ray(first: Run, services: Services) -> None:
     layout = {"execution.sft.num_workers": 2, "execution.sft.cpus_per_worker": 0.5}
     run = play(services, base_model="models:/tiny-base@candidate", last_stage="sft", overrides=layout)
     assert run.state == "success"

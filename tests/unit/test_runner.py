@@ -3,6 +3,7 @@
 import pytest
 
 from stages.config.errors import Category, DataError, StageError
+from stages.mlflow_client import explain
 from stages.runner import describe_failure
 
 
@@ -37,6 +38,24 @@ class WorkerHealthCheckFailedError(Exception):
 )
 def test_exceptions_are_sorted_into_categories(error: BaseException, category: Category):
     assert describe_failure(error).category == category
+
+
+def test_an_unexpected_failure_tells_no_password_of_an_address():
+    try:
+        raise OSError("GET 'http://athanor:pa55word@mlflow:5000/api' failed")
+    except OSError as error:
+        failure = describe_failure(error)
+    assert "http://mlflow:5000/api" in failure.message
+    assert "http://mlflow:5000/api" in failure.detail
+    assert "pa55word" not in failure.model_dump_json()
+
+
+def test_an_mlflow_that_is_away_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://athanor:pa55word@mlflow:5000")
+    away = RuntimeError("x")
+    away.__cause__ = ConnectionRefusedError()
+    assert explain(away) == "http://mlflow:5000 does not answer (ConnectionRefusedError)"
+    assert explain(RuntimeError("at http://athanor:pa55word@mlflow:5000")) == "at http://mlflow:5000"
 
 
 def test_the_worker_that_knows_why_speaks_for_those_that_failed_with_it():

@@ -61,13 +61,31 @@ def test_compose_accepts_the_file_with_and_without_local_images(env_file: Path) 
     assert {name for name in usual if usual[name]["image"] != local[name]["image"]} == {"postgres", "s3"}
 
 
-def test_a_misspelt_key_is_caught(tmp_path: Path, env_file: Path) -> None:
+@pytest.mark.parametrize(
+    ("right", "typo"),
+    [
+        ("services", "service"),
+        ("services.mlflow.command", "comand"),
+        ("services.mlflow.healthcheck.test", "tests"),
+        ("services.mlflow.depends_on.setup-bucket", "setup-buket"),
+        ("services.mlflow.depends_on.setup-bucket.condition", "conditions"),
+        ("services.ray-worker-gpu.deploy.resources.reservations.devices", "device"),
+        ("networks.database", "databases"),
+        ("volumes.postgres", "postgre"),
+        ("configs.s3-identities", "s3-identity"),
+    ],
+)
+def test_a_misspelt_key_is_caught(right: str, typo: str, tmp_path: Path, env_file: Path) -> None:
     broken = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text())
-    broken["services"]["mlflow"]["comand"] = broken["services"]["mlflow"].pop("command")
+    *parents, leaf = right.split(".")
+    node = broken
+    for name in parents:
+        node = node[name]
+    node[typo] = node.pop(leaf)
     (tmp_path / "docker-compose.yml").write_text(yaml.safe_dump(broken))
     done = configure(tmp_path / "docker-compose.yml", env_file=env_file)
     assert done.returncode != 0
-    assert "comand" in done.stderr
+    assert typo in done.stderr or leaf in done.stderr
 
 
 def test_nothing_starts_without_secrets(tmp_path: Path) -> None:

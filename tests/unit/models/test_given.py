@@ -1,14 +1,18 @@
 """A base model that is not there, is no model, or has another tokenizer is refused with a sentence."""
 
+import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stages.config.errors import ConfigError
 from stages.config.tokens import TokenizeConfig
 from stages.data.tokenizer import given_tokenizer, train_tokenizer
+from stages.models.build import _load
 from stages.models.given import base_model_dir, snapshot_base_model
 
 
@@ -49,6 +53,78 @@ def test_pickled_weights_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> No
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
         base_model_dir(str(folder), tmp_path)
+
+
+CODE = """
+import pathlib
+pathlib.Path(__file__).with_name("ran").touch()
+from transformers import PretrainedConfig
+class OwnConfig(PretrainedConfig):
+    model_type = "own"
+"""
+
+
+def test_code_that_comes_with_a_model_is_refused_and_never_runs(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    folder = save(tmp_path, tokenizer)
+    (folder / "own.py").write_text(CODE)
+    config = json.loads((folder / "config.json").read_text())
+    with_code = {**config, "model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (folder / "config.json").write_text(json.dumps(with_code))
+    with pytest.raises(ConfigError, match=r"brings code of its own for model_type='own'"):
+        base_model_dir(str(folder), tmp_path)
+    for load in (given_tokenizer, partial(_load, AutoModelForCausalLM)):  # nor by who comes past that check
+        with pytest.raises((ConfigError, ValueError), match="trust_remote_code"):
+            load(folder)
+    assert not list(tmp_path.rglob("ran"))
+
+
+def test_a_known_architecture_is_loaded_with_the_librarys_code_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    folder = save(tmp_path, tokenizer)
+    (folder / "own.py").write_text(CODE)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "own.OwnConfig"}}))
+    assert base_model_dir(str(folder), tmp_path) == folder
+    model, _ = _load(AutoModelForCausalLM, folder)
+    assert type(model) is LlamaForCausalLM
+    assert not list(tmp_path.rglob("ran"))
+
+
+class Runs:
+    """What a pickle can do."""
+
+    def __init__(self, sign: Path) -> None:
+        self.sign = sign
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.sign,)
+
+
+def test_a_pickle_among_safetensors_is_not_opened(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    folder = save(tmp_path / "model", tokenizer)
+    pickle = folder / "pytorch_model.bin"
+    torch.save({"a": Runs(tmp_path / "ran")}, pickle)
+    _load(AutoModelForCausalLM, folder)
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": pickle.name}}  # an index that leads to it
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r"names \['pytorch_model\.bin'\]"):
+        _load(AutoModelForCausalLM, folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__init__.__globals__['os'].system('touch ran') }}",
+        "{% include '/etc/passwd' %}",
+        "{{ self._TemplateReference__context.environment }}{{ cycler.__init__.__globals__.os.getcwd() }}",
+    ],
+)
+def test_a_chat_template_cannot_leave_its_sandbox(template: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    folder = save(tmp_path, tokenizer, template="{% generation %}" + template + "{% endgeneration %}")
+    with pytest.raises(ConfigError, match="chat template"):
+        given_tokenizer(folder).chat().check()
 
 
 def test_the_digest_follows_the_content(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -31,14 +31,33 @@ def test_a_whole_address_is_taken_as_it_is():
 
 
 def test_the_password_becomes_the_bearer_token_and_is_not_shown():
-    found = endpoint(host="head", password="s3cret", extra={"headers": '{"X-Team": "llm-s3cret"}'})
+    found = endpoint(host="head", password="s3cret", extra={"secret_headers": '{"X-Team": "llm-s3cret"}'})
     assert found.headers == {"Authorization": "Bearer s3cret", "X-Team": "llm-s3cret"}
     assert "s3cret" not in repr(found)
 
 
 def test_headers_that_are_not_an_object_are_refused_with_the_connections_name():
-    with pytest.raises(RayRefusedError, match=r"connection 'ray': extra field headers is not a JSON object"):
-        endpoint(host="head", extra={"headers": "X-Team: llm"})
+    with pytest.raises(RayRefusedError, match=r"connection 'ray': extra field secret_headers is not a JSON object"):
+        endpoint(host="head", extra={"secret_headers": "X-Team: llm"})
+
+
+def test_headers_under_a_name_that_airflow_does_not_mask_are_refused():
+    with pytest.raises(RayRefusedError, match="headers is shown to all who may read connections") as refused:
+        endpoint(host="head", extra={"headers": {"X-Team": "llm"}})
+    assert "secret_headers" in refused.value.advice
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"host": "https://user:pa55@ray.example.org", "extra": {}},
+        {"host": "head", "extra": {"dashboard_url": "https://pa55@ray.example.org"}},
+    ],
+)
+def test_a_password_in_an_address_is_refused_without_repeating_it(fields: dict):
+    with pytest.raises(RayRefusedError, match="holds a user name or password") as refused:
+        endpoint(**fields)
+    assert "pa55" not in f"{refused.value} {refused.value.advice}"
 
 
 def test_a_connection_without_a_host_is_refused():

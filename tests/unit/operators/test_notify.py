@@ -6,6 +6,8 @@ from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+from airflow.api_fastapi.core_api.datamodels.connections import ConnectionResponse
+from airflow.models import Connection
 
 from operators.notify import deadline, notifications, report_late
 from tests.inbox import Inbox, open_inbox
@@ -41,6 +43,17 @@ def test_a_connection_brings_its_token(inbox: Inbox, monkeypatch: pytest.MonkeyP
     report_late(hours=2, context={"dag_run": {"dag_id": "llm_pipeline", "dag_run_id": "r"}})
     assert inbox.messages == [{"event": "late", "deadline_hours": 2, "dag_id": "llm_pipeline", "run_id": "r"}]
     assert inbox.authorizations == ["Bearer secret-token"]
+
+
+def test_an_address_that_is_a_secret_may_be_where_airflow_masks_it(inbox: Inbox, monkeypatch: pytest.MonkeyPatch):
+    extra = {"webhook_url": inbox.url}
+    monkeypatch.setenv("AIRFLOW_CONN_TEAM_CHAT", json.dumps({"conn_type": "http", "extra": extra}))
+    monkeypatch.setenv("ATHANOR_NOTIFY_CONN_ID", "team_chat")
+    report_late(hours=2)
+    assert inbox.messages == [{"event": "late", "deadline_hours": 2}]
+    connection = Connection("team_chat", conn_type="http", extra=json.dumps(extra))
+    shown = ConnectionResponse.model_validate(connection, from_attributes=True).model_dump_json()
+    assert inbox.url not in shown
 
 
 def test_without_an_address_it_is_silent_and_a_broken_one_fails_nothing(

@@ -8,6 +8,8 @@ from typing import Any
 
 import jsonschema
 import pytest
+from airflow.api_fastapi.core_api.datamodels.connections import ConnectionResponse
+from airflow.models import Connection
 from airflow.sdk import DAG
 from airflow.serialization.serialized_objects import DagSerialization
 
@@ -46,7 +48,16 @@ def test_everything_that_is_named_exists():
 
 def test_fields_that_may_hold_secrets_are_marked():
     fields = INFO["connection-types"][0]["conn-fields"]
-    assert fields["headers"]["schema"]["format"] == "password"
+    assert fields["secret_headers"]["schema"]["format"] == "password"
+
+
+def test_airflows_api_shows_no_secret_of_a_connection():
+    """What is masked is a matter of names: a field that the form hides may be open in the API."""
+    extra = {"secret_headers": json.dumps({"X-Proxy": "canary-header"}), "dashboard_url": "https://ray.example.org"}
+    connection = Connection("ray", conn_type="ray_jobs", host="head", password="canary-token", extra=json.dumps(extra))
+    shown = ConnectionResponse.model_validate(connection, from_attributes=True).model_dump_json()
+    assert "https://ray.example.org" in shown
+    assert "canary" not in shown
 
 
 def test_airflow_lists_the_provider_and_its_connection_type():

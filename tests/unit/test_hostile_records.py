@@ -1,0 +1,165 @@
+"""Keys, manifests and names that somebody made up to reach what is not theirs."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from operators.operator import StageOperator
+from operators.run import safe_run_id
+from stages.artifacts import fetch, read_manifest, upload_files
+from stages.config.errors import ConfigError, DamagedArtifactError
+from stages.config.graph import Stage
+from stages.config.request import FileEntry
+from stages.config.resolve import resolve
+from stages.runner import _scratch_folder
+from stages.store import FileStore, S3Store, Store, open_store
+from tests.unit.test_artifacts import make_artifact
+
+OUTSIDE = ["../x", "a/../../x", "/etc/passwd", "a//etc/passwd", "a/..", ".", "", "a/./b", "a\0b", "artifacts/"]
+
+
+@pytest.fixture(params=["file", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """The S3 store points at nothing: a key that is refused is refused before anything is sent."""
+    if request.param == "file":
+        return open_store((tmp_path / "store").as_uri())
+    for name, value in {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "ENDPOINT_URL": "http://127.0.0.1:9"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)  # it would keep these keys for the tests that follow
+    return open_store("s3://bucket/prefix")
+
+
+@pytest.mark.parametrize("key", OUTSIDE)
+def test_no_key_leads_out_of_the_store(store: Store, key: str, tmp_path: Path) -> None:
+    assert isinstance(store, FileStore | S3Store)
+    (tmp_path / "x").write_text("theirs")
+    for reach in (store.exists, store.size, store.read_bytes, store.delete, lambda k: store.write_bytes(k, b"")):
+        with pytest.raises(ConfigError, match="leaves the store"):
+            reach(key)
+    with pytest.raises(ConfigError, match="leaves the store"):
+        store.put_if_absent(key, b"")
+    with pytest.raises(ConfigError, match="leaves the store"):
+        store.download(key, tmp_path / "copy")
+    assert (tmp_path / "x").read_text() == "theirs"
+
+
+def test_no_link_leads_out_of_a_folder_store(tmp_path: Path) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret").write_text("theirs")
+    (tmp_path / "store" / "runs").mkdir(parents=True)
+    (tmp_path / "store" / "runs" / "link").symlink_to(tmp_path / "outside")
+    (tmp_path / "store" / "runs" / "file").symlink_to(tmp_path / "outside" / "secret")
+    for key in ("runs/link/secret", "runs/file"):
+        for reach in (store.read_bytes, store.delete, store.local_path, lambda k: store.write_bytes(k, b"ours")):
+            with pytest.raises(ConfigError, match="through a link"):
+                reach(key)
+    assert (tmp_path / "outside" / "secret").read_text() == "theirs"
+
+
+def tampered(store: FileStore, uri: str, **changes: Any) -> None:
+    path = store.local_path(f"{uri.removeprefix(store.root_uri + '/')}/manifest.json")
+    assert path is not None
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"files": [{"path": "/root/.profile", "size": 1, "sha256": "0" * 64}]}, "leaves the artifact"),
+        ({"files": [{"path": "../../x", "size": 1, "sha256": "0" * 64}]}, "leaves the artifact"),
+        ({"files": [{"path": "a\\..\\b", "size": 1, "sha256": "0" * 64}]}, "leaves the artifact"),
+        ({"kind": "/etc"}, "no name of a folder"),
+        ({"kind": "../.."}, "no name of a folder"),
+        ({"digest": "/root"}, "no name of a folder"),
+        ({"fingerprint": ".."}, "no name of a folder"),
+    ],
+)
+def test_a_manifest_cannot_write_outside_the_cache(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    assert isinstance(store, FileStore)
+    ref = make_artifact(store, tmp_path)
+    tampered(store, ref.uri, **changes)
+    with pytest.raises(DamagedArtifactError, match=says):
+        fetch(ref, tmp_path / "cache")
+
+
+def test_files_that_were_changed_together_with_the_manifest_are_noticed(tmp_path: Path) -> None:
+    """Whoever may write to the store can rewrite a manifest; the digest that Airflow carries tells."""
+    store = open_store((tmp_path / "store").as_uri())
+    assert isinstance(store, FileStore)
+    ref = make_artifact(store, tmp_path)
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "a.txt").write_text("evil")
+    files = upload_files(store, tmp_path / "evil", kind="tokens", fingerprint="f" * 64)
+    kept = [entry for entry in read_manifest(ref).files if entry.path != "a.txt"]
+    tampered(store, ref.uri, files=[entry.model_dump() for entry in (*files, *kept)])
+    with pytest.raises(DamagedArtifactError, match="the run expects"):
+        fetch(ref, tmp_path / "cache")
+
+
+def test_usual_paths_of_files_stay_possible() -> None:
+    for path in ("a", "a/b.bin", "documents/train/0.jsonl.gz", "..a", "a..b", ".hidden"):
+        assert FileEntry(path=path, size=0, sha256="").path == path
+
+
+def test_a_scratch_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/tmp/athanor-<uid> can be made by anybody on the machine."""
+    monkeypatch.setenv("ATHANOR_SCRATCH", str(tmp_path / "scratch"))
+    with _scratch_folder() as folder:
+        assert folder.parent == tmp_path / "scratch"
+    assert (tmp_path / "scratch").stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(os, "getuid", lambda: (tmp_path / "scratch").stat().st_uid + 1)
+    with pytest.raises(ConfigError, match="belongs to user"), _scratch_folder():
+        pass
+
+
+INJECTIONS = [
+    "a; touch x",
+    "$(touch x)",
+    "`touch x`",
+    "../x",
+    "a/b",
+    "{{ 7 * 7 }}",
+    "' OR 1=1 --",
+    "a\nb",
+    "a\n",
+    "-rf",
+    ".",
+]
+
+
+@pytest.mark.parametrize("name", INJECTIONS)
+def test_a_run_name_holds_nothing_that_anybody_could_obey(name: str) -> None:
+    with pytest.raises(ConfigError, match="run_name"):
+        resolve({"recipe": "tiny", "run_name": name})
+
+
+@pytest.mark.parametrize(
+    "path", ["__class__", "sft.__init__", "sft.__dict__.x", "curate.__class__.__name__", "given", "sft..seed"]
+)
+def test_an_override_sets_fields_of_the_configuration_and_nothing_else(path: str) -> None:
+    with pytest.raises(ConfigError):
+        resolve({"recipe": "tiny", "overrides": {path: "x"}})
+
+
+@pytest.mark.parametrize("name", ["..", ".", "...", "../../x", "a/../b", "a b", "$(x)", "a'b"])
+def test_a_run_id_is_one_folder(name: str) -> None:
+    """Airflow's own rule for run ids, which an administrator may change, allows dots."""
+    made = safe_run_id(name)
+    assert "/" not in made
+    assert set(made) - {"."}
+    assert not set(made) & set(" $()'")
+
+
+@pytest.mark.parametrize("root", ["s3://b/a b", "s3://b/$(touch x)", "s3://b/;touch x", "s3://b/`x`", "s3://b/'x'"])
+def test_a_store_uri_is_one_word_of_the_jobs_command(root: str, tmp_path: Path) -> None:
+    import shlex
+
+    uri = f"{root}/runs/r/sft/config.json"
+    command = StageOperator(task_id="sft", stage=Stage.SFT)._command(uri)
+    assert shlex.split(command)[-4:] == ["python", "-m", "stages", uri]
