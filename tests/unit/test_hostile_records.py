@@ -15,7 +15,8 @@ from stages.config.graph import Stage
 from stages.config.request import FileEntry
 from stages.config.resolve import resolve
 from stages.runner import _scratch_folder
-from stages.store import FileStore, S3Store, Store, open_store
+from stages.s3 import S3Store
+from stages.store import FileStore, Store, open_store
 from tests.unit.test_artifacts import make_artifact
 
 OUTSIDE = ["../x", "a/../../x", "/etc/passwd", "a//etc/passwd", "a/..", ".", "", "a/./b", "a\0b", "artifacts/"]
