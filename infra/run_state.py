@@ -39,9 +39,21 @@ KEY_METRICS: dict[Stage, tuple[tuple[str, str, str], ...]] = {
     Stage.TOKENIZE: (("tokens/train", "tokens", ",.0f"), ("tokens/vocab_size", "vocabulary", ",.0f")),
     Stage.PRETRAIN: (("eval/perplexity", "perplexity", ".2f"), ("eval/loss", "loss", ".3f")),
     Stage.SFT: (("eval/loss", "held-out loss", ".3f"), ("eval/perplexity", "perplexity", ".2f")),
-    Stage.REWARD: (("reward/accuracy", "accuracy", ".1%"), ("eval/reward_accuracy", "accuracy", ".1%")),
-    Stage.PPO: (("ppo/score", "score", "+.3f"), ("ppo/kl", "KL", ".2f")),
-    Stage.DPO: (("dpo/accuracy", "accuracy", ".1%"), ("dpo/margin", "margin", "+.3f")),
+    Stage.REWARD: (
+        ("eval/reward_accuracy", "held-out accuracy", ".1%"),
+        ("eval/reward_margin", "margin", "+.3f"),
+        ("reward/accuracy", "accuracy in training", ".1%"),
+    ),
+    Stage.PPO: (
+        ("eval/score", "held-out score", "+.3f"),
+        ("eval/kl", "KL", ".2f"),
+        ("ppo/score", "score in training", "+.3f"),
+    ),
+    Stage.DPO: (
+        ("eval/dpo_accuracy", "held-out accuracy", ".1%"),
+        ("eval/dpo_margin", "margin", "+.3f"),
+        ("dpo/accuracy", "accuracy in training", ".1%"),
+    ),
     Stage.EVALUATE: (
         ("ppo/eval/win_rate", "PPO wins", ".0%"),
         ("dpo/eval/win_rate", "DPO wins", ".0%"),
@@ -90,12 +102,8 @@ class Row:
         """What one wants to know of this stage, from its result or, while it runs, from its progress."""
         if self.result:
             metrics = self.result.metrics
-            known = [
-                (label, metrics[key], form) for key, label, form in KEY_METRICS[self.result.stage] if key in metrics
-            ]
-            # two names of one thing: the first that exists stands for it
-            by_label = {label: f"{label} {value:{form}}" for label, value, form in reversed(known)}
-            return ", ".join(list(reversed(by_label.values()))[:2])
+            known = (row for row in KEY_METRICS[self.result.stage] if row[0] in metrics)
+            return ", ".join([f"{label} {metrics[key]:{form}}" for key, label, form in known][:2])
         plain = ("stage", "done", "total", "unit", "rate", "rate_unit", "eta_seconds", "cost")
         numbers = [(k, v) for k, v in self.progress.items() if k not in plain and isinstance(v, int | float)]
         return ", ".join(f"{name} {value:.4g}" for name, value in numbers[:2])

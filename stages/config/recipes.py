@@ -62,7 +62,11 @@ def demo(*, seed: int = 0) -> PipelineConfig:
             seed=seed,
         ),
         reward=RewardConfig(
-            num_epochs=1.5, global_batch_size=32, optimizer=OptimizerConfig(learning_rate=8e-4), seed=seed
+            num_epochs=1.5,
+            global_batch_size=32,
+            optimizer=OptimizerConfig(learning_rate=8e-4),
+            eval_items=256,
+            seed=seed,
         ),
         ppo=PPOConfig(
             num_rollouts=18,
@@ -74,7 +78,13 @@ def demo(*, seed: int = 0) -> PipelineConfig:
             optimizer=OptimizerConfig(learning_rate=3e-4, schedule=Schedule.LINEAR, min_learning_rate_ratio=0.2),
             seed=seed,
         ),
-        dpo=DPOConfig(num_epochs=0.75, global_batch_size=32, optimizer=OptimizerConfig(learning_rate=3e-4), seed=seed),
+        dpo=DPOConfig(
+            num_epochs=0.75,
+            global_batch_size=32,
+            optimizer=OptimizerConfig(learning_rate=3e-4),
+            eval_items=256,
+            seed=seed,
+        ),
         evaluate=EvaluateConfig(max_documents_tokens=80_000, max_preferences=400, max_response_length=40),
         execution=Executions(
             curate=ExecutionConfig(cpus_per_worker=2),
