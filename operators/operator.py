@@ -149,6 +149,7 @@ class StageOperator(BaseOperator):
 
     def execute_complete(self, context: Any, event: Mapping[str, Any]) -> dict[str, Any]:
         """Turn the end of the job into the end of the task."""
+        from operators.metrics import failures_counted
         from operators.results import explain_failure, read_result
         from operators.submission import Submission
         from operators.watch import Outcome
@@ -168,7 +169,7 @@ class StageOperator(BaseOperator):
             return self.execute(context)
         taken_in: int | None = None
         try:
-            with as_stage_failures(max_retries):
+            with failures_counted(self.stage, ti=context["ti"]), as_stage_failures(max_retries):
                 known = {"run": run, "store": self._open_store(), "outcome": outcome, "max_retries": max_retries}
                 if status is JobStatus.SUCCEEDED:
                     returned = self._finish(context, run, read_result(Stage(self.stage), **known))
@@ -441,6 +442,9 @@ class StageOperator(BaseOperator):
             self._waiting_as = None
 
     def _finish(self, context: Any, run: RunInfo, result: StageResult) -> dict[str, Any]:
+        from operators.metrics import count_finished
+        from stages.artifacts import read_manifest
+
         artifact = result.artifact
         self._push_link(context, ArtifactLink(), artifact.uri)
         if artifact.mlflow_run_id and MlflowRunLink().xcom_key not in self.link_addresses:
@@ -461,6 +465,7 @@ class StageOperator(BaseOperator):
             self.log.info("%s: nothing to do, the artifact exists: %s", self.stage, artifact.uri)
         else:
             self.log.info("%s built in %.1f s: %s", self.stage, result.wall_seconds, artifact.uri)
+        count_finished(result, None if result.hit else read_manifest(artifact).cost, ti=context["ti"])
         return artifact.model_dump(mode="json")
 
     def _push_link(self, context: Any, link: Any, address: str) -> None:

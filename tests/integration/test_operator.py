@@ -1,15 +1,17 @@
 """StageOperator and RayJobTrigger against a real Ray head: one job per attempt, true ends, nothing left running."""
 
 import asyncio
+import contextlib
 import json
 import os
 import shlex
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,6 +72,7 @@ class TaskInstance:
 
     def __init__(self, xcoms: dict[str, Any], try_number: int, state: str | None) -> None:
         self.xcoms, self.try_number, self.state = xcoms, try_number, state
+        self.start_date = datetime.now(UTC) - timedelta(seconds=30)
 
     def get_task_states(self, dag_id: str, run_ids: list[str]) -> dict[str, Any]:
         return {run_id: {self.task_id: self.state} for run_id in run_ids}
@@ -224,6 +227,51 @@ def test_a_stage_that_the_run_does_not_ask_for_skips_itself(world: World, hook: 
     with pytest.raises(AirflowSkipException, match=r"tokenize is not part of this run .*last_stage=curate"):
         world.operator("succeed").execute(world.context())
     assert our_jobs(hook) == {}
+
+
+@pytest.fixture
+def statsd(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], dict[str, str]]]:
+    """Airflow sends its metrics to a port of ours, as its task processes set it up; name -> value of what has come."""
+    from airflow.sdk.observability import stats
+    from airflow.sdk.observability.metrics import stats_utils
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.settimeout(0.3)
+        monkeypatch.setenv("AIRFLOW__METRICS__STATSD_ON", "True")
+        monkeypatch.setenv("AIRFLOW__METRICS__STATSD_HOST", "127.0.0.1")
+        monkeypatch.setenv("AIRFLOW__METRICS__STATSD_PORT", str(listener.getsockname()[1]))
+        stats.initialize(factory=stats_utils.get_stats_factory(), export_legacy_names=True)
+
+        def received() -> dict[str, str]:
+            found: dict[str, str] = {}
+            with contextlib.suppress(TimeoutError):
+                while packet := listener.recv(65_536).decode():
+                    found |= dict(line.split(":", 1) for line in packet.splitlines())
+            return found
+
+        yield received
+    monkeypatch.undo()
+    stats.initialize(factory=stats_utils.get_stats_factory(), export_legacy_names=True)
+
+
+def test_a_stage_tells_statsd_of_work_wait_and_failures(world: World, statsd: Callable[[], dict[str, str]]):
+    with pytest.raises(StageDataFailed):
+        world.finish(world.start("fail:data"))
+    world.clear_number += 1
+    world.finish(world.start("succeed", try_number=2), try_number=2)
+    built = statsd()
+    assert built["airflow.athanor.stage.tokenize.failed.data"] == "1|c"
+    assert built["airflow.athanor.stage.tokenize.built"] == "1|c"
+    work, wait = (
+        float(built[f"airflow.athanor.stage.tokenize.{name}"].removesuffix("|ms")) for name in ("work", "wait")
+    )
+    assert 0 < work < 30_000 < work + wait < 90_000
+    assert built["airflow.athanor.stage.tokenize.gpu_seconds"] == "0|c"
+    world.operator("succeed").execute(world.context())
+    hit = statsd()
+    assert hit["airflow.athanor.stage.tokenize.hit"] == "1|c"
+    assert "airflow.athanor.stage.tokenize.work" not in hit
 
 
 def test_without_a_triggerer_the_task_waits_itself(world: World, hook: RayJobHook, capsys):

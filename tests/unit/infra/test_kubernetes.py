@@ -6,6 +6,7 @@ KubeRay's own rules (CEL) are not evaluated, and kinds of the Prometheus operato
 import copy
 import gzip
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -17,6 +18,10 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+
+from operators.metrics import name_of
+from stages.config.errors import Category
+from stages.config.graph import Stage
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 KUBERNETES = REPOSITORY / "infra" / "kubernetes"
@@ -267,3 +272,20 @@ def test_the_helm_values_are_yaml_and_name_the_release_of_the_images() -> None:
     assert f"apache-airflow=={values['airflowVersion']}" in pinned
     bundle = values["dagProcessor"]["dagBundleConfigList"][0]["kwargs"]
     assert values["defaultAirflowTag"].startswith(bundle["tracking_ref"].removeprefix("v"))
+
+
+def test_every_metric_of_a_stage_gets_its_name_in_prometheus_and_the_dashboard_knows_no_other() -> None:
+    """As the StatsD exporter reads globs: a `*` stands for what lies between two dots."""
+    values = yaml.safe_load((KUBERNETES / "helm" / "airflow-values.yaml").read_text())
+    patterns = {entry["match"]: entry["name"] for entry in values["statsd"]["extraMappings"]}
+    globs = {re.compile(re.escape(match).replace(r"\*", r"[^.]+")): name for match, name in patterns.items()}
+    emitted = ["built", "hit", "work", "wait", "cpu_seconds", "gpu_seconds", *(f"failed.{c.value}" for c in Category)]
+    used = set()
+    for what in emitted:
+        sent = f"airflow.{name_of(Stage.SFT, what)}"
+        (name,) = [name for glob, name in globs.items() if glob.fullmatch(sent)]
+        used.add(name)
+    assert used == set(patterns.values())
+    dashboard = (KUBERNETES / "monitoring" / "athanor.json").read_text()
+    drawn = set(re.findall(r"athanor_stage_\w+", dashboard))
+    assert {re.sub("_(sum|count)$", "", name) for name in drawn} <= used
