@@ -32,7 +32,7 @@ _DEMO_PACKAGES = (
 
 def demo(*, seed: int = 0) -> PipelineConfig:
     """Under three million parameters from the documentation of the installed packages, on two CPU cores in minutes."""
-    train = ExecutionConfig(micro_batch_size=16, checkpoint_every=50, cpus_per_worker=2)
+    train = ExecutionConfig(micro_batch_size=16, checkpoint_every=20, cpus_per_worker=2)
     return PipelineConfig(
         recipe="demo",
         run_name="demo",
