@@ -6,8 +6,10 @@ files beside the checkout (`ATHANOR_BENCH_DATA`). Both sides start from the same
 
 import gzip
 import json
+import shutil
 import tarfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ from stages.config.curate import CurateConfig
 from stages.config.errors import ConfigError
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
+from stages.config.sources import PreferenceFormat
 from stages.config.tokens import TokenizeConfig
 from stages.config.train import ModelConfig, OptimizerConfig, SFTConfig
 from stages.data.packing import TokenSequence
-from stages.data.preferences import split_transcript
+from stages.data.preferences import Preference, to_preferences
 from stages.data.tokens import Pair, Split, TokensArtifact
+from stages.data.turns import Unusable
 from stages.train.plan import epochs
 from tests.small_world import make_context, published
 
@@ -35,6 +39,7 @@ def make_data(home: Path, sources: Path) -> dict[str, ArtifactRef]:
     """Tokenize the sources and save a random model; done once, later calls find it."""
     record = home / "inputs.json"
     if not record.exists():
+        shutil.rmtree(home, ignore_errors=True)  # what a run that failed left
         refs = {"tokens": _tokens(home, sources)}
         refs["model"] = _model(home, refs["tokens"])
         record.write_text(json.dumps({role: ref.model_dump(mode="json") for role, ref in refs.items()}))
@@ -119,14 +124,17 @@ def _instructions(path: Path) -> Iterator[dict[str, Any]]:
         question = row["prompt"].partition(head)[2].removesuffix(tail)
         if question and row["response"].strip():
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": row["response"].strip()}]
-            yield {"id": f"dolly-{number}", "messages": turns}
+            yield {"id": f"dolly-{number}", "origin": "dolly", "messages": turns}
 
 
 def _preferences(path: Path) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(_rows(path)):
-        chosen, rejected = split_transcript(row["chosen"]), split_transcript(row["rejected"])
-        if chosen and rejected and chosen[0] == rejected[0] and chosen[1] and rejected[1]:
-            yield {"id": f"hh-{number}", "prompt": chosen[0], "chosen": chosen[1], "rejected": rejected[1]}
+        try:
+            (pair,) = to_preferences(PreferenceFormat.TRANSCRIPTS, row)
+        except Unusable:
+            continue
+        if isinstance(pair, Preference):
+            yield {"id": f"hh-{number}", "origin": "harmless", **asdict(pair)}
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
