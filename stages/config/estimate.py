@@ -16,7 +16,7 @@ TRAINING_STAGES = (Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO
 ASSUMED_CONVERSATION_TOKENS = 256
 _FLOAT32, _BFLOAT16 = 4, 2
 _LOGITS_CHUNK = 1024
-"""Targets whose logits exist at once (stages/models/linear_cross_entropy.py)."""
+"""Most targets whose logits exist at once (stages/models/linear_cross_entropy.py)."""
 
 
 class Devices(Config):

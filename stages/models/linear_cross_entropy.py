@@ -14,6 +14,14 @@ from torch import Tensor
 from stages.losses import z_loss
 
 _CHUNK = 1024
+_CPU_LOGITS = 1 << 22
+"""16 MB of float32: more of them at once fall out of a processor's caches, which costs a third."""
+
+
+def chunks(length: int, vocab_size: int, device: torch.device) -> list[slice]:
+    """Cut targets into pieces whose logits may exist at once."""
+    size = min(_CHUNK, max(1, _CPU_LOGITS // vocab_size)) if device.type == "cpu" else _CHUNK
+    return [slice(start, start + size) for start in range(0, length, size)]
 
 
 class CrossEntropy(NamedTuple):
@@ -51,22 +59,23 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden_NH.device)
         z_sum = torch.zeros_like(total)
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            for start in range(0, len(hidden_NH), _CHUNK):
-                chunk_CH = hidden_NH[start : start + _CHUNK].detach().to(dtype)
-                targets_C = targets_N[start : start + _CHUNK, None]
-                logits_CV = (chunk_CH @ low_VH.T).float()
-                log_norm_C1 = logits_CV.logsumexp(-1, keepdim=True)
+            for chunk in chunks(len(hidden_NH), len(weight_VH), hidden_NH.device):
+                chunk_CH = hidden_NH[chunk].detach().to(dtype)
+                targets_C = targets_N[chunk, None]
+                logits_CV = chunk_CH @ low_VH.T
+                grad_CV = torch.softmax(logits_CV, -1, dtype=torch.float32)
+                # The largest logit's share is at least 1 / V, so unlike the target's it tells the normaliser exactly.
+                log_norm_C1 = logits_CV.amax(-1, keepdim=True).float() - grad_CV.amax(-1, keepdim=True).log()
                 total += (log_norm_C1 - logits_CV.gather(1, targets_C)).sum()
                 if z_coefficient:
                     z_sum += z_loss(log_norm_C1)
                 if grad_hidden_NH is None or grad_weight_VH is None:
                     continue
-                grad_CV = logits_CV.sub_(log_norm_C1).exp_()
                 if z_coefficient:  # d log^2 Z / d logits = 2 log Z softmax
                     grad_CV.mul_(1 + 2 * z_coefficient * log_norm_C1)
                 grad_CV.scatter_add_(1, targets_C, torch.full_like(targets_C, -1, dtype=grad_CV.dtype))
                 low_CV = grad_CV.to(dtype)
-                grad_hidden_NH[start : start + _CHUNK] = low_CV @ low_VH
+                grad_hidden_NH[chunk] = low_CV @ low_VH
                 grad_weight_VH += low_CV.T @ chunk_CH
         if grad_hidden_NH is not None and grad_weight_VH is not None:
             ctx.save_for_backward(grad_hidden_NH, grad_weight_VH.to(weight_VH.dtype))

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from stages.losses import entropy
-
-_CHUNK = 1024
+from stages.models.linear_cross_entropy import chunks
 
 
 def linear_logprobs(
@@ -43,7 +42,7 @@ class _LinearLogprobs(torch.autograd.Function):
         norms_N = torch.empty_like(logprobs_N)
         entropy_sum = torch.zeros((), dtype=torch.float32, device=hidden_NH.device)
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            for chunk in _chunks(len(hidden_NH)):
+            for chunk in chunks(len(hidden_NH), len(weight_VH), hidden_NH.device):
                 logits_CV = (hidden_NH[chunk].detach().to(dtype) @ low_VH.T).float().div_(temperature)
                 norms_N[chunk] = logits_CV.logsumexp(-1)
                 logprobs_N[chunk] = logits_CV.gather(1, targets_N[chunk, None])[:, 0] - norms_N[chunk]
@@ -61,7 +60,7 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_hidden_NH = torch.empty_like(hidden_NH)
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            for chunk in _chunks(len(hidden_NH)):
+            for chunk in chunks(len(hidden_NH), len(weight_VH), hidden_NH.device):
                 chunk_CH = hidden_NH[chunk].detach().to(ctx.dtype)
                 logits_CV = (chunk_CH @ low_VH.T).float().div_(ctx.temperature)
                 grad_CV = logits_CV.sub_(norms_N[chunk, None]).exp_().mul_(-grad_N[chunk, None])
@@ -70,7 +69,3 @@ class _LinearLogprobs(torch.autograd.Function):
                 grad_hidden_NH[chunk] = low_CV @ low_VH
                 grad_weight_VH += low_CV.T @ chunk_CH
         return grad_hidden_NH, grad_weight_VH.to(weight_VH.dtype), None, None, None, None
-
-
-def _chunks(length: int) -> list[slice]:
-    return [slice(start, start + _CHUNK) for start in range(0, length, _CHUNK)]

@@ -157,6 +157,10 @@ def _together() -> None:
         dist.barrier()
 
 
+def _follow(index: int, *arguments: Any) -> None:
+    _rank(index + 1, *arguments)
+
+
 def _rank(rank: int, scratch: str, home: Path, stage: Stage, options: dict[str, Any]) -> None:
     torch.set_num_threads(options["threads"])
     dist.init_process_group(
@@ -188,7 +192,9 @@ def main(home: str, kind: str, options: dict[str, Any]) -> None:
         work(Path(home), Stage(kind), options)
     else:
         with tempfile.TemporaryDirectory() as scratch:
-            spawn(_rank, args=(scratch, Path(home), Stage(kind), options), nprocs=options["processes"])
+            arguments = (scratch, Path(home), Stage(kind), options)
+            spawn(_follow, args=arguments, nprocs=options["processes"] - 1, join=False, daemon=True)
+            _rank(0, *arguments)  # here, because a spawned process has no standard input
 
 
 if __name__ == "__main__":
