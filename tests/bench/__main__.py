@@ -53,7 +53,19 @@ class Bench:
 
 
 BENCHES = (
-    Bench("pretrain", "pretrain", "Trainer, torch.compile", "tokens", 1.5, 1, 8, 1, 8, {"torch_compile": True}),
+    Bench(
+        "pretrain",
+        "pretrain",
+        "Trainer, torch.compile",
+        "tokens",
+        1.5,
+        1,
+        8,
+        1,
+        8,
+        {"torch_compile": True},
+        ours={"compile": True},
+    ),
     Bench("sft", "sft", "SFTTrainer", "tokens", 5.0, 2, 8, 2, 3),
     Bench("sft-packed", "sft", "SFTTrainer, packing", "tokens", 4.0, 1, 8, 1, 8, {"packing": True}),
     Bench("reward", "reward", "RewardTrainer", "pairs", 4.0, 1, 8, 1, 8),
