@@ -16,15 +16,15 @@ from typing import Any
 from airflow.sdk.observability import stats
 
 from operators.failures import StageFailed
-from stages.config.request import Cost, StageResult
+from stages.config.request import StageResult
 
 
 def name_of(stage: str, what: str) -> str:
     return f"athanor.stage.{stage}.{what}"
 
 
-def count_finished(result: StageResult, cost: Cost | None, *, ti: Any) -> None:
-    """Tell of a stage whose artifact is there; `cost` of one that was built."""
+def count_finished(result: StageResult, *, ti: Any) -> None:
+    """Tell of a stage whose artifact is there."""
     stage, tags = result.stage.value, {"dag_id": ti.dag_id}
     stats.incr(name_of(stage, "hit" if result.hit else "built"), tags=tags)
     work = timedelta(seconds=result.wall_seconds)
@@ -33,9 +33,9 @@ def count_finished(result: StageResult, cost: Cost | None, *, ti: Any) -> None:
     if ti.start_date is not None:
         wait = max(timedelta(), datetime.now(UTC) - ti.start_date - work)
         stats.timing(name_of(stage, "wait"), wait, tags=tags)
-    if cost is not None:
-        stats.incr(name_of(stage, "cpu_seconds"), round(cost.cpu_seconds), tags=tags)
-        stats.incr(name_of(stage, "gpu_seconds"), round(cost.gpu_seconds), tags=tags)
+    if result.cost is not None:
+        stats.incr(name_of(stage, "cpu_seconds"), round(result.cost.cpu_seconds), tags=tags)
+        stats.incr(name_of(stage, "gpu_seconds"), round(result.cost.gpu_seconds), tags=tags)
 
 
 @contextmanager

@@ -443,7 +443,6 @@ class StageOperator(BaseOperator):
 
     def _finish(self, context: Any, run: RunInfo, result: StageResult) -> dict[str, Any]:
         from operators.metrics import count_finished
-        from stages.artifacts import read_manifest
 
         artifact = result.artifact
         self._push_link(context, ArtifactLink(), artifact.uri)
@@ -465,7 +464,7 @@ class StageOperator(BaseOperator):
             self.log.info("%s: nothing to do, the artifact exists: %s", self.stage, artifact.uri)
         else:
             self.log.info("%s built in %.1f s: %s", self.stage, result.wall_seconds, artifact.uri)
-        count_finished(result, None if result.hit else read_manifest(artifact).cost, ti=context["ti"])
+        count_finished(result, ti=context["ti"])
         return artifact.model_dump(mode="json")
 
     def _push_link(self, context: Any, link: Any, address: str) -> None:

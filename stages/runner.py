@@ -116,7 +116,12 @@ def execute(request: StageRequest, store: Store) -> StageResult:
     ref = manifest.ref(artifact_uri(store, manifest.kind, identity))
     wall_seconds = round(time.monotonic() - started, 3)
     return StageResult(
-        stage=request.stage, hit=False, artifact=ref, metrics=manifest.metrics, wall_seconds=wall_seconds
+        stage=request.stage,
+        hit=False,
+        artifact=ref,
+        metrics=manifest.metrics,
+        wall_seconds=wall_seconds,
+        cost=manifest.cost,
     )
 
 

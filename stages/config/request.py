@@ -156,6 +156,8 @@ class StageResult(Config):
     metrics: dict[str, float] = Field(default_factory=dict)
     wall_seconds: float = 0.0
     """Of this job; 0 for a hit found without a job."""
+    cost: Cost | None = None
+    """What building it took; None for a hit."""
 
 
 class Failure(Config):

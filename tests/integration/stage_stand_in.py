@@ -18,7 +18,7 @@ from stages.artifacts import artifact_uri, content_digest, fingerprint, publish,
 from stages.config.errors import EXIT_CODES, Category
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import stage_config_from_json
-from stages.config.request import Failure, InputEntry, Manifest, StageRequest, StageResult
+from stages.config.request import Cost, Failure, InputEntry, Manifest, StageRequest, StageResult
 from stages.runner import load_request
 from stages.store import Store, write_json
 from tests.pipeline_records import EVALUATION, SAMPLES
@@ -52,7 +52,7 @@ def build(request: StageRequest, store: Store) -> None:
     )
     publish(store, manifest)
     ref = manifest.ref(artifact_uri(store, spec.kind, identity))
-    result = StageResult(stage=request.stage, hit=False, artifact=ref, wall_seconds=0.1)
+    result = StageResult(stage=request.stage, hit=False, artifact=ref, wall_seconds=0.1, cost=Cost(cpu_seconds=7))
     write_json(store, run_key(request.run.run_id, request.stage, "result.json"), result.model_dump(mode="json"))
 
 

@@ -267,7 +267,7 @@ def test_a_stage_tells_statsd_of_work_wait_and_failures(world: World, statsd: Ca
         float(built[f"airflow.athanor.stage.tokenize.{name}"].removesuffix("|ms")) for name in ("work", "wait")
     )
     assert 0 < work < 30_000 < work + wait < 90_000
-    assert built["airflow.athanor.stage.tokenize.gpu_seconds"] == "0|c"
+    assert built["airflow.athanor.stage.tokenize.cpu_seconds"] == "7|c"
     world.operator("succeed").execute(world.context())
     hit = statsd()
     assert hit["airflow.athanor.stage.tokenize.hit"] == "1|c"
