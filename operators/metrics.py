@@ -1,6 +1,7 @@
 """Stages as metrics of Airflow, which `[metrics]` sends to StatsD, Datadog or OpenTelemetry, and so to Prometheus.
 
-    athanor.stage.<stage>.built, .hit, .failed.<category>     counters of tasks
+    athanor.stage.<stage>.built, .hit                         counters of tasks
+    athanor.stage.<stage>.failed.<category>                   counter of attempts whose job failed
     athanor.stage.<stage>.work                                time of the job that built the artifact
     athanor.stage.<stage>.wait                                rest of the task's time: queues, placement, dispatch
     athanor.stage.<stage>.cpu_seconds, .gpu_seconds           counters of what all attempts spent
