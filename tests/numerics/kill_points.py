@@ -138,7 +138,13 @@ def as_json(kill: Kill | None) -> dict[str, Any] | None:
     return asdict(kill) if kill else None
 
 
-_VARIES = ("cost/", "train/tokens_per_second", "train/checkpoint_blocked_seconds")
+_VARIES = (
+    "cost/",
+    "train/tokens_per_second",
+    "train/mfu",
+    "train/data_wait_seconds",
+    "train/checkpoint_blocked_seconds",
+)
 """Measurements of time, which no two runs share."""
 
 
