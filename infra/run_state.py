@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from infra.airflow_api import AirflowApi, AirflowApiError, TaskState
 from stages.config.graph import PIPELINE_STAGES, Stage
 from stages.config.request import Failure, StageResult
+from stages.progress import JOB_RECORD, worker_record
 
 DAG_ID = "llm_pipeline"
 ACTIVE = (
@@ -151,10 +152,15 @@ class RunWatch:
             if state == "success" and (result := self._result(task.task_id)):
                 state = "hit" if result.hit else "built"
             elif state in ACTIVE:
-                progress = self._read(task.task_id, "progress.json") or {}
+                progress = self._progress(task.task_id)
             elif state == "failed" and (words := self._read(task.task_id, "failure.json")):
                 failure = Failure.model_validate(words)
         return Row(task.task_id, state, _seconds(task), progress, result, failure, task.try_number)
+
+    def _progress(self, stage: str) -> dict[str, Any]:
+        """What the first training worker reports, else the job."""
+        found = self._read(stage, worker_record(0)) or {}
+        return found if "done" in found else self._read(stage, JOB_RECORD) or {}
 
     def _result(self, stage: str) -> StageResult | None:
         if stage not in self._results and (found := self._read(stage, "result.json")):

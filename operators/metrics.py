@@ -1,9 +1,10 @@
 """Stages as metrics of Airflow, which `[metrics]` sends to StatsD, Datadog or OpenTelemetry, and so to Prometheus.
 
     athanor.stage.<stage>.built, .hit                         counters of tasks
-    athanor.stage.<stage>.failed.<category>                   counter of attempts whose job failed
+    athanor.stage.<stage>.failed.<category>                   counter of attempts that failed
     athanor.stage.<stage>.work                                time of the job that built the artifact
     athanor.stage.<stage>.wait                                rest of the task's time: queues, placement, dispatch
+    athanor.stage.<stage>.wall_seconds, .productive_seconds   counters over all attempts; their ratio is the goodput
     athanor.stage.<stage>.cpu_seconds, .gpu_seconds           counters of what all attempts spent
 
 The stage is part of the name because plain StatsD has no tags; where there are tags, `dag_id` is one.
@@ -35,8 +36,8 @@ def count_finished(result: StageResult, *, ti: Any) -> None:
         wait = max(timedelta(), datetime.now(UTC) - ti.start_date - work)
         stats.timing(name_of(stage, "wait"), wait, tags=tags)
     if result.cost is not None:
-        stats.incr(name_of(stage, "cpu_seconds"), round(result.cost.cpu_seconds), tags=tags)
-        stats.incr(name_of(stage, "gpu_seconds"), round(result.cost.gpu_seconds), tags=tags)
+        for what in ("wall_seconds", "productive_seconds", "cpu_seconds", "gpu_seconds"):
+            stats.incr(name_of(stage, what), round(getattr(result.cost, what)), tags=tags)
 
 
 @contextmanager

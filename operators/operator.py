@@ -104,6 +104,12 @@ class StageOperator(BaseOperator):
         self._terminated = False
 
     def execute(self, context: Any) -> dict[str, Any]:
+        from operators.metrics import failures_counted
+
+        with failures_counted(self.stage, ti=context["ti"]):
+            return self._execute_in_time(context)
+
+    def _execute_in_time(self, context: Any) -> dict[str, Any]:
         try:
             return self._execute(context)
         except AirflowTaskTimeout:
@@ -149,7 +155,6 @@ class StageOperator(BaseOperator):
 
     def execute_complete(self, context: Any, event: Mapping[str, Any]) -> dict[str, Any]:
         """Turn the end of the job into the end of the task."""
-        from operators.metrics import failures_counted
         from operators.results import explain_failure, read_result
         from operators.submission import Submission
         from operators.watch import Outcome
@@ -166,10 +171,10 @@ class StageOperator(BaseOperator):
             # The stop belonged to the attempt before (cleared or killed), and this attempt attached too early.
             log.consume(submission)
             self.log.info("The job was stopped together with an earlier attempt; starting a new one.")
-            return self.execute(context)
+            return self._execute_in_time(context)
         taken_in: int | None = None
         try:
-            with failures_counted(self.stage, ti=context["ti"]), as_stage_failures(max_retries):
+            with as_stage_failures(max_retries):
                 known = {"run": run, "store": self._open_store(), "outcome": outcome, "max_retries": max_retries}
                 if status is JobStatus.SUCCEEDED:
                     returned = self._finish(context, run, read_result(Stage(self.stage), **known))
@@ -198,10 +203,13 @@ class StageOperator(BaseOperator):
 
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Any) -> Any:
         """Stop the job when its time is over: neither Airflow's on_kill nor the trigger's runs then."""
-        try:
-            return super().resume_execution(next_method, next_kwargs, context)
-        except TaskDeferralTimeout:
-            raise self._timed_out(context, self.timeout) from None
+        from operators.metrics import failures_counted
+
+        with failures_counted(self.stage, ti=context["ti"]):
+            try:
+                return super().resume_execution(next_method, next_kwargs, context)
+            except TaskDeferralTimeout:
+                raise self._timed_out(context, self.timeout) from None
 
     def _timed_out(self, context: Any, limit: timedelta | None) -> StageTimedOut:
         from operators.prepare import load_config

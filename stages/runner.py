@@ -37,9 +37,9 @@ from stages.config.pipeline import stage_config_from_json
 from stages.config.request import Failure, InputEntry, Manifest, StageRequest, StageResult
 from stages.context import StageContext, StageOutcome
 from stages.lease import Fence, Owner, acquire
-from stages.progress import Progress
+from stages.progress import Progress, read_progress, worker_record
 from stages.stopping import raise_stopped
-from stages.store import Store, open_store, read_json, write_json
+from stages.store import Store, open_store, write_json
 from stages.tracking import NullTracker, Tracker, record_hit
 
 logger = logging.getLogger("athanor")
@@ -140,15 +140,14 @@ def identify_sources(request: StageRequest, config: Config) -> dict[str, str]:
 
 def _waiting(request: StageRequest, store: Store) -> Callable[[Owner, float], None]:
     """Show the progress of whoever builds what we wait for, as if it were our own, and say whose it is."""
-    progress, shown_at = Progress(store, request.run.run_id, request.stage, printed_only=True), -_WAITING_SHOWN_SECONDS
+    progress, shown_at = Progress(store, request.run.run_id, request.stage, record=None), -_WAITING_SHOWN_SECONDS
 
     def show(holder: Owner, seconds: float) -> None:
         nonlocal shown_at
         if seconds - shown_at < _WAITING_SHOWN_SECONDS:
             return
         shown_at = seconds
-        key = run_key(holder.run_id, request.stage, "progress.json")
-        latest = read_json(store, key) if store.exists(key) else {}
+        latest = read_progress(store, holder.run_id, request.stage)
         done, total, unit = latest.get("done", 0), latest.get("total", 0), latest.get("unit", "step")
         progress(done, total, unit, waiting_for=f"run {holder.run_id}, which builds it", waited_seconds=seconds)
 
@@ -196,17 +195,17 @@ def worker_context(
 ) -> Iterator[StageContext]:
     """The context of a Ray Train worker: same stage, own scratch folder; only rank 0 reports."""
     store = open_store(request.store_uri)
-    first = os.environ.get("RANK", "0") == "0"
+    rank = int(os.environ.get("RANK", "0"))
     with _scratch_folder() as work_dir:
         config = stage_config_from_json(request.stage, request.config)
         progress = Progress(
             store,
             request.run.run_id,
             request.stage,
-            printed_only=True,
+            record=worker_record(rank),
             stall_seconds=request.execution.stall_seconds,
         )
-        tracker = Tracker(request, work_dir / "spool") if first else NullTracker()
+        tracker = Tracker(request, work_dir / "spool") if rank == 0 else NullTracker()
         output_dir = work_dir / "output"
         output_dir.mkdir()
         tracker.start(fingerprint=identity, params=_flat_params(config), tags=_tags(request))

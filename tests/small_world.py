@@ -84,7 +84,7 @@ def make_context(
     work_dir = home / "work" / stage.value
     output_dir = work_dir / "output"
     output_dir.mkdir(parents=True, exist_ok=True)
-    progress = Progress(store, "test", stage, printed_only=True)
+    progress = Progress(store, "test", stage, record=None)
     identity = fingerprint(stage, config, inputs=request.inputs)
     return StageContext(request, config, identity, {}, store, work_dir, output_dir, NullTracker(), progress)
 

@@ -104,6 +104,10 @@ class Cost(Config):
     """What a stage spent, all attempts together."""
 
     wall_seconds: float = 0.0
+    """Of the jobs, from the start of their processes' work to its end."""
+    productive_seconds: float = 0.0
+    """Part of `wall_seconds` that moved the stage further than any attempt before: less start, loading, waiting for
+    room, saving the result, and what was done again after a failure. Their ratio is the goodput."""
     cpu_seconds: float = 0.0
     gpu_seconds: float = 0.0
     peak_memory_bytes: int = 0

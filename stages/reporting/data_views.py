@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.config.graph import Stage
-from stages.config.request import Manifest
+from stages.config.request import Cost, Manifest
 from stages.reporting.mixture_views import reasons
 from stages.reporting.story import Story
 from stages.reporting.tables import Cell, Table, bytes_text, code, duration_text, num, shown, text, total_row
@@ -178,6 +178,7 @@ def cost_table(story: Story) -> Table | None:
         (
             text(manifest.stage.value),
             shown(duration_text(manifest.cost.wall_seconds), share=manifest.cost.wall_seconds / wall if wall else None),
+            shown(_goodput([manifest.cost])),
             shown(duration_text(manifest.cost.cpu_seconds)),
             shown(duration_text(manifest.cost.gpu_seconds)),
             shown(bytes_text(manifest.cost.peak_memory_bytes)),
@@ -189,6 +190,7 @@ def cost_table(story: Story) -> Table | None:
     totals = (
         text("total"),
         shown(duration_text(wall)),
+        shown(_goodput(costs)),
         shown(duration_text(sum(cost.cpu_seconds for cost in costs))),
         shown(duration_text(sum(cost.gpu_seconds for cost in costs))),
         shown(bytes_text(max(cost.peak_memory_bytes for cost in costs))),
@@ -196,11 +198,18 @@ def cost_table(story: Story) -> Table | None:
     )
     return Table(
         "Cost by stage",
-        ("stage", "wall time", "CPU time", "GPU time", "peak memory", "attempts"),
+        ("stage", "wall time", "goodput", "CPU time", "GPU time", "peak memory", "attempts"),
         (*rows, total_row(totals)),
         "What building each artifact cost, all attempts together, also where this run found it already built. "
+        "Goodput is the part of the wall time that moved the stage further than any attempt before: start, loading, "
+        "waiting, saving the result and what was done again are the rest. "
         "The total of memory is the highest peak; the report itself is not in it.",
     )
+
+
+def _goodput(costs: list[Cost]) -> str:
+    wall = sum(cost.wall_seconds for cost in costs)
+    return f"{sum(cost.productive_seconds for cost in costs) / wall:.0%}" if wall else "-"
 
 
 def registered_table(story: Story) -> Table | None:

@@ -69,6 +69,7 @@ def train_on_worker(context: StageContext) -> StageOutcome:
         trained_on=_trained_on(context, objective),
         before_publishing=context.check_lease,
     )
+    context.progress.begin()
     with stop_flag(context) as stop:
         history = train(
             objective,

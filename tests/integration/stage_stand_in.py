@@ -52,7 +52,13 @@ def build(request: StageRequest, store: Store) -> None:
     )
     publish(store, manifest)
     ref = manifest.ref(artifact_uri(store, spec.kind, identity))
-    result = StageResult(stage=request.stage, hit=False, artifact=ref, wall_seconds=0.1, cost=Cost(cpu_seconds=7))
+    result = StageResult(
+        stage=request.stage,
+        hit=False,
+        artifact=ref,
+        wall_seconds=0.1,
+        cost=Cost(wall_seconds=10, productive_seconds=8, cpu_seconds=7),
+    )
     write_json(store, run_key(request.run.run_id, request.stage, "result.json"), result.model_dump(mode="json"))
 
 

@@ -267,11 +267,28 @@ def test_a_stage_tells_statsd_of_work_wait_and_failures(world: World, statsd: Ca
         float(built[f"airflow.athanor.stage.tokenize.{name}"].removesuffix("|ms")) for name in ("work", "wait")
     )
     assert 0 < work < 30_000 < work + wait < 90_000
-    assert built["airflow.athanor.stage.tokenize.cpu_seconds"] == "7|c"
+    spent = {
+        name: built[f"airflow.athanor.stage.tokenize.{name}_seconds"] for name in ("wall", "productive", "cpu", "gpu")
+    }
+    assert spent == {"wall": "10|c", "productive": "8|c", "cpu": "7|c", "gpu": "0|c"}
     world.operator("succeed").execute(world.context())
     hit = statsd()
     assert hit["airflow.athanor.stage.tokenize.hit"] == "1|c"
     assert "airflow.athanor.stage.tokenize.work" not in hit
+
+
+def test_failures_without_the_end_of_a_job_are_counted_too(world: World, statsd: Callable[[], dict[str, str]]):
+    world.start("succeed:60", timeout=timedelta(minutes=1))
+    with pytest.raises(StageTimedOut):
+        world.operator("succeed:60", timeout=timedelta(minutes=1)).resume_execution(
+            TRIGGER_FAIL_REPR, {"error": "Trigger timeout"}, world.context()
+        )
+    del world.xcoms["resolve"]
+    with pytest.raises(StageConfigFailed):
+        world.operator("succeed").execute(world.context())
+    counted = statsd()
+    assert counted["airflow.athanor.stage.tokenize.failed.infrastructure"] == "1|c"
+    assert counted["airflow.athanor.stage.tokenize.failed.config"] == "1|c"
 
 
 def test_without_a_triggerer_the_task_waits_itself(world: World, hook: RayJobHook, capsys):

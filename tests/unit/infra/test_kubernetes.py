@@ -22,6 +22,7 @@ import yaml
 from operators.metrics import name_of
 from stages.config.errors import Category
 from stages.config.graph import Stage
+from stages.config.request import Cost
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 KUBERNETES = REPOSITORY / "infra" / "kubernetes"
@@ -279,7 +280,8 @@ def test_every_metric_of_a_stage_gets_its_name_in_prometheus_and_the_dashboard_k
     values = yaml.safe_load((KUBERNETES / "helm" / "airflow-values.yaml").read_text())
     patterns = {entry["match"]: entry["name"] for entry in values["statsd"]["extraMappings"]}
     globs = {re.compile(re.escape(match).replace(r"\*", r"[^.]+")): name for match, name in patterns.items()}
-    emitted = ["built", "hit", "work", "wait", "cpu_seconds", "gpu_seconds", *(f"failed.{c.value}" for c in Category)]
+    spent = [name for name in Cost.model_fields if name.endswith("_seconds")]
+    emitted = ["built", "hit", "work", "wait", *spent, *(f"failed.{c.value}" for c in Category)]
     used = set()
     for what in emitted:
         sent = f"airflow.{name_of(Stage.SFT, what)}"
