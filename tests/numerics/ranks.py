@@ -1,6 +1,7 @@
 """One training on any number of gloo ranks, each a process forked from the server."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def train_rank(
     ranks: int,
     options: dict[str, Any],
 ) -> int:
+    logging.basicConfig(level=logging.INFO)
     torch.set_num_threads(1)
     if ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{home}/rendezvous", rank=rank, world_size=ranks)
