@@ -184,14 +184,33 @@ class LoRAConfig(Config):
     """Share of the adapter's inputs that is dropped in training."""
     target_modules: tuple[str, ...] = Field(default=("all-linear",), min_length=1)
     """Ends of the names of the linear modules that get an adapter, such as `q_proj`; `all-linear` = all but the
-    head."""
+    head. Experts and their router are no linear modules."""
+    target_parameters: tuple[str, ...] = ()
+    """Ends of the names of other weights that get an adapter too: `all-experts` = the stacked matrices of a mixture,
+    every expert with an adapter of its own; `gate.weight` = the router of Mixtral and Qwen. Needs dropout=0. Every
+    forward pass adds these adapters to copies of their weights, kept until the backward pass: as much memory as the
+    experts once more, with gradient_checkpointing those of one layer. Not with compile."""
     quantization: Literal["none", "nf4"] = "none"
-    """`nf4` keeps the frozen weights in 4 bits (QLoRA); needs a GPU and bitsandbytes."""
+    """`nf4` keeps the frozen weights of linear modules in 4 bits (QLoRA), experts as they are; needs a GPU and
+    bitsandbytes."""
 
     @model_validator(mode="after")
     def _only_frozen_weights_are_quantized(self) -> "LoRAConfig":
         if self.quantization != "none" and not self.rank:
             raise ValueError(f"quantization={self.quantization} needs an adapter, got rank=0; set rank, such as 16")
+        return self
+
+    @model_validator(mode="after")
+    def _added_to_weights_or_to_outputs(self) -> "LoRAConfig":
+        if self.target_parameters and not self.rank:
+            raise ValueError(
+                f"target_parameters={list(self.target_parameters)} needs an adapter, got rank=0; set rank, such as 16"
+            )
+        if self.target_parameters and self.dropout:
+            raise ValueError(
+                f"target_parameters={list(self.target_parameters)} does not go with dropout={self.dropout}: those "
+                "adapters are added to the weights and see no inputs that could be dropped; use dropout=0"
+            )
         return self
 
 
