@@ -64,6 +64,7 @@ class DPOObjective:
     def __init__(self, steps: PairSteps, config: DPOConfig, *, heldout: Pairs, balancing: Balancing) -> None:
         self._steps, self._config, self._heldout, self._balancing = steps, config, heldout, balancing
         self.num_steps, self.order = steps.num_steps, steps.order
+        self.tokens_per_step = 0
 
     def steps(self, engine: Engine) -> Iterator[Step]:
         return map(self._balancing.watching, self._steps.steps(engine))

@@ -79,7 +79,7 @@ class PPOObjective:
         self._config, self._sampler, self._prompts, self._heldout = config, sampler, prompts, heldout
         self._balancing = balancing
         self._steps_per_rollout = config.num_epochs * (config.rollout_size // config.global_batch_size)
-        self.num_steps = config.num_rollouts * self._steps_per_rollout
+        self.num_steps, self.tokens_per_step = config.num_rollouts * self._steps_per_rollout, 0
         self.order = order_digest([shuffled(len(prompts), seed=config.seed, epoch=0)])
         self._rollout = 0
         self._inner = 0

@@ -64,6 +64,7 @@ class RewardObjective:
         self._steps, self._config, self._heldout, self._pad_id = steps, config, heldout, pad_id
         self._balancing = balancing
         self.num_steps, self.order = steps.num_steps, steps.order
+        self.tokens_per_step = 0
 
     def steps(self, engine: Engine) -> Iterator[Step]:
         return map(self._balancing.watching, self._steps.steps(engine))

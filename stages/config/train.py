@@ -85,8 +85,14 @@ class OptimizerConfig(Config):
     """Share of all steps with linear warm-up."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps with linear warm-up; 0 = as many as `warmup_fraction` says."""
+    warmup_tokens: int = Field(default=0, ge=0)
+    """Tokens with linear warm-up, instead of steps; 0 = none given. Only in `pretrain`, whose steps are all alike."""
     decay_fraction: float = Field(default=0.2, gt=0, le=1)
     """Share of all steps in which `wsd` falls from the peak to the minimum."""
+    decay_steps: int = Field(default=0, ge=0)
+    """Steps in which `wsd` falls; 0 = as many as `decay_fraction` says."""
+    decay_tokens: int = Field(default=0, ge=0)
+    """Tokens in which `wsd` falls, instead of steps; 0 = none given. Only in `pretrain`."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled decay per step, times the learning rate."""
     decay_embeddings: bool = True
@@ -110,8 +116,24 @@ class OptimizerConfig(Config):
     """Standard deviations above the mean from which a step counts as a spike."""
 
     @model_validator(mode="after")
+    def _lengths_are_given_once(self) -> "OptimizerConfig":
+        for name in ("warmup", "decay"):
+            steps, tokens = getattr(self, f"{name}_steps"), getattr(self, f"{name}_tokens")
+            if steps and tokens:
+                raise ValueError(
+                    f"{name}_steps={steps} and {name}_tokens={tokens} say the same twice; set one of them to 0"
+                )
+            if name == "decay" and (steps or tokens) and self.schedule is not Schedule.WSD:
+                raise ValueError(
+                    f"decay_steps={steps} and decay_tokens={tokens} belong to schedule=wsd, got {self.schedule}, which "
+                    "falls from the end of the warm-up to the last step; set schedule=wsd, or both to 0"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _warmup_and_decay_fit(self) -> "OptimizerConfig":
-        if self.schedule is Schedule.WSD and not self.warmup_steps and self.warmup_fraction + self.decay_fraction > 1:
+        lengths = self.warmup_steps or self.warmup_tokens or self.decay_steps or self.decay_tokens
+        if self.schedule is Schedule.WSD and not lengths and self.warmup_fraction + self.decay_fraction > 1:
             raise ValueError(
                 f"warmup_fraction={self.warmup_fraction} and decay_fraction={self.decay_fraction} are more than all "
                 "steps together; use shares that sum to at most 1"
@@ -219,6 +241,16 @@ class PostTrainConfig(TrainConfig):
 
     lora: LoRAConfig = LoRAConfig()
     """Adapter, instead of all parameters."""
+
+    @model_validator(mode="after")
+    def _steps_hold_unequal_tokens(self) -> "PostTrainConfig":
+        for name in ("warmup", "decay"):
+            if tokens := getattr(self.optimizer, f"{name}_tokens"):
+                raise ValueError(
+                    f"optimizer.{name}_tokens={tokens} is for pretrain, whose steps hold equally many tokens; here use "
+                    f"optimizer.{name}_steps or optimizer.{name}_fraction"
+                )
+        return self
 
 
 class SampledConfig(PostTrainConfig):

@@ -85,9 +85,11 @@ class NextTokenObjective:
         global_batch_size: int,
         micro_batch_size: int,
         eval_items: int,
+        tokens_per_step: int = 0,
         extras: Extras = Extras(),
     ) -> None:
-        """`order` lists the row of every training position, over all epochs."""
+        """`order` lists the row of every training position, over all epochs; `tokens_per_step` is what a full step
+        lays out where rows are equally long."""
         self._rows, self._order, self._heldout = rows, order, heldout
         self._steps = batches(np.arange(len(order)), global_batch_size)
         self._micro_batch_size = micro_batch_size
@@ -95,7 +97,7 @@ class NextTokenObjective:
         self._extras = extras
         self._balancing = Balancing(policy=extras.routing)
         self._cursor = 0
-        self.num_steps = len(self._steps)
+        self.num_steps, self.tokens_per_step = len(self._steps), tokens_per_step
         self.order = order_digest(batches(order, global_batch_size))
 
     def steps(self, engine: Engine) -> Iterator[Step]:
