@@ -11,7 +11,7 @@ from stages.data.packing import Packed
 from stages.data.tokens import Split, TokensArtifact, require
 from stages.losses import dpo_loss, pair_accuracy
 from stages.models.build import load_causal_lm
-from stages.models.forward import sum_by_segment, target_logprobs, target_positions
+from stages.models.forward import TrunkOutput, sum_by_segment, target_logprobs, target_positions
 from stages.models.lora import add_adapter
 from stages.train.engine import Engine
 from stages.train.mixture import training_order
@@ -19,6 +19,7 @@ from stages.train.objective import LossOutput, ObjectiveState, Step
 from stages.train.pairs import Pairs, PairSteps, evaluate_pairs, num_pairs, sides
 from stages.train.plan import evenly
 from stages.train.reference import FIELD, Reference
+from stages.train.routing import Balancing, routing_of
 from stages.train.run import Prepared, train_stage
 
 
@@ -40,16 +41,17 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         row_length=tokens.sequence_length,
         micro_batch_size=context.execution.micro_batch_size,
     )
-    start = context.input_dir("model")
+    policy = load_causal_lm(context.input_dir("model"), tokens, lora=config.lora)
 
     def objective(engine: Engine) -> DPOObjective:
         reference = Reference(context, engine, steps)
         steps.pairs = reference.carried_by(pairs, steps.indices, split="train")
         evaluated = evenly(len(heldout), at_most=config.eval_items)
-        return DPOObjective(steps, config, heldout=reference.carried_by(heldout, evaluated, split="heldout"))
+        carrying = reference.carried_by(heldout, evaluated, split="heldout")
+        return DPOObjective(steps, config, heldout=carrying, balancing=Balancing(policy=routing_of(policy)))
 
     return Prepared(
-        parts={"policy": add_adapter(load_causal_lm(start, tokens, lora=config.lora), config.lora, seed=config.seed)},
+        parts={"policy": add_adapter(policy, config.lora, seed=config.seed)},
         objective=objective,
         exported="policy",
         ledger={"pairs": len(pairs), "pairs_trained": len(mixture.order), "mixture": mixture.to_dict()},
@@ -59,19 +61,25 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
 class DPOObjective:
     """The reference's log-probabilities come with the pairs' tokens."""
 
-    def __init__(self, steps: PairSteps, config: DPOConfig, *, heldout: Pairs) -> None:
-        self._steps, self._config, self._heldout = steps, config, heldout
+    def __init__(self, steps: PairSteps, config: DPOConfig, *, heldout: Pairs, balancing: Balancing) -> None:
+        self._steps, self._config, self._heldout, self._balancing = steps, config, heldout, balancing
         self.num_steps, self.order = steps.num_steps, steps.order
+        self.tokens_per_step = 0
 
     def steps(self, engine: Engine) -> Iterator[Step]:
-        return self._steps.steps(engine)
+        return map(self._balancing.watching, self._steps.steps(engine))
 
     def weight(self, batch: Packed) -> float:
         return float(num_pairs(batch))
 
     def loss(self, parts: nn.ModuleDict, batch: Packed) -> LossOutput:
+        trunk = self._balancing.run_trunk(parts, "policy", batch)
+        return self._balancing.added_to(self._pair_loss(parts, batch, trunk), policy=trunk)
+
+    def _pair_loss(self, parts: nn.ModuleDict, batch: Packed, trunk: TrunkOutput | None = None) -> LossOutput:
         ref_logprobs_N = batch.fields[FIELD][target_positions(batch)]
-        chosen_P, rejected_P = sides(sum_by_segment(target_logprobs(parts["policy"], batch).logprobs_N, batch))
+        logprobs_N = target_logprobs(parts["policy"], batch, trunk=trunk).logprobs_N
+        chosen_P, rejected_P = sides(sum_by_segment(logprobs_N, batch))
         ref_chosen_P, ref_rejected_P = sides(sum_by_segment(ref_logprobs_N, batch))
         terms = dpo_loss(
             chosen_logprobs_P=chosen_P,
@@ -92,10 +100,11 @@ class DPOObjective:
         return LossOutput(terms.loss_sum, metrics)
 
     def evaluate(self, engine: Engine) -> dict[str, float]:
-        return evaluate_pairs(engine, self.loss, self._steps, self._heldout, at_most=self._config.eval_items)
+        return evaluate_pairs(engine, self._pair_loss, self._steps, self._heldout, at_most=self._config.eval_items)
 
     def state_dict(self) -> ObjectiveState:
-        return ObjectiveState({"cursor": self._steps.cursor})
+        return ObjectiveState({"cursor": self._steps.cursor}, self._balancing.state_dict())
 
     def load_state_dict(self, state: ObjectiveState) -> None:
         self._steps.cursor = int(state.numbers["cursor"])
+        self._balancing.load_state_dict(state.tensors)

@@ -23,6 +23,7 @@ from stages.train.engine import Engine
 from stages.train.objective import LossOutput, ObjectiveState, Step
 from stages.train.plan import batches, evenly, order_digest, share, shuffled
 from stages.train.rollout import FrozenModels, Sampled, Sampler, ScoreScale, from_tensors, to_experience, to_tensors
+from stages.train.routing import Balancing, routing_of
 from stages.train.run import Prepared, train_stage
 
 _EVALUATION_STREAM = 1 << 20
@@ -51,7 +52,10 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         sampler = Sampler(
             config, frozen, tokens.eos_id, tokens.pad_id, tokens.sequence_length, context.execution.micro_batch_size
         )
-        return PPOObjective(config, sampler, prompts=prompts, heldout=tokens.prompts(Split.HELDOUT))
+        balancing = Balancing(policy=routing_of(policy), critic=routing_of(critic))
+        return PPOObjective(
+            config, sampler, prompts=prompts, heldout=tokens.prompts(Split.HELDOUT), balancing=balancing
+        )
 
     policy = load_causal_lm(sft_dir, tokens, lora=config.lora)
     critic = load_reward_model(reward_dir, tokens, lora=config.lora)
@@ -69,10 +73,13 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
 class PPOObjective:
     """Rollouts, clipped updates, and the state between them: cursor, rollout, score scale, KL coefficient."""
 
-    def __init__(self, config: PPOConfig, sampler: Sampler, *, prompts: Ragged, heldout: Ragged) -> None:
+    def __init__(
+        self, config: PPOConfig, sampler: Sampler, *, prompts: Ragged, heldout: Ragged, balancing: Balancing
+    ) -> None:
         self._config, self._sampler, self._prompts, self._heldout = config, sampler, prompts, heldout
+        self._balancing = balancing
         self._steps_per_rollout = config.num_epochs * (config.rollout_size // config.global_batch_size)
-        self.num_steps = config.num_rollouts * self._steps_per_rollout
+        self.num_steps, self.tokens_per_step = config.num_rollouts * self._steps_per_rollout, 0
         self.order = order_digest([shuffled(len(prompts), seed=config.seed, epoch=0)])
         self._rollout = 0
         self._inner = 0
@@ -90,7 +97,7 @@ class PPOObjective:
             if self._inner == self._steps_per_rollout:
                 self._experience, self._inner = [], 0
                 self._rollout += 1
-            yield step
+            yield self._balancing.watching(step)
 
     def _roll_out(self, engine: Engine) -> None:
         config = self._config
@@ -145,9 +152,11 @@ class PPOObjective:
 
     def loss(self, parts: nn.ModuleDict, batch: Packed) -> LossOutput:
         config = self._config
+        trunk = self._balancing.run_trunk(parts, "policy", batch)
+        critic_trunk = self._balancing.run_trunk(parts, "critic", batch)
         where = target_positions(batch)
         old = {name: values_BT[where] for name, values_BT in batch.fields.items()}
-        tokens = target_logprobs(parts["policy"], batch, temperature=config.temperature, with_entropy=True)
+        tokens = target_logprobs(parts["policy"], batch, temperature=config.temperature, with_entropy=True, trunk=trunk)
         policy = ppo_policy_loss(
             logprobs_N=tokens.logprobs_N,
             old_logprobs_N=old["old_logprobs"],
@@ -155,7 +164,7 @@ class PPOObjective:
             clip_range=config.clip_range,
         )
         value_sum = ppo_value_loss(
-            values_N=target_values(parts["critic"], batch),
+            values_N=target_values(parts["critic"], batch, critic_trunk),
             old_values_N=old["old_values"],
             returns_N=old["returns"],
             clip_range=config.value_clip_range,
@@ -169,7 +178,8 @@ class PPOObjective:
             "ppo/entropy": tokens.entropy_sum,
         }
         metrics = {name: torch.stack([value, count]) for name, value in sums.items() if value is not None}
-        return LossOutput(policy.loss_sum + config.value_coefficient * value_sum, metrics)
+        output = LossOutput(policy.loss_sum + config.value_coefficient * value_sum, metrics)
+        return self._balancing.added_to(output, policy=trunk, critic=critic_trunk)
 
     def evaluate(self, engine: Engine) -> dict[str, float]:
         chosen = evenly(len(self._heldout), at_most=self._config.eval_items)
@@ -186,7 +196,7 @@ class PPOObjective:
             "scale": None if self._scale is None else [self._scale.mean, self._scale.std],
             "rollout_metrics": self._rollout_metrics,
         }
-        return ObjectiveState(numbers, to_tensors(self._experience))
+        return ObjectiveState(numbers, to_tensors(self._experience) | self._balancing.state_dict())
 
     def load_state_dict(self, state: ObjectiveState) -> None:
         self._rollout, self._inner = state.numbers["rollout"], state.numbers["inner"]
@@ -194,6 +204,7 @@ class PPOObjective:
         self._scale = None if state.numbers["scale"] is None else ScoreScale(*state.numbers["scale"])
         self._rollout_metrics = state.numbers["rollout_metrics"]
         self._experience = from_tensors(state.tensors)
+        self._balancing.load_state_dict(state.tensors)
 
 
 def _describe(samples: list[Sampled]) -> dict[str, float]:

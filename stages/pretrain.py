@@ -44,6 +44,7 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
             global_batch_size=config.global_batch_size,
             micro_batch_size=context.execution.micro_batch_size,
             eval_items=config.eval_items,
+            tokens_per_step=config.global_batch_size * row_length,
             extras=Extras(z_coefficient=config.z_loss_coefficient, routing=routing_of(policy)),
         ),
         exported="policy",

@@ -31,6 +31,8 @@ _SUBJECTS = ("array", "matrix", "tensor", "table", "graph", "string", "queue", "
 _VERBS = ("sort", "split", "merge", "scale", "count", "filter", "reverse", "copy")
 
 MODEL = ModelConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2)
+EXPERTS = MODEL.model_copy(update={"num_experts": 4, "num_experts_per_token": 2, "router_loss_coefficient": 0.05})
+"""The same with four experts a layer, of which every token passes through two."""
 
 
 def write_curated(folder: Path, *, num_documents: int = 60, seed: int = 0) -> Path:
@@ -140,14 +142,16 @@ CONFIGS: dict[Stage, TrainConfig] = {
 """One small config per training stage; every one makes at least six optimizer steps."""
 
 
-def make_models(home: Path, tokens: ArtifactRef) -> dict[Stage, dict[str, ArtifactRef]]:
+def make_models(
+    home: Path, tokens: ArtifactRef, model_config: ModelConfig = MODEL
+) -> dict[Stage, dict[str, ArtifactRef]]:
     """Publish an untrained base model and a reward model; return the inputs of every training stage."""
     from stages.data.tokens import TokensArtifact
     from stages.models.build import load_reward_model, new_causal_lm, save_model
 
     context = make_context(home, Stage.SFT, CONFIGS[Stage.SFT], {"tokens": tokens})
     artifact = TokensArtifact(context.input_dir("tokens"))
-    model = new_causal_lm(MODEL, artifact, seed=1)
+    model = new_causal_lm(model_config, artifact, seed=1)
     save_model(model, model.state_dict(), context.output_dir, artifact)
     sft = published(context)
     reward_context = make_context(home, Stage.REWARD, CONFIGS[Stage.REWARD], {"tokens": tokens, "model": sft})

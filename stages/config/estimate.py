@@ -114,12 +114,22 @@ def _layer_parameters(model: ModelConfig) -> int:
 
 
 def adapter_parameters(model: ModelConfig, lora: LoRAConfig) -> int:
-    """Weights of an adapter: rank x (in + out) for every linear module that gets one; experts are no linear modules."""
+    """Weights of an adapter: rank x (in + out) for every linear module and every expert's matrix that gets one."""
     hidden, kv_size = model.hidden_size, model.hidden_size // model.num_heads * model.num_kv_heads
     widths = {"q_proj": 2 * hidden, "k_proj": hidden + kv_size, "v_proj": hidden + kv_size, "o_proj": 2 * hidden}
     if not model.num_experts:
         widths |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), hidden + model.intermediate_size)
     chosen = [width for name, width in widths.items() if {name, "all-linear"} & set(lora.target_modules)]
+    if model.num_experts:
+        inner = model.intermediate_size
+        stacks = {"gate_up_proj": hidden + 2 * inner, "down_proj": inner + hidden}
+        asked = tuple(lora.target_parameters)
+        chosen += [
+            model.num_experts * width
+            for name, width in stacks.items()
+            if "all-experts" in asked or f"mlp.experts.{name}".endswith(asked)
+        ]
+        chosen += [hidden + model.num_experts] if asked and "mlp.gate.weight".endswith(asked) else []
     return model.num_layers * lora.rank * sum(chosen)
 
 

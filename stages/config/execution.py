@@ -36,7 +36,7 @@ class ExecutionConfig(Config):
     (needs the extra `deepspeed` on the workers)."""
     zero_stage: Literal[1, 2, 3] = 2
     """With `deepspeed`: what ZeRO shards over the workers, 1 = optimizer state, 2 = gradients as well, 3 = parameters
-    as well."""
+    as well. Other engines have no stages: there it stays 2."""
     offload: bool = False
     """With `deepspeed`: keep master weights and optimizer state in main memory and update them on the CPU."""
     tensor_parallel: int = Field(default=1, ge=1)
@@ -116,6 +116,16 @@ class ExecutionConfig(Config):
             raise ValueError(
                 f"min_workers={self.min_workers} does not go with {shape}: any number of workers between the two must "
                 "do; set min_workers=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stage_has_a_reader(self) -> "ExecutionConfig":
+        unused = ExecutionConfig.model_fields["zero_stage"].default
+        if self.zero_stage != unused and self.engine is not Engine.DEEPSPEED:
+            raise ValueError(
+                f"zero_stage={self.zero_stage} needs engine=deepspeed, got {self.engine}, which would not read it; set "
+                f"engine=deepspeed, or leave zero_stage at {unused} (fsdp shards as zero_stage=3 does)"
             )
         return self
 

@@ -76,7 +76,7 @@ GRAPH: dict[Stage, StageSpec] = {
         StageSpec(
             Stage.REWARD,
             "reward-model",
-            1,
+            2,
             (("tokens", Stage.TOKENIZE), ("model", Stage.SFT)),
             asset="llm/reward-model",
             trains=True,
@@ -84,7 +84,7 @@ GRAPH: dict[Stage, StageSpec] = {
         StageSpec(
             Stage.PPO,
             "ppo-model",
-            1,
+            2,
             (("tokens", Stage.TOKENIZE), ("model", Stage.SFT), ("reward", Stage.REWARD)),
             asset="llm/aligned-model",
             trains=True,
@@ -92,7 +92,7 @@ GRAPH: dict[Stage, StageSpec] = {
         StageSpec(
             Stage.DPO,
             "dpo-model",
-            1,
+            2,
             (("tokens", Stage.TOKENIZE), ("model", Stage.SFT)),
             asset="llm/aligned-model",
             trains=True,

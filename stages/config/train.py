@@ -85,8 +85,14 @@ class OptimizerConfig(Config):
     """Share of all steps with linear warm-up."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps with linear warm-up; 0 = as many as `warmup_fraction` says."""
+    warmup_tokens: int = Field(default=0, ge=0)
+    """Tokens with linear warm-up, instead of steps; 0 = none given. Only in `pretrain`, whose steps are all alike."""
     decay_fraction: float = Field(default=0.2, gt=0, le=1)
     """Share of all steps in which `wsd` falls from the peak to the minimum."""
+    decay_steps: int = Field(default=0, ge=0)
+    """Steps in which `wsd` falls; 0 = as many as `decay_fraction` says."""
+    decay_tokens: int = Field(default=0, ge=0)
+    """Tokens in which `wsd` falls, instead of steps; 0 = none given. Only in `pretrain`."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled decay per step, times the learning rate."""
     decay_embeddings: bool = True
@@ -110,8 +116,24 @@ class OptimizerConfig(Config):
     """Standard deviations above the mean from which a step counts as a spike."""
 
     @model_validator(mode="after")
+    def _lengths_are_given_once(self) -> "OptimizerConfig":
+        for name in ("warmup", "decay"):
+            steps, tokens = getattr(self, f"{name}_steps"), getattr(self, f"{name}_tokens")
+            if steps and tokens:
+                raise ValueError(
+                    f"{name}_steps={steps} and {name}_tokens={tokens} say the same twice; set one of them to 0"
+                )
+            if name == "decay" and (steps or tokens) and self.schedule is not Schedule.WSD:
+                raise ValueError(
+                    f"decay_steps={steps} and decay_tokens={tokens} belong to schedule=wsd, got {self.schedule}, which "
+                    "falls from the end of the warm-up to the last step; set schedule=wsd, or both to 0"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _warmup_and_decay_fit(self) -> "OptimizerConfig":
-        if self.schedule is Schedule.WSD and not self.warmup_steps and self.warmup_fraction + self.decay_fraction > 1:
+        lengths = self.warmup_steps or self.warmup_tokens or self.decay_steps or self.decay_tokens
+        if self.schedule is Schedule.WSD and not lengths and self.warmup_fraction + self.decay_fraction > 1:
             raise ValueError(
                 f"warmup_fraction={self.warmup_fraction} and decay_fraction={self.decay_fraction} are more than all "
                 "steps together; use shares that sum to at most 1"
@@ -184,14 +206,33 @@ class LoRAConfig(Config):
     """Share of the adapter's inputs that is dropped in training."""
     target_modules: tuple[str, ...] = Field(default=("all-linear",), min_length=1)
     """Ends of the names of the linear modules that get an adapter, such as `q_proj`; `all-linear` = all but the
-    head."""
+    head. Experts and their router are no linear modules."""
+    target_parameters: tuple[str, ...] = ()
+    """Ends of the names of other weights that get an adapter too: `all-experts` = the stacked matrices of a mixture,
+    every expert with an adapter of its own; `gate.weight` = the router of Mixtral and Qwen. Needs dropout=0. Every
+    forward pass adds these adapters to copies of their weights, kept until the backward pass: as much memory as the
+    experts once more, with gradient_checkpointing those of one layer. Not with compile."""
     quantization: Literal["none", "nf4"] = "none"
-    """`nf4` keeps the frozen weights in 4 bits (QLoRA); needs a GPU and bitsandbytes."""
+    """`nf4` keeps the frozen weights of linear modules in 4 bits (QLoRA), experts as they are; needs a GPU and
+    bitsandbytes."""
 
     @model_validator(mode="after")
     def _only_frozen_weights_are_quantized(self) -> "LoRAConfig":
         if self.quantization != "none" and not self.rank:
             raise ValueError(f"quantization={self.quantization} needs an adapter, got rank=0; set rank, such as 16")
+        return self
+
+    @model_validator(mode="after")
+    def _added_to_weights_or_to_outputs(self) -> "LoRAConfig":
+        if self.target_parameters and not self.rank:
+            raise ValueError(
+                f"target_parameters={list(self.target_parameters)} needs an adapter, got rank=0; set rank, such as 16"
+            )
+        if self.target_parameters and self.dropout:
+            raise ValueError(
+                f"target_parameters={list(self.target_parameters)} does not go with dropout={self.dropout}: those "
+                "adapters are added to the weights and see no inputs that could be dropped; use dropout=0"
+            )
         return self
 
 
@@ -200,6 +241,16 @@ class PostTrainConfig(TrainConfig):
 
     lora: LoRAConfig = LoRAConfig()
     """Adapter, instead of all parameters."""
+
+    @model_validator(mode="after")
+    def _steps_hold_unequal_tokens(self) -> "PostTrainConfig":
+        for name in ("warmup", "decay"):
+            if tokens := getattr(self.optimizer, f"{name}_tokens"):
+                raise ValueError(
+                    f"optimizer.{name}_tokens={tokens} is for pretrain, whose steps hold equally many tokens; here use "
+                    f"optimizer.{name}_steps or optimizer.{name}_fraction"
+                )
+        return self
 
 
 class SampledConfig(PostTrainConfig):

@@ -35,13 +35,13 @@ class Packed:
 
     def to(self, device: torch.device) -> "Packed":
         return Packed(
-            self.input_ids_BT.to(device),
-            self.position_ids_BT.to(device),
-            self.segment_ids_BT.to(device),
-            self.loss_mask_BT.to(device),
+            _copied(self.input_ids_BT, device),
+            _copied(self.position_ids_BT, device),
+            _copied(self.segment_ids_BT, device),
+            _copied(self.loss_mask_BT, device),
             self.num_segments,
             self.spans_D4,
-            {name: tensor.to(device) for name, tensor in self.fields.items()},
+            {name: _copied(tensor, device) for name, tensor in self.fields.items()},
         )
 
     @property
@@ -51,6 +51,14 @@ class Packed:
     @property
     def num_tokens(self) -> int:
         return self.input_ids_BT.numel()
+
+
+def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+    """To a GPU from page-locked memory, because a copy from ordinary memory waits until the GPU has done all that was
+    asked of it before. torch keeps the locked memory until the copy is over."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,9 @@ def run_trunk(
     return run(model.base_model, batch, inputs, options)  # type: ignore[arg-type]
 
 
-def hidden_states(model: nn.Module, batch: Packed) -> Tensor:
-    """Return the trunk's last hidden states, shape (B, T, H)."""
-    return run_trunk(model, batch).last_hidden_BTH
+def hidden_states(model: nn.Module, batch: Packed, trunk: TrunkOutput | None = None) -> Tensor:
+    """Return the trunk's last hidden states, shape (B, T, H); those of `trunk` where it has run already."""
+    return (trunk or run_trunk(model, batch)).last_hidden_BTH
 
 
 def _run_within_documents(
@@ -85,8 +85,6 @@ class NextTokenTerms(NamedTuple):
     loss_sum: Tensor
     """Cross-entropy of all targets, in nats, with the z-loss if there is one."""
     z_sum: Tensor
-    router_logits_KLE: Tensor | None
-    """Of all tokens; None unless asked for."""
 
 
 def target_positions(batch: Packed) -> tuple[Tensor, Tensor]:
@@ -116,27 +114,30 @@ def next_token_terms(
     batch: Packed,
     *,
     z_coefficient: float = 0.0,
-    noise_BTH: Tensor | None = None,
-    with_router_logits: bool = False,
+    trunk: TrunkOutput | None = None,
 ) -> NextTokenTerms:
-    """As `next_token_loss_sum`, with what training may add: z-loss, noise on the embeddings, the routers' logits."""
-    out = run_trunk(model, batch, noise_BTH=noise_BTH, with_router_logits=with_router_logits)
+    """As `next_token_loss_sum`, with the z-loss if asked for."""
     cross_entropy = linear_cross_entropy(
-        before_targets(out.last_hidden_BTH, batch),
+        before_targets(hidden_states(model, batch, trunk), batch),
         _output_weight(model),
         batch.input_ids_BT[target_positions(batch)],
         z_coefficient=z_coefficient,
     )
-    return NextTokenTerms(*cross_entropy, out.router_logits_KLE)
+    return NextTokenTerms(*cross_entropy)
 
 
 def target_logprobs(
-    model: nn.Module, batch: Packed, *, temperature: float = 1.0, with_entropy: bool = False
+    model: nn.Module,
+    batch: Packed,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    trunk: TrunkOutput | None = None,
 ) -> TokenLogprobs:
     """Return the log-probability of each target under softmax(logits / temperature), in float32."""
     where = target_positions(batch)
     logprobs_N, entropy_sum = linear_logprobs(
-        before_targets(hidden_states(model, batch), batch),
+        before_targets(hidden_states(model, batch, trunk), batch),
         _output_weight(model),
         batch.input_ids_BT[where],
         temperature=temperature,
@@ -156,7 +157,7 @@ def sum_by_segment(values_N: Tensor, batch: Packed) -> Tensor:
     return torch.zeros(batch.num_segments, device=values_N.device).index_add(0, segments_N, values_N)
 
 
-def segment_scores(model: nn.Module, batch: Packed, *, pad_id: int) -> Tensor:
+def segment_scores(model: nn.Module, batch: Packed, *, pad_id: int, trunk: TrunkOutput | None = None) -> Tensor:
     """Return the reward model's score of each segment, shape (S,), read at its last token that is not `pad_id`.
 
     That is where transformers' sequence classifiers read it, so the exported model gives the same number.
@@ -166,13 +167,13 @@ def segment_scores(model: nn.Module, batch: Packed, *, pad_id: int) -> Tensor:
     counted = (flat_ids != pad_id).nonzero()[:, 0]
     last_S = torch.zeros(batch.num_segments, dtype=torch.long, device=flat_ids.device)
     last_S = last_S.scatter_reduce(0, flat_segments[counted], counted, reduce="amax")
-    hidden_SH = hidden_states(model, batch).flatten(0, 1)[last_S]
+    hidden_SH = hidden_states(model, batch, trunk).flatten(0, 1)[last_S]
     return model.score(hidden_SH)[:, 0].float()  # type: ignore[operator]
 
 
-def target_values(critic: nn.Module, batch: Packed) -> Tensor:
+def target_values(critic: nn.Module, batch: Packed, trunk: TrunkOutput | None = None) -> Tensor:
     """Return the value head's prediction before each target is chosen, shape (N,)."""
-    hidden_NH = before_targets(hidden_states(critic, batch), batch)
+    hidden_NH = before_targets(hidden_states(critic, batch, trunk), batch)
     return critic.score(hidden_NH)[:, 0].float()  # type: ignore[operator]
 
 

@@ -2,16 +2,20 @@
 
 Only adapters, and a reward model's head, are trained. The model without its adapter is the model that training started
 from, so DPO and PPO need no second copy of it. peft costs seconds to import, so that happens where an adapter is made.
+
+Shape legend: E experts, R rank, I and O inputs and outputs of a matrix.
 """
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from stages.config.errors import ConfigError
 from stages.config.train import LoRAConfig
@@ -21,42 +25,112 @@ _HEAD = "score"
 
 
 def add_adapter(model: PreTrainedModel, config: LoRAConfig, *, seed: int) -> PreTrainedModel:
-    """Freeze the model and put adapters beside its linear modules, in place; rank 0 leaves everything as it is.
+    """Freeze the model and put adapters beside the weights that the config names, in place; rank 0 leaves everything
+    as it is.
 
     The adapter starts as zero and its random half depends on `seed` alone. A reward model's head is trained whole.
+    peft is given full names, for it reads short ones, `all-linear` among them, as those that experts had before
+    transformers stacked them.
     """
     if not config.rank:
         return model
     from peft import LoraConfig, TaskType, inject_adapter_in_model
 
-    targets = list(config.target_modules)
+    modules, parameters = (
+        _chosen_modules(model, config.target_modules),
+        _chosen_parameters(model, config.target_parameters),
+    )
     has_head = hasattr(model, _HEAD)
     settings = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_modules=modules,
+        target_parameters=parameters,
         modules_to_save=[_HEAD] if has_head else None,
         task_type=TaskType.SEQ_CLS if has_head else TaskType.CAUSAL_LM,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            inject_adapter_in_model(settings, model, adapter_name=_NAME)
-        except ValueError as error:
-            raise ConfigError(
-                f"lora.target_modules={targets} does not fit {type(model).__name__}: {error}",
-                advice=f"Use all-linear, or ends of: {', '.join(_linear_names(model))}.",
-            ) from error
+        inject_adapter_in_model(settings, model, adapter_name=_NAME)
+    _check_adapted(model, {*modules, *parameters})
     return model
 
 
-def _linear_names(model: nn.Module) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
+def _chosen_modules(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
+    head = model.get_output_embeddings()
+    names = [
+        name
+        for name, part in model.named_modules()
+        if isinstance(part, (nn.Linear, Conv1D)) and part is not head and name != _HEAD
+    ]
+    return _with_ends(targets, names, field="target_modules", everything={"all-linear": names}, model=model)
+
+
+def _chosen_parameters(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
+    others = {
+        f"{name}.{short}": weight
+        for name, part in model.named_modules()
+        if not isinstance(part, (nn.Linear, Conv1D, nn.Embedding))
+        for short, weight in part.named_parameters(recurse=False)
+        if weight.ndim in (2, 3)
+    }
+    stacks = [name for name, weight in others.items() if weight.ndim == 3]
+    return _with_ends(targets, list(others), field="target_parameters", everything={"all-experts": stacks}, model=model)
+
+
+def _with_ends(
+    targets: Sequence[str], names: list[str], *, field: str, everything: Mapping[str, list[str]], model: nn.Module
+) -> list[str]:
+    chosen: set[str] = set()
+    for target in targets:
+        found = everything.get(target) or [name for name in names if f".{name}".endswith(f".{target}")]
+        if not found:
+            ends = sorted({re.split(r"\.\d+\.", name)[-1] for name in names})
+            raise ConfigError(
+                f"lora.{field}={list(targets)}: {type(model).__name__} has none of the kind {target!r}",
+                advice=f"Use {', '.join(everything)}, or ends of: {', '.join(ends)}."
+                if ends
+                else f"Leave {field} empty.",
+            )
+        chosen |= set(found)
+    return sorted(chosen)
+
+
+def _check_adapted(model: nn.Module, chosen: set[str]) -> None:
+    """peft may take a name for another one; then we do not go on with adapters elsewhere than asked for."""
+    adapted = set(_adapted(model))
+    if adapted != chosen:
+        raise ConfigError(
+            f"peft puts adapters of {type(model).__name__} beside {sorted(adapted - chosen)} instead of "
+            f"{sorted(chosen - adapted)}",
+            advice="Name other modules in lora.target_modules, such as those of attention.",
+        )
+
+
+def _adapted(model: nn.Module) -> dict[str, tuple[str, Any]]:
+    """Adapters with their names inside the model, by what they adapt: a module, or one of its parameters."""
+    from peft.tuners.lora import LoraLayer, ParamWrapper
+
+    return {
+        _plain(f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name): (name, layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+
+
+def _plain(name: str) -> str:
+    """The name that a parameter had before adapters wrapped its module, once or several times."""
+    return ".".join(part for part in name.replace(f".modules_to_save.{_NAME}.", ".").split(".") if part != "base_layer")
 
 
 def has_adapter(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")
+
+
+def adapts_parameters(model: nn.Module) -> bool:
+    """True when there are adapters that are added to weights in each forward pass, such as those of experts."""
+    return has_adapter(model) and bool(model.peft_config[_NAME].target_parameters)  # type: ignore[index, union-attr]
 
 
 @contextlib.contextmanager
@@ -87,19 +161,27 @@ def merged_weights(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Te
     before."""
     if not has_adapter(model):
         return weights
-    from peft.tuners.lora import LoraLayer
-
     plain = {
-        name.replace(f".modules_to_save.{_NAME}.", ".").replace(".base_layer.", "."): weight
+        _plain(name): weight
         for name, weight in (weights | _dequantized(model)).items()
         if not any(part in name for part in (".lora_", ".original_module.", ".weight."))
     }
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            down, up = (weights[f"{name}.lora_{part}.{_NAME}.weight"] for part in ("A", "B"))
-            delta = layer.scaling[_NAME] * (up.float() @ down.float())
-            plain[f"{name}.weight"] = plain[f"{name}.weight"] + (delta.T if layer.fan_in_fan_out else delta)  # type: ignore[attr-defined]
+    for adapted, (name, layer) in _adapted(model).items():
+        down, up = (weights[f"{name}.lora_{part}.{_NAME}.weight"].float() for part in ("A", "B"))
+        target = adapted if adapted in plain else f"{adapted}.weight"
+        plain[target] = plain[target] + layer.scaling[_NAME] * _delta(layer, down, up, ndim=plain[target].ndim)
     return plain
+
+
+def _delta(layer: Any, down: Tensor, up: Tensor, *, ndim: int) -> Tensor:
+    """What an adapter adds to its weight, before scaling. Those of a stack of experts lie in one matrix: in `down` the
+    rows of one expert after those of another, in `up` the columns of all experts in turn."""
+    if ndim == 2:
+        return (up @ down).T if layer.fan_in_fan_out else up @ down
+    down_ERI = down.unflatten(0, (layer.num_experts, -1))
+    up_EOR = up.unflatten(1, (-1, layer.num_experts)).permute(2, 0, 1)
+    delta_EOI = up_EOR @ down_ERI
+    return delta_EOI.mT if getattr(layer.get_base_layer(), "is_transposed", False) else delta_EOI
 
 
 def _dequantized(model: nn.Module) -> dict[str, Tensor]:

@@ -55,7 +55,9 @@ def train(
     blocked = 0.0
     last = clock()
     for item, waited in with_waiting(objective.steps(engine)):
-        rate = learning_rate(config.optimizer, step=step, num_steps=objective.num_steps)
+        rate = learning_rate(
+            config.optimizer, step=step, num_steps=objective.num_steps, tokens_per_step=objective.tokens_per_step
+        )
         engine.seed(config.seed, step)
         metrics, tokens, flops = _accumulate(objective, engine, item, meter)
         outcome = engine.step(rate, accepts=guard.judging(loss=metrics["train/loss"], step=step + 1))

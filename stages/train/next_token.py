@@ -17,7 +17,7 @@ from stages.models.noise import embedding_noise
 from stages.train.engine import Engine
 from stages.train.objective import LossOutput, ObjectiveState, Step
 from stages.train.plan import batches, evenly, in_step, order_digest, share
-from stages.train.routing import RouterBalance, Routing
+from stages.train.routing import Balancing, Routing
 
 _PLACE = "place"
 """Field of a training batch: where the row of each token stands in the order of all training rows."""
@@ -85,17 +85,19 @@ class NextTokenObjective:
         global_batch_size: int,
         micro_batch_size: int,
         eval_items: int,
+        tokens_per_step: int = 0,
         extras: Extras = Extras(),
     ) -> None:
-        """`order` lists the row of every training position, over all epochs."""
+        """`order` lists the row of every training position, over all epochs; `tokens_per_step` is what a full step
+        lays out where rows are equally long."""
         self._rows, self._order, self._heldout = rows, order, heldout
         self._steps = batches(np.arange(len(order)), global_batch_size)
         self._micro_batch_size = micro_batch_size
         self._eval_items = eval_items
         self._extras = extras
-        self._balance = RouterBalance(extras.routing) if extras.routing else None
+        self._balancing = Balancing(policy=extras.routing)
         self._cursor = 0
-        self.num_steps = len(self._steps)
+        self.num_steps, self.tokens_per_step = len(self._steps), tokens_per_step
         self.order = order_digest(batches(order, global_batch_size))
 
     def steps(self, engine: Engine) -> Iterator[Step]:
@@ -104,7 +106,7 @@ class NextTokenObjective:
             self._cursor += 1
             mine = share(places, rank=engine.rank, world_size=engine.world_size)
             step = Step(self._training_batches(mine if len(mine) else places[:1]), counted=len(mine) > 0)
-            yield replace(step, observe=self._balance.observe) if self._balance else step
+            yield self._balancing.watching(step)
 
     def _training_batches(self, places: np.ndarray) -> list[Packed]:
         """Micro-batches that know the place of every token's row in the training order, if noise is drawn by it."""
@@ -125,20 +127,10 @@ class NextTokenObjective:
 
     def loss(self, parts: nn.ModuleDict, batch: Packed) -> LossOutput:
         extras, policy = self._extras, parts["policy"]
-        terms = next_token_terms(
-            policy,
-            batch,
-            z_coefficient=extras.z_coefficient,
-            noise_BTH=self._noise(policy, batch) if extras.noise_alpha else None,
-            with_router_logits=self._balance is not None,
-        )
-        metrics = self._added_metrics(terms, batch)
-        if self._balance is None or terms.router_logits_KLE is None:
-            return LossOutput(terms.loss_sum, metrics)
-        balance_sum = self._balance.loss_sum(terms.router_logits_KLE)
-        num_tokens = balance_sum.new_tensor(float(len(terms.router_logits_KLE)))
-        metrics["train/router_loss"] = torch.stack([balance_sum.detach(), num_tokens])
-        return LossOutput(terms.loss_sum, metrics, balance_sum, self._balance.count(terms.router_logits_KLE))
+        noise_BTH = self._noise(policy, batch) if extras.noise_alpha else None
+        trunk = self._balancing.run_trunk(parts, "policy", batch, noise_BTH)
+        terms = next_token_terms(policy, batch, z_coefficient=extras.z_coefficient, trunk=trunk)
+        return self._balancing.added_to(LossOutput(terms.loss_sum, self._added_metrics(terms, batch)), policy=trunk)
 
     def _noise(self, policy: nn.Module, batch: Packed) -> Tensor:
         return embedding_noise(
@@ -175,12 +167,11 @@ class NextTokenObjective:
         return {"eval/loss": loss_sum / targets, "eval/perplexity": perplexity(loss_sum / targets)}
 
     def state_dict(self) -> ObjectiveState:
-        return ObjectiveState({"cursor": self._cursor}, self._balance.state_dict() if self._balance else {})
+        return ObjectiveState({"cursor": self._cursor}, self._balancing.state_dict())
 
     def load_state_dict(self, state: ObjectiveState) -> None:
         self._cursor = int(state.numbers["cursor"])
-        if self._balance:
-            self._balance.load_state_dict(state.tensors)
+        self._balancing.load_state_dict(state.tensors)
 
 
 def _bare_loss(parts: nn.ModuleDict, batch: Packed) -> LossOutput:

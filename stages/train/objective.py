@@ -40,6 +40,8 @@ class Objective(Protocol):
 
     num_steps: int
     """Optimizer steps of the whole training, also those before a resume."""
+    tokens_per_step: int
+    """Laid-out tokens of every full step; 0 where steps differ in it."""
     order: str
     """Digest of which items train in which step: a checkpoint is of use to the same order alone."""
 

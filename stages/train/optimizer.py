@@ -1,7 +1,7 @@
 """Which parameters are updated how, and learning-rate schedules."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,19 +63,19 @@ def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[st
     ]
 
 
-def learning_rate(config: OptimizerConfig, *, step: int, num_steps: int) -> float:
+def learning_rate(config: OptimizerConfig, *, step: int, num_steps: int, tokens_per_step: int = 0) -> float:
     """Return the rate of step `step` (0-based): linear warm-up, then the schedule down to its minimum at the last
-    step.
+    step. A function of the step alone, so that a resume goes on with the same rates.
 
     WSD: Hu et al. 2024 (arXiv:2404.06395), with the 1 - sqrt decay of Hägele et al. 2024 (arXiv:2405.18392).
     """
-    warmup = warmup_steps(config, num_steps=num_steps)
+    warmup, decay = schedule_steps(config, num_steps=num_steps, tokens_per_step=tokens_per_step)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     low = config.min_learning_rate_ratio
     start = warmup
     if config.schedule is Schedule.WSD:
-        start = max(warmup, num_steps - math.ceil(config.decay_fraction * num_steps))
+        start = max(warmup, num_steps - decay)
     share = max(0.0, (step - start) / max(num_steps - 1 - start, 1))
     match config.schedule:
         case Schedule.CONSTANT:
@@ -89,11 +89,35 @@ def learning_rate(config: OptimizerConfig, *, step: int, num_steps: int) -> floa
     return config.learning_rate * factor
 
 
-def warmup_steps(config: OptimizerConfig, *, num_steps: int) -> int:
-    """Return the steps of the warm-up; raises ConfigError when they leave none at the peak."""
-    if config.warmup_steps >= num_steps > 0:
+class ScheduleSteps(NamedTuple):
+    """Lengths of a schedule's parts."""
+
+    warmup: int
+    decay: int
+    """Of `wsd`."""
+
+
+def schedule_steps(config: OptimizerConfig, *, num_steps: int, tokens_per_step: int = 0) -> ScheduleSteps:
+    """Return warm-up and decay in steps, tokens rounded up to whole ones; raises ConfigError when they do not fit."""
+    warmup, asked = _given("warmup", config.warmup_steps, config.warmup_tokens, tokens_per_step)
+    if warmup >= num_steps > 0:
         raise ConfigError(
-            f"optimizer.warmup_steps={config.warmup_steps}, but there are only {num_steps} steps",
-            advice=f"Use at most {num_steps - 1}, or 0 and warmup_fraction.",
+            f"{asked}, but there are only {num_steps} steps",
+            advice=f"Use at most {num_steps - 1} steps, or 0 and warmup_fraction.",
         )
-    return config.warmup_steps or math.ceil(config.warmup_fraction * num_steps)
+    warmup = warmup or math.ceil(config.warmup_fraction * num_steps)
+    decay, asked = _given("decay", config.decay_steps, config.decay_tokens, tokens_per_step)
+    if decay > num_steps - warmup:
+        raise ConfigError(
+            f"{asked}, but {warmup} of {num_steps} steps are warm-up",
+            advice=f"Use at most {num_steps - warmup} steps, or 0 and decay_fraction.",
+        )
+    return ScheduleSteps(warmup, decay or math.ceil(config.decay_fraction * num_steps))
+
+
+def _given(name: str, steps: int, tokens: int, tokens_per_step: int) -> tuple[int, str]:
+    """Return a length in steps, 0 for none, and how it was given."""
+    if not tokens:
+        return steps, f"optimizer.{name}_steps={steps}"
+    in_steps = math.ceil(tokens / tokens_per_step)
+    return in_steps, f"optimizer.{name}_tokens={tokens}, which is {in_steps} steps of {tokens_per_step} tokens"

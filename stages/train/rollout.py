@@ -199,8 +199,8 @@ def to_tensors(sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
 
 
 def from_tensors(tensors: dict[str, Tensor]) -> list[TokenSequence]:
-    """Invert `to_tensors`."""
-    if not tensors:
+    """Invert `to_tensors`, whatever else lies beside."""
+    if "lengths" not in tensors:
         return []
     cuts = np.cumsum(tensors["lengths"].numpy())[:-1]
     split = {name: np.split(tensors[name].numpy(), cuts) for name in ("ids", "loss_mask", *FIELDS)}

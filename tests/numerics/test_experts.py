@@ -8,20 +8,22 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
 from stages.data.packing import TokenSequence, lay_out
 from stages.data.tokens import TokensArtifact
 from stages.losses import router_balance_loss
 from stages.models.build import load_causal_lm, new_causal_lm, save_model
-from stages.models.forward import next_token_terms, target_logprobs
+from stages.models.forward import run_trunk, target_logprobs
+from stages.train.engine import Share, make_engine
 from stages.train.routing import RouterBalance, Routing, routing_of
-from tests.numerics.training import Killed, run_training
-from tests.small_world import CONFIGS, MODEL, make_context
+from tests.numerics.training import Killed, prepare, run_training
+from tests.small_world import CONFIGS, EXPERTS, make_context
 
 Inputs = dict[Stage, dict[str, ArtifactRef]]
 
-EXPERTS = MODEL.model_copy(update={"num_experts": 4, "num_experts_per_token": 2, "router_loss_coefficient": 0.05})
+POST_TRAINING = (Stage.SFT, Stage.REWARD, Stage.DPO, Stage.PPO)
 PRETRAIN = CONFIGS[Stage.PRETRAIN].model_copy(update={"model": EXPERTS})
 
 
@@ -52,7 +54,7 @@ def test_packed_equals_unpacked_and_padding_is_routed_nowhere(
     alone = torch.cat([target_logprobs(model, lay_out([one])).logprobs_N for one in documents])
     torch.testing.assert_close(target_logprobs(model, packed).logprobs_N, alone, rtol=1e-4, atol=1e-5)
     balance = RouterBalance(Routing(num_chosen=2, coefficient=1.0))
-    logits = next_token_terms(model, packed, with_router_logits=True).router_logits_KLE
+    logits = run_trunk(model, packed, with_router_logits=True).router_logits_KLE
     assert logits is not None
     assert logits.shape == (5 + 17 + 3 + 30 + 9, 2, 4)
     assert balance.count(logits).sum(-1).tolist() == [2.0 * 64] * 2
@@ -88,8 +90,8 @@ def test_a_busy_expert_loses_probability():
 
 def test_load_is_counted_over_the_step_and_told_relative_to_an_even_share():
     balance = RouterBalance(Routing(num_chosen=1, coefficient=1.0))
-    metrics = balance.observe(torch.tensor([[6.0, 2.0], [4.0, 4.0]]))
-    assert metrics == {"train/expert_load_max": 1.5, "train/expert_load_min": 0.5}
+    relative = balance.observe(torch.tensor([[6.0, 2.0], [4.0, 4.0]]))
+    assert relative.tolist() == [[1.5, 0.5], [1.0, 1.0]]
 
 
 def test_micro_batches_change_neither_loss_nor_load(stage_inputs: Inputs, tmp_path: Path):
@@ -101,15 +103,64 @@ def test_micro_batches_change_neither_loss_nor_load(stage_inputs: Inputs, tmp_pa
     assert large.history[-1]["train/expert_load_max"] > 1.0
 
 
-def test_a_killed_training_ends_with_the_same_bits(stage_inputs: Inputs, tmp_path: Path):
-    inputs = stage_inputs[Stage.PRETRAIN]
-    whole = run_training(tmp_path / "whole", Stage.PRETRAIN, PRETRAIN, inputs)
+@pytest.mark.parametrize("stage", list(CONFIGS), ids=str)
+def test_a_killed_training_ends_with_the_same_bits(stage: Stage, expert_inputs: Inputs, tmp_path: Path):
+    config, inputs = PRETRAIN if stage is Stage.PRETRAIN else CONFIGS[stage], expert_inputs[stage]
+    whole = run_training(tmp_path / "whole", stage, config, inputs)
     with pytest.raises(Killed):
-        run_training(tmp_path / "killed", Stage.PRETRAIN, PRETRAIN, inputs, checkpoint_every=3, kill_at=4)
-    resumed = run_training(tmp_path / "killed", Stage.PRETRAIN, PRETRAIN, inputs, checkpoint_every=3)
+        run_training(tmp_path / "killed", stage, config, inputs, checkpoint_every=3, kill_at=5)
+    resumed = run_training(tmp_path / "killed", stage, config, inputs, checkpoint_every=3)
     for name, weight in whole.weights.items():
         assert torch.equal(weight, resumed.weights[name]), name
-    assert [row["train/router_loss"] for row in whole.history] == [row["train/router_loss"] for row in resumed.history]
+    assert whole.history == resumed.history
+    assert whole.history[-1]["train/expert_load_max"] > 1.0 > whole.history[-1]["train/expert_load_min"]
+
+
+@pytest.mark.parametrize("stage", POST_TRAINING, ids=str)
+def test_an_even_load_costs_each_trained_mixture_its_share_and_evaluations_leave_it_out(
+    stage: Stage, expert_inputs: Inputs, tmp_path: Path
+):
+    trained = run_training(tmp_path, stage, CONFIGS[stage], expert_inputs[stage])
+    models = 2 if stage is Stage.PPO else 1
+    assert trained.history[0]["train/router_loss"] == pytest.approx(models * 0.05 * 2, rel=1e-5)
+    assert not [name for name in trained.history[-1] if name.startswith("eval/") and "router" in name]
+
+
+@pytest.mark.parametrize("stage", POST_TRAINING, ids=str)
+def test_routers_are_pulled_by_the_balancing_loss_of_what_is_trained(
+    stage: Stage, expert_inputs: Inputs, tmp_path: Path
+):
+    """Against the equation on logits that hooks catch at the routers, after a step that kept expert 0 busy."""
+    config = CONFIGS[stage]
+    prepared = prepare(tmp_path, stage, config, expert_inputs[stage])
+    engine = make_engine(prepared.parts, config, ExecutionConfig())
+    objective = prepared.objective(engine)
+    step = next(iter(objective.steps(engine)))
+    batch = step.micro_batches[0]
+    parts = torch.nn.ModuleDict(prepared.parts)
+    objective.loss(parts, batch)
+    step.observe(torch.tensor([2.0, 1.0, 1.0, 0.0]).repeat(2 * len(parts)))
+    load_LE = torch.tensor([[1.0, 0.5, 0.5, 0.0]] * 2)
+
+    caught: dict[str, list[torch.Tensor]] = {name: [] for name in parts}
+    for name, model in parts.items():
+        for layer in model.base_model.layers:  # type: ignore[union-attr]
+            layer.mlp.gate.register_forward_hook(lambda _, __, out, name=name: caught[name].append(out[0]))
+    output = objective.loss(parts, batch)
+    losses = [router_balance_loss(torch.stack(logits, dim=1).softmax(-1), load_LE) for logits in caught.values()]
+    expected = 0.05 * torch.stack(losses).sum()
+    assert output.token_loss_sum is not None
+    torch.testing.assert_close(output.token_loss_sum, expected)
+    routers = [weight for name, weight in parts.named_parameters() if "mlp.gate" in name]
+    assert len(routers) == 2 * len(parts)
+    pulls = torch.autograd.grad(output.token_loss_sum, routers, retain_graph=True)
+    assert all(pull.abs().max() > 1e-4 for pull in pulls)
+    for pull, by_hand in zip(pulls, torch.autograd.grad(expected, routers, retain_graph=True), strict=True):
+        torch.testing.assert_close(pull, by_hand)
+
+    engine.backward(objective.loss, [Share(batch, 0.0, 1.0)])
+    for router, pull in zip(routers, pulls, strict=True):
+        torch.testing.assert_close(router.grad, pull)
 
 
 def test_the_balancing_loss_evens_the_load_out(stage_inputs: Inputs, tmp_path: Path):

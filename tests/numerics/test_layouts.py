@@ -15,8 +15,8 @@ from stages.config.request import ArtifactRef
 from stages.config.train import OptimizerConfig, TrainConfig
 from tests.numerics.fork_server import ForkServer, fork_server
 from tests.numerics.ranks import run_ranks
-from tests.numerics.training import Trained, run_on_two_processes, run_training
-from tests.small_world import CONFIGS
+from tests.numerics.training import Case, Trained, run_on_processes, run_on_two_processes, run_training
+from tests.small_world import CONFIGS, EXPERTS
 
 Inputs = dict[Stage, dict[str, ArtifactRef]]
 
@@ -40,6 +40,12 @@ _OPTIMIZER = OptimizerConfig(learning_rate=3e-4, warmup_fraction=0.0, epsilon=1e
 def config_of(stage: Stage) -> TrainConfig:
     """Eight items a step."""
     return CONFIGS[stage].model_copy(update={**_CHANGES[stage], "optimizer": _OPTIMIZER})
+
+
+def expert_config_of(stage: Stage) -> TrainConfig:
+    """The same where the trained models are mixtures of experts; pretraining makes its own."""
+    config = config_of(stage)
+    return config.model_copy(update={"model": EXPERTS}) if stage is Stage.PRETRAIN else config
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +82,48 @@ def test_ranks_and_micro_batches_do_not_matter(
         home = tmp_path / f"{ranks}x{rows}"
         found = run_ranks(server, home, stage, config, inputs, ranks=ranks, micro_batch_size=rows)
         assert_same(found, whole)
+
+
+def assert_same_balance(found: Trained, expected: Trained) -> None:
+    """The balancing loss and what it is made of; not trivially so, for the load is uneven and changes."""
+    for name in ("train/router_loss", "train/expert_load_max", "train/expert_load_min"):
+        series = [row[name] for row in expected.history]
+        assert [row[name] for row in found.history] == pytest.approx(series, rel=0, abs=LOSS_TOLERANCE), name
+        assert len(set(series)) > 2
+
+
+@pytest.fixture(scope="module")
+def experts_on_two_ranks(expert_inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    """Every objective with experts, on two ranks with two rows at once."""
+    home = tmp_path_factory.mktemp("two")
+    cases = {
+        stage.value: Case(home / stage, stage, expert_config_of(stage), expert_inputs[stage], {"micro_batch_size": 2})
+        for stage in CONFIGS
+    }
+    return run_on_processes(cases, num_processes=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", list(CONFIGS), ids=str)
+def test_experts_are_balanced_over_the_whole_step(
+    stage: Stage, experts_on_two_ranks: dict[str, Trained], expert_inputs: Inputs, tmp_path: Path
+) -> None:
+    whole = run_training(tmp_path, stage, expert_config_of(stage), expert_inputs[stage], micro_batch_size=8)
+    assert_same(experts_on_two_ranks[stage.value], whole)
+    assert_same_balance(experts_on_two_ranks[stage.value], whole)
+
+
+@pytest.mark.exact
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", list(CONFIGS), ids=str)
+def test_experts_in_all_layouts(stage: Stage, server: ForkServer, expert_inputs: Inputs, tmp_path: Path) -> None:
+    config, inputs = expert_config_of(stage), expert_inputs[stage]
+    whole = run_ranks(server, tmp_path / "1x8", stage, config, inputs, ranks=1, micro_batch_size=8)
+    for ranks, rows in ((1, 1), (2, 4), (3, 1)):
+        home = tmp_path / f"{ranks}x{rows}"
+        found = run_ranks(server, home, stage, config, inputs, ranks=ranks, micro_batch_size=rows)
+        assert_same(found, whole)
+        assert_same_balance(found, whole)
 
 
 @pytest.mark.exact

@@ -16,12 +16,16 @@ from stages.data.tokens import TokensArtifact
 from stages.models.build import load_causal_lm, load_reward_model, save_model
 from stages.models.lora import add_adapter, start_of
 from stages.train.engine import make_engine
-from tests.numerics.training import Killed, prepare, run_training
+from tests.numerics.training import Case, Killed, prepare, run_on_processes, run_training
 from tests.small_world import CONFIGS, make_context
 
 Inputs = dict[Stage, dict[str, ArtifactRef]]
 
 LORA = LoRAConfig(rank=2, alpha=8.0, dropout=0.1)
+ON_EXPERTS = LoRAConfig(rank=2, alpha=8.0, target_parameters=("all-experts",))
+WITH_ROUTER = LoRAConfig(
+    rank=2, alpha=8.0, target_modules=("q_proj",), target_parameters=("all-experts", "gate.weight")
+)
 STAGES = (Stage.SFT, Stage.REWARD, Stage.DPO, Stage.PPO)
 IDS = torch.tensor([[0, 4, 70, 71, 72, 1, 5]])
 
@@ -146,6 +150,107 @@ def test_modules_that_do_not_exist_are_refused_with_those_that_do(stage_inputs: 
     with pytest.raises(ConfigError, match="target_modules") as refusal:
         add_adapter(model, LoRAConfig(rank=2, target_modules=("query",)), seed=0)
     assert "q_proj" in refusal.value.advice
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=str)
+def test_training_with_adapters_on_experts_resumes_to_the_same_bits(
+    stage: Stage, expert_inputs: Inputs, tmp_path: Path
+):
+    config, inputs = adapted(stage, ON_EXPERTS), expert_inputs[stage]
+    whole = run_training(tmp_path / "whole", stage, config, inputs)
+    with pytest.raises(Killed):
+        run_training(tmp_path / "killed", stage, config, inputs, checkpoint_every=3, kill_at=5)
+    resumed = run_training(tmp_path / "killed", stage, config, inputs, checkpoint_every=3)
+    assert whole.history == resumed.history
+    for name, weight in whole.weights.items():
+        assert torch.equal(weight, resumed.weights[name]), name
+    start = next(iter(prepare(tmp_path / "again", stage, config, inputs).parts.values())).state_dict()
+    moved = {name for name, weight in whole.weights.items() if not torch.equal(weight, start[name])}
+    assert all("lora_" in name or "score.modules_to_save" in name for name in moved)
+    # in each of 2 layers: both matrices of 4 adapters of attention, of the adapters of 2 stacks; the router has none
+    assert sum("lora_" in name for name in moved) == 2 * (4 + 2) * 2
+
+
+@pytest.mark.parametrize("lora", [ON_EXPERTS, WITH_ROUTER], ids=["experts", "router too"])
+@pytest.mark.parametrize("role", ["model", "reward"])
+def test_merged_experts_and_their_adapter_folder_equal_the_trained_model(
+    role: str, lora: LoRAConfig, expert_inputs: Inputs, artifact: TokensArtifact, tmp_path: Path
+):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    ours, plain = (
+        (load_causal_lm, AutoModelForCausalLM)
+        if role == "model"
+        else (load_reward_model, AutoModelForSequenceClassification)
+    )
+    start = folder_of(expert_inputs, role)
+    model = stirred(add_adapter(ours(start, artifact), lora, seed=0))
+    expected = model(input_ids=IDS).logits
+    with start_of(model, None) as without:
+        assert torch.equal(without(input_ids=IDS).logits, ours(start, artifact).eval()(input_ids=IDS).logits)
+    save_model(model, model.state_dict(), tmp_path / "out", artifact)
+    merged = plain.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(merged(input_ids=IDS).logits, expected, rtol=0, atol=1e-5)
+    beside = PeftModel.from_pretrained(plain.from_pretrained(start), tmp_path / "out" / "adapter").eval()
+    torch.testing.assert_close(beside(input_ids=IDS).logits, expected, rtol=0, atol=1e-5)
+    before, after = plain.from_pretrained(start).state_dict(), merged.state_dict()
+    changed = {name.split(".", 3)[-1] for name in before if not torch.equal(before[name], after[name])}
+    router = {"mlp.gate.weight"} if lora is WITH_ROUTER else set()
+    assert {name for name in changed if "mlp" in name} == {
+        "mlp.experts.gate_up_proj",
+        "mlp.experts.down_proj",
+    } | router
+
+
+def test_linear_modules_alone_leave_experts_and_router_frozen(expert_inputs: Inputs, artifact: TokensArtifact):
+    """peft would take `all-linear` for the names that experts had in transformers 4, and adapt both."""
+    model = add_adapter(load_causal_lm(folder_of(expert_inputs, "model"), artifact), LORA, seed=0)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 2 * 4 * 2
+    assert all("self_attn" in name for name in trained)
+
+
+@pytest.mark.slow
+def test_adapters_on_experts_learn_the_same_on_two_processes(expert_inputs: Inputs, tmp_path: Path):
+    """In every engine that has them, each with activations that are recomputed."""
+    config, inputs = adapted(Stage.DPO, ON_EXPERTS), expert_inputs[Stage.DPO]
+    alone = run_training(tmp_path / "one", Stage.DPO, config, inputs)
+    engines: dict[str, dict[str, Any]] = {
+        "ddp": {"engine": "ddp"},
+        "fsdp": {"engine": "fsdp"},
+        "zero2": {"engine": "deepspeed", "zero_stage": 2},
+    }
+    options = {"num_workers": 2, "gradient_checkpointing": True}
+    cases = {
+        name: Case(tmp_path / name, Stage.DPO, config, inputs, engine | options) for name, engine in engines.items()
+    }
+    for name, together in run_on_processes(cases, num_processes=2).items():
+        for key in ("train/loss", "train/router_loss"):
+            expected = [row[key] for row in alone.history]
+            assert [row[key] for row in together.history] == pytest.approx(expected, rel=0, abs=1e-5), (name, key)
+
+
+def test_parameters_that_a_model_does_not_have_are_refused(stage_inputs: Inputs, artifact: TokensArtifact):
+    model = load_causal_lm(folder_of(stage_inputs, "model"), artifact)
+    with pytest.raises(ConfigError, match=r"target_parameters=\['all-experts'\].*none of the kind 'all-experts'"):
+        add_adapter(model, ON_EXPERTS, seed=0)
+
+
+def test_a_name_that_only_transformers_4_had_is_refused_with_those_there_are(
+    expert_inputs: Inputs, artifact: TokensArtifact
+):
+    model = load_causal_lm(folder_of(expert_inputs, "model"), artifact)
+    with pytest.raises(ConfigError, match="none of the kind 'w1'") as refusal:
+        add_adapter(model, LoRAConfig(rank=2, target_modules=("q_proj", "w1")), seed=0)
+    assert "self_attn.q_proj" in refusal.value.advice
+
+
+def test_compilation_of_adapted_parameters_is_refused(expert_inputs: Inputs, tmp_path: Path):
+    config = adapted(Stage.SFT, ON_EXPERTS)
+    parts = prepare(tmp_path, Stage.SFT, config, expert_inputs[Stage.SFT]).parts
+    with pytest.raises(ConfigError, match="compile=true does not go with"):
+        make_engine(parts, config, ExecutionConfig(compile=True))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -22,6 +22,7 @@ OPTIONS: dict[str, tuple[Stage, dict[str, Any], dict[str, Any]]] = {
     "spikes": (Stage.PRETRAIN, {"spike_window": 4, "spike_factor": 0.1}, {}),
     "z-loss and noise": (Stage.SFT, {}, {"z_loss_coefficient": 0.01, "neftune_alpha": 5.0}),
     "wsd": (Stage.SFT, {"schedule": "wsd", "warmup_steps": 2}, {}),
+    "tokens": (Stage.PRETRAIN, {"schedule": "wsd", "warmup_tokens": 300, "decay_tokens": 512}, {}),
 }
 
 
@@ -44,6 +45,17 @@ def test_it_resumes_to_the_same_bits_and_changes_the_result(option: str, stage_i
     assert [row for row in without(whole, ignored)] == [row for row in without(resumed, ignored)]
     default = run_training(tmp_path / "default", stage, CONFIGS[stage], inputs)
     assert not torch.equal(default.weights["model.norm.weight"], whole.weights["model.norm.weight"])
+
+
+def test_pretraining_turns_tokens_into_its_steps(stage_inputs: Inputs, tmp_path: Path):
+    """Steps of 4 rows of 64 tokens: 300 are two steps, 512 as well."""
+    in_steps = {"schedule": "wsd", "warmup_steps": 2, "decay_steps": 2}
+    rates = []
+    for name, optimizer in (("steps", in_steps), ("tokens", OPTIONS["tokens"][1])):
+        config = changed(Stage.PRETRAIN, optimizer, {})
+        trained = run_training(tmp_path / name, Stage.PRETRAIN, config, stage_inputs[Stage.PRETRAIN])
+        rates.append([row["train/learning_rate"] for row in trained.history])
+    assert rates[0] == rates[1] == pytest.approx([0.0015, 0.003, 0.003, 0.003, 0.003, 0.0003])
 
 
 def without(trained: Trained, keys: set[str]) -> list[dict[str, Any]]:

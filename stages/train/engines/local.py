@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stages.config.errors import ConfigError
 from stages.config.execution import ExecutionConfig
 from stages.data.packing import Packed
+from stages.models.lora import adapts_parameters
 from stages.train.engine import LossOutput
 
 
@@ -54,6 +55,12 @@ def make_deterministic() -> None:
 
 
 def prepare(model: nn.Module, execution: ExecutionConfig) -> None:
+    if execution.compile and adapts_parameters(model):
+        raise ConfigError(
+            "compile=true does not go with lora.target_parameters, whose adapters are put into the weights and taken "
+            "out again in every forward pass",
+            advice="Use compile=false.",
+        )
     if execution.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     if execution.compile:

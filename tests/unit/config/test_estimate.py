@@ -93,6 +93,21 @@ def test_an_adapter_needs_no_second_model_and_little_besides():
     assert whole - adapted == 4 * (4 + 1 - 1) * 34_976 - 4 * 4 * 2048
 
 
+def test_adapters_of_experts_count_once_an_expert():
+    """Two layers of rank 2; 3 experts of 32 x 128 and 64 x 32, and a router of 32 x 3."""
+    mixture = SMALL.model_copy(update={"num_experts": 3, "intermediate_size": 64, "hidden_size": 32, "num_layers": 2})
+
+    def added(*targets: str) -> int:
+        with_them = LoRAConfig(rank=2, target_parameters=targets)
+        return adapter_parameters(mixture, with_them) - adapter_parameters(mixture, LoRAConfig(rank=2))
+
+    assert added("all-experts") == 2 * 2 * 3 * ((32 + 128) + (64 + 32))
+    assert added("experts.down_proj", "gate.weight") == 2 * 2 * (3 * (64 + 32) + (32 + 3))
+    assert adapter_parameters(SMALL, LoRAConfig(rank=2, target_parameters=("all-experts",))) == adapter_parameters(
+        SMALL, LoRAConfig(rank=2)
+    )
+
+
 def test_flops_are_two_a_weight_and_the_attention_whether_embeddings_are_tied_or_not():
     attention = 4 * 2 * 32 * 128
     assert forward_flops_per_token(SMALL, 512, 128) == 2 * 34_976 + attention == 102_720

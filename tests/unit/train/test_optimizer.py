@@ -149,6 +149,25 @@ def test_a_warm_up_longer_than_the_training_is_refused():
         rates(20, warmup_steps=20)
 
 
+def test_lengths_in_tokens_are_steps_rounded_up():
+    """Steps of 100 tokens: 150 are two steps, 500 five."""
+    lengths = {"warmup_tokens": 150, "decay_tokens": 500}
+    config = OptimizerConfig(learning_rate=1.0, schedule=Schedule.WSD, min_learning_rate_ratio=0.0, **lengths)  # type: ignore[arg-type]
+    got = [learning_rate(config, step=step, num_steps=10, tokens_per_step=100) for step in range(10)]
+    assert got == rates(10, schedule=Schedule.WSD, warmup_steps=2, decay_steps=5, min_learning_rate_ratio=0.0)
+    fall = [1.0, 0.5, 1 - math.sqrt(0.5), 1 - math.sqrt(0.75), 0.0]
+    assert got == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, *fall])
+
+
+def test_lengths_that_do_not_fit_are_refused_in_the_words_they_were_given_in():
+    with pytest.raises(ConfigError, match=r"decay_steps=9, but 2 of 10 steps are warm-up") as refusal:
+        rates(10, schedule=Schedule.WSD, warmup_steps=2, decay_steps=9)
+    assert "at most 8 steps" in refusal.value.advice
+    config = OptimizerConfig(learning_rate=1.0, warmup_tokens=950)
+    with pytest.raises(ConfigError, match=r"warmup_tokens=950, which is 10 steps of 100 tokens.*only 10 steps"):
+        learning_rate(config, step=0, num_steps=10, tokens_per_step=100)
+
+
 def test_shares_of_wsd_that_overlap_are_refused():
     with pytest.raises(ValueError, match="more than all steps"):
         OptimizerConfig(learning_rate=1.0, schedule=Schedule.WSD, warmup_fraction=0.5, decay_fraction=0.6)
