@@ -38,7 +38,7 @@ class Progress:
         stall_seconds: float = 0.0,
     ) -> None:
         """`printed_only` is for workers: their lines reach the job's log, its own process writes the file."""
-        self._store, self._stage, self._printed_only = store, stage, printed_only
+        self._store, self._run_id, self._stage, self._printed_only = store, run_id, stage, printed_only
         self._key = run_key(run_id, stage, "progress.json")
         self._failure_key = run_key(run_id, stage, "failure.json")
         self.watchdog = Watchdog(stall_seconds, on_stall=self._record_stall)
@@ -64,6 +64,7 @@ class Progress:
         pace = units / seconds if seconds > 0 else 0.0
         eta = (total - done) / pace if pace > 0 else None
         self._latest = {
+            "run": self._run_id,
             "stage": self._stage.value,
             "done": done,
             "total": total,
