@@ -1,7 +1,7 @@
 # One command a task; `make help` lists them. Everything made lies in .venv/ and .athanor/.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: doctor gc backup restore audit sbom compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-exact test-chaos test-live test-browser bench test-compose check format lock screenshots clean
+.PHONY: doctor gc backup restore audit sbom compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-stores test-exact test-chaos test-live test-browser bench test-compose check format lock screenshots clean
 
 VENV   := .venv
 PYTHON := $(CURDIR)/$(VENV)/bin/python
@@ -21,6 +21,9 @@ PEERS   := .athanor/bench-venv
 CYCLONEDX := cyclonedx-bom==7.5.0
 # what `make test` runs; `make test TESTS=tests/unit`
 TESTS   ?= tests
+# artifacts, leases, garbage collection and the doctor: the same tests on every kind of store
+STORE_TESTS := tests/unit/test_artifacts.py tests/unit/test_s3.py tests/unit/test_lease.py tests/unit/test_retention.py \
+  tests/integration/test_lease_s3.py tests/unit/infra/test_doctor.py
 # several tests at once, those of a file in one process; much of what they do is waiting for servers
 PYTEST_PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
 # through the environment, so that quotes in JSON survive the shell
@@ -76,6 +79,9 @@ demo: $(STAMP) ## raw text to aligned model: setup and up if needed, run llm_pip
 
 test: $(STAMP) ## all tests but those of `make test-exact`, `test-chaos`, `test-live` and `test-compose`
 	$(PYTHON) -m pytest $(PYTEST_PARALLEL) -m 'not exact and not chaos and not live and not compose' $(TESTS)
+
+test-stores: $(STAMP) ## the artifact store on a folder, on Ceph's gateway (if installed) and on Swift; two to three minutes
+	$(PYTHON) -m pytest $(STORE_TESTS)
 
 test-exact: $(STAMP) ## every objective at random kill points (KILLS=4 each) and at another world size
 	$(PYTHON) -m pytest -m exact tests/numerics

@@ -1,6 +1,7 @@
 """A job's log on its way into the task log: each line once, without colours, with progress made readable.
 
 Ray's tail always starts at the first byte, so after a reconnect the lines already shown are skipped by counting.
+Lines that stages.logs wrote are shown as text, without run, stage and try, which the task log is in.
 A flood is cut: what is left out is counted and said, and the last lines of a job are always shown.
 """
 
@@ -20,8 +21,11 @@ LINES_AT_ONCE = 2000
 _KEPT_LINES = 40
 """The last lines of a flood, shown if the job ends in it: the reason is usually there."""
 
+_ORIGIN = re.compile(r" \[run=\S* stage=\S*(?: try=\d+)?(?: rank=(\d+))?\](?= |$)")
+"""What stages.logs ends a line with; Ray may add how often others said the same."""
+_JSON_LINE = re.compile(r"\{\"time\": \".*\}")
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
-_SHOWN_ALREADY = {"stage", "done", "total", "unit", "rate", "rate_unit", "eta_seconds"}
+_SHOWN_ALREADY = {"run", "stage", "done", "total", "unit", "rate", "rate_unit", "eta_seconds"}
 
 
 class LogRelay:
@@ -88,7 +92,7 @@ class LogRelay:
         elif MLFLOW_RUN in line:
             self._take_mlflow_run(line)
         else:
-            self._take_text(line)
+            self._take_text(_readable(line))
         if not self._omitted:
             self.settled = self.seen
 
@@ -141,6 +145,17 @@ class LogRelay:
         self._on_mlflow_run(run)
 
 
+def _readable(line: str) -> str:
+    """A line of stages.logs in either format, for whoever knows the run and the stage already; others as they are."""
+    if (found := _JSON_LINE.search(line)) and (entry := _object(found[0])) and "message" in entry:
+        rank = f" [rank={entry['rank']}]" if "rank" in entry else ""
+        first, *rest = str(entry["message"]).split("\n")
+        rest += str(entry["exception"]).split("\n") if "exception" in entry else []
+        told = f"{entry['time']} {entry.get('level', ''):<7} {entry.get('logger', '')}: {first}{rank}"
+        return "\n".join([line[: found.start()] + told + line[found.end() :], *rest])
+    return _ORIGIN.sub(lambda origin: f" [rank={origin[1]}]" if origin[1] else "", line)
+
+
 def readable_progress(progress: dict[str, Any]) -> str:
     """`pretrain 120/500 steps (24 %), 7800 tokens/s, 1 min 3 s left, loss 4.2`."""
     done, total = progress["done"], progress["total"]
@@ -167,8 +182,12 @@ def _short(value: Any) -> str:
 
 
 def _json_after(marker: str, line: str) -> dict[str, Any] | None:
+    return _object(line.split(marker, 1)[1])
+
+
+def _object(text: str) -> dict[str, Any] | None:
     try:
-        value = json.loads(line.split(marker, 1)[1])
+        value = json.loads(text)
     except ValueError:
         return None
     return value if isinstance(value, dict) else None

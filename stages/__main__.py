@@ -3,7 +3,6 @@
 Exit codes are the part of the failure contract that survives a lost object store; the rest is in `failure.json`.
 """
 
-import logging
 import sys
 
 from stages.config.errors import ExitCode
@@ -14,9 +13,6 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         sys.stderr.write("usage: python -m stages <config uri>\n")
         return ExitCode.CONFIG
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stdout
-    )
     return run_stage(arguments[0])
 
 

@@ -90,6 +90,7 @@ class Progress:
         pace = units / seconds if seconds > 0 else 0.0
         eta = (total - done) / pace if pace > 0 else None
         self._latest = {
+            "run": self._run_id,
             "stage": self._stage.value,
             "done": done,
             "total": total,

@@ -11,7 +11,6 @@ import platform
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import traceback
@@ -37,6 +36,7 @@ from stages.config.pipeline import stage_config_from_json
 from stages.config.request import Failure, InputEntry, Manifest, StageRequest, StageResult
 from stages.context import StageContext, StageOutcome
 from stages.lease import Fence, Owner, acquire
+from stages.logs import log_for_request, log_for_uri
 from stages.progress import Progress, read_progress, worker_record
 from stages.stopping import raise_stopped
 from stages.store import Store, open_store, write_json
@@ -61,7 +61,9 @@ def run_stage(config_uri: str) -> int:
     """Run the stage that `config_uri` describes and return the process's exit code."""
     signal.signal(signal.SIGTERM, raise_stopped)
     try:
+        log_for_uri(config_uri)
         request, store = load_request(config_uri)
+        log_for_request(request)
     except StageError as error:
         logger.error("%s %s", error.message, error.advice)
         return EXIT_CODES[error.category]
@@ -196,6 +198,7 @@ def worker_context(
     """The context of a Ray Train worker: same stage, own scratch folder; only rank 0 reports."""
     store = open_store(request.store_uri)
     rank = int(os.environ.get("RANK", "0"))
+    log_for_request(request, rank=rank)
     with _scratch_folder() as work_dir:
         config = stage_config_from_json(request.stage, request.config)
         progress = Progress(
@@ -318,9 +321,8 @@ def _record_failure(store: Store, request: StageRequest, error: BaseException) -
         write_json(store, key, failure.model_dump(mode="json"))
     except Exception as problem:  # noqa: BLE001 - whatever the store's client raises; the exit code still tells
         logger.error("failure.json was not written: %s", problem)
-    logger.error("%s failed [%s]: %s %s", request.stage.value, failure.category, failure.message, failure.advice)
-    if failure.detail:
-        sys.stdout.write(failure.detail)
+    told = f"{request.stage.value} failed [{failure.category}]: {failure.message} {failure.advice}"
+    logger.error("%s", f"{told}\n{failure.detail}".rstrip())
     return EXIT_CODES[Category(failure.category)]
 
 

@@ -85,6 +85,8 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "S3_ENDPOINT": ("http://s3:8333", "another server's, without the profile s3"),
     "S3_REGION": ("us-east-1", ""),
     "S3_BUCKET": ("athanor", ""),
+    "ATHANOR_ALLOW_REMOTE_CODE": ("", "digests of models' code that may run, docs/SECURITY.md"),
+    "ATHANOR_LOG_FORMAT": ("text", "of stages' jobs; json for Loki, Elastic and the like, docs/OPERATIONS.md"),
     "RAY_HEAD_CPUS": ("2", "cores for stages with num_workers=0"),
     "RAY_HEAD_MEMORY": ("8g", ""),
     "RAY_WORKERS": ("1", "containers of the profile cpu"),

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from stages.config.errors import ConfigError
 from stages.config.tokens import INFER, OWN, PLAIN, TokenizeConfig
 from stages.data.chat import CHAT_TEMPLATE, ChatEncoder
+from stages.data.foreign_code import may_run_code
 
 _BOS, _EOS, _PAD = "<|bos|>", "<|end|>", "<|pad|>"
 _SPECIAL_TOKENS = [_BOS, _EOS, _PAD, "<|system|>", "<|user|>", "<|assistant|>"]
@@ -126,7 +127,7 @@ def given_tokenizer(folder: Path, *, chat_template: str = OWN) -> LoadedTokenize
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # a tokenizer's code never runs
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"base_model: no tokenizer in {folder}: {error}",
@@ -138,7 +139,7 @@ def given_tokenizer(folder: Path, *, chat_template: str = OWN) -> LoadedTokenize
         )
     if not loaded.eos_token:
         raise ConfigError(f"base_model: the tokenizer in {folder} has no end token", advice="Set its eos_token.")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=may_run_code(folder))
     check_growth(loaded.backend_tokenizer, rows=config.vocab_size)
     special = {
         "bos_token": loaded.bos_token or "",

@@ -26,6 +26,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from stages.config.errors import ConfigError
 from stages.config.train import LoRAConfig, ModelConfig
+from stages.data.foreign_code import brings_code, copy_code, may_run_code
 from stages.data.tokenizer import check_growth
 from stages.data.tokens import TokensArtifact
 from stages.models.attention import attend_within_documents
@@ -89,16 +90,25 @@ def load_causal_lm(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig = _
 
 
 def _load(auto_class: Any, folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """Nothing is unpickled and no code of the folder runs, whatever it holds."""
+    """Nothing is unpickled, and no code of the folder runs that is not allowed, whatever it holds."""
     _refuse_other_weights(folder)
-    return auto_class.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        output_loading_info=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        **options,
-    )
+    its_own = may_run_code(folder)
+    try:
+        return auto_class.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=its_own,
+            **options,
+        )
+    except (ImportError, ValueError) as error:
+        if not its_own:
+            raise
+        raise ConfigError(
+            f"the code that {folder} brings makes no {auto_class.__name__}: {error}",
+            advice="auto_map in its config.json must name a class for that, and what it imports must be installed.",
+        ) from error
 
 
 def _refuse_other_weights(folder: Path) -> None:
@@ -158,6 +168,8 @@ def save_model(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path,
         del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
     model.config.dtype = torch.float32
     model.config.save_pretrained(folder)
+    if model.name_or_path and brings_code(folder):
+        copy_code(Path(model.name_or_path), folder)
     if model.can_generate():
         generation = GenerationConfig(
             bos_token_id=tokens.bos_id if tokens.bos_id >= 0 else None,

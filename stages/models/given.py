@@ -1,12 +1,12 @@
 """A base model that somebody gives: an artifact of ours, `models:/name@alias` in MLflow, a Hugging Face folder or hub
 id."""
 
-import json
 import re
 from pathlib import Path
 
 from stages.artifacts import canonical_json, fetch, hash_file, read_manifest
 from stages.config.errors import ConfigError
+from stages.data.foreign_code import brings_code, code_files, may_run_code
 from stages.mlflow_client import artifact_uri_of_model
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -23,6 +23,8 @@ def snapshot_base_model(uri: str) -> str:
         import hashlib
 
         files = [(path.name, hash_file(path)) for path in _model_files(folder)]
+        if brings_code(folder):
+            files += [(path.relative_to(folder).as_posix(), hash_file(path)) for path in code_files(folder)]
         return hashlib.sha256(canonical_json(files)).hexdigest()
     if _HUB_ID.fullmatch(uri):
         from huggingface_hub import HfApi
@@ -32,7 +34,8 @@ def snapshot_base_model(uri: str) -> str:
 
 
 def base_model_dir(uri: str, cache_dir: Path) -> Path:
-    """Return a local folder with the model's files; weights are safetensors, and pickles and code are refused."""
+    """Return a local folder with the model's files; weights are safetensors. Refused are pickles, and code that nobody
+    allowed."""
     uri = _resolved(uri)
     if _is_artifact(uri):
         return fetch(_manifest_of(uri).ref(uri), cache_dir)
@@ -42,23 +45,10 @@ def base_model_dir(uri: str, cache_dir: Path) -> Path:
             raise _not_there(uri)
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(uri, allow_patterns=list(_WEIGHTS)))
+        folder = Path(snapshot_download(uri, allow_patterns=[*_WEIGHTS, "*.py"]))
     _model_files(folder)
-    _refuse_code(folder)
+    may_run_code(folder)
     return folder
-
-
-def _refuse_code(folder: Path) -> None:
-    """An architecture that comes as Python files would run on the workers, with their credentials."""
-    from transformers import CONFIG_MAPPING
-
-    config = json.loads((folder / "config.json").read_text())
-    if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
-        raise ConfigError(
-            f"base_model={str(folder)!r} brings code of its own for model_type={config.get('model_type')!r} "
-            "(auto_map in config.json), which is never run",
-            advice="Use a model whose architecture transformers itself knows.",
-        )
 
 
 def _is_artifact(uri: str) -> bool:

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import logging
 import os
+import platform
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -128,6 +129,7 @@ def _on_worker(arguments: dict[str, Any]) -> dict[str, Any] | None:
     module, _, name = arguments["body"].partition(":")
     fence = Fence.model_validate(arguments["fence"]) if arguments["fence"] else None
     with worker_context(request, arguments["fingerprint"], arguments["sources"], fence) as context:
+        logger.info("rank %s trains in process %d on %s", os.environ.get("RANK", "0"), os.getpid(), platform.node())
         outcome: StageOutcome = getattr(importlib.import_module(module), name)(context)
         if os.environ.get("RANK", "0") != "0":
             return None

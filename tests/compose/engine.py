@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -76,7 +77,7 @@ def _own_engine() -> Iterator[Engine]:
     _requirements()
     for name in ("data", "exec", "config/cli-plugins"):
         (root / name).mkdir(parents=True, exist_ok=True)
-    _compose_plugin(root)
+    shutil.copy(compose_program(root / "trixie"), root / "config" / "cli-plugins" / "docker-compose")
     environment = {"DOCKER_HOST": f"unix://{root}/docker.sock", "DOCKER_CONFIG": str(root / "config")}
     engine = Engine(environment, local_images=True)
     with (root / "dockerd.log").open("ab") as log:
@@ -114,26 +115,26 @@ def _requirements() -> None:
         _call("apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *missing)
 
 
-def _compose_plugin(root: Path) -> None:
-    """Debian bookworm has no Compose 2; trixie's is one static program."""
-    plugin = root / "config" / "cli-plugins" / "docker-compose"
-    if plugin.exists():
-        return
-    apt = root / "trixie"
-    (apt / "lists" / "partial").mkdir(parents=True, exist_ok=True)
+def compose_program(folder: Path) -> Path:
+    """Debian bookworm has no Compose 2; trixie's package is one program, unpacked into `folder` without root."""
+    program = folder / "unpacked/usr/libexec/docker/cli-plugins/docker-compose"
+    if program.exists():
+        return program
+    (folder / "lists" / "partial").mkdir(parents=True, exist_ok=True)
     keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
-    (apt / "sources.list").write_text(f"deb [signed-by={keyring}] {_mirror()} trixie main\n")
+    (folder / "sources.list").write_text(f"deb [signed-by={keyring}] {_mirror()} trixie main\n")
     options = {
-        "Dir::Etc::sourcelist": apt / "sources.list",
+        "Dir::Etc::sourcelist": folder / "sources.list",
         "Dir::Etc::sourceparts": "-",
-        "Dir::State::lists": apt / "lists",
+        "Dir::State::lists": folder / "lists",
+        "Dir::Cache": folder / "cache",
         "APT::Get::List-Cleanup": "0",
     }
     words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
     _call("apt-get", *words, "update", "--quiet")
-    _call("apt-get", *words, "download", "docker-compose/trixie", cwd=apt)
-    _call("dpkg-deb", "-x", str(next(apt.glob("docker-compose_*.deb"))), str(apt / "unpacked"))
-    shutil.copy(apt / "unpacked/usr/libexec/docker/cli-plugins/docker-compose", plugin)
+    _call("apt-get", *words, "download", "docker-compose/trixie", cwd=folder)
+    _call("dpkg-deb", "-x", str(next(folder.glob("docker-compose_*.deb"))), str(folder / "unpacked"))
+    return program
 
 
 def _base_image(engine: Engine, root: Path) -> None:
@@ -174,3 +175,7 @@ def _call(*command: str, cwd: Path | None = None) -> None:
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode:
         raise NoEngine(f"{' '.join(command[:3])} failed: {done.stderr[-1500:]}")
+
+
+if __name__ == "__main__":
+    print(compose_program(Path(sys.argv[1]).resolve()))

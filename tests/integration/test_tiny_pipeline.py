@@ -1,6 +1,7 @@
 """The whole story for real: recipe `tiny` through Airflow, Ray, MLflow and S3, from raw text to registered models."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,6 +227,11 @@ def test_a_run_goes_on_from_a_registered_model_on_two_workers_of_ray(first: Run,
     assert {entry.role: entry.digest for entry in manifest.inputs}["base_model"] == base.digest
     assert manifest.execution["num_workers"] == 2
     assert manifest.metrics["train/loss"] < 10
+    job = manifest.execution["submission_id"]
+    log = RayJobHook()._request("GET", f"/api/jobs/{job}/logs", what="log").json()["logs"]
+    origin = rf"\[run={re.escape(run.run_id.replace(':', '-').replace('+', '-'))} stage=sft try=\d+"
+    assert re.search(rf"sft built: .* {origin}\]", log), log[-3000:]
+    assert re.search(rf"RayTrainWorker.* trains in process .* {origin} rank=[01]\]", log), log[-3000:]
     again = play(services, base_model="models:/tiny-base@candidate", last_stage="sft")
     assert again.results[Stage.SFT].hit  # the layout is not part of the identity
 

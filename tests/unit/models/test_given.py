@@ -1,6 +1,7 @@
 """A base model that is not there, is no model, or has another tokenizer is refused with a sentence."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from stages.config.errors import ConfigError
 from stages.config.tokens import TokenizeConfig
-from stages.data.tokenizer import given_tokenizer, train_tokenizer
-from stages.models.build import _load
+from stages.data.foreign_code import code_digest
+from stages.data.tokenizer import LoadedTokenizer, given_tokenizer, train_tokenizer
+from stages.data.tokens import TokensArtifact
+from stages.models.build import _load, load_causal_lm, load_reward_model, save_model
 from stages.models.given import base_model_dir, snapshot_base_model
 
 
@@ -57,30 +60,132 @@ def test_pickled_weights_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> No
 
 CODE = """
 import pathlib
-pathlib.Path(__file__).with_name("ran").touch()
-from transformers import PretrainedConfig
-class OwnConfig(PretrainedConfig):
+pathlib.Path({sign!r}).touch()
+from transformers import LlamaConfig, LlamaForCausalLM
+from .layers import TwiceAsLoud
+
+class OwnConfig(LlamaConfig):
     model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.norm = TwiceAsLoud(config.hidden_size)
 """
+LAYERS = """
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+class TwiceAsLoud(LlamaRMSNorm):
+    def forward(self, hidden_states):
+        return 2 * super().forward(hidden_states)
+"""
+AUTO_MAP = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
 
 
-def test_code_that_comes_with_a_model_is_refused_and_never_runs(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    folder = save(tmp_path, tokenizer)
-    (folder / "own.py").write_text(CODE)
+def bring_code(folder: Path, *, sign: Path, auto_map: dict[str, str] = AUTO_MAP) -> Path:
+    """Turn a saved model into one of an architecture of its own, in two files, that leaves a sign when it runs."""
+    (folder / "own.py").write_text(CODE.format(sign=str(sign)))
+    (folder / "layers.py").write_text(LAYERS)
     config = json.loads((folder / "config.json").read_text())
-    with_code = {**config, "model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
-    (folder / "config.json").write_text(json.dumps(with_code))
-    with pytest.raises(ConfigError, match=r"brings code of its own for model_type='own'"):
-        base_model_dir(str(folder), tmp_path)
-    for load in (given_tokenizer, partial(_load, AutoModelForCausalLM)):  # nor by who comes past that check
-        with pytest.raises((ConfigError, ValueError), match="trust_remote_code"):
-            load(folder)
-    assert not list(tmp_path.rglob("ran"))
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": auto_map}))
+    return folder
+
+
+@pytest.fixture
+def with_code(tmp_path: Path, tokenizer: Tokenizer) -> Path:
+    return bring_code(save(tmp_path / "model", tokenizer), sign=tmp_path / "ran")
+
+
+def tokens_of(tokenizer: LoadedTokenizer, folder: Path) -> TokensArtifact:
+    """A `tokens` artifact without data: what loading and saving a model reads of one."""
+    tokenizer.save(folder / "tokenizer")
+    special = {"pad_id": tokenizer.pad_id, "eos_id": tokenizer.eos_id, "bos_id": tokenizer.bos_id}
+    (folder / "meta.json").write_text(json.dumps({"sequence_length": 64, "vocab_size": 300, **special}))
+    return TokensArtifact(folder)
+
+
+LOADERS = [
+    lambda folder: base_model_dir(str(folder), folder.parent),
+    given_tokenizer,
+    partial(_load, AutoModelForCausalLM),
+]
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_code_that_comes_with_a_model_is_refused_and_the_error_says_how_to_allow_it(load, with_code: Path) -> None:
+    with pytest.raises(ConfigError, match=r"brings code of its own for model_type='own'") as refused:
+        load(with_code)
+    assert f"ATHANOR_ALLOW_REMOTE_CODE={code_digest(with_code)}" in refused.value.advice
+    assert not (with_code.parent / "ran").exists()
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize("changed", ["own.py", "layers.py", "another.py"])
+def test_allowed_code_runs_and_changed_code_does_not(
+    load, changed: str, with_code: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATHANOR_ALLOW_REMOTE_CODE", f"{'0' * 64}, {code_digest(with_code)}")
+    with (with_code / changed).open("a") as file:
+        file.write("\nOTHER = 1\n")
+    with pytest.raises(ConfigError, match="does not run"):
+        load(with_code)
+    assert not (with_code.parent / "ran").exists()
+    monkeypatch.setenv("ATHANOR_ALLOW_REMOTE_CODE", code_digest(with_code))
+    load(with_code)
+
+
+@pytest.mark.parametrize("entry", ["*", "true", "org/name", "org/name@main", f"org/name@{'0' * 40}", "0" * 63])
+def test_what_pins_no_code_is_no_permission(entry: str, with_code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATHANOR_ALLOW_REMOTE_CODE", entry)
+    with pytest.raises(ConfigError, match=rf"ATHANOR_ALLOW_REMOTE_CODE holds \['{re.escape(entry)}'\]"):
+        _load(AutoModelForCausalLM, with_code)
+    assert not (with_code.parent / "ran").exists()
+
+
+def test_code_of_another_repository_never_runs(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = {**AUTO_MAP, "AutoModelForCausalLM": "org/other--own.OwnForCausalLM"}
+    folder = bring_code(save(tmp_path / "model", tokenizer), sign=tmp_path / "ran", auto_map=elsewhere)
+    monkeypatch.setenv("ATHANOR_ALLOW_REMOTE_CODE", code_digest(folder))
+    with pytest.raises(ConfigError, match="wants code of another repository"):
+        _load(AutoModelForCausalLM, folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_made_from_one_with_allowed_code_brings_the_same_code_and_loads(
+    with_code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATHANOR_ALLOW_REMOTE_CODE", code_digest(with_code))
+    tokens = tokens_of(given_tokenizer(with_code), tmp_path / "tokens")
+    model = load_causal_lm(with_code, tokens)
+    assert (tmp_path / "ran").exists()
+    assert type(model).__name__ == "OwnForCausalLM"
+    made = tmp_path / "made"
+    made.mkdir()
+    save_model(model, dict(model.state_dict()), made, tokens)
+    assert code_digest(made) == code_digest(with_code)
+    again = load_causal_lm(made, tokens)
+    ids = torch.arange(20, 40)[None]
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    with pytest.raises(ConfigError, match="makes no AutoModelForSequenceClassification"):
+        load_reward_model(made, tokens)
+    monkeypatch.delenv("ATHANOR_ALLOW_REMOTE_CODE")
+    with pytest.raises(ConfigError, match="does not run"):
+        load_causal_lm(made, tokens)
+
+
+def test_the_digest_of_a_model_with_code_follows_the_code(with_code: Path) -> None:
+    before = snapshot_base_model(str(with_code))
+    (with_code / "layers.py").write_text(LAYERS.replace("2 *", "3 *"))
+    assert snapshot_base_model(str(with_code)) != before
 
 
 def test_a_known_architecture_is_loaded_with_the_librarys_code_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
     folder = save(tmp_path, tokenizer)
-    (folder / "own.py").write_text(CODE)
+    (folder / "own.py").write_text(CODE.format(sign=str(tmp_path / "ran")))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "own.OwnConfig"}}))
     assert base_model_dir(str(folder), tmp_path) == folder
