@@ -6,6 +6,7 @@ delay; a wrong configuration or unusable data fails at once. How often is a sett
 tasks therefore carry the ceiling MAX_RETRIES, and StageRetryPolicy ends earlier.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -113,6 +114,8 @@ _BY_EXIT_CODE = {code: category for category, code in EXIT_CODES.items() if cate
 
 # Ray's own reasons (`error_type` of a job) that no retry can help.
 _RAY_CONFIG_ERRORS = ("RUNTIME_ENV_SETUP_FAILURE", "JOB_ENTRYPOINT_COMMAND_START_ERROR")
+# As `stages.__main__` has its errors logged.
+_STAGE_ERROR = re.compile(r"^\S+ \S+ ERROR +athanor: (.+)$", re.MULTILINE)
 
 
 def stage_failure(failure: Failure, *, max_retries: int | None = None) -> StageFailed:
@@ -123,7 +126,7 @@ def stage_failure(failure: Failure, *, max_retries: int | None = None) -> StageF
 
 def job_failure(job: JobInfo, *, max_retries: int | None = None) -> StageFailed:
     """Explain a job that failed without leaving a `failure.json`: by its exit code, else by Ray's reason."""
-    last_words = _last_lines(job.message)
+    last_words = _last_words(job.message)
     if job.error_type in _RAY_CONFIG_ERRORS:
         return StageConfigFailed(
             f"Ray could not start the job ({job.error_type}): {last_words}",
@@ -144,7 +147,10 @@ def job_failure(job: JobInfo, *, max_retries: int | None = None) -> StageFailed:
     return EXCEPTIONS[category](f"Ray job {job.submission_id} failed ({reason}): {last_words}", max_retries=max_retries)
 
 
-def _last_lines(text: str, count: int = 5) -> str:
+def _last_words(text: str, count: int = 5) -> str:
+    """What the stage itself said was wrong; else the last lines, whoever wrote them."""
+    if said := _STAGE_ERROR.findall(text):
+        return said[-1]
     lines = [line for line in text.splitlines() if line.strip()]
     return "\n".join(lines[-count:]) or "the job left no message"
 

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from operators.prepare import build_request, input_stages, selection
-from stages.artifacts import artifact_uri, find_manifest, fingerprint, verify
+from stages.artifacts import DOUBT, artifact_uri, find_manifest, fingerprint, is_doubted, verify
 from stages.config.base import Config
 from stages.config.errors import DamagedArtifactError
 from stages.config.estimate import (
@@ -157,6 +157,11 @@ class _Walk:
 
     def _intact(self, kind: str, identity: str) -> tuple[Manifest | None, str]:
         manifest = find_manifest(self._store, kind, identity)
+        if is_doubted(self._store, kind, identity):
+            return (
+                None,
+                f"damaged: a reader found other content than its manifest records; {DOUBT} beside it tells where",
+            )
         try:
             if manifest is not None:
                 verify(self._store, manifest)

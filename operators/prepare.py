@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from stages.artifacts import artifact_uri, find_intact, fingerprint, run_key
+from stages.artifacts import artifact_uri, find_intact, fingerprint, is_doubted, run_key
 from stages.config.closing import Approval
 from stages.config.curate import NEW_BYTES, NEW_PAIRS
 from stages.config.errors import ConfigError
@@ -119,12 +119,15 @@ def with_approval(request: StageRequest, config: PipelineConfig, answer: Any) ->
 def find_hit(store: Store, request: StageRequest) -> StageResult | None:
     """Return the artifact if it exists and is whole; a damaged one is named, discarded, and built again.
 
-    With outside sources only the job can know, because their identity is established where the data is: None.
+    Only the job can know with outside sources, because their identity is established where the data is, and where a
+    reader found damage, because all of the artifact must be read: None.
     """
     if request.sources:
         return None
     stage = request.stage
     identity = fingerprint(stage, stage_config_from_json(stage, request.config), inputs=request.inputs)
+    if is_doubted(store, GRAPH[stage].kind, identity):
+        return None
     manifest = find_intact(store, GRAPH[stage].kind, identity)
     if manifest is None:
         return None

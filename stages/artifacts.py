@@ -19,11 +19,14 @@ from stages.config.base import Config
 from stages.config.errors import DamagedArtifactError
 from stages.config.graph import GRAPH, Stage
 from stages.config.request import ArtifactRef, FileEntry, Manifest
-from stages.store import Store, open_store
+from stages.store import Store, open_store, write_json
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+DOUBT = "doubt.json"
+"""Left beside a manifest by a reader who found other content than it records: the next look at the artifact reads all
+of it, where sizes would do otherwise."""
 _CHUNK = 1 << 20
 
 
@@ -117,10 +120,7 @@ def read_file(ref: ArtifactRef | str, name: str) -> bytes:
     store, key = split_artifact_uri(uri)
     data = store.read_bytes(f"{key}/{name}")
     if hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise DamagedArtifactError(
-            f"{uri}/{name} does not have the content that its manifest records",
-            advice="Clear the stage that produced it; it will be built again.",
-        )
+        raise _damaged(store, key, name)
     return data
 
 
@@ -178,13 +178,21 @@ def find_intact(store: Store, kind: str, fingerprint: str) -> Manifest | None:
     manifest = find_manifest(store, kind, fingerprint)
     if manifest is None:
         return None
+    doubted = is_doubted(store, kind, fingerprint)
     try:
-        verify(store, manifest)
+        verify(store, manifest, hashes=doubted)
     except DamagedArtifactError as error:
         logger.warning("Damaged artifact: %s %s", error.message, error.advice)
         discard(store, manifest)
         return None
+    if doubted:
+        store.delete(f"{artifact_key(kind, fingerprint)}/{DOUBT}")
     return manifest
+
+
+def is_doubted(store: Store, kind: str, fingerprint: str) -> bool:
+    """Whether a reader found an artifact damaged, so that sizes alone do not show that it is whole."""
+    return store.exists(f"{artifact_key(kind, fingerprint)}/{DOUBT}")
 
 
 def fetch(ref: ArtifactRef, cache_dir: Path) -> Path:
@@ -215,10 +223,19 @@ def _verified_file(store: Store, key: str, entry: FileEntry, target: Path) -> No
             return
         store.download(f"{key}/{entry.path}", path)
     if not _matches(path, entry):
-        raise DamagedArtifactError(
-            f"{store.root_uri}/{key}/{entry.path} does not have the content that its manifest records",
-            advice="Clear the stage that produced it; it will be built again.",
-        )
+        raise _damaged(store, key, entry.path)
+
+
+def _damaged(store: Store, key: str, name: str) -> DamagedArtifactError:
+    """The error of a reader who found a file damaged; its stage learns of it when it is asked for the artifact next."""
+    try:
+        write_json(store, f"{key}/{DOUBT}", {"damaged": name, "found_at": utc_now()})
+    except Exception as problem:  # noqa: BLE001 - such as a store that may only be read; the damage is the news
+        logger.warning("%s/%s/%s was not written: %s", store.root_uri, key, DOUBT, problem)
+    return DamagedArtifactError(
+        f"{store.root_uri}/{key}/{name} does not have the content that its manifest records",
+        advice="Clear the stage that produced it; it will be built again.",
+    )
 
 
 def _matches(path: Path, entry: FileEntry) -> bool:

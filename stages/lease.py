@@ -3,7 +3,8 @@
 Only `put_if_absent` is atomic on every S3-compatible server, so a lease is a row of generations, each created by
 exactly one process and never edited by another: `leases/<fingerprint>/1.json`, `2.json`, ... The newest is the holder;
 creating the next one takes over from it. A holder shows that it lives by changing `<n>.beat`; a waiter calls it dead
-when that object has not changed for a while on the waiter's own monotonic clock, so clocks need not agree.
+when that object has not changed for a while on the waiter's own monotonic clock, so clocks need not agree. A time
+without an answer does not count: the store was away for the holder too.
 
 Servers whose conditional put merely looks before it writes (OpenStack Swift) may let two processes start; the last
 writer holds, and the fence below stops the other.
@@ -194,7 +195,7 @@ def acquire(
     """
     times, token = times or LeaseTimes(), uuid.uuid4().hex
     manifest_key = f"{artifact_key(kind, fingerprint)}/{MANIFEST}"
-    watch, started = _Watch(), time.monotonic()
+    watch, started = _Watch(times.beat_seconds), time.monotonic()
     while True:
         if store.exists(manifest_key):
             return None
@@ -224,11 +225,13 @@ def acquire(
 
 
 class _Watch:
-    """For how long a generation and its heartbeat have looked the same, by this process's monotonic clock."""
+    """For how long a generation and its heartbeat have looked the same, by this process's monotonic clock; between two
+    looks, however long the store was away, `longest_seconds` count at most."""
 
-    def __init__(self) -> None:
+    def __init__(self, longest_seconds: float) -> None:
+        self._longest_seconds = longest_seconds
         self._seen: tuple[int, bytes] | None = None
-        self._since = 0.0
+        self._looked_at = self._unchanged_seconds = 0.0
         self.looks = 0
         """At this generation."""
 
@@ -240,9 +243,13 @@ class _Watch:
         if self._seen is None or self._seen[0] != number:
             self.looks = 0
         self.looks += 1
+        now = time.monotonic()
         if self._seen != (number, beat):
-            self._seen, self._since = (number, beat), time.monotonic()
-        return time.monotonic() - self._since
+            self._seen, self._unchanged_seconds = (number, beat), 0.0
+        else:
+            self._unchanged_seconds += min(now - self._looked_at, self._longest_seconds)
+        self._looked_at = now
+        return self._unchanged_seconds
 
 
 def _may_take_over(newest: Generation | None, owner: Owner, silent_seconds: float, times: LeaseTimes) -> str:

@@ -3,6 +3,7 @@
 Nothing heavy is imported before a verb is needed: a cache hit costs an interpreter start and two small reads.
 """
 
+import errno
 import importlib
 import importlib.metadata
 import logging
@@ -55,6 +56,8 @@ _OUT_OF_MEMORY_TEXTS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "running low on memory",
 )
+# Python, torch and safetensors raise classes of their own, all with the system's words in them.
+_DISK_FULL_TEXTS = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
 
 def run_stage(config_uri: str) -> int:
@@ -294,10 +297,14 @@ def _flat_params(config: Config, prefix: str = "") -> dict[str, str]:
     return flat
 
 
+def _scratch_home() -> Path:
+    return Path(os.environ.get("ATHANOR_SCRATCH") or Path(tempfile.gettempdir()) / f"athanor-{os.getuid()}")
+
+
 @contextmanager
 def _scratch_folder() -> Iterator[Path]:
     """A folder of this attempt; downloads go beside it and stay for the next stage of the same machine."""
-    home = Path(os.environ.get("ATHANOR_SCRATCH") or Path(tempfile.gettempdir()) / f"athanor-{os.getuid()}")
+    home = _scratch_home()
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     if home.stat().st_uid != os.getuid():
         raise ConfigError(
@@ -329,6 +336,13 @@ def _record_failure(store: Store, request: StageRequest, error: BaseException) -
 def describe_failure(error: BaseException) -> Failure:
     """Sort an exception into the failure contract; Ray's wrapping of worker errors is looked through."""
     cause = _cause(error)
+    if any(text in str(cause) for text in _DISK_FULL_TEXTS):
+        return Failure(
+            category=Category.INFRASTRUCTURE,
+            message=f"a disk of the worker's machine is full: {without_logins(str(cause))}",
+            advice=f"Make room where stages write: {_scratch_home()} (ATHANOR_SCRATCH), {tempfile.gettempdir()} "
+            "(TMPDIR), and a file:// store (`python -m infra gc`). The retry resumes from the newest checkpoint.",
+        )
     if isinstance(cause, StageError):
         return Failure(category=cause.category, message=cause.message, advice=cause.advice)
     detail = without_logins("".join(traceback.format_exception(error)))[-8000:]
@@ -344,7 +358,8 @@ def describe_failure(error: BaseException) -> Failure:
         return Failure(
             category=Category.PREEMPTED if getattr(cause, "preempted", False) else Category.LOST,
             message=f"a training worker died: {str(cause).strip().splitlines()[0]}",
-            advice="The retry resumes from the newest checkpoint.",
+            advice="The retry resumes from the newest checkpoint. If it recurs, see whether the kernel killed the "
+            "worker for want of memory (`dmesg`): a smaller execution.<stage>.micro_batch_size needs less.",
             detail=detail,
         )
     return Failure(

@@ -61,6 +61,11 @@ _WORDS: dict[str, tuple[str, str, Category]] = {
     "PermanentRedirect": _REGION,
     "AuthorizationHeaderMalformed": _REGION,
     "QuotaExceeded": ("the quota is used up", "Raise it, or run `python -m infra gc`.", Category.INFRASTRUCTURE),
+    "EntityTooLarge": (
+        "the quota is used up, or the object is larger than the server takes",
+        "Raise the quota, or run `python -m infra gc`.",
+        Category.INFRASTRUCTURE,
+    ),
     "InsufficientStorage": ("the server is full", "Make room: `python -m infra gc`.", Category.INFRASTRUCTURE),
     "MissingContentLength": (
         "the server does not take checksums that follow the data",

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -225,7 +226,10 @@ class FileStore:
         return self._path(key)
 
     def clock(self) -> datetime:
-        return datetime.now(UTC)
+        # not this machine's clock: the folder may be another's, which stamps its files by its own
+        self.root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.root) as file:
+            return datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, UTC)
 
     def unfinished(self) -> Iterator[Unfinished]:
         for path in self.root.resolve().rglob(".*.*"):

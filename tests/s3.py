@@ -47,6 +47,8 @@ class S3Server:
     access_key: str
     secret_key: str
     authority: Path | None = None
+    config: Path | None = None
+    """For administrators' commands."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -78,6 +80,16 @@ class S3Server:
         name = f"{prefix}-{uuid.uuid4().hex[:8]}"
         client.create_bucket(Bucket=name)
         return name
+
+    def limit(self, bucket: str, max_bytes: int | None) -> None:
+        """Give a bucket a quota, or take it away."""
+        assert self.config
+        if self.kind == "swift":
+            _call(sys.executable, "-c", SWIFT_QUOTA, self.config, "AUTH_ci", bucket, str(max_bytes or ""))
+            return
+        quota = ("radosgw-admin", "-c", self.config, "--quota-scope", "bucket", "--bucket", bucket, "quota")
+        _call(*quota, "set", "--max-size", str(max_bytes or -1))
+        _call(*quota, "enable" if max_bytes else "disable")
 
 
 def missing_of_ceph() -> list[str]:
@@ -176,6 +188,7 @@ osd memory target = 939524096
 rgw frontends = beast endpoint=127.0.0.1:{port} tcp_nodelay=1
 rgw data = {root}/rgw
 rgw thread pool size = 64
+rgw bucket quota ttl = 0
 """
 
 
@@ -222,7 +235,7 @@ def _ceph(root: Path) -> Iterator[S3Server]:
         secret = secrets.token_hex(16)
         user = ("--uid", "ci", "--display-name", "ci", "--access-key", "ci", "--secret-key", secret)
         _call("radosgw-admin", "-c", config, "user", "create", *user)
-        yield S3Server("ceph", endpoint, "ci", secret)
+        yield S3Server("ceph", endpoint, "ci", secret, config=config)
 
 
 # ----------------------------------------------------------------- Swift
@@ -237,6 +250,19 @@ for name, port in zip(("account", "container", "object"), ports):
                      "replication_ip": "127.0.0.1", "replication_port": port, "meta": ""})
     builder.rebalance()
     builder.get_ring().save(f"{root}/{name}.ring.gz")
+"""
+
+# As an operator of the cloud: users cannot log in here, for their tokens would need a memcached.
+SWIFT_QUOTA = """
+import os, sys
+from swift.common.internal_client import InternalClient
+from swift.common.utils import set_swift_dir
+config, account, bucket, max_bytes = sys.argv[1:]
+set_swift_dir(os.path.dirname(config))
+client = InternalClient(config, "quota", 1)
+for container in (bucket, bucket + "+segments"):  # where the parts of large objects lie
+    client.create_container(account, container)
+    client.set_container_metadata(account, container, {"X-Container-Meta-Quota-Bytes": max_bytes})
 """
 
 SWIFT_COMMON = """
@@ -275,8 +301,21 @@ s3_acl = false
 location = {region}
 """
 
+SWIFT_INTERNAL = """
+[DEFAULT]
+swift_dir = {root}
+[pipeline:main]
+pipeline = catch_errors proxy-server
+[filter:catch_errors]
+use = egg:swift#catch_errors
+[app:proxy-server]
+use = egg:swift#proxy
+account_autocreate = true
+"""
+
 SWIFT_FILTERS = (
-    "catch_errors gatekeeper healthcheck listing_formats bulk s3api tempauth copy slo dlo versioned_writes symlink"
+    "catch_errors gatekeeper healthcheck listing_formats bulk s3api tempauth copy container_quotas slo dlo "
+    "versioned_writes symlink"
 )
 
 
@@ -294,7 +333,8 @@ def _swift(root: Path, certificate: Certificate | None) -> Iterator[S3Server]:
         for name in SWIFT_FILTERS.split()
         if name not in ("tempauth", "s3api")
     )
-    user = _user()
+    user, internal = _user(), root / "internal.conf"
+    internal.write_text(SWIFT_INTERNAL.format(root=root))
     with ExitStack() as stack:
         for name, port in ports.items():
             text = SWIFT_COMMON.format(port=port, root=root, name=name, user=user)
@@ -318,7 +358,7 @@ def _swift(root: Path, certificate: Certificate | None) -> Iterator[S3Server]:
                 answers=partial(_listens, f"{url}/healthcheck", authority),
             )
             stack.enter_context(server)
-        yield S3Server("swift", url, "ci:ci", secret, authority)  # the proxy is the last
+        yield S3Server("swift", url, "ci:ci", secret, authority, internal)  # the proxy is the last
 
 
 def _user() -> str:

@@ -71,10 +71,11 @@ def make_context(
     config: Config,
     inputs: dict[str, ArtifactRef] | None = None,
     execution: ExecutionConfig | None = None,
+    store_uri: str = "",
 ) -> StageContext:
-    """A context over a `file://` store in `home`, without MLflow."""
+    """A context over a `file://` store in `home`, or another one, without MLflow."""
     home.mkdir(parents=True, exist_ok=True)
-    store = open_store((home / "store").as_uri())
+    store = open_store(store_uri or (home / "store").as_uri())
     request = StageRequest(
         stage=stage,
         run=RunInfo(run_id="test", name="test"),
@@ -114,15 +115,15 @@ def published(context: StageContext) -> ArtifactRef:
     return manifest.ref(artifact_uri(context.store, spec.kind, context.fingerprint))
 
 
-def make_tokens(home: Path) -> ArtifactRef:
-    """Curate by hand, tokenize for real."""
+def make_tokens(home: Path, store_uri: str = "") -> ArtifactRef:
+    """Curate by hand, tokenize for real; by default into the `file://` store in `home`."""
     from stages import tokenize
     from stages.config.curate import CurateConfig
 
-    curate = make_context(home, Stage.CURATE, CurateConfig())
+    curate = make_context(home, Stage.CURATE, CurateConfig(), store_uri=store_uri)
     write_curated(curate.output_dir)
     config = TokenizeConfig(vocab_size=300, sequence_length=64, max_prompt_length=32, bpe_train_bytes=10_000)
-    context = make_context(home, Stage.TOKENIZE, config, {"curated": published(curate)})
+    context = make_context(home, Stage.TOKENIZE, config, {"curated": published(curate)}, store_uri=store_uri)
     tokenize.run(context)
     return published(context)
 

@@ -1,14 +1,33 @@
-"""A TCP proxy before the Ray head that can be cut, lose the answers of POSTs, or close the log's websocket."""
+"""A TCP proxy before a server. The line can be cut or slow; before the Ray head it loses the answers of POSTs or closes
+the log's websocket; before an object store it holds one request, so that a fault can strike in the middle of it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import threading
+from dataclasses import dataclass, field
 from types import TracebackType
 
 _SUBMISSION = b"POST /api/jobs/ HTTP"
 _LOG = b"/logs/tail"
+
+
+@dataclass
+class Held:
+    """Until `go`, or until the line is cut, requests whose first line has `pattern` stop after `after_bytes`."""
+
+    pattern: re.Pattern[bytes]
+    after_bytes: int
+    reached: threading.Event = field(default_factory=threading.Event)
+    go: threading.Event = field(default_factory=threading.Event)
+    breaks: bool = False
+    "Then the connection is closed, and the request not served."
+
+    def release(self, *, breaks: bool = False) -> None:
+        self.breaks = breaks
+        self.go.set()
 
 
 class Proxy:
@@ -26,6 +45,11 @@ class Proxy:
         self.close_logs_after: float | None = None
         "Seconds after which each log connection is closed."
         self.closed_logs = 0
+        self.delay_seconds = 0.0
+        "Before each request and each answer passes."
+        self.bytes_per_second = float("inf")
+        "Of each connection, in each direction."
+        self._held: list[Held] = []
         self._writers: set[asyncio.StreamWriter] = set()
         self._ready = threading.Event()
 
@@ -49,6 +73,12 @@ class Proxy:
 
     def mend(self) -> None:
         self.down = False
+
+    def hold(self, pattern: str, *, after_bytes: int = 0) -> Held:
+        """Lie in wait for requests such as `PUT /bucket/key`."""
+        held = Held(re.compile(pattern.encode()), after_bytes)
+        self._held.append(held)
+        return held
 
     def _close_all(self) -> None:
         for writer in list(self._writers):
@@ -74,9 +104,19 @@ class Proxy:
             return
         upstream_reader, upstream_writer = await asyncio.open_connection(*self._target)
         self._writers |= {writer, upstream_writer}
-        answers = asyncio.create_task(_copy(upstream_reader, writer))
+        answers = asyncio.create_task(self._copy(upstream_reader, writer))
+        held: Held | None = None
+        passed = 0
         try:
             while data := await reader.read(65536):
+                if held is None and (held := self._caught(data)):
+                    passed = 0
+                passed += len(data)
+                if held and passed > held.after_bytes:
+                    if await self._breaks(held):
+                        break
+                    held = None
+                await self._take_time(data)
                 upstream_writer.write(data)
                 await upstream_writer.drain()
                 if data.startswith(_SUBMISSION) and self.lose_answers:
@@ -98,10 +138,27 @@ class Proxy:
                 end.close()
                 self._writers.discard(end)
 
+    def _caught(self, data: bytes) -> Held | None:
+        line = data[:2000].partition(b"\r\n")[0]
+        return next((held for held in self._held if not held.go.is_set() and held.pattern.search(line)), None)
 
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-    writer.close()
+    async def _breaks(self, held: Held) -> bool:
+        held.reached.set()
+        while not held.go.is_set():
+            if self.down:
+                return True
+            await asyncio.sleep(0.05)
+        return held.breaks
+
+    async def _take_time(self, data: bytes) -> None:
+        begins = b"HTTP/1." in data[:2000].partition(b"\r\n")[0]
+        if seconds := self.delay_seconds * begins + len(data) / self.bytes_per_second:
+            await asyncio.sleep(seconds)
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                await self._take_time(data)
+                writer.write(data)
+                await writer.drain()
+        writer.close()

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -295,8 +295,11 @@ def _numbered(text: str, submission_id: str) -> list[str]:
 
 
 @contextmanager
-def chaos_stack(root: Path, dag_files: list[Path]) -> Iterator[ChaosStack]:
-    """Everything up; ended with all its processes when the block ends."""
+def chaos_stack(
+    root: Path, dag_files: list[Path], *, store_uri: str = "", variables: Mapping[str, str] | None = None
+) -> Iterator[ChaosStack]:
+    """Everything up; ended with all its processes when the block ends. The store is a folder unless `store_uri` says
+    otherwise; `variables` are what Airflow and jobs need to reach it."""
     layout = Layout(root)
     for folder in (root / "dags", layout.airflow, layout.store, layout.logs / "tasks", root / "pids"):
         folder.mkdir(parents=True)
@@ -304,8 +307,9 @@ def chaos_stack(root: Path, dag_files: list[Path]) -> Iterator[ChaosStack]:
         (root / "dags" / path.name).write_text(path.read_text())
     secrets = StackSecrets.load_or_generate(layout)
     write_airflow_passwords(layout, secrets.admin_password)
+    store_uri, variables = store_uri or layout.store.as_uri(), variables or {}
     with ExitStack() as stack:
-        for_jobs = {"ARTIFACT_STORE": layout.store.as_uri(), "PYTHONPATH": str(REPOSITORY)}
+        for_jobs = {"ARTIFACT_STORE": store_uri, "PYTHONPATH": str(REPOSITORY), **variables}
         ray = stack.enter_context(ray_server(num_cpus=8, environment=for_jobs))
         at = urlsplit(ray.url)
         assert at.hostname
@@ -315,16 +319,16 @@ def chaos_stack(root: Path, dag_files: list[Path]) -> Iterator[ChaosStack]:
             stack_id="chaos",
             ports={"airflow": any_free(), "ray_dashboard": at.port, "mlflow": any_free()},
             runtime_dir=str(root),
-            artifact_store=layout.store.as_uri(),
+            artifact_store=store_uri,
         )
-        environment = _environment(layout, record, secrets, ray, proxies)
+        environment = {**_environment(layout, record, secrets, ray, proxies), **variables}
         migrate = [sys.executable, "-m", "airflow", "db", "migrate"]
         subprocess.run(migrate, env=environment, check=True, capture_output=True, timeout=240)
         chaos = ChaosStack(
             airflow=AirflowApi(record.airflow_url, user="admin", password=secrets.admin_password, timeout_seconds=90),
             ray=ray,
             home=layout.store.parent,
-            store=open_store(layout.store.as_uri()),
+            store=open_store(store_uri),
             logs=layout.logs,
             pids=root / "pids",
             proxies=proxies,

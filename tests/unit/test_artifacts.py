@@ -15,7 +15,9 @@ from stages.artifacts import (
     find_intact,
     find_manifest,
     fingerprint,
+    is_doubted,
     publish,
+    read_file,
     upload_files,
     verify,
 )
@@ -183,6 +185,33 @@ def test_a_damaged_artifact_is_no_hit_and_is_set_aside(
     assert find_intact(store, "tokens", "f" * 64) is None
     assert "a.txt is missing" in caplog.text
     assert find_manifest(store, "tokens", "f" * 64) is None
+
+
+def flip_a_bit(store: Store, key: str) -> None:
+    data = bytearray(store.read_bytes(key))
+    data[0] ^= 1
+    store.write_bytes(key, bytes(data))
+
+
+def test_what_a_reader_found_damaged_is_no_hit_any_more_though_its_size_is_right(store: Store, tmp_path: Path) -> None:
+    ref = make_artifact(store, tmp_path)
+    flip_a_bit(store, f"artifacts/tokens/{'f' * 64}/a.txt")
+    assert find_intact(store, "tokens", "f" * 64) is not None
+    with pytest.raises(DamagedArtifactError, match=r"a\.txt does not have the content"):
+        fetch(ref, tmp_path / "cache")
+    assert is_doubted(store, "tokens", "f" * 64)
+    assert find_intact(store, "tokens", "f" * 64) is None
+    assert list(store.list("artifacts")) == []
+
+
+def test_a_doubt_that_proves_wrong_is_forgotten(store: Store, tmp_path: Path) -> None:
+    ref = make_artifact(store, tmp_path)
+    flip_a_bit(store, f"artifacts/tokens/{'f' * 64}/a.txt")
+    with pytest.raises(DamagedArtifactError):
+        read_file(ref, "a.txt")
+    flip_a_bit(store, f"artifacts/tokens/{'f' * 64}/a.txt")
+    assert find_intact(store, "tokens", "f" * 64) is not None
+    assert not is_doubted(store, "tokens", "f" * 64)
 
 
 def test_of_eight_publishers_at_once_one_wins_where_the_server_can_and_the_artifact_is_whole(

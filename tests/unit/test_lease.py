@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
 from stages.config.request import Manifest, RunInfo, StageRequest
 from stages.lease import Lease, LeaseLostError, LeaseTimes, Owner, acquire
-from stages.store import Store, open_store, read_json
+from stages.store import FileStore, Store, open_store, read_json
 from tests.pipeline_records import request_for
 
 KIND, IDENTITY = "tokens", "ab" * 32
@@ -37,14 +38,14 @@ def owner(run: str, *, job: str = "athanor-{run}-1") -> Owner:
     return Owner.of(request.model_copy(update={"submission_id": job.format(run=run)}))
 
 
-def publish_empty(store: Store) -> None:
+def publish_empty(store: Store, identity: str = IDENTITY) -> None:
     publish(
         store,
         Manifest(
             kind=KIND,
             stage=Stage.TOKENIZE,
             version=1,
-            fingerprint=IDENTITY,
+            fingerprint=identity,
             digest=content_digest(()),
             files=(),
             inputs=(),
@@ -89,6 +90,35 @@ def test_of_many_that_need_an_artifact_exactly_one_builds_it_and_the_rest_get_it
         thread.join()
     assert (len(built), len(got_it)) == (1, 11)
     assert list(store.list("leases")) == []
+
+
+class AwayOnce(FileStore):
+    """The second answer about a heartbeat comes after longer than any holder may be silent."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.asked, self.away = 0, threading.Event()
+
+    def read_bytes(self, key: str) -> bytes:
+        try:
+            return super().read_bytes(key)
+        finally:
+            self.asked += key.endswith(".beat")
+            if self.asked == 2 and not self.away.is_set():
+                self.away.set()
+                time.sleep(2 * QUICK.stale_seconds)
+
+
+def test_an_outage_of_the_store_makes_nobody_look_dead(store: Store, tmp_path: Path):
+    holder, seen_by_waiter = held(store, "run-1"), AwayOnce(tmp_path / "store")
+    with ThreadPoolExecutor(1) as threads:
+        waiter = threads.submit(take, seen_by_waiter, "run-2")
+        assert seen_by_waiter.away.wait(10)
+        with holder:  # its first heartbeat comes while the waiter sees nothing
+            time.sleep(4 * QUICK.stale_seconds)
+            holder.check()
+            publish_empty(store)
+        assert waiter.result() is None
 
 
 def test_a_failed_holder_lets_the_next_one_build_at_once(store: Store):

@@ -1,5 +1,8 @@
 """Which failure a job tells of when several workers fail at once."""
 
+import errno
+import os
+
 import pytest
 
 from stages.config.errors import Category, DataError, StageError
@@ -38,6 +41,22 @@ class WorkerHealthCheckFailedError(Exception):
 )
 def test_exceptions_are_sorted_into_categories(error: BaseException, category: Category):
     assert describe_failure(error).category == category
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/scratch/model.safetensors"),
+        RuntimeError("SafetensorError: I/O error: No space left on device (os error 28)"),
+        StageError("a checkpoint could not be written: No space left on device", advice="Look at the store."),
+    ],
+)
+def test_a_full_disk_is_named_with_the_folders_to_look_at(error: BaseException, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ATHANOR_SCRATCH", "/large/disk")
+    failure = describe_failure(error)
+    assert failure.category == Category.INFRASTRUCTURE
+    assert "a disk of the worker's machine is full" in failure.message
+    assert "/large/disk (ATHANOR_SCRATCH)" in failure.advice
 
 
 def test_an_unexpected_failure_tells_no_password_of_an_address():

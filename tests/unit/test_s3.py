@@ -247,6 +247,25 @@ def _there_and_back(store, tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
+def test_a_full_bucket_is_named_and_takes_more_when_there_is_room(
+    every_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(enter(every_server, monkeypatch))
+    store.write_bytes("before", b"xx")
+    every_server.limit(store.root_uri.removeprefix("s3://"), 1)
+    for write in (lambda: store.write_bytes("key", b"xx"), lambda: _there_and_back(store, tmp_path)):
+        begin = time.monotonic()
+        with pytest.raises(StoreError, match="quota is used up") as refused:
+            write()
+        assert refused.value.category is Category.INFRASTRUCTURE
+        assert "infra gc" in refused.value.advice
+        assert time.monotonic() - begin < 30  # no outage that one could wait out
+    assert list(store.unfinished()) == []
+    every_server.limit(store.root_uri.removeprefix("s3://"), None)
+    _there_and_back(store, tmp_path)
+
+
+@pytest.mark.integration
 def test_a_line_that_is_cut_for_seconds_costs_time_and_nothing_else(
     swift_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

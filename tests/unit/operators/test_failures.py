@@ -101,6 +101,11 @@ def test_a_job_without_last_words_is_sorted_by_exit_code_and_rays_reason(job: Jo
     assert type(job_failure(job)) is exception
 
 
+def test_what_the_stage_said_is_told_without_the_lines_around_it():
+    message = "Runtime env is setting up.\n2026-11-28 04:12:03,387 ERROR   athanor: the key is wrong. Check it.\nbye"
+    assert str(job_failure(failed(exit_code=2, message=message))).endswith("(exit code 2): the key is wrong. Check it.")
+
+
 def test_the_end_of_the_jobs_message_is_told():
     text = str(job_failure(failed(exit_code=1, message="\n".join(f"line {number}" for number in range(30)))))
     assert "exit code 1" in text

@@ -11,13 +11,13 @@ from operators.plan import Verdict, devices_from_environment, make_plan, plan_ru
 from operators.plan_page import as_markdown, as_table
 from operators.prepare import build_request, find_hit, input_stages, selection
 from operators.run import finish_run, start_run
-from stages.artifacts import artifact_uri, content_digest, fingerprint, publish, upload_files
+from stages.artifacts import DOUBT, MANIFEST, artifact_uri, content_digest, fingerprint, publish, upload_files
 from stages.config.errors import Category
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import PipelineConfig, stage_config_from_json
 from stages.config.request import ArtifactRef, Cost, InputEntry, Manifest, RunInfo
 from stages.config.resolve import resolve
-from stages.store import FileStore, Store, open_store
+from stages.store import FileStore, Store, open_store, write_json
 from tests.unit.operators.test_run import Task
 
 RUN = RunInfo(run_id="r", name="n")
@@ -149,6 +149,15 @@ def test_a_damaged_artifact_runs_again_and_the_plan_leaves_it_where_it_is(store:
     assert "damaged: " in plan.why
     assert "has 5 bytes" in plan.why
     assert store.exists(key.replace("model.safetensors", "manifest.json"))
+
+
+def test_an_artifact_that_a_reader_found_damaged_is_looked_at_by_its_job(store: Store, tmp_path: Path):
+    build(store, CONFIG, tmp_path)
+    (key,) = (key for key in store.list("artifacts/sft-model") if key.endswith(MANIFEST))
+    write_json(store, key.replace(MANIFEST, DOUBT), {"damaged": "model.safetensors"})
+    plan = make_plan(CONFIG, run=RUN, store=store).of(Stage.SFT)
+    assert plan.verdict is Verdict.RUN
+    assert "damaged: a reader found" in plan.why
 
 
 def test_earlier_builds_give_pace_and_data_of_what_runs(store: Store, tmp_path: Path):

@@ -10,12 +10,14 @@ from operators.failures import RunIncomplete, StageConfigFailed
 from operators.links import mlflow_artifact_page, mlflow_run_page
 from operators.prepare import build_request, find_hit, input_stages, load_config
 from operators.run import finish_run, start_run
+from stages.artifacts import DOUBT, artifact_key, fingerprint
 from stages.config.errors import ConfigError
 from stages.config.graph import GRAPH, Stage
-from stages.config.pipeline import PipelineConfig
+from stages.config.pipeline import PipelineConfig, stage_config_from_json
 from stages.config.request import ArtifactRef, RunInfo
 from stages.config.resolve import resolve
-from stages.store import open_store
+from stages.store import open_store, write_json
+from tests.unit.test_lease import publish_empty
 
 RUN_ID = "manual__2026-01-01T00:00:00+00:00"
 RUN = RunInfo(run_id="r", name="n")
@@ -133,6 +135,16 @@ def test_an_input_that_is_missing_is_named(tmp_path: Path):
     store = open_store(tmp_path.as_uri())
     with pytest.raises(ConfigError, match="sft needs 'tokens' from task 'tokenize', which left no artifact"):
         build_request(Stage.SFT, run=RUN, store=store, config=resolve({"recipe": "tiny"}), upstream={})
+
+
+def test_an_artifact_that_a_reader_found_damaged_is_left_to_the_job_which_reads_all_of_it(tmp_path: Path):
+    store, stage, upstream = open_store(tmp_path.as_uri()), Stage.TOKENIZE, {Stage.CURATE: ref(Stage.CURATE)}
+    request = build_request(stage, run=RUN, store=store, config=resolve({"recipe": "tiny"}), upstream=upstream)
+    identity = fingerprint(stage, stage_config_from_json(stage, request.config), inputs=request.inputs)
+    publish_empty(store, identity)
+    assert find_hit(store, request) is not None
+    write_json(store, f"{artifact_key(GRAPH[stage].kind, identity)}/{DOUBT}", {})
+    assert find_hit(store, request) is None
 
 
 def test_a_stage_with_outside_sources_is_never_a_hit_without_its_job(tmp_path: Path):
