@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -20,7 +20,7 @@ import psutil
 import requests
 
 from infra.airflow_api import AirflowApi, AirflowApiError
-from infra.components import airflow_components
+from infra.components import PATIENT, airflow_components
 from infra.environment import stack_environment
 from infra.layout import Layout, StackRecord, StackSecrets, write_airflow_passwords
 from infra.ports import any_free
@@ -73,11 +73,16 @@ class ChaosStack:
                 name,
                 component.command,
                 log=self.logs / f"{name}-{time.time():.0f}.log",
-                environment={**component.environment, **self.environment},
+                environment={**self._fitting(component.environment), **self.environment},
                 answers=self._answers if name == "api-server" else lambda: True,
             )
         )
         self._stacks.append(stack)
+
+    def _fitting(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """Without what a component says to SQLite, where the database is another one."""
+        is_sqlite = self.environment["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"].startswith("sqlite")
+        return {name: value for name, value in environment.items() if is_sqlite or name not in PATIENT}
 
     def _answers(self) -> bool:
         return bool(self.airflow.health())
@@ -96,6 +101,13 @@ class ChaosStack:
         for name in COMPONENTS:
             self.start(name)
 
+    def revive(self) -> list[str]:
+        """Start again what has ended by itself, as Docker or Kubernetes would, and return its names."""
+        died = [name for name, process in self.processes.items() if process.poll() is not None]
+        for name in died:
+            self.start(name)
+        return died
+
     def _kill(self, name: str, *, with_children: bool) -> None:
         server = self.processes.pop(name)
         process = psutil.Process(server.pid)
@@ -111,7 +123,8 @@ class ChaosStack:
     # ------------------------------------------------------------ runs
 
     def trigger(self, dag_id: str, behaviour: str = "", *, stage: Stage = Stage.CURATE, **conf: Any) -> Row:
-        body = {"logical_date": None, "conf": {"behaviour": behaviour, **conf}}
+        own = {"behaviour": behaviour} if behaviour else {}  # the product's DAGs do not know it
+        body = {"logical_date": None, "conf": {**own, **conf}}
         run = self.ask("POST", f"dags/{dag_id}/dagRuns", json=body)
         return Row(self, dag_id, run["dag_run_id"], stage.value)
 
@@ -295,8 +308,19 @@ def _numbered(text: str, submission_id: str) -> list[str]:
 
 
 @contextmanager
-def chaos_stack(root: Path, dag_files: list[Path]) -> Iterator[ChaosStack]:
-    """Everything up; ended with all its processes when the block ends."""
+def chaos_stack(
+    root: Path,
+    dag_files: list[Path],
+    *,
+    ray: RayServer | None = None,
+    store_uri: str = "",
+    extra: Mapping[str, str] | None = None,
+) -> Iterator[ChaosStack]:
+    """Everything up; ended with all its processes when the block ends.
+
+    Without `ray` it starts a head of its own, without `store_uri` the store is a folder. `extra` is what Airflow and
+    that head find in their environment besides.
+    """
     layout = Layout(root)
     for folder in (root / "dags", layout.airflow, layout.store, layout.logs / "tasks", root / "pids"):
         folder.mkdir(parents=True)
@@ -305,8 +329,9 @@ def chaos_stack(root: Path, dag_files: list[Path]) -> Iterator[ChaosStack]:
     secrets = StackSecrets.load_or_generate(layout)
     write_airflow_passwords(layout, secrets.admin_password)
     with ExitStack() as stack:
-        for_jobs = {"ARTIFACT_STORE": layout.store.as_uri(), "PYTHONPATH": str(REPOSITORY)}
-        ray = stack.enter_context(ray_server(num_cpus=8, environment=for_jobs))
+        store_uri = store_uri or layout.store.as_uri()
+        for_jobs = {**(extra or {}), "ARTIFACT_STORE": store_uri, "PYTHONPATH": str(REPOSITORY)}
+        ray = ray or stack.enter_context(ray_server(num_cpus=8, environment=for_jobs))
         at = urlsplit(ray.url)
         assert at.hostname
         assert at.port
@@ -315,16 +340,16 @@ def chaos_stack(root: Path, dag_files: list[Path]) -> Iterator[ChaosStack]:
             stack_id="chaos",
             ports={"airflow": any_free(), "ray_dashboard": at.port, "mlflow": any_free()},
             runtime_dir=str(root),
-            artifact_store=layout.store.as_uri(),
+            artifact_store=store_uri,
         )
-        environment = _environment(layout, record, secrets, ray, proxies)
+        environment = {**_environment(layout, record, secrets, ray, proxies), **(extra or {})}
         migrate = [sys.executable, "-m", "airflow", "db", "migrate"]
         subprocess.run(migrate, env=environment, check=True, capture_output=True, timeout=240)
         chaos = ChaosStack(
             airflow=AirflowApi(record.airflow_url, user="admin", password=secrets.admin_password, timeout_seconds=90),
             ray=ray,
             home=layout.store.parent,
-            store=open_store(layout.store.as_uri()),
+            store=open_store(store_uri),
             logs=layout.logs,
             pids=root / "pids",
             proxies=proxies,
@@ -344,10 +369,12 @@ def _environment(
     environment.pop("ATHANOR_STACK")
     environment.pop("MLFLOW_TRACKING_URI")
     connection = {"conn_type": "ray_jobs", "host": "127.0.0.1", "password": ray.token}
+    direct = {**connection, "host": urlsplit(ray.url).hostname, "port": record.ports["ray_dashboard"]}
+
     patient = {"ray_late": {"extra": {"timeout_seconds": 120}}}  # longer than its proxy holds the answer back
-    ports = {"ray_default": record.ports["ray_dashboard"], **{name: proxy.port for name, proxy in proxies.items()}}
-    for name, port in ports.items():
-        environment[f"AIRFLOW_CONN_{name.upper()}"] = json.dumps({**connection, "port": port, **patient.get(name, {})})
+    ways = {name: {**connection, "port": proxy.port, **patient.get(name, {})} for name, proxy in proxies.items()}
+    for name, way in {"ray_default": direct, **ways}.items():
+        environment[f"AIRFLOW_CONN_{name.upper()}"] = json.dumps(way)
     return {
         **environment,
         "PYTHONPATH": str(REPOSITORY),
