@@ -61,6 +61,8 @@ class ChaosStack:
     environment: dict[str, str]
     port: int
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    revived: list[str] | None = None
+    """While `supervised`: the names of what ended by itself and was started again."""
     _stacks: list[ExitStack] = field(default_factory=list)
 
     # ------------------------------------------------------------ processes
@@ -101,12 +103,15 @@ class ChaosStack:
         for name in COMPONENTS:
             self.start(name)
 
-    def revive(self) -> list[str]:
-        """Start again what has ended by itself, as Docker or Kubernetes would, and return its names."""
-        died = [name for name, process in self.processes.items() if process.poll() is not None]
-        for name in died:
-            self.start(name)
-        return died
+    @contextmanager
+    def supervised(self) -> Iterator[list[str]]:
+        """Inside, what ends by itself is started again while one waits, as Docker or Kubernetes would; yields the
+        names of what was."""
+        self.revived = []
+        try:
+            yield self.revived
+        finally:
+            self.revived = None
 
     def _kill(self, name: str, *, with_children: bool) -> None:
         server = self.processes.pop(name)
@@ -148,7 +153,11 @@ class ChaosStack:
         deadline = time.monotonic() + seconds
         while not (found := reached()):
             dead = [name for name, process in list(self.processes.items()) if process.poll() is not None]
-            assert not dead, f"died by itself: {dead}; see {self.logs}"
+            assert not dead or self.revived is not None, f"died by itself: {dead}; see {self.logs}"
+            for name in dead:
+                self.start(name)
+            if self.revived is not None:
+                self.revived += dead
             assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
             time.sleep(pause)
         return found
@@ -184,6 +193,10 @@ class Row:
 
     def run_state(self) -> str:
         return self.stack.ask("GET", self.path)["state"]
+
+    def run_ended_at(self) -> float:
+        """In seconds since the epoch."""
+        return datetime.fromisoformat(self.stack.ask("GET", self.path)["end_date"]).timestamp()
 
     def wait_state(self, *states: str, seconds: float = 400) -> str:
         return self.stack.wait(

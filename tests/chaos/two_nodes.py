@@ -89,7 +89,7 @@ def two_nodes(root: Path, dag_files: list[Path]) -> Iterator[TwoNodes]:
 def _folders(root: Path, name: str) -> dict[str, str]:
     scratch, temporary = root / name / "scratch", root / name / "tmp"
     for path in (scratch, temporary):
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
     return {"ATHANOR_SCRATCH": str(scratch), "TMPDIR": str(temporary)}
 
 
