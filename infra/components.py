@@ -56,14 +56,20 @@ def airflow_components(*, port: int) -> list[Component]:
 
 
 def ray_head(
-    *, ports: Mapping[str, int], session_root: Path, num_cpus: int, object_store_bytes: int = 256 * MIB
+    *,
+    ports: Mapping[str, int],
+    session_root: Path,
+    num_cpus: int,
+    object_store_bytes: int = 256 * MIB,
+    address: str = RAY_ADDRESS,
 ) -> Component:
-    """A Ray head on loopback. `ports` names ray_gcs, ray_dashboard and ray_agent_http; the rest are random, so that
-    two heads fit on one machine. It must find RAY_AUTH_MODE and RAY_AUTH_TOKEN in its environment."""
+    """A Ray head that listens on `address`, which is loopback unless other machines join. `ports` names ray_gcs,
+    ray_dashboard and ray_agent_http; the rest are random, so that two heads fit on one machine. It must find
+    RAY_AUTH_MODE and RAY_AUTH_TOKEN in its environment."""
     options = {
-        "--node-ip-address": RAY_ADDRESS,
+        "--node-ip-address": address,
         "--port": ports["ray_gcs"],
-        "--dashboard-host": "127.0.0.1",
+        "--dashboard-host": address,
         "--dashboard-port": ports["ray_dashboard"],
         "--dashboard-agent-listen-port": ports["ray_agent_http"],
         "--min-worker-port": 0,
@@ -78,7 +84,7 @@ def ray_head(
         "ray",
         (*command, *(f"{name}={value}" for name, value in options.items())),
         {
-            **RAY_ON_LOOPBACK,
+            **(RAY_ON_LOOPBACK if address == RAY_ADDRESS else {}),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_START_HOOK": "infra.loopback.without_client_server",
             "RAY_enable_metrics_collection": "0",  # nobody scrapes them here; saves CPU on every node report

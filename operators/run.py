@@ -13,6 +13,7 @@ from stages.config.request import RunInfo
 
 if TYPE_CHECKING:
     from stages.config.pipeline import PipelineConfig
+    from stages.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,8 @@ def finish_run(context: Any, *, resolve_task_id: str = "resolve", plan_task_id: 
         raise RunIncomplete("The run never started.", advice=f"The log of task {resolve_task_id!r} says why.")
     run = RunInfo.model_validate(value)
     with as_stage_failures():
-        config = load_config(open_store(os.environ.get("ARTIFACT_STORE", "")), run)
+        store = open_store(os.environ.get("ARTIFACT_STORE", ""))
+        config = load_config(store, run)
         wanted = {plan_task_id} if config.dry_run else selection(config)
     states = ti.get_task_states(dag_id=ti.dag_id, run_ids=[ti.run_id]).get(ti.run_id, {})
     unfinished = [
@@ -90,5 +92,22 @@ def finish_run(context: Any, *, resolve_task_id: str = "resolve", plan_task_id: 
     ]
     end_stage_runs(run, killed=True)
     end_parent_run(run, succeeded=not unfinished)
+    with as_stage_failures():
+        _tell_undelivered(store, run)
     if unfinished:
         raise RunIncomplete(f"Not every stage succeeded: {', '.join(unfinished)}.")
+
+
+def _tell_undelivered(store: "Store", run: RunInfo) -> None:
+    """Say what of the run MLflow does not have, because it was away until the end, and how to deliver it."""
+    from stages.spool import SPOOL_NAME
+
+    waiting = [key for key in store.list(f"runs/{run.run_id}") if key.endswith(f"/{SPOOL_NAME}")]
+    if waiting:
+        logger.warning(
+            "MLflow was away and does not have all of this run; nothing is lost. What is missing waits in %s under %s. "
+            "When MLflow is back: python -m stages.tracking %s",
+            store.root_uri,
+            ", ".join(waiting),
+            run.run_id,
+        )

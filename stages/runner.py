@@ -357,7 +357,7 @@ def describe_failure(error: BaseException) -> Failure:
     if _is_worker_death(cause):
         return Failure(
             category=Category.PREEMPTED if getattr(cause, "preempted", False) else Category.LOST,
-            message=f"a training worker died: {str(cause).strip().splitlines()[0]}",
+            message=_death(cause),
             advice="The retry resumes from the newest checkpoint. If it recurs, see whether the kernel killed the "
             "worker for want of memory (`dmesg`): a smaller execution.<stage>.micro_batch_size needs less.",
             detail=detail,
@@ -388,6 +388,14 @@ def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
+
+
+def _death(error: BaseException) -> str:
+    """Where a worker died and why; Ray says so on later lines, after one that says nothing."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    address = next((line.removeprefix("ip: ") for line in lines if line.startswith("ip: ")), "")
+    reasons = [line.partition(". ")[0] for line in lines if " because " in line or "was terminated" in line]
+    return f"a training worker died{address and f' on {address}'}: {', '.join(reasons) or lines[0]}"
 
 
 def _is_worker_death(error: BaseException) -> bool:

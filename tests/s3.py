@@ -103,18 +103,19 @@ def best_kind() -> str:
 
 
 @contextmanager
-def s3_server(kind: str, *, certificate: Certificate | None = None) -> Iterator[S3Server]:
-    """A real S3 server in a directory of its own; Swift alone speaks TLS, with `certificate`."""
+def s3_server(kind: str, *, certificate: Certificate | None = None, address: str = "127.0.0.1") -> Iterator[S3Server]:
+    """A real S3 server in a directory of its own, which clients reach at `address`; Swift alone speaks TLS, with
+    `certificate`."""
     root = Path(tempfile.mkdtemp(prefix="ath-s3-", dir="/tmp"))  # Unix sockets need a short path
     try:
         match kind:
             case "ceph" if missing := missing_of_ceph():
                 raise ServerError(f"Ceph was asked for, but not on PATH: {', '.join(missing)}")
             case "ceph":
-                with _ceph(root) as server:
+                with _ceph(root, address) as server:
                     yield server
             case "swift":
-                with _swift(root, certificate) as server:
+                with _swift(root, certificate, address) as server:
                     yield server
             case _:
                 raise ServerError(f"S3 server {kind!r} is not one of ceph, swift")
@@ -185,7 +186,7 @@ bluestore block size = 10737418240
 bluestore block create = true
 osd memory target = 939524096
 [client]
-rgw frontends = beast endpoint=127.0.0.1:{port} tcp_nodelay=1
+rgw frontends = beast endpoint={address}:{port} tcp_nodelay=1
 rgw data = {root}/rgw
 rgw thread pool size = 64
 rgw bucket quota ttl = 0
@@ -193,13 +194,13 @@ rgw bucket quota ttl = 0
 
 
 @contextmanager
-def _ceph(root: Path) -> Iterator[S3Server]:
+def _ceph(root: Path, address: str) -> Iterator[S3Server]:
     """One monitor, one OSD on a sparse file and a gateway, all in the foreground; about 16 s."""
     for directory in ("mon", "osd/0", "run", "log", "rgw"):
         (root / directory).mkdir(parents=True)
     config, port, mon_port = root / "ceph.conf", any_free(), any_free()
     fsid, keyring = str(uuid.uuid4()), root / "keyring"
-    config.write_text(CEPH_CONFIG.format(fsid=fsid, root=root, port=port, mon_port=mon_port))
+    config.write_text(CEPH_CONFIG.format(fsid=fsid, root=root, port=port, mon_port=mon_port, address=address))
     ceph = ("ceph", "-c", config, "--connect-timeout", "5")
     caps = [word for service in ("mon", "osd", "mgr", "mds") for word in ("--cap", service, "allow *")]
     _call("ceph-authtool", "-C", keyring, "--gen-key", "-n", "mon.", "--cap", "mon", "allow *")
@@ -229,7 +230,7 @@ def _ceph(root: Path) -> Iterator[S3Server]:
         caps = ("mon", "allow rw", "osd", "allow rwx")
         _call(*ceph, "auth", "get-or-create", "client.rgw.a", *caps, "-o", root / "rgw/keyring")
         daemon("osd", "ceph-osd", "-f", "-i", "0", answers=lambda: ceph_says("1 up", "osd", "stat"))
-        endpoint = f"http://127.0.0.1:{port}"
+        endpoint = f"http://{address}:{port}"
         gateway = ("radosgw", "-f", "-n", "client.rgw.a", "-k", root / "rgw/keyring")
         daemon("rgw", *gateway, answers=lambda: _listens(endpoint))
         secret = secrets.token_hex(16)
@@ -267,7 +268,7 @@ for container in (bucket, bucket + "+segments"):  # where the parts of large obj
 
 SWIFT_COMMON = """
 [DEFAULT]
-bind_ip = 127.0.0.1
+bind_ip = {address}
 bind_port = {port}
 user = {user}
 swift_dir = {root}
@@ -320,7 +321,7 @@ SWIFT_FILTERS = (
 
 
 @contextmanager
-def _swift(root: Path, certificate: Certificate | None) -> Iterator[S3Server]:
+def _swift(root: Path, certificate: Certificate | None, address: str) -> Iterator[S3Server]:
     """Account, container, object and proxy server in the foreground; about 3 s, no root needed."""
     (root / "srv" / "d1").mkdir(parents=True)
     (root / "swift.conf").write_text(f"[swift-hash]\nswift_hash_path_suffix = {secrets.token_hex(8)}\n")
@@ -337,7 +338,8 @@ def _swift(root: Path, certificate: Certificate | None) -> Iterator[S3Server]:
     internal.write_text(SWIFT_INTERNAL.format(root=root))
     with ExitStack() as stack:
         for name, port in ports.items():
-            text = SWIFT_COMMON.format(port=port, root=root, name=name, user=user)
+            host = address if name == "proxy" else "127.0.0.1"
+            text = SWIFT_COMMON.format(address=host, port=port, root=root, name=name, user=user)
             if name == "proxy":
                 pipeline = f"{SWIFT_FILTERS} proxy-server"
                 if certificate:
@@ -349,7 +351,7 @@ def _swift(root: Path, certificate: Certificate | None) -> Iterator[S3Server]:
             config.write_text(text)
             program = str(Path(sys.executable).parent / f"swift-{name}-server")
             authority = certificate.authority if certificate and name == "proxy" else None
-            url = f"{'https' if authority else 'http'}://127.0.0.1:{port}"
+            url = f"{'https' if authority else 'http'}://{host}:{port}"
             server = running(
                 name,
                 [program, str(config)],

@@ -13,8 +13,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -113,14 +113,50 @@ def _wait(
     raise ServerError(f"{name} did not start, {how}; end of {log}:\n{last_lines(log, 30)}")
 
 
-def _component(component: Component, *, log: Path, environment: Mapping[str, str], answers: Callable[[], bool]):
+def _component(
+    component: Component,
+    *,
+    log: Path,
+    environment: Mapping[str, str],
+    answers: Callable[[], bool],
+    within: Sequence[str] = (),
+) -> AbstractContextManager[subprocess.Popen[bytes]]:
     return running(
         component.name,
-        component.command,
+        (*within, *component.command),
         log=log,
         environment={**component.environment, **environment},
         answers=answers,
     )
+
+
+class Restartable:
+    """A server that a test may kill and start again; all that was ever started is gone after `stop`."""
+
+    def __init__(self, start: Callable[[], AbstractContextManager[subprocess.Popen[bytes]]]) -> None:
+        self._start = start
+        self._started = ExitStack()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self.process = self._started.enter_context(self._start())
+
+    @property
+    def has_ended(self) -> bool:
+        return self.process is None or self.process.poll() is not None
+
+    def kill(self) -> None:
+        """SIGKILL to the server and the processes that it started itself; what those started is left behind."""
+        assert self.process is not None, "it does not run"
+        process = psutil.Process(self.process.pid)
+        for victim in (process, *process.children()):
+            with suppress(psutil.NoSuchProcess):  # it may end with its parent
+                victim.kill()
+        self.process.wait()
+        self.process = None
+
+    def stop(self) -> None:
+        self._started.close()
 
 
 # ------------------------------------------------------------------- Ray
@@ -136,6 +172,7 @@ class RayServer:
     gcs_address: str
     session_root: Path
     """Session files of Ray: logs of its own and of its jobs."""
+    head: Restartable = field(repr=False, compare=False)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -143,55 +180,90 @@ class RayServer:
 
 
 @contextmanager
-def ray_server(*, num_cpus: int = 2, environment: Mapping[str, str] | None = None) -> Iterator[RayServer]:
-    """A Ray head of its own; `environment` is what its jobs inherit, such as ARTIFACT_STORE."""
+def ray_server(
+    *,
+    num_cpus: int = 2,
+    environment: Mapping[str, str] | None = None,
+    address: str = RAY_ADDRESS,
+    within: Sequence[str] = (),
+) -> Iterator[RayServer]:
+    """A Ray head of its own; `environment` is what its jobs inherit, such as ARTIFACT_STORE. `within` is put before its
+    command, such as `ip netns exec NAME`, where `address` is then."""
     root = Path(tempfile.mkdtemp(prefix="ath-ray-", dir="/tmp"))  # its Unix sockets need a short path
     ports = {name: any_free() for name in ("ray_gcs", "ray_dashboard", "ray_agent_http")}
-    component = ray_head(ports=ports, session_root=root, num_cpus=num_cpus, object_store_bytes=128 * 2**20)
-    server = RayServer(
-        url=f"http://127.0.0.1:{ports['ray_dashboard']}",
-        token=secrets.token_hex(32),
-        gcs_address=f"{RAY_ADDRESS}:{ports['ray_gcs']}",
-        session_root=root,
+    component = ray_head(
+        ports=ports, session_root=root, num_cpus=num_cpus, object_store_bytes=128 * 2**20, address=address
     )
+    token, log, url = secrets.token_hex(32), root / "head.log", f"http://{address}:{ports['ray_dashboard']}"
     shared = {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": server.token,
+        "RAY_AUTH_TOKEN": token,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         **(environment or {}),
     }
-    log = root / "head.log"
 
-    def head():
-        return _component(
-            component, log=log, environment=shared, answers=lambda: ray_missing(server.url, server.token) is None
-        )
+    @contextmanager
+    def head() -> Iterator[subprocess.Popen[bytes]]:
+        def once():
+            return _component(
+                component,
+                log=log,
+                environment=shared,
+                answers=lambda: ray_missing(url, token) is None,
+                within=within,
+            )
 
-    with ExitStack() as stack:
-        stack.callback(shutil.rmtree, root, ignore_errors=True)
-        try:
-            stack.enter_context(head())
-        except ServerError:
-            # Ray gives its node 30 s to join, which no setting changes and a busy machine may miss; once more then
-            if "timed out during startup" not in log.read_text(errors="replace"):
-                raise
-            stack.enter_context(head())
+        with ExitStack() as stack:
+            try:
+                process = stack.enter_context(once())
+            except ServerError:
+                # Ray gives its node 30 s to join, which no setting changes and a busy machine may miss; once more then
+                if "timed out during startup" not in log.read_text(errors="replace"):
+                    raise
+                process = stack.enter_context(once())
+            yield process
+
+    server = RayServer(
+        url=url,
+        token=token,
+        gcs_address=f"{address}:{ports['ray_gcs']}",
+        session_root=root,
+        head=Restartable(head),
+    )
+    try:
+        server.head.start()
         yield server
+    finally:
+        server.head.stop()
+        shutil.rmtree(root, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- MLflow
 
 
-@contextmanager
-def mlflow_tracking(root: Path) -> Iterator[str]:
-    """An MLflow server with SQLite under `root`; yields its URL."""
+def restartable_mlflow(root: Path) -> tuple[str, Restartable]:
+    """The URL of an MLflow server with SQLite under `root`, and the server, which is not started yet."""
     (root / "artifacts").mkdir(parents=True, exist_ok=True)
     port = any_free()
     url = f"http://127.0.0.1:{port}"
-    with _component(
-        mlflow_server(port=port, home=root),
-        log=root / "server.log",
-        environment={"MLFLOW_DISABLE_TELEMETRY": "true"},
-        answers=lambda: mlflow_missing(url) is None,
-    ):
+
+    def start() -> AbstractContextManager[subprocess.Popen[bytes]]:
+        return _component(
+            mlflow_server(port=port, home=root),
+            log=root / "server.log",
+            environment={"MLFLOW_DISABLE_TELEMETRY": "true"},
+            answers=lambda: mlflow_missing(url) is None,
+        )
+
+    return url, Restartable(start)
+
+
+@contextmanager
+def mlflow_tracking(root: Path) -> Iterator[str]:
+    """An MLflow server with SQLite under `root`; yields its URL."""
+    url, server = restartable_mlflow(root)
+    try:
+        server.start()
         yield url
+    finally:
+        server.stop()

@@ -36,6 +36,8 @@ def launch(context: StageContext, body: Body) -> StageOutcome:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    from stages.train.process_group import OverRaysInterface
+
     execution = context.execution
     if execution.num_workers == 0:
         trainer = TorchTrainer(lambda: _to_json(body(context)), scaling_config=ScalingConfig(num_workers=0))
@@ -51,6 +53,7 @@ def launch(context: StageContext, body: Body) -> StageOutcome:
             "fence": context.fence.model_dump() if context.fence else None,
             "body": f"{body.__module__}:{body.__name__}",
         },
+        torch_config=OverRaysInterface(),
         scaling_config=ScalingConfig(
             num_workers=(execution.min_workers, execution.num_workers) if elastic else execution.num_workers,
             use_gpu=execution.gpus_per_worker > 0,

@@ -17,6 +17,7 @@ from stages.config.graph import Stage
 
 CHECKPOINT_EVERY = 4
 JOB = sys.executable + " -m tests.chaos.job {config_uri} {{ params.behaviour }}"
+SLOW = sys.executable + " -m tests.chaos.slow {config_uri}"
 TRAINING = sys.executable + " -m tests.chaos.training {config_uri}"
 DEFAULTS = {
     "retries": MAX_RETRIES,
@@ -100,6 +101,27 @@ with DAG(
         return context["params"]["tokens"]
 
     chain(resolve_training(), tokenize(), StageOperator(stage=Stage.PRETRAIN, entrypoint=TRAINING, outlets=[]))
+
+with DAG(
+    dag_id="slow",
+    schedule=None,
+    params=ParamsDict({"behaviour": "", "overrides": {}, "seed": 0}),
+    default_args=DEFAULTS,
+) as slow:
+
+    @task(task_id="resolve")
+    def resolve_slow() -> dict:
+        """What `llm_pipeline` of the same overrides builds, at a pace that leaves time for faults."""
+        context: Any = get_current_context()
+        params = context["params"]
+        return run_info(seed=params["seed"], last_stage="pretrain", overrides=params["overrides"])
+
+    chain(
+        resolve_slow(),
+        StageOperator(stage=Stage.CURATE, outlets=[]),
+        StageOperator(stage=Stage.TOKENIZE, outlets=[]),
+        StageOperator(stage=Stage.PRETRAIN, entrypoint=SLOW, outlets=[]),
+    )
 
 with DAG(
     dag_id="mapped",

@@ -20,7 +20,7 @@ import psutil
 import requests
 
 from infra.airflow_api import AirflowApi, AirflowApiError
-from infra.components import airflow_components
+from infra.components import PATIENT, airflow_components
 from infra.environment import stack_environment
 from infra.layout import Layout, StackRecord, StackSecrets, write_airflow_passwords
 from infra.ports import any_free
@@ -61,6 +61,8 @@ class ChaosStack:
     environment: dict[str, str]
     port: int
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    revived: list[str] | None = None
+    """While `supervised`: the names of what ended by itself and was started again."""
     _stacks: list[ExitStack] = field(default_factory=list)
 
     # ------------------------------------------------------------ processes
@@ -73,11 +75,16 @@ class ChaosStack:
                 name,
                 component.command,
                 log=self.logs / f"{name}-{time.time():.0f}.log",
-                environment={**component.environment, **self.environment},
+                environment={**self._fitting(component.environment), **self.environment},
                 answers=self._answers if name == "api-server" else lambda: True,
             )
         )
         self._stacks.append(stack)
+
+    def _fitting(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """Without what a component says to SQLite, where the database is another one."""
+        is_sqlite = self.environment["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"].startswith("sqlite")
+        return {name: value for name, value in environment.items() if is_sqlite or name not in PATIENT}
 
     def _answers(self) -> bool:
         return bool(self.airflow.health())
@@ -96,6 +103,16 @@ class ChaosStack:
         for name in COMPONENTS:
             self.start(name)
 
+    @contextmanager
+    def supervised(self) -> Iterator[list[str]]:
+        """Inside, what ends by itself is started again while one waits, as Docker or Kubernetes would; yields the
+        names of what was."""
+        self.revived = []
+        try:
+            yield self.revived
+        finally:
+            self.revived = None
+
     def _kill(self, name: str, *, with_children: bool) -> None:
         server = self.processes.pop(name)
         process = psutil.Process(server.pid)
@@ -111,7 +128,8 @@ class ChaosStack:
     # ------------------------------------------------------------ runs
 
     def trigger(self, dag_id: str, behaviour: str = "", *, stage: Stage = Stage.CURATE, **conf: Any) -> Row:
-        body = {"logical_date": None, "conf": {"behaviour": behaviour, **conf}}
+        own = {"behaviour": behaviour} if behaviour else {}  # the product's DAGs do not know it
+        body = {"logical_date": None, "conf": {**own, **conf}}
         run = self.ask("POST", f"dags/{dag_id}/dagRuns", json=body)
         return Row(self, dag_id, run["dag_run_id"], stage.value)
 
@@ -135,7 +153,11 @@ class ChaosStack:
         deadline = time.monotonic() + seconds
         while not (found := reached()):
             dead = [name for name, process in list(self.processes.items()) if process.poll() is not None]
-            assert not dead, f"died by itself: {dead}; see {self.logs}"
+            assert not dead or self.revived is not None, f"died by itself: {dead}; see {self.logs}"
+            for name in dead:
+                self.start(name)
+            if self.revived is not None:
+                self.revived += dead
             assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
             time.sleep(pause)
         return found
@@ -171,6 +193,10 @@ class Row:
 
     def run_state(self) -> str:
         return self.stack.ask("GET", self.path)["state"]
+
+    def run_ended_at(self) -> float:
+        """In seconds since the epoch."""
+        return datetime.fromisoformat(self.stack.ask("GET", self.path)["end_date"]).timestamp()
 
     def wait_state(self, *states: str, seconds: float = 400) -> str:
         return self.stack.wait(
@@ -296,10 +322,18 @@ def _numbered(text: str, submission_id: str) -> list[str]:
 
 @contextmanager
 def chaos_stack(
-    root: Path, dag_files: list[Path], *, store_uri: str = "", variables: Mapping[str, str] | None = None
+    root: Path,
+    dag_files: list[Path],
+    *,
+    ray: RayServer | None = None,
+    store_uri: str = "",
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator[ChaosStack]:
-    """Everything up; ended with all its processes when the block ends. The store is a folder unless `store_uri` says
-    otherwise; `variables` are what Airflow and jobs need to reach it."""
+    """Everything up; ended with all its processes when the block ends.
+
+    Without `ray` it starts a head of its own, without `store_uri` the store is a folder. `variables` are what Airflow
+    and that head find in their environment besides.
+    """
     layout = Layout(root)
     for folder in (root / "dags", layout.airflow, layout.store, layout.logs / "tasks", root / "pids"):
         folder.mkdir(parents=True)
@@ -309,8 +343,8 @@ def chaos_stack(
     write_airflow_passwords(layout, secrets.admin_password)
     store_uri, variables = store_uri or layout.store.as_uri(), variables or {}
     with ExitStack() as stack:
-        for_jobs = {"ARTIFACT_STORE": store_uri, "PYTHONPATH": str(REPOSITORY), **variables}
-        ray = stack.enter_context(ray_server(num_cpus=8, environment=for_jobs))
+        for_jobs = {**variables, "ARTIFACT_STORE": store_uri, "PYTHONPATH": str(REPOSITORY)}
+        ray = ray or stack.enter_context(ray_server(num_cpus=8, environment=for_jobs))
         at = urlsplit(ray.url)
         assert at.hostname
         assert at.port
@@ -348,10 +382,12 @@ def _environment(
     environment.pop("ATHANOR_STACK")
     environment.pop("MLFLOW_TRACKING_URI")
     connection = {"conn_type": "ray_jobs", "host": "127.0.0.1", "password": ray.token}
+    direct = {**connection, "host": urlsplit(ray.url).hostname, "port": record.ports["ray_dashboard"]}
+
     patient = {"ray_late": {"extra": {"timeout_seconds": 120}}}  # longer than its proxy holds the answer back
-    ports = {"ray_default": record.ports["ray_dashboard"], **{name: proxy.port for name, proxy in proxies.items()}}
-    for name, port in ports.items():
-        environment[f"AIRFLOW_CONN_{name.upper()}"] = json.dumps({**connection, "port": port, **patient.get(name, {})})
+    ways = {name: {**connection, "port": proxy.port, **patient.get(name, {})} for name, proxy in proxies.items()}
+    for name, way in {"ray_default": direct, **ways}.items():
+        environment[f"AIRFLOW_CONN_{name.upper()}"] = json.dumps(way)
     return {
         **environment,
         "PYTHONPATH": str(REPOSITORY),

@@ -77,6 +77,18 @@ def test_an_mlflow_that_is_away_is_named_without_its_password(monkeypatch: pytes
     assert explain(RuntimeError("at http://athanor:pa55word@mlflow:5000")) == "at http://mlflow:5000"
 
 
+def test_the_death_of_a_node_is_told_with_its_address_and_rays_reason():
+    text = (
+        "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\n\tip: 10.0.0.3\n"
+        "The actor died because its node has died. Node Id: 6cab\n"
+        "\tthe actor's node was terminated unexpectedly: health check failed due to missing too many heartbeats"
+    )
+    assert describe_failure(ActorDiedError(text)).message == (
+        "a training worker died on 10.0.0.3: The actor died because its node has died, "
+        "the actor's node was terminated unexpectedly: health check failed due to missing too many heartbeats"
+    )
+
+
 def test_the_worker_that_knows_why_speaks_for_those_that_failed_with_it():
     peer = RuntimeError("gloo: connection closed by peer")
     assert describe_failure(WorkerGroupError(peer, ActorDiedError("died"))).category == Category.LOST

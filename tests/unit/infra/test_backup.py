@@ -1,11 +1,8 @@
 """A backup of the local stack that is destroyed and restored; and backups that must not be restored."""
 
-import os
-import pwd
 import shutil
 import sqlite3
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -28,6 +25,7 @@ from stages.artifacts import fetch, read_manifest
 from stages.config.graph import Stage
 from stages.store import open_store
 from tests.pipeline_records import publish_run
+from tests.postgres import missing_for_postgres, postgres_server
 
 
 def say(line: str) -> None:
@@ -124,37 +122,16 @@ def test_without_postgres_tools_or_server_the_reason_is_told(tmp_path: Path, mon
 
 @pytest.fixture
 def postgres(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A real server with the three databases, named by libpq's variables; it refuses to run as root."""
-    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    try:
-        user = pwd.getpwnam("postgres" if os.getuid() == 0 else pwd.getpwuid(os.getuid()).pw_name)
-    except KeyError:
-        user = None
-    if not programs or not shutil.which("pg_dump") or user is None:
-        pytest.skip("PostgreSQL's server and client are not installed (Debian: postgresql)")
-    root = Path(tempfile.mkdtemp(prefix="ath-pg-", dir="/tmp"))  # its socket needs a short path
-    os.chown(root, user.pw_uid, user.pw_gid)
-    binaries = programs[-1].parent
-    monkeypatch.setenv("PGHOST", str(root))
-    monkeypatch.setenv("PGUSER", "postgres")
-    who = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if os.getuid() == 0 else {}
-
-    def run(*words: str) -> None:
-        # to a file: the server that pg_ctl leaves behind would hold a pipe open
-        with (root / "run.log").open("ab") as log:
-            subprocess.run(words, check=True, stdout=log, stderr=log, stdin=subprocess.DEVNULL, **who)
-
-    run(str(binaries / "initdb"), "-D", f"{root}/data", "-U", "postgres", "--auth=trust", "--no-sync", "-E", "UTF8")
-    options = f"-c listen_addresses= -c unix_socket_directories={root} -c fsync=off"
-    run(str(binaries / "pg_ctl"), "-D", f"{root}/data", "-w", "-l", f"{root}/pg.log", "-o", options, "start")
-    try:
+    """A real server with the three databases, named by libpq's variables."""
+    if (reason := missing_for_postgres()) or not shutil.which("pg_dump"):
+        pytest.skip(reason or "pg_dump is not on PATH (Debian: postgresql-client)")
+    with postgres_server() as server:
+        monkeypatch.setenv("PGHOST", str(server.host))
+        monkeypatch.setenv("PGUSER", "postgres")
         for name in POSTGRES_DATABASES:
-            sql(f'CREATE DATABASE "{name}"', "postgres")
-            sql("CREATE TABLE runs (name TEXT); INSERT INTO runs VALUES ('first')", name)
+            server.sql(f'CREATE DATABASE "{name}"')
+            server.sql("CREATE TABLE runs (name TEXT); INSERT INTO runs VALUES ('first')", name)
         yield
-    finally:
-        run(str(binaries / "pg_ctl"), "-D", f"{root}/data", "-m", "immediate", "stop")
-        shutil.rmtree(root)
 
 
 def sql(text: str, database: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 from operators.failures import RunIncomplete, StageConfigFailed
 from operators.links import mlflow_artifact_page, mlflow_run_page
 from operators.prepare import build_request, find_hit, input_stages, load_config
-from operators.run import finish_run, start_run
+from operators.run import finish_run, safe_run_id, start_run
 from stages.artifacts import DOUBT, artifact_key, fingerprint
 from stages.config.errors import ConfigError
 from stages.config.graph import GRAPH, Stage
@@ -108,6 +108,17 @@ def test_a_run_is_green_when_all_that_was_asked_for_is_there():
 def test_a_run_is_red_when_something_that_was_asked_for_is_missing(state: str):
     with pytest.raises(RunIncomplete, match=rf"Not every stage succeeded: sft {state}, report skipped\."):
         finish({**DONE, **SKIPPED, "sft": state, "report": "skipped"})
+
+
+def test_what_mlflow_does_not_have_at_the_end_is_said_with_what_to_do(tmp_path: Path, caplog):
+    finish({**DONE, **SKIPPED})
+    assert "stages.tracking" not in caplog.text
+    spool = tmp_path / "runs" / safe_run_id(RUN_ID) / "pretrain" / "mlflow-spool.jsonl"
+    spool.parent.mkdir()
+    spool.write_text("{}\n")
+    finish({**DONE, **SKIPPED})
+    assert f"waits in {tmp_path.as_uri()} under runs/{safe_run_id(RUN_ID)}/pretrain/mlflow-spool.jsonl" in caplog.text
+    assert f"python -m stages.tracking {safe_run_id(RUN_ID)}" in caplog.text
 
 
 def test_a_run_that_never_started_is_red():
