@@ -191,7 +191,8 @@ def _dequantized(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}.weight": dequantize_module_weight(part).detach().float().cpu()
         for name, part in model.named_modules()
-        if type(getattr(part, "weight", None)).__name__ == "Params4bit"
+        if type(part._parameters.get("weight")).__name__
+        == "Params4bit"  # its own: wrappers show those of what they wrap
     }
 
 

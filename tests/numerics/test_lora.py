@@ -1,6 +1,7 @@
 """Adapters: what is trained, what the reference is, and that the merged model is the one that was trained."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from stages.config.errors import ConfigError
-from stages.config.execution import ExecutionConfig
+from stages.config.execution import Engine, ExecutionConfig
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
 from stages.config.train import LoRAConfig, PostTrainConfig
@@ -257,3 +258,23 @@ def test_compilation_of_adapted_parameters_is_refused(expert_inputs: Inputs, tmp
 def test_four_bits_without_a_gpu_are_refused(stage_inputs: Inputs, artifact: TokensArtifact):
     with pytest.raises(ConfigError, match="needs a GPU"):
         load_causal_lm(folder_of(stage_inputs, "model"), artifact, lora=LoRAConfig(rank=2, quantization="nf4"))
+
+
+def test_four_bits_without_bitsandbytes_are_refused(
+    stage_inputs: Inputs, artifact: TokensArtifact, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    with pytest.raises(
+        ConfigError, match=r"lora.quantization=nf4 needs bitsandbytes, which is not installed"
+    ) as refusal:
+        load_causal_lm(folder_of(stage_inputs, "model"), artifact, lora=LoRAConfig(rank=2, quantization="nf4"))
+    assert "Install bitsandbytes" in refusal.value.advice
+
+
+def test_four_bits_in_shards_are_refused(stage_inputs: Inputs, tmp_path: Path):
+    config = adapted(Stage.SFT)
+    parts = prepare(tmp_path, Stage.SFT, config, stage_inputs[Stage.SFT]).parts
+    parts["policy"].is_quantized = True  # as transformers marks such a model
+    with pytest.raises(ConfigError, match=r"lora.quantization does not go with engine=fsdp, which cuts"):
+        make_engine(parts, config, ExecutionConfig(engine=Engine.FSDP, num_workers=2))

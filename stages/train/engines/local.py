@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.config.errors import ConfigError
-from stages.config.execution import ExecutionConfig
+from stages.config.execution import Engine, ExecutionConfig
 from stages.data.packing import Packed
 from stages.models.lora import adapts_parameters
 from stages.train.engine import LossOutput
@@ -60,6 +60,15 @@ def prepare(model: nn.Module, execution: ExecutionConfig) -> None:
             "compile=true does not go with lora.target_parameters, whose adapters are put into the weights and taken "
             "out again in every forward pass",
             advice="Use compile=false.",
+        )
+    cuts_weights = execution.engine is Engine.FSDP or (
+        execution.engine is Engine.DEEPSPEED and execution.zero_stage == 3
+    )
+    if cuts_weights and getattr(model, "is_quantized", False):
+        raise ConfigError(
+            f"lora.quantization does not go with engine={execution.engine}, which cuts weights into shards: packed "
+            "ones would lose their scales",
+            advice="Use engine=ddp, or lora.quantization=none.",
         )
     if execution.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
