@@ -16,6 +16,7 @@ from tests.compose.deployment import Deployment
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(5400)]
 
+DATABASES = ("airflow", "mlflow", "mlflow_auth")
 ONE_SHOTS = {"setup-databases", "setup-bucket", "setup-airflow", "setup-mlflow", "migrate-mlflow"}
 
 MANIFESTS = """
@@ -148,6 +149,7 @@ def test_no_secret_is_anywhere_it_could_be_read(deployed: Deployment, run_id: st
         "Airflow, over its API": airflow_text(deployed, run_id),
         "Ray's jobs": json.dumps(ray_jobs(deployed)),
         "MLflow's runs, models and versions": json.dumps(mlflow_records(deployed)),
+        **{f"database {name}": database_text(deployed, name) for name in DATABASES},
     }
     found = [(place, name) for place, text in places.items() for name, needle in needles.items() if needle in text]
     assert all(len(text) > 200 for text in places.values()), {place: len(text) for place, text in places.items()}
@@ -169,6 +171,8 @@ def test_the_search_finds_a_secret_that_is_there(deployed: Deployment, run_id: s
     assert search_inside(deployed, "airflow-scheduler", SEARCH_STORE, planted)["found"]
     assert "llm_pipeline" in airflow_text(deployed, run_id)
     assert "athanor-" in json.dumps(ray_jobs(deployed))
+    assert "llm_pipeline" in database_text(deployed, "airflow")
+    assert "lineage.stage" in database_text(deployed, "mlflow")
 
 
 def canaries(deployed: Deployment) -> dict[str, str]:
@@ -182,6 +186,13 @@ def canaries(deployed: Deployment) -> dict[str, str]:
 def search_inside(deployed: Deployment, service: str, program: str, needles: dict[str, str]) -> Any:
     words = ("exec", "--no-TTY", "--env", f"NEEDLES={json.dumps(needles)}", service, "python", "-c", program)
     return json.loads(deployed.compose(*words, seconds=600).splitlines()[-1])
+
+
+def database_text(deployed: Deployment, name: str) -> str:
+    """Everything in a database: XComs, rendered templates, audit log; params and tags; accounts, whose passwords are
+    hashed or encrypted."""
+    dump = ("pg_dump", "--username", "postgres", "--data-only", name)
+    return deployed.compose("exec", "--no-TTY", "postgres", *dump, seconds=300)
 
 
 def airflow_text(deployed: Deployment, run_id: str) -> str:

@@ -155,7 +155,7 @@ def test_a_server_that_asks_for_patience_gets_it_and_one_that_refuses_does_not(s
         store.write_bytes("key", b"x")
     assert refused.value.category is Category.CONFIG
     assert "AWS_REGION" in refused.value.advice
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 15  # of the 20 s that it may wait
 
 
 def test_keys_that_were_replaced_on_disk_are_taken_up_by_a_process_that_runs(
@@ -343,4 +343,4 @@ def test_a_server_with_a_certificate_of_ones_own_works_with_the_authority_and_sa
     with pytest.raises(StoreError, match="certificate is not trusted") as refused:
         store.read_bytes("lease")
     assert "AWS_CA_BUNDLE" in refused.value.advice
-    assert time.monotonic() - begin < 10  # no outage that one could wait out
+    assert time.monotonic() - begin < 60  # no outage that one waits out, which is 180 s

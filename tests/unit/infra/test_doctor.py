@@ -118,7 +118,7 @@ def test_a_broken_store_is_told_within_seconds(
     assert finding.verdict is Verdict.WRONG
     assert any(text in finding.what for text in words.split("|"))
     assert advice in finding.advice
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 60  # no outage that one waits out, which is 180 s
 
 
 @pytest.mark.integration
