@@ -53,6 +53,9 @@ def add_adapter(model: PreTrainedModel, config: LoRAConfig, *, seed: int) -> Pre
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(settings, model, adapter_name=_NAME)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # peft makes those beside 4-bit matrices in bfloat16
+            parameter.data = parameter.data.float()
     _check_adapted(model, {*modules, *parameters})
     return model
 
