@@ -78,8 +78,8 @@ _WORDS: dict[str, tuple[str, str, Category]] = {
 class StoreError(StageError):
     """The object store refused, or did not answer for as long as we are patient."""
 
-    def __init__(self, message: str, *, advice: str, category: Category = Category.INFRASTRUCTURE) -> None:
-        super().__init__(message, advice=advice)
+    def __init__(self, message: str, *, advice: str = "", category: Category = Category.INFRASTRUCTURE) -> None:
+        super().__init__(message, advice=advice)  # `advice` has a default for pickle, which knows the message alone
         self.category = category
 
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,19 +53,19 @@ def starve(process: psutil.Process) -> None:
         assert eater.stdin
         eater.stdin.write(b"x")
         eater.stdin.flush()
-        _wait_for_end(process)
+        _wait_until("the kernel kills the process", lambda: not process.is_running())
         assert "oom_kill 0" not in (group / "memory.oom_control").read_text(), "something else killed it"
     finally:
         eater.kill()
         eater.wait()
+        _wait_until("the group is empty", lambda: not (group / "cgroup.procs").read_text())
         group.rmdir()
 
 
-def _wait_for_end(process: psutil.Process) -> None:
-    """It may stay a zombie until its parent has looked."""
-    deadline = time.monotonic() + 60
-    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, f"the kernel did not kill {process}"
+def _wait_until(what: str, reached: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
         time.sleep(0.1)
 
 

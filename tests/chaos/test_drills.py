@@ -32,7 +32,7 @@ from tests.s3 import best_kind
 from tests.small_world import make_tokens
 from tests.unit.test_lease import IDENTITY, held, publish_empty
 
-pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.integration, pytest.mark.timeout(1800)]
 
 AT_ONCE = 3
 AWAY_SECONDS = 60
@@ -220,8 +220,10 @@ def no_memory(world: World) -> Struck:
     drill = world.start("memory", execution={"num_workers": 1})
     assert hold.reached.wait(LONGEST_WAIT)
     since = time.monotonic()
-    starve(drill.worker())
-    hold.release(breaks=True)
+    try:
+        starve(drill.worker())
+    finally:
+        hold.release(breaks=True)
     drill.row.finish()
     assert drill.row.statuses() == ["FAILED", "SUCCEEDED"]
     assert "a training worker died" in drill.told()

@@ -15,9 +15,7 @@ import pytest
 
 from stages.config.graph import Stage
 from stages.spool import SPOOL_NAME
-from tests.chaos.services import Services, services
-from tests.chaos.stack import REPOSITORY, Row
-from tests.chaos.trainings import (
+from tests.chaos.run_records import (
     forget,
     jobs_of,
     key_of,
@@ -27,6 +25,8 @@ from tests.chaos.trainings import (
     wait_checkpoint,
     wait_start,
 )
+from tests.chaos.services import Services, services
+from tests.chaos.stack import REPOSITORY, Row
 from tests.postgres import missing_for_postgres
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.integration, pytest.mark.timeout(1200)]

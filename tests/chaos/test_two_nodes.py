@@ -15,8 +15,7 @@ import pytest
 from infra.processes import is_zombie
 from stages.config.graph import Stage
 from tests.chaos.namespaces import missing_for_namespaces
-from tests.chaos.stack import REPOSITORY, Row
-from tests.chaos.trainings import (
+from tests.chaos.run_records import (
     forget,
     history_of,
     jobs_of,
@@ -26,6 +25,7 @@ from tests.chaos.trainings import (
     wait_checkpoint,
     wait_start,
 )
+from tests.chaos.stack import REPOSITORY, Row
 from tests.chaos.two_nodes import TwoNodes, two_nodes
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.integration, pytest.mark.timeout(1500)]

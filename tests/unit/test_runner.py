@@ -2,12 +2,16 @@
 
 import errno
 import os
+import pickle
 
 import pytest
 
-from stages.config.errors import Category, DataError, StageError
+from stages.config.errors import Category, ConfigError, DataError, StageError
+from stages.lease import LeaseLostError
 from stages.mlflow_client import explain
 from stages.runner import describe_failure
+from stages.s3 import StoreError
+from stages.stopping import Stopped
 
 
 class ActorDiedError(Exception):
@@ -87,6 +91,12 @@ def test_the_death_of_a_node_is_told_with_its_address_and_rays_reason():
         "a training worker died on 10.0.0.3: The actor died because its node has died, "
         "the actor's node was terminated unexpectedly: health check failed due to missing too many heartbeats"
     )
+
+
+@pytest.mark.parametrize("kind", [StageError, ConfigError, DataError, LeaseLostError, Stopped, StoreError])
+def test_what_a_worker_says_crosses_to_the_job_as_it_is(kind: type[StageError]):
+    told = describe_failure(pickle.loads(pickle.dumps(kind("what", advice="do this"))))  # noqa: S301 - as Ray does
+    assert (told.category, told.message, told.advice) == (kind("what").category, "what", "do this")
 
 
 def test_the_worker_that_knows_why_speaks_for_those_that_failed_with_it():
