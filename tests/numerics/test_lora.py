@@ -275,6 +275,6 @@ def test_four_bits_without_bitsandbytes_are_refused(
 def test_four_bits_in_shards_are_refused(stage_inputs: Inputs, tmp_path: Path):
     config = adapted(Stage.SFT)
     parts = prepare(tmp_path, Stage.SFT, config, stage_inputs[Stage.SFT]).parts
-    parts["policy"].is_quantized = True  # as transformers marks such a model
+    parts["policy"].__dict__["is_quantized"] = True  # as transformers marks such a model
     with pytest.raises(ConfigError, match=r"lora.quantization does not go with engine=fsdp, which cuts"):
         make_engine(parts, config, ExecutionConfig(engine=Engine.FSDP, num_workers=2))

@@ -14,7 +14,7 @@ from stages.config.train import LoRAConfig, OptimizerConfig, PretrainConfig, Sch
 def test_a_zero_stage_that_no_engine_reads_is_refused(engine: dict[str, Any], stage: int):
     name = engine.get("engine", "ddp")
     with pytest.raises(ValidationError, match=rf"zero_stage={stage} needs engine=deepspeed, got {name}.*leave .* at 2"):
-        ExecutionConfig(zero_stage=stage, **engine)
+        ExecutionConfig.model_validate({"zero_stage": stage, **engine})
 
 
 def test_the_default_zero_stage_goes_with_every_engine_and_survives_json():
