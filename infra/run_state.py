@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -11,7 +10,7 @@ from typing import Any, Protocol
 
 from infra.airflow_api import AirflowApi, AirflowApiError, TaskState
 from stages.config.graph import PIPELINE_STAGES, Stage
-from stages.config.request import Failure, StageResult
+from stages.config.request import Failure, StageResult, safe_run_id
 from stages.progress import JOB_RECORD, worker_record
 
 DAG_ID = "llm_pipeline"
@@ -133,7 +132,7 @@ class RunWatch:
         self.api = api
         self.run_id = run_id
         self._store = store
-        self._folder = f"runs/{re.sub(r'[^A-Za-z0-9_.-]', '-', run_id)}"
+        self._folder = f"runs/{safe_run_id(run_id)}"
         self._results: dict[str, StageResult] = {}
 
     def snapshot(self) -> Snapshot:

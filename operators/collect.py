@@ -38,7 +38,7 @@ from stages.config.collect import CollectParams, RateConfig, RespondConfig
 from stages.config.errors import ConfigError
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import GRAPH, Stage
-from stages.config.request import ArtifactRef, InputEntry, Manifest, RunInfo, StageRequest
+from stages.config.request import ArtifactRef, InputEntry, Manifest, RunInfo, StageRequest, safe_run_id
 from stages.config.resolve import validated
 from stages.store import Store, open_store, write_json
 
@@ -84,7 +84,6 @@ class RespondOperator(StageOperator):
 def start_collection(context: Any) -> dict[str, Any]:
     """Validate the form, find the model and its tokens, store the request of `respond`; return the RunInfo as JSON."""
     from operators.mlflow import open_parent_run
-    from operators.run import safe_run_id
 
     ti = context["ti"]
     with as_stage_failures():

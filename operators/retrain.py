@@ -12,10 +12,10 @@ from typing import Any
 from operators.given import find_version
 from operators.mlflow import ModelVersion
 from operators.prepare import params_key
-from operators.run import safe_run_id
 from operators.watcher import Listing, list_prefix
 from stages.config.base import Config
 from stages.config.errors import ConfigError
+from stages.config.request import safe_run_id
 from stages.config.retrain import RetrainParams
 from stages.store import Store, open_store, read_json, write_json
 

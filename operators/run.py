@@ -2,25 +2,19 @@
 
 import logging
 import os
-import re
 from typing import TYPE_CHECKING, Any
 
 from operators.failures import RunIncomplete, as_stage_failures
 from operators.form import form_values
 from operators.mlflow import end_parent_run, end_stage_runs, open_parent_run
 from stages.config.graph import Stage
-from stages.config.request import RunInfo
+from stages.config.request import RunInfo, safe_run_id
 
 if TYPE_CHECKING:
     from stages.config.pipeline import PipelineConfig
     from stages.store import Store
 
 logger = logging.getLogger(__name__)
-
-
-def safe_run_id(airflow_run_id: str) -> str:
-    """The key under `runs/`: everything outside [A-Za-z0-9_.-] replaced by `-`, and dots that would be a path too."""
-    return re.sub(r"[^A-Za-z0-9_.-]|^\.+$", "-", airflow_run_id)
 
 
 def start_run(context: Any) -> dict[str, Any]:

@@ -23,6 +23,11 @@ def _one_name(name: str) -> str:
     return name
 
 
+def safe_run_id(airflow_run_id: str) -> str:
+    """The key under `runs/`: everything outside [A-Za-z0-9_.-] replaced by `-`, and dots that would be a path too."""
+    return re.sub(r"[^A-Za-z0-9_.-]|^\.+$", "-", airflow_run_id)
+
+
 FolderName = Annotated[str, AfterValidator(_one_name)]
 """One part of a path, which cannot lead anywhere else."""
 
@@ -48,7 +53,7 @@ class RunInfo(Config):
     """The pipeline execution that a stage belongs to."""
 
     run_id: str
-    """Airflow run id with everything outside [A-Za-z0-9_.-] replaced; the key under `runs/`."""
+    """`safe_run_id` of Airflow's; the key under `runs/`."""
     name: str
     """What people call the run; also the prefix of registered model names."""
     dag_id: str = ""

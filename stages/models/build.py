@@ -92,18 +92,17 @@ def load_causal_lm(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig = _
 def _load(auto_class: Any, folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
     """Nothing is unpickled, and no code of the folder runs that is not allowed, whatever it holds."""
     _refuse_other_weights(folder)
-    its_own = may_run_code(folder)
     try:
         return auto_class.from_pretrained(
             folder,
             dtype=torch.float32,
             output_loading_info=True,
             use_safetensors=True,
-            trust_remote_code=its_own,
+            trust_remote_code=may_run_code(folder),
             **options,
         )
     except (ImportError, ValueError) as error:
-        if not its_own:
+        if not brings_code(folder):
             raise
         raise ConfigError(
             f"the code that {folder} brings makes no {auto_class.__name__}: {error}",

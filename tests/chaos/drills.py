@@ -16,10 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
-from operators.run import safe_run_id
 from stages.artifacts import find_manifest, read_file, run_key, split_artifact_uri, verify
 from stages.config.graph import GRAPH, Stage
-from stages.config.request import ArtifactRef, StageResult
+from stages.config.request import ArtifactRef, StageResult, safe_run_id
 from stages.store import Store, open_store
 from tests.chaos.proxy import Proxy
 from tests.chaos.stack import ChaosStack, Row, chaos_stack

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from operators.run import safe_run_id
 from stages.artifacts import MANIFEST, artifact_key, find_intact, run_key
 from stages.config.graph import GRAPH, Stage
-from stages.config.request import Manifest, StageResult
+from stages.config.request import Manifest, StageResult, safe_run_id
 from stages.store import Store, read_json
 from tests.chaos.stack import Row
 

@@ -26,6 +26,7 @@ from infra.layout import Layout, StackRecord, StackSecrets, write_airflow_passwo
 from infra.ports import any_free
 from stages.artifacts import run_key
 from stages.config.graph import Stage
+from stages.config.request import safe_run_id
 from stages.store import Store, open_store, read_json
 from tests.chaos.proxy import Proxy
 from tests.servers import RayServer, ray_server, running
@@ -228,7 +229,7 @@ class Row:
 
     def process(self, role: str, submission_id: str) -> psutil.Process:
         """The job's driver or its worker."""
-        key = run_key(re.sub(r"[^A-Za-z0-9_.-]", "-", self.run_id), Stage(self.stage), f"{role}-{submission_id}.json")
+        key = run_key(safe_run_id(self.run_id), Stage(self.stage), f"{role}-{submission_id}.json")
         self.stack.wait(f"{role} of {self.name}", lambda: self.stack.store.exists(key), seconds=240)
         return psutil.Process(read_json(self.stack.store, key)["pid"])
 

@@ -32,11 +32,16 @@ def _call(name: str, given: dict[str | None, ast.expr]) -> Iterator[str]:
         found = given.get(keyword)
         return isinstance(found, ast.Constant) and found.value is value
 
+    def is_asked_for() -> bool:
+        """Whether the one function that knows what an administrator allowed decides."""
+        found = given.get("trust_remote_code")
+        return isinstance(found, ast.Call) and ast.unparse(found.func) == "may_run_code"
+
     if name == "torch.load" and not says("weights_only", True):
         yield f"{name} without weights_only=True"
     if name.endswith(".from_pretrained") and "trust_remote_code" not in given:
         yield f"{name} without trust_remote_code=False"
-    if "trust_remote_code" in given and not says("trust_remote_code", False):
+    if "trust_remote_code" in given and not (says("trust_remote_code", False) or is_asked_for()):
         yield f"{name} with trust_remote_code"
     if "allow_pickle" in given and not says("allow_pickle", False):
         yield f"{name} with allow_pickle"

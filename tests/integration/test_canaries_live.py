@@ -11,7 +11,7 @@ import pytest
 import requests
 
 from infra.layout import Layout
-from operators.run import safe_run_id
+from stages.config.request import safe_run_id
 from tests.canaries import Search, airflow_answers, as_text
 from tests.live_stack import PIPELINE, LiveStack
 

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 
 from operators.operator import StageOperator
-from operators.run import safe_run_id
 from stages.artifacts import fetch, read_manifest, upload_files
 from stages.config.errors import ConfigError, DamagedArtifactError
 from stages.config.graph import Stage
-from stages.config.request import FileEntry
+from stages.config.request import FileEntry, safe_run_id
 from stages.config.resolve import resolve
 from stages.runner import _scratch_folder
 from stages.s3 import S3Store

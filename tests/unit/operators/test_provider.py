@@ -17,8 +17,8 @@ from operators.get_provider_info import get_provider_info
 from operators.hook import RayJobHook
 from operators.operator import StageOperator
 from operators.prepare import pipeline_key
-from operators.run import safe_run_id
 from stages.config.graph import GRAPH, Stage
+from stages.config.request import safe_run_id
 
 INFO = get_provider_info()
 

@@ -9,12 +9,12 @@ import pytest
 from operators.failures import RunIncomplete, StageConfigFailed
 from operators.links import mlflow_artifact_page, mlflow_run_page
 from operators.prepare import build_request, find_hit, input_stages, load_config
-from operators.run import finish_run, safe_run_id, start_run
+from operators.run import finish_run, start_run
 from stages.artifacts import DOUBT, artifact_key, fingerprint
 from stages.config.errors import ConfigError
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import PipelineConfig, stage_config_from_json
-from stages.config.request import ArtifactRef, RunInfo
+from stages.config.request import ArtifactRef, RunInfo, safe_run_id
 from stages.config.resolve import resolve
 from stages.store import open_store, write_json
 from tests.unit.test_lease import publish_empty
