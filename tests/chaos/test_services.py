@@ -44,7 +44,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     if reason := missing_for_postgres():
         pytest.skip(reason)
     if missing := [name for name in ("psycopg2", "asyncpg") if importlib.util.find_spec(name) is None]:
-        pytest.skip(f"Airflow needs {' and '.join(missing)} for Postgres: pip install -e '.[server]'")
+        pytest.skip(f"Airflow needs {' and '.join(missing)} for Postgres: make setup")
     with services(tmp_path_factory.mktemp("services"), DAGS) as made:
         made.stack.airflow.ensure_pool("gpu", slots=4, description="as many heavy stages at a time")
         for dag_id in ("llm_pipeline", "slow", "deferred", "waiting"):
