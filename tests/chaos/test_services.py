@@ -141,8 +141,8 @@ def test_the_ray_head_is_killed_and_comes_back(world: Services, undisturbed: Row
 def test_mlflow_is_away_for_a_whole_stage(world: Services, undisturbed: Row):
     """Killed before pretraining starts, started again when it has ended: a closing stage delivers."""
     expected = {stage: manifest_of(undisturbed, stage) for stage in TRAINED}
-    for manifest in expected.values():
-        forget(world.store, manifest)
+    for stage in (*TRAINED, Stage.EVALUATE, Stage.PROMOTE, Stage.REPORT):
+        forget(world.store, manifest_of(undisturbed, stage))
     row = pipeline(world, Stage.PRETRAIN)
     wait_success(row, "tokenize")
     world.mlflow.kill()

@@ -118,6 +118,14 @@ def parent_of(run: Run) -> Any:
     return parent
 
 
+def losses_of(mlflow_run_id: str | None) -> list[int]:
+    """The steps of which MLflow has the loss."""
+    from mlflow import MlflowClient
+
+    assert mlflow_run_id is not None
+    return sorted(point.step for point in MlflowClient().get_metric_history(mlflow_run_id, "train/loss"))
+
+
 def test_every_stage_is_built_by_a_ray_job_of_its_own(first: Run) -> None:
     assert first.state == "success"
     assert {task for task, state in first.states.items() if state != "success"} == {"approve"}  # nobody is asked
@@ -226,6 +234,7 @@ def test_a_run_goes_on_from_a_registered_model_on_two_workers_of_ray(first: Run,
     assert {entry.role: entry.digest for entry in manifest.inputs}["base_model"] == base.digest
     assert manifest.execution["num_workers"] == 2
     assert manifest.metrics["train/loss"] < 10
+    assert losses_of(manifest.mlflow_run_id) == list(range(1, manifest.ledger["steps"] + 1))
     again = play(services, base_model="models:/tiny-base@candidate", last_stage="sft")
     assert again.results[Stage.SFT].hit  # the layout is not part of the identity
 
