@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.artifacts import (
+    artifact_key,
     artifact_uri,
     content_digest,
     find_intact,
@@ -45,6 +46,7 @@ from stages.tracking import NullTracker, Tracker, record_hit
 
 logger = logging.getLogger("athanor")
 
+_HISTORY = "history.jsonl"
 _WAITING_SHOWN_SECONDS = 10.0
 _VERSIONED = ("torch", "transformers", "ray", "mlflow", "datatrove", "tokenizers", "athanor")
 
@@ -180,8 +182,7 @@ def _build(
             outcome = verb.run(context)
             context.check_lease()
             manifest = _manifest(context, outcome)
-            model_dir = output_dir if GRAPH[request.stage].trains else None
-            run_id, model_id = tracker.finish(manifest, model_dir=model_dir)
+            run_id, model_id = tracker.finish(manifest, history=_history(store, manifest))
             manifest = manifest.model_copy(update={"mlflow_run_id": run_id, "mlflow_model_id": model_id})
             context.check_lease()
             publish(store, manifest)
@@ -254,6 +255,13 @@ def _manifest(context: StageContext, outcome: StageOutcome) -> Manifest:
         cost=context.progress.cost(),
         created_at=utc_now(),
     )
+
+
+def _history(store: Store, manifest: Manifest) -> str:
+    """The metrics of every step; from the store, because a worker on another machine may have written them."""
+    if not GRAPH[manifest.stage].trains or _HISTORY not in {entry.path for entry in manifest.files}:
+        return ""
+    return store.read_bytes(f"{artifact_key(manifest.kind, manifest.fingerprint)}/{_HISTORY}").decode()
 
 
 def git_commit() -> str:

@@ -30,7 +30,6 @@ from stages.store import open_store
 
 _FINISH_SECONDS = 30.0
 _FAIL_SECONDS = 10.0
-_HISTORY = "history.jsonl"
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ class NullTracker:
     def wait_run_id(self, timeout: float) -> str | None:
         return None
 
-    def finish(self, manifest: Manifest, *, model_dir: Path | None) -> tuple[str | None, str | None]:
+    def finish(self, manifest: Manifest, *, history: str = "") -> tuple[str | None, str | None]:
         return None, None
 
     def fail(self, message: str) -> None: ...
@@ -105,18 +104,17 @@ class Tracker:
         self._deliverer.attached.wait(timeout)
         return self._deliverer.session.run_id if self._deliverer.session else None
 
-    def finish(self, manifest: Manifest, *, model_dir: Path | None) -> tuple[str | None, str | None]:
+    def finish(self, manifest: Manifest, *, history: str = "") -> tuple[str | None, str | None]:
         """End the run FINISHED and return (MLflow run id, LoggedModel id or None).
 
+        `history` has the metrics of every step as JSON lines, and fills in what other processes did not deliver.
         Waits up to 30 s for delivery. When MLflow stays away, ids that are not known yet are None, the spool is left
         in the store, and a warning says so.
         """
         if self._deliverer is None:
             return None, None
-        history = model_dir / _HISTORY if model_dir else None
-        text = history.read_text(encoding="utf-8") if history and history.is_file() else ""
         self._spool.append(
-            {"type": "finish", "manifest": manifest.model_dump(mode="json"), "history": text, "time": now_ms()}
+            {"type": "finish", "manifest": manifest.model_dump(mode="json"), "history": history, "time": now_ms()}
         )
         self._deliver_or_leave(_FINISH_SECONDS)
         session = self._deliverer.session

@@ -28,7 +28,7 @@ from tests.chaos.run_records import (
 from tests.chaos.stack import REPOSITORY, Row
 from tests.chaos.two_nodes import TwoNodes, two_nodes
 
-pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.integration, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.integration, pytest.mark.timeout(2400)]
 
 DAGS = [Path(__file__).with_name("chaos_dags.py"), REPOSITORY / "dags" / "llm_pipeline.py"]
 NUM_STEPS, CHECKPOINT_EVERY = 200, 4
@@ -38,10 +38,11 @@ TRAINED = (Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO)
 ELASTIC = {"num_workers": 2, "min_workers": 1, "checkpoint_every": CHECKPOINT_EVERY, "stall_seconds": 300}
 OVERRIDES: dict[str, Any] = {
     "pretrain.max_tokens": NUM_STEPS * TOKENS_A_STEP,
+    "pretrain.precision": "fp32",  # in bf16, sums over one worker and over two differ in the fourth digit
     **{f"execution.{stage.value}.{name}": value for stage in TRAINED for name, value in ELASTIC.items()},
 }
-LIMIT_SECONDS = 180
-"Until training goes on after a cut; without the shortened health checks and under load it is a minute longer."
+LIMIT_SECONDS = 400
+"After which training must go on; a minute on an idle machine."
 
 
 @pytest.fixture(scope="module")

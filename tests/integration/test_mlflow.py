@@ -84,7 +84,7 @@ class Tracked:
         inputs = refs_for(stage, self.made)
         scratch = open_store((self.root / "unpublished").as_uri())
         _, manifest = publish_artifact(scratch, stage, inputs, folder, salt=salt, **fields)
-        ids = tracker.finish(manifest, model_dir=folder)
+        ids = tracker.finish(manifest, history=history)
         fields |= {"mlflow_run_id": ids[0], "mlflow_model_id": ids[1]}
         self.made[stage], _ = publish_artifact(self.store, stage, inputs, folder, salt=salt, **fields)
         return ids

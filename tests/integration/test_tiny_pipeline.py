@@ -119,6 +119,14 @@ def parent_of(run: Run) -> Any:
     return parent
 
 
+def losses_of(mlflow_run_id: str | None) -> list[int]:
+    """The steps of which MLflow has the loss."""
+    from mlflow import MlflowClient
+
+    assert mlflow_run_id is not None
+    return sorted(point.step for point in MlflowClient().get_metric_history(mlflow_run_id, "train/loss"))
+
+
 def test_every_stage_is_built_by_a_ray_job_of_its_own(first: Run) -> None:
     assert first.state == "success"
     assert {task for task, state in first.states.items() if state != "success"} == {"approve"}  # nobody is asked
@@ -232,6 +240,7 @@ def test_a_run_goes_on_from_a_registered_model_on_two_workers_of_ray(first: Run,
     origin = rf"\[run={re.escape(run.run_id.replace(':', '-').replace('+', '-'))} stage=sft try=\d+"
     assert re.search(rf"sft built: .* {origin}\]", log), log[-3000:]
     assert re.search(rf"RayTrainWorker.* trains in process .* {origin} rank=[01]\]", log), log[-3000:]
+    assert losses_of(manifest.mlflow_run_id) == list(range(1, manifest.ledger["steps"] + 1))
     again = play(services, base_model="models:/tiny-base@candidate", last_stage="sft")
     assert again.results[Stage.SFT].hit  # the layout is not part of the identity
 

@@ -94,7 +94,7 @@ def test_without_a_tracking_uri_nothing_is_tracked_and_that_is_said(tmp_path: Pa
     tracker.log({"train/loss": 1.0}, 1)
     assert "MLFLOW_TRACKING_URI is not set" in caplog.text
     assert tracker.wait_run_id(0) is None
-    assert tracker.finish(read_manifest(made[Stage.SFT]), model_dir=None) == (None, None)
+    assert tracker.finish(read_manifest(made[Stage.SFT])) == (None, None)
 
 
 @pytest.mark.slow
@@ -111,7 +111,7 @@ def test_a_dead_server_never_blocks_and_leaves_everything_in_the_store(tmp_path:
     tracker.log_text("hello", "note.txt")
     assert time.monotonic() - started < 1.0
     with caplog.at_level(logging.WARNING):
-        assert tracker.finish(read_manifest(made[Stage.SFT]), model_dir=None) == (None, None)
+        assert tracker.finish(read_manifest(made[Stage.SFT])) == (None, None)
     assert time.monotonic() - started < 20.0
     assert "python -m stages.tracking manual-1" in caplog.text
     _, events = read_spool(store, f"runs/{request.run.run_id}/sft/{SPOOL_NAME}")
@@ -147,6 +147,6 @@ def test_the_null_tracker_answers_like_a_tracker(tmp_path: Path) -> None:
     public = {name for name in vars(Tracker) if not name.startswith("_")}
     assert public == {name for name in vars(NullTracker) if not name.startswith("_")}
     store, made = publish_run(tmp_path)
-    assert NullTracker().finish(read_manifest(made[Stage.SFT]), model_dir=None) == (None, None)
+    assert NullTracker().finish(read_manifest(made[Stage.SFT])) == (None, None)
     assert json.dumps(NullTracker().wait_run_id(0)) == "null"
     assert store.exists(f"artifacts/sft-model/{made[Stage.SFT].fingerprint}/manifest.json")
