@@ -385,7 +385,7 @@ def _environment(
     connection = {"conn_type": "ray_jobs", "host": "127.0.0.1", "password": ray.token}
     direct = {**connection, "host": urlsplit(ray.url).hostname, "port": record.ports["ray_dashboard"]}
 
-    patient = {"ray_late": {"extra": {"timeout_seconds": 120}}}  # longer than its proxy holds the answer back
+    patient = {"ray_late": {"extra": {"timeout_seconds": 280}}}  # longer than its proxy holds the answer back
     ways = {name: {**connection, "port": proxy.port, **patient.get(name, {})} for name, proxy in proxies.items()}
     for name, way in {"ray_default": direct, **ways}.items():
         environment[f"AIRFLOW_CONN_{name.upper()}"] = json.dumps(way)
