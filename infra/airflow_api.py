@@ -10,6 +10,10 @@ from urllib.parse import quote
 import requests
 
 
+_TRIES = 5
+_PAUSE_SECONDS = 1.0
+
+
 class AirflowApiError(RuntimeError):
     """The API refused a request; the message says which and why."""
 
@@ -55,7 +59,18 @@ class AirflowApi:
             raise AirflowApiError(f"{method} {path}: {response.status_code} {_reason(response)}")
         return response.json() if response.content else None
 
-    def _request(self, method: str, path: str, **arguments: Any) -> requests.Response:
+    def _request(self, method: str, path: str, *, may_repeat: bool = False, **arguments: Any) -> requests.Response:
+        """With SQLite, Airflow may find its database locked and answer 500. What only reads is asked again, and what
+        does no harm when it is done twice; a trigger is not, for the run may be there."""
+        tries = _TRIES if may_repeat or method == "GET" else 1
+        for left in reversed(range(tries)):
+            response = self._logged_in(method, path, **arguments)
+            if response.status_code != 500 or not left:
+                break
+            time.sleep(_PAUSE_SECONDS)
+        return response
+
+    def _logged_in(self, method: str, path: str, **arguments: Any) -> requests.Response:
         if "Authorization" not in self._session.headers:
             self.login()
         for attempt in range(2):
@@ -70,8 +85,8 @@ class AirflowApi:
         response = self._request("GET", f"pools/{quote(name)}")
         if response.status_code == 404:
             pool = {"name": name, "slots": slots, "description": description, "include_deferred": True}
-            response = self._request("POST", "pools", json=pool)
-            if response.status_code == 409:  # Airflow repeats a write that found its database locked: it is there
+            response = self._request("POST", "pools", may_repeat=True, json=pool)
+            if response.status_code == 409:  # a write that found the database locked was repeated: it is there
                 return
         if not response.ok:
             raise AirflowApiError(f"pool {name}: {response.status_code} {_reason(response)}")

@@ -32,9 +32,18 @@ class Airflow:
         self.requests: list[str] = []
         self.pools: dict[str, Any] = {}
         self.log: list[dict[str, Any]] = []
+        self.locked = 0
+        "So many answers are 500; what was asked is done all the same."
 
     def answer(self, method: str, path: str, body: Any, token: str) -> tuple[int, Any]:
         self.requests.append(f"{method} {path}")
+        answer = self._answer(method, path, body, token)
+        if self.locked and path != "/auth/token":
+            self.locked -= 1
+            return 500, {"detail": {"reason": "Database error"}}
+        return answer
+
+    def _answer(self, method: str, path: str, body: Any, token: str) -> tuple[int, Any]:
         if path == "/auth/token":
             self.tokens += 1
             return (
@@ -44,6 +53,8 @@ class Airflow:
             return 401, {"detail": "expired"}
         path = path.removeprefix("/api/v2/")
         if path == "pools" and method == "POST":
+            if body["name"] in self.pools:
+                return 409, {"detail": "there is one"}
             self.pools[body["name"]] = body
             return 201, body
         if path.startswith("pools/"):
@@ -146,6 +157,26 @@ def test_the_pool_counts_deferred_tasks_and_keeps_what_the_user_set(airflow: tup
     fake.pools["gpu"]["slots"] = 8
     client(url).ensure_pool("gpu", slots=1, description="heavy")
     assert fake.pools["gpu"]["slots"] == 8
+
+
+def test_a_locked_database_is_asked_again_but_no_run_is_started_twice(
+    airflow: tuple[Airflow, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("infra.airflow_api._PAUSE_SECONDS", 0.0)
+    fake, url = airflow
+    api = client(url)
+    fake.locked = 3  # the look, the look again, and the pool's creation, whose repetition finds it there
+    api.ensure_pool("gpu", slots=1, description="heavy")
+    assert list(fake.pools) == ["gpu"]
+    fake.locked = 4
+    assert api.run_state("llm_pipeline", RUN) == "running"
+    fake.locked = 5
+    with pytest.raises(AirflowApiError, match="500 .*Database error"):
+        api.run_state("llm_pipeline", RUN)
+    fake.locked, fake.requests = 1, []
+    with pytest.raises(AirflowApiError, match="500 .*Database error"):
+        api.trigger("llm_pipeline", {})
+    assert len(fake.requests) == 1
 
 
 def test_rows_come_in_pipeline_order_with_progress_results_and_failures(
