@@ -9,7 +9,6 @@ from urllib.parse import quote
 
 import requests
 
-
 _TRIES = 5
 _PAUSE_SECONDS = 1.0
 

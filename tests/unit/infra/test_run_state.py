@@ -171,10 +171,10 @@ def test_a_locked_database_is_asked_again_but_no_run_is_started_twice(
     fake.locked = 4
     assert api.run_state("llm_pipeline", RUN) == "running"
     fake.locked = 5
-    with pytest.raises(AirflowApiError, match="500 .*Database error"):
+    with pytest.raises(AirflowApiError, match=r"500 .*Database error"):
         api.run_state("llm_pipeline", RUN)
     fake.locked, fake.requests = 1, []
-    with pytest.raises(AirflowApiError, match="500 .*Database error"):
+    with pytest.raises(AirflowApiError, match=r"500 .*Database error"):
         api.trigger("llm_pipeline", {})
     assert len(fake.requests) == 1
 
