@@ -17,6 +17,7 @@ from airflow.sdk.definitions.retry_policy import RetryDecision
 
 from operators.jobs import JobInfo, RayRefusedError, RayUnreachableError
 from stages.config.errors import EXIT_CODES, Category, ExitCode, StageError
+from stages.config.graph import Stage
 from stages.config.request import Failure
 
 MAX_RETRIES = 10
@@ -124,7 +125,7 @@ def stage_failure(failure: Failure, *, max_retries: int | None = None) -> StageF
     return exception(failure.message, advice=failure.advice, max_retries=max_retries)
 
 
-def job_failure(job: JobInfo, *, max_retries: int | None = None) -> StageFailed:
+def job_failure(job: JobInfo, stage: Stage, *, max_retries: int | None = None) -> StageFailed:
     """Explain a job that failed without leaving a `failure.json`: by its exit code, else by Ray's reason."""
     last_words = _last_words(job.message)
     if job.error_type in _RAY_CONFIG_ERRORS:
@@ -135,7 +136,8 @@ def job_failure(job: JobInfo, *, max_retries: int | None = None) -> StageFailed:
     if job.exit_code in (-9, 137):
         return StageInfrastructureFailed(
             "The stage's process was killed (signal 9): the machine ran out of memory, or somebody killed it.",
-            advice="The retry resumes from the checkpoint. If it recurs: lower execution.<stage>.micro_batch_size.",
+            advice="The retry resumes from the checkpoint. If it recurs: lower "
+            f"execution.{stage.value}.micro_batch_size.",
             max_retries=max_retries,
         )
     if job.exit_code in (-15, 143):

@@ -70,4 +70,4 @@ def explain_failure(
             key = run_key(run.run_id, stage, "failure.json")
             if store.exists(key):
                 return stage_failure(Failure.model_validate_json(store.read_bytes(key)), max_retries=max_retries)
-            return job_failure(outcome.job, max_retries=max_retries)
+            return job_failure(outcome.job, stage, max_retries=max_retries)

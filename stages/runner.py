@@ -327,7 +327,7 @@ def _scratch_folder() -> Iterator[Path]:
 
 
 def _record_failure(store: Store, request: StageRequest, error: BaseException) -> int:
-    failure = describe_failure(error)
+    failure = describe_failure(error, request.stage)
     key = run_key(request.run.run_id, request.stage, "failure.json")
     try:
         if failure.category == Category.LOST and store.exists(key):
@@ -341,8 +341,8 @@ def _record_failure(store: Store, request: StageRequest, error: BaseException) -
     return EXIT_CODES[Category(failure.category)]
 
 
-def describe_failure(error: BaseException) -> Failure:
-    """Sort an exception into the failure contract; Ray's wrapping of worker errors is looked through."""
+def describe_failure(error: BaseException, stage: Stage) -> Failure:
+    """Sort an exception of a stage into the failure contract; Ray's wrapping of worker errors is looked through."""
     cause = _cause(error)
     if any(text in str(cause) for text in _DISK_FULL_TEXTS):
         return Failure(
@@ -358,7 +358,7 @@ def describe_failure(error: BaseException) -> Failure:
         return Failure(
             category=Category.OUT_OF_MEMORY,
             message=f"out of memory: {cause}",
-            advice="The retry halves execution.<stage>.micro_batch_size; results do not change. "
+            advice=f"The retry halves execution.{stage.value}.micro_batch_size; results do not change. "
             "gradient_checkpointing saves memory too.",
             detail=detail,
         )
@@ -367,7 +367,7 @@ def describe_failure(error: BaseException) -> Failure:
             category=Category.PREEMPTED if getattr(cause, "preempted", False) else Category.LOST,
             message=_death(cause),
             advice="The retry resumes from the newest checkpoint. If it recurs, see whether the kernel killed the "
-            "worker for want of memory (`dmesg`): a smaller execution.<stage>.micro_batch_size needs less.",
+            f"worker for want of memory (`dmesg`): a smaller execution.{stage.value}.micro_batch_size needs less.",
             detail=detail,
         )
     return Failure(

@@ -7,6 +7,7 @@ import pickle
 import pytest
 
 from stages.config.errors import Category, ConfigError, DataError, StageError
+from stages.config.graph import Stage
 from stages.lease import LeaseLostError
 from stages.mlflow_client import explain
 from stages.runner import describe_failure
@@ -44,7 +45,7 @@ class WorkerHealthCheckFailedError(Exception):
     ],
 )
 def test_exceptions_are_sorted_into_categories(error: BaseException, category: Category):
-    assert describe_failure(error).category == category
+    assert describe_failure(error, Stage.SFT).category == category
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_exceptions_are_sorted_into_categories(error: BaseException, category: C
 )
 def test_a_full_disk_is_named_with_the_folders_to_look_at(error: BaseException, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ATHANOR_SCRATCH", "/large/disk")
-    failure = describe_failure(error)
+    failure = describe_failure(error, Stage.SFT)
     assert failure.category == Category.INFRASTRUCTURE
     assert "a disk of the worker's machine is full" in failure.message
     assert "/large/disk (ATHANOR_SCRATCH)" in failure.advice
@@ -67,7 +68,7 @@ def test_an_unexpected_failure_tells_no_password_of_an_address():
     try:
         raise OSError("GET 'http://athanor:pa55word@mlflow:5000/api' failed")
     except OSError as error:
-        failure = describe_failure(error)
+        failure = describe_failure(error, Stage.SFT)
     assert "http://mlflow:5000/api" in failure.message
     assert "http://mlflow:5000/api" in failure.detail
     assert "pa55word" not in failure.model_dump_json()
@@ -87,7 +88,7 @@ def test_the_death_of_a_node_is_told_with_its_address_and_rays_reason():
         "The actor died because its node has died. Node Id: 6cab\n"
         "\tthe actor's node was terminated unexpectedly: health check failed due to missing too many heartbeats"
     )
-    assert describe_failure(ActorDiedError(text)).message == (
+    assert describe_failure(ActorDiedError(text), Stage.SFT).message == (
         "a training worker died on 10.0.0.3: The actor died because its node has died, "
         "the actor's node was terminated unexpectedly: health check failed due to missing too many heartbeats"
     )
@@ -95,15 +96,18 @@ def test_the_death_of_a_node_is_told_with_its_address_and_rays_reason():
 
 @pytest.mark.parametrize("kind", [StageError, ConfigError, DataError, LeaseLostError, Stopped, StoreError])
 def test_what_a_worker_says_crosses_to_the_job_as_it_is(kind: type[StageError]):
-    told = describe_failure(pickle.loads(pickle.dumps(kind("what", advice="do this"))))  # noqa: S301 - as Ray does
+    crossed = pickle.loads(pickle.dumps(kind("what", advice="do this")))  # noqa: S301 - as Ray does
+    told = describe_failure(crossed, Stage.SFT)
     assert (told.category, told.message, told.advice) == (kind("what").category, "what", "do this")
 
 
 def test_the_worker_that_knows_why_speaks_for_those_that_failed_with_it():
     peer = RuntimeError("gloo: connection closed by peer")
-    assert describe_failure(WorkerGroupError(peer, ActorDiedError("died"))).category == Category.LOST
-    assert describe_failure(WorkerGroupError(peer, MemoryError())).category == Category.OUT_OF_MEMORY
-    died = describe_failure(WorkerGroupError(peer, WorkerHealthCheckFailedError(ActorDiedError("died"))))
+    assert describe_failure(WorkerGroupError(peer, ActorDiedError("died")), Stage.SFT).category == Category.LOST
+    starved = describe_failure(WorkerGroupError(peer, MemoryError()), Stage.SFT)
+    assert starved.category == Category.OUT_OF_MEMORY
+    assert "execution.sft.micro_batch_size" in starved.advice
+    died = describe_failure(WorkerGroupError(peer, WorkerHealthCheckFailedError(ActorDiedError("died"))), Stage.SFT)
     assert (died.category, died.message) == (Category.LOST, "a training worker died: died")
-    told = describe_failure(WorkerGroupError(peer, DataError("no pairs", advice="Bring some.")))
+    told = describe_failure(WorkerGroupError(peer, DataError("no pairs", advice="Bring some.")), Stage.SFT)
     assert (told.category, told.message, told.advice) == (Category.DATA, "no pairs", "Bring some.")

@@ -23,6 +23,7 @@ from operators.failures import (
 )
 from operators.jobs import JobInfo, JobStatus, RayRefusedError, RayUnreachableError
 from stages.config.errors import Category, ConfigError, DataError
+from stages.config.graph import Stage
 from stages.config.request import Failure
 
 POLICY = StageRetryPolicy()
@@ -98,16 +99,18 @@ def test_the_last_words_are_message_and_advice():
     ],
 )
 def test_a_job_without_last_words_is_sorted_by_exit_code_and_rays_reason(job: JobInfo, exception: type[StageFailed]):
-    assert type(job_failure(job)) is exception
+    assert type(job_failure(job, Stage.SFT)) is exception
 
 
 def test_what_the_stage_said_is_told_without_the_lines_around_it():
     message = "Runtime env is setting up.\n2026-11-28 04:12:03,387 ERROR   athanor: the key is wrong. Check it.\nbye"
-    assert str(job_failure(failed(exit_code=2, message=message))).endswith("(exit code 2): the key is wrong. Check it.")
+    assert str(job_failure(failed(exit_code=2, message=message), Stage.SFT)).endswith(
+        "(exit code 2): the key is wrong. Check it."
+    )
 
 
 def test_the_end_of_the_jobs_message_is_told():
-    text = str(job_failure(failed(exit_code=1, message="\n".join(f"line {number}" for number in range(30)))))
+    text = str(job_failure(failed(exit_code=1, message="\n".join(f"line {number}" for number in range(30))), Stage.SFT))
     assert "exit code 1" in text
     assert text.endswith("line 28\nline 29")
     assert "line 20" not in text
