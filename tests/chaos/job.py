@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import logging
 import os
 import sys
 import time
@@ -13,7 +15,7 @@ import time
 from stages.artifacts import run_key
 from stages.config.errors import Category
 from stages.config.request import StageRequest
-from stages.runner import load_request
+from stages.runner import load_request, run_stage
 from stages.store import Store, write_json
 from tests.integration.stage_stand_in import build, fail
 
@@ -24,6 +26,17 @@ def note_pid(request: StageRequest, store: Store, role: str) -> None:
     """Where the test finds the process to kill."""
     key = run_key(request.run.run_id, request.stage, f"{role}-{request.submission_id}.json")
     write_json(store, key, {"pid": os.getpid()})
+
+
+def pretrain_by(module: str) -> int:
+    """Run `python -m <module> <config uri>`: pretraining by the module's `body`, found by its name, which a worker can
+    import, unlike __main__."""
+    from stages import pretrain
+    from stages.train.launch import launch
+
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+    pretrain.run = lambda context: launch(context, importlib.import_module(module).body)
+    return run_stage(sys.argv[1])
 
 
 def print_lines(request: StageRequest, seconds: float) -> None:

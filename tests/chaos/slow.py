@@ -6,18 +6,15 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import sys
 import time
 from typing import Any
 
-from stages import pretrain
 from stages.artifacts import run_key
 from stages.context import StageContext, StageOutcome
-from stages.runner import run_stage
 from stages.store import write_json
-from tests.chaos.job import note_pid
+from tests.chaos.job import note_pid, pretrain_by
 
 PAUSE_SECONDS = 1.0
 
@@ -53,14 +50,5 @@ def body(context: StageContext) -> StageOutcome:
     return train_on_worker(dataclasses.replace(context, tracker=Paced(context)))
 
 
-def run(context: StageContext) -> StageOutcome:
-    from stages.train.launch import launch
-    from tests.chaos import slow  # by its name, which a worker can import, unlike __main__
-
-    return launch(context, slow.body)
-
-
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout)
-    pretrain.run = run
-    sys.exit(run_stage(sys.argv[1]))
+    sys.exit(pretrain_by("tests.chaos.slow"))

@@ -7,7 +7,6 @@ that hurt nobody else run some at a time, each in a store of its own.
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import shlex
@@ -299,18 +298,17 @@ DRILLS: tuple[Callable[[World], Struck], ...] = (
 @pytest.fixture(scope="module")
 def drills(world: World, request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Suffered]]]:
     """Some at a time; with `-k`, those that are read."""
-    if any("outage" in item.fixturenames for item in request.session.items if isinstance(item, pytest.Function)):
+    tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    if any("outage" in test.fixturenames for test in tests):
         request.getfixturevalue("outage")
-    selected = "".join(
-        inspect.getsource(item.function) for item in request.session.items if isinstance(item, pytest.Function)
-    )
+    selected = {test.callspec.params.get("name") for test in tests if hasattr(test, "callspec")}
 
     def suffer(drill: Callable[[World], Struck]) -> Suffered:
         struck, since = drill(world)
         return struck, time.monotonic() - since
 
     with ThreadPoolExecutor(AT_ONCE) as threads:
-        chosen = [drill for drill in DRILLS if drill is calm or f'drills["{drill.__name__}"]' in selected]
+        chosen = [drill for drill in DRILLS if drill is calm or drill.__name__ in selected]
         yield {drill.__name__: threads.submit(suffer, drill) for drill in chosen}
 
 
@@ -321,70 +319,57 @@ def undisturbed(drills: dict[str, Future[Suffered]]) -> str:
     return drill.digest()
 
 
-def test_the_line_to_s3_is_slow(drills: dict[str, Future[Suffered]], undisturbed: str):
-    drill, seconds = drills["slow_line"].result()
-    sees = "nothing: one attempt, which takes longer"
-    note(drill, "S3 slow: 150 ms each way, 2 MiB/s a connection", sees=sees, seconds=seconds, undisturbed=undisturbed)
-
-
-def test_a_large_upload_stops_half_way(drills: dict[str, Future[Suffered]], undisturbed: str):
-    drill, seconds = drills["half_an_upload"].result()
-    fault = "a checkpoint's multipart upload cut off half way, and the job's process killed half way through the next"
-    sees = (
+SEEN: dict[str, tuple[str, str]] = {
+    "slow_line": (
+        "S3 slow: 150 ms each way, 2 MiB/s a connection",
+        "nothing: one attempt, which takes longer",
+    ),
+    "half_an_upload": (
+        "a checkpoint's multipart upload cut off half way, and the job's process killed half way through the next",
         "of the cut nothing; then one failed attempt, `The stage's process was killed (signal 9)`, whose retry resumes "
-        "from the checkpoint before; `make gc` lists and removes the half upload"
-    )
+        "from the checkpoint before; `make gc` lists and removes the half upload",
+    ),
+    "wrong_keys": (
+        "wrong secret key",
+        "failed without a retry: `the secret key does not belong to the access key`, and what to check; then cleared",
+    ),
+    "full_bucket": (
+        "bucket's quota used up in the middle of training",
+        "`the quota is used up`, raise it or `python -m infra gc`; cleared, it goes on from its checkpoint",
+    ),
+    "damaged_input": (
+        "a byte of an input flipped in the store",
+        "refused with the file's name; the stage that made it is no hit any more, so that a clear builds it anew",
+    ),
+    "damaged_checkpoint": (
+        "a byte of the newest checkpoint flipped, then the job's process killed",
+        "one failed attempt; the retry says that this checkpoint is damaged and resumes from the one before",
+    ),
+    "no_memory": (
+        "training worker killed by the kernel's OOM killer",
+        "one failed attempt, `a training worker died`, with a hint at memory; the retry resumes from the checkpoint",
+    ),
+    "full_disk": (
+        "disk full on the worker",
+        "`a disk of the worker's machine is full`, with its folders; then cleared",
+    ),
+    "wrong_clock": (
+        "worker's clock 400 days ahead",
+        "`the clocks of this machine and of the server differ too much`: `Set this machine's clock`; then cleared",
+    ),
+    "twins": (
+        "two identical runs at once",
+        "the second says for whom it waits, then takes the artifact: computed once",
+    ),
+}
+"""Drill -> the fault, and what the user sees, which the drill itself asserts."""
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_a_drill_ends_as_if_nothing_had_been(name: str, drills: dict[str, Future[Suffered]], undisturbed: str):
+    drill, seconds = drills[name].result()
+    fault, sees = SEEN[name]
     note(drill, fault, sees=sees, seconds=seconds, undisturbed=undisturbed)
-
-
-def test_the_keys_are_wrong(drills: dict[str, Future[Suffered]], undisturbed: str):
-    drill, seconds = drills["wrong_keys"].result()
-    sees = "failed without a retry: `the secret key does not belong to the access key`, and what to check; then cleared"
-    note(drill, "wrong secret key", sees=sees, seconds=seconds, undisturbed=undisturbed)
-
-
-def test_the_bucket_is_full(drills: dict[str, Future[Suffered]], undisturbed: str):
-    drill, seconds = drills["full_bucket"].result()
-    sees = "`the quota is used up`, raise it or `python -m infra gc`; cleared, it goes on from its checkpoint"
-    note(drill, "bucket's quota used up in the middle of training", sees=sees, seconds=seconds, undisturbed=undisturbed)
-
-
-def test_a_byte_of_an_input_flips(drills: dict[str, Future[Suffered]], undisturbed: str):
-    drill, seconds = drills["damaged_input"].result()
-    sees = "refused with the file's name; the stage that made it is no hit any more, so that a clear builds it anew"
-    note(drill, "a byte of an input flipped in the store", sees=sees, seconds=seconds, undisturbed=undisturbed)
-
-
-def test_a_byte_of_a_checkpoint_flips(drills: dict[str, Future[Suffered]], undisturbed: str):
-    drill, seconds = drills["damaged_checkpoint"].result()
-    sees = "one failed attempt; the retry says that this checkpoint is damaged and resumes from the one before"
-    fault = "a byte of the newest checkpoint flipped, then the job's process killed"
-    note(drill, fault, sees=sees, seconds=seconds, undisturbed=undisturbed)
-
-
-def test_the_kernel_takes_a_worker_for_want_of_memory(drills: dict[str, Future[Suffered]], undisturbed: str):
-    drill, seconds = drills["no_memory"].result()
-    fault = "training worker killed by the kernel's OOM killer"
-    sees = "one failed attempt, `a training worker died`, with a hint at memory; the retry resumes from the checkpoint"
-    note(drill, fault, sees=sees, seconds=seconds, undisturbed=undisturbed)
-
-
-def test_the_disk_of_the_worker_is_full(drills: dict[str, Future[Suffered]], undisturbed: str):
-    drill, seconds = drills["full_disk"].result()
-    sees = "`a disk of the worker's machine is full`, with its folders; then cleared"
-    note(drill, "disk full on the worker", sees=sees, seconds=seconds, undisturbed=undisturbed)
-
-
-def test_the_clock_is_400_days_ahead(drills: dict[str, Future[Suffered]], undisturbed: str):
-    drill, seconds = drills["wrong_clock"].result()
-    sees = "`the clocks of this machine and of the server differ too much`: `Set this machine's clock`; then cleared"
-    note(drill, "worker's clock 400 days ahead", sees=sees, seconds=seconds, undisturbed=undisturbed)
-
-
-def test_two_identical_runs_start_at_once(drills: dict[str, Future[Suffered]], undisturbed: str):
-    drill, seconds = drills["twins"].result()
-    sees = "the second says for whom it waits, then takes the artifact: computed once"
-    note(drill, "two identical runs at once", sees=sees, seconds=seconds, undisturbed=undisturbed)
 
 
 # ---- one machine's clock is wrong, and others live

@@ -6,15 +6,12 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import sys
 import time
 
-from stages import pretrain
 from stages.context import StageContext, StageOutcome
-from stages.runner import run_stage
 from stages.tracking import NullTracker
-from tests.chaos.job import note_pid
+from tests.chaos.job import note_pid, pretrain_by
 
 HANGS_AT = 10
 
@@ -43,14 +40,5 @@ def body(context: StageContext) -> StageOutcome:
     return train_on_worker(context)
 
 
-def run(context: StageContext) -> StageOutcome:
-    from stages.train.launch import launch
-    from tests.chaos import training  # by its name, which a worker can import, unlike __main__
-
-    return launch(context, training.body)
-
-
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout)
-    pretrain.run = run
-    sys.exit(run_stage(sys.argv[1]))
+    sys.exit(pretrain_by("tests.chaos.training"))

@@ -109,18 +109,22 @@ def test_without_its_adapter_the_model_is_its_start_and_with_it_what_it_was(
     assert not torch.equal(model.eval()(input_ids=IDS).logits, plain(input_ids=IDS).logits)
 
 
+def loaders_of(role: str) -> tuple[Any, Any]:
+    """Our function that loads a model of this role, and the class of transformers that does."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if role == "model":
+        return load_causal_lm, AutoModelForCausalLM
+    return load_reward_model, AutoModelForSequenceClassification
+
+
 @pytest.mark.parametrize("role", ["model", "reward"])
 def test_the_merged_export_and_the_adapter_folder_equal_the_trained_model(
     role: str, stage_inputs: Inputs, artifact: TokensArtifact, tmp_path: Path
 ):
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    ours, plain = (
-        (load_causal_lm, AutoModelForCausalLM)
-        if role == "model"
-        else (load_reward_model, AutoModelForSequenceClassification)
-    )
+    ours, plain = loaders_of(role)
     start = folder_of(stage_inputs, role)
     model = stirred(add_adapter(ours(start, artifact), LORA, seed=0))
     expected = model(input_ids=IDS).logits
@@ -178,13 +182,8 @@ def test_merged_experts_and_their_adapter_folder_equal_the_trained_model(
     role: str, lora: LoRAConfig, expert_inputs: Inputs, artifact: TokensArtifact, tmp_path: Path
 ):
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    ours, plain = (
-        (load_causal_lm, AutoModelForCausalLM)
-        if role == "model"
-        else (load_reward_model, AutoModelForSequenceClassification)
-    )
+    ours, plain = loaders_of(role)
     start = folder_of(expert_inputs, role)
     model = stirred(add_adapter(ours(start, artifact), lora, seed=0))
     expected = model(input_ids=IDS).logits
