@@ -14,6 +14,7 @@ import pytest
 
 from infra.processes import is_zombie
 from stages.config.graph import Stage
+from tests.chaos.cluster import Cluster, ray_cluster
 from tests.chaos.namespaces import missing_for_namespaces
 from tests.chaos.run_records import (
     forget,
@@ -26,7 +27,6 @@ from tests.chaos.run_records import (
     wait_start,
 )
 from tests.chaos.stack import REPOSITORY, Row
-from tests.chaos.two_nodes import TwoNodes, two_nodes
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.integration, pytest.mark.timeout(2400)]
 
@@ -46,21 +46,15 @@ LIMIT_SECONDS = 400
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if reason := missing_for_namespaces():
         pytest.skip(reason)
-    with two_nodes(tmp_path_factory.mktemp("two"), DAGS) as made, pytest.MonkeyPatch.context() as patch:
-        for name, value in made.stack.environment.items():
-            if name.startswith("AWS_"):
-                patch.setenv(name, value)
-        made.stack.airflow.ensure_pool("gpu", slots=4, description="as many heavy stages at a time")
-        for dag_id in ("llm_pipeline", "slow"):
-            made.stack.airflow.wait_for_dag(dag_id, seconds=120)
+    with ray_cluster(tmp_path_factory.mktemp("two"), DAGS, names=("worker",), head_cpus=1) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: TwoNodes) -> Row:
+def undisturbed(cluster: Cluster) -> Row:
     """The whole pipeline, every training stage on both nodes."""
     row = cluster.stack.trigger(
         "llm_pipeline",
@@ -74,15 +68,15 @@ def undisturbed(cluster: TwoNodes) -> Row:
     return row
 
 
-def test_the_whole_pipeline_runs_with_a_worker_on_each_node(cluster: TwoNodes, undisturbed: Row):
+def test_the_whole_pipeline_runs_with_a_worker_on_each_node(cluster: Cluster, undisturbed: Row):
     jobs = {job["metadata"]["airflow.task_id"]: job["submission_id"] for job in undisturbed.jobs()}
     for stage in TRAINED:
         assert cluster.workers_by_node(jobs[stage.value]) == [1, 1], stage
     assert len(history_of(cluster.stack.store, manifest_of(undisturbed, Stage.PRETRAIN))) == NUM_STEPS
 
 
-def test_a_node_is_cut_off_in_the_middle_of_pretraining_and_comes_back(cluster: TwoNodes, undisturbed: Row):
-    stack = cluster.stack
+def test_a_node_is_cut_off_in_the_middle_of_pretraining_and_comes_back(cluster: Cluster, undisturbed: Row):
+    stack, machine, node = cluster.stack, cluster.machines["worker"], cluster.nodes["worker"]
     before = manifest_of(undisturbed, Stage.PRETRAIN)
     expected = history_of(stack.store, before)
     forget(stack.store, before)
@@ -90,12 +84,12 @@ def test_a_node_is_cut_off_in_the_middle_of_pretraining_and_comes_back(cluster: 
     first = wait_start(row, 1, seconds=240)
     assert (first["workers"], first["step"]) == (2, 1)
     wait_checkpoint(row, before.fingerprint, step=5 * CHECKPOINT_EVERY)
-    assert cluster.node.process is not None
-    everything = psutil.Process(cluster.node.process.pid).children(recursive=True)
+    assert node.process is not None
+    everything = psutil.Process(node.process.pid).children(recursive=True)
     on_the_node = [process for process in everything if "RayTrainWorker" in " ".join(process.cmdline())]
     assert len(on_the_node) == 1
 
-    cluster.worker.cut()
+    machine.cut()
     cut_at = time.time()
     alone = wait_start(row, 2, seconds=LIMIT_SECONDS)
     to_go_on = alone["at"] - cut_at
@@ -103,12 +97,10 @@ def test_a_node_is_cut_off_in_the_middle_of_pretraining_and_comes_back(cluster: 
     assert alone["step"] % CHECKPOINT_EVERY == 1, "not from a checkpoint"
     assert alone["step"] > 5 * CHECKPOINT_EVERY
 
-    cluster.worker.mend()
-    stack.wait(
-        "Ray on the machine that was cut off learns that it was given up, and ends", lambda: cluster.node.has_ended
-    )
+    machine.mend()
+    stack.wait("Ray on the machine that was cut off learns that it was given up, and ends", lambda: node.has_ended)
     stack.wait("its training worker ends", lambda: all(is_zombie(process) for process in on_the_node))
-    cluster.node.start()  # as Kubernetes or systemd does
+    node.start()  # as Kubernetes or systemd does
     back_at = time.time()
     together = wait_start(row, 3, seconds=LIMIT_SECONDS)
     to_grow = together["at"] - back_at

@@ -1,4 +1,4 @@
-"""A Ray cluster of two machines that share nothing but a network and an S3 server: head and worker node in network
+"""A Ray cluster of machines that share nothing but a network and an S3 server: the head and its nodes in network
 namespaces, with working directories of their own, and a real Airflow beside them."""
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import requests
 
 from infra.components import BIN
@@ -32,18 +33,15 @@ HEALTH = {
 
 
 @dataclass(frozen=True)
-class TwoNodes:
-    """The cluster, its second machine, and Airflow."""
+class Cluster:
+    """Ray's head, the machines that joined it, and Airflow."""
 
     stack: ChaosStack
     ray: RayServer
-    worker: Machine
-    node: Restartable
-    """Ray on the second machine."""
-
-    def nodes(self) -> list[dict[str, Any]]:
-        """Ray's living nodes."""
-        return [node for node in _listed(self.ray, "nodes") if node["state"] == "ALIVE"]
+    machines: dict[str, Machine]
+    """But the head's."""
+    nodes: dict[str, Restartable]
+    """Ray on each of them."""
 
     def workers_by_node(self, submission_id: str) -> list[int]:
         """Of all training workers that a job ever had, how many ran on each node."""
@@ -59,31 +57,45 @@ def _listed(ray: RayServer, what: str) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def two_nodes(root: Path, dag_files: list[Path]) -> Iterator[TwoNodes]:
-    """Everything up, a CPU on each node; the store's variables are in `stack.environment`."""
+def ray_cluster(root: Path, dag_files: list[Path], *, names: Sequence[str], head_cpus: int) -> Iterator[Cluster]:
+    """Everything up, a CPU on each machine but for the head's; the store's variables are in this process too."""
     with ExitStack() as stack:
-        net = stack.enter_context(network(("head", "worker")))
-        head, worker = net.machines["head"], net.machines["worker"]
+        net = stack.enter_context(network(("head", *names)))
+        machines = dict(net.machines)
+        head = machines.pop("head")
         s3 = stack.enter_context(s3_server(best_kind(), address=net.address))
-        store_uri = f"s3://{s3.new_bucket()}/two-nodes"
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        for name, value in s3.environment.items():
+            patch.setenv(name, value)
+        store_uri = f"s3://{s3.new_bucket()}/cluster"
         shared = {**s3.environment, **HEALTH, "ARTIFACT_STORE": store_uri, "PYTHONPATH": str(REPOSITORY)}
         ray = stack.enter_context(
             ray_server(
-                num_cpus=1,
+                num_cpus=head_cpus,
                 environment={**shared, **_folders(root, "head")},
                 address=head.address,
                 within=head.within,
             )
         )
-        folder = Path(tempfile.mkdtemp(prefix="ath-node-", dir="/tmp"))  # its Unix sockets need a short path
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        node = Restartable(lambda: _node(ray, worker, folder, {**shared, **_folders(root, "worker")}))
-        stack.callback(node.stop)
-        node.start()
+        nodes = {
+            name: _start(stack, ray, machine, {**shared, **_folders(root, name)}) for name, machine in machines.items()
+        }
         airflow = stack.enter_context(
             chaos_stack(root / "airflow", dag_files, ray=ray, store_uri=store_uri, variables=s3.environment)
         )
-        yield TwoNodes(airflow, ray, worker, node)
+        airflow.airflow.ensure_pool("gpu", slots=4, description="as many heavy stages at a time")
+        for dag_id in ("llm_pipeline", "slow"):
+            airflow.airflow.wait_for_dag(dag_id, seconds=120)
+        yield Cluster(airflow, ray, machines, nodes)
+
+
+def _start(stack: ExitStack, ray: RayServer, machine: Machine, environment: Mapping[str, str]) -> Restartable:
+    folder = Path(tempfile.mkdtemp(prefix="ath-node-", dir="/tmp"))  # its Unix sockets need a short path
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    node = Restartable(lambda: _node(ray, machine, folder, environment))
+    stack.callback(node.stop)
+    node.start()
+    return node
 
 
 def _folders(root: Path, name: str) -> dict[str, str]:
