@@ -22,7 +22,7 @@ CYCLONEDX := cyclonedx-bom==7.5.0
 # what `make test` runs; `make test TESTS=tests/unit`
 TESTS   ?= tests
 # artifacts, leases, garbage collection and the doctor: the same tests on every kind of store
-STORE_TESTS := tests/unit/test_artifacts.py tests/unit/test_s3.py tests/unit/test_lease.py tests/unit/test_retention.py \
+STORE_TESTS := tests/unit/artifacts/test_manifests.py tests/unit/artifacts/test_s3.py tests/unit/artifacts/test_lease.py tests/unit/artifacts/test_retention.py \
   tests/integration/test_lease_s3.py tests/unit/infra/test_doctor.py
 # several tests at once, those of a file in one process; much of what they do is waiting for servers
 PYTEST_PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder

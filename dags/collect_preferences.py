@@ -10,10 +10,10 @@ from datetime import timedelta
 
 from airflow.sdk import DAG, TriggerRule, chain, get_current_context, task
 
-from operators.collect import PREFERENCES, RespondOperator
 from operators.failures import MAX_RETRIES, StageRetryPolicy
 from operators.form import form_of
-from operators.rating import PreferenceRating
+from operators.people.collect import PREFERENCES, RespondOperator
+from operators.people.rating import PreferenceRating
 from stages.config.collect import CollectParams
 
 with DAG(
@@ -34,14 +34,14 @@ with DAG(
     @task(execution_timeout=timedelta(minutes=5))
     def resolve() -> dict:
         """Find the model and what it is asked; wrong input ends the run here, naming the field."""
-        from operators.collect import start_collection
+        from operators.people.collect import start_collection
 
         return start_collection(get_current_context())
 
     @task(execution_timeout=timedelta(minutes=5))
     def questions() -> list:
         """One question a prompt, its responses in a random order that is written down."""
-        from operators.collect import questions_of
+        from operators.people.collect import questions_of
 
         return questions_of(get_current_context())
 
@@ -49,14 +49,14 @@ with DAG(
     @task(execution_timeout=timedelta(minutes=5), trigger_rule=TriggerRule.ALL_DONE, outlets=[PREFERENCES])
     def publish() -> dict:
         """Turn the answers into pairs and publish them; ties, skips and silence are counted."""
-        from operators.collect import publish_answers
+        from operators.people.collect import publish_answers
 
         return publish_answers(get_current_context())
 
     @task(execution_timeout=timedelta(minutes=5))
     def close() -> None:
         """End the MLflow parent run; green only if preferences were published."""
-        from operators.collect import finish_collection
+        from operators.people.collect import finish_collection
 
         finish_collection(get_current_context())
 

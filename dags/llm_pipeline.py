@@ -12,11 +12,11 @@ from functools import partial
 
 from airflow.sdk import DAG, TriggerRule, chain, get_current_context, task
 
-from operators.approval import PromotionApproval
 from operators.failures import MAX_RETRIES, StageRetryPolicy
 from operators.form import trigger_form
 from operators.notify import deadline, notifications
 from operators.operator import StageOperator
+from operators.people.approval import PromotionApproval
 from stages.config.graph import Stage
 
 # Stages that fill the machine wait for a slot of the pool `gpu`, which counts deferred tasks too.

@@ -153,7 +153,7 @@ def settings(stack: Stack, *, of_environment: bool) -> dict[str, str]:
 
 def garbage(arguments: argparse.Namespace) -> int:
     from infra.garbage import collect
-    from stages.retention import Policy
+    from stages.artifacts.retention import Policy
 
     policy = Policy(
         keep_days=arguments.keep_days,

@@ -21,8 +21,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from infra.layout import Layout
-from stages.artifacts import MANIFEST, hash_file
-from stages.store import FileStore, Store
+from stages.artifacts.manifests import MANIFEST, hash_file
+from stages.artifacts.store import FileStore, Store
 
 RECORD = "backup.json"
 POSTGRES_DATABASES = ("airflow", "mlflow", "mlflow_auth")

@@ -18,8 +18,8 @@ from infra.backup import (
 from infra.layout import StackRecord
 from infra.stack import Stack, StackError
 from infra.supervisor import Supervisor
+from stages.artifacts.store import Store, open_store
 from stages.config.errors import StageError
-from stages.store import Store, open_store
 
 
 def keep(stack: Stack, command: str, folder: Path, *, postgres: bool) -> None:

@@ -19,8 +19,8 @@ from infra.layout import StackSecrets
 from infra.run_state import DAG_ID, Row, RunWatch, Snapshot
 from infra.screen import open_screen, samples_panels, summary_table
 from infra.stack import Stack, relative
+from stages.artifacts.store import open_store
 from stages.config.graph import Stage
-from stages.store import open_store
 
 POLL_SECONDS = 2.0
 # Airflow restarted, or busy for a moment: what a run of hours must survive

@@ -1,4 +1,4 @@
-"""`make gc`: what `stages.retention` finds in the store of the environment, for people to read before it goes."""
+"""`make gc`: what `stages.artifacts.retention` finds in the store of the environment, for people to read first."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 from collections import Counter
 from collections.abc import Callable
 
+from stages.artifacts.retention import Policy, Waste, delete, find
+from stages.artifacts.store import open_store
 from stages.config.errors import StageError
-from stages.mlflow_client import all_registered
-from stages.retention import Policy, Waste, delete, find
-from stages.store import open_store
+from stages.tracking.client import all_registered
 
 
 def collect(policy: Policy, *, remove: bool, say: Callable[[str], None]) -> int:

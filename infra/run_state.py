@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from infra.airflow_api import AirflowApi, AirflowApiError, TaskState
 from stages.config.graph import PIPELINE_STAGES, Stage
 from stages.config.request import Failure, StageResult, safe_run_id
-from stages.progress import JOB_RECORD, worker_record
+from stages.job.progress import JOB_RECORD, worker_record
 
 DAG_ID = "llm_pipeline"
 ACTIVE = (

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from stages.artifacts.s3 import HASTY, Patience, S3Store, in_words, s3_client
+from stages.artifacts.store import FileStore, Store, open_store
 from stages.config.errors import StageError
-from stages.s3 import HASTY, Patience, S3Store, in_words, s3_client
-from stages.store import FileStore, Store, open_store
 
 RACERS, ROUNDS = 8, 10
 SKEW_NOTED_SECONDS, SKEW_REFUSED_SECONDS = 60, 900

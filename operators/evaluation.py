@@ -10,14 +10,14 @@ from operators.form import form_values
 from operators.given import data_of, find_version, given_artifact, is_ours
 from operators.mlflow import MlflowServer, MlflowUnavailableError
 from operators.run import finish_run, open_run
-from stages.artifacts import canonical_json, read_manifest, split_artifact_uri
+from stages.artifacts.manifests import canonical_json, read_manifest, split_artifact_uri
+from stages.artifacts.store import read_json
 from stages.config.errors import ConfigError, StageError
 from stages.config.evaluation import EvaluationParams
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import PipelineConfig
 from stages.config.request import ArtifactRef, Manifest
 from stages.config.resolve import resolve, validated
-from stages.store import read_json
 
 logger = logging.getLogger(__name__)
 

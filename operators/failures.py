@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from airflow.sdk import RetryPolicy
 from airflow.sdk.definitions.retry_policy import RetryDecision
 
-from operators.jobs import JobInfo, RayRefusedError, RayUnreachableError
+from operators.ray.jobs import JobInfo, RayRefusedError, RayUnreachableError
 from stages.config.errors import EXIT_CODES, Category, ExitCode, StageError
 from stages.config.graph import Stage
 from stages.config.request import Failure

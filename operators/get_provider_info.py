@@ -15,15 +15,17 @@ def get_provider_info() -> dict[str, Any]:
         "operators": [
             {
                 "integration-name": "Ray Jobs",
-                "python-modules": ["operators.operator", "operators.approval", "operators.rating"],
+                "python-modules": ["operators.operator", "operators.people.approval", "operators.people.rating"],
             }
         ],
-        "hooks": [{"integration-name": "Ray Jobs", "python-modules": ["operators.hook"]}],
-        "triggers": [{"integration-name": "Ray Jobs", "python-modules": ["operators.trigger", "operators.watcher"]}],
+        "hooks": [{"integration-name": "Ray Jobs", "python-modules": ["operators.ray.hook"]}],
+        "triggers": [
+            {"integration-name": "Ray Jobs", "python-modules": ["operators.ray.trigger", "operators.watcher"]}
+        ],
         "connection-types": [
             {
                 "connection-type": "ray_jobs",
-                "hook-class-name": "operators.hook.RayJobHook",
+                "hook-class-name": "operators.ray.hook.RayJobHook",
                 "hook-name": "Ray Jobs",
                 "ui-field-behaviour": {
                     "hidden-fields": ["login"],

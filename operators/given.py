@@ -7,7 +7,7 @@ stage of the run must start from the same thing.
 import os
 
 from operators.mlflow import MlflowServer, MlflowUnavailableError, ModelVersion
-from stages.artifacts import read_manifest
+from stages.artifacts.manifests import read_manifest
 from stages.config.errors import ConfigError, StageError, without_logins
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import BASE_MODEL, PREVIOUS, PipelineConfig

@@ -23,18 +23,18 @@ from operators.failures import (
     StageTimedOut,
     as_stage_failures,
 )
-from operators.hook import DEFAULT_CONN_ID, RayJobHook
-from operators.jobs import JobStatus
 from operators.links import ArtifactLink, MlflowRunLink, RayJobLink, ReportLink, mlflow_run_page
+from operators.ray.hook import DEFAULT_CONN_ID, RayJobHook
+from operators.ray.jobs import JobStatus
 from stages.config.graph import GRAPH, Stage
 from stages.config.request import RunInfo, StageRequest, StageResult
 
 if TYPE_CHECKING:
-    from operators.submission import Attached, Submission, SubmissionLog
-    from operators.watch import Outcome, WatchSettings
+    from operators.ray.submission import Attached, Submission, SubmissionLog
+    from operators.ray.watch import Outcome, WatchSettings
+    from stages.artifacts.store import Store
     from stages.config.execution import ExecutionConfig
     from stages.config.pipeline import PipelineConfig
-    from stages.store import Store
 
 ENTRYPOINT = "python -m stages {config_uri}"
 
@@ -155,9 +155,9 @@ class StageOperator(BaseOperator):
 
     def execute_complete(self, context: Any, event: Mapping[str, Any]) -> dict[str, Any]:
         """Turn the end of the job into the end of the task."""
+        from operators.ray.submission import Submission
+        from operators.ray.watch import Outcome
         from operators.results import explain_failure, read_result
-        from operators.submission import Submission
-        from operators.watch import Outcome
 
         carry = event["carry"]
         self.link_addresses = dict(carry["links"])
@@ -213,7 +213,7 @@ class StageOperator(BaseOperator):
 
     def _timed_out(self, context: Any, limit: timedelta | None) -> StageTimedOut:
         from operators.prepare import load_config
-        from operators.submission import patiently
+        from operators.ray.submission import patiently
 
         # What the trigger carried is not given back after a timeout.
         with as_stage_failures():
@@ -252,7 +252,7 @@ class StageOperator(BaseOperator):
             raise _preempted()
         if not self.cancel_on_kill:
             return
-        from operators.submission import patiently
+        from operators.ray.submission import patiently
 
         with RayJobHook(self.ray_conn_id) as hook:
             patiently(lambda: hook.stop_job(submission_id), _KILL_PATIENCE_SECONDS)
@@ -280,7 +280,7 @@ class StageOperator(BaseOperator):
         return RunInfo.model_validate(value)
 
     def _open_store(self) -> "Store":
-        from stages.store import open_store
+        from stages.artifacts.store import open_store
 
         return open_store(self.store_uri or os.environ.get("ARTIFACT_STORE", ""))
 
@@ -326,7 +326,7 @@ class StageOperator(BaseOperator):
     def _submission_log(self, context: Any) -> "SubmissionLog":
         from airflow.sdk.execution_time.context import NEVER_EXPIRE
 
-        from operators.submission import SubmissionLog, TaskKey
+        from operators.ray.submission import SubmissionLog, TaskKey
 
         ti = context["ti"]
         map_index = -1 if ti.map_index is None else ti.map_index
@@ -334,10 +334,10 @@ class StageOperator(BaseOperator):
         return SubmissionLog(context["task_state_store"], key, retention=NEVER_EXPIRE)
 
     def _attach_or_submit(self, context: Any, hook: RayJobHook, store: "Store", request: StageRequest) -> "Attached":
-        from operators.ownership import GENERATION
-        from operators.submission import attach_or_submit
-        from stages.artifacts import run_key
-        from stages.store import write_json
+        from operators.ray.ownership import GENERATION
+        from operators.ray.submission import attach_or_submit
+        from stages.artifacts.manifests import run_key
+        from stages.artifacts.store import write_json
 
         def key(name: str) -> str:
             return run_key(request.run.run_id, request.stage, name)
@@ -372,7 +372,7 @@ class StageOperator(BaseOperator):
 
     def _metadata(self, context: Any, request: StageRequest) -> dict[str, str]:
         """What Ray's dashboard shows about the job, and by which the reaper knows it; nothing secret."""
-        from operators.ownership import airflow_id, job_metadata
+        from operators.ray.ownership import airflow_id, job_metadata
 
         ti = context["ti"]
         return {
@@ -394,8 +394,8 @@ class StageOperator(BaseOperator):
         return f"env {settings} {self.entrypoint.format(config_uri=shlex.quote(config_uri))}"
 
     def _defer(self, request: StageRequest, carry: dict[str, Any]) -> None:
-        from operators.trigger import RayJobTrigger
-        from stages.artifacts import run_key
+        from operators.ray.trigger import RayJobTrigger
+        from stages.artifacts.manifests import run_key
 
         trigger = RayJobTrigger(
             ray_conn_id=self.ray_conn_id,
@@ -409,7 +409,7 @@ class StageOperator(BaseOperator):
         self.defer(trigger=trigger, method_name="execute_complete", timeout=self.timeout)
 
     def _watch_settings(self, request: StageRequest) -> "WatchSettings":
-        from operators.watch import WatchSettings
+        from operators.ray.watch import WatchSettings
 
         execution = request.execution
         return WatchSettings(
@@ -427,9 +427,9 @@ class StageOperator(BaseOperator):
 
     def _wait(self, context: Any, submission_id: str, request: StageRequest) -> "Outcome":
         """Watch in this process, the way the trigger would; raises AirflowTaskTimeout when its time is over."""
-        from operators.client import RayJobClient
-        from operators.watch import LogCursor, watch_job
-        from stages.artifacts import run_key
+        from operators.ray.client import RayJobClient
+        from operators.ray.watch import LogCursor, watch_job
+        from stages.artifacts.manifests import run_key
 
         settings = self._watch_settings(request)
         endpoint = RayJobHook(self.ray_conn_id).endpoint
@@ -506,7 +506,7 @@ def _of_mapped(run: RunInfo, map_index: int | None) -> RunInfo:
 
 def _outcome_of(attached: "Attached") -> "Outcome":
     """The outcome of a job whose outcome, and log, was processed before."""
-    from operators.watch import Outcome
+    from operators.ray.watch import Outcome
 
     job = attached.job
     if job is None:

@@ -16,7 +16,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from operators.prepare import build_request, input_stages, selection
-from stages.artifacts import DOUBT, artifact_uri, find_manifest, fingerprint, is_doubted, verify
+from stages.artifacts.explain import BY_JOB, NEW, Builds, differences, identity_fields
+from stages.artifacts.manifests import DOUBT, artifact_uri, find_manifest, fingerprint, is_doubted, verify
+from stages.artifacts.store import Store
 from stages.config.base import Config
 from stages.config.errors import DamagedArtifactError
 from stages.config.estimate import (
@@ -34,8 +36,6 @@ from stages.config.execution import ExecutionConfig
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import CONFIG_CLASSES, PipelineConfig, stage_config_from_json
 from stages.config.request import ArtifactRef, Manifest, RunInfo, StageRequest
-from stages.explain import BY_JOB, NEW, Builds, differences, identity_fields
-from stages.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -291,7 +291,7 @@ def plan_run(context: Any, *, resolve_task_id: str = "resolve") -> bool:
     from operators.mlflow import log_plan
     from operators.plan_page import as_markdown, as_table, total
     from operators.prepare import load_config
-    from stages.store import open_store
+    from stages.artifacts.store import open_store
 
     run = RunInfo.model_validate(context["ti"].xcom_pull(task_ids=resolve_task_id))
     with as_stage_failures():

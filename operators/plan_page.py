@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from operators.logs import readable_seconds
 from operators.plan import Plan, StagePlan, Verdict
+from operators.ray.logs import readable_seconds
 from stages.config.estimate import human
 
 _HEADINGS = ("stage", "plan", "parameters", "tokens", "FLOPs", "memory a worker", "time", "cost")

@@ -4,7 +4,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from stages.artifacts import artifact_uri, find_intact, fingerprint, is_doubted, run_key
+from stages.artifacts.manifests import artifact_uri, find_intact, fingerprint, is_doubted, run_key
+from stages.artifacts.store import Store, write_json
 from stages.config.closing import Approval
 from stages.config.curate import NEW_BYTES, NEW_PAIRS
 from stages.config.errors import ConfigError
@@ -12,7 +13,6 @@ from stages.config.graph import GRAPH, Alignment, Stage
 from stages.config.params import Promotion
 from stages.config.pipeline import PREVIOUS, PipelineConfig, stage_config_from_json
 from stages.config.request import ArtifactRef, RunInfo, StageRequest, StageResult
-from stages.store import Store, write_json
 
 logger = logging.getLogger(__name__)
 

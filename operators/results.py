@@ -9,12 +9,12 @@ from operators.failures import (
     job_failure,
     stage_failure,
 )
-from operators.jobs import JobStatus
-from operators.watch import Outcome
-from stages.artifacts import run_key
+from operators.ray.jobs import JobStatus
+from operators.ray.watch import Outcome
+from stages.artifacts.manifests import run_key
+from stages.artifacts.store import Store
 from stages.config.graph import Stage
 from stages.config.request import Failure, RunInfo, StageResult
-from stages.store import Store
 
 
 def read_result(stage: Stage, *, run: RunInfo, store: Store, outcome: Outcome, max_retries: int | None) -> StageResult:

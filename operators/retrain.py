@@ -13,11 +13,11 @@ from operators.given import find_version
 from operators.mlflow import ModelVersion
 from operators.prepare import params_key
 from operators.watcher import Listing, list_prefix
+from stages.artifacts.store import Store, open_store, read_json, write_json
 from stages.config.base import Config
 from stages.config.errors import ConfigError
 from stages.config.request import safe_run_id
 from stages.config.retrain import RetrainParams
-from stages.store import Store, open_store, read_json, write_json
 
 
 class Watermark(Config):

@@ -11,8 +11,8 @@ from stages.config.graph import Stage
 from stages.config.request import RunInfo, safe_run_id
 
 if TYPE_CHECKING:
+    from stages.artifacts.store import Store
     from stages.config.pipeline import PipelineConfig
-    from stages.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def start_run(context: Any) -> dict[str, Any]:
 def open_run(context: Any, config: "PipelineConfig", values: dict[str, Any]) -> dict[str, Any]:
     """Store a configuration with the form's values that it came from, open the MLflow parent run."""
     from operators.prepare import params_key, pipeline_key
-    from stages.store import open_store, write_json
+    from stages.artifacts.store import open_store, write_json
 
     ti = context["ti"]
     run_id = safe_run_id(ti.run_id)
@@ -67,7 +67,7 @@ def finish_run(context: Any, *, resolve_task_id: str = "resolve", plan_task_id: 
     Airflow then skips what is left, and skipped tasks alone would make it green.
     """
     from operators.prepare import load_config, selection
-    from stages.store import open_store
+    from stages.artifacts.store import open_store
 
     ti = context["ti"]
     value = ti.xcom_pull(task_ids=resolve_task_id)
@@ -94,7 +94,7 @@ def finish_run(context: Any, *, resolve_task_id: str = "resolve", plan_task_id: 
 
 def _tell_undelivered(store: "Store", run: RunInfo) -> None:
     """Say what of the run MLflow does not have, because it was away until the end, and how to deliver it."""
-    from stages.spool import SPOOL_NAME
+    from stages.tracking.spool import SPOOL_NAME
 
     waiting = [key for key in store.list(f"runs/{run.run_id}") if key.endswith(f"/{SPOOL_NAME}")]
     if waiting:

@@ -6,7 +6,7 @@ Exit codes are the part of the failure contract that survives a lost object stor
 import sys
 
 from stages.config.errors import ExitCode
-from stages.runner import run_stage
+from stages.job.runner import run_stage
 
 
 def main(arguments: list[str]) -> int:

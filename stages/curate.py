@@ -14,17 +14,17 @@ from typing import Any
 from stages.config.curate import DERIVED, INSTALLED_DOCS, NEW_BYTES, NEW_PAIRS, CurateConfig
 from stages.config.errors import DataError
 from stages.config.pipeline import PREVIOUS
-from stages.context import StageContext, StageOutcome
 from stages.data import planted, readers, seen
-from stages.data.carried import carry_heldout
-from stages.data.dedup_keys import Candidate, extra_copies
-from stages.data.extract import Extracted, documents_file, extract, refuse_bad_sources, store_documents
-from stages.data.ledger import Amount, Step, dropped_by_reason, verify_chain
-from stages.data.pairs import PairsResult, build_pairs
-from stages.data.passes import PassResult, Shard, filter_shard, finish_shard
-from stages.data.pool import Pool, process_pool
-from stages.data.records import SourceDocument, read_lines, stable_hash
-from stages.data.storage import open_decompressed
+from stages.data.curation.carried import carry_heldout
+from stages.data.curation.dedup_keys import Candidate, extra_copies
+from stages.data.curation.extract import Extracted, documents_file, extract, refuse_bad_sources, store_documents
+from stages.data.curation.ledger import Amount, Step, dropped_by_reason, verify_chain
+from stages.data.curation.passes import PassResult, Shard, filter_shard, finish_shard
+from stages.data.curation.pool import Pool, process_pool
+from stages.data.pairs.build import PairsResult, build_pairs
+from stages.data.sources.records import SourceDocument, read_lines, stable_hash
+from stages.data.sources.storage import open_decompressed
+from stages.job.context import StageContext, StageOutcome
 
 _SHARD_BYTES = 2_000_000
 _MAX_SHARDS = 64
@@ -178,7 +178,7 @@ class Curation:
 
     def _near_copies(self, filtered: Sequence[PassResult]) -> dict[seen.Place, str]:
         """All but the best-ranked document of every MinHash cluster; all of a cluster of which one was seen before."""
-        from stages.data.dedup import clusters, match_bucket
+        from stages.data.curation.dedup import clusters, match_bucket
 
         tasks = [(bucket, self._config, self._folder) for bucket in range(self._config.minhash_buckets)]
         self._pool.run(match_bucket, tasks, lambda done, result: None)

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from stages.config.train import DPOConfig
-from stages.context import StageContext, StageOutcome
-from stages.data.packing import Packed
-from stages.data.tokens import Split, TokensArtifact, require
+from stages.data.tokens.packing import Packed
+from stages.data.tokens.views import Split, TokensArtifact, require
+from stages.job.context import StageContext, StageOutcome
 from stages.losses import dpo_loss, pair_accuracy
 from stages.models.build import load_causal_lm
 from stages.models.forward import TrunkOutput, sum_by_segment, target_logprobs, target_positions

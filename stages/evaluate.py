@@ -20,15 +20,15 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from stages.config.closing import EvaluateConfig
-from stages.context import StageContext, StageOutcome
-from stages.data.packing import Packed, TokenSequence, collate, lay_out, plan_rows, split_by_rows
-from stages.data.tokens import Split, TokensArtifact
+from stages.data.tokens.packing import Packed, TokenSequence, collate, lay_out, plan_rows, split_by_rows
+from stages.data.tokens.views import Split, TokensArtifact
+from stages.job.context import StageContext, StageOutcome
+from stages.job.workers import launch
 from stages.losses import bits_per_byte, pair_accuracy, perplexity
 from stages.models.build import load_causal_lm, load_reward_model
 from stages.models.forward import next_token_loss_sum, segment_logprobs, segment_scores
 from stages.models.generation import generate, uniforms
 from stages.models.precision import autocast
-from stages.train.launch import launch
 from stages.train.next_token import DocumentRows
 from stages.train.plan import evenly
 from stages.train.ranks import local_device

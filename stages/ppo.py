@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from stages.config.train import PPOConfig
-from stages.context import StageContext, StageOutcome
-from stages.data.packing import Packed, TokenSequence, lay_out, split_by_rows
-from stages.data.ragged import Ragged
-from stages.data.tokens import Split, TokensArtifact, require
+from stages.data.tokens.packing import Packed, TokenSequence, lay_out, split_by_rows
+from stages.data.tokens.ragged import Ragged
+from stages.data.tokens.views import Split, TokensArtifact, require
+from stages.job.context import StageContext, StageOutcome
 from stages.losses import adapted_kl_coefficient, ppo_policy_loss, ppo_value_loss
 from stages.models.build import load_causal_lm, load_reward_model
 from stages.models.forward import target_logprobs, target_positions, target_values

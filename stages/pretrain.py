@@ -6,8 +6,8 @@ import numpy as np
 from transformers.modeling_utils import PreTrainedModel
 
 from stages.config.train import PretrainConfig
-from stages.context import StageContext, StageOutcome
-from stages.data.tokens import Split, TokensArtifact, require
+from stages.data.tokens.views import Split, TokensArtifact, require
+from stages.job.context import StageContext, StageOutcome
 from stages.models.build import load_causal_lm, new_causal_lm
 from stages.train.next_token import DocumentRows, Extras, NextTokenObjective
 from stages.train.plan import shuffled

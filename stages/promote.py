@@ -21,13 +21,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.artifacts import read_manifest, settings_digest
+from stages.artifacts.manifests import read_manifest, settings_digest
 from stages.config.closing import SCORE, WIN_RATE, Approval, PromoteConfig, Verdict, strongest
 from stages.config.errors import ConfigError, DataError, StageError
 from stages.config.params import Promotion
 from stages.config.request import ArtifactRef, Manifest
-from stages.context import StageContext, StageOutcome
-from stages.lineage import lineage_tags, started_from
+from stages.job.context import StageContext, StageOutcome
+from stages.lineage.graph import lineage_tags, started_from
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -264,7 +264,7 @@ class Registry:
     """The registered models `<run name>-base, -sft, -reward, -aligned`; every step looks before it makes."""
 
     def __init__(self, run_name: str, experiment: str, approval: Approval | None = None) -> None:
-        from stages.mlflow_client import connect, find_or_create_experiment
+        from stages.tracking.client import connect, find_or_create_experiment
 
         self._run_name = run_name
         self._approval = approval
@@ -273,7 +273,7 @@ class Registry:
 
     def register(self, role: str, ref: ArtifactRef, evaluation: Evaluation) -> Registered:
         """Return the version of this artifact, made now unless it exists; evaluation tags become the latest."""
-        from stages.mlflow_client import clean_tags, find_or_create_model
+        from stages.tracking.client import clean_tags, find_or_create_model
 
         name = f"{self._run_name}-{_REGISTERED_ROLE[role]}"
         manifest = read_manifest(ref)
@@ -327,7 +327,7 @@ class Registry:
         return {key: value for key, value in tags.items() if key.startswith("airflow.")}
 
     def _find_version(self, name: str, fingerprint: str) -> "ModelVersion | None":
-        from stages.mlflow_client import tag_filter
+        from stages.tracking.client import tag_filter
 
         query = f"name = '{name}' and {tag_filter({'lineage.fingerprint': fingerprint})}"
         found = self._client.search_model_versions(query)
@@ -364,7 +364,7 @@ class Registry:
         """Show the evaluation on each LoggedModel, by dataset; without a run of its own there is nowhere to log it."""
         from mlflow.entities import Metric
 
-        from stages.mlflow_client import dataset_input, short_digest
+        from stages.tracking.client import dataset_input, short_digest
 
         if run_id is None or "evaluation" not in context.inputs:
             return
@@ -419,7 +419,7 @@ def _outage_is_infrastructure() -> Iterator[None]:
     """Give MLflow's errors the category that Airflow retries."""
     from mlflow.exceptions import MlflowException
 
-    from stages.mlflow_client import explain
+    from stages.tracking.client import explain
 
     try:
         yield

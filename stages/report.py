@@ -1,8 +1,8 @@
 """`report`: one HTML page that tells the run's story and needs nothing but itself; also on the MLflow pipeline run."""
 
 from stages.config.closing import ReportConfig
-from stages.context import StageContext, StageOutcome
-from stages.lineage import to_json, to_markdown, to_svg
+from stages.job.context import StageContext, StageOutcome
+from stages.lineage.graph import to_json, to_markdown, to_svg
 from stages.reporting.page import render_page
 from stages.reporting.story import read_story
 

@@ -14,13 +14,13 @@ import torch
 from tokenizers import Tokenizer
 
 from stages.config.collect import RespondConfig
-from stages.context import StageContext, StageOutcome
-from stages.data.tokenizer import LoadedTokenizer, given_tokenizer
-from stages.data.tokens import Split, TokensArtifact, require
+from stages.data.tokens.tokenizer import LoadedTokenizer, given_tokenizer
+from stages.data.tokens.views import Split, TokensArtifact, require
+from stages.job.context import StageContext, StageOutcome
+from stages.job.workers import launch
 from stages.models.build import load_causal_lm
 from stages.models.generation import generate, uniforms
 from stages.models.precision import autocast
-from stages.train.launch import launch
 from stages.train.plan import evenly
 from stages.train.ranks import local_device
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from stages.config.train import RewardConfig
-from stages.context import StageContext, StageOutcome
-from stages.data.packing import Packed
-from stages.data.tokens import PairView, Split, TokensArtifact, require
+from stages.data.tokens.packing import Packed
+from stages.data.tokens.views import PairView, Split, TokensArtifact, require
+from stages.job.context import StageContext, StageOutcome
 from stages.losses import bradley_terry_loss, pair_accuracy, score_centering_loss
 from stages.models.build import load_reward_model
 from stages.models.forward import TrunkOutput, segment_scores

@@ -3,8 +3,8 @@
 import numpy as np
 
 from stages.config.train import SFTConfig
-from stages.context import StageContext, StageOutcome
-from stages.data.tokens import Split, TokensArtifact, require
+from stages.data.tokens.views import Split, TokensArtifact, require
+from stages.job.context import StageContext, StageOutcome
 from stages.models.build import load_causal_lm
 from stages.models.lora import add_adapter
 from stages.train.mixture import training_order

@@ -13,11 +13,11 @@ import numpy as np
 
 from stages.config.errors import ConfigError, DataError
 from stages.config.tokens import TokenizeConfig
-from stages.context import StageContext, StageOutcome
-from stages.data.encoding import ConversationWriter, PairWriter
-from stages.data.ragged import RaggedWriter
-from stages.data.tokenizer import LoadedTokenizer, given_tokenizer, train_tokenizer
-from stages.data.tokens import Split
+from stages.data.tokens.encoding import ConversationWriter, PairWriter
+from stages.data.tokens.ragged import RaggedWriter
+from stages.data.tokens.tokenizer import LoadedTokenizer, given_tokenizer, train_tokenizer
+from stages.data.tokens.views import Split
+from stages.job.context import StageContext, StageOutcome
 
 _BATCH_DOCUMENTS = 2000
 

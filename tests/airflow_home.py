@@ -11,7 +11,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tests.places import REPOSITORY
 
 
 def _prepare() -> Path:

@@ -22,13 +22,13 @@ from infra.health import Health
 from infra.layout import Layout, StackRecord, StackSecrets
 from infra.run_state import Row, RunWatch
 from infra.stack import Stack
+from stages.artifacts.store import open_store
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
-from stages.store import open_store
 from tests.canaries import as_login, canary
 from tests.inbox import Inbox, open_inbox
+from tests.places import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 PIPELINE, RETRAIN, COLLECT, EVALUATE = "llm_pipeline", "retrain", "collect_preferences", "evaluate_model"
 OVERRIDES = {
     "promote.min_win_rate": 0.0,  # models that have learnt nothing

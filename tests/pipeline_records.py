@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts import artifact_uri, content_digest, publish, upload_files
+from stages.artifacts.manifests import artifact_uri, content_digest, publish, upload_files
+from stages.artifacts.store import Store, open_store
 from stages.config.base import Config
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import GRAPH, Stage
 from stages.config.request import ArtifactRef, Cost, InputEntry, Manifest, RunInfo, StageRequest
-from stages.context import StageContext
-from stages.progress import Progress
-from stages.store import Store, open_store
-from stages.tracking import NullTracker, Tracker
+from stages.job.context import StageContext
+from stages.job.progress import Progress
+from stages.tracking.tracker import NullTracker, Tracker
 
 RAW_DIGEST = "5eed" + "0" * 60
 ROLE_OF = {

@@ -6,7 +6,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts import fingerprint
+from stages.artifacts.manifests import fingerprint
+from stages.artifacts.store import open_store
 from stages.config.base import Config
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import GRAPH, Stage
@@ -22,10 +23,9 @@ from stages.config.train import (
     SFTConfig,
     TrainConfig,
 )
-from stages.context import StageContext
-from stages.progress import Progress
-from stages.store import open_store
-from stages.tracking import NullTracker
+from stages.job.context import StageContext
+from stages.job.progress import Progress
+from stages.tracking.tracker import NullTracker
 
 _SUBJECTS = ("array", "matrix", "tensor", "table", "graph", "string", "queue", "tree")
 _VERBS = ("sort", "split", "merge", "scale", "count", "filter", "reverse", "copy")
@@ -94,7 +94,7 @@ def make_context(
 
 def published(context: StageContext) -> ArtifactRef:
     """Publish what lies in the context's output folder."""
-    from stages.artifacts import artifact_uri, content_digest, publish, upload_files, utc_now
+    from stages.artifacts.manifests import artifact_uri, content_digest, publish, upload_files, utc_now
     from stages.config.request import Manifest
 
     spec = GRAPH[context.request.stage]
@@ -147,7 +147,7 @@ def make_models(
     home: Path, tokens: ArtifactRef, model_config: ModelConfig = MODEL
 ) -> dict[Stage, dict[str, ArtifactRef]]:
     """Publish an untrained base model and a reward model; return the inputs of every training stage."""
-    from stages.data.tokens import TokensArtifact
+    from stages.data.tokens.views import TokensArtifact
     from stages.models.build import load_reward_model, new_causal_lm, save_model
 
     context = make_context(home, Stage.SFT, CONFIGS[Stage.SFT], {"tokens": tokens})

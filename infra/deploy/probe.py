@@ -89,7 +89,7 @@ def _cluster() -> str:
 
 def check_store(uri: str) -> str:
     """Create, fail to create again, read back, remove; raise Unhealthy when the server overwrites."""
-    from stages.store import open_store
+    from stages.artifacts.store import open_store
 
     store = open_store(uri)
     key = f"probe/{uuid.uuid4().hex}"
@@ -104,7 +104,7 @@ def check_store(uri: str) -> str:
 
 
 def _mlflow() -> str:
-    from stages.mlflow_client import connect
+    from stages.tracking.client import connect
 
     found = connect().search_experiments(max_results=1)
     return f"{os.environ['MLFLOW_TRACKING_URI']} answers, {len(found)} experiments seen"

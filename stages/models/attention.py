@@ -2,8 +2,9 @@
 
 transformers would derive such a mask from the positions and compute every pair of tokens, most of them in vain. Here
 every sequence is its own small product. On the CPU queries go in blocks of 128, because torch's kernel computes what
-causality masks inside a block of keys; `spans_D4` (stages/data/packing.py) may point a sequence to an earlier beginning
-that it shares. On a GPU it is torch's variable-length flash attention in half precision, SDPA a sequence in float32.
+causality masks inside a block of keys; `spans_D4` (stages/data/tokens/packing.py) may point a sequence to an earlier
+beginning that it shares. On a GPU it is torch's variable-length flash attention in half precision, SDPA a sequence in
+float32.
 
 Shape legend: N tokens of a micro-batch, H heads, E size of a head, D packed sequences.
 """
@@ -17,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from stages.data.packing import Packed
+from stages.data.tokens.packing import Packed
 
 _NAME = "packed_documents"
 _QUERIES_AT_ONCE = 128

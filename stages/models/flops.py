@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from stages.data.packing import Packed
+from stages.data.tokens.packing import Packed
 
 _WITH_BACKWARD = 3
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stages.data.packing import Packed
+from stages.data.tokens.packing import Packed
 from stages.models.attention import attends_within_documents, document_arguments
 from stages.models.linear_cross_entropy import linear_cross_entropy
 from stages.models.linear_logprobs import linear_logprobs

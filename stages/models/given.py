@@ -4,10 +4,10 @@ id."""
 import re
 from pathlib import Path
 
-from stages.artifacts import canonical_json, fetch, hash_file, read_manifest
+from stages.artifacts.manifests import canonical_json, fetch, hash_file, read_manifest
 from stages.config.errors import ConfigError
-from stages.data.foreign_code import brings_code, code_files, may_run_code
-from stages.mlflow_client import artifact_uri_of_model
+from stages.models.foreign_code import brings_code, code_files, may_run_code
+from stages.tracking.client import artifact_uri_of_model
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")

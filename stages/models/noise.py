@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.data.packing import Packed
+from stages.data.tokens.packing import Packed
 
 
 def embedding_noise(batch: Packed, places_BT: Tensor, *, alpha: float, seed: int, hidden_size: int) -> Tensor:

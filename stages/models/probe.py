@@ -10,7 +10,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from stages.config.errors import ConfigError
-from stages.data.packing import TokenSequence, lay_out
+from stages.data.tokens.packing import TokenSequence, lay_out
 from stages.models.forward import hidden_states
 
 _FIRST, _SECOND = 5, 7

@@ -2,8 +2,8 @@
 
 from importlib.resources import files
 
-from stages.artifacts import utc_now
-from stages.lineage import to_svg
+from stages.artifacts.manifests import utc_now
+from stages.lineage.graph import to_svg
 from stages.reporting import data_views, mixture_views, model_views
 from stages.reporting.story import Story
 

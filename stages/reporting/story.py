@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from stages.artifacts import read_manifest, split_artifact_uri
+from stages.artifacts.manifests import read_manifest, split_artifact_uri
 from stages.config.errors import DamagedArtifactError
 from stages.config.request import ArtifactRef, Manifest, RunInfo
-from stages.lineage import MODEL_KINDS, Graph, ancestors
+from stages.lineage.graph import MODEL_KINDS, Graph, ancestors
 
 MODEL_ROLES = ("base", "sft", "reward", "ppo", "dpo")
 

@@ -21,9 +21,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, save, save_file
 
-from stages.artifacts import hash_file
+from stages.artifacts.manifests import hash_file
+from stages.artifacts.store import Store, write_json
 from stages.config.errors import DataError, StageError
-from stages.store import Store, write_json
 from stages.train.best import BestBy
 from stages.train.objective import ObjectiveState
 from stages.train.ranks import Processes

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stages.config.execution import Engine as EngineKind
 from stages.config.execution import ExecutionConfig
 from stages.config.train import TrainConfig
-from stages.data.packing import Packed
+from stages.data.tokens.packing import Packed
 from stages.train.ranks import Processes
 from stages.train.shards import Piece, SavedState
 

@@ -15,8 +15,8 @@ from enum import IntEnum
 import torch
 import torch.distributed as dist
 
-from stages.context import StageContext
-from stages.stopping import StopNotice, postponing
+from stages.job.context import StageContext
+from stages.job.stopping import StopNotice, postponing
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from stages.config.execution import ExecutionConfig
 from stages.config.train import TrainConfig
-from stages.data.packing import Packed
-from stages.stopping import Stopped
+from stages.data.tokens.packing import Packed
+from stages.job.stopping import Stopped
 from stages.train.checkpoint import Checkpoint, Checkpointer
 from stages.train.engine import Engine, Share
 from stages.train.guard import StepGuard

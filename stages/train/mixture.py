@@ -11,7 +11,7 @@ import numpy as np
 
 from stages.config.errors import DataError
 from stages.config.train import SampledConfig
-from stages.data.tokens import Sources
+from stages.data.tokens.views import Sources
 from stages.train.plan import epochs
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stages.data.packing import Packed, TokenSequence, collate, plan_rows
-from stages.data.ragged import Ragged
-from stages.data.tokens import SequenceView
+from stages.data.tokens.packing import Packed, TokenSequence, collate, plan_rows
+from stages.data.tokens.ragged import Ragged
+from stages.data.tokens.views import SequenceView
 from stages.losses import perplexity
 from stages.models.forward import NextTokenTerms, next_token_loss_sum, next_token_terms
 from stages.models.noise import embedding_noise

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from stages.data.packing import Packed
+from stages.data.tokens.packing import Packed
 from stages.train.engine import Engine, LossOutput
 
 

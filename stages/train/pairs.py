@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.data.packing import Packed, TokenSequence, lay_out, split_by_rows
-from stages.data.tokens import Pair
+from stages.data.tokens.packing import Packed, TokenSequence, lay_out, split_by_rows
+from stages.data.tokens.views import Pair
 from stages.train.engine import Engine
 from stages.train.objective import LossOutput, Step
 from stages.train.plan import batches, evenly, in_step, order_digest, share

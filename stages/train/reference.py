@@ -15,10 +15,10 @@ import torch
 from safetensors.numpy import load, save
 from torch import Tensor, nn
 
-from stages.artifacts import canonical_json
-from stages.context import StageContext
-from stages.data.packing import Packed, TokenSequence
-from stages.data.tokens import Pair, PairView
+from stages.artifacts.manifests import canonical_json
+from stages.data.tokens.packing import Packed, TokenSequence
+from stages.data.tokens.views import Pair, PairView
+from stages.job.context import StageContext
 from stages.models.forward import target_logprobs
 from stages.models.precision import compute_dtype
 from stages.train.engine import Engine

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.config.train import PPOConfig
-from stages.data.packing import Packed, TokenSequence, collate, plan_rows
+from stages.data.tokens.packing import Packed, TokenSequence, collate, plan_rows
 from stages.losses import gae, shaped_rewards, whiten
 from stages.models.forward import segment_scores, target_logprobs, target_values
 from stages.models.generation import generate, uniforms

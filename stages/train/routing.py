@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from stages.data.packing import Packed
+from stages.data.tokens.packing import Packed
 from stages.losses import router_balance_loss
 from stages.models.forward import TrunkOutput, run_trunk
 from stages.train.engine import LossOutput

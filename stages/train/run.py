@@ -13,15 +13,15 @@ from torch import nn
 
 from stages.config.errors import ConfigError
 from stages.config.train import TrainConfig
-from stages.context import StageContext, StageOutcome
-from stages.data.tokens import TokensArtifact
+from stages.data.tokens.views import TokensArtifact
+from stages.job.context import StageContext, StageOutcome
+from stages.job.workers import launch
 from stages.models.build import save_model
 from stages.models.precision import compute_dtype
 from stages.train.best import BestBy
 from stages.train.checkpoint import Checkpointer
 from stages.train.engine import Engine, make_engine
 from stages.train.interruption import Interruption, stop_flag, wait_for_all
-from stages.train.launch import launch
 from stages.train.loop import train
 from stages.train.objective import Objective
 from stages.train.ranks import local_device

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from stages.data.packing import Packed
+from stages.data.tokens.packing import Packed
 from stages.models.flops import FlopCounter
 
 logger = logging.getLogger(__name__)

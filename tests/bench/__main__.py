@@ -23,10 +23,10 @@ import torch
 from stages.models.precision import compute_dtype
 from tests.bench.data import MODEL, make_data, model_dir, num_pairs
 from tests.bench.table import Comparison, Scaling, print_all, write_page
+from tests.places import REPOSITORY
 
 logger = logging.getLogger(__name__)
 
-_ROOT = Path(__file__).resolve().parents[2]
 _WARM_UP_ROUNDS = 1
 """Left out: they compile, fill caches and grow memory."""
 
@@ -108,7 +108,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=log.open("w"),
             text=True,
-            cwd=_ROOT,
+            cwd=REPOSITORY,
             env=environment,
         )
         self._read()  # ready
@@ -170,7 +170,7 @@ class Bed:
             "rounds": self.rounds + _WARM_UP_ROUNDS,
             "arguments": bench.arguments,
         }
-        script = str(_ROOT / "tests" / "bench" / "peers.py")
+        script = str(REPOSITORY / "tests" / "bench" / "peers.py")
         command = [
             str(self.peers_python),
             script,
@@ -238,14 +238,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="2 rounds; nothing is written")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of each side")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="what both sides are asked for")
-    parser.add_argument("--peers-python", type=Path, default=_ROOT / ".athanor" / "bench-venv" / "bin" / "python")
-    parser.add_argument("--home", type=Path, default=_ROOT / ".athanor" / "bench")
-    parser.add_argument("--page", type=Path, default=_ROOT / "docs" / "PERFORMANCE.md", help="where the table goes")
+    parser.add_argument("--peers-python", type=Path, default=REPOSITORY / ".athanor" / "bench-venv" / "bin" / "python")
+    parser.add_argument("--home", type=Path, default=REPOSITORY / ".athanor" / "bench")
+    parser.add_argument(
+        "--page", type=Path, default=REPOSITORY / "docs" / "PERFORMANCE.md", help="where the table goes"
+    )
     chosen = parser.parse_args()
     unknown = set(chosen.only.split(",")) - {*names, "scaling"}
     if unknown:
         parser.error(f"--only={chosen.only}: no bench {', '.join(sorted(unknown))}")
-    sources = Path(os.environ.get("ATHANOR_BENCH_DATA", _ROOT.parent / "shared" / "data"))
+    sources = Path(os.environ.get("ATHANOR_BENCH_DATA", REPOSITORY.parent / "shared" / "data"))
     inputs = make_data(chosen.home, sources)
     rounds = 2 if chosen.quick else chosen.rounds
     bed = Bed(chosen.home, chosen.peers_python, inputs, chosen.threads, rounds, chosen.precision)

@@ -20,10 +20,10 @@ from stages.config.request import ArtifactRef
 from stages.config.sources import PreferenceFormat
 from stages.config.tokens import TokenizeConfig
 from stages.config.train import ModelConfig, OptimizerConfig, SFTConfig
-from stages.data.packing import TokenSequence
-from stages.data.preferences import Preference, to_preferences
-from stages.data.tokens import Pair, Split, TokensArtifact
-from stages.data.turns import Unusable
+from stages.data.pairs.preferences import Preference, to_preferences
+from stages.data.pairs.turns import Unusable
+from stages.data.tokens.packing import TokenSequence
+from stages.data.tokens.views import Pair, Split, TokensArtifact
 from stages.train.plan import epochs
 from tests.small_world import make_context, published
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from tests.chaos.mapped import run_mapped
 from tests.chaos.stack import chaos_stack
+from tests.places import REPOSITORY
 
-DAGS = [Path(__file__).resolve().parents[1] / "chaos" / "chaos_dags.py"]
+DAGS = [REPOSITORY / "tests" / "chaos" / "chaos_dags.py"]
 
 
 def main(count: int = 100) -> None:

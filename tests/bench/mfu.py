@@ -16,13 +16,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from stages.artifacts.store import open_store
 from stages.config.execution import ExecutionConfig
 from stages.config.train import ModelConfig, OptimizerConfig, PretrainConfig
-from stages.data.packing import TokenSequence
-from stages.data.tokens import TokensArtifact
+from stages.data.tokens.packing import TokenSequence
+from stages.data.tokens.views import TokensArtifact
 from stages.models.build import new_causal_lm
 from stages.models.precision import compute_dtype
-from stages.store import open_store
 from stages.train.checkpoint import Checkpointer
 from stages.train.engine import make_engine
 from stages.train.loop import train

@@ -21,9 +21,9 @@ from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
 from stages.config.train import DPOConfig, ModelConfig, PretrainConfig, RewardConfig, SFTConfig, TrainConfig
-from stages.context import StageContext
-from stages.data.packing import Packed
-from stages.data.tokens import TokensArtifact
+from stages.data.tokens.packing import Packed
+from stages.data.tokens.views import TokensArtifact
+from stages.job.context import StageContext
 from stages.models.build import load_causal_lm
 from stages.models.flops import FlopCounter
 from stages.models.forward import target_logprobs

@@ -15,8 +15,8 @@ from infra.health import Health
 from infra.layout import CHECKOUT, Layout, StackRecord, StackSecrets
 from infra.run_state import DAG_ID, RunWatch
 from infra.stack import Stack
+from stages.artifacts.store import open_store
 from stages.config.graph import Stage
-from stages.store import open_store
 from tests.browser.pages import (
     SIZE,
     login_airflow,

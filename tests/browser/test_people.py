@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from stages.artifacts import read_file, read_manifest
+from stages.artifacts.manifests import read_file, read_manifest
 from stages.config.graph import Stage
 from tests.browser.pages import (
     choose,

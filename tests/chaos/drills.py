@@ -16,10 +16,10 @@ from typing import Any
 import psutil
 import pytest
 
-from stages.artifacts import find_manifest, read_file, run_key, split_artifact_uri, verify
+from stages.artifacts.manifests import find_manifest, read_file, run_key, split_artifact_uri, verify
+from stages.artifacts.store import Store, open_store
 from stages.config.graph import GRAPH, Stage
 from stages.config.request import ArtifactRef, StageResult, safe_run_id
-from stages.store import Store, open_store
 from tests.chaos.proxy import Proxy
 from tests.chaos.stack import ChaosStack, Row, chaos_stack
 from tests.s3 import S3Server

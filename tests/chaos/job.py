@@ -12,11 +12,11 @@ import os
 import sys
 import time
 
-from stages.artifacts import run_key
+from stages.artifacts.manifests import run_key
+from stages.artifacts.store import Store, write_json
 from stages.config.errors import Category
 from stages.config.request import StageRequest
-from stages.runner import load_request, run_stage
-from stages.store import Store, write_json
+from stages.job.runner import load_request, run_stage
 from tests.integration.stage_stand_in import build, fail
 
 LINES_PER_SECOND = 10
@@ -32,7 +32,7 @@ def pretrain_by(module: str) -> int:
     """Run `python -m <module> <config uri>`: pretraining by the module's `body`, found by its name, which a worker can
     import, unlike __main__."""
     from stages import pretrain
-    from stages.train.launch import launch
+    from stages.job.workers import launch
 
     logging.basicConfig(level=logging.INFO, stream=sys.stdout)
     pretrain.run = lambda context: launch(context, importlib.import_module(module).body)

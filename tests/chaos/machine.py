@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from stages.store import Store
+from stages.artifacts.store import Store
 
 _CGROUPS = Path("/sys/fs/cgroup/memory")
 _FAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))

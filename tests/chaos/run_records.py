@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from stages.artifacts import MANIFEST, artifact_key, find_intact, run_key
+from stages.artifacts.manifests import MANIFEST, artifact_key, find_intact, run_key
+from stages.artifacts.store import Store, read_json
 from stages.config.graph import GRAPH, Stage
 from stages.config.request import Manifest, StageResult, safe_run_id
-from stages.store import Store, read_json
 from tests.chaos.stack import Row
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from stages.store import Store
+from stages.artifacts.store import Store
 from tests.chaos.stack import ChaosStack, chaos_stack
 from tests.postgres import PostgresServer, postgres_server
 from tests.servers import Restartable, restartable_mlflow

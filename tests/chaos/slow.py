@@ -11,9 +11,9 @@ import sys
 import time
 from typing import Any
 
-from stages.artifacts import run_key
-from stages.context import StageContext, StageOutcome
-from stages.store import write_json
+from stages.artifacts.manifests import run_key
+from stages.artifacts.store import write_json
+from stages.job.context import StageContext, StageOutcome
 from tests.chaos.job import note_pid, pretrain_by
 
 PAUSE_SECONDS = 1.0

@@ -24,14 +24,14 @@ from infra.components import PATIENT, airflow_components
 from infra.environment import stack_environment
 from infra.layout import Layout, StackRecord, StackSecrets, write_airflow_passwords
 from infra.ports import any_free
-from stages.artifacts import run_key
+from stages.artifacts.manifests import run_key
+from stages.artifacts.store import Store, open_store, read_json
 from stages.config.graph import Stage
 from stages.config.request import safe_run_id
-from stages.store import Store, open_store, read_json
 from tests.chaos.proxy import Proxy
+from tests.places import REPOSITORY
 from tests.servers import RayServer, ray_server, running
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SHORT = {
     "AIRFLOW__TRIGGERER__JOB_HEARTBEAT_SEC": "1",
     "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "15",

@@ -20,16 +20,16 @@ from pathlib import Path
 
 import pytest
 
-from stages.artifacts import find_intact, split_artifact_uri
-from stages.lease import LeaseTimes
-from stages.retention import Policy, delete, find
-from stages.store import open_store
+from stages.artifacts.lease import LeaseTimes
+from stages.artifacts.manifests import find_intact, split_artifact_uri
+from stages.artifacts.retention import Policy, delete, find
+from stages.artifacts.store import open_store
 from tests.chaos.drills import Drill, World, address, drill_world, note, write_line
 from tests.chaos.machine import Clock, flip_one_byte, require_memory_cgroups, small_disk, starve
 from tests.chaos.stack import REPOSITORY
 from tests.s3 import best_kind
 from tests.small_world import make_tokens
-from tests.unit.test_lease import IDENTITY, held, publish_empty
+from tests.unit.artifacts.test_lease import IDENTITY, held, publish_empty
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.integration, pytest.mark.timeout(1800)]
 
@@ -377,10 +377,10 @@ def test_a_drill_ends_as_if_nothing_had_been(name: str, drills: dict[str, Future
 
 LOOK = """
 import sys, threading, time
-from stages.lease import LeaseTimes, acquire
-from stages.retention import Policy, find
-from stages.store import open_store
-from tests.unit.test_lease import IDENTITY, KIND, owner
+from stages.artifacts.lease import LeaseTimes, acquire
+from stages.artifacts.retention import Policy, find
+from stages.artifacts.store import open_store
+from tests.unit.artifacts.test_lease import IDENTITY, KIND, owner
 time.sleep = threading.Event().wait  # libfaketime refuses the moments until which Python sleeps
 store = open_store(sys.argv[1])
 print("it is", time.time())

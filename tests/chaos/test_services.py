@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from stages.config.graph import Stage
-from stages.spool import SPOOL_NAME
+from stages.tracking.spool import SPOOL_NAME
 from tests.chaos.run_records import (
     forget,
     jobs_of,

@@ -9,8 +9,8 @@ import dataclasses
 import sys
 import time
 
-from stages.context import StageContext, StageOutcome
-from stages.tracking import NullTracker
+from stages.job.context import StageContext, StageOutcome
+from stages.tracking.tracker import NullTracker
 from tests.chaos.job import note_pid, pretrain_by
 
 HANGS_AT = 10

@@ -18,8 +18,8 @@ from infra.airflow_api import AirflowApi
 from infra.deploy.environment import SECRETS, parse, write
 from infra.ports import any_free
 from tests.compose.engine import BASE_IMAGE, Engine
+from tests.places import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 LOCAL_INPUTS = REPOSITORY / "infra" / "images" / "local"
 BUILD_SECONDS = 3600
 START_SECONDS = 1200

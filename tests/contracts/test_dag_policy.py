@@ -1,7 +1,6 @@
 """What every DAG of this project owes its operators: an owner, retries, an end in time, quota, words."""
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +10,9 @@ from operators.operator import StageOperator
 from operators.prepare import selection
 from stages.config.graph import GRAPH, Stage
 from stages.config.resolve import resolve
+from tests.places import REPOSITORY
 
-FOLDER = Path(__file__).resolve().parents[2] / "dags"
+FOLDER = REPOSITORY / "dags"
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 DAGS = {
     dag.dag_id: dag

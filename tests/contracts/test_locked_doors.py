@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.places import REPOSITORY
+
 ROOMS = ("dags", "operators", "stages", "infra")
 SOURCES = sorted(path for room in ROOMS for path in (REPOSITORY / room).rglob("*.py"))
 # modules that unpickle, and those that unpack archives: whoever needs one has to say here how it is kept in

@@ -14,13 +14,21 @@ import tempfile
 import time
 from pathlib import Path
 
-from stages.artifacts import artifact_uri, content_digest, fingerprint, publish, run_key, upload_files, utc_now
+from stages.artifacts.manifests import (
+    artifact_uri,
+    content_digest,
+    fingerprint,
+    publish,
+    run_key,
+    upload_files,
+    utc_now,
+)
+from stages.artifacts.store import Store, write_json
 from stages.config.errors import EXIT_CODES, Category
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import stage_config_from_json
 from stages.config.request import Cost, Failure, InputEntry, Manifest, StageRequest, StageResult
-from stages.runner import load_request
-from stages.store import Store, write_json
+from stages.job.runner import load_request
 from tests.pipeline_records import EVALUATION, SAMPLES
 
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.integration
 
 ASKS = """
 import logging, sys
-import stages.train.launch as launch
+import stages.job.workers as launch
 from stages.config.errors import CapacityError
 from stages.config.execution import ExecutionConfig
 

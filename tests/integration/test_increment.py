@@ -9,13 +9,13 @@ import pytest
 
 from operators.given import given_artifacts
 from operators.prepare import build_request, load_config, pipeline_key
-from stages.artifacts import fetch, read_manifest
+from stages.artifacts.manifests import fetch, read_manifest
+from stages.artifacts.store import Store, open_store, write_json
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef, RunInfo
 from stages.config.resolve import resolve
-from stages.lineage import ancestors
-from stages.runner import execute
-from stages.store import Store, open_store, write_json
+from stages.job.runner import execute
+from stages.lineage.graph import ancestors
 from tests.raw_text import WORDS, prose
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(300)]

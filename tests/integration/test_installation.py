@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from tests.places import REPOSITORY
+
 pytestmark = [pytest.mark.live, pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 UV = Path(sys.executable).with_name("uv")
 # what uv says when it reaches no package index; any other failure is ours
 OFFLINE = ("dns error", "error sending request", "Could not connect", "tcp connect error", "Network is unreachable")
@@ -132,5 +133,5 @@ def test_airflow_lists_the_provider_and_its_connection_type(elsewhere: Elsewhere
     assert [entry["version"] for entry in providers if entry["package_name"] == "athanor"] == ["0.1.0"]
     hooks = json.loads(elsewhere.run("airflow", "providers", "hooks", "--output", "json"))
     assert [entry["class"] for entry in hooks if entry["connection_type"] == "ray_jobs"] == [
-        "operators.hook.RayJobHook"
+        "operators.ray.hook.RayJobHook"
     ]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from stages.artifacts import content_digest, find_manifest, publish, upload_files, verify
-from stages.lease import LeaseLostError, LeaseTimes
-from stages.store import open_store
+from stages.artifacts.lease import LeaseLostError, LeaseTimes
+from stages.artifacts.manifests import content_digest, find_manifest, publish, upload_files, verify
+from stages.artifacts.store import open_store
 from tests.conftest import enter
 from tests.s3 import S3Server
-from tests.unit.test_artifacts import manifest
-from tests.unit.test_lease import IDENTITY, KIND, held, publish_empty, take
+from tests.unit.artifacts.test_lease import IDENTITY, KIND, held, publish_empty, take
+from tests.unit.artifacts.test_manifests import manifest
 
 pytestmark = pytest.mark.integration
 

@@ -13,8 +13,8 @@ import pytest
 import requests
 
 from dags.llm_pipeline import llm_pipeline
-from operators.hook import RayJobHook
 from operators.operator import StageOperator
+from operators.ray.hook import RayJobHook
 from stages.config.graph import PIPELINE_STAGES
 from stages.config.params import PipelineParams
 from tests.servers import RayServer

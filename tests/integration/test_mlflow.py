@@ -17,18 +17,18 @@ import requests
 
 from infra.components import mlflow_server as mlflow_component
 from infra.ports import any_free
-from stages.artifacts import read_manifest
+from stages.artifacts.manifests import read_manifest
+from stages.artifacts.store import Store, open_store
 from stages.config.closing import PromoteConfig
 from stages.config.graph import GRAPH, PIPELINE_STAGES, Stage
 from stages.config.params import Promotion
 from stages.config.request import ArtifactRef, RunInfo
-from stages.lineage import main as lineage_main
-from stages.mlflow_client import artifact_uri_of_model, connect, registered_versions
+from stages.lineage.graph import main as lineage_main
 from stages.promote import run as promote
-from stages.spool import SPOOL_NAME
-from stages.store import Store, open_store
-from stages.tracking import Tracker, record_hit
-from stages.tracking import main as replay_main
+from stages.tracking.client import artifact_uri_of_model, connect, registered_versions
+from stages.tracking.spool import SPOOL_NAME
+from stages.tracking.tracker import Tracker, record_hit
+from stages.tracking.tracker import main as replay_main
 from tests.pipeline_records import (
     EVALUATION,
     RAW_DIGEST,
@@ -330,7 +330,7 @@ def test_an_outage_in_the_middle_loses_and_doubles_nothing(outage: tuple[int, Pa
 def test_stages_that_end_during_an_outage_are_delivered_later(
     outage: tuple[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stages.tracking._FINISH_SECONDS", 2.0)
+    monkeypatch.setattr("stages.tracking.tracker._FINISH_SECONDS", 2.0)
     by_hand, by_stage = (tmp_path / name for name in ("hand", "stage"))
     by_hand.mkdir()
     by_stage.mkdir()
@@ -343,7 +343,7 @@ def test_stages_that_end_during_an_outage_are_delivered_later(
     closing.finish(Stage.CURATE, closing.tracker(Stage.CURATE))
     assert len(waiting(hand)) == 3
     assert len(waiting(closing)) == 1
-    monkeypatch.setattr("stages.tracking._FINISH_SECONDS", 30.0)
+    monkeypatch.setattr("stages.tracking.tracker._FINISH_SECONDS", 30.0)
     with serving(*outage):
         for _ in range(2):  # the second time there is nothing left to deliver
             assert replay_main([hand.run.run_id, "--store", hand.store.root_uri]) == 0

@@ -34,17 +34,17 @@ from operators.failures import (
     StageStopped,
     StageTimedOut,
 )
-from operators.hook import RayJobHook
-from operators.jobs import JobStatus, RayUnreachableError
 from operators.operator import StageOperator
-from operators.ownership import OwnedJob, airflow_id
-from operators.submission import STATE_KEY, TaskKey
-from operators.trigger import RayJobTrigger
-from stages.artifacts import run_key
+from operators.ray.hook import RayJobHook
+from operators.ray.jobs import JobStatus, RayUnreachableError
+from operators.ray.ownership import OwnedJob, airflow_id
+from operators.ray.submission import STATE_KEY, TaskKey
+from operators.ray.trigger import RayJobTrigger
+from stages.artifacts.manifests import run_key
+from stages.artifacts.store import Store, open_store, read_json
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef, RunInfo
 from stages.config.resolve import resolve
-from stages.store import Store, open_store, read_json
 from tests.servers import RayServer
 
 pytestmark = pytest.mark.integration
@@ -121,7 +121,7 @@ class World:
     def event(self, deferred: TaskDeferred) -> dict[str, Any]:
         """Run the trigger the way a triggerer does: rebuilt from its serialised form."""
         path, arguments = deferred.trigger.serialize()
-        assert path == "operators.trigger.RayJobTrigger"
+        assert path == "operators.ray.trigger.RayJobTrigger"
         trigger = RayJobTrigger(**json.loads(json.dumps(arguments)))
 
         async def first() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stages.artifacts import read_file, read_manifest
+from stages.artifacts.manifests import read_file, read_manifest
 from stages.config.graph import Stage
 from tests.live_stack import COLLECT, PIPELINE, LiveStack
 

@@ -18,13 +18,13 @@ from dags.llm_pipeline import llm_pipeline
 from dags.retrain import retrain
 from operators.retrain import Skip, decide, record
 from operators.watcher import PrefixTrigger
-from stages.artifacts import fetch, read_manifest, run_key
+from stages.artifacts.manifests import fetch, read_manifest, run_key
+from stages.artifacts.store import open_store
 from stages.config.graph import Stage
 from stages.config.params import PipelineParams
 from stages.config.request import StageResult
 from stages.config.retrain import RetrainParams
-from stages.lineage import ancestors
-from stages.store import open_store
+from stages.lineage.graph import ancestors
 from tests.raw_text import a_document_of, jsonl, prose
 from tests.servers import ray_server
 

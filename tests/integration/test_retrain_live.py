@@ -11,10 +11,10 @@ import pytest
 from infra.airflow_api import AirflowApiError
 from operators.retrain import read_watermark
 from operators.watcher import list_prefix
-from stages.artifacts import fetch, read_manifest
+from stages.artifacts.manifests import fetch, read_manifest
+from stages.artifacts.store import open_store
 from stages.config.graph import Stage
-from stages.lineage import ancestors
-from stages.store import open_store
+from stages.lineage.graph import ancestors
 from tests.live_stack import EVALUATE, PIPELINE, RETRAIN, LiveStack
 from tests.raw_text import a_document_of, jsonl, prose
 

@@ -11,12 +11,12 @@ from urllib.parse import urlsplit
 import pytest
 
 from dags.llm_pipeline import llm_pipeline
-from operators.hook import RayJobHook
-from stages.artifacts import fetch, read_manifest, run_key
+from operators.ray.hook import RayJobHook
+from stages.artifacts.manifests import fetch, read_manifest, run_key
+from stages.artifacts.store import open_store
 from stages.config.graph import GRAPH, PIPELINE_STAGES, Stage
 from stages.config.params import PipelineParams
 from stages.config.request import ArtifactRef, StageResult
-from stages.store import open_store
 from tests.airflow_home import HOME
 from tests.canaries import Search, as_login, canary
 from tests.inbox import open_inbox
@@ -149,7 +149,7 @@ def test_the_models_load_in_plain_transformers_and_answer(first: Run, tmp_path: 
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    from stages.data.tokens import TokensArtifact
+    from stages.data.tokens.views import TokensArtifact
     from stages.models.build import load_causal_lm, load_reward_model
 
     def folder(stage: Stage) -> Path:
@@ -247,7 +247,7 @@ def test_a_run_goes_on_from_a_registered_model_on_two_workers_of_ray(first: Run,
 
 def test_a_changed_setting_changes_its_stage_and_what_descends_from_it_alone() -> None:
     """By fingerprints alone, over the whole graph: no need to run it."""
-    from stages.artifacts import fingerprint
+    from stages.artifacts.manifests import fingerprint
     from stages.config.resolve import resolve
 
     def identities(**overrides: Any) -> dict[Stage, str]:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.places import REPOSITORY
+
 PRELOADED = (
     "mlflow.tracking",
     "mlflow.store.tracking.sqlalchemy_store",
@@ -27,7 +29,7 @@ PRELOADED = (
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.modeling_auto",
     "transformers.loss.loss_utils",
-    "stages.runner",
+    "stages.job.runner",
     "stages.pretrain",
     "stages.sft",
     "stages.reward",
@@ -89,7 +91,7 @@ def fork_server() -> Iterator[ForkServer]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[2],
+        cwd=REPOSITORY,
         env={**os.environ, **_SETTINGS},
     )
     try:

@@ -27,10 +27,10 @@ from stages.config.graph import Stage
 
 STAGE_AS_A_WHOLE = "stage"
 _PLACES = {
-    STAGE_AS_A_WHOLE: "stages.runner:execute",
+    STAGE_AS_A_WHOLE: "stages.job.runner:execute",
     "step": "stages.train.loop:_accumulate",
     "save": "stages.train.checkpoint:Checkpointer._write",
-    "publication": "stages.runner:_manifest",
+    "publication": "stages.job.runner:_manifest",
 }
 _EVALUATIONS = {
     Stage.PRETRAIN: "stages.train.next_token:NextTokenObjective.evaluate",
@@ -68,7 +68,7 @@ def draw_kill(rng: random.Random, place: str, visits: Visits) -> Kill:
 def run(config_uri: str, *, kill: dict[str, Any] | None, record: str | None) -> int:
     """`python -m stages` in a forked process: die at `kill`, or write the visits to the file `record`."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)-7s %(name)s: %(message)s", stream=sys.stdout)
-    from stages.runner import load_request, run_stage
+    from stages.job.runner import load_request, run_stage
 
     companion = _Companion()
     stage = load_request(config_uri)[0].stage
@@ -162,8 +162,8 @@ def write_tracked(store_uri: str, run_id: str, stage: str, answer: str) -> None:
     """
     from mlflow import MlflowClient
 
-    from stages.delivery import replay
-    from stages.store import open_store
+    from stages.artifacts.store import open_store
+    from stages.tracking.delivery import replay
 
     assert replay(open_store(store_uri), run_id) == []
     client = MlflowClient()

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from stages.config.errors import ConfigError
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
-from stages.data.packing import TokenSequence, lay_out
-from stages.data.tokenizer import check_growth
-from stages.data.tokens import TokensArtifact
+from stages.data.tokens.packing import TokenSequence, lay_out
+from stages.data.tokens.tokenizer import check_growth
+from stages.data.tokens.views import TokensArtifact
 from stages.models.build import load_causal_lm, load_reward_model
 from stages.models.forward import next_token_loss_sum, target_logprobs
 from tests.small_world import CONFIGS, make_context

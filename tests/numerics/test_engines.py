@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from stages.artifacts.store import open_store
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
 from stages.config.train import ModelConfig, PretrainConfig
-from stages.store import open_store
 from stages.train.checkpoint import Checkpointer
 from stages.train.ranks import Processes
 from stages.train.shards import Box, SavedState

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
-from stages.data.packing import TokenSequence, lay_out
-from stages.data.tokens import TokensArtifact
+from stages.data.tokens.packing import TokenSequence, lay_out
+from stages.data.tokens.views import TokensArtifact
 from stages.losses import router_balance_loss
 from stages.models.build import load_causal_lm, new_causal_lm, save_model
 from stages.models.forward import run_trunk, target_logprobs

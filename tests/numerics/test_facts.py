@@ -10,8 +10,8 @@ import torch
 
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
-from stages.data.packing import TokenSequence, collate, lay_out
-from stages.data.tokens import Split, TokensArtifact
+from stages.data.tokens.packing import TokenSequence, collate, lay_out
+from stages.data.tokens.views import Split, TokensArtifact
 from stages.models.build import load_causal_lm, load_reward_model, new_causal_lm
 from stages.models.forward import next_token_loss_sum, segment_logprobs, segment_scores, target_logprobs
 from stages.models.generation import generate, uniforms

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from stages.artifacts import artifact_uri, find_manifest, fingerprint, run_key
+from stages.artifacts.manifests import artifact_uri, find_manifest, fingerprint, run_key
+from stages.artifacts.store import open_store, read_json, write_json
 from stages.config.errors import ExitCode
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import GRAPH, Stage
 from stages.config.request import ArtifactRef, Manifest, RunInfo, StageRequest
-from stages.store import open_store, read_json, write_json
 from tests.numerics.fork_server import ForkServer, fork_server
 from tests.numerics.kill_points import Kill, Visits, as_json, draw_kill, places_of
 from tests.small_world import CONFIGS

@@ -13,7 +13,7 @@ from stages.config.execution import Engine, ExecutionConfig
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
 from stages.config.train import LoRAConfig, PostTrainConfig
-from stages.data.tokens import TokensArtifact
+from stages.data.tokens.views import TokensArtifact
 from stages.models.build import load_causal_lm, load_reward_model, save_model
 from stages.models.lora import add_adapter, start_of
 from stages.train.engine import make_engine

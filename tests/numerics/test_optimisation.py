@@ -9,7 +9,7 @@ import torch
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
 from stages.config.train import TrainConfig
-from stages.data.packing import TokenSequence, collate
+from stages.data.tokens.packing import TokenSequence, collate
 from stages.models.noise import embedding_noise
 from tests.numerics.training import Killed, Trained, run_on_two_processes, run_training
 from tests.small_world import CONFIGS

@@ -19,8 +19,8 @@ from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
 from stages.config.train import TrainConfig
-from stages.context import StageContext
-from stages.data.tokens import TokensArtifact
+from stages.data.tokens.views import TokensArtifact
+from stages.job.context import StageContext
 from stages.models.build import save_model
 from stages.train.checkpoint import Checkpointer
 from stages.train.engine import make_engine

@@ -9,8 +9,9 @@ from stages.config.execution import ExecutionConfig
 from stages.config.train import OptimizerConfig, PretrainConfig
 from tests.bench import mfu
 from tests.bench.data import make_data, num_pairs
+from tests.places import SHARED
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+DATA = SHARED / "data"
 
 
 def test_mfu_counts_the_tokens_of_the_loop():

@@ -15,10 +15,11 @@ import pytest
 from stages import curate
 from stages.config.curate import CurateConfig
 from stages.config.errors import ConfigError, DataError
-from stages.context import StageOutcome
-from stages.data.pairs import fair_shares
+from stages.data.pairs.build import fair_shares
+from stages.job.context import StageOutcome
+from tests.places import SHARED
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+DATA = SHARED / "data"
 _TINY = {"packages": ("click", "jinja2"), "heldout_packages": ("click",), "planted": 2}
 
 
@@ -242,11 +243,11 @@ def test_given_rows_of_which_none_is_left_are_an_error(tmp_path: Path) -> None:
         _given(tmp_path, [{"text": _prose(number)} for number in range(5)], instructions=(source,))
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not there")
+@pytest.mark.skipif(not DATA.exists(), reason="../shared/data is not there")
 def test_novels_pass_as_books(tmp_path: Path) -> None:
     folder = tmp_path / "novels"
     folder.mkdir()
-    with tarfile.open(SHARED / "corpus" / "novels.tar.gz") as archive:
+    with tarfile.open(DATA / "corpus" / "novels.tar.gz") as archive:
         for member in [member for member in archive.getmembers() if "Chesterton" in member.name][:3]:
             file = archive.extractfile(member)
             assert file is not None

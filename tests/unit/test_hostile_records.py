@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 from operators.operator import StageOperator
-from stages.artifacts import fetch, read_manifest, upload_files
+from stages.artifacts.manifests import fetch, read_manifest, upload_files
+from stages.artifacts.s3 import S3Store
+from stages.artifacts.store import FileStore, Store, open_store
 from stages.config.errors import ConfigError, DamagedArtifactError
 from stages.config.graph import Stage
 from stages.config.request import FileEntry, safe_run_id
 from stages.config.resolve import resolve
-from stages.runner import _scratch_folder
-from stages.s3 import S3Store
-from stages.store import FileStore, Store, open_store
-from tests.unit.test_artifacts import make_artifact
+from stages.job.runner import _scratch_folder
+from tests.unit.artifacts.test_manifests import make_artifact
 
 OUTSIDE = ["../x", "a/../../x", "/etc/passwd", "a//etc/passwd", "a/..", ".", "", "a/./b", "a\0b", "artifacts/"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from infra.ports import any_free
-from stages.artifacts import read_manifest
+from stages.artifacts.manifests import read_manifest
 from stages.config.closing import Approval, PromoteConfig, Verdict
 from stages.config.errors import Category, ConfigError, DataError, StageError
 from stages.config.graph import Stage

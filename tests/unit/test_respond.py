@@ -10,7 +10,7 @@ from stages.config.collect import RespondConfig
 from stages.config.errors import DataError
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
-from stages.context import StageContext, StageOutcome
+from stages.job.context import StageContext, StageOutcome
 from stages.respond import sample_responses
 from tests.small_world import make_context, make_models, make_tokens
 

@@ -14,10 +14,10 @@ from stages.config.curate import CurateConfig
 from stages.config.errors import ConfigError, DataError
 from stages.config.graph import Stage
 from stages.config.tokens import TokenizeConfig
-from stages.context import StageOutcome
-from stages.data.encoding import Account
-from stages.data.ragged import Ragged, RaggedWriter
-from stages.data.tokens import Split, TokensArtifact
+from stages.data.tokens.encoding import Account
+from stages.data.tokens.ragged import Ragged, RaggedWriter
+from stages.data.tokens.views import Split, TokensArtifact
+from stages.job.context import StageOutcome
 from tests.small_world import make_context, published, write_curated
 
 CONFIG = TokenizeConfig(vocab_size=300, sequence_length=64, max_prompt_length=32, bpe_train_bytes=10_000)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stages.config.errors import ConfigError
 from stages.config.execution import Engine, ExecutionConfig
-from stages.data.packing import Packed
+from stages.data.tokens.packing import Packed
 from stages.models.lora import adapts_parameters
 from stages.train.engine import LossOutput
 

@@ -13,7 +13,7 @@ from stages.config.errors import ConfigError
 from stages.config.execution import Engine as EngineKind
 from stages.config.execution import ExecutionConfig
 from stages.config.train import Algorithm, TrainConfig
-from stages.data.packing import Packed
+from stages.data.tokens.packing import Packed
 from stages.models.forward import hidden_states
 from stages.models.lora import has_adapter
 from stages.models.precision import autocast, compute_dtype

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from infra.deploy.environment import SECRETS, parse, write
+from tests.places import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 LOCAL_IMAGES = REPOSITORY / "infra" / "compose" / "local-images.yml"
 PROFILES = ("s3", "cpu", "gpu", "demo")
 ONCE = {"setup-databases", "setup-bucket", "setup-airflow", "setup-mlflow", "migrate-mlflow"}

@@ -8,8 +8,9 @@ import pytest
 from cryptography.fernet import Fernet
 
 from infra.deploy.environment import SECRETS, SETTINGS, EnvironmentRefused, check, parse, write
+from tests.places import REPOSITORY
 
-COMPOSE = (Path(__file__).resolve().parents[3] / "docker-compose.yml").read_text()
+COMPOSE = (REPOSITORY / "docker-compose.yml").read_text()
 
 
 def test_a_new_file_is_accepted_and_only_its_owner_may_read_it(tmp_path: Path) -> None:

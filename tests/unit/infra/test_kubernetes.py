@@ -11,7 +11,6 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -23,8 +22,8 @@ from operators.metrics import name_of
 from stages.config.errors import Category
 from stages.config.graph import Stage
 from stages.config.request import Cost
+from tests.places import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 KUBERNETES = REPOSITORY / "infra" / "kubernetes"
 CRDS = REPOSITORY.parent / "shared" / "data" / "kuberay-crds"
 RENDERED = ("base", "overlays/cpu", "overlays/gpu", "overlays/multi-node", "smoke-test")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from stages.data.packing import Packed, TokenSequence, lay_out
-from stages.data.tokens import Pair
+from stages.data.tokens.packing import Packed, TokenSequence, lay_out
+from stages.data.tokens.views import Pair
 from stages.models.attention import attend_within_documents, attends_within_documents
 from stages.models.forward import hidden_states, segment_logprobs, target_logprobs
 from stages.train.pairs import both_answers

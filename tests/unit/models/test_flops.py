@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stages.data.packing import TokenSequence, lay_out
+from stages.data.tokens.packing import TokenSequence, lay_out
 from stages.models.flops import FlopCounter
 
 CONFIG = LlamaConfig(

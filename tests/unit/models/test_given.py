@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from stages.config.errors import ConfigError
 from stages.config.tokens import TokenizeConfig
-from stages.data.foreign_code import code_digest
-from stages.data.tokenizer import LoadedTokenizer, given_tokenizer, train_tokenizer
-from stages.data.tokens import TokensArtifact
+from stages.data.tokens.tokenizer import LoadedTokenizer, given_tokenizer, train_tokenizer
+from stages.data.tokens.views import TokensArtifact
 from stages.models.build import _load, load_causal_lm, load_reward_model, save_model
+from stages.models.foreign_code import code_digest
 from stages.models.given import base_model_dir, snapshot_base_model
 
 

@@ -21,7 +21,7 @@ from operators.failures import (
     job_failure,
     stage_failure,
 )
-from operators.jobs import JobInfo, JobStatus, RayRefusedError, RayUnreachableError
+from operators.ray.jobs import JobInfo, JobStatus, RayRefusedError, RayUnreachableError
 from stages.config.errors import Category, ConfigError, DataError
 from stages.config.graph import Stage
 from stages.config.request import Failure

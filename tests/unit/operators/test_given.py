@@ -11,14 +11,14 @@ import pytest
 
 from operators.given import given_artifacts
 from operators.prepare import as_far_as_there_is_new_data, build_request
-from stages.artifacts import artifact_uri, publish, read_manifest, utc_now
+from stages.artifacts.manifests import artifact_uri, publish, read_manifest, utc_now
+from stages.artifacts.store import Store, open_store
 from stages.config.errors import ConfigError, StageError
 from stages.config.graph import GRAPH, PIPELINE_STAGES, Stage
 from stages.config.pipeline import BASE_MODEL, PREVIOUS
 from stages.config.request import ArtifactRef, InputEntry, Manifest, RunInfo
 from stages.config.resolve import resolve
-from stages.lineage import ancestors, lineage_tags, started_from
-from stages.store import Store, open_store
+from stages.lineage.graph import ancestors, lineage_tags, started_from
 
 RUN = RunInfo(run_id="r", name="n")
 

@@ -8,8 +8,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from operators.collect import find_model
 from operators.mlflow import MlflowServer, MlflowUnavailableError
+from operators.people.collect import find_model
 from stages.config.errors import ConfigError
 
 ANSWERS = {

@@ -11,13 +11,13 @@ from operators.plan import Verdict, devices_from_environment, make_plan, plan_ru
 from operators.plan_page import as_markdown, as_table
 from operators.prepare import build_request, find_hit, input_stages, selection
 from operators.run import finish_run, start_run
-from stages.artifacts import DOUBT, MANIFEST, artifact_uri, content_digest, fingerprint, publish, upload_files
+from stages.artifacts.manifests import DOUBT, MANIFEST, artifact_uri, content_digest, fingerprint, publish, upload_files
+from stages.artifacts.store import FileStore, Store, open_store, write_json
 from stages.config.errors import Category
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import PipelineConfig, stage_config_from_json
 from stages.config.request import ArtifactRef, Cost, InputEntry, Manifest, RunInfo
 from stages.config.resolve import resolve
-from stages.store import FileStore, Store, open_store, write_json
 from tests.unit.operators.test_run import Task
 
 RUN = RunInfo(run_id="r", name="n")
@@ -195,7 +195,7 @@ def test_what_may_be_among_too_many_builds_is_unknown_and_so_is_what_depends_on_
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     build(store, CONFIG, tmp_path)
-    monkeypatch.setattr("stages.explain.MAX_BUILDS", 0)
+    monkeypatch.setattr("stages.artifacts.explain.MAX_BUILDS", 0)
     plan = make_plan(CONFIG, run=RUN, store=store)
     assert {stage.verdict for stage in plan.stages} == {Verdict.UNKNOWN}
     assert plan.of(Stage.CURATE).why == "`installed-docs` is identified by the job, where it lies"
@@ -232,7 +232,7 @@ def test_the_task_lets_a_run_go_on_and_ends_a_dry_run_after_storing_its_plan(
 def test_a_plan_that_cannot_be_made_stops_a_dry_run_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr("stages.store.FileStore.list", Unreadable.list)
+    monkeypatch.setattr("stages.artifacts.store.FileStore.list", Unreadable.list)
     assert plan_task(tmp_path, monkeypatch)[0] is True
     assert "No plan, the run goes on without: OSError: the store is away" in caplog.text
     with pytest.raises(RunIncomplete, match="could not be made: OSError: the store is away"):

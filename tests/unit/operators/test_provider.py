@@ -14,9 +14,9 @@ from airflow.sdk import DAG
 from airflow.serialization.serialized_objects import DagSerialization
 
 from operators.get_provider_info import get_provider_info
-from operators.hook import RayJobHook
 from operators.operator import StageOperator
 from operators.prepare import pipeline_key
+from operators.ray.hook import RayJobHook
 from stages.config.graph import GRAPH, Stage
 from stages.config.request import safe_run_id
 

@@ -13,10 +13,10 @@ from airflow.sdk import Asset
 
 from operators.prepare import params_key
 from operators.retrain import Go, Skip, announced_data, decide, read_watermark, record
+from stages.artifacts.store import open_store, write_json
 from stages.config.errors import ConfigError, StageError
 from stages.config.resolve import resolve
 from stages.config.retrain import RetrainParams
-from stages.store import open_store, write_json
 
 CHAMPION_PARAMS = {"recipe": "tiny", "run_name": "athanor", "seed": 7, "overrides": {"sft.num_epochs": 1}}
 

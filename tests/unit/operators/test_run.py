@@ -10,14 +10,14 @@ from operators.failures import RunIncomplete, StageConfigFailed
 from operators.links import mlflow_artifact_page, mlflow_run_page
 from operators.prepare import build_request, find_hit, input_stages, load_config
 from operators.run import finish_run, start_run
-from stages.artifacts import DOUBT, artifact_key, fingerprint
+from stages.artifacts.manifests import DOUBT, artifact_key, fingerprint
+from stages.artifacts.store import open_store, write_json
 from stages.config.errors import ConfigError
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import PipelineConfig, stage_config_from_json
 from stages.config.request import ArtifactRef, RunInfo, safe_run_id
 from stages.config.resolve import resolve
-from stages.store import open_store, write_json
-from tests.unit.test_lease import publish_empty
+from tests.unit.artifacts.test_lease import publish_empty
 
 RUN_ID = "manual__2026-01-01T00:00:00+00:00"
 RUN = RunInfo(run_id="r", name="n")
@@ -112,7 +112,7 @@ def test_a_run_is_red_when_something_that_was_asked_for_is_missing(state: str):
 
 def test_what_mlflow_does_not_have_at_the_end_is_said_with_what_to_do(tmp_path: Path, caplog):
     finish({**DONE, **SKIPPED})
-    assert "stages.tracking" not in caplog.text
+    assert "stages.tracking.tracker" not in caplog.text
     spool = tmp_path / "runs" / safe_run_id(RUN_ID) / "pretrain" / "mlflow-spool.jsonl"
     spool.parent.mkdir()
     spool.write_text("{}\n")

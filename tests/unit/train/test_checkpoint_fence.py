@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from stages.artifacts.lease import LeaseLostError, Owner, acquire
+from stages.artifacts.store import open_store
 from stages.config.graph import Stage
 from stages.config.recipes import tiny
-from stages.context import StageContext, StageOutcome
-from stages.lease import LeaseLostError, Owner, acquire
-from stages.store import open_store
+from stages.job.context import StageContext, StageOutcome
+from stages.job.workers import _on_worker
 from stages.train.checkpoint import Checkpoint, Checkpointer
-from stages.train.launch import _on_worker
 from stages.train.objective import ObjectiveState
 from stages.train.ranks import Processes
 from stages.train.shards import Box, Piece

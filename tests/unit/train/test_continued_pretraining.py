@@ -11,7 +11,7 @@ from stages.config.graph import Stage
 from stages.config.pipeline import BASE_MODEL
 from stages.config.request import ArtifactRef
 from stages.config.tokens import TokenizeConfig
-from stages.data.tokens import TokensArtifact
+from stages.data.tokens.views import TokensArtifact
 from stages.models.build import load_causal_lm
 from tests.small_world import CONFIGS, make_context, make_models, make_tokens, published, write_curated
 

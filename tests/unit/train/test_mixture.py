@@ -8,7 +8,7 @@ import pytest
 from stages.config.errors import DataError
 from stages.config.sources import SourceWeight
 from stages.config.train import OptimizerConfig, SFTConfig
-from stages.data.tokens import Sources
+from stages.data.tokens.views import Sources
 from stages.train.mixture import Mixture, training_order
 from stages.train.plan import epochs
 

@@ -11,8 +11,8 @@ import pytest
 
 from stages import dpo, pretrain, reward, sft
 from stages.config.graph import Stage
-from stages.data.packing import Packed
-from stages.data.tokens import TokensArtifact
+from stages.data.tokens.packing import Packed
+from stages.data.tokens.views import TokensArtifact
 from stages.train.engine import make_engine
 from stages.train.objective import Objective, Step
 from stages.train.plan import order_digest

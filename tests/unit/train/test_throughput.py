@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.data.packing import TokenSequence, lay_out
+from stages.data.tokens.packing import TokenSequence, lay_out
 from stages.models.flops import FlopCounter
 from stages.train.throughput import Meter, peak_flops, with_waiting
 

@@ -1,0 +1,227 @@
+"""The task between `evaluate` and `promote` where a person decides whether the aligned model becomes champion.
+
+It asks on Airflow's page of required actions and occupies neither worker nor trigger while it waits. Unlike Airflow's
+own ApprovalOperator, a rejection skips nothing: `promote` registers the rejected models as candidates, with the
+decision in their tags, and the report is made. Nobody answering in time is a rejection that says so.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from airflow.providers.standard.operators.hitl import ApprovalOperator, HITLOperator
+from airflow.sdk import Param
+from airflow.sdk.exceptions import AirflowSkipException
+
+from operators.failures import StageConfigFailed, as_stage_failures
+from operators.links import mlflow_run_page
+from operators.people.asking import ask_once
+from operators.people.markdown import block, plain, table
+from stages.artifacts.manifests import read_file, read_manifest, settings_digest
+from stages.config.closing import SCORE, WIN_RATE, Approval, Verdict, strongest
+from stages.config.graph import Stage
+from stages.config.pipeline import PipelineConfig
+from stages.config.request import ArtifactRef, RunInfo
+
+_NUM_SAMPLES = 4
+_LONGEST_PROMPT, _LONGEST_ANSWER = 2_000, 4_000
+_COMMENT = Param(
+    "", source="task", type=["string", "null"], title="Comment", description="Why; it is kept with the decision."
+)
+_MODELS = ("base", "sft", "ppo", "dpo")
+_ALIGNED = ("ppo", "dpo")
+_BETTER = {
+    WIN_RATE: "↑",
+    SCORE: "↑",
+    "eval/preference_accuracy": "↑",
+    "eval/preference_margin": "↑",
+    "eval/perplexity": "↓",
+    "eval/bits_per_byte": "↓",
+    "eval/loss": "↓",
+    "eval/response_loss": "↓",
+}
+"""Which way is better; distances and lengths are neither."""
+
+
+class PromotionApproval(ApprovalOperator):
+    """Ask a person; return the Approval as JSON. Skips itself unless the run has `promotion=approval`."""
+
+    ui_color = "#f7ead7"
+
+    def __init__(self, *, resolve_task_id: str = "resolve", store_uri: str = "", **kwargs: Any) -> None:
+        kwargs.setdefault("subject", "Promote the aligned model to champion?")
+        kwargs["params"] = {"comment": _COMMENT}  # in place of the DAG's, which Airflow passes here
+        kwargs.setdefault("response_timeout", timedelta(days=7))  # until the run's configuration is read
+        super().__init__(defaults=self.REJECT, **kwargs)
+        self.resolve_task_id = resolve_task_id
+        self.store_uri = store_uri
+
+    def execute(self, context: Any) -> Any:
+        from operators.prepare import asks_for_approval, load_config
+        from stages.artifacts.store import open_store
+
+        ti = context["ti"]
+        with as_stage_failures():
+            run = RunInfo.model_validate(ti.xcom_pull(task_ids=self.resolve_task_id))
+            config = load_config(open_store(self.store_uri or os.environ.get("ARTIFACT_STORE", "")), run)
+            if not asks_for_approval(config):
+                raise AirflowSkipException(
+                    f"nobody is asked in this run (promotion={config.promote.promotion}, "
+                    f"alignment={config.alignment}, last_stage={config.last_stage})"
+                )
+            evaluated = ti.xcom_pull(task_ids=Stage.EVALUATE.value)
+            if evaluated is None:
+                raise StageConfigFailed(
+                    "There is nothing to decide on: task 'evaluate' left no artifact.",
+                    advice="Clear 'evaluate' together with its downstream tasks.",
+                )
+            self.subject, self.body = question(run, config, ArtifactRef.model_validate(evaluated))
+        self.response_timeout = timedelta(hours=config.promote.approval_timeout_hours)
+        return ask_once(self, context, super().execute)
+
+    def execute_complete(self, context: Any, event: dict[str, Any]) -> dict[str, Any]:
+        """Turn the answer into an Approval; past ApprovalOperator, which would skip `promote` after a rejection."""
+        timed_out = bool(event.get("timedout"))
+        answer = HITLOperator.execute_complete(self, context, event)
+        approval = read_answer(answer, timed_out=timed_out)
+        self.log.info("%s by %s. %s", approval.verdict, approval.by or "nobody", approval.comment)
+        return approval.model_dump(mode="json")
+
+
+def read_answer(answer: Mapping[str, Any], *, timed_out: bool) -> Approval:
+    """What Airflow hands back, as part of `promote`'s configuration."""
+    user = answer.get("responded_by_user") or {}
+    approved = answer["chosen_options"] == [ApprovalOperator.APPROVE]
+    return Approval(
+        verdict=Verdict.TIMED_OUT if timed_out else Verdict.APPROVED if approved else Verdict.REJECTED,
+        by="" if timed_out else str(user.get("name") or user.get("id") or ""),
+        at=answer["responded_at"].isoformat(timespec="seconds"),
+        comment=str((answer.get("params_input") or {}).get("comment") or "").strip(),
+    )
+
+
+def question(run: RunInfo, config: PipelineConfig, evaluation: ArtifactRef) -> tuple[str, str]:
+    """Return subject and Markdown body: the numbers of every model, some answers side by side, and where to look."""
+    report = json.loads(read_file(evaluation, "metrics.json"))
+    samples = json.loads(read_file(evaluation, "samples.json"))
+    models: dict[str, Mapping[str, Any]] = {
+        role: report["models"][role] for role in _MODELS if role in report["models"]
+    }
+    aligned = [role for role in _ALIGNED if role in models]
+    proposed = strongest(aligned, models)
+    subject = f"{run.name}: promote the {(proposed or 'aligned').upper()} model to champion?"
+    champion = _champion(f"{config.promote.run_name}-aligned", report, evaluation)
+    parts = [
+        f"Run {plain(run.name)}, proposed: **{(proposed or 'none').upper()}**, "
+        + ("the aligned model with the highest win rate against SFT." if len(aligned) > 1 else "its aligned model."),
+        _rules(config),
+        "### Measured on held-out data",
+        _metrics_table(models, champion.metrics),
+        f"↑ higher is better, ↓ lower is better. {champion.note}",
+        "Scores come from this run's own reward model: they say how well a model pleases it, not how good it is.",
+        f"### Answers side by side ({min(_NUM_SAMPLES, len(samples))} of {len(samples)} kept)",
+        *(_sample(sample, list(models)) for sample in samples[:_NUM_SAMPLES]),
+        "### Evidence",
+        _links(run, evaluation),
+    ]
+    return subject, "\n\n".join(part for part in parts if part)
+
+
+def _rules(config: PipelineConfig) -> str:
+    hours = config.promote.approval_timeout_hours
+    return (
+        "- **Approve**: the model becomes `champion`, the present champion `previous`. Your decision overrides the "
+        f"rule of win rates (`min_win_rate={config.promote.min_win_rate:g}`) that decides without you.\n"
+        "- **Reject**: the models are registered as `candidate`, never `champion`; all evidence is kept.\n"
+        f"- **No answer within {hours:g} hours** counts as a rejection and is recorded as timed out.\n\n"
+        "Who decided, when, and the comment stay with the models in MLflow and in the manifest of `promote`."
+    )
+
+
+class _Champion:
+    """The present champion's numbers, and a sentence about how far they compare."""
+
+    def __init__(self, note: str, metrics: Mapping[str, str] | None = None) -> None:
+        self.note, self.metrics = note, metrics or {}
+
+
+def _champion(name: str, report: Mapping[str, Any], evaluation: ArtifactRef) -> _Champion:
+    from operators.mlflow import MlflowServer, MlflowUnavailableError
+
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not tracking_uri.startswith(("http://", "https://")):
+        return _Champion("The champion's numbers are not known here: no MLflow server is configured.")
+    try:
+        with MlflowServer(tracking_uri) as server:
+            found = server.model_version(name, alias="champion")
+    except MlflowUnavailableError as error:
+        return _Champion(f"The champion's numbers are not known: {plain(str(error), at_most=300)}")
+    if found is None:
+        return _Champion(f"{plain(name)} has no champion yet.")
+    measured = {
+        "data_digest": str((report.get("data") or {}).get("digest") or ""),
+        "reward_fingerprint": str(report.get("reward_fingerprint") or ""),
+        "settings_digest": settings_digest(read_manifest(evaluation)),
+    }
+    same = all(value and found.tags.get(f"evaluation.{key}") == value for key, value in measured.items())
+    how = "in the same way, so the numbers compare" if same else "**in another way, so its scores do not compare**"
+    return _Champion(
+        f"The champion (version {found.version} of {plain(name)}) was measured {how}.",
+        {key: value for key, value in found.tags.items() if key.startswith("eval/")},
+    )
+
+
+def _metrics_table(models: Mapping[str, Mapping[str, Any]], champion: Mapping[str, str]) -> str:
+    names = sorted({name for metrics in models.values() for name in metrics}, key=_importance)
+    head = ["", *(role.upper() if role != "base" else "base" for role in models)]
+    rows = [
+        [
+            f"{plain(name)} {_BETTER.get(name, '')}".rstrip(),
+            *(_number(metrics.get(name)) for metrics in models.values()),
+        ]
+        for name in names
+    ]
+    if champion:
+        head.append("champion")
+        rows = [[*row, _number(champion.get(name))] for row, name in zip(rows, names, strict=True)]
+    return table(head, rows)
+
+
+def _importance(name: str) -> tuple[int, str]:
+    first = (WIN_RATE, SCORE, "eval/preference_accuracy", "eval/kl", "eval/perplexity")
+    return (first.index(name) if name in first else len(first), name)
+
+
+def _number(value: Any) -> str:
+    try:
+        return f"{float(value):.4g}"
+    except (TypeError, ValueError):
+        return "–"
+
+
+def _sample(sample: Mapping[str, Any], roles: list[str]) -> str:
+    answers = [role for role in roles if role in sample["responses"]]
+    scores = sample.get("scores") or {}
+    head = [f"{role.upper()} ({_number(scores[role])})" if role in scores else role.upper() for role in answers]
+    texts = [plain(sample["responses"][role], at_most=_LONGEST_ANSWER) or "*(empty)*" for role in answers]
+    prompt = sample["prompt"]
+    if len(prompt) > _LONGEST_PROMPT:
+        prompt = f"{prompt[:_LONGEST_PROMPT]}\n… {len(prompt) - _LONGEST_PROMPT} more characters"
+    return f"{block(prompt)}\n\n{table(head, [texts])}"
+
+
+def _links(run: RunInfo, evaluation: ArtifactRef) -> str:
+    lines = [f"- evaluation artifact: `{evaluation.uri}`"]
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if tracking_uri.startswith(("http://", "https://")):
+        if run.parent_run_id:
+            lines.append(
+                f"- [this run in MLflow]({mlflow_run_page(tracking_uri, run.parent_run_id)}), every stage below it"
+            )
+        if evaluation.mlflow_run_id:
+            lines.append(f"- [the evaluation in MLflow]({mlflow_run_page(tracking_uri, evaluation.mlflow_run_id)})")
+    if run.airflow_url.startswith(("http://", "https://")):
+        lines.append(f"- [this run in Airflow]({run.airflow_url})")
+    return "\n".join([*lines, "- the report follows your decision, whichever it is"])

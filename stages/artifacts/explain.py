@@ -1,0 +1,105 @@
+"""Why a stage will run: the difference, field by field, between what is asked for and the nearest earlier build."""
+
+import logging
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from pydantic import ValidationError
+
+from stages.artifacts.manifests import MANIFEST
+from stages.artifacts.store import Store
+from stages.config.graph import GRAPH, Stage
+from stages.config.request import Manifest
+
+logger = logging.getLogger(__name__)
+
+MAX_BUILDS = 200
+"""Manifests that are read of one kind; a store that holds more is explained by these."""
+NEW = "built anew"
+BY_JOB = "identified by the job"
+
+
+class Builds:
+    """The earlier builds of one stage in a store, newest first."""
+
+    def __init__(self, store: Store, stage: Stage) -> None:
+        keys = [key for key in store.list(f"artifacts/{GRAPH[stage].kind}") if key.endswith(f"/{MANIFEST}")]
+        self.complete = len(keys) <= MAX_BUILDS
+        """Whether every build was looked at."""
+        if not self.complete:
+            logger.warning("%s: %d earlier builds, of which %d are looked at.", stage.value, len(keys), MAX_BUILDS)
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            read = pool.map(lambda key: _readable(store, key), keys[:MAX_BUILDS])
+            self.manifests = sorted(filter(None, read), key=lambda manifest: manifest.created_at, reverse=True)
+
+    def nearest(self, wanted: Mapping[str, Any]) -> Manifest | None:
+        """Return the build that differs in the fewest fields, the newest of those."""
+        return min(self.manifests, key=lambda manifest: len(differences(manifest, wanted)), default=None)
+
+    def known_sources(self, identity: Mapping[str, Any], uris: tuple[str, ...]) -> Manifest | None:
+        """Return the newest build of the same version, config and inputs that read exactly these outside sources."""
+        same = {name: value for name, value in identity.items() if not name.startswith("source ")}
+        for manifest in self.manifests:
+            fields = identity_of(manifest)
+            own = {name: value for name, value in fields.items() if not name.startswith("source ")}
+            if own == same and set(manifest.sources) == set(uris):
+                return manifest
+        return None
+
+
+def _readable(store: Store, key: str) -> Manifest | None:
+    try:
+        return Manifest.model_validate_json(store.read_bytes(key))
+    except (ValidationError, FileNotFoundError) as error:
+        logger.warning("%s/%s cannot be read and is passed over: %s", store.root_uri, key, error)
+        return None
+
+
+def identity_fields(
+    stage: Stage,
+    config: Mapping[str, Any],
+    *,
+    inputs: Mapping[str, str],
+    sources: Mapping[str, str],
+    version: int | None = None,
+) -> dict[str, Any]:
+    """All that goes into a fingerprint, as flat names."""
+    return {
+        "version": GRAPH[stage].version if version is None else version,
+        **_flat(config),
+        **{f"input {role}": fingerprint for role, fingerprint in inputs.items()},
+        **{f"source {uri}": digest for uri, digest in sources.items()},
+    }
+
+
+def identity_of(manifest: Manifest) -> dict[str, Any]:
+    inputs = {entry.role: entry.fingerprint for entry in manifest.inputs}
+    return identity_fields(
+        manifest.stage, manifest.config, inputs=inputs, sources=manifest.sources, version=manifest.version
+    )
+
+
+def differences(manifest: Manifest, wanted: Mapping[str, Any]) -> list[str]:
+    """Say what differs: `optimizer.learning_rate: 0.001 -> 0.0002`; fingerprints and digests are shortened."""
+    before, found = identity_of(manifest), []
+    for name in sorted(before.keys() | wanted.keys()):
+        old, new = before.get(name, "absent"), wanted.get(name, "absent")
+        if old != new:
+            found.append(f"{name}: {_short(name, old)} -> {_short(name, new)}")
+    return found
+
+
+def _short(name: str, value: Any) -> str:
+    text = str(value)
+    return text[:12] if name.startswith(("input ", "source ")) and text not in ("absent", NEW, BY_JOB) else text
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

@@ -1,0 +1,288 @@
+"""A lease on building one artifact, so that two runs that need it build it once. It needs nothing but an object store.
+
+Only `put_if_absent` is atomic on every S3-compatible server, so a lease is a row of generations, each created by
+exactly one process and never edited by another: `leases/<fingerprint>/1.json`, `2.json`, ... The newest is the holder;
+creating the next one takes over from it. A holder shows that it lives by changing `<n>.beat`; a waiter calls it dead
+when that object has not changed for a while on the waiter's own monotonic clock, so clocks need not agree. A time
+without an answer does not count: the store was away for the holder too.
+
+Servers whose conditional put merely looks before it writes (OpenStack Swift) may let two processes start; the last
+writer holds, and the fence below stops the other.
+
+Nobody can stop a process that slept through a takeover. Therefore the holder asks `Fence.check` before it publishes
+anything: an artifact that appeared meanwhile, a newer generation, or a record that is not its own means that it lost.
+Rows never shrink while their artifact does not exist: they go as a whole once it does, and from then on the manifest
+itself fences.
+"""
+
+import logging
+import os
+import platform
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+from stages.artifacts.manifests import MANIFEST, artifact_key, utc_now
+from stages.artifacts.store import Store, read_json, write_json
+from stages.config.base import Config
+from stages.config.errors import Category, StageError
+from stages.config.request import StageRequest
+
+logger = logging.getLogger("athanor")
+
+
+class LeaseLostError(StageError):
+    """Somebody else took over building this artifact, or has built it."""
+
+    category = Category.LOST
+
+
+@dataclass(frozen=True)
+class LeaseTimes:
+    """How lively a holder is and how patient a waiter; the same for everybody who shares a store."""
+
+    beat_seconds: float = 10.0
+    stale_seconds: float = 60.0
+    """A holder that did not beat for this long is dead: longer than any pause of a busy process or a slow store."""
+    poll_seconds: float = 2.0
+
+
+class Owner(Config):
+    """Who builds."""
+
+    run_id: str
+    run_name: str
+    airflow_url: str
+    submission_id: str
+    """Ray job; empty for a stage started by hand."""
+    host: str
+    pid: int
+    since: str
+    """UTC, ISO 8601; for people only."""
+
+    @classmethod
+    def of(cls, request: StageRequest) -> "Owner":
+        run = request.run
+        return cls(
+            run_id=run.run_id,
+            run_name=run.name,
+            airflow_url=run.airflow_url,
+            submission_id=request.submission_id,
+            host=platform.node(),
+            pid=os.getpid(),
+            since=utc_now(),
+        )
+
+    @property
+    def lineage(self) -> str:
+        """What the jobs of one task instance have in common: their ids differ in the generation at the end alone."""
+        return re.sub(r"-\d+$", "", self.submission_id)
+
+    def __str__(self) -> str:
+        job = f"job {self.submission_id}, " if self.submission_id else ""
+        return f"run {self.run_id} ({job}process {self.pid} on {self.host}, since {self.since})"
+
+
+class Generation(Config):
+    """One record of the row."""
+
+    token: str
+    """Unique to the process that created it."""
+    owner: Owner
+    released: bool = False
+    """The holder ended without an artifact; whoever comes next need not wait."""
+
+
+class Fence(Config):
+    """What lets a process prove that it still is the holder; small enough to travel to worker processes."""
+
+    kind: str
+    fingerprint: str
+    number: int
+    token: str
+
+    def check(self, store: Store) -> None:
+        """Raise LeaseLostError unless this generation is the newest and the artifact does not exist.
+
+        Cheap enough for every checkpoint: three small reads. What happens between the check and the write that it
+        guards cannot be fenced; there `put_if_absent` of the manifest and the hashes in it are the last line.
+        """
+        if store.exists(f"{artifact_key(self.kind, self.fingerprint)}/{MANIFEST}"):
+            raise self._lost("has been published by another process")
+        newer, own = _read(store, self.fingerprint, self.number + 1), _read(store, self.fingerprint, self.number)
+        if newer is not None:
+            raise self._lost(f"is being built by {newer.owner}")
+        if own is None or own.token != self.token:
+            raise self._lost("is not leased to this process any more")
+
+    def _lost(self, what: str) -> LeaseLostError:
+        return LeaseLostError(
+            f"artifact {self.kind}/{self.fingerprint[:12]} {what}; this process was taken for dead and stops",
+            advice="Nothing was overwritten. The retry uses the other process's artifact.",
+        )
+
+
+class Lease:
+    """Held as a context manager: beats while inside, is removed after success and released after a failure."""
+
+    def __init__(self, store: Store, fence: Fence, owner: Owner, times: LeaseTimes) -> None:
+        self.fence = fence
+        self._store, self._owner, self._times = store, owner, times
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat_until_stopped, name="lease", daemon=True)
+
+    def check(self) -> None:
+        """Raise LeaseLostError when this process is not the holder any more."""
+        self.fence.check(self._store)
+
+    def __enter__(self) -> "Lease":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join(self._times.beat_seconds)
+        try:
+            self._release(built=kind is None)
+        except Exception as error:  # noqa: BLE001 - whatever the store's client raises: others wait until it is stale
+            logger.warning(
+                "The lease was not released (%s): others take it over in %.0f s.", error, self._times.stale_seconds
+            )
+
+    def _release(self, *, built: bool) -> None:
+        number, fingerprint = self.fence.number, self.fence.fingerprint
+        if built:
+            self._store.delete(f"leases/{fingerprint}")
+            return
+        own = _read(self._store, fingerprint, number)
+        if own is not None and own.token == self.fence.token:
+            released = Generation(token=own.token, owner=self._owner, released=True)
+            write_json(self._store, _record_key(fingerprint, number), released.model_dump(mode="json"))
+            self._store.delete(_beat_key(fingerprint, number))
+
+    def _beat_until_stopped(self) -> None:
+        key, count = _beat_key(self.fence.fingerprint, self.fence.number), 0
+        while True:
+            count += 1
+            try:
+                self._store.write_bytes(key, f"{self.fence.token} {count}".encode())
+            except Exception as error:  # noqa: BLE001 - the next beat may succeed; if none does, the fence stops us
+                logger.warning("The lease's heartbeat was not written: %s", error)
+            if self._stop.wait(self._times.beat_seconds):
+                return
+
+
+def acquire(
+    store: Store,
+    *,
+    kind: str,
+    fingerprint: str,
+    owner: Owner,
+    times: LeaseTimes | None = None,
+    on_wait: Callable[[Owner, float], None] = lambda holder, seconds: None,
+) -> Lease | None:
+    """Return the lease, or None as soon as the artifact exists because somebody else has built it.
+
+    Waits while another process builds, and calls `on_wait(holder, seconds)` at every look. It takes over at once from
+    a holder that released, and from an earlier attempt of the same task: that one's job has ended, or Airflow would
+    not have started another.
+    """
+    times, token = times or LeaseTimes(), uuid.uuid4().hex
+    manifest_key = f"{artifact_key(kind, fingerprint)}/{MANIFEST}"
+    watch, started = _Watch(times.beat_seconds), time.monotonic()
+    while True:
+        if store.exists(manifest_key):
+            return None
+        number, newest = _newest(store, fingerprint)
+        reason = _may_take_over(newest, owner, watch.unchanged_seconds(store, fingerprint, number), times)
+        if newest is not None and not reason:
+            if watch.looks == 1:
+                logger.info("Waiting for %s, which builds it.", newest.owner)
+            on_wait(newest.owner, time.monotonic() - started)
+            time.sleep(times.poll_seconds)
+            continue
+        mine = Generation(token=token, owner=owner)
+        if store.put_if_absent(_record_key(fingerprint, number + 1), mine.model_dump_json(indent=1).encode()):
+            written = _read(store, fingerprint, number + 1)
+            if written is None or written.token != token:
+                continue  # a server whose put-if-absent is not atomic let somebody else write as well
+            if newest is not None:
+                logger.info("Taking over from %s: %s.", newest.owner, reason)
+            lease = Lease(
+                store, Fence(kind=kind, fingerprint=fingerprint, number=number + 1, token=token), owner, times
+            )
+            if not store.exists(manifest_key):
+                return lease
+            # Published between the look and the lease.
+            store.delete(f"leases/{fingerprint}")
+            return None
+
+
+class _Watch:
+    """For how long a generation and its heartbeat have looked the same, by this process's monotonic clock; between two
+    looks, however long the store was away, `longest_seconds` count at most."""
+
+    def __init__(self, longest_seconds: float) -> None:
+        self._longest_seconds = longest_seconds
+        self._seen: tuple[int, bytes] | None = None
+        self._looked_at = self._unchanged_seconds = 0.0
+        self.looks = 0
+        """At this generation."""
+
+    def unchanged_seconds(self, store: Store, fingerprint: str, number: int) -> float:
+        try:
+            beat = store.read_bytes(_beat_key(fingerprint, number))
+        except FileNotFoundError:
+            beat = b""
+        if self._seen is None or self._seen[0] != number:
+            self.looks = 0
+        self.looks += 1
+        now = time.monotonic()
+        if self._seen != (number, beat):
+            self._seen, self._unchanged_seconds = (number, beat), 0.0
+        else:
+            self._unchanged_seconds += min(now - self._looked_at, self._longest_seconds)
+        self._looked_at = now
+        return self._unchanged_seconds
+
+
+def _may_take_over(newest: Generation | None, owner: Owner, silent_seconds: float, times: LeaseTimes) -> str:
+    """Why the newest generation need not be waited for; empty when it must be."""
+    if newest is None:
+        return ""
+    if newest.released:
+        return "it ended without an artifact"
+    if owner.lineage and newest.owner.lineage == owner.lineage:
+        return "it was an earlier attempt of this task"
+    if silent_seconds >= times.stale_seconds:
+        return f"no heartbeat for {silent_seconds:.0f} s"
+    return ""
+
+
+def _newest(store: Store, fingerprint: str) -> tuple[int, Generation | None]:
+    """Probe upwards rather than list, because not every store's listing is up to date."""
+    number, newest = 0, None
+    while (found := _read(store, fingerprint, number + 1)) is not None:
+        number, newest = number + 1, found
+    return number, newest
+
+
+def _read(store: Store, fingerprint: str, number: int) -> Generation | None:
+    try:
+        return Generation.model_validate(read_json(store, _record_key(fingerprint, number)))
+    except FileNotFoundError:
+        return None
+
+
+def _record_key(fingerprint: str, number: int) -> str:
+    return f"leases/{fingerprint}/{number}.json"
+
+
+def _beat_key(fingerprint: str, number: int) -> str:
+    return f"leases/{fingerprint}/{number}.beat"

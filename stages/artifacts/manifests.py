@@ -1,0 +1,246 @@
+"""Artifacts: identity by fingerprint, publication with the manifest last, and verified reading.
+
+An artifact exists when its manifest exists. Everything that reads starts from the manifest.
+"""
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from stages.artifacts.store import Store, open_store, write_json
+from stages.config.base import Config
+from stages.config.errors import DamagedArtifactError
+from stages.config.graph import GRAPH, Stage
+from stages.config.request import ArtifactRef, FileEntry, Manifest
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+DOUBT = "doubt.json"
+"""Left beside a manifest by a reader who found other content than it records: the next look at the artifact reads all
+of it, where sizes would do otherwise."""
+_CHUNK = 1 << 20
+
+
+def fingerprint(
+    stage: Stage, config: Config, *, inputs: Mapping[str, ArtifactRef], sources: Mapping[str, str] | None = None
+) -> str:
+    """Identity of what a stage will produce: sha256 over stage, version, config, inputs and outside data.
+
+    Resources, storage location, log cadence and code version are absent by construction: they live in
+    ExecutionConfig and RunInfo, which this function never sees.
+    """
+    identity = {
+        "stage": stage.value,
+        "version": GRAPH[stage].version,
+        "config": config.model_dump(mode="json"),
+        "inputs": {role: ref.fingerprint for role, ref in inputs.items()},
+        "sources": dict(sources or {}),
+    }
+    return hashlib.sha256(canonical_json(identity)).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one spelling of a JSON value: sorted keys, no spaces, UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def artifact_key(kind: str, fingerprint: str) -> str:
+    return f"artifacts/{kind}/{fingerprint}"
+
+
+def run_key(run_id: str, stage: Stage, name: str) -> str:
+    """Key of one of a run's small records: config.json, result.json, failure.json, progress.json."""
+    return f"runs/{run_id}/{stage.value}/{name}"
+
+
+def artifact_uri(store: Store, kind: str, fingerprint: str) -> str:
+    return f"{store.root_uri}/{artifact_key(kind, fingerprint)}"
+
+
+def find_manifest(store: Store, kind: str, fingerprint: str) -> Manifest | None:
+    """Return the manifest of a complete artifact, or None."""
+    key = f"{artifact_key(kind, fingerprint)}/{MANIFEST}"
+    return Manifest.model_validate_json(store.read_bytes(key)) if store.exists(key) else None
+
+
+def read_manifest(ref: ArtifactRef | str) -> Manifest:
+    """Read the manifest behind a reference or an artifact URI; DamagedArtifactError when it is none of ours."""
+    uri = ref if isinstance(ref, str) else ref.uri
+    store, key = split_artifact_uri(uri)
+    try:
+        return Manifest.model_validate_json(store.read_bytes(f"{key}/{MANIFEST}"))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise DamagedArtifactError(
+            f"{uri}/{MANIFEST} is no manifest: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+            advice="Do not use this artifact unless you know who wrote it.",
+        ) from None
+
+
+def split_artifact_uri(uri: str) -> tuple[Store, str]:
+    """Return the store and the key of `<store root>/artifacts/<kind>/<fingerprint>`."""
+    root, _, tail = uri.rpartition("/artifacts/")
+    return open_store(root), f"artifacts/{tail.strip('/')}"
+
+
+def hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def content_digest(files: tuple[FileEntry, ...]) -> str:
+    """Hash over names and contents of the files, in name order."""
+    entries = sorted((entry.path, entry.sha256) for entry in files)
+    return hashlib.sha256(canonical_json(entries)).hexdigest()
+
+
+def settings_digest(manifest: Manifest) -> str:
+    """Hash over how an artifact was made, whatever it was made from: stage version and config."""
+    return hashlib.sha256(canonical_json({"version": manifest.version, "config": manifest.config})).hexdigest()
+
+
+def read_file(ref: ArtifactRef | str, name: str) -> bytes:
+    """Return one small file of an artifact, verified against the manifest; FileNotFoundError if it has no such file."""
+    uri = ref if isinstance(ref, str) else ref.uri
+    entry = next((entry for entry in read_manifest(uri).files if entry.path == name), None)
+    if entry is None:
+        raise FileNotFoundError(f"{uri} has no file {name!r}")
+    store, key = split_artifact_uri(uri)
+    data = store.read_bytes(f"{key}/{name}")
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise _damaged(store, key, name)
+    return data
+
+
+def upload_files(store: Store, folder: Path, *, kind: str, fingerprint: str) -> tuple[FileEntry, ...]:
+    """Copy every file below `folder` into the artifact and return their entries; the manifest is the caller's last
+    step."""
+    key = artifact_key(kind, fingerprint)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+
+    def upload(path: Path) -> FileEntry:
+        name = path.relative_to(folder).as_posix()
+        store.upload(path, f"{key}/{name}")
+        return FileEntry(path=name, size=path.stat().st_size, sha256=hash_file(path))
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return tuple(pool.map(upload, paths))
+
+
+def publish(store: Store, manifest: Manifest) -> ArtifactRef:
+    """Write the manifest; from here on the artifact exists. A concurrent identical build keeps the first manifest."""
+    key = artifact_key(manifest.kind, manifest.fingerprint)
+    store.put_if_absent(f"{key}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
+    published = Manifest.model_validate_json(store.read_bytes(f"{key}/{MANIFEST}"))
+    return published.ref(artifact_uri(store, manifest.kind, manifest.fingerprint))
+
+
+def verify(store: Store, manifest: Manifest, *, hashes: bool = False) -> None:
+    """Compare stored files with their manifest: sizes always, contents when `hashes`.
+
+    Raises DamagedArtifactError that names the object.
+    """
+    key = artifact_key(manifest.kind, manifest.fingerprint)
+    for entry in manifest.files:
+        size = store.size(f"{key}/{entry.path}")
+        if size != entry.size:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise DamagedArtifactError(
+                f"{store.root_uri}/{key}/{entry.path} {found}, its manifest says {entry.size} bytes",
+                advice="The artifact is set aside and its stage runs again.",
+            )
+        if hashes:
+            with tempfile.TemporaryDirectory() as scratch:
+                _verified_file(store, key, entry, Path(scratch))
+
+
+def discard(store: Store, manifest: Manifest) -> None:
+    """Remove a damaged artifact, manifest first, so that no reader meets it half gone."""
+    key = artifact_key(manifest.kind, manifest.fingerprint)
+    store.delete(f"{key}/{MANIFEST}")
+    store.delete(key)
+
+
+def find_intact(store: Store, kind: str, fingerprint: str) -> Manifest | None:
+    """Return the manifest of an artifact that exists and is whole; a damaged one is named and discarded."""
+    manifest = find_manifest(store, kind, fingerprint)
+    if manifest is None:
+        return None
+    doubted = is_doubted(store, kind, fingerprint)
+    try:
+        verify(store, manifest, hashes=doubted)
+    except DamagedArtifactError as error:
+        logger.warning("Damaged artifact: %s %s", error.message, error.advice)
+        discard(store, manifest)
+        return None
+    if doubted:
+        store.delete(f"{artifact_key(kind, fingerprint)}/{DOUBT}")
+    return manifest
+
+
+def is_doubted(store: Store, kind: str, fingerprint: str) -> bool:
+    """Whether a reader found an artifact damaged, so that sizes alone do not show that it is whole."""
+    return store.exists(f"{artifact_key(kind, fingerprint)}/{DOUBT}")
+
+
+def fetch(ref: ArtifactRef, cache_dir: Path) -> Path:
+    """Return a local folder with the artifact's files, contents verified against the manifest.
+
+    A `file://` store is read in place; an `s3://` store is copied once into `cache_dir`.
+    """
+    store, key = split_artifact_uri(ref.uri)
+    manifest = read_manifest(ref)
+    listed = content_digest(manifest.files)
+    if not ref.digest == manifest.digest == listed:
+        raise DamagedArtifactError(
+            f"{ref.uri} has digest {manifest.digest[:12]} and lists files of {listed[:12]}, the run expects "
+            f"{ref.digest[:12]}",
+            advice="Something replaced the artifact after it was built; clear the stage that produced it.",
+        )
+    target = cache_dir / manifest.kind / manifest.digest
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        list(pool.map(lambda entry: _verified_file(store, key, entry, target), manifest.files))
+    return store.local_path(key) or target
+
+
+def _verified_file(store: Store, key: str, entry: FileEntry, target: Path) -> None:
+    path = store.local_path(f"{key}/{entry.path}")
+    if path is None:
+        path = target / entry.path
+        if _matches(path, entry):
+            return
+        store.download(f"{key}/{entry.path}", path)
+    if not _matches(path, entry):
+        raise _damaged(store, key, entry.path)
+
+
+def _damaged(store: Store, key: str, name: str) -> DamagedArtifactError:
+    """The error of a reader who found a file damaged; its stage learns of it when it is asked for the artifact next."""
+    try:
+        write_json(store, f"{key}/{DOUBT}", {"damaged": name, "found_at": utc_now()})
+    except Exception as problem:  # noqa: BLE001 - such as a store that may only be read; the damage is the news
+        logger.warning("%s/%s/%s was not written: %s", store.root_uri, key, DOUBT, problem)
+    return DamagedArtifactError(
+        f"{store.root_uri}/{key}/{name} does not have the content that its manifest records",
+        advice="Clear the stage that produced it; it will be built again.",
+    )
+
+
+def _matches(path: Path, entry: FileEntry) -> bool:
+    return path.is_file() and path.stat().st_size == entry.size and hash_file(path) == entry.sha256
+
+
+def utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

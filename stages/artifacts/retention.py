@@ -1,0 +1,334 @@
+"""Garbage collection: what nothing needs any more, listed, and deleted when asked.
+
+An artifact is needed when a registered model version is it, a run younger than `keep_days` names it, it is that young
+itself, people made it, or something needed was made from it. What is registered is asked of MLflow; without an answer
+nothing is deleted, and neither is anything that a live lease holds.
+
+Deletion takes two steps, because a run may begin meanwhile. First the manifests go, so that no later run hits them;
+then runs and registry are looked at again, and what they have come to need gets its manifest back; then the files go,
+each artifact's under the lease on building it.
+"""
+
+import logging
+import os
+import platform
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+from pydantic import ValidationError
+
+from stages.artifacts.lease import Generation, LeaseTimes, Owner, acquire
+from stages.artifacts.manifests import MANIFEST, utc_now
+from stages.artifacts.store import Listed, Store, Unfinished, read_json
+from stages.config.errors import DataError
+from stages.config.graph import GRAPH, Stage
+from stages.config.request import Manifest
+
+logger = logging.getLogger("athanor")
+
+LIVE_SECONDS = 900
+"""A lease that changed this recently is live; a holder beats every 10 s, and an outage may last."""
+MADE_BY_PEOPLE = frozenset({GRAPH[Stage.RATE].kind})
+RECORDS = frozenset(GRAPH[stage].kind for stage in (Stage.EVALUATE, Stage.PROMOTE, Stage.REPORT))
+"""They stay while a model that they tell of is registered; what else they tell of may go."""
+_FINGERPRINT = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What counts as young."""
+
+    keep_days: float = 30.0
+    """Runs, artifacts, checkpoints of unfinished training and caches."""
+    unfinished_hours: float = 24.0
+    """Uploads and publications that nobody finished."""
+    nothing_registered: bool = False
+    """Somebody vouches that no model of this store is registered."""
+
+
+@dataclass(frozen=True)
+class Waste:
+    """One thing that nothing needs."""
+
+    what: str
+    key: str
+    size: int
+    why: str
+    upload: Unfinished | None = None
+
+
+@dataclass
+class _Folder:
+    """The objects below one prefix."""
+
+    size: int = 0
+    newest: datetime | None = None
+    entries: list[Listed] = field(default_factory=list)
+
+    def add(self, entry: Listed) -> None:
+        self.size += entry.size
+        self.newest = max(self.newest or entry.modified, entry.modified)
+        self.entries.append(entry)
+
+
+Registered = Callable[[], set[str]]
+"""Fingerprints of all registered model versions, asked anew at each call."""
+
+
+class _Picture:
+    """The store as one listing shows it."""
+
+    def __init__(self, store: Store, policy: Policy) -> None:
+        self.store, self.now = store, store.clock()
+        self.old = self.now - timedelta(days=policy.keep_days)
+        self.forgotten = self.now - timedelta(hours=policy.unfinished_hours)
+        self.artifacts: dict[str, _Folder] = {}
+        self.rest: dict[str, dict[str, _Folder]] = {}
+        for entry in store.listing():
+            parts = entry.key.split("/")
+            if parts[0] == "artifacts" and len(parts) > 3:
+                self.artifacts.setdefault("/".join(parts[:3]), _Folder()).add(entry)
+            elif len(parts) > 1:
+                self.rest.setdefault(parts[0], {}).setdefault("/".join(parts[:2]), _Folder()).add(entry)
+        self.generations: dict[str, int] = {}
+        self.live = {
+            key.split("/")[1]: holder
+            for key in self.rest.get("leases", {})
+            if (holder := self._holder(key)) is not None
+        }
+
+    def _holder(self, key: str) -> Owner | None:
+        """Who holds this lease and shows that he lives."""
+        folder = self.rest["leases"][key]
+        numbers = [int(found[1]) for entry in folder.entries if (found := re.search(r"/(\d+)\.json$", entry.key))]
+        self.generations[key.split("/")[1]] = max(numbers, default=0)
+        if not numbers or folder.newest is None or (self.now - folder.newest).total_seconds() > LIVE_SECONDS:
+            return None
+        try:
+            newest = Generation.model_validate(read_json(self.store, f"{key}/{max(numbers)}.json"))
+        except FileNotFoundError:
+            return None  # it ended while we were looking
+        return None if newest.released else newest.owner
+
+    def manifests(self) -> dict[str, Manifest]:
+        """By key of the artifact; DataError for one that cannot be read, since what it needs is then unknown."""
+        found = {}
+        for key, folder in self.artifacts.items():
+            if any(entry.key == f"{key}/{MANIFEST}" for entry in folder.entries):
+                try:
+                    found[key] = Manifest.model_validate_json(self.store.read_bytes(f"{key}/{MANIFEST}"))
+                except FileNotFoundError:
+                    continue
+                except ValidationError as error:
+                    raise DataError(
+                        f"{self.store.root_uri}/{key}/{MANIFEST} cannot be read: {error}",
+                        advice="Nothing was deleted. Restore this object from a backup, or delete it by hand.",
+                    ) from error
+        return found
+
+    def named_by_runs(self) -> set[str]:
+        """Fingerprints in the records of young runs, of runs that build now, and of retraining on a schedule."""
+        building = {holder.run_id for holder in self.live.values()}
+        named: set[str] = set()
+        for room in ("runs", "retrain"):
+            for key, folder in self.rest.get(room, {}).items():
+                young = folder.newest is not None and folder.newest >= self.old
+                if room == "runs" and not young and key.split("/")[1] not in building:
+                    continue
+                for entry in folder.entries:
+                    if entry.key.endswith(".json"):
+                        named.update(_FINGERPRINT.findall(_text(self.store, entry.key)))
+        return named
+
+
+def _text(store: Store, key: str) -> str:
+    try:
+        return store.read_bytes(key).decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def find(store: Store, registered: Registered, policy: Policy) -> list[Waste]:
+    """Everything that nothing needs, artifacts first."""
+    picture = _Picture(store, policy)
+    manifests = picture.manifests()
+    needed = _needed(picture, manifests, _asked(registered, manifests, policy))
+    return [
+        *(
+            Waste("artifact", key, picture.artifacts[key].size, f"nothing needs it; made {manifest.created_at[:10]}")
+            for key, manifest in sorted(manifests.items())
+            if key not in needed
+        ),
+        *_unpublished(picture, manifests),
+        *_beside_artifacts(picture, manifests),
+        *_uploads(picture),
+    ]
+
+
+def _asked(registered: Registered, manifests: Mapping[str, Manifest], policy: Policy) -> set[str]:
+    """What is registered; DataError when that looks like the answer of another store's MLflow."""
+    found = registered()
+    promotions = [key for key, manifest in manifests.items() if manifest.stage is Stage.PROMOTE]
+    if promotions and not policy.nothing_registered and not found & {m.fingerprint for m in manifests.values()}:
+        raise DataError(
+            f"MLflow knows no model of this store as registered, though {len(promotions)} promotions are in it",
+            advice="Set MLFLOW_TRACKING_URI to the server that this store belongs to. If no model is registered any "
+            "more, say --nothing-registered.",
+        )
+    return found
+
+
+def _needed(picture: _Picture, manifests: Mapping[str, Manifest], registered: set[str]) -> set[str]:
+    """Keys of the artifacts that must stay."""
+    by_fingerprint = {manifest.fingerprint: key for key, manifest in manifests.items()}
+    named = picture.named_by_runs() | registered | set(picture.live)
+    waiting = [
+        key
+        for key, manifest in manifests.items()
+        if manifest.fingerprint in named
+        or manifest.kind in MADE_BY_PEOPLE
+        or any(entry.modified >= picture.old for entry in picture.artifacts.get(key, _Folder()).entries)
+    ]
+    needed: set[str] = set()
+    while waiting:
+        if (key := waiting.pop()) not in needed:
+            needed.add(key)
+            manifest = manifests[key]
+            from_outside = [name for uri in manifest.sources for name in _FINGERPRINT.findall(uri)]
+            sources = [*(entry.fingerprint for entry in manifest.inputs), *from_outside]
+            waiting += [by_fingerprint[source] for source in sources if source in by_fingerprint]
+    records = {
+        key
+        for key, manifest in manifests.items()
+        if manifest.kind in RECORDS and any(entry.fingerprint in registered for entry in manifest.inputs)
+    }
+    return needed | records
+
+
+def _unpublished(picture: _Picture, manifests: Mapping[str, Manifest]) -> Iterator[Waste]:
+    for key, folder in sorted(picture.artifacts.items()):
+        fingerprint = key.rsplit("/", 1)[1]
+        if key in manifests or fingerprint in picture.live or _after(folder, picture.forgotten):
+            continue
+        yield Waste("unfinished publication", key, folder.size, "it has no manifest, and nobody builds it")
+
+
+def _beside_artifacts(picture: _Picture, manifests: Mapping[str, Manifest]) -> Iterator[Waste]:
+    published = {manifest.fingerprint for manifest in manifests.values()}
+    for room, what in (
+        ("checkpoints", "checkpoints"),
+        ("leases", "lease"),
+        ("reference-logprobs", "cache"),
+        ("probe", "probe"),
+    ):
+        for key, folder in sorted(picture.rest.get(room, {}).items()):
+            fingerprint = key.split("/")[1]
+            if fingerprint in picture.live:
+                continue
+            if room in ("checkpoints", "leases") and fingerprint in published:
+                if not _after(folder, picture.forgotten):
+                    yield Waste(what, key, folder.size, "its artifact is published")
+            elif room == "probe" and not _after(folder, picture.forgotten):
+                yield Waste(what, key, folder.size, "left by a probe that was killed")
+            elif room in ("checkpoints", "reference-logprobs") and not _after(folder, picture.old):
+                yield Waste(what, key, folder.size, "not touched for a long time; it can be computed again")
+
+
+def _after(folder: _Folder, moment: datetime) -> bool:
+    return folder.newest is not None and folder.newest >= moment
+
+
+def _uploads(picture: _Picture) -> Iterator[Waste]:
+    for upload in sorted(picture.store.unfinished(), key=lambda upload: upload.key):
+        if upload.started < picture.forgotten and not picture.live.keys() & set(upload.key.split("/")):
+            yield Waste("upload", upload.key, 0, f"begun {upload.started:%Y-%m-%d} and not finished", upload)
+
+
+# ---------------------------------------------------------------- deletion
+
+
+def delete(store: Store, waste: list[Waste], registered: Registered, policy: Policy) -> list[Waste]:
+    """Delete what `find` found and still nothing needs; return what went."""
+    picture = _Picture(store, policy)
+    manifests = picture.manifests()
+    taken: dict[str, bytes] = {}
+    for key in sorted({entry.key for entry in waste if entry.what == "artifact"} & manifests.keys()):
+        taken[key] = store.read_bytes(f"{key}/{MANIFEST}")
+        store.delete(f"{key}/{MANIFEST}")
+    needed = set(taken)  # all come back when the second look fails
+    try:
+        picture = _Picture(store, policy)
+        needed = _needed(picture, manifests, _asked(registered, manifests, policy))
+    finally:
+        for key in needed & taken.keys():
+            if key.rsplit("/", 1)[1] not in picture.live:  # else its builder publishes it anew
+                store.put_if_absent(f"{key}/{MANIFEST}", taken[key])
+                logger.info("%s is needed after all and stays", key)
+    return [entry for entry in waste if entry.key not in needed and _gone(picture, entry)]
+
+
+def _gone(picture: _Picture, entry: Waste) -> bool:
+    """Delete one thing, unless somebody has begun to build there."""
+    store = picture.store
+    fingerprint = entry.key.rsplit("/", 1)[1]
+    if picture.live.keys() & set(entry.key.split("/")):
+        return False
+    if entry.upload is not None:
+        store.discard(entry.upload)
+        return True
+    if entry.what not in ("artifact", "unfinished publication", "checkpoints"):
+        store.delete(entry.key)
+        return True
+    with _leased(store, fingerprint, seen=picture.generations.get(fingerprint, 0)) as ours:
+        if not ours or store.exists(f"{entry.key}/{MANIFEST}"):
+            return False
+        store.delete(entry.key)
+        return True
+
+
+class _Busy(Exception):
+    """Somebody else holds the lease."""
+
+
+@contextmanager
+def _leased(store: Store, fingerprint: str, *, seen: int) -> Iterator[bool]:
+    """Hold the lease on a fingerprint, so that nobody begins to build there; False at once when somebody does.
+
+    `seen` is the newest generation that was seen, and it was dead. The lease ends like that of a build that failed,
+    which lets the next builder begin at once.
+    """
+
+    def busy(holder: Owner, seconds: float) -> None:
+        raise _Busy
+
+    name = "garbage-collection"
+    owner = Owner(
+        run_id=name,
+        run_name=name,
+        airflow_url="",
+        submission_id="",
+        host=platform.node(),
+        pid=os.getpid(),
+        since=utc_now(),
+    )
+    dead_is_dead = LeaseTimes(stale_seconds=LeaseTimes.stale_seconds if _begun(store, fingerprint, seen) else 0.0)
+    try:
+        lease = acquire(store, kind=name, fingerprint=fingerprint, owner=owner, times=dead_is_dead, on_wait=busy)
+    except _Busy:
+        yield False
+        return
+    assert lease is not None  # no artifact is of this kind
+    try:
+        with lease:
+            yield True
+            raise _Busy
+    except _Busy:
+        pass
+
+
+def _begun(store: Store, fingerprint: str, seen: int) -> bool:
+    """Whether there is a lease newer than what was seen."""
+    return store.exists(f"leases/{fingerprint}/{seen + 1}.json")

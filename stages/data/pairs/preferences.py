@@ -1,0 +1,186 @@
+"""Preference rows of the shapes that are in use, each told from its fields, as pairs of responses to one prompt."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, TypeGuard
+
+from stages.config.sources import PreferenceFormat
+from stages.data.pairs.turns import Message, Unusable, checked, plain_text, read_turns, with_system
+
+_PROMPTS = ("prompt", "instruction", "question")
+_RESPONSES = ("responses", "completions", "answers")
+_TEXTS, _SCORES = ("response", "text", "content", "answer", "completion"), ("score", "rating", "overall_score")
+_TURNS = (("\n\nHuman:", "user"), ("\n\nAssistant:", "assistant"))
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two responses to one prompt, of which the first is the better one."""
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+
+
+def fitting_formats(values: Mapping[str, Any]) -> list[PreferenceFormat]:
+    """Every format that rows with these fields fit."""
+    asks = any(name in values for name in _PROMPTS)
+    both = [values[name] for name in ("chosen", "rejected") if name in values]
+    fits = {
+        PreferenceFormat.PAIR: asks and len(both) == 2,
+        PreferenceFormat.TRANSCRIPTS: not asks and len(both) == 2 and all(isinstance(side, str) for side in both),
+        PreferenceFormat.DIALOGUES: not asks and len(both) == 2 and all(isinstance(side, list) for side in both),
+        PreferenceFormat.RANKED: asks and any(isinstance(values.get(name), list) for name in _RESPONSES),
+    }
+    return [shape for shape in PreferenceFormat if fits[shape]]
+
+
+def to_preferences(shape: PreferenceFormat, values: Mapping[str, Any]) -> list[Preference | str]:
+    """The pairs of a row, for each of them the pair or the reason why it is none; one outcome but for ranked lists.
+
+    Raises Unusable when the row as a whole cannot be read.
+    """
+    match shape:
+        case PreferenceFormat.RANKED:
+            return list(_ranked(values))
+        case PreferenceFormat.TRANSCRIPTS:
+            sides = [_transcript(values.get(name)) for name in ("chosen", "rejected")]
+        case PreferenceFormat.PAIR | PreferenceFormat.DIALOGUES:
+            sides = [_side(values.get(name)) for name in ("chosen", "rejected")]
+    return [_paired(_common_prompt(sides, values), sides[0].answer, sides[1].answer)]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A response, and the turns before it as far as this side tells them."""
+
+    before: tuple[Message, ...]
+    answer: str
+
+
+def _side(side: object) -> _Side:
+    """A text, a message, or a dialogue that ends with the response."""
+    if isinstance(side, Mapping):
+        side = [side]
+    if not isinstance(side, list):
+        return _Side((), plain_text(side))
+    if not side:
+        raise Unusable("side_missing")
+    turns = read_turns(side, role="role", text="content")
+    if turns[-1]["role"] != "assistant":
+        raise Unusable("no_response")
+    return _Side(tuple(turns[:-1]), turns[-1]["content"])
+
+
+def _transcript(text: object) -> _Side:
+    if not isinstance(text, str) or not text.strip():
+        raise Unusable("side_missing")
+    turns = split_transcript(text)
+    if len(turns) < 2 or turns[0]["role"] != "user":
+        raise Unusable("no_prompt")
+    if turns[-1]["role"] != "assistant":
+        raise Unusable("no_response")
+    return _Side(tuple(turns[:-1]), turns[-1]["content"])
+
+
+def split_transcript(text: str) -> list[Message]:
+    """Turns of an hh-rlhf transcript of `Human:` and `Assistant:`; none when it is no transcript."""
+    body = "\n\n" + text.lstrip("\n")
+    places = sorted((start, role, mark) for mark, role in _TURNS for start in _starts(body, mark))
+    starts = [start for start, _, _ in places]
+    return [
+        {"role": role, "content": body[start + len(mark) : end].strip()}
+        for (start, role, mark), end in zip(places, [*starts[1:], len(body)], strict=False)
+    ]
+
+
+def _starts(text: str, mark: str) -> Iterator[int]:
+    start = text.find(mark)
+    while start >= 0:
+        yield start
+        start = text.find(mark, start + 1)
+
+
+def _common_prompt(sides: Sequence[_Side], values: Mapping[str, Any]) -> list[Message]:
+    """The turns before both responses: those of the dialogues, which must be the same, or the row's own prompt."""
+    asked = _asked(values)
+    before = list(sides[0].before)
+    if list(sides[1].before) != before:
+        raise Unusable("prompts_differ")
+    if before and asked and asked[-1]["content"] != before[-1]["content"]:
+        raise Unusable("prompts_differ")
+    return before or asked
+
+
+def _asked(values: Mapping[str, Any]) -> list[Message]:
+    """The row's own prompt: a text, a transcript that waits for its answer, or messages."""
+    prompt = next((values[name] for name in _PROMPTS if values.get(name) is not None), None)
+    if prompt is None:
+        return []
+    if isinstance(prompt, list):
+        messages = read_turns(prompt, role="role", text="content")
+    else:
+        text = plain_text(prompt)
+        messages = split_transcript(text) if text.startswith("Human:") else []
+        if messages and messages[-1] == {"role": "assistant", "content": ""}:
+            messages = messages[:-1]
+        messages = messages or ([{"role": "user", "content": text}] if text else [])
+    return with_system(messages, values)
+
+
+def _paired(prompt: Sequence[Message], chosen: str, rejected: str) -> Preference | str:
+    if not chosen or not rejected:
+        return "side_missing"
+    if not prompt or prompt[-1]["role"] != "user" or not prompt[-1]["content"]:
+        return "no_prompt"
+    if chosen == rejected:
+        return "equal_sides"
+    try:
+        whole = checked([*prompt, {"role": "assistant", "content": chosen}])
+    except Unusable as error:
+        return error.reason
+    return Preference(whole.messages[:-1], chosen, rejected)
+
+
+def _ranked(values: Mapping[str, Any]) -> Iterator[Preference | str]:
+    """All ordered pairs, k (k - 1) / 2 of k responses; two of the same rank are a tie and no pair."""
+    responses = next((values[name] for name in _RESPONSES if isinstance(values.get(name), list)), [])
+    if len(responses) < 2:
+        raise Unusable("one_response")
+    ranks = _ranks(values, responses)
+    texts = [plain_text(_named(entry, _TEXTS) if isinstance(entry, Mapping) else entry) for entry in responses]
+    prompt = _asked(values)
+    order = sorted(range(len(texts)), key=lambda place: ranks[place])
+    for better, worse in combinations(order, 2):
+        yield "tie" if ranks[better] == ranks[worse] else _paired(prompt, texts[better], texts[worse])
+
+
+def _ranks(values: Mapping[str, Any], responses: Sequence[Any]) -> list[float]:
+    """A number a response, the best one lowest: `ranking` lists places from the best on, `ranks` count from the best,
+    `scores` are the better the higher; ranks and scores may also stand in the responses."""
+    count = len(responses)
+    if (ranking := values.get("ranking")) is not None:
+        if not isinstance(ranking, list) or sorted(ranking) != list(range(count)):
+            raise Unusable("malformed_ranking")
+        return [float(ranking.index(place)) for place in range(count)]
+    inside = [entry if isinstance(entry, Mapping) else {} for entry in responses]
+    for found, sign in (
+        (values.get("ranks"), 1.0),
+        (values.get("scores"), -1.0),
+        ([entry.get("rank") for entry in inside], 1.0),
+        ([_named(entry, _SCORES) for entry in inside], -1.0),
+    ):
+        if isinstance(found, list) and len(found) == count:
+            numbers = [sign * value for value in found if _is_number(value)]
+            if len(numbers) == count:
+                return numbers
+    raise Unusable("no_ranking")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def _named(entry: Mapping[str, Any], names: Sequence[str]) -> Any:
+    return next((entry[name] for name in names if entry.get(name) is not None), None)

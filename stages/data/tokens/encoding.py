@@ -1,0 +1,224 @@
+"""Conversations and preference pairs to token shards, with an account by source of every row and every token.
+
+Tokens conserve: in = trained + masked + dropped, each counted where it is seen.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages.config.errors import DataError
+from stages.config.tokens import TokenizeConfig
+from stages.data.pairs.turns import Unusable
+from stages.data.sources.records import source_of
+from stages.data.tokens.chat import ChatEncoder, EncodedChat
+from stages.data.tokens.ragged import RaggedWriter
+
+_MASK = np.dtype(np.uint8)
+_SIDES = ("chosen", "rejected")
+
+
+class Account:
+    """Rows and tokens of one kind, together and by source."""
+
+    def __init__(self) -> None:
+        self._sources: dict[str, Counter[str]] = {}
+
+    def count(self, source: str, **numbers: int) -> None:
+        """Add to the figures of a source; `dropped_x=1` is shown as `dropped.x`."""
+        mine = self._sources.setdefault(source, Counter())
+        for name, number in numbers.items():
+            mine[name] += number
+
+    def drop(self, source: str, reason: str, *, tokens: int = 0) -> None:
+        self.count(source, **{f"dropped.{reason}": 1, "tokens_in": tokens, f"dropped_tokens.{reason}": tokens})
+
+    def keep(self, source: str, encoded: Iterable[EncodedChat], *, tokens_in: int, rows: int = 1) -> None:
+        """Count a row that is written; what `tokens_in` exceeds it by was counted as dropped by the caller."""
+        trained = masked = 0
+        for chat in encoded:
+            trained += int((chat.loss_mask == 1).sum())
+            masked += int((chat.loss_mask == 0).sum())
+        self.count(source, kept=rows, tokens_in=tokens_in, target_tokens=trained, masked_tokens=masked)
+
+    def to_dict(self, what: str) -> dict[str, Any]:
+        """The figures; raises DataError when rows or tokens do not conserve."""
+        total: Counter[str] = Counter()
+        for name, mine in self._sources.items():
+            _verify(f"{what} of {name}", mine)
+            total.update(mine)
+        return {**_shown(total), "sources": {name: _shown(mine) for name, mine in self._sources.items()}}
+
+
+def _shown(figures: Counter[str]) -> dict[str, int]:
+    named = {name: figures[name] for name in ("in", "kept", "cut", "tokens_in", "target_tokens", "masked_tokens")}
+    lost = {name: count for name, count in sorted(figures.items()) if name.startswith("dropped") and count}
+    return {**named, "tokens": figures["target_tokens"] + figures["masked_tokens"], **lost}
+
+
+def _verify(what: str, figures: Counter[str]) -> None:
+    rows = figures["kept"] + sum(count for name, count in figures.items() if name.startswith("dropped."))
+    tokens = figures["target_tokens"] + figures["masked_tokens"]
+    tokens += sum(count for name, count in figures.items() if name.startswith("dropped_tokens."))
+    if (rows, tokens) != (figures["in"], figures["tokens_in"]):
+        raise DataError(
+            f"the ledger of the {what} does not conserve: {figures['in']} rows and {figures['tokens_in']} tokens came "
+            f"in, {rows} and {tokens} are accounted for",
+            advice="This is a defect of tokenize, not of the data; please report it with ledger.json.",
+        )
+
+
+class _Origins:
+    """Which source each written row is of."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, int] = {}
+        self._indices: list[int] = []
+
+    def append(self, source: str) -> None:
+        self._indices.append(self._names.setdefault(source, len(self._names)))
+
+    def write(self, folder: Path) -> None:
+        np.save(folder / "sources.npy", np.asarray(self._indices, dtype=np.int32))
+        (folder / "sources.json").write_text(json.dumps(list(self._names), ensure_ascii=False))
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A conversation as it is trained on, and how many tokens it had before it was cut."""
+
+    messages: list[dict[str, str]]
+    encoded: EncodedChat
+    whole: int
+
+
+class ConversationWriter:
+    """Writes conversations, and the distinct prompts that PPO answers."""
+
+    def __init__(self, output: Path, split: str, chat: ChatEncoder, config: TokenizeConfig, dtype: np.dtype) -> None:
+        self._folder, self._prompts_folder = output / "conversations" / split, output / "prompts" / split
+        self._chat, self._config = chat, config
+        self._ids = RaggedWriter(self._folder, "ids", dtype)
+        self._mask = RaggedWriter(self._folder, "mask", _MASK)
+        self._prompts = RaggedWriter(self._prompts_folder, "ids", dtype)
+        self._origins, self._account = _Origins(), Account()
+        self._asked: Counter[str] = Counter()
+        self._seen: set[bytes] = set()
+        self._texts: list[str] = []
+
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        """Write all rows and return the accounts of `conversations` and `prompts`."""
+        for row in rows:
+            self._add(source_of(row), row["messages"])
+        for writer in (self._ids, self._mask, self._prompts):
+            writer.close()
+        self._origins.write(self._folder)
+        texts = json.dumps(self._texts, ensure_ascii=False)
+        (self._prompts_folder / "texts.json").write_text(texts)
+        return {"conversations": self._account.to_dict("conversations"), "prompts": dict(self._asked)}
+
+    def _add(self, source: str, messages: list[dict[str, str]]) -> None:
+        self._account.count(source, **{"in": 1})
+        try:
+            fitted = self._fitted(messages)
+            prompt = self._chat.encode_prompt(fitted.messages[:-1])
+        except Unusable as error:
+            self._account.drop(source, error.reason)
+            return
+        except _TooLong as error:
+            self._account.drop(source, "longer_than_context", tokens=error.tokens)
+            return
+        self._ids.append(fitted.encoded.ids)
+        self._mask.append(fitted.encoded.loss_mask)
+        self._origins.append(source)
+        self._account.keep(source, [fitted.encoded], tokens_in=fitted.whole)
+        if fitted.messages is not messages:
+            self._account.count(source, cut=1)
+            self._account.count(source, **{"dropped_tokens.cut": fitted.whole - len(fitted.encoded.ids)})
+        self._ask(prompt, fitted.messages[-2]["content"])
+
+    def _fitted(self, messages: list[dict[str, str]]) -> _Fitted:
+        """The conversation, or as many of its first exchanges as fit if the policy is to cut."""
+        whole = self._chat.encode(messages)
+        size, limit = len(whole.ids), self._config.sequence_length
+        if size <= limit:
+            return _Fitted(messages, whole, size)
+        first = 3 if messages[0]["role"] == "system" else 2
+        for length in range(len(messages) - 2, first - 1, -2) if self._config.too_long == "truncate" else ():
+            part = self._chat.encode(messages[:length])
+            if len(part.ids) <= limit:
+                return _Fitted(messages[:length], part, size)
+        raise _TooLong(size)
+
+    def _ask(self, prompt: np.ndarray, text: str) -> None:
+        self._asked["in"] += 1
+        if len(prompt) > self._config.max_prompt_length:
+            self._asked["dropped.prompt_too_long"] += 1
+        elif (key := prompt.tobytes()) in self._seen:
+            self._asked["dropped.repeated"] += 1
+        else:
+            self._seen.add(key)
+            self._prompts.append(prompt)
+            self._texts.append(text)
+            self._asked["kept"] += 1
+            self._asked["tokens"] += len(prompt)
+
+
+class _TooLong(Exception):
+    def __init__(self, tokens: int) -> None:
+        super().__init__(tokens)
+        self.tokens = tokens
+
+
+class PairWriter:
+    """Writes preference pairs; the loss masks cover the answers that differ, not the assistant's earlier turns."""
+
+    def __init__(self, output: Path, split: str, chat: ChatEncoder, config: TokenizeConfig, dtype: np.dtype) -> None:
+        self._folder, self._chat, self._config = output / "preferences" / split, chat, config
+        self._writers = {
+            f"{side}-{part}": RaggedWriter(self._folder, f"{side}-{part}", dtype if part == "ids" else _MASK)
+            for side in _SIDES
+            for part in ("ids", "mask")
+        }
+        self._origins, self._account, self._kinds = _Origins(), Account(), []
+
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        """Write all rows and return their account."""
+        for row in rows:
+            self._add(source_of(row), row)
+        for writer in self._writers.values():
+            writer.close()
+        self._origins.write(self._folder)
+        (self._folder / "kinds.json").write_text(json.dumps(self._kinds))
+        return self._account.to_dict("preferences")
+
+    def _add(self, source: str, row: Mapping[str, Any]) -> None:
+        self._account.count(source, **{"in": 1})
+        try:
+            sides = {side: self._side(row["prompt"], row[side]) for side in _SIDES}
+        except Unusable as error:
+            self._account.drop(source, error.reason)
+            return
+        tokens = sum(len(side.ids) for side in sides.values())
+        if max(len(side.ids) for side in sides.values()) > self._config.sequence_length:
+            self._account.drop(source, "longer_than_context", tokens=tokens)
+        elif np.array_equal(sides["chosen"].ids, sides["rejected"].ids):
+            self._account.drop(source, "equal_sides", tokens=tokens)
+        else:
+            for name, side in sides.items():
+                self._writers[f"{name}-ids"].append(side.ids)
+                self._writers[f"{name}-mask"].append(side.loss_mask)
+            self._kinds.append(row.get("kind", "given"))
+            self._origins.append(source)
+            self._account.keep(source, sides.values(), tokens_in=tokens)
+
+    def _side(self, prompt: list[dict[str, str]], answer: str) -> EncodedChat:
+        chat = self._chat.encode([*prompt, {"role": "assistant", "content": answer}])
+        mask = chat.loss_mask.copy()
+        mask[: len(self._chat.encode_prompt(prompt))] = 0
+        return EncodedChat(chat.ids, mask)

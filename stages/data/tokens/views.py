@@ -1,0 +1,139 @@
+"""The `tokens` artifact as typed views: documents, conversations, pairs and prompts of one split."""
+
+import json
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages.config.errors import DataError
+from stages.data.tokens.packing import TokenSequence
+from stages.data.tokens.ragged import Ragged
+
+
+class Split(StrEnum):
+    """Held-out data is never trained on."""
+
+    TRAIN = "train"
+    HELDOUT = "heldout"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt; the loss masks cover the answers."""
+
+    chosen: TokenSequence
+    rejected: TokenSequence
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Which source each conversation or pair is of."""
+
+    names: tuple[str, ...]
+    indices: np.ndarray
+
+
+class TokensArtifact:
+    """Opens parts of a `tokens` folder on demand."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+        self.sequence_length: int = self.meta["sequence_length"]
+        self.vocab_size: int = self.meta["vocab_size"]
+        self.pad_id: int = self.meta["pad_id"]
+        self.eos_id: int = self.meta["eos_id"]
+        """What ends an assistant's turn; documents may end with another token."""
+        self.bos_id: int = self.meta["bos_id"]
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self.folder / "tokenizer"
+
+    def documents(self, split: Split) -> Ragged:
+        return self._ragged("documents", split, "tokens")
+
+    def document_bytes(self, split: Split) -> np.ndarray:
+        """UTF-8 bytes of each document."""
+        return np.load(self.folder / "documents" / split / "bytes.npy")
+
+    def conversations(self, split: Split) -> "SequenceView":
+        return SequenceView(self._ragged("conversations", split, "ids"), self._ragged("conversations", split, "mask"))
+
+    def prompts(self, split: Split) -> Ragged:
+        """Distinct prompts of the conversations, generation prompt included."""
+        return self._ragged("prompts", split, "ids")
+
+    def pairs(self, split: Split) -> "PairView":
+        sides = [
+            SequenceView(
+                self._ragged("preferences", split, f"{side}-ids"), self._ragged("preferences", split, f"{side}-mask")
+            )
+            for side in ("chosen", "rejected")
+        ]
+        return PairView(*sides)
+
+    def pair_kinds(self, split: Split) -> list[str]:
+        return json.loads((self.folder / "preferences" / split / "kinds.json").read_text())
+
+    def conversation_sources(self, split: Split) -> "Sources":
+        return self._sources("conversations", split)
+
+    def pair_sources(self, split: Split) -> "Sources":
+        return self._sources("preferences", split)
+
+    def _sources(self, part: str, split: Split) -> "Sources":
+        folder = self.folder / part / split
+        return Sources(tuple(json.loads((folder / "sources.json").read_text())), np.load(folder / "sources.npy"))
+
+    def _ragged(self, part: str, split: Split, name: str) -> Ragged:
+        return Ragged(self.folder / part / split, name)
+
+
+class SequenceView:
+    """Ids and loss masks as TokenSequence, by index."""
+
+    def __init__(self, ids: Ragged, mask: Ragged) -> None:
+        self._ids, self._mask = ids, mask
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> TokenSequence:
+        return TokenSequence(self._ids[index], self._mask[index])
+
+    @property
+    def num_targets(self) -> np.ndarray:
+        """Trained tokens of each sequence."""
+        return np.asarray([int(self._mask[index].sum()) for index in range(len(self))], dtype=np.int64)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self._ids.lengths
+
+
+class PairView:
+    """Chosen and rejected sequences by index."""
+
+    def __init__(self, chosen: SequenceView, rejected: SequenceView) -> None:
+        self.chosen, self.rejected = chosen, rejected
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> Pair:
+        return Pair(self.chosen[index], self.rejected[index])
+
+    @property
+    def num_targets(self) -> np.ndarray:
+        """Trained tokens of each pair, both answers together."""
+        return self.chosen.num_targets + self.rejected.num_targets
+
+
+def require(items: int, what: str, *, advice: str) -> None:
+    """Raise DataError when there is nothing to train or to evaluate on."""
+    if items == 0:
+        raise DataError(f"there are no {what}", advice=advice)

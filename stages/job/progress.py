@@ -1,0 +1,189 @@
+"""How far a stage is and what it spent: a marked line in the job's log for Airflow, records in the store for all else.
+
+The job's process keeps `progress.json`, each training worker a `workers/<rank>.json`. They are written from a thread of
+their own, about once a second, so a slow store never slows the work, and carry on where an earlier attempt's ended: the
+cost of an attempt that was killed is not forgotten. Without progress for `stall_seconds` the watchdog ends the process.
+"""
+
+import json
+import logging
+import resource
+import threading
+import time
+from typing import Any
+
+from stages.artifacts.manifests import run_key
+from stages.artifacts.store import Store, read_json, write_json
+from stages.config.errors import EXIT_CODES, Category
+from stages.config.graph import Stage
+from stages.config.request import Cost, Failure
+from stages.job.watchdog import Watchdog
+
+MARKER = "ATHANOR_PROGRESS"
+JOB_RECORD = "progress.json"
+_WORKERS = "workers"
+_INTERVAL_SECONDS = 1.0
+_FOLLOWERS_INTERVAL_SECONDS = 15.0
+"""Of the workers other than the first, of whom only the cost is of interest."""
+
+logger = logging.getLogger(__name__)
+
+
+def worker_record(rank: int) -> str:
+    """Name of a training worker's record."""
+    return f"{_WORKERS}/{rank}.json"
+
+
+def read_progress(store: Store, run_id: str, stage: Stage) -> dict[str, Any]:
+    """Return the latest report of whoever does the work, the job or its first worker; empty before there is one."""
+    for name in (worker_record(0), JOB_RECORD):
+        key = run_key(run_id, stage, name)
+        if store.exists(key) and "done" in (found := read_json(store, key)):
+            return found
+    return {}
+
+
+class Progress:
+    """Call it with `done` and `total`; it rate-limits itself."""
+
+    def __init__(
+        self,
+        store: Store,
+        run_id: str,
+        stage: Stage,
+        *,
+        record: str | None = JOB_RECORD,
+        num_gpus: float = 0.0,
+        stall_seconds: float = 0.0,
+    ) -> None:
+        """`record=None` only prints."""
+        self._store, self._run_id, self._stage, self._record = store, run_id, stage, record
+        self._failure_key = run_key(run_id, stage, "failure.json")
+        self.watchdog = Watchdog(stall_seconds, on_stall=self._record_stall)
+        self._num_gpus = num_gpus
+        earlier = self._earlier_attempts()
+        self._before = Cost.model_validate(earlier.get("cost", {"attempts": 0}))
+        self._reached: dict[str, float] = earlier.get("reached", {})
+        self._productive = 0.0
+        self._started = self._advanced_at = time.monotonic()
+        self._latest: dict[str, object] = {}
+        self._printed_at = 0.0
+        self._first: tuple[float, float] | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._write_until_stopped, name="progress", daemon=True)
+        if record:
+            self._thread.start()
+
+    def begin(self) -> None:
+        """The work begins: what came before, imports and loading, moved nothing forward."""
+        self._advanced_at = time.monotonic()
+
+    def __call__(self, done: float, total: float, unit: str = "step", **numbers: float | str) -> None:
+        """Report position; `rate`, `rate_unit` may be given, otherwise the rate of `unit` since the first call is
+        used."""
+        self.watchdog.beat()
+        now = time.monotonic()
+        self._count(done, f"{unit} {numbers.get('phase', '')}".rstrip(), now)
+        if self._first is None or done < self._first[1]:
+            self._first = (now, done)
+        seconds, units = now - self._first[0], done - self._first[1]
+        pace = units / seconds if seconds > 0 else 0.0
+        eta = (total - done) / pace if pace > 0 else None
+        self._latest = {
+            "run": self._run_id,
+            "stage": self._stage.value,
+            "done": done,
+            "total": total,
+            "unit": unit,
+            "rate": round(pace, 3),
+            "rate_unit": f"{unit}s/s",
+            "eta_seconds": None if eta is None else round(eta, 1),
+            **{name: round(value, 5) if isinstance(value, float) else value for name, value in numbers.items()},
+        }
+        if now - self._printed_at >= _INTERVAL_SECONDS or done >= total:
+            self._printed_at = now
+            print(MARKER, json.dumps(self._latest), flush=True)  # noqa: T201 - the job's log is the channel
+
+    def cost(self) -> Cost:
+        """Return what all attempts have spent so far, training workers included."""
+        job = self._own_cost()
+        records = self._store.list(run_key(self._run_id, self._stage, _WORKERS))
+        workers = [Cost.model_validate(read_json(self._store, key)["cost"]) for key in records]
+        everyone = (job, *workers)
+        return job.model_copy(
+            update={
+                "productive_seconds": round(sum(cost.productive_seconds for cost in everyone), 3),
+                "cpu_seconds": round(sum(cost.cpu_seconds for cost in everyone), 3),
+                "peak_memory_bytes": max(cost.peak_memory_bytes for cost in everyone),
+            }
+        )
+
+    def _count(self, done: float, phase: str, now: float) -> None:
+        """The time since the last report was productive when no attempt has been as far before."""
+        if done > self._reached.get(phase, 0.0):
+            self._reached = {**self._reached, phase: done}  # a new one, since the thread may be writing this one
+            self._productive += now - self._advanced_at
+        self._advanced_at = now
+
+    def _own_cost(self) -> Cost:
+        usage, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+        wall = time.monotonic() - self._started
+        return Cost(
+            wall_seconds=round(self._before.wall_seconds + wall, 3),
+            productive_seconds=round(self._before.productive_seconds + self._productive, 3),
+            cpu_seconds=round(
+                self._before.cpu_seconds + usage.ru_utime + usage.ru_stime + children.ru_utime + children.ru_stime, 3
+            ),
+            gpu_seconds=round(self._before.gpu_seconds + wall * self._num_gpus, 3),
+            # Not the sum: a forked child counts its parent's pages as its own.
+            peak_memory_bytes=max(self._before.peak_memory_bytes, usage.ru_maxrss * 1024, children.ru_maxrss * 1024),
+            attempts=self._before.attempts + 1,
+        )
+
+    def close(self) -> None:
+        self.watchdog.close()
+        if not self._record:
+            return
+        self._stop.set()
+        self._thread.join(timeout=10)
+        self._write()
+
+    def _earlier_attempts(self) -> dict[str, Any]:
+        """The record as the process before this one left it."""
+        if not self._record or not self._store.exists(self._key):
+            return {}
+        return read_json(self._store, self._key)
+
+    @property
+    def _key(self) -> str:
+        assert self._record
+        return run_key(self._run_id, self._stage, self._record)
+
+    def _record_stall(self, silent: float) -> int:
+        """Leave the last words of a process that hangs, and return its exit code; the store may hang as well."""
+        where = self._latest and f" after {self._latest['unit']} {self._latest['done']:g} of {self._latest['total']:g}"
+        failure = Failure(
+            category=Category.STALLED,
+            message=f"{self._stage.value} made no progress for {silent:.0f} s{where or ''}.",
+            advice="The stacks of all threads are in the job's log. The retry resumes from the newest checkpoint; "
+            f"raise execution.{self._stage.value}.stall_seconds if nothing hangs and the stage is that slow.",
+        )
+        logger.error("%s %s", failure.message, failure.advice)
+        writer = threading.Thread(
+            target=write_json, args=(self._store, self._failure_key, failure.model_dump(mode="json")), daemon=True
+        )
+        writer.start()
+        writer.join(timeout=10)
+        return EXIT_CODES[Category.STALLED]
+
+    def _write_until_stopped(self) -> None:
+        leads = self._record in (JOB_RECORD, worker_record(0))
+        while not self._stop.wait(_INTERVAL_SECONDS if leads else _FOLLOWERS_INTERVAL_SECONDS):
+            self._write()
+
+    def _write(self) -> None:
+        try:
+            told = {**self._latest, "reached": self._reached, "cost": self._own_cost().model_dump()}
+            write_json(self._store, self._key, told)
+        except Exception as error:  # noqa: BLE001 - a courtesy: whatever the store's client raises, the work goes on
+            logger.warning("progress was not written: %s", error)

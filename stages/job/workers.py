@@ -1,0 +1,157 @@
+"""From a Ray job to Ray Train workers and back.
+
+With `num_workers=0` Ray Train runs the body in the job's own process, which saves three process starts on one machine.
+Otherwise rank 0 uploads what it wrote, because a worker's disk is not the job's; the job writes the manifest, last.
+"""
+
+import contextlib
+import importlib
+import logging
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from stages.artifacts.manifests import upload_files
+from stages.config.errors import CapacityError
+from stages.config.execution import ExecutionConfig
+from stages.config.graph import GRAPH
+from stages.config.request import FileEntry, StageRequest
+from stages.job.context import StageContext, StageOutcome
+from stages.job.stopping import StopNotice, postponing
+
+logger = logging.getLogger(__name__)
+
+_SAY_SECONDS = 30.0
+_FIRST_WAIT_SECONDS = 5.0
+
+Body = Callable[[StageContext], StageOutcome]
+
+
+def launch(context: StageContext, body: Body) -> StageOutcome:
+    """Run `body`, a module-level function, on the workers that the execution config asks for."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from stages.job.process_group import OverRaysInterface
+
+    execution = context.execution
+    if execution.num_workers == 0:
+        trainer = TorchTrainer(lambda: _to_json(body(context)), scaling_config=ScalingConfig(num_workers=0))
+        return _from_json(trainer.fit().return_value)
+    context.tracker.wait_run_id(30.0)
+    elastic = 0 < execution.min_workers < execution.num_workers
+    trainer = TorchTrainer(
+        _on_worker,
+        train_loop_config={
+            "request": context.request.model_dump(mode="json"),
+            "fingerprint": context.fingerprint,
+            "sources": context.sources,
+            "fence": context.fence.model_dump() if context.fence else None,
+            "body": f"{body.__module__}:{body.__name__}",
+        },
+        torch_config=OverRaysInterface(),
+        scaling_config=ScalingConfig(
+            num_workers=(execution.min_workers, execution.num_workers) if elastic else execution.num_workers,
+            use_gpu=execution.gpus_per_worker > 0,
+            resources_per_worker=resources_of_worker(execution),
+        ),
+        run_config=RunConfig(
+            name=context.request.submission_id or context.fingerprint[:16],
+            storage_path=f"{context.store.root_uri}/ray",
+            failure_config=FailureConfig(max_failures=0),
+        ),
+    )
+    with context.progress.watchdog.paused():  # the workers have watchdogs of their own
+        wait_for_capacity(execution, stage=context.request.stage.value)
+        with _passing_on_stops(context):
+            return _from_json(trainer.fit().return_value)
+
+
+def _passing_on_stops(context: StageContext) -> contextlib.AbstractContextManager[None]:
+    """On SIGTERM tell the workers, who save and end the training by failing with Stopped."""
+    if context.fence is None or threading.current_thread() is not threading.main_thread():
+        return contextlib.nullcontext()
+    return postponing(StopNotice(context.store, context.fence).give)
+
+
+def resources_of_worker(execution: ExecutionConfig) -> dict[str, float]:
+    gpus = {"GPU": execution.gpus_per_worker} if execution.gpus_per_worker else {}
+    return {"CPU": execution.cpus_per_worker, **gpus}
+
+
+def wait_for_capacity(execution: ExecutionConfig, *, stage: str, clock: Callable[[], float] = time.monotonic) -> None:
+    """Return when the cluster has room for the fewest workers allowed; raise CapacityError after `capacity_seconds`.
+
+    A placement group asks for the room, so that an autoscaler sees the demand, and is given back to the trainer.
+    What no node could ever hold is waited for as well, because the node may be about to come.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    if not ray.is_initialized():
+        ray.init()
+    started, pause = clock(), _FIRST_WAIT_SECONDS
+    group = placement_group([resources_of_worker(execution)] * execution.least_workers, strategy="PACK")
+    try:
+        while not group.wait(pause):
+            waited = clock() - started
+            told = describe_shortage(execution, ray.cluster_resources(), ray.available_resources())
+            if execution.capacity_seconds and waited >= execution.capacity_seconds:
+                raise CapacityError(
+                    f"no capacity for {waited:.0f} s: {told}.",
+                    advice=f"Add nodes, wait for other jobs, lower execution.{stage}.num_workers, "
+                    f"or raise execution.{stage}.capacity_seconds (now {execution.capacity_seconds:g}).",
+                )
+            logger.info("waiting for capacity: %s", told)
+            left = execution.capacity_seconds - waited if execution.capacity_seconds else _SAY_SECONDS
+            pause = max(0.1, min(_SAY_SECONDS, left))
+    finally:
+        remove_placement_group(group)
+
+
+def describe_shortage(execution: ExecutionConfig, total: Mapping[str, float], free: Mapping[str, float]) -> str:
+    """`asked 8 GPU, cluster has 4, 2 free; asked 64 CPU, cluster has 32, 30 free (8 workers)`."""
+    workers = execution.least_workers
+    parts = [
+        f"asked {amount * workers:g} {name}, cluster has {total.get(name, 0):g}, {free.get(name, 0):g} free"
+        for name, amount in reversed(resources_of_worker(execution).items())
+    ]
+    return f"{'; '.join(parts)} ({workers} worker{'s' if workers > 1 else ''})"
+
+
+def _on_worker(arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """Body of a worker process: rebuild the context, run, publish the files of rank 0."""
+    from stages.artifacts.lease import Fence
+    from stages.job.runner import worker_context
+
+    request = StageRequest.model_validate(arguments["request"])
+    module, _, name = arguments["body"].partition(":")
+    fence = Fence.model_validate(arguments["fence"]) if arguments["fence"] else None
+    with worker_context(request, arguments["fingerprint"], arguments["sources"], fence) as context:
+        logger.info("rank %s trains in process %d on %s", os.environ.get("RANK", "0"), os.getpid(), platform.node())
+        outcome: StageOutcome = getattr(importlib.import_module(module), name)(context)
+        if os.environ.get("RANK", "0") != "0":
+            return None
+        context.check_lease()
+        kind = GRAPH[request.stage].kind
+        files = upload_files(context.store, context.output_dir, kind=kind, fingerprint=context.fingerprint)
+        return _to_json(replace(outcome, files=files))
+
+
+def _to_json(outcome: StageOutcome) -> dict[str, Any]:
+    files = [entry.model_dump() for entry in outcome.files]
+    return {
+        "metrics": outcome.metrics,
+        "ledger": outcome.ledger,
+        "files": files,
+        "execution": outcome.execution,
+    }
+
+
+def _from_json(data: Any) -> StageOutcome:
+    files = tuple(FileEntry.model_validate(entry) for entry in data["files"])
+    return StageOutcome(data["metrics"], data["ledger"], files, data["execution"])

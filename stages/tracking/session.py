@@ -1,0 +1,303 @@
+"""What MLflow learns about one stage, synchronously; `stages.tracking.tracker` runs it in a thread of its own.
+
+Surprising on purpose: every method may be repeated after a lost answer. What exists is looked up first, and metric
+points carry the time at which they were measured, by which MLflow recognises a repeated one.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.config.request import ArtifactRef, Manifest, StageRequest
+from stages.lineage.graph import DATASET_KINDS, MODEL_KINDS, input_tags, lineage_tags, slug
+from stages.tracking.client import (
+    clean_tags,
+    cut,
+    dataset_input,
+    find_model,
+    find_or_create_experiment,
+    log_file,
+    metric_key,
+    model_name,
+    stage_tag,
+    tag_filter,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel, Run
+
+logger = logging.getLogger(__name__)
+
+_PARAMS_PER_CALL = 100
+_METRICS_PER_CALL = 1000
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of one metric; `time_ms` is when it was measured."""
+
+    key: str
+    value: float
+    step: int
+    time_ms: int
+
+
+@dataclass
+class _Logged:
+    """Which points MLflow already has, so that an attempt that resumes before the crash logs no step twice."""
+
+    steps: dict[str, set[int]] = field(default_factory=dict)
+    latest: dict[str, Point] = field(default_factory=dict)
+
+    def has(self, point: Point) -> bool:
+        return point.step in self.steps.get(point.key, ())
+
+    def add(self, point: Point) -> None:
+        self.steps.setdefault(point.key, set()).add(point.step)
+        if point.key not in self.latest or point.step >= self.latest[point.key].step:
+            self.latest[point.key] = point
+
+
+class MlflowSession:
+    """The MLflow side of one stage: `attach` first, then metrics and files, then `finish` or `fail`."""
+
+    def __init__(self, request: StageRequest, client: "MlflowClient") -> None:
+        self._request, self._client = request, client
+        self._logged = _Logged()
+        self._fingerprint = ""
+        self.experiment_id = ""
+        self.parent_run_id: str | None = None
+        self.run_id: str | None = None
+        self.model_id: str | None = None
+
+    def attach(self, *, fingerprint: str, params: Mapping[str, str], tags: Mapping[str, str], time_ms: int) -> None:
+        """Find this stage's child run or create it; retries of the stage share one run, told apart by try number."""
+        request, self._fingerprint = self._request, fingerprint
+        self.experiment_id = find_or_create_experiment(self._client, request.run.experiment)
+        self.parent_run_id = request.run.parent_run_id or self._find_or_create_parent(time_ms)
+        edges = input_tags(request.inputs, {}, stage=request.stage)
+        identity = {"lineage.stage": request.stage.value, "lineage.fingerprint": fingerprint}
+        all_tags = clean_tags({**edges, **tags, **identity, "athanor.run_id": request.run.run_id})
+        if commit := tags.get("git.commit"):
+            all_tags["mlflow.source.git.commit"] = commit
+        run = self._find_run(identity)
+        if run is None:
+            run = self._client.create_run(
+                self.experiment_id,
+                start_time=time_ms,
+                run_name=request.stage.value,
+                tags={**all_tags, "mlflow.parentRunId": self.parent_run_id},
+            )
+            known_params: dict[str, str] = {}
+        else:
+            known_params = run.data.params
+            self._client.update_run(run.info.run_id, status="RUNNING")
+            self._log_batch(run.info.run_id, tags=all_tags)
+            self._remember(run.info.run_id, run.data.metrics)
+        run_id = run.info.run_id
+        self._log_params(run_id, params, known_params)
+        self._log_inputs(run_id)
+        if request.stage in MODEL_KINDS.values():
+            self.model_id = self._find_or_create_model(run_id, all_tags).model_id
+        self.run_id = run_id
+
+    def log_points(self, points: Iterable[Point]) -> None:
+        """Log what MLflow does not have yet."""
+        new = [point for point in points if not self._logged.has(point)]
+        for start in range(0, len(new), _METRICS_PER_CALL):
+            part = new[start : start + _METRICS_PER_CALL]
+            self._log_batch(self._known_run(), points=part)
+            for point in part:
+                self._logged.add(point)
+
+    def log_file(self, path: Path, name: str, *, parent: bool) -> None:
+        """Store a file as artifact `name` of the child run or of the parent."""
+        run_id = self.parent_run_id if parent else self.run_id
+        if run_id is None:
+            raise AssertionError("log_file before attach")
+        log_file(self._client, run_id, path, name)
+
+    def finish(self, manifest: Manifest, *, uri: str, history: str, time_ms: int) -> None:
+        """Log what only the end knows, make the model READY, and end the run.
+
+        `history` (JSON lines of step and metrics, which travels with checkpoints) fills in what a killed attempt
+        had measured but not delivered.
+        """
+        run_id = self._known_run()
+        self._log_batch(run_id, tags=clean_tags(lineage_tags(manifest, uri)))
+        self._log_source_inputs(run_id, manifest)
+        self._fill_in(history, time_ms)
+        final = self._final_points(manifest)
+        if manifest.kind in MODEL_KINDS:
+            self._finish_model(manifest, uri, final)
+        else:
+            self._log_batch(run_id, points=final)
+        self.end(time_ms=time_ms)
+        if self.parent_run_id:
+            record = {"hit": False, "uri": uri, "fingerprint": manifest.fingerprint, "mlflow_run_id": run_id}
+            self._client.set_tag(self.parent_run_id, stage_tag(manifest.stage.value), json.dumps(record))
+
+    def end(self, *, time_ms: int) -> None:
+        """Set the run FINISHED, whatever else MLflow refused."""
+        self._client.set_terminated(self._known_run(), "FINISHED", end_time=time_ms)
+
+    def fail(self, message: str, *, time_ms: int) -> None:
+        """End the run FAILED; the next attempt sets it RUNNING again."""
+        run_id = self._known_run()
+        self._client.set_terminated(run_id, "FAILED", end_time=time_ms)
+        self._log_batch(run_id, tags=clean_tags({"athanor.failure": message}))
+        if self.model_id:
+            self._client.finalize_logged_model(self.model_id, "FAILED")
+
+    def _known_run(self) -> str:
+        if self.run_id is None:
+            raise AssertionError("the MLflow session was used before attach")
+        return self.run_id
+
+    def _find_run(self, tags: Mapping[str, str]) -> "Run | None":
+        wanted = {**tags, "athanor.run_id": self._request.run.run_id}
+        found = self._client.search_runs(
+            [self.experiment_id], tag_filter(wanted), order_by=["attributes.start_time ASC"]
+        )
+        return found[0] if found else None
+
+    def _find_or_create_parent(self, time_ms: int) -> str:
+        """For a pipeline run that started while MLflow was down: the first stage that reaches it makes the parent."""
+        run = self._request.run
+        found = self._client.search_runs([self.experiment_id], tag_filter({"athanor.run_id": run.run_id}))
+        for candidate in found:
+            if "lineage.stage" not in candidate.data.tags:
+                return candidate.info.run_id
+        tags = {"athanor.run_id": run.run_id, "airflow.dag_id": run.dag_id, "airflow.run_id": run.airflow_run_id}
+        created = self._client.create_run(
+            self.experiment_id, start_time=time_ms, run_name=run.name, tags=clean_tags(tags)
+        )
+        return created.info.run_id
+
+    def _remember(self, run_id: str, keys: Iterable[str]) -> None:
+        for key in keys:
+            for metric in self._client.get_metric_history(run_id, key):
+                self._logged.add(Point(key, metric.value, metric.step, metric.timestamp))
+
+    def _log_params(self, run_id: str, params: Mapping[str, str], known: Mapping[str, str]) -> None:
+        """MLflow params never change, so an attempt adds missing ones only and says what differs."""
+        from mlflow.entities import Param
+
+        given = {key: cut(value) for key, value in params.items()}
+        for key in sorted(given.keys() & known.keys()):
+            if given[key] != known[key]:
+                logger.info("MLflow keeps the first attempt's %s=%s, this attempt has %s", key, known[key], given[key])
+        missing = [Param(key, value) for key, value in given.items() if key not in known]
+        for start in range(0, len(missing), _PARAMS_PER_CALL):
+            self._client.log_batch(run_id, params=missing[start : start + _PARAMS_PER_CALL])
+
+    def _log_inputs(self, run_id: str) -> None:
+        from mlflow.entities import LoggedModelInput
+
+        datasets = [
+            dataset_input(ref.kind, ref.uri, ref.digest, context=role)
+            for role, ref in self._request.inputs.items()
+            if ref.kind in DATASET_KINDS
+        ]
+        model_ids = dict.fromkeys(
+            self._model_id_of(ref) for ref in self._request.inputs.values() if ref.kind in MODEL_KINDS
+        )
+        models = [LoggedModelInput(model_id) for model_id in model_ids if model_id]
+        if datasets or models:
+            self._client.log_inputs(run_id, datasets=datasets, models=models)
+
+    def _model_id_of(self, ref: ArtifactRef) -> str | None:
+        model = find_model(self._client, self.experiment_id, ref.fingerprint)
+        return model.model_id if model else ref.mlflow_model_id
+
+    def _log_source_inputs(self, run_id: str, manifest: Manifest) -> None:
+        if manifest.sources:
+            datasets = [
+                dataset_input(slug(uri), uri, digest, context="source") for uri, digest in manifest.sources.items()
+            ]
+            self._client.log_inputs(run_id, datasets=datasets, models=[])
+
+    def _find_or_create_model(self, run_id: str, tags: Mapping[str, str]) -> "LoggedModel":
+        found = find_model(self._client, self.experiment_id, self._fingerprint, source_run_id=run_id)
+        return found or self._client.create_logged_model(
+            self.experiment_id,
+            name=model_name(self._request.run.name, self._request.stage.value),
+            source_run_id=run_id,
+            tags={**tags, "mlflow.model.isExternal": "true"},
+            model_type=self._request.stage.value,
+        )
+
+    def _fill_in(self, history: str, time_ms: int) -> None:
+        points = []
+        for line in history.splitlines():
+            values = json.loads(line)
+            step = int(values.pop("step"))
+            points.extend(
+                Point(metric_key(key), float(value), step, time_ms)
+                for key, value in values.items()
+                if _is_number(value)
+            )
+        missing = {point.key for point in points if not self._logged.has(point)}
+        self._remember(self._known_run(), missing)  # a worker process may have logged to this run as well
+        self.log_points(points)
+
+    def _final_points(self, manifest: Manifest) -> list[Point]:
+        """Metrics and cost at the last logged step; a value that is already the latest is not repeated."""
+        step = max((point.step for point in self._logged.latest.values()), default=0)
+        made = int(datetime.fromisoformat(manifest.created_at).timestamp() * 1000)
+        cost = {f"cost/{key}": float(value) for key, value in manifest.cost.model_dump().items()}
+        points = []
+        for name, value in {**manifest.metrics, **cost}.items():
+            key = metric_key(name)
+            latest = self._logged.latest.get(key)
+            points.append(latest if latest and latest.value == value else Point(key, value, step, made))
+        return points
+
+    def _finish_model(self, manifest: Manifest, uri: str, final: list[Point]) -> None:
+        from mlflow.entities import LoggedModelOutput
+
+        run_id, model_id = self._known_run(), self.model_id
+        if model_id is None:
+            raise AssertionError(f"no LoggedModel was made for stage {manifest.stage.value}")
+        self._client.set_logged_model_tags(model_id, clean_tags(lineage_tags(manifest, uri)))
+        self._log_batch(run_id, points=final, model_id=model_id)
+        self._client.finalize_logged_model(model_id, "READY")
+        outputs = self._client.get_run(run_id).outputs
+        # A second log_outputs of the same model is refused by MLflow, so a re-attached run looks first.
+        if not outputs or model_id not in [output.model_id for output in outputs.model_outputs]:
+            step = max((point.step for point in final), default=0)
+            self._client.log_outputs(run_id, [LoggedModelOutput(model_id, step)])
+
+    def _log_batch(
+        self,
+        run_id: str,
+        *,
+        points: Iterable[Point] = (),
+        tags: Mapping[str, str] | None = None,
+        model_id: str | None = None,
+    ) -> None:
+        from mlflow.entities import Metric, RunTag
+
+        metrics = [
+            Metric(
+                point.key,
+                point.value,
+                point.time_ms,
+                point.step,
+                model_id=model_id,
+                run_id=run_id if model_id else None,
+            )
+            for point in points
+        ]
+        run_tags = [RunTag(key, value) for key, value in (tags or {}).items()]
+        if metrics or run_tags:
+            self._client.log_batch(run_id, metrics=metrics, tags=run_tags)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,213 @@
+"""MLflow tracking that never stops training: events go to a spool file, one background thread delivers them.
+
+Surprising on purpose:
+- Importing this module is cheap. mlflow, which takes seconds to import, is imported by the background thread, and in
+  stages that import torch only after their first metric: two imports at once slow each other down.
+- The spool file is the queue. While MLflow is away it grows; afterwards it is replayed, each event once as far as
+  anybody can tell (see stages.tracking.session). What is undelivered when the job ends goes to
+  `runs/<run id>/<stage>/mlflow-spool.jsonl` in the store, from where the stage's next attempt, a closing stage of the
+  run, or `python -m stages.tracking <run id>` delivers it.
+"""
+
+import argparse
+import base64
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from stages.artifacts.manifests import run_key
+from stages.artifacts.store import open_store
+from stages.config.errors import ConfigError, StageError
+from stages.config.request import ArtifactRef, Manifest, StageRequest
+from stages.tracking.client import now_ms, stage_tag
+from stages.tracking.delivery import Deliverer, replay
+from stages.tracking.spool import SPOOL_NAME, Event, Spool, leave_spool
+
+_FINISH_SECONDS = 30.0
+_FAIL_SECONDS = 10.0
+
+logger = logging.getLogger(__name__)
+
+
+class NullTracker:
+    """Tracks nothing: for workers other than the first."""
+
+    def start(self, *, fingerprint: str, params: dict[str, str], tags: dict[str, str]) -> None: ...
+    def log(self, metrics: dict[str, float], step: int) -> None: ...
+    def log_artifact(self, path: Path, name: str, *, parent: bool = False) -> None: ...
+    def log_text(self, text: str, name: str, *, parent: bool = False) -> None: ...
+    def wait_run_id(self, timeout: float) -> str | None:
+        return None
+
+    def finish(self, manifest: Manifest, *, history: str = "") -> tuple[str | None, str | None]:
+        return None, None
+
+    def fail(self, message: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class Tracker:
+    """One stage's MLflow run. Every method returns at once, except that `finish`, `fail` and `close` wait a while."""
+
+    def __init__(self, request: StageRequest, spool_dir: Path) -> None:
+        self._request, self._spool_dir = request, spool_dir
+        self._spool = Spool(spool_dir / SPOOL_NAME)
+        self._start: Event = {}
+        self._deliverer: Deliverer | None = None
+
+    def start(self, *, fingerprint: str, params: dict[str, str], tags: dict[str, str]) -> None:
+        """Begin to track. Without MLFLOW_TRACKING_URI nothing is tracked, which is said once."""
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            logger.warning(
+                "MLFLOW_TRACKING_URI is not set: stage %s is not tracked in MLflow", self._request.stage.value
+            )
+            return
+        self._start = {"type": "start", "fingerprint": fingerprint, "params": params, "tags": tags, "time": now_ms()}
+        self._spool.append(self._start)
+        self._deliverer = Deliverer(self._request, self._spool)
+        self._deliverer.start()
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Queue the metrics of one optimizer step; they reach MLflow in batches, two seconds later at most."""
+        if self._deliverer:
+            values = {key: float(value) for key, value in metrics.items()}
+            self._spool.append({"type": "metrics", "step": step, "values": values, "time": now_ms()})
+            self._deliverer.may_import.set()
+
+    def log_artifact(self, path: Path, name: str, *, parent: bool = False) -> None:
+        """Queue a copy of `path` as artifact `name` of this run, or of the pipeline run."""
+        if self._deliverer:
+            copy = self._new_attachment()
+            shutil.copyfile(path, copy)
+            self._spool.append({"type": "file", "path": str(copy), "name": name, "parent": parent})
+
+    def log_text(self, text: str, name: str, *, parent: bool = False) -> None:
+        """Queue `text` as artifact `name` of this run, or of the pipeline run."""
+        if self._deliverer:
+            copy = self._new_attachment()
+            copy.write_text(text, encoding="utf-8")
+            self._spool.append({"type": "file", "path": str(copy), "name": name, "parent": parent})
+
+    def _new_attachment(self) -> Path:
+        return self._spool_dir / f"attachment-{time.monotonic_ns()}"
+
+    def wait_run_id(self, timeout: float) -> str | None:
+        """Return the child run's id as soon as it exists, None when it does not within `timeout` seconds."""
+        if self._deliverer is None:
+            return None
+        self._deliverer.may_import.set()
+        self._deliverer.attached.wait(timeout)
+        return self._deliverer.session.run_id if self._deliverer.session else None
+
+    def finish(self, manifest: Manifest, *, history: str = "") -> tuple[str | None, str | None]:
+        """End the run FINISHED and return (MLflow run id, LoggedModel id or None).
+
+        `history` has the metrics of every step as JSON lines, and fills in what other processes did not deliver.
+        Waits up to 30 s for delivery. When MLflow stays away, ids that are not known yet are None, the spool is left
+        in the store, and a warning says so.
+        """
+        if self._deliverer is None:
+            return None, None
+        self._spool.append(
+            {"type": "finish", "manifest": manifest.model_dump(mode="json"), "history": history, "time": now_ms()}
+        )
+        self._deliver_or_leave(_FINISH_SECONDS)
+        session = self._deliverer.session
+        return (session.run_id, session.model_id) if session else (None, None)
+
+    def fail(self, message: str) -> None:
+        """End the run FAILED; a later attempt of the stage takes it up again."""
+        if self._deliverer:
+            self._spool.append({"type": "fail", "message": message, "time": now_ms()})
+            self._deliver_or_leave(_FAIL_SECONDS)
+
+    def close(self) -> None:
+        """Deliver what is queued and leave the run RUNNING: for a worker whose run the job's own process ends."""
+        if self._deliverer:
+            self._deliver_or_leave(_FAIL_SECONDS)
+
+    def _deliver_or_leave(self, seconds: float) -> None:
+        if self._deliverer is None or self._deliverer.drain(seconds):
+            return
+        self._deliverer.abandon()
+        left = self._spool.undelivered()
+        if not left:
+            return
+        if left[0]["type"] != "start":
+            left.insert(0, self._start)
+        store, run_id = open_store(self._request.store_uri), self._request.run.run_id
+        key = run_key(run_id, self._request.stage, SPOOL_NAME)
+        leave_spool(store, key, self._request, left)
+        logger.warning(
+            "MLflow did not take %d events within %.0f s (%s); they wait in %s/%s and are delivered by the next "
+            "attempt, a closing stage of this run, or `python -m stages.tracking %s`",
+            len(left),
+            seconds,
+            self._deliverer.problem or "no answer yet",
+            store.root_uri,
+            key,
+            run_id,
+        )
+
+
+def record_hit(request: StageRequest, artifact: ArtifactRef) -> None:
+    """Note on the pipeline run that a stage hit, so that its lineage is complete; a failure is a warning.
+
+    One HTTP request instead of the client library, whose import would take longer than the rest of a hit.
+    """
+    base = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not base.startswith("http") or request.run.parent_run_id is None:
+        return
+    record = {
+        "hit": True,
+        "uri": artifact.uri,
+        "fingerprint": artifact.fingerprint,
+        "mlflow_run_id": artifact.mlflow_run_id,
+    }
+    body = {"run_id": request.run.parent_run_id, "key": stage_tag(request.stage.value), "value": json.dumps(record)}
+    call = urllib.request.Request(
+        f"{base.rstrip('/')}/api/2.0/mlflow/runs/set-tag",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    if authorization := _authorization():
+        call.add_header("Authorization", authorization)
+    try:
+        with urllib.request.urlopen(call, timeout=5):
+            pass
+    except OSError as error:  # URLError and HTTPError are OSErrors
+        logger.warning("MLflow was not told that stage %s hit: %s", request.stage.value, error)
+
+
+def _authorization() -> str:
+    """The two ways of MLflow's own client to authenticate, from the same variables."""
+    if user := os.environ.get("MLFLOW_TRACKING_USERNAME"):
+        password = os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
+        return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+    return f"Bearer {token}" if token else ""
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m stages.tracking",
+        description="Deliver to MLflow what stages of a run could not deliver themselves.",
+    )
+    parser.add_argument("run_id", help="run id as it is spelled under runs/ in the store")
+    parser.add_argument("--store", default=os.environ.get("ARTIFACT_STORE", ""), help="root of the object store")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)-7s %(message)s", stream=sys.stdout)
+    try:
+        if not options.store:
+            raise ConfigError(
+                "no store given", advice="Set ARTIFACT_STORE or give --store file:///folder or s3://bucket/prefix."
+            )
+        return 1 if replay(open_store(options.store), options.run_id) else 0
+    except StageError as error:
+        sys.stderr.write(f"error: {error.message}\n{error.advice}\n")
+        return 2

@@ -1,0 +1,313 @@
+"""Hook, client, watcher and trigger against a server with the behaviour, and the misbehaviour, of Ray's."""
+
+import asyncio
+import json
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from operators.ray.client import RayJobClient
+from operators.ray.hook import RayJobHook
+from operators.ray.jobs import JobExistsError, RayEndpoint, RayRefusedError
+from operators.ray.trigger import RayJobTrigger
+from operators.ray.watch import JobWatcher, Outcome, WatchSettings
+from tests.ray_stand_in import TOKEN, Job, StandInRay
+
+FAST = WatchSettings(poll_interval=0.05, unreachable_seconds=0.5, progress_seconds=10)
+LINES = [f"line {number}: 100% of {{x}}" for number in range(200)]
+
+
+@pytest.fixture
+def hook(ray: StandInRay, monkeypatch: pytest.MonkeyPatch) -> RayJobHook:
+    monkeypatch.setenv("AIRFLOW_CONN_RAY_DEFAULT", json.dumps(ray.connection))
+    return RayJobHook()
+
+
+class Shown:
+    """A logger that remembers."""
+
+    def __init__(self) -> None:
+        self.info_lines: list[str] = []
+        self.warnings: list[str] = []
+
+    def info(self, message: str, /, *arguments: Any) -> None:
+        self.info_lines.append(message % arguments if arguments else message)
+
+    def warning(self, message: str, /, *arguments: Any) -> None:
+        self.warnings.append(message % arguments if arguments else message)
+
+
+def write_log(ray: StandInRay, job: Job, *, status: str, delay: float = 0.002) -> threading.Thread:
+    """Write the job's log line by line and end the job."""
+
+    def write() -> None:
+        for line in LINES:
+            job.log += f"{line}\n"
+            time.sleep(delay)
+        job.status = status
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    return thread
+
+
+def watch(hook: RayJobHook, shown: Shown, *, settings: WatchSettings = FAST, skip: int = 0) -> Outcome:
+    async def run() -> Outcome:
+        async with RayJobClient(hook.endpoint) as client:
+            return await JobWatcher(client, "a", logger=shown, settings=settings, skip=skip).watch()
+
+    return asyncio.run(run())
+
+
+def job_lines(shown: Shown) -> list[str]:
+    return [line for line in shown.info_lines if line.startswith("line ")]
+
+
+def test_the_whole_log_is_shown_once_and_in_order(ray: StandInRay, hook: RayJobHook):
+    ray.jobs["a"] = Job("a", "true")
+    writer, shown = write_log(ray, ray.jobs["a"], status="SUCCEEDED"), Shown()
+    outcome = watch(hook, shown)
+    writer.join()
+    assert outcome.status == "SUCCEEDED"
+    assert job_lines(shown) == LINES
+
+
+def test_a_log_connection_that_closes_while_the_job_runs_neither_ends_it_nor_repeats_lines(
+    ray: StandInRay, hook: RayJobHook
+):
+    ray.close_log_after = [5, 333, 700]  # in the middle of lines
+    ray.jobs["a"] = Job("a", "true")
+    writer, shown = write_log(ray, ray.jobs["a"], status="FAILED", delay=0.02), Shown()
+    outcome = watch(hook, shown)
+    writer.join()
+    assert outcome.status == "FAILED"
+    assert ray.close_log_after == []
+    assert job_lines(shown) == LINES
+
+
+def test_a_new_watcher_shows_only_what_the_last_one_had_not_shown(ray: StandInRay, hook: RayJobHook):
+    ray.jobs["a"] = Job("a", "true", status="SUCCEEDED", log="".join(f"{line}\n" for line in LINES))
+    shown = Shown()
+    watch(hook, shown, skip=150)
+    assert job_lines(shown) == LINES[150:]
+    assert "its first 150 log lines were shown before" in shown.info_lines[0]
+
+
+def test_a_short_absence_of_the_head_is_tolerated(ray: StandInRay, hook: RayJobHook):
+    ray.jobs["a"] = Job("a", "true")
+    ray.down = True
+
+    def recover() -> None:
+        time.sleep(0.3)
+        ray.down = False
+        time.sleep(0.2)
+        ray.jobs["a"].status = "SUCCEEDED"
+
+    thread, shown = threading.Thread(target=recover), Shown()
+    thread.start()
+    outcome = watch(hook, shown, settings=WatchSettings(0.05, unreachable_seconds=5))
+    thread.join()
+    assert outcome.status == "SUCCEEDED"
+    assert "Ray answers again." in shown.info_lines
+
+
+def test_a_head_that_stays_away_is_given_up_without_touching_the_job(ray: StandInRay, hook: RayJobHook):
+    ray.jobs["a"] = Job("a", "true")
+    ray.down = True
+    outcome = watch(hook, Shown())
+    assert outcome.status == "UNREACHABLE"
+    assert "HTTP 503" in outcome.message
+    assert ray.stops == []
+
+
+def test_a_head_that_forgot_the_job_means_lost(ray: StandInRay, hook: RayJobHook):
+    assert watch(hook, Shown()).status == "LOST"
+
+
+def test_the_outcome_carries_rays_reason_and_the_mlflow_run(ray: StandInRay, hook: RayJobHook):
+    log = 'ATHANOR_MLFLOW_RUN {"run_id": "r", "experiment_id": "7"}\nno newline at the end'
+    ray.jobs["a"] = Job("a", "true", "FAILED", log, "boom", "JOB_ENTRYPOINT_COMMAND_ERROR", 3)
+    shown = Shown()
+    outcome = watch(hook, shown)
+    assert (outcome.message, outcome.exit_code, outcome.mlflow_run_id) == ("boom", 3, "r")
+    assert outcome.mlflow_experiment_id == "7"
+    assert "no newline at the end" in shown.info_lines
+    assert Outcome(**json.loads(json.dumps(outcome.to_json()))) == outcome
+
+
+def test_a_job_without_a_sign_of_life_is_stopped(ray: StandInRay, hook: RayJobHook):
+    ray.jobs["a"] = Job("a", "true", log="one\n")
+    shown = Shown()
+    outcome = watch(hook, shown, settings=WatchSettings(0.05, stall_seconds=0.4))
+    assert outcome.status == "STALLED"
+    assert outcome.message.startswith("no progress and no log line for 0 s")
+    assert ray.stops == ["a"]
+
+
+def test_a_job_that_keeps_writing_is_left_alone(ray: StandInRay, hook: RayJobHook):
+    ray.jobs["a"] = Job("a", "true")
+    writer, shown = write_log(ray, ray.jobs["a"], status="SUCCEEDED", delay=0.01), Shown()
+    outcome = watch(hook, shown, settings=WatchSettings(0.05, stall_seconds=0.6))
+    writer.join()
+    assert (outcome.status, ray.stops) == ("SUCCEEDED", [])
+
+
+def test_a_pending_job_is_stopped_when_no_room_was_found_in_time(ray: StandInRay, hook: RayJobHook):
+    ray.jobs["a"] = Job("a", "true", status="PENDING")
+    outcome = watch(hook, Shown(), settings=WatchSettings(0.05, capacity_seconds=0.3, asked_cpus=16))
+    assert outcome.status == "UNPLACED"
+    assert outcome.message.endswith("asked 16 CPU for the job's own process, cluster has 6 CPU in all")
+    assert ray.jobs["a"].status == "STOPPED"
+
+
+# ---- the hook
+
+
+def test_the_hook_submits_lists_shows_and_stops(ray: StandInRay, hook: RayJobHook):
+    hook.submit_job(submission_id="a", entrypoint="python x.py", metadata={"airflow.task_id": "sft"}, num_cpus=2)
+    assert ray.jobs["a"].body["entrypoint_num_cpus"] == 2
+    assert [job.submission_id for job in hook.list_jobs()] == ["a"]
+    assert hook.stop_job("a") is True
+    assert hook.stop_job("a") is False
+    job = hook.get_job("a")
+    assert job is not None
+    assert job.status == "STOPPED"
+    assert hook.get_job("b") is None
+    assert hook.stop_job("b") is False
+
+
+def test_a_taken_id_is_told_apart_from_other_errors(ray: StandInRay, hook: RayJobHook):
+    hook.submit_job(submission_id="a", entrypoint="true")
+    with pytest.raises(JobExistsError):
+        hook.submit_job(submission_id="a", entrypoint="true")
+
+
+def test_test_connection_tells_the_version(hook: RayJobHook):
+    succeeded, message = hook.test_connection()
+    assert succeeded
+    assert message.startswith("Ray 2.60.0 at http://127.0.0.1:")
+
+
+def test_test_connection_tells_that_the_token_is_wrong_but_not_the_token(ray: StandInRay, monkeypatch, caplog):
+    monkeypatch.setenv("AIRFLOW_CONN_RAY_DEFAULT", json.dumps({**ray.connection, "password": "wrong-token"}))
+    with caplog.at_level(logging.DEBUG):
+        succeeded, message = RayJobHook().test_connection()
+    assert not succeeded
+    assert "the token is missing or wrong" in message
+    assert "wrong-token" not in message + caplog.text
+
+
+def test_test_connection_tells_that_nobody_listens(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AIRFLOW_CONN_RAY_DEFAULT", '{"conn_type": "ray_jobs", "host": "127.0.0.1", "port": 9}')
+    succeeded, message = RayJobHook().test_connection()
+    assert not succeeded
+    assert "http://127.0.0.1:9" in message
+
+
+def test_the_token_is_never_logged(ray: StandInRay, hook: RayJobHook, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.DEBUG):
+        hook.submit_job(submission_id="a", entrypoint="true")
+        ray.jobs["a"].status = "SUCCEEDED"
+        watch(hook, Shown())
+    assert TOKEN not in caplog.text
+
+
+# ---- the trigger
+
+
+def trigger(**settings: Any) -> RayJobTrigger:
+    made = RayJobTrigger(ray_conn_id="ray_default", submission_id="a", settings={"poll_interval": 0.05}, **settings)
+    path, arguments = made.serialize()
+    assert path == "operators.ray.trigger.RayJobTrigger"
+    return RayJobTrigger(**json.loads(json.dumps(arguments)))
+
+
+@pytest.fixture
+def connected(ray: StandInRay, monkeypatch: pytest.MonkeyPatch) -> Callable[[RayJobTrigger], RayJobTrigger]:
+    """Give a trigger the endpoint, which in a triggerer comes from Airflow's API server."""
+
+    async def endpoint(self: RayJobTrigger) -> RayEndpoint:
+        return RayEndpoint(f"http://127.0.0.1:{ray.port}", "", {"Authorization": f"Bearer {TOKEN}"})
+
+    monkeypatch.setattr(RayJobTrigger, "_endpoint", endpoint)
+    return lambda made: made
+
+
+async def first_event(made: RayJobTrigger) -> dict[str, Any]:
+    async for event in made.run():
+        return event.payload
+    raise AssertionError("no event")
+
+
+def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(coroutine)
+
+
+def test_the_trigger_survives_serialisation_and_gives_back_what_it_carries(ray: StandInRay, connected):
+    ray.jobs["a"] = Job("a", "true", "SUCCEEDED")
+    event = run(first_event(connected(trigger(carry={"generation": 3}))))
+    assert (event["status"], event["carry"]) == ("SUCCEEDED", {"generation": 3})
+
+
+def test_a_second_triggerer_goes_on_in_the_log_where_the_first_one_died(
+    ray: StandInRay, connected, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("operators.ray.watch._CURSOR_SECONDS", 0.05)
+    settings = {"store_uri": tmp_path.as_uri(), "cursor_key": "runs/r/sft/log.json"}
+    job = ray.jobs["a"] = Job("a", "true", log="one\ntwo\n")
+
+    async def die_in_the_middle() -> None:
+        first = asyncio.create_task(first_event(connected(trigger(**settings))))
+        await asyncio.sleep(0.6)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+
+    run(die_in_the_middle())
+    job.log += "three\n"
+    job.status = "SUCCEEDED"
+    run(first_event(connected(trigger(**settings))))
+    assert re.findall(r"\] (one|two|three)\s", capsys.readouterr().out) == ["one", "two", "three"]
+    assert ray.stops == []
+
+
+def test_a_cancelled_trigger_leaves_the_job_alone_and_a_killed_one_stops_it(ray: StandInRay, connected):
+    ray.jobs["a"] = Job("a", "true")
+
+    async def restart_of_the_triggerer() -> None:
+        made = connected(trigger())
+        task = asyncio.create_task(first_event(made))
+        await asyncio.sleep(0.2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await made.cleanup()
+
+    run(restart_of_the_triggerer())
+    assert ray.stops == []
+    run(connected(trigger(cancel_on_kill=False)).on_kill())
+    assert ray.stops == []
+    run(connected(trigger()).on_kill())
+    assert (ray.stops, ray.jobs["a"].status) == (["a"], "STOPPED")
+
+
+def test_a_wrong_token_ends_the_watch_with_the_reason(ray: StandInRay, monkeypatch: pytest.MonkeyPatch):
+    ray.jobs["a"] = Job("a", "true")
+    monkeypatch.setenv("AIRFLOW_CONN_RAY_DEFAULT", json.dumps({**ray.connection, "password": "wrong"}))
+    outcome = watch(RayJobHook(), Shown())
+    assert outcome.status == "UNREACHABLE"
+    assert "token is missing or wrong" in outcome.message
+
+
+def test_the_client_speaks_of_refusals_like_the_hook(ray: StandInRay):
+    async def show() -> None:
+        async with RayJobClient(RayEndpoint(f"http://127.0.0.1:{ray.port}", "", {})) as client:
+            await client.get_job("a")
+
+    with pytest.raises(RayRefusedError, match="token"):
+        run(show())

@@ -1,0 +1,152 @@
+"""The queue to MLflow and what it does when MLflow is away; tests/integration/test_mlflow.py meets a real server."""
+
+import json
+import logging
+import math
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from infra.ports import any_free
+from stages.artifacts.manifests import read_manifest
+from stages.config.graph import Stage
+from stages.tracking.spool import SPOOL_NAME, Spool, leave_spool, read_spool
+from stages.tracking.tracker import NullTracker, Tracker, main, record_hit
+from tests.pipeline_records import fingerprint_of, publish_run, refs_for, request_for, run_info
+
+
+def test_importing_the_tracker_imports_neither_mlflow_nor_anything_heavy() -> None:
+    code = "import sys, stages.tracking.tracker, stages.promote, stages.report; print(*sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"mlflow", "numpy", "pandas", "torch", "matplotlib", "boto3", "jinja2"} & set(loaded)
+
+
+def test_the_spool_hands_out_events_in_order_until_they_are_acknowledged(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool.jsonl")
+    for step in range(5):
+        spool.append({"type": "metrics", "step": step})
+    first = spool.next_events(limit=2)
+    assert [event["step"] for event, _ in first] == [0, 1]
+    assert [event["step"] for event, _ in spool.next_events(limit=2)] == [0, 1]
+    spool.acknowledge(first[0][1])
+    assert [event["step"] for event in spool.undelivered()] == [1, 2, 3, 4]
+    assert not spool.is_delivered
+    spool.acknowledge(spool.next_events()[-1][1])
+    assert spool.is_delivered
+    assert spool.undelivered() == []
+
+
+def test_the_spool_keeps_text_beyond_ascii_and_values_that_are_not_finite(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool.jsonl")
+    spool.append({"type": "metrics", "note": "Grüße 🜂\nline", "values": {"a": math.inf, "b": math.nan}})
+    spool.append({"type": "next"})
+    (first, position), (second, _) = spool.next_events()
+    assert first["note"] == "Grüße 🜂\nline"
+    assert first["values"]["a"] == math.inf
+    assert math.isnan(first["values"]["b"])
+    assert second == {"type": "next"}
+    spool.acknowledge(position)
+    assert spool.undelivered() == [{"type": "next"}]
+
+
+def test_no_event_is_lost_or_doubled_while_one_thread_writes_and_one_reads(tmp_path: Path) -> None:
+    spool, seen = Spool(tmp_path / "spool.jsonl"), []
+
+    def write() -> None:
+        for step in range(2000):
+            spool.append({"step": step})
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while writer.is_alive() or not spool.is_delivered:
+        for event, position in spool.next_events(limit=50):
+            seen.append(event["step"])
+            spool.acknowledge(position)
+    assert seen == list(range(2000))
+
+
+def test_a_left_spool_carries_its_attachments_and_adds_to_an_earlier_one(tmp_path: Path) -> None:
+    store, made = publish_run(tmp_path)
+    request = request_for(Stage.SFT, store, refs_for(Stage.SFT, made))
+    attachment = tmp_path / "note.txt"
+    attachment.write_text("hello")
+    leave_spool(store, "runs/r/sft/s.jsonl", request, [{"type": "start"}])
+    leave_spool(store, "runs/r/sft/s.jsonl", request, [{"type": "file", "path": str(attachment), "name": "note.txt"}])
+    attachment.unlink()
+    found, events = read_spool(store, "runs/r/sft/s.jsonl")
+    assert found == request
+    assert [event["type"] for event in events] == ["start", "file"]
+    assert events[1]["content"] == "aGVsbG8="
+    assert "path" not in events[1]
+
+
+def test_without_a_tracking_uri_nothing_is_tracked_and_that_is_said(tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    store, made = publish_run(tmp_path)
+    tracker = Tracker(request_for(Stage.SFT, store, refs_for(Stage.SFT, made)), tmp_path / "spool")
+    with caplog.at_level(logging.WARNING):
+        tracker.start(fingerprint="f", params={}, tags={})
+    tracker.log({"train/loss": 1.0}, 1)
+    assert "MLFLOW_TRACKING_URI is not set" in caplog.text
+    assert tracker.wait_run_id(0) is None
+    assert tracker.finish(read_manifest(made[Stage.SFT])) == (None, None)
+
+
+@pytest.mark.slow
+def test_a_dead_server_never_blocks_and_leaves_everything_in_the_store(tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{any_free()}")
+    monkeypatch.setattr("stages.tracking.tracker._FINISH_SECONDS", 6.0)
+    store, made = publish_run(tmp_path)
+    request = request_for(Stage.SFT, store, refs_for(Stage.SFT, made))
+    tracker = Tracker(request, tmp_path / "spool")
+    started = time.monotonic()
+    tracker.start(fingerprint=fingerprint_of(Stage.SFT), params={"a": "1"}, tags={})
+    for step in range(100):
+        tracker.log({"train/loss": 1.0 / (step + 1)}, step)
+    tracker.log_text("hello", "note.txt")
+    assert time.monotonic() - started < 1.0
+    with caplog.at_level(logging.WARNING):
+        assert tracker.finish(read_manifest(made[Stage.SFT])) == (None, None)
+    assert time.monotonic() - started < 20.0
+    assert "python -m stages.tracking manual-1" in caplog.text
+    _, events = read_spool(store, f"runs/{request.run.run_id}/sft/{SPOOL_NAME}")
+    assert [event["type"] for event in events] == ["start", *["metrics"] * 100, "file", "finish"]
+
+
+def test_a_full_disk_costs_tracking_and_not_training(tmp_path: Path, caplog) -> None:
+    spool = Spool(tmp_path / "spool.jsonl")
+    spool._file.close()
+    spool._file = cast(Any, Path("/dev/full").open("ab", buffering=0))  # noqa: SIM115 - the device that is always full
+    with caplog.at_level(logging.ERROR):
+        spool.append({"type": "metrics"})
+    assert "is lost" in caplog.text
+    assert spool.is_delivered
+
+
+def test_a_hit_with_mlflow_away_is_a_warning(tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{any_free()}")
+    store, made = publish_run(tmp_path)
+    request = request_for(Stage.SFT, store, {}, run=run_info(parent_run_id="0" * 32))
+    with caplog.at_level(logging.WARNING):
+        record_hit(request, made[Stage.SFT])
+    assert "was not told that stage sft hit" in caplog.text
+
+
+def test_the_replay_command_asks_for_a_store(monkeypatch, capsys) -> None:
+    monkeypatch.delenv("ARTIFACT_STORE", raising=False)
+    assert main(["some-run"]) == 2
+    assert "ARTIFACT_STORE" in capsys.readouterr().err
+
+
+def test_the_null_tracker_answers_like_a_tracker(tmp_path: Path) -> None:
+    public = {name for name in vars(Tracker) if not name.startswith("_")}
+    assert public == {name for name in vars(NullTracker) if not name.startswith("_")}
+    store, made = publish_run(tmp_path)
+    assert NullTracker().finish(read_manifest(made[Stage.SFT])) == (None, None)
+    assert json.dumps(NullTracker().wait_run_id(0)) == "null"
+    assert store.exists(f"artifacts/sft-model/{made[Stage.SFT].fingerprint}/manifest.json")
