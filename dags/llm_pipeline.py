@@ -51,7 +51,7 @@ with DAG(
     @task.short_circuit(execution_timeout=timedelta(minutes=5))
     def plan() -> bool:
         """Say what will hit or run, how long and at what price, before anything is spent; a dry run ends here."""
-        from operators.plan import plan_run
+        from operators.plan_task import plan_run
 
         return plan_run(get_current_context())
 

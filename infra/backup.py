@@ -21,8 +21,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from infra.layout import Layout
+from stages.artifacts.folder import FileStore
 from stages.artifacts.manifests import MANIFEST, hash_file
-from stages.artifacts.store import FileStore, Store
+from stages.artifacts.store import Store
 
 RECORD = "backup.json"
 POSTGRES_DATABASES = ("airflow", "mlflow", "mlflow_auth")

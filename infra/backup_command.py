@@ -18,7 +18,8 @@ from infra.backup import (
 from infra.layout import StackRecord
 from infra.stack import Stack, StackError
 from infra.supervisor import Supervisor
-from stages.artifacts.store import Store, open_store
+from stages.artifacts.addresses import open_store
+from stages.artifacts.store import Store
 from stages.config.errors import StageError
 
 

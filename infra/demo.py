@@ -19,7 +19,7 @@ from infra.layout import StackSecrets
 from infra.run_state import DAG_ID, Row, RunWatch, Snapshot
 from infra.screen import open_screen, samples_panels, summary_table
 from infra.stack import Stack, relative
-from stages.artifacts.store import open_store
+from stages.artifacts.addresses import open_store
 from stages.config.graph import Stage
 
 POLL_SECONDS = 2.0

@@ -6,8 +6,8 @@ import os
 from collections import Counter
 from collections.abc import Callable
 
+from stages.artifacts.addresses import open_store
 from stages.artifacts.retention import Policy, Waste, delete, find
-from stages.artifacts.store import open_store
 from stages.config.errors import StageError
 from stages.tracking.client import all_registered
 

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from stages.artifacts.addresses import open_store
+from stages.artifacts.folder import FileStore
 from stages.artifacts.s3 import HASTY, Patience, S3Store, in_words, s3_client
-from stages.artifacts.store import FileStore, Store, open_store
+from stages.artifacts.store import Store
 from stages.config.errors import StageError
 
 RACERS, ROUNDS = 8, 10

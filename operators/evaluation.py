@@ -10,7 +10,8 @@ from operators.form import form_values
 from operators.given import data_of, find_version, given_artifact, is_ours
 from operators.mlflow import MlflowServer, MlflowUnavailableError
 from operators.run import finish_run, open_run
-from stages.artifacts.manifests import canonical_json, read_manifest, split_artifact_uri
+from stages.artifacts.addresses import split_artifact_uri
+from stages.artifacts.manifests import canonical_json, read_manifest
 from stages.artifacts.store import read_json
 from stages.config.errors import ConfigError, StageError
 from stages.config.evaluation import EvaluationParams

@@ -280,7 +280,7 @@ class StageOperator(BaseOperator):
         return RunInfo.model_validate(value)
 
     def _open_store(self) -> "Store":
-        from stages.artifacts.store import open_store
+        from stages.artifacts.addresses import open_store
 
         return open_store(self.store_uri or os.environ.get("ARTIFACT_STORE", ""))
 
@@ -336,7 +336,7 @@ class StageOperator(BaseOperator):
     def _attach_or_submit(self, context: Any, hook: RayJobHook, store: "Store", request: StageRequest) -> "Attached":
         from operators.ray.ownership import GENERATION
         from operators.ray.submission import attach_or_submit
-        from stages.artifacts.manifests import run_key
+        from stages.artifacts.addresses import run_key
         from stages.artifacts.store import write_json
 
         def key(name: str) -> str:
@@ -395,7 +395,7 @@ class StageOperator(BaseOperator):
 
     def _defer(self, request: StageRequest, carry: dict[str, Any]) -> None:
         from operators.ray.trigger import RayJobTrigger
-        from stages.artifacts.manifests import run_key
+        from stages.artifacts.addresses import run_key
 
         trigger = RayJobTrigger(
             ray_conn_id=self.ray_conn_id,
@@ -429,7 +429,7 @@ class StageOperator(BaseOperator):
         """Watch in this process, the way the trigger would; raises AirflowTaskTimeout when its time is over."""
         from operators.ray.client import RayJobClient
         from operators.ray.watch import LogCursor, watch_job
-        from stages.artifacts.manifests import run_key
+        from stages.artifacts.addresses import run_key
 
         settings = self._watch_settings(request)
         endpoint = RayJobHook(self.ray_conn_id).endpoint

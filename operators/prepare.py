@@ -4,7 +4,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from stages.artifacts.manifests import artifact_uri, find_intact, fingerprint, is_doubted, run_key
+from stages.artifacts.addresses import artifact_uri, run_key
+from stages.artifacts.manifests import find_intact, fingerprint, is_doubted
 from stages.artifacts.store import Store, write_json
 from stages.config.closing import Approval
 from stages.config.curate import NEW_BYTES, NEW_PAIRS

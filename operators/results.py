@@ -11,7 +11,7 @@ from operators.failures import (
 )
 from operators.ray.jobs import JobStatus
 from operators.ray.watch import Outcome
-from stages.artifacts.manifests import run_key
+from stages.artifacts.addresses import run_key
 from stages.artifacts.store import Store
 from stages.config.graph import Stage
 from stages.config.request import Failure, RunInfo, StageResult

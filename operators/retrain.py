@@ -13,7 +13,8 @@ from operators.given import find_version
 from operators.mlflow import ModelVersion
 from operators.prepare import params_key
 from operators.watcher import Listing, list_prefix
-from stages.artifacts.store import Store, open_store, read_json, write_json
+from stages.artifacts.addresses import open_store
+from stages.artifacts.store import Store, read_json, write_json
 from stages.config.base import Config
 from stages.config.errors import ConfigError
 from stages.config.request import safe_run_id

@@ -35,7 +35,8 @@ def start_run(context: Any) -> dict[str, Any]:
 def open_run(context: Any, config: "PipelineConfig", values: dict[str, Any]) -> dict[str, Any]:
     """Store a configuration with the form's values that it came from, open the MLflow parent run."""
     from operators.prepare import params_key, pipeline_key
-    from stages.artifacts.store import open_store, write_json
+    from stages.artifacts.addresses import open_store
+    from stages.artifacts.store import write_json
 
     ti = context["ti"]
     run_id = safe_run_id(ti.run_id)
@@ -67,7 +68,7 @@ def finish_run(context: Any, *, resolve_task_id: str = "resolve", plan_task_id: 
     Airflow then skips what is left, and skipped tasks alone would make it green.
     """
     from operators.prepare import load_config, selection
-    from stages.artifacts.store import open_store
+    from stages.artifacts.addresses import open_store
 
     ti = context["ti"]
     value = ti.xcom_pull(task_ids=resolve_task_id)

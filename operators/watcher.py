@@ -29,7 +29,7 @@ class Listing:
 
 def list_prefix(uri: str) -> Listing:
     """List a prefix; one that does not exist is empty. Raises ConfigError for an unknown scheme."""
-    from stages.artifacts.store import open_store
+    from stages.artifacts.addresses import open_store
 
     entries = sorted((entry.key, entry.size, entry.version) for entry in open_store(uri).listing())
     digest = hashlib.sha256(json.dumps(entries).encode()).hexdigest()

@@ -14,7 +14,7 @@ from typing import Any
 from stages.config.curate import DERIVED, INSTALLED_DOCS, NEW_BYTES, NEW_PAIRS, CurateConfig
 from stages.config.errors import DataError
 from stages.config.pipeline import PREVIOUS
-from stages.data import planted, readers, seen
+from stages.data.curation import planted, seen
 from stages.data.curation.carried import carry_heldout
 from stages.data.curation.dedup_keys import Candidate, extra_copies
 from stages.data.curation.extract import Extracted, documents_file, extract, refuse_bad_sources, store_documents
@@ -22,6 +22,7 @@ from stages.data.curation.ledger import Amount, Step, dropped_by_reason, verify_
 from stages.data.curation.passes import PassResult, Shard, filter_shard, finish_shard
 from stages.data.curation.pool import Pool, process_pool
 from stages.data.pairs.build import PairsResult, build_pairs
+from stages.data.sources import readers
 from stages.data.sources.records import SourceDocument, read_lines, stable_hash
 from stages.data.sources.storage import open_decompressed
 from stages.job.context import StageContext, StageOutcome

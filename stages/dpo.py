@@ -11,6 +11,7 @@ from stages.data.tokens.views import Split, TokensArtifact, require
 from stages.job.context import StageContext, StageOutcome
 from stages.losses import dpo_loss, pair_accuracy
 from stages.models.build import load_causal_lm
+from stages.models.experts import routing_of
 from stages.models.forward import TrunkOutput, sum_by_segment, target_logprobs, target_positions
 from stages.models.lora import add_adapter
 from stages.train.engine import Engine
@@ -19,7 +20,7 @@ from stages.train.objective import LossOutput, ObjectiveState, Step
 from stages.train.pairs import Pairs, PairSteps, evaluate_pairs, num_pairs, sides
 from stages.train.plan import evenly
 from stages.train.reference import FIELD, Reference
-from stages.train.routing import Balancing, routing_of
+from stages.train.routing import Balancing
 from stages.train.run import Prepared, train_stage
 
 

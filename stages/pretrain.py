@@ -9,9 +9,9 @@ from stages.config.train import PretrainConfig
 from stages.data.tokens.views import Split, TokensArtifact, require
 from stages.job.context import StageContext, StageOutcome
 from stages.models.build import load_causal_lm, new_causal_lm
+from stages.models.experts import routing_of
 from stages.train.next_token import DocumentRows, Extras, NextTokenObjective
 from stages.train.plan import shuffled
-from stages.train.routing import routing_of
 from stages.train.run import Prepared, train_stage
 
 

@@ -27,7 +27,8 @@ from stages.config.errors import ConfigError, DataError, StageError
 from stages.config.params import Promotion
 from stages.config.request import ArtifactRef, Manifest
 from stages.job.context import StageContext, StageOutcome
-from stages.lineage.graph import lineage_tags, started_from
+from stages.lineage.graph import started_from
+from stages.lineage.tags import lineage_tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -2,7 +2,7 @@
 
 from stages.config.closing import ReportConfig
 from stages.job.context import StageContext, StageOutcome
-from stages.lineage.graph import to_json, to_markdown, to_svg
+from stages.lineage.views import to_json, to_markdown, to_svg
 from stages.reporting.page import render_page
 from stages.reporting.story import read_story
 

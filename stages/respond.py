@@ -14,12 +14,13 @@ import torch
 from tokenizers import Tokenizer
 
 from stages.config.collect import RespondConfig
-from stages.data.tokens.tokenizer import LoadedTokenizer, given_tokenizer
+from stages.data.tokens.tokenizer import LoadedTokenizer
 from stages.data.tokens.views import Split, TokensArtifact, require
 from stages.job.context import StageContext, StageOutcome
 from stages.job.workers import launch
 from stages.models.build import load_causal_lm
 from stages.models.generation import generate, uniforms
+from stages.models.given_tokenizer import given_tokenizer
 from stages.models.precision import autocast
 from stages.train.plan import evenly
 from stages.train.ranks import local_device

@@ -11,13 +11,14 @@ from stages.data.tokens.views import PairView, Split, TokensArtifact, require
 from stages.job.context import StageContext, StageOutcome
 from stages.losses import bradley_terry_loss, pair_accuracy, score_centering_loss
 from stages.models.build import load_reward_model
+from stages.models.experts import routing_of
 from stages.models.forward import TrunkOutput, segment_scores
 from stages.models.lora import add_adapter
 from stages.train.engine import Engine
 from stages.train.mixture import training_order
 from stages.train.objective import LossOutput, ObjectiveState, Step
 from stages.train.pairs import PairSteps, evaluate_pairs, num_pairs, sides
-from stages.train.routing import Balancing, routing_of
+from stages.train.routing import Balancing
 from stages.train.run import Prepared, train_stage
 
 

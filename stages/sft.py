@@ -6,10 +6,10 @@ from stages.config.train import SFTConfig
 from stages.data.tokens.views import Split, TokensArtifact, require
 from stages.job.context import StageContext, StageOutcome
 from stages.models.build import load_causal_lm
+from stages.models.experts import routing_of
 from stages.models.lora import add_adapter
 from stages.train.mixture import training_order
 from stages.train.next_token import ConversationRows, Extras, NextTokenObjective
-from stages.train.routing import routing_of
 from stages.train.run import Prepared, train_stage
 
 

@@ -15,9 +15,10 @@ from stages.config.errors import ConfigError, DataError
 from stages.config.tokens import TokenizeConfig
 from stages.data.tokens.encoding import ConversationWriter, PairWriter
 from stages.data.tokens.ragged import RaggedWriter
-from stages.data.tokens.tokenizer import LoadedTokenizer, given_tokenizer, train_tokenizer
+from stages.data.tokens.tokenizer import LoadedTokenizer, train_tokenizer
 from stages.data.tokens.views import Split
 from stages.job.context import StageContext, StageOutcome
+from stages.models.given_tokenizer import given_tokenizer
 
 _BATCH_DOCUMENTS = 2000
 

@@ -22,7 +22,7 @@ from infra.health import Health
 from infra.layout import Layout, StackRecord, StackSecrets
 from infra.run_state import Row, RunWatch
 from infra.stack import Stack
-from stages.artifacts.store import open_store
+from stages.artifacts.addresses import open_store
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
 from tests.canaries import as_login, canary

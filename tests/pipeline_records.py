@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts.manifests import artifact_uri, content_digest, publish, upload_files
-from stages.artifacts.store import Store, open_store
+from stages.artifacts.addresses import artifact_uri, open_store
+from stages.artifacts.manifests import content_digest, publish, upload_files
+from stages.artifacts.store import Store
 from stages.config.base import Config
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import GRAPH, Stage

@@ -6,8 +6,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import fingerprint
-from stages.artifacts.store import open_store
 from stages.config.base import Config
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import GRAPH, Stage
@@ -94,7 +94,8 @@ def make_context(
 
 def published(context: StageContext) -> ArtifactRef:
     """Publish what lies in the context's output folder."""
-    from stages.artifacts.manifests import artifact_uri, content_digest, publish, upload_files, utc_now
+    from stages.artifacts.addresses import artifact_uri
+    from stages.artifacts.manifests import content_digest, publish, upload_files, utc_now
     from stages.config.request import Manifest
 
     spec = GRAPH[context.request.stage]

@@ -89,7 +89,7 @@ def _cluster() -> str:
 
 def check_store(uri: str) -> str:
     """Create, fail to create again, read back, remove; raise Unhealthy when the server overwrites."""
-    from stages.artifacts.store import open_store
+    from stages.artifacts.addresses import open_store
 
     store = open_store(uri)
     key = f"probe/{uuid.uuid4().hex}"

@@ -60,7 +60,7 @@ class PromotionApproval(ApprovalOperator):
 
     def execute(self, context: Any) -> Any:
         from operators.prepare import asks_for_approval, load_config
-        from stages.artifacts.store import open_store
+        from stages.artifacts.addresses import open_store
 
         ti = context["ti"]
         with as_stage_failures():

@@ -23,8 +23,8 @@ from operators.failures import (
 from operators.form import form_values
 from operators.operator import StageOperator
 from operators.people.rating import LABELS, Outcome, read_responses, shown_order
+from stages.artifacts.addresses import artifact_uri, open_store
 from stages.artifacts.manifests import (
-    artifact_uri,
     canonical_json,
     content_digest,
     find_intact,
@@ -34,7 +34,7 @@ from stages.artifacts.manifests import (
     upload_files,
     utc_now,
 )
-from stages.artifacts.store import Store, open_store, write_json
+from stages.artifacts.store import Store, write_json
 from stages.config.collect import CollectParams, RateConfig, RespondConfig
 from stages.config.errors import ConfigError
 from stages.config.execution import ExecutionConfig

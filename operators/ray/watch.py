@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from operators.ray.client import RayJobClient
 from operators.ray.jobs import JobInfo, JobStatus, RayRefusedError, RayUnreachableError
 from operators.ray.logs import LogRelay
-from stages.artifacts.store import Store, open_store, read_json, write_json
+from stages.artifacts.addresses import open_store
+from stages.artifacts.store import Store, read_json, write_json
 from stages.config.errors import StageError
 
 # A head behind a proxy can answer 404 for a moment while it starts; a job table that is gone stays gone.

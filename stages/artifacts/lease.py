@@ -26,7 +26,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
-from stages.artifacts.manifests import MANIFEST, artifact_key, utc_now
+from stages.artifacts.addresses import artifact_key
+from stages.artifacts.manifests import MANIFEST, utc_now
 from stages.artifacts.store import Store, read_json, write_json
 from stages.config.base import Config
 from stages.config.errors import Category, StageError

@@ -15,7 +15,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from stages.artifacts.store import Store, open_store, write_json
+from stages.artifacts.addresses import artifact_key, artifact_uri, split_artifact_uri
+from stages.artifacts.store import Store, write_json
 from stages.config.base import Config
 from stages.config.errors import DamagedArtifactError
 from stages.config.graph import GRAPH, Stage
@@ -53,19 +54,6 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
-def artifact_key(kind: str, fingerprint: str) -> str:
-    return f"artifacts/{kind}/{fingerprint}"
-
-
-def run_key(run_id: str, stage: Stage, name: str) -> str:
-    """Key of one of a run's small records: config.json, result.json, failure.json, progress.json."""
-    return f"runs/{run_id}/{stage.value}/{name}"
-
-
-def artifact_uri(store: Store, kind: str, fingerprint: str) -> str:
-    return f"{store.root_uri}/{artifact_key(kind, fingerprint)}"
-
-
 def find_manifest(store: Store, kind: str, fingerprint: str) -> Manifest | None:
     """Return the manifest of a complete artifact, or None."""
     key = f"{artifact_key(kind, fingerprint)}/{MANIFEST}"
@@ -84,12 +72,6 @@ def read_manifest(ref: ArtifactRef | str) -> Manifest:
             f"{uri}/{MANIFEST} is no manifest: {'.'.join(map(str, first['loc']))}: {first['msg']}",
             advice="Do not use this artifact unless you know who wrote it.",
         ) from None
-
-
-def split_artifact_uri(uri: str) -> tuple[Store, str]:
-    """Return the store and the key of `<store root>/artifacts/<kind>/<fingerprint>`."""
-    root, _, tail = uri.rpartition("/artifacts/")
-    return open_store(root), f"artifacts/{tail.strip('/')}"
 
 
 def hash_file(path: Path) -> str:

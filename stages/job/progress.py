@@ -12,7 +12,7 @@ import threading
 import time
 from typing import Any
 
-from stages.artifacts.manifests import run_key
+from stages.artifacts.addresses import run_key
 from stages.artifacts.store import Store, read_json, write_json
 from stages.config.errors import EXIT_CODES, Category
 from stages.config.graph import Stage

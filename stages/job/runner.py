@@ -3,63 +3,36 @@
 Nothing heavy is imported before a verb is needed: a cache hit costs an interpreter start and two small reads.
 """
 
-import errno
 import importlib
 import importlib.metadata
 import logging
-import os
 import platform
-import shutil
 import signal
-import subprocess
-import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
+from stages.artifacts.addresses import artifact_key, artifact_uri, open_store, run_key
 from stages.artifacts.lease import Fence, Owner, acquire
-from stages.artifacts.manifests import (
-    artifact_key,
-    artifact_uri,
-    content_digest,
-    find_intact,
-    fingerprint,
-    publish,
-    run_key,
-    upload_files,
-    utc_now,
-)
-from stages.artifacts.store import Store, open_store, write_json
+from stages.artifacts.manifests import content_digest, find_intact, fingerprint, publish, upload_files, utc_now
+from stages.artifacts.store import Store, write_json
 from stages.config.base import Config
-from stages.config.errors import EXIT_CODES, Category, ConfigError, ExitCode, StageError, without_logins
+from stages.config.errors import EXIT_CODES, ConfigError, ExitCode, StageError, without_logins
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import stage_config_from_json
-from stages.config.request import Failure, InputEntry, Manifest, StageRequest, StageResult
+from stages.config.request import InputEntry, Manifest, StageRequest, StageResult
+from stages.job.attempt import flat_params, git_commit, run_tags, scratch_folder
 from stages.job.context import StageContext, StageOutcome
+from stages.job.failures import record_failure
 from stages.job.logs import log_for_request, log_for_uri
-from stages.job.progress import Progress, read_progress, worker_record
+from stages.job.progress import Progress, read_progress
 from stages.job.stopping import raise_stopped
-from stages.tracking.tracker import NullTracker, Tracker, record_hit
+from stages.tracking.tracker import Tracker, record_hit
 
 logger = logging.getLogger("athanor")
 
 _HISTORY = "history.jsonl"
 _WAITING_SHOWN_SECONDS = 10.0
 _VERSIONED = ("torch", "transformers", "ray", "mlflow", "datatrove", "tokenizers", "athanor")
-
-
-# Torch's CPU allocator and cuBLAS raise plain RuntimeErrors; Ray's memory monitor kills the worker and says so.
-_OUT_OF_MEMORY_TEXTS = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "running low on memory",
-)
-# Python, torch and safetensors raise classes of their own, all with the system's words in them.
-_DISK_FULL_TEXTS = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
 
 def run_stage(config_uri: str) -> int:
@@ -75,7 +48,7 @@ def run_stage(config_uri: str) -> int:
     try:
         result = execute(request, store)
     except BaseException as error:  # noqa: BLE001 - every failure becomes an exit code and a file, none is swallowed
-        return _record_failure(store, request, error)
+        return record_failure(store, request, error)
     write_json(store, run_key(request.run.run_id, request.stage, "result.json"), result.model_dump(mode="json"))
     logger.info("%s %s: %s", request.stage.value, "hit" if result.hit else "built", result.artifact.uri)
     return ExitCode.OK
@@ -165,7 +138,7 @@ def _build(
     request: StageRequest, config: Config, store: Store, *, sources: dict[str, str], identity: str, fence: Fence
 ) -> Manifest:
     verb = importlib.import_module(f"stages.{request.stage.value}")
-    with _scratch_folder() as work_dir:
+    with scratch_folder() as work_dir:
         execution = request.execution
         gpus = execution.gpus_per_worker * max(execution.num_workers, 1)
         progress = Progress(
@@ -178,7 +151,7 @@ def _build(
             request, config, identity, sources, store, work_dir, output_dir, tracker, progress, fence
         )
         try:
-            tracker.start(fingerprint=identity, params=_flat_params(config), tags=_tags(request))
+            tracker.start(fingerprint=identity, params=flat_params(config), tags=run_tags(request))
             outcome = verb.run(context)
             context.check_lease()
             manifest = _manifest(context, outcome)
@@ -193,36 +166,6 @@ def _build(
             progress.close()
         store.delete(f"checkpoints/{identity}")
         return manifest
-
-
-@contextmanager
-def worker_context(
-    request: StageRequest, identity: str, sources: dict[str, str], fence: Fence | None
-) -> Iterator[StageContext]:
-    """The context of a Ray Train worker: same stage, own scratch folder; only rank 0 reports."""
-    store = open_store(request.store_uri)
-    rank = int(os.environ.get("RANK", "0"))
-    log_for_request(request, rank=rank)
-    with _scratch_folder() as work_dir:
-        config = stage_config_from_json(request.stage, request.config)
-        progress = Progress(
-            store,
-            request.run.run_id,
-            request.stage,
-            record=worker_record(rank),
-            stall_seconds=request.execution.stall_seconds,
-        )
-        tracker = Tracker(request, work_dir / "spool") if rank == 0 else NullTracker()
-        output_dir = work_dir / "output"
-        output_dir.mkdir()
-        tracker.start(fingerprint=identity, params=_flat_params(config), tags=_tags(request))
-        try:
-            yield StageContext(
-                request, config, identity, sources, store, work_dir, output_dir, tracker, progress, fence
-            )
-        finally:
-            tracker.close()
-            progress.close()
 
 
 def _manifest(context: StageContext, outcome: StageOutcome) -> Manifest:
@@ -264,16 +207,6 @@ def _history(store: Store, manifest: Manifest) -> str:
     return store.read_bytes(f"{artifact_key(manifest.kind, manifest.fingerprint)}/{_HISTORY}").decode()
 
 
-def git_commit() -> str:
-    """Commit of the running code: the image's label, else the checkout's HEAD, else `unknown`."""
-    if labelled := os.environ.get("ATHANOR_GIT_COMMIT"):
-        return labelled
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or "unknown"
-
-
 def _versions() -> dict[str, str]:
     installed = {}
     for name in _VERSIONED:
@@ -282,129 +215,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             installed[name] = "not installed"
     return installed
-
-
-def _tags(request: StageRequest) -> dict[str, str]:
-    return {
-        "airflow.dag_id": request.run.dag_id,
-        "airflow.run_id": request.run.airflow_run_id,
-        "airflow.task_id": request.task_id,
-        "airflow.try_number": str(request.try_number),
-        "ray.submission_id": request.submission_id,
-        "git.commit": git_commit(),
-    }
-
-
-def _flat_params(config: Config, prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for name, value in config:
-        if isinstance(value, Config):
-            flat |= _flat_params(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = str(value)
-    return flat
-
-
-def _scratch_home() -> Path:
-    return Path(os.environ.get("ATHANOR_SCRATCH") or Path(tempfile.gettempdir()) / f"athanor-{os.getuid()}")
-
-
-@contextmanager
-def _scratch_folder() -> Iterator[Path]:
-    """A folder of this attempt; downloads go beside it and stay for the next stage of the same machine."""
-    home = _scratch_home()
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if home.stat().st_uid != os.getuid():
-        raise ConfigError(
-            f"the scratch folder {home} belongs to user {home.stat().st_uid}, who could change what is trained",
-            advice="Remove it, or set ATHANOR_SCRATCH to a folder of the user that Ray runs as.",
-        )
-    work_dir = Path(tempfile.mkdtemp(dir=home, prefix="stage-"))
-    try:
-        yield work_dir
-    finally:
-        shutil.rmtree(work_dir, ignore_errors=True)
-
-
-def _record_failure(store: Store, request: StageRequest, error: BaseException) -> int:
-    failure = describe_failure(error, request.stage)
-    key = run_key(request.run.run_id, request.stage, "failure.json")
-    try:
-        if failure.category == Category.LOST and store.exists(key):
-            # A worker that knew why it ended has written it; all that is seen of it from here is that it is gone.
-            failure = Failure.model_validate_json(store.read_bytes(key))
-        write_json(store, key, failure.model_dump(mode="json"))
-    except Exception as problem:  # noqa: BLE001 - whatever the store's client raises; the exit code still tells
-        logger.error("failure.json was not written: %s", problem)
-    told = f"{request.stage.value} failed [{failure.category}]: {failure.message} {failure.advice}"
-    logger.error("%s", f"{told}\n{failure.detail}".rstrip())
-    return EXIT_CODES[Category(failure.category)]
-
-
-def describe_failure(error: BaseException, stage: Stage) -> Failure:
-    """Sort an exception of a stage into the failure contract; Ray's wrapping of worker errors is looked through."""
-    cause = _cause(error)
-    if any(text in str(cause) for text in _DISK_FULL_TEXTS):
-        return Failure(
-            category=Category.INFRASTRUCTURE,
-            message=f"a disk of the worker's machine is full: {without_logins(str(cause))}",
-            advice=f"Make room where stages write: {_scratch_home()} (ATHANOR_SCRATCH), {tempfile.gettempdir()} "
-            "(TMPDIR), and a file:// store (`python -m infra gc`). The retry resumes from the newest checkpoint.",
-        )
-    if isinstance(cause, StageError):
-        return Failure(category=cause.category, message=cause.message, advice=cause.advice)
-    detail = without_logins("".join(traceback.format_exception(error)))[-8000:]
-    if _is_out_of_memory(cause):
-        return Failure(
-            category=Category.OUT_OF_MEMORY,
-            message=f"out of memory: {cause}",
-            advice=f"The retry halves execution.{stage.value}.micro_batch_size; results do not change. "
-            "gradient_checkpointing saves memory too.",
-            detail=detail,
-        )
-    if _is_worker_death(cause):
-        return Failure(
-            category=Category.PREEMPTED if getattr(cause, "preempted", False) else Category.LOST,
-            message=_death(cause),
-            advice="The retry resumes from the newest checkpoint. If it recurs, see whether the kernel killed the "
-            f"worker for want of memory (`dmesg`): a smaller execution.{stage.value}.micro_batch_size needs less.",
-            detail=detail,
-        )
-    return Failure(
-        category=Category.INFRASTRUCTURE,
-        message=without_logins(f"{type(cause).__name__}: {cause}"),
-        advice="Unexpected; the traceback is in the job's log. The task is retried and resumes from its checkpoint.",
-        detail=detail,
-    )
-
-
-def _cause(error: BaseException) -> Any:
-    """The error that explains the others: when one worker fails, its peers fail for want of it."""
-    failures = getattr(error, "worker_failures", {}).values()
-    # A worker's own exception is wrapped as a task's error, its death as a health check that failed.
-    causes = [getattr(f, "cause", getattr(f, "health_check_failure", f)) for f in failures]
-    telling = (lambda e: isinstance(e, StageError), _is_out_of_memory, _is_worker_death)
-    for tells in telling:
-        for cause in causes:
-            if tells(cause):
-                return cause
-    return causes[0] if causes else error
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Python's, torch's, the CPU allocator's, or Ray's memory monitor's."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
-
-
-def _death(error: BaseException) -> str:
-    """Where a worker died and why; Ray says so on later lines, after one that says nothing."""
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    address = next((line.removeprefix("ip: ") for line in lines if line.startswith("ip: ")), "")
-    reasons = [line.partition(". ")[0] for line in lines if " because " in line or "was terminated" in line]
-    return f"a training worker died{address and f' on {address}'}: {', '.join(reasons) or lines[0]}"
-
-
-def _is_worker_death(error: BaseException) -> bool:
-    return type(error).__name__ in ("ActorDiedError", "ActorUnavailableError", "RayActorError", "NodeDiedError")

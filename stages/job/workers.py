@@ -126,7 +126,7 @@ def describe_shortage(execution: ExecutionConfig, total: Mapping[str, float], fr
 def _on_worker(arguments: dict[str, Any]) -> dict[str, Any] | None:
     """Body of a worker process: rebuild the context, run, publish the files of rank 0."""
     from stages.artifacts.lease import Fence
-    from stages.job.runner import worker_context
+    from stages.job.attempt import worker_context
 
     request = StageRequest.model_validate(arguments["request"])
     module, _, name = arguments["body"].partition(":")

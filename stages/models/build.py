@@ -26,10 +26,10 @@ from transformers.modeling_utils import PreTrainedModel
 
 from stages.config.errors import ConfigError
 from stages.config.train import LoRAConfig, ModelConfig
-from stages.data.tokens.tokenizer import check_growth
 from stages.data.tokens.views import TokensArtifact
 from stages.models.attention import attend_within_documents
 from stages.models.foreign_code import brings_code, copy_code, may_run_code
+from stages.models.given_tokenizer import check_growth
 from stages.models.lora import has_adapter, merged_weights, quantized_loading, save_adapter
 from stages.models.probe import check_packing
 

@@ -3,7 +3,7 @@
 from importlib.resources import files
 
 from stages.artifacts.manifests import utc_now
-from stages.lineage.graph import to_svg
+from stages.lineage.views import to_svg
 from stages.reporting import data_views, mixture_views, model_views
 from stages.reporting.story import Story
 

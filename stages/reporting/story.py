@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from stages.artifacts.manifests import read_manifest, split_artifact_uri
+from stages.artifacts.addresses import split_artifact_uri
+from stages.artifacts.manifests import read_manifest
 from stages.config.errors import DamagedArtifactError
 from stages.config.request import ArtifactRef, Manifest, RunInfo
-from stages.lineage.graph import MODEL_KINDS, Graph, ancestors
+from stages.lineage.graph import Graph, ancestors
+from stages.lineage.tags import MODEL_KINDS
 
 MODEL_ROLES = ("base", "sft", "reward", "ppo", "dpo")
 

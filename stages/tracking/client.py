@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.config.errors import ConfigError, StageError, without_logins
 from stages.config.request import Manifest
-from stages.lineage.graph import lineage_tags
+from stages.lineage.tags import lineage_tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from stages.artifacts.manifests import artifact_uri, run_key
-from stages.artifacts.store import Store, open_store
+from stages.artifacts.addresses import artifact_uri, open_store, run_key
+from stages.artifacts.store import Store
 from stages.config.errors import StageError
 from stages.config.graph import GRAPH, Stage
 from stages.config.request import Manifest, StageRequest
-from stages.lineage.graph import ancestors_of_unpublished, to_json, to_markdown, to_svg
+from stages.lineage.graph import ancestors_of_unpublished
+from stages.lineage.views import to_json, to_markdown, to_svg
 from stages.tracking.client import MLFLOW_RUN_MARKER, REFUSALS, connect, explain, metric_key
 from stages.tracking.session import MlflowSession, Point
 from stages.tracking.spool import SPOOL_NAME, Event, Spool, read_spool

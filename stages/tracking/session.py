@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.config.request import ArtifactRef, Manifest, StageRequest
-from stages.lineage.graph import DATASET_KINDS, MODEL_KINDS, input_tags, lineage_tags, slug
+from stages.lineage.tags import DATASET_KINDS, MODEL_KINDS, input_tags, lineage_tags, slug
 from stages.tracking.client import (
     clean_tags,
     cut,

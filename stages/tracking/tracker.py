@@ -20,8 +20,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from stages.artifacts.manifests import run_key
-from stages.artifacts.store import open_store
+from stages.artifacts.addresses import open_store, run_key
 from stages.config.errors import ConfigError, StageError
 from stages.config.request import ArtifactRef, Manifest, StageRequest
 from stages.tracking.client import now_ms, stage_tag

@@ -12,9 +12,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from stages.config.execution import Engine as EngineKind
-from stages.config.execution import ExecutionConfig
-from stages.config.train import TrainConfig
 from stages.data.tokens.packing import Packed
 from stages.train.ranks import Processes
 from stages.train.shards import Piece, SavedState
@@ -136,16 +133,3 @@ class Engine(Protocol):
     def load_state_dict(self, state: SavedState) -> None:
         """Restore what any engine's `state_dict` returned, on any number of processes."""
         ...
-
-
-def make_engine(parts: dict[str, nn.Module], config: TrainConfig, execution: ExecutionConfig) -> Engine:
-    """Wrap the trained models, by name, in the engine that the execution config asks for."""
-    match execution.engine:
-        case EngineKind.DEEPSPEED:
-            from stages.train.engines.deepspeed_engine import DeepSpeedEngine
-
-            return DeepSpeedEngine(parts, config, execution)
-        case EngineKind.DDP | EngineKind.FSDP:
-            from stages.train.engines.torch_engine import TorchEngine
-
-            return TorchEngine(parts, config, execution)

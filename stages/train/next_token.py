@@ -12,12 +12,13 @@ from stages.data.tokens.packing import Packed, TokenSequence, collate, plan_rows
 from stages.data.tokens.ragged import Ragged
 from stages.data.tokens.views import SequenceView
 from stages.losses import perplexity
+from stages.models.experts import Routing
 from stages.models.forward import NextTokenTerms, next_token_loss_sum, next_token_terms
 from stages.models.noise import embedding_noise
 from stages.train.engine import Engine
 from stages.train.objective import LossOutput, ObjectiveState, Step
 from stages.train.plan import batches, evenly, in_step, order_digest, share
-from stages.train.routing import Balancing, Routing
+from stages.train.routing import Balancing
 
 _PLACE = "place"
 """Field of a training batch: where the row of each token stands in the order of all training rows."""

@@ -9,38 +9,20 @@ Shape legend: K tokens, L layers, E experts.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from stages.data.tokens.packing import Packed
 from stages.losses import router_balance_loss
+from stages.models.experts import Routing
 from stages.models.forward import TrunkOutput, run_trunk
 from stages.train.engine import LossOutput
 from stages.train.objective import Step
 
 _LOAD = "router_load"
 """Prefix of the loads among an objective's tensors."""
-
-
-@dataclass(frozen=True)
-class Routing:
-    """How a model sends tokens to experts."""
-
-    num_chosen: int
-    """Experts a token."""
-    coefficient: float
-    """Weight of the balancing loss, the model's own."""
-
-
-def routing_of(model: nn.Module) -> Routing | None:
-    """Describe a mixture-of-experts model of transformers; None for a model that comes without a balancing loss."""
-    config = model.config
-    coefficient = getattr(config, "router_aux_loss_coef", None)
-    if coefficient is None or "router_logits" not in (model._can_record_outputs or {}):  # type: ignore[operator]
-        return None
-    return Routing(num_chosen=config.num_experts_per_tok, coefficient=coefficient)  # type: ignore[union-attr, arg-type]
 
 
 class RouterBalance:

@@ -20,7 +20,8 @@ from stages.models.build import save_model
 from stages.models.precision import compute_dtype
 from stages.train.best import BestBy
 from stages.train.checkpoint import Checkpointer
-from stages.train.engine import Engine, make_engine
+from stages.train.engine import Engine
+from stages.train.engines.choose import make_engine
 from stages.train.interruption import Interruption, stop_flag, wait_for_all
 from stages.train.loop import train
 from stages.train.objective import Objective

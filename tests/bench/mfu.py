@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from stages.artifacts.store import open_store
+from stages.artifacts.addresses import open_store
 from stages.config.execution import ExecutionConfig
 from stages.config.train import ModelConfig, OptimizerConfig, PretrainConfig
 from stages.data.tokens.packing import TokenSequence
@@ -24,7 +24,7 @@ from stages.data.tokens.views import TokensArtifact
 from stages.models.build import new_causal_lm
 from stages.models.precision import compute_dtype
 from stages.train.checkpoint import Checkpointer
-from stages.train.engine import make_engine
+from stages.train.engines.choose import make_engine
 from stages.train.loop import train
 from stages.train.next_token import NextTokenObjective
 from stages.train.ranks import local_device

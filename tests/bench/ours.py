@@ -29,7 +29,8 @@ from stages.models.flops import FlopCounter
 from stages.models.forward import target_logprobs
 from stages.models.precision import compute_dtype
 from stages.train.checkpoint import Checkpointer
-from stages.train.engine import Engine, make_engine
+from stages.train.engine import Engine
+from stages.train.engines.choose import make_engine
 from stages.train.loop import train
 from stages.train.objective import Step
 from stages.train.throughput import Meter

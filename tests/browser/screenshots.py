@@ -15,7 +15,7 @@ from infra.health import Health
 from infra.layout import CHECKOUT, Layout, StackRecord, StackSecrets
 from infra.run_state import DAG_ID, RunWatch
 from infra.stack import Stack
-from stages.artifacts.store import open_store
+from stages.artifacts.addresses import open_store
 from stages.config.graph import Stage
 from tests.browser.pages import (
     SIZE,

@@ -16,8 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
-from stages.artifacts.manifests import find_manifest, read_file, run_key, split_artifact_uri, verify
-from stages.artifacts.store import Store, open_store
+from stages.artifacts.addresses import open_store, run_key, split_artifact_uri
+from stages.artifacts.manifests import find_manifest, read_file, verify
+from stages.artifacts.store import Store
 from stages.config.graph import GRAPH, Stage
 from stages.config.request import ArtifactRef, StageResult, safe_run_id
 from tests.chaos.proxy import Proxy

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 
-from stages.artifacts.manifests import run_key
+from stages.artifacts.addresses import run_key
 from stages.artifacts.store import Store, write_json
 from stages.config.errors import Category
 from stages.config.request import StageRequest

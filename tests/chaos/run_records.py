@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from stages.artifacts.manifests import MANIFEST, artifact_key, find_intact, run_key
+from stages.artifacts.addresses import artifact_key, run_key
+from stages.artifacts.manifests import MANIFEST, find_intact
 from stages.artifacts.store import Store, read_json
 from stages.config.graph import GRAPH, Stage
 from stages.config.request import Manifest, StageResult, safe_run_id

@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any
 
-from stages.artifacts.manifests import run_key
+from stages.artifacts.addresses import run_key
 from stages.artifacts.store import write_json
 from stages.job.context import StageContext, StageOutcome
 from tests.chaos.job import note_pid, pretrain_by

@@ -24,8 +24,8 @@ from infra.components import PATIENT, airflow_components
 from infra.environment import stack_environment
 from infra.layout import Layout, StackRecord, StackSecrets, write_airflow_passwords
 from infra.ports import any_free
-from stages.artifacts.manifests import run_key
-from stages.artifacts.store import Store, open_store, read_json
+from stages.artifacts.addresses import open_store, run_key
+from stages.artifacts.store import Store, read_json
 from stages.config.graph import Stage
 from stages.config.request import safe_run_id
 from tests.chaos.proxy import Proxy

@@ -14,15 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from stages.artifacts.manifests import (
-    artifact_uri,
-    content_digest,
-    fingerprint,
-    publish,
-    run_key,
-    upload_files,
-    utc_now,
-)
+from stages.artifacts.addresses import artifact_uri, run_key
+from stages.artifacts.manifests import content_digest, fingerprint, publish, upload_files, utc_now
 from stages.artifacts.store import Store, write_json
 from stages.config.errors import EXIT_CODES, Category
 from stages.config.graph import GRAPH, Stage

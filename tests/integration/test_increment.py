@@ -9,8 +9,9 @@ import pytest
 
 from operators.given import given_artifacts
 from operators.prepare import build_request, load_config, pipeline_key
+from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import fetch, read_manifest
-from stages.artifacts.store import Store, open_store, write_json
+from stages.artifacts.store import Store, write_json
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef, RunInfo
 from stages.config.resolve import resolve

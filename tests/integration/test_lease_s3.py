@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from stages.artifacts.addresses import open_store
 from stages.artifacts.lease import LeaseLostError, LeaseTimes
 from stages.artifacts.manifests import content_digest, find_manifest, publish, upload_files, verify
-from stages.artifacts.store import open_store
 from tests.conftest import enter
 from tests.s3 import S3Server
 from tests.unit.artifacts.test_lease import IDENTITY, KIND, held, publish_empty, take

@@ -17,13 +17,14 @@ import requests
 
 from infra.components import mlflow_server as mlflow_component
 from infra.ports import any_free
+from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import read_manifest
-from stages.artifacts.store import Store, open_store
+from stages.artifacts.store import Store
 from stages.config.closing import PromoteConfig
 from stages.config.graph import GRAPH, PIPELINE_STAGES, Stage
 from stages.config.params import Promotion
 from stages.config.request import ArtifactRef, RunInfo
-from stages.lineage.graph import main as lineage_main
+from stages.lineage.__main__ import main as lineage_main
 from stages.promote import run as promote
 from stages.tracking.client import artifact_uri_of_model, connect, registered_versions
 from stages.tracking.spool import SPOOL_NAME

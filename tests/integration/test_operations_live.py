@@ -18,8 +18,8 @@ from infra.__main__ import settings
 from infra.layout import Layout
 from infra.stack import Stack
 from infra.supervisor import Supervisor
+from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import find_manifest, verify
-from stages.artifacts.store import open_store
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef, safe_run_id
 from tests.listening import Listener, listeners

@@ -40,8 +40,8 @@ from operators.ray.jobs import JobStatus, RayUnreachableError
 from operators.ray.ownership import OwnedJob, airflow_id
 from operators.ray.submission import STATE_KEY, TaskKey
 from operators.ray.trigger import RayJobTrigger
-from stages.artifacts.manifests import run_key
-from stages.artifacts.store import Store, open_store, read_json
+from stages.artifacts.addresses import open_store, run_key
+from stages.artifacts.store import Store, read_json
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef, RunInfo
 from stages.config.resolve import resolve

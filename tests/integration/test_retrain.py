@@ -18,8 +18,8 @@ from dags.llm_pipeline import llm_pipeline
 from dags.retrain import retrain
 from operators.retrain import Skip, decide, record
 from operators.watcher import PrefixTrigger
-from stages.artifacts.manifests import fetch, read_manifest, run_key
-from stages.artifacts.store import open_store
+from stages.artifacts.addresses import open_store, run_key
+from stages.artifacts.manifests import fetch, read_manifest
 from stages.config.graph import Stage
 from stages.config.params import PipelineParams
 from stages.config.request import StageResult

@@ -11,8 +11,8 @@ import pytest
 from infra.airflow_api import AirflowApiError
 from operators.retrain import read_watermark
 from operators.watcher import list_prefix
+from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import fetch, read_manifest
-from stages.artifacts.store import open_store
 from stages.config.graph import Stage
 from stages.lineage.graph import ancestors
 from tests.live_stack import EVALUATE, PIPELINE, RETRAIN, LiveStack

@@ -12,8 +12,8 @@ import pytest
 
 from dags.llm_pipeline import llm_pipeline
 from operators.ray.hook import RayJobHook
-from stages.artifacts.manifests import fetch, read_manifest, run_key
-from stages.artifacts.store import open_store
+from stages.artifacts.addresses import open_store, run_key
+from stages.artifacts.manifests import fetch, read_manifest
 from stages.config.graph import GRAPH, PIPELINE_STAGES, Stage
 from stages.config.params import PipelineParams
 from stages.config.request import ArtifactRef, StageResult

@@ -162,7 +162,7 @@ def write_tracked(store_uri: str, run_id: str, stage: str, answer: str) -> None:
     """
     from mlflow import MlflowClient
 
-    from stages.artifacts.store import open_store
+    from stages.artifacts.addresses import open_store
     from stages.tracking.delivery import replay
 
     assert replay(open_store(store_uri), run_id) == []

@@ -13,10 +13,10 @@ from stages.config.errors import ConfigError
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
 from stages.data.tokens.packing import TokenSequence, lay_out
-from stages.data.tokens.tokenizer import check_growth
 from stages.data.tokens.views import TokensArtifact
 from stages.models.build import load_causal_lm, load_reward_model
 from stages.models.forward import next_token_loss_sum, target_logprobs
+from stages.models.given_tokenizer import check_growth
 from tests.small_world import CONFIGS, make_context
 
 _SIZES: dict[str, Any] = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stages.artifacts.store import open_store
+from stages.artifacts.addresses import open_store
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
 from stages.config.train import ModelConfig, PretrainConfig

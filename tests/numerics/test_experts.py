@@ -15,9 +15,11 @@ from stages.data.tokens.packing import TokenSequence, lay_out
 from stages.data.tokens.views import TokensArtifact
 from stages.losses import router_balance_loss
 from stages.models.build import load_causal_lm, new_causal_lm, save_model
+from stages.models.experts import Routing, routing_of
 from stages.models.forward import run_trunk, target_logprobs
-from stages.train.engine import Share, make_engine
-from stages.train.routing import RouterBalance, Routing, routing_of
+from stages.train.engine import Share
+from stages.train.engines.choose import make_engine
+from stages.train.routing import RouterBalance
 from tests.numerics.training import Killed, prepare, run_training
 from tests.small_world import CONFIGS, EXPERTS, make_context
 

@@ -171,7 +171,7 @@ def test_an_export_reloads_in_plain_transformers(artifact: TokensArtifact, stage
 def prepared_objective(stage: Stage, inputs: dict[str, ArtifactRef], artifact: TokensArtifact, home: Path) -> Any:
     import importlib
 
-    from stages.train.engine import make_engine
+    from stages.train.engines.choose import make_engine
 
     context = make_context(home, stage, CONFIGS[stage], inputs)
     prepared = importlib.import_module(f"stages.{stage}").prepare(context, artifact)

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.artifacts.manifests import artifact_uri, find_manifest, fingerprint, run_key
-from stages.artifacts.store import open_store, read_json, write_json
+from stages.artifacts.addresses import artifact_uri, open_store, run_key
+from stages.artifacts.manifests import find_manifest, fingerprint
+from stages.artifacts.store import read_json, write_json
 from stages.config.errors import ExitCode
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import GRAPH, Stage

@@ -16,7 +16,7 @@ from stages.config.train import LoRAConfig, PostTrainConfig
 from stages.data.tokens.views import TokensArtifact
 from stages.models.build import load_causal_lm, load_reward_model, save_model
 from stages.models.lora import add_adapter, start_of
-from stages.train.engine import make_engine
+from stages.train.engines.choose import make_engine
 from tests.numerics.training import Case, Killed, prepare, run_on_processes, run_training
 from tests.small_world import CONFIGS, make_context
 

@@ -23,7 +23,7 @@ from stages.data.tokens.views import TokensArtifact
 from stages.job.context import StageContext
 from stages.models.build import save_model
 from stages.train.checkpoint import Checkpointer
-from stages.train.engine import make_engine
+from stages.train.engines.choose import make_engine
 from stages.train.loop import train
 from stages.train.run import Prepared
 from stages.train.throughput import Meter

@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 
 from operators.operator import StageOperator
+from stages.artifacts.addresses import open_store
+from stages.artifacts.folder import FileStore
 from stages.artifacts.manifests import fetch, read_manifest, upload_files
 from stages.artifacts.s3 import S3Store
-from stages.artifacts.store import FileStore, Store, open_store
+from stages.artifacts.store import Store
 from stages.config.errors import ConfigError, DamagedArtifactError
 from stages.config.graph import Stage
 from stages.config.request import FileEntry, safe_run_id
 from stages.config.resolve import resolve
-from stages.job.runner import _scratch_folder
+from stages.job.attempt import scratch_folder
 from tests.unit.artifacts.test_manifests import make_artifact
 
 OUTSIDE = ["../x", "a/../../x", "/etc/passwd", "a//etc/passwd", "a/..", ".", "", "a/./b", "a\0b", "artifacts/"]
@@ -110,11 +112,11 @@ def test_usual_paths_of_files_stay_possible() -> None:
 def test_a_scratch_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """/tmp/athanor-<uid> can be made by anybody on the machine."""
     monkeypatch.setenv("ATHANOR_SCRATCH", str(tmp_path / "scratch"))
-    with _scratch_folder() as folder:
+    with scratch_folder() as folder:
         assert folder.parent == tmp_path / "scratch"
     assert (tmp_path / "scratch").stat().st_mode & 0o777 == 0o700
     monkeypatch.setattr(os, "getuid", lambda: (tmp_path / "scratch").stat().st_uid + 1)
-    with pytest.raises(ConfigError, match="belongs to user"), _scratch_folder():
+    with pytest.raises(ConfigError, match="belongs to user"), scratch_folder():
         pass
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from stages.config.curate import DERIVED, CurateConfig
 from stages.config.errors import DataError
-from stages.data import derive, given
 from stages.data.curation.carried import carried_pairs
 from stages.data.curation.extract import symbols_file
 from stages.data.curation.ledger import Step, verify_chain
 from stages.data.curation.passes import toxicity_scorer, write_published
 from stages.data.curation.pii import scrub
+from stages.data.pairs import derive, given
 from stages.data.sources.records import Symbol, read_lines, source_of, stable_hash, utf8_size
 
 Row = dict[str, Any]

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 from stages.config.curate import CurateConfig
 from stages.config.errors import DataError
 from stages.config.sources import InstructionFormat, PreferenceFormat, Source
-from stages.data import instructions, preferences
 from stages.data.curation.extract import refuse_bad_share
 from stages.data.curation.ledger import Step
+from stages.data.pairs import instructions, preferences
 from stages.data.pairs.trees import conversations_of
 from stages.data.pairs.turns import Conversation, Unusable, opening
 from stages.data.sources.readers import data_files

@@ -1,9 +1,8 @@
 """The tokenizer that a run trains, or the one that its base model brings, behind one small object."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -11,12 +10,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from stages.config.errors import ConfigError
 from stages.config.tokens import INFER, OWN, PLAIN, TokenizeConfig
 from stages.data.tokens.chat import CHAT_TEMPLATE, ChatEncoder
-from stages.models.foreign_code import may_run_code
 
 _BOS, _EOS, _PAD = "<|bos|>", "<|end|>", "<|pad|>"
 _SPECIAL_TOKENS = [_BOS, _EOS, _PAD, "<|system|>", "<|user|>", "<|assistant|>"]
 
-_PLAIN_TEMPLATE = (
+PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}Assistant:"
     "{% generation %} {{ message['content'] }}{{ eos_token }}{% endgeneration %}\n"
     "{% else %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n{% endif %}{% endfor %}"
@@ -107,84 +105,12 @@ def train_tokenizer(texts: Iterator[str], config: TokenizeConfig) -> LoadedToken
         single=f"{_BOS} $A", pair=f"{_BOS} $A $B", special_tokens=[(_BOS, backend.token_to_id(_BOS))]
     )
     special = {"bos_token": _BOS, "eos_token": _EOS, "pad_token": _PAD}
-    template = _template(config.chat_template, CHAT_TEMPLATE)
+    template = marked_template(config.chat_template, CHAT_TEMPLATE)
     return LoadedTokenizer(backend, template, special, config.sequence_length, config.chat_template == INFER)
 
 
-def _template(wanted: str, own: str) -> str:
+def marked_template(wanted: str, own: str) -> str:
     """What `tokenize.chat_template` stands for."""
     if wanted == PLAIN:
-        return _PLAIN_TEMPLATE
+        return PLAIN_TEMPLATE
     return own if wanted in (OWN, INFER) else wanted
-
-
-def given_tokenizer(folder: Path, *, chat_template: str = OWN) -> LoadedTokenizer:
-    """Load a base model's tokenizer; raises ConfigError when it is not a fast tokenizer or does not fit the model.
-
-    A tokenizer that begins every text with its begin token gets it in front of the chat template too, if that writes
-    none.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # a tokenizer's code never runs
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"base_model: no tokenizer in {folder}: {error}",
-            advice="Save the model's tokenizer files beside its weights.",
-        ) from error
-    if not getattr(loaded, "is_fast", False):
-        raise ConfigError(
-            f"base_model: the tokenizer in {folder} is not a fast tokenizer", advice="Provide its tokenizer.json."
-        )
-    if not loaded.eos_token:
-        raise ConfigError(f"base_model: the tokenizer in {folder} has no end token", advice="Set its eos_token.")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=may_run_code(folder))
-    check_growth(loaded.backend_tokenizer, rows=config.vocab_size)
-    special = {
-        "bos_token": loaded.bos_token or "",
-        "eos_token": loaded.eos_token,
-        "pad_token": loaded.pad_token or loaded.eos_token,
-    }
-    template = _template(chat_template, _own_template(loaded) or _PLAIN_TEMPLATE)
-    made = LoadedTokenizer(
-        loaded.backend_tokenizer, template, special, int(loaded.model_max_length), chat_template == INFER
-    )
-    if _adds_bos(made) and not made.chat().begins_with(special["bos_token"]):
-        made = replace(made, chat_template="{{ bos_token }}" + template)
-    return made
-
-
-def _own_template(loaded: Any) -> str:
-    """A tokenizer's chat template; of several named ones the one called `default`."""
-    template = loaded.chat_template or ""
-    if isinstance(template, dict):
-        if "default" not in template:
-            raise ConfigError(
-                f"base_model: the tokenizer has the chat templates {sorted(template)} and none called 'default'",
-                advice="Give the text of the one to use as tokenize.chat_template.",
-            )
-        template = template["default"]
-    return template
-
-
-def _adds_bos(tokenizer: LoadedTokenizer) -> bool:
-    """Whether plain encoding begins with the begin token."""
-    tokenizer.backend.encode_special_tokens = False
-    ids = tokenizer.backend.encode("a", add_special_tokens=True).ids
-    return tokenizer.bos_id >= 0 and ids[:1] == [tokenizer.bos_id]
-
-
-def check_growth(backend: Tokenizer, *, rows: int) -> int:
-    """Return how many rows an embedding of `rows` lacks for this tokenizer.
-
-    Raises ConfigError unless all that it lacks are tokens that somebody added to a vocabulary: a tokenizer whose own
-    pieces have no row is another model's.
-    """
-    without = {index for index in backend.get_vocab(with_added_tokens=True).values() if index >= rows}
-    if without - set(backend.get_added_tokens_decoder()):
-        raise ConfigError(
-            f"base_model: the tokenizer has {backend.get_vocab_size()} entries, the model embeds {rows}; not a pair",
-            advice="Use the tokenizer that the model was trained with; only tokens added to it may be new.",
-        )
-    return max(without, default=rows - 1) + 1 - rows

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from stages.artifacts import lease as lease_module
+from stages.artifacts.addresses import open_store
+from stages.artifacts.folder import FileStore
 from stages.artifacts.lease import Lease, LeaseLostError, LeaseTimes, Owner, acquire
 from stages.artifacts.manifests import content_digest, find_manifest, publish, utc_now
-from stages.artifacts.store import FileStore, Store, open_store, read_json
+from stages.artifacts.store import Store, read_json
 from stages.config.errors import Category
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from stages.artifacts.addresses import open_store
+from stages.artifacts.folder import FileStore
 from stages.artifacts.manifests import (
     content_digest,
     fetch,
@@ -22,7 +24,7 @@ from stages.artifacts.manifests import (
     verify,
 )
 from stages.artifacts.s3 import S3Store
-from stages.artifacts.store import FileStore, Store, open_store
+from stages.artifacts.store import Store
 from stages.config.errors import ConfigError, DamagedArtifactError
 from stages.config.graph import PIPELINE_STAGES, Stage
 from stages.config.recipes import tiny

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from infra.garbage import collect
+from stages.artifacts.addresses import open_store, run_key
 from stages.artifacts.lease import LeaseLostError, LeaseTimes, acquire
-from stages.artifacts.manifests import find_manifest, run_key
+from stages.artifacts.manifests import find_manifest
 from stages.artifacts.retention import Policy, delete, find
-from stages.artifacts.store import Store, open_store, write_json
+from stages.artifacts.store import Store, write_json
 from stages.config.errors import DataError, StageError
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef

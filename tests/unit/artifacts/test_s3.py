@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from stages.artifacts.addresses import open_store
 from stages.artifacts.s3 import HASTY, PART_BYTES, PATIENT, Patience, S3Store, StoreError
-from stages.artifacts.store import open_store
 from stages.config.errors import Category
 from tests.chaos.proxy import Proxy
 from tests.conftest import enter

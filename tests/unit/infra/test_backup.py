@@ -21,8 +21,8 @@ from infra.backup import (
     restore_store,
 )
 from infra.layout import Layout, StackSecrets
+from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import fetch, read_manifest
-from stages.artifacts.store import open_store
 from stages.config.graph import Stage
 from tests.pipeline_records import publish_run
 from tests.postgres import missing_for_postgres, postgres_server

@@ -75,7 +75,7 @@ def test_a_store_that_overwrites_is_refused(file_store: str, monkeypatch: pytest
         self.write_bytes(key, data)
         return True
 
-    monkeypatch.setattr("stages.artifacts.store.FileStore.put_if_absent", overwrite)
+    monkeypatch.setattr("stages.artifacts.folder.FileStore.put_if_absent", overwrite)
     with pytest.raises(Unhealthy, match="ignores If-None-Match"):
         check_store(file_store)
 

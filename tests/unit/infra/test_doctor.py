@@ -16,7 +16,7 @@ import requests
 from infra.doctor import doctor, findings
 from infra.ports import any_free
 from infra.store_probe import ROUNDS, Finding, Verdict, examine
-from stages.artifacts.store import FileStore
+from stages.artifacts.folder import FileStore
 from tests.conftest import enter
 from tests.s3 import S3Server
 from tests.unit.infra.test_deploy_probe import serving
@@ -93,7 +93,7 @@ def test_each_server_is_described_as_it_is(every_server: S3Server, monkeypatch: 
 
 
 def listed(uri: str):
-    from stages.artifacts.store import open_store
+    from stages.artifacts.addresses import open_store
 
     return open_store(uri).listing()
 

@@ -15,7 +15,7 @@ from infra.airflow_api import AirflowApi, AirflowApiError
 from infra.demo import follow, read_samples, reasons
 from infra.run_state import RunWatch
 from infra.screen import PlainScreen, duration, samples_panels, summary_table
-from stages.artifacts.store import FileStore
+from stages.artifacts.folder import FileStore
 
 RUN = "manual__2026-11-23T09:00:00+00:00"
 KEY = "manual__2026-11-23T09-00-00-00-00"

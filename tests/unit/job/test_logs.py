@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from operators.ray.logs import LogRelay
-from stages.artifacts.store import open_store
+from stages.artifacts.addresses import open_store
 from stages.config.graph import Stage
 from stages.config.request import StageRequest
 from stages.job.logs import log_for_request, log_for_uri

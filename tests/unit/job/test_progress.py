@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.artifacts.manifests import run_key
-from stages.artifacts.store import Store, open_store, read_json
+from stages.artifacts.addresses import open_store, run_key
+from stages.artifacts.store import Store, read_json
 from stages.config.graph import Stage
 from stages.job.progress import JOB_RECORD, Progress, read_progress, worker_record
 

@@ -10,7 +10,7 @@ from stages.artifacts.lease import LeaseLostError
 from stages.artifacts.s3 import StoreError
 from stages.config.errors import Category, ConfigError, DataError, StageError
 from stages.config.graph import Stage
-from stages.job.runner import describe_failure
+from stages.job.failures import describe_failure
 from stages.job.stopping import Stopped
 from stages.tracking.client import explain
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from stages.artifacts.addresses import open_store
 from stages.artifacts.lease import Fence
-from stages.artifacts.store import open_store
 from stages.job.stopping import StopNotice, Stopped, grace_seconds, postponing, raise_stopped
 
 

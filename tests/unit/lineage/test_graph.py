@@ -9,18 +9,11 @@ import pytest
 from stages.artifacts.manifests import read_manifest
 from stages.config.errors import ConfigError
 from stages.config.graph import Stage
-from stages.lineage.graph import (
-    ancestors,
-    ancestors_of_unpublished,
-    descendants,
-    lineage_tags,
-    main,
-    slug,
-    to_json,
-    to_markdown,
-    to_svg,
-)
+from stages.lineage.__main__ import main
+from stages.lineage.graph import ancestors, ancestors_of_unpublished, descendants
 from stages.lineage.svg import Box, draw_graph
+from stages.lineage.tags import lineage_tags, slug
+from stages.lineage.views import to_json, to_markdown, to_svg
 from tests.pipeline_records import RAW_DIGEST, fingerprint_of, publish_run
 
 

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from stages.config.errors import ConfigError
 from stages.config.tokens import TokenizeConfig
-from stages.data.tokens.tokenizer import LoadedTokenizer, given_tokenizer, train_tokenizer
+from stages.data.tokens.tokenizer import LoadedTokenizer, train_tokenizer
 from stages.data.tokens.views import TokensArtifact
 from stages.models.build import _load, load_causal_lm, load_reward_model, save_model
 from stages.models.foreign_code import code_digest
 from stages.models.given import base_model_dir, snapshot_base_model
+from stages.models.given_tokenizer import given_tokenizer
 
 
 @pytest.fixture(scope="module")

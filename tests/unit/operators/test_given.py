@@ -11,14 +11,16 @@ import pytest
 
 from operators.given import given_artifacts
 from operators.prepare import as_far_as_there_is_new_data, build_request
-from stages.artifacts.manifests import artifact_uri, publish, read_manifest, utc_now
-from stages.artifacts.store import Store, open_store
+from stages.artifacts.addresses import artifact_uri, open_store
+from stages.artifacts.manifests import publish, read_manifest, utc_now
+from stages.artifacts.store import Store
 from stages.config.errors import ConfigError, StageError
 from stages.config.graph import GRAPH, PIPELINE_STAGES, Stage
 from stages.config.pipeline import BASE_MODEL, PREVIOUS
 from stages.config.request import ArtifactRef, InputEntry, Manifest, RunInfo
 from stages.config.resolve import resolve
-from stages.lineage.graph import ancestors, lineage_tags, started_from
+from stages.lineage.graph import ancestors, started_from
+from stages.lineage.tags import lineage_tags
 
 RUN = RunInfo(run_id="r", name="n")
 

@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 
 from operators.failures import RunIncomplete
-from operators.plan import Verdict, devices_from_environment, make_plan, plan_run
+from operators.plan import Verdict, make_plan
 from operators.plan_page import as_markdown, as_table
+from operators.plan_task import devices_from_environment, plan_run
 from operators.prepare import build_request, find_hit, input_stages, selection
 from operators.run import finish_run, start_run
-from stages.artifacts.manifests import DOUBT, MANIFEST, artifact_uri, content_digest, fingerprint, publish, upload_files
-from stages.artifacts.store import FileStore, Store, open_store, write_json
+from stages.artifacts.addresses import artifact_uri, open_store
+from stages.artifacts.folder import FileStore
+from stages.artifacts.manifests import DOUBT, MANIFEST, content_digest, fingerprint, publish, upload_files
+from stages.artifacts.store import Store, write_json
 from stages.config.errors import Category
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import PipelineConfig, stage_config_from_json
@@ -232,7 +235,7 @@ def test_the_task_lets_a_run_go_on_and_ends_a_dry_run_after_storing_its_plan(
 def test_a_plan_that_cannot_be_made_stops_a_dry_run_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr("stages.artifacts.store.FileStore.list", Unreadable.list)
+    monkeypatch.setattr("stages.artifacts.folder.FileStore.list", Unreadable.list)
     assert plan_task(tmp_path, monkeypatch)[0] is True
     assert "No plan, the run goes on without: OSError: the store is away" in caplog.text
     with pytest.raises(RunIncomplete, match="could not be made: OSError: the store is away"):

@@ -13,7 +13,8 @@ from airflow.sdk import Asset
 
 from operators.prepare import params_key
 from operators.retrain import Go, Skip, announced_data, decide, read_watermark, record
-from stages.artifacts.store import open_store, write_json
+from stages.artifacts.addresses import open_store
+from stages.artifacts.store import write_json
 from stages.config.errors import ConfigError, StageError
 from stages.config.resolve import resolve
 from stages.config.retrain import RetrainParams

@@ -10,8 +10,9 @@ from operators.failures import RunIncomplete, StageConfigFailed
 from operators.links import mlflow_artifact_page, mlflow_run_page
 from operators.prepare import build_request, find_hit, input_stages, load_config
 from operators.run import finish_run, start_run
-from stages.artifacts.manifests import DOUBT, artifact_key, fingerprint
-from stages.artifacts.store import open_store, write_json
+from stages.artifacts.addresses import artifact_key, open_store
+from stages.artifacts.manifests import DOUBT, fingerprint
+from stages.artifacts.store import write_json
 from stages.config.errors import ConfigError
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import PipelineConfig, stage_config_from_json

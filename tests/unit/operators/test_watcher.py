@@ -129,7 +129,7 @@ def test_it_survives_the_way_through_airflows_database(tmp_path: Path):
 
 @pytest.mark.integration
 def test_a_prefix_in_s3_is_listed_with_its_versions(s3_store: str):
-    from stages.artifacts.store import open_store
+    from stages.artifacts.addresses import open_store
 
     store = open_store(f"{s3_store}/raw")
     empty = list_prefix(f"{s3_store}/raw")

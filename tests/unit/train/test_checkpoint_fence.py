@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from stages.artifacts.addresses import open_store
 from stages.artifacts.lease import LeaseLostError, Owner, acquire
-from stages.artifacts.store import open_store
 from stages.config.graph import Stage
 from stages.config.recipes import tiny
 from stages.job.context import StageContext, StageOutcome

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from stages.artifacts.store import Store, open_store, read_json, write_json
+from stages.artifacts.addresses import open_store
+from stages.artifacts.store import Store, read_json, write_json
 from stages.config.errors import ConfigError, DataError
 from stages.train.best import BestBy
 from stages.train.checkpoint import Checkpoint, Checkpointer

@@ -13,7 +13,7 @@ from stages import dpo, pretrain, reward, sft
 from stages.config.graph import Stage
 from stages.data.tokens.packing import Packed
 from stages.data.tokens.views import TokensArtifact
-from stages.train.engine import make_engine
+from stages.train.engines.choose import make_engine
 from stages.train.objective import Objective, Step
 from stages.train.plan import order_digest
 from tests.small_world import CONFIGS, make_context, make_models, make_tokens

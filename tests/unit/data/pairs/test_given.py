@@ -9,8 +9,8 @@ import pytest
 from stages.config.curate import CurateConfig
 from stages.config.errors import DataError
 from stages.config.sources import InstructionFormat, PreferenceFormat, parse_source
-from stages.data import instructions, preferences
 from stages.data.curation.ledger import Step
+from stages.data.pairs import instructions, preferences
 from stages.data.pairs.given import given_instructions, given_preferences
 from stages.data.pairs.instructions import to_conversation
 from stages.data.pairs.preferences import Preference, split_transcript, to_preferences

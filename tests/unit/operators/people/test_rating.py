@@ -15,8 +15,9 @@ import pytest
 from operators.failures import StageDataFailed
 from operators.people.collect import complete, make_questions, pairs_of, publish_preferences, request_key
 from operators.people.rating import SKIP, TIE, Outcome, body, options, read_answer, shown_order
+from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import read_file, read_manifest
-from stages.artifacts.store import Store, open_store, write_json
+from stages.artifacts.store import Store, write_json
 from stages.config.collect import RespondConfig
 from stages.config.curate import CurateConfig
 from stages.config.graph import Stage

@@ -1,0 +1,134 @@
+"""The object store as a local or shared folder."""
+
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from stages.artifacts.store import Listed, Unfinished, check_key
+from stages.config.errors import ConfigError
+
+_ASIDE = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}")
+
+
+class FileStore:
+    """A folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.root_uri = root.as_uri()
+
+    def _path(self, key: str) -> Path:
+        path = (self.root / check_key(key, self.root_uri)).resolve()
+        if not path.is_relative_to(self.root.resolve()):
+            raise ConfigError(
+                f"key={key!r} leaves the store {self.root_uri} through a link",
+                advice="Put the files themselves into the store.",
+            )
+        return path
+
+    def exists(self, key: str) -> bool:
+        return self._path(key).is_file()
+
+    def size(self, key: str) -> int | None:
+        path = self._path(key)
+        return path.stat().st_size if path.is_file() else None
+
+    def read_bytes(self, key: str) -> bytes:
+        return self._path(key).read_bytes()
+
+    def write_bytes(self, key: str, data: bytes) -> None:
+        aside = self._write_aside(key, data)
+        os.replace(aside, self._path(key))
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        aside = self._write_aside(key, data)
+        try:
+            os.link(aside, self._path(key))
+        except FileExistsError:
+            return False
+        finally:
+            aside.unlink()
+        return True
+
+    def _write_aside(self, key: str, data: bytes) -> Path:
+        aside = self._aside(key)
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return aside
+
+    def _aside(self, key: str) -> Path:
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+    def upload(self, path: Path, key: str) -> None:
+        aside = self._aside(key)
+        shutil.copyfile(path, aside)
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, self._path(key))
+
+    def download(self, key: str, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self._path(key), path)
+
+    def list(self, prefix: str) -> Iterator[str]:
+        folder = self._path(prefix.rstrip("/"))
+        if not folder.is_dir():
+            return
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and not path.name.startswith("."):
+                yield path.relative_to(self.root.resolve()).as_posix()
+
+    def listing(self) -> Iterator[Listed]:
+        root = self.root.resolve()
+        for folder, folders, names in os.walk(root):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for name in names:
+                path = Path(folder, name)
+                if name.startswith("."):
+                    continue
+                try:
+                    found = path.stat()
+                except FileNotFoundError:
+                    continue  # removed while we were looking
+                modified = datetime.fromtimestamp(found.st_mtime, UTC)
+                yield Listed(path.relative_to(root).as_posix(), found.st_size, str(found.st_mtime_ns), modified)
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def local_path(self, key: str) -> Path | None:
+        return self._path(key)
+
+    def clock(self) -> datetime:
+        # not this machine's clock: the folder may be another's, which stamps its files by its own
+        self.root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.root) as file:
+            return datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, UTC)
+
+    def unfinished(self) -> Iterator[Unfinished]:
+        for path in self.root.resolve().rglob(".*.*"):
+            name = _ASIDE.fullmatch(path.name)
+            if name is None:
+                continue
+            try:
+                started = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+            except FileNotFoundError:
+                continue  # finished while we were looking
+            key = path.with_name(name["name"]).relative_to(self.root.resolve()).as_posix()
+            yield Unfinished(key, started, path.name)
+
+    def discard(self, upload: Unfinished) -> None:
+        self._path(upload.key).with_name(upload.id).unlink(missing_ok=True)

@@ -1,0 +1,114 @@
+"""Failures of a stage, sorted into the failure contract and written where the operator reads them."""
+
+import errno
+import logging
+import os
+import tempfile
+import traceback
+from typing import Any
+
+from stages.artifacts.addresses import run_key
+from stages.artifacts.store import Store, write_json
+from stages.config.errors import EXIT_CODES, Category, StageError, without_logins
+from stages.config.graph import Stage
+from stages.config.request import Failure, StageRequest
+from stages.job.attempt import scratch_home
+
+logger = logging.getLogger("athanor")
+
+
+# Torch's CPU allocator and cuBLAS raise plain RuntimeErrors; Ray's memory monitor kills the worker and says so.
+_OUT_OF_MEMORY_TEXTS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "running low on memory",
+)
+
+
+# Python, torch and safetensors raise classes of their own, all with the system's words in them.
+_DISK_FULL_TEXTS = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+
+
+def record_failure(store: Store, request: StageRequest, error: BaseException) -> int:
+    failure = describe_failure(error, request.stage)
+    key = run_key(request.run.run_id, request.stage, "failure.json")
+    try:
+        if failure.category == Category.LOST and store.exists(key):
+            # A worker that knew why it ended has written it; all that is seen of it from here is that it is gone.
+            failure = Failure.model_validate_json(store.read_bytes(key))
+        write_json(store, key, failure.model_dump(mode="json"))
+    except Exception as problem:  # noqa: BLE001 - whatever the store's client raises; the exit code still tells
+        logger.error("failure.json was not written: %s", problem)
+    told = f"{request.stage.value} failed [{failure.category}]: {failure.message} {failure.advice}"
+    logger.error("%s", f"{told}\n{failure.detail}".rstrip())
+    return EXIT_CODES[Category(failure.category)]
+
+
+def describe_failure(error: BaseException, stage: Stage) -> Failure:
+    """Sort an exception of a stage into the failure contract; Ray's wrapping of worker errors is looked through."""
+    cause = _cause(error)
+    if any(text in str(cause) for text in _DISK_FULL_TEXTS):
+        return Failure(
+            category=Category.INFRASTRUCTURE,
+            message=f"a disk of the worker's machine is full: {without_logins(str(cause))}",
+            advice=f"Make room where stages write: {scratch_home()} (ATHANOR_SCRATCH), {tempfile.gettempdir()} "
+            "(TMPDIR), and a file:// store (`python -m infra gc`). The retry resumes from the newest checkpoint.",
+        )
+    if isinstance(cause, StageError):
+        return Failure(category=cause.category, message=cause.message, advice=cause.advice)
+    detail = without_logins("".join(traceback.format_exception(error)))[-8000:]
+    if _is_out_of_memory(cause):
+        return Failure(
+            category=Category.OUT_OF_MEMORY,
+            message=f"out of memory: {cause}",
+            advice=f"The retry halves execution.{stage.value}.micro_batch_size; results do not change. "
+            "gradient_checkpointing saves memory too.",
+            detail=detail,
+        )
+    if _is_worker_death(cause):
+        return Failure(
+            category=Category.PREEMPTED if getattr(cause, "preempted", False) else Category.LOST,
+            message=_death(cause),
+            advice="The retry resumes from the newest checkpoint. If it recurs, see whether the kernel killed the "
+            f"worker for want of memory (`dmesg`): a smaller execution.{stage.value}.micro_batch_size needs less.",
+            detail=detail,
+        )
+    return Failure(
+        category=Category.INFRASTRUCTURE,
+        message=without_logins(f"{type(cause).__name__}: {cause}"),
+        advice="Unexpected; the traceback is in the job's log. The task is retried and resumes from its checkpoint.",
+        detail=detail,
+    )
+
+
+def _cause(error: BaseException) -> Any:
+    """The error that explains the others: when one worker fails, its peers fail for want of it."""
+    failures = getattr(error, "worker_failures", {}).values()
+    # A worker's own exception is wrapped as a task's error, its death as a health check that failed.
+    causes = [getattr(f, "cause", getattr(f, "health_check_failure", f)) for f in failures]
+    telling = (lambda e: isinstance(e, StageError), _is_out_of_memory, _is_worker_death)
+    for tells in telling:
+        for cause in causes:
+            if tells(cause):
+                return cause
+    return causes[0] if causes else error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Python's, torch's, the CPU allocator's, or Ray's memory monitor's."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
+
+
+def _death(error: BaseException) -> str:
+    """Where a worker died and why; Ray says so on later lines, after one that says nothing."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    address = next((line.removeprefix("ip: ") for line in lines if line.startswith("ip: ")), "")
+    reasons = [line.partition(". ")[0] for line in lines if " because " in line or "was terminated" in line]
+    return f"a training worker died{address and f' on {address}'}: {', '.join(reasons) or lines[0]}"
+
+
+def _is_worker_death(error: BaseException) -> bool:
+    return type(error).__name__ in ("ActorDiedError", "ActorUnavailableError", "RayActorError", "NodeDiedError")

@@ -1,0 +1,52 @@
+"""The lineage tags that every MLflow run, model and model version carries, copied from the manifest."""
+
+import re
+from collections.abc import Mapping
+
+from stages.config.graph import GRAPH, Stage
+from stages.config.request import ArtifactRef, InputEntry, Manifest
+
+DATASET_KINDS = frozenset({"curated", "tokens", "evaluation"})
+"""Kinds that MLflow shows as datasets; the other inputs of a stage are models or records."""
+
+
+MODEL_KINDS: dict[str, Stage] = {spec.kind: spec.stage for spec in GRAPH.values() if spec.trains}
+
+
+def lineage_tags(manifest: Manifest, uri: str) -> dict[str, str]:
+    """Return the tags that runs, LoggedModels and model versions carry, copied from the manifest.
+
+    `lineage.parent.<role>` is the fingerprint of an input model, `lineage.dataset.<role>` the digest of input data.
+    """
+    tags = {
+        **input_tags({entry.role: entry for entry in manifest.inputs}, manifest.sources, stage=manifest.stage),
+        "lineage.stage": manifest.stage.value,
+        "lineage.kind": manifest.kind,
+        "lineage.fingerprint": manifest.fingerprint,
+        "lineage.digest": manifest.digest,
+        "artifact.uri": uri,
+        "git.commit": str(manifest.execution.get("git_commit", "")),
+        "ray.submission_id": str(manifest.execution.get("submission_id", "")),
+    }
+    return {key: value for key, value in tags.items() if value}
+
+
+def input_tags(
+    inputs: Mapping[str, InputEntry | ArtifactRef], sources: Mapping[str, str], *, stage: Stage
+) -> dict[str, str]:
+    """Return the tags for the edges into a stage."""
+    tags: dict[str, str] = {}
+    for role, entry in inputs.items():
+        if entry.kind in DATASET_KINDS:
+            tags[f"lineage.dataset.{role}"] = entry.digest
+        else:
+            tags[f"lineage.parent.{role}"] = entry.fingerprint
+    relation = "dataset" if stage is Stage.CURATE else "parent"
+    for uri, digest in sources.items():
+        tags[f"lineage.{relation}.source.{slug(uri)}"] = digest
+    return tags
+
+
+def slug(text: str) -> str:
+    """Return `text` with everything that MLflow refuses in tag keys replaced."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-")[:120] or "source"

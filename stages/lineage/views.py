@@ -1,0 +1,60 @@
+"""The lineage graph as JSON, Markdown and SVG."""
+
+import json
+from dataclasses import asdict
+
+from stages.lineage.graph import GIVEN_KIND, SOURCE_KIND, Edge, Graph, Node
+from stages.lineage.svg import Box, draw_graph
+from stages.lineage.tags import DATASET_KINDS, MODEL_KINDS
+
+
+def to_json(graph: Graph) -> str:
+    return json.dumps(asdict(graph), indent=1, ensure_ascii=False)
+
+
+def to_markdown(graph: Graph) -> str:
+    """A table of nodes and, under each, where it came from."""
+    incoming: dict[str, list[Edge]] = {}
+    for edge in graph.edges:
+        incoming.setdefault(edge.target, []).append(edge)
+    names = {node.id: f"{node.kind} `{_short(node)}`" for node in graph.nodes}
+    lines = ["| what | digest | made from | where |", "|---|---|---|---|"]
+    for node in graph.nodes:
+        origin = ", ".join(f"{edge.role}: {names[edge.source]}" for edge in incoming.get(node.id, ())) or "outside"
+        mark = "**" if node.id in graph.roots else ""
+        cells = (f"{mark}{names[node.id]}{mark}", f"`{node.digest}`", origin, node.uri)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def to_svg(graph: Graph) -> str:
+    """Draw the graph; colours follow the viewer's light or dark mode."""
+    boxes = [
+        Box(
+            id=node.id,
+            title=node.kind,
+            lines=(_short(node), *_headline_metric(node)),
+            tooltip=f"{node.uri}\ndigest {node.digest}",
+            group=_group(node),
+            emphasised=node.id in graph.roots,
+        )
+        for node in graph.nodes
+    ]
+    return draw_graph(boxes, [(edge.source, edge.target, edge.role) for edge in graph.edges])
+
+
+def _short(node: Node) -> str:
+    return node.uri.rsplit("/", 1)[-1][:24] if node.kind in (SOURCE_KIND, GIVEN_KIND) else node.id[:12]
+
+
+def _group(node: Node) -> str:
+    if node.kind in (SOURCE_KIND, GIVEN_KIND):
+        return "source"
+    return "model" if node.kind in MODEL_KINDS else "data" if node.kind in DATASET_KINDS else "record"
+
+
+def _headline_metric(node: Node) -> tuple[str, ...]:
+    for key in ("eval/perplexity", "reward/accuracy", "dpo/accuracy", "ppo/score", "eval/loss"):
+        if key in node.metrics:
+            return (f"{key.rsplit('/', 1)[-1]} {node.metrics[key]:.3g}",)
+    return ()
