@@ -2,6 +2,7 @@
 read it here."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from stages.config.base import Choice
 
@@ -38,88 +39,227 @@ class Alignment(Choice):
 
 
 @dataclass(frozen=True)
+class Headline:
+    """A metric that sums a stage up in one number: on the screen, in the report, in the approval table."""
+
+    key: str
+    """As it stands in the manifest."""
+    label: str
+    format: str
+    """Python's format of the number, such as `.1%`."""
+    better: Literal["higher", "lower", ""] = ""
+    """Which way is better; empty for counts and distances, which are neither."""
+
+
+@dataclass(frozen=True)
 class StageSpec:
-    """One node: `inputs` maps the role that the verb uses to the stage that fills it."""
+    """All that other files know about a stage; every list of stages is derived from these facts."""
 
     stage: Stage
     kind: str
+    """Of the artifact that it publishes."""
     version: int
     """Raise it when the same config and inputs would now give another result: old artifacts then no longer hit."""
     inputs: tuple[tuple[str, Stage], ...]
+    """The role that the verb uses, and the stage that fills it."""
+    role: str = ""
+    """Under which its artifact is an input of the closing stages; empty when it is none."""
+    label: str = ""
+    """Its model in tables and reports."""
     asset: str | None = None
+    """Airflow's asset that its artifact updates."""
     trains: bool = False
+    """A model comes out of the training loop."""
+    scores: bool = False
+    """Its model gives scores and no text."""
+    aligned: bool = False
+    """Its model may become champion."""
+    closing: bool = False
+    """Runs after all models are made, over all of them."""
+    seeded: bool = False
+    """Has a `seed`, which the run's seed fills."""
+    weighs: Literal["instructions", "preferences", ""] = ""
+    """Field of the form whose sources it trains on; their `#weight=` becomes its mixture."""
+    registered_as: str = ""
+    """Suffix of the registered model's name: `<run name>-<this>`."""
+    headlines: tuple[Headline, ...] = ()
+    """Most telling first; the first two that a manifest has are shown."""
 
 
-_MODELS = (
-    ("base", Stage.PRETRAIN),
-    ("sft", Stage.SFT),
-    ("reward", Stage.REWARD),
-    ("ppo", Stage.PPO),
-    ("dpo", Stage.DPO),
+_DATA = (
+    StageSpec(
+        Stage.CURATE,
+        kind="curated",
+        version=3,
+        inputs=(),
+        role="curated",
+        asset="llm/documents",
+        seeded=True,
+        headlines=(
+            Headline("curate/documents_kept", "documents", ",.0f"),
+            Headline("curate/planted_found", "planted found", ".0%", "higher"),
+        ),
+    ),
+    StageSpec(
+        Stage.TOKENIZE,
+        kind="tokens",
+        version=2,
+        inputs=(("curated", Stage.CURATE),),
+        role="tokens",
+        headlines=(
+            Headline("tokens/train", "tokens", ",.0f"),
+            Headline("tokens/vocab_size", "vocabulary", ",.0f"),
+        ),
+    ),
 )
-_DATA = (("curated", Stage.CURATE), ("tokens", Stage.TOKENIZE))
+
+_TRAINED = (
+    StageSpec(
+        Stage.PRETRAIN,
+        kind="base-model",
+        version=1,
+        inputs=(("tokens", Stage.TOKENIZE),),
+        role="base",
+        label="Base",
+        asset="llm/base-model",
+        trains=True,
+        seeded=True,
+        registered_as="base",
+        headlines=(
+            Headline("eval/perplexity", "perplexity", ".2f", "lower"),
+            Headline("eval/loss", "loss", ".3f", "lower"),
+        ),
+    ),
+    StageSpec(
+        Stage.SFT,
+        kind="sft-model",
+        version=1,
+        inputs=(("tokens", Stage.TOKENIZE), ("model", Stage.PRETRAIN)),
+        role="sft",
+        label="SFT",
+        asset="llm/sft-model",
+        trains=True,
+        seeded=True,
+        weighs="instructions",
+        registered_as="sft",
+        headlines=(
+            Headline("eval/loss", "held-out loss", ".3f", "lower"),
+            Headline("eval/perplexity", "perplexity", ".2f", "lower"),
+        ),
+    ),
+    StageSpec(
+        Stage.REWARD,
+        kind="reward-model",
+        version=2,
+        inputs=(("tokens", Stage.TOKENIZE), ("model", Stage.SFT)),
+        role="reward",
+        label="Reward model",
+        asset="llm/reward-model",
+        trains=True,
+        scores=True,
+        seeded=True,
+        weighs="preferences",
+        registered_as="reward",
+        headlines=(
+            Headline("eval/reward_accuracy", "held-out accuracy", ".1%", "higher"),
+            Headline("eval/reward_margin", "margin", "+.3f", "higher"),
+            Headline("reward/accuracy", "accuracy in training", ".1%", "higher"),
+        ),
+    ),
+    StageSpec(
+        Stage.PPO,
+        kind="ppo-model",
+        version=2,
+        inputs=(("tokens", Stage.TOKENIZE), ("model", Stage.SFT), ("reward", Stage.REWARD)),
+        role="ppo",
+        label="PPO",
+        asset="llm/aligned-model",
+        trains=True,
+        aligned=True,
+        seeded=True,
+        registered_as="aligned",
+        headlines=(
+            Headline("eval/score", "held-out score", "+.3f", "higher"),
+            Headline("eval/kl", "KL", ".2f"),
+            Headline("ppo/score", "score in training", "+.3f", "higher"),
+        ),
+    ),
+    StageSpec(
+        Stage.DPO,
+        kind="dpo-model",
+        version=2,
+        inputs=(("tokens", Stage.TOKENIZE), ("model", Stage.SFT)),
+        role="dpo",
+        label="DPO",
+        asset="llm/aligned-model",
+        trains=True,
+        aligned=True,
+        seeded=True,
+        weighs="preferences",
+        registered_as="aligned",
+        headlines=(
+            Headline("eval/dpo_accuracy", "held-out accuracy", ".1%", "higher"),
+            Headline("eval/dpo_margin", "margin", "+.3f", "higher"),
+            Headline("dpo/accuracy", "accuracy in training", ".1%", "higher"),
+        ),
+    ),
+)
+
+
+def _as_inputs(specs: tuple[StageSpec, ...]) -> tuple[tuple[str, Stage], ...]:
+    return tuple((spec.role, spec.stage) for spec in specs)
+
+
+_EVALUATE = StageSpec(
+    Stage.EVALUATE,
+    kind="evaluation",
+    version=1,
+    inputs=_as_inputs(_DATA + _TRAINED),
+    role="evaluation",
+    closing=True,
+    seeded=True,
+    headlines=(
+        *(
+            Headline(f"{spec.role}/eval/win_rate", f"{spec.label} wins", ".0%", "higher")
+            for spec in _TRAINED
+            if spec.aligned
+        ),
+        Headline("sft/eval/perplexity", "perplexity", ".2f", "lower"),
+    ),
+)
+_PROMOTE = StageSpec(
+    Stage.PROMOTE,
+    kind="promotion",
+    version=1,
+    inputs=_as_inputs((_EVALUATE, *_TRAINED)),
+    role="promotion",
+    closing=True,
+    headlines=(
+        Headline("promotion/registered", "models registered", ".0f"),
+        Headline("promotion/promoted", "promoted", ".0f"),
+    ),
+)
+_REPORT = StageSpec(
+    Stage.REPORT,
+    kind="report",
+    version=1,
+    inputs=_as_inputs((_PROMOTE, _EVALUATE, *_DATA, *_TRAINED)),
+    closing=True,
+    headlines=(Headline("report/bytes", "bytes", ",.0f"),),
+)
+_PEOPLE = (
+    # Its model is any language model and its tokens are that model's, so the DAG says who fills the roles.
+    StageSpec(Stage.RESPOND, kind="responses", version=1, inputs=()),
+    StageSpec(
+        Stage.RATE, kind="preferences", version=1, inputs=(("responses", Stage.RESPOND),), asset="llm/preferences"
+    ),
+)
 
 GRAPH: dict[Stage, StageSpec] = {
-    spec.stage: spec
-    for spec in (
-        StageSpec(Stage.CURATE, "curated", 3, (), asset="llm/documents"),
-        StageSpec(Stage.TOKENIZE, "tokens", 2, (("curated", Stage.CURATE),)),
-        StageSpec(Stage.PRETRAIN, "base-model", 1, (("tokens", Stage.TOKENIZE),), asset="llm/base-model", trains=True),
-        StageSpec(
-            Stage.SFT,
-            "sft-model",
-            1,
-            (("tokens", Stage.TOKENIZE), ("model", Stage.PRETRAIN)),
-            asset="llm/sft-model",
-            trains=True,
-        ),
-        StageSpec(
-            Stage.REWARD,
-            "reward-model",
-            2,
-            (("tokens", Stage.TOKENIZE), ("model", Stage.SFT)),
-            asset="llm/reward-model",
-            trains=True,
-        ),
-        StageSpec(
-            Stage.PPO,
-            "ppo-model",
-            2,
-            (("tokens", Stage.TOKENIZE), ("model", Stage.SFT), ("reward", Stage.REWARD)),
-            asset="llm/aligned-model",
-            trains=True,
-        ),
-        StageSpec(
-            Stage.DPO,
-            "dpo-model",
-            2,
-            (("tokens", Stage.TOKENIZE), ("model", Stage.SFT)),
-            asset="llm/aligned-model",
-            trains=True,
-        ),
-        StageSpec(Stage.EVALUATE, "evaluation", 1, _DATA + _MODELS),
-        StageSpec(Stage.PROMOTE, "promotion", 1, (("evaluation", Stage.EVALUATE), *_MODELS)),
-        StageSpec(
-            Stage.REPORT,
-            "report",
-            1,
-            (("promotion", Stage.PROMOTE), ("evaluation", Stage.EVALUATE), *_DATA, *_MODELS),
-        ),
-        # Its model is any language model and its tokens are that model's, so the DAG says who fills the roles.
-        StageSpec(Stage.RESPOND, "responses", 1, ()),
-        StageSpec(Stage.RATE, "preferences", 1, (("responses", Stage.RESPOND),), asset="llm/preferences"),
-    )
+    spec.stage: spec for spec in (*_DATA, *_TRAINED, _EVALUATE, _PROMOTE, _REPORT, *_PEOPLE)
 }
 
-_CHAIN: tuple[Stage, ...] = (
-    Stage.CURATE,
-    Stage.TOKENIZE,
-    Stage.PRETRAIN,
-    Stage.SFT,
-    Stage.REWARD,
-    Stage.PPO,
-    Stage.DPO,
-)
+_CHAIN: tuple[Stage, ...] = tuple(spec.stage for spec in (*_DATA, *_TRAINED))
 _CLOSING = (Stage.EVALUATE, Stage.PROMOTE, Stage.REPORT)
 
 
