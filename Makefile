@@ -132,7 +132,7 @@ check: $(STAMP) ## format, lint, types, floors, fast tests and, where an advisor
 	ruff check .
 	pyright --threads
 	lint-imports
-	$(PYTHON) -m pytest -q $(PYTEST_PARALLEL) -m 'not slow and not integration' tests/unit
+	$(PYTHON) -m pytest -q $(PYTEST_PARALLEL) -m 'not slow and not integration' tests/unit tests/contracts/test_imports.py
 	$(PYTHON) -m infra.audit || [ $$? -eq 2 ] # 2: said that nobody could be asked, which is no finding
 
 audit: $(STAMP) ## known vulnerabilities of the installed packages; needs the network, says so when it has none
