@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from infra.backup import (
@@ -18,8 +17,7 @@ from infra.backup import (
 from infra.layout import StackRecord
 from infra.stack import Stack, StackError
 from infra.supervisor import Supervisor
-from stages.artifacts.addresses import open_store
-from stages.artifacts.store import Store
+from stages.artifacts.addresses import open_default_store, open_store
 from stages.config.errors import StageError
 
 
@@ -28,24 +26,20 @@ def keep(stack: Stack, command: str, folder: Path, *, postgres: bool) -> None:
     try:
         match command, postgres:
             case "backup", True:
-                store = _store(os.environ.get("ARTIFACT_STORE", ""))
+                store = open_default_store()
                 back_up(folder, store, dump_postgres(folder), stack.say)
             case "backup", False:
                 record = StackRecord.load(stack.layout)
                 if record is None:
                     raise StackError("there is no local stack here; for a server's databases add --postgres")
-                back_up(folder, _store(record.artifact_store), dump_local(folder, stack.layout), stack.say)
+                back_up(folder, open_store(record.artifact_store), dump_local(folder, stack.layout), stack.say)
             case _, True:
-                restore_store(folder, _store(os.environ.get("ARTIFACT_STORE", "")), stack.say)
+                restore_store(folder, open_default_store(), stack.say)
                 restore_postgres(folder)
             case _:
                 record = StackRecord.load(stack.layout)
                 if record is not None and Supervisor(stack.layout, record).answers():
                     raise StackError("the stack runs; stop it with `make down` before you restore")
-                restore_local(folder, stack.layout, _store(read_record(folder).store), stack.say)
+                restore_local(folder, stack.layout, open_store(read_record(folder).store), stack.say)
     except StageError as error:
         raise BackupError(f"{error.message}\n{error.advice}") from error
-
-
-def _store(uri: str) -> Store:
-    return open_store(uri)

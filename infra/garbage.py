@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 
-from stages.artifacts.addresses import open_store
+from stages.artifacts.addresses import open_default_store
 from stages.artifacts.retention import Policy, Waste, delete, find
 from stages.config.errors import StageError
 from stages.tracking.client import all_registered
@@ -15,7 +14,7 @@ from stages.tracking.client import all_registered
 def collect(policy: Policy, *, remove: bool, say: Callable[[str], None]) -> int:
     """List the waste, and delete it when `remove`; the exit status."""
     try:
-        store = open_store(os.environ.get("ARTIFACT_STORE", ""))
+        store = open_default_store()
         found = find(store, all_registered, policy)
         for entry in found:
             say(f"{entry.what:<23} {_amount(entry.size):>10}  {entry.key}  ({entry.why})")

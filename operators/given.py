@@ -10,6 +10,7 @@ from operators.mlflow import MlflowServer, MlflowUnavailableError, ModelVersion
 from stages.artifacts.manifests import read_manifest
 from stages.config.errors import ConfigError, StageError, without_logins
 from stages.config.graph import GRAPH, Stage
+from stages.config.mlflow import tracking_server
 from stages.config.pipeline import BASE_MODEL, PREVIOUS, PipelineConfig
 from stages.config.request import ArtifactRef, Manifest
 
@@ -99,10 +100,11 @@ def find_version(address: str) -> ModelVersion | None:
 
     Raises ConfigError without an MLflow server, StageError when it is away.
     """
-    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if not tracking_uri.startswith(("http://", "https://")):
+    tracking_uri = tracking_server()
+    if not tracking_uri:
+        given = without_logins(os.environ.get("MLFLOW_TRACKING_URI", ""))
         raise ConfigError(
-            f"MLFLOW_TRACKING_URI={without_logins(tracking_uri)!r} is not HTTP: nobody can be asked for {address!r}",
+            f"MLFLOW_TRACKING_URI={given!r} is not an HTTP address: {address!r} cannot be looked up",
             advice="Set MLFLOW_TRACKING_URI in Airflow's environment, such as http://127.0.0.1:5000.",
         )
     name, _, alias = address.removeprefix("models:/").partition("@")

@@ -11,12 +11,16 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from operators.links import mlflow_artifact_page
 from stages.config.errors import without_logins
+from stages.config.mlflow import authorization, tracking_server
 from stages.config.request import ArtifactRef, RunInfo
+
+if TYPE_CHECKING:
+    import httpx
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +40,10 @@ class MlflowUnavailableError(Exception):
 
 def open_parent_run(run: RunInfo) -> str | None:
     """Find or create the parent run, set it RUNNING and return its id; None when MLflow is away or not configured."""
-    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if not tracking_uri.startswith(("http://", "https://")):
-        logger.warning(
-            "MLFLOW_TRACKING_URI=%r is not an HTTP address: no MLflow parent run.", without_logins(tracking_uri)
-        )
+    tracking_uri = tracking_server()
+    if not tracking_uri:
+        given = os.environ.get("MLFLOW_TRACKING_URI", "")
+        logger.warning("MLFLOW_TRACKING_URI=%r is not an HTTP address: no MLflow parent run.", without_logins(given))
         return None
     try:
         with MlflowServer(tracking_uri) as server:
@@ -52,8 +55,8 @@ def open_parent_run(run: RunInfo) -> str | None:
 
 def end_parent_run(run: RunInfo, *, succeeded: bool) -> None:
     """Put the parent run into a terminal status; warns when MLflow is away."""
-    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if not tracking_uri.startswith(("http://", "https://")):
+    tracking_uri = tracking_server()
+    if not tracking_uri:
         return
     status = "FINISHED" if succeeded else "FAILED"
     try:
@@ -71,8 +74,8 @@ def end_stage_runs(run: RunInfo, stage: str | None = None, *, killed: bool) -> N
 
     A job that dies by SIGKILL cannot do it itself; a retry sets its run RUNNING again. Warns when MLflow is away.
     """
-    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if not tracking_uri.startswith(("http://", "https://")):
+    tracking_uri = tracking_server()
+    if not tracking_uri:
         return
     status = "KILLED" if killed else "FAILED"
     try:
@@ -86,8 +89,8 @@ def end_stage_runs(run: RunInfo, stage: str | None = None, *, killed: bool) -> N
 
 def note_hit(run: RunInfo, stage: str, artifact: ArtifactRef) -> None:
     """Tag the parent run with an artifact that existed, so that its lineage is complete; warns when MLflow is away."""
-    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if run.parent_run_id is None or not tracking_uri.startswith(("http://", "https://")):
+    tracking_uri = tracking_server()
+    if run.parent_run_id is None or not tracking_uri:
         return
     record = {
         "hit": True,
@@ -107,8 +110,8 @@ def log_plan(run: RunInfo, *, page: str, data: str, summary: str, dry_run: bool)
 
     Warns when MLflow is away.
     """
-    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if run.parent_run_id is None or not tracking_uri.startswith(("http://", "https://")):
+    tracking_uri = tracking_server()
+    if run.parent_run_id is None or not tracking_uri:
         return
     try:
         with MlflowServer(tracking_uri) as server:
@@ -128,8 +131,8 @@ def parent_artifact_page(child_run_id: str, path: str) -> str | None:
     Asked of the child and not of the current pipeline run: an artifact that existed already lies with the run that
     built it.
     """
-    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if not tracking_uri.startswith(("http://", "https://")):
+    tracking_uri = tracking_server()
+    if not tracking_uri:
         return None
     try:
         with MlflowServer(tracking_uri) as server:
@@ -163,8 +166,9 @@ class MlflowServer:
     def __init__(self, tracking_uri: str) -> None:
         import httpx
 
+        # As `auth` and not as a header: httpx would put a login in the address itself over a header.
         self._http = httpx.Client(
-            base_url=tracking_uri.rstrip("/"), timeout=_TIMEOUT_SECONDS, headers=_token(), auth=_login()
+            base_url=tracking_uri.rstrip("/"), timeout=_TIMEOUT_SECONDS, auth=_log_in if authorization() else None
         )
 
     def __enter__(self) -> "MlflowServer":
@@ -311,14 +315,9 @@ def _says_absent(text: str) -> bool:
     return "RESOURCE_DOES_NOT_EXIST" in text or "Registered model alias" in text
 
 
-def _token() -> dict[str, str]:
-    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
-    return {"Authorization": f"Bearer {token}"} if token else {}
-
-
-def _login() -> tuple[str, str] | None:
-    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
-    return (user, os.environ.get("MLFLOW_TRACKING_PASSWORD", "")) if user else None
+def _log_in(request: "httpx.Request") -> "httpx.Request":
+    request.headers["Authorization"] = authorization()
+    return request
 
 
 def _now_ms() -> int:

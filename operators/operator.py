@@ -280,9 +280,9 @@ class StageOperator(BaseOperator):
         return RunInfo.model_validate(value)
 
     def _open_store(self) -> "Store":
-        from stages.artifacts.addresses import open_store
+        from stages.artifacts.addresses import open_default_store
 
-        return open_store(self.store_uri or os.environ.get("ARTIFACT_STORE", ""))
+        return open_default_store(self.store_uri)
 
     def _skip_unless_selected(self, config: "PipelineConfig") -> None:
         from operators.prepare import selection

@@ -44,11 +44,11 @@ def plan_run(context: Any, *, resolve_task_id: str = "resolve") -> bool:
     from operators.mlflow import log_plan
     from operators.plan_page import as_markdown, as_table, total
     from operators.prepare import load_config
-    from stages.artifacts.addresses import open_store
+    from stages.artifacts.addresses import open_default_store
 
     run = RunInfo.model_validate(context["ti"].xcom_pull(task_ids=resolve_task_id))
     with as_stage_failures():
-        store = open_store(os.environ.get("ARTIFACT_STORE", ""))
+        store = open_default_store()
         config = load_config(store, run)
     try:
         plan = make_plan(config, run=run, store=store, devices=devices_from_environment())

@@ -13,7 +13,7 @@ from operators.given import find_version
 from operators.mlflow import ModelVersion
 from operators.prepare import params_key
 from operators.watcher import Listing, list_prefix
-from stages.artifacts.addresses import open_store
+from stages.artifacts.addresses import open_default_store
 from stages.artifacts.store import Store, read_json, write_json
 from stages.config.base import Config
 from stages.config.errors import ConfigError
@@ -54,7 +54,7 @@ def decide(params: RetrainParams, *, announced: Sequence[str] = ()) -> Skip | Go
     `announced` are addresses of preference data from the asset's events. Raises ConfigError, and StageError when MLflow
     is away.
     """
-    store = open_store(os.environ.get("ARTIFACT_STORE", ""))
+    store = open_default_store()
     prefix = params.documents or os.environ.get("ATHANOR_RETRAIN_WATCH", "")
     if not prefix:
         raise ConfigError(
@@ -134,7 +134,7 @@ def read_watermark(store: Store, run_name: str) -> Watermark:
 
 def record(run_name: str, watermark: Mapping[str, Any]) -> None:
     """Note what a retraining has gone through with. What was announced meanwhile stays pending."""
-    store = open_store(os.environ.get("ARTIFACT_STORE", ""))
+    store = open_default_store()
     done = Watermark.model_validate(watermark)
     pending = tuple(uri for uri in read_watermark(store, run_name).pending if uri not in done.preferences)
     _write_watermark(store, run_name, done.model_copy(update={"pending": pending}))

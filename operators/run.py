@@ -1,7 +1,6 @@
 """Beginning and end of a pipeline run: from the form to a stored configuration, and MLflow's parent run."""
 
 import logging
-import os
 from typing import TYPE_CHECKING, Any
 
 from operators.failures import RunIncomplete, as_stage_failures
@@ -35,13 +34,13 @@ def start_run(context: Any) -> dict[str, Any]:
 def open_run(context: Any, config: "PipelineConfig", values: dict[str, Any]) -> dict[str, Any]:
     """Store a configuration with the form's values that it came from, open the MLflow parent run."""
     from operators.prepare import params_key, pipeline_key
-    from stages.artifacts.addresses import open_store
+    from stages.artifacts.addresses import open_default_store
     from stages.artifacts.store import write_json
 
     ti = context["ti"]
     run_id = safe_run_id(ti.run_id)
     with as_stage_failures():
-        store = open_store(os.environ.get("ARTIFACT_STORE", ""))
+        store = open_default_store()
         store.write_bytes(pipeline_key(run_id), config.model_dump_json(indent=1).encode())
         write_json(store, params_key(run_id), values)
     run = RunInfo(
@@ -68,7 +67,7 @@ def finish_run(context: Any, *, resolve_task_id: str = "resolve", plan_task_id: 
     Airflow then skips what is left, and skipped tasks alone would make it green.
     """
     from operators.prepare import load_config, selection
-    from stages.artifacts.addresses import open_store
+    from stages.artifacts.addresses import open_default_store
 
     ti = context["ti"]
     value = ti.xcom_pull(task_ids=resolve_task_id)
@@ -76,7 +75,7 @@ def finish_run(context: Any, *, resolve_task_id: str = "resolve", plan_task_id: 
         raise RunIncomplete("The run never started.", advice=f"The log of task {resolve_task_id!r} says why.")
     run = RunInfo.model_validate(value)
     with as_stage_failures():
-        store = open_store(os.environ.get("ARTIFACT_STORE", ""))
+        store = open_default_store()
         config = load_config(store, run)
         wanted = {plan_task_id} if config.dry_run else selection(config)
     states = ti.get_task_states(dag_id=ti.dag_id, run_ids=[ti.run_id]).get(ti.run_id, {})

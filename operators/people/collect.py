@@ -23,7 +23,7 @@ from operators.failures import (
 from operators.form import form_values
 from operators.operator import StageOperator
 from operators.people.rating import LABELS, Outcome, read_responses, shown_order
-from stages.artifacts.addresses import artifact_uri, open_store
+from stages.artifacts.addresses import artifact_uri, open_default_store
 from stages.artifacts.manifests import (
     canonical_json,
     content_digest,
@@ -56,7 +56,7 @@ def request_key(run_id: str) -> str:
 
 
 def _store() -> Store:
-    return open_store(os.environ.get("ARTIFACT_STORE", ""))
+    return open_default_store()
 
 
 class RespondOperator(StageOperator):

@@ -1,5 +1,6 @@
 """Addresses: which store a URI names, and under which keys artifacts and runs lie in it."""
 
+import os
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -24,6 +25,11 @@ def open_store(root_uri: str) -> Store:
                 f"ARTIFACT_STORE={root_uri!r} is not a store; allowed: file:///folder or s3://bucket/prefix",
                 advice="Set ARTIFACT_STORE to one of these forms.",
             )
+
+
+def open_default_store(root_uri: str = "") -> Store:
+    """Open the store at `root_uri`, by default the one that ARTIFACT_STORE names."""
+    return open_store(root_uri or os.environ.get("ARTIFACT_STORE", ""))
 
 
 def artifact_key(kind: str, fingerprint: str) -> str:

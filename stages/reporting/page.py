@@ -3,6 +3,7 @@
 from importlib.resources import files
 
 from stages.artifacts.manifests import utc_now
+from stages.config.mlflow import is_http
 from stages.lineage.views import to_svg
 from stages.reporting import data_views, mixture_views, model_views
 from stages.reporting.story import Story
@@ -21,7 +22,7 @@ def render_page(story: Story) -> str:
         run=story.run,
         made_at=utc_now(),
         commit=commit,
-        airflow_url=story.run.airflow_url if story.run.airflow_url.startswith(("http://", "https://")) else "",
+        airflow_url=story.run.airflow_url if is_http(story.run.airflow_url) else "",
         verdict=verdict(story),
         promotion=story.promotion,
         facts=model_views.facts(story),

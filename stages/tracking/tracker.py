@@ -9,22 +9,19 @@ Surprising on purpose:
   run, or `python -m stages.tracking <run id>` delivers it.
 """
 
-import argparse
-import base64
 import json
 import logging
 import os
 import shutil
-import sys
 import time
 import urllib.request
 from pathlib import Path
 
 from stages.artifacts.addresses import open_store, run_key
-from stages.config.errors import ConfigError, StageError
+from stages.config.mlflow import authorization, tracking_server
 from stages.config.request import ArtifactRef, Manifest, StageRequest
 from stages.tracking.client import now_ms, stage_tag
-from stages.tracking.delivery import Deliverer, replay
+from stages.tracking.delivery import Deliverer
 from stages.tracking.spool import SPOOL_NAME, Event, Spool, leave_spool
 
 _FINISH_SECONDS = 30.0
@@ -159,8 +156,8 @@ def record_hit(request: StageRequest, artifact: ArtifactRef) -> None:
 
     One HTTP request instead of the client library, whose import would take longer than the rest of a hit.
     """
-    base = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if not base.startswith("http") or request.run.parent_run_id is None:
+    server = tracking_server()
+    if not server or request.run.parent_run_id is None:
         return
     record = {
         "hit": True,
@@ -170,43 +167,14 @@ def record_hit(request: StageRequest, artifact: ArtifactRef) -> None:
     }
     body = {"run_id": request.run.parent_run_id, "key": stage_tag(request.stage.value), "value": json.dumps(record)}
     call = urllib.request.Request(
-        f"{base.rstrip('/')}/api/2.0/mlflow/runs/set-tag",
+        f"{server.rstrip('/')}/api/2.0/mlflow/runs/set-tag",
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    if authorization := _authorization():
-        call.add_header("Authorization", authorization)
+    if login := authorization():
+        call.add_header("Authorization", login)
     try:
         with urllib.request.urlopen(call, timeout=5):
             pass
     except OSError as error:  # URLError and HTTPError are OSErrors
         logger.warning("MLflow was not told that stage %s hit: %s", request.stage.value, error)
-
-
-def _authorization() -> str:
-    """The two ways of MLflow's own client to authenticate, from the same variables."""
-    if user := os.environ.get("MLFLOW_TRACKING_USERNAME"):
-        password = os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
-        return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
-    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
-    return f"Bearer {token}" if token else ""
-
-
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m stages.tracking",
-        description="Deliver to MLflow what stages of a run could not deliver themselves.",
-    )
-    parser.add_argument("run_id", help="run id as it is spelled under runs/ in the store")
-    parser.add_argument("--store", default=os.environ.get("ARTIFACT_STORE", ""), help="root of the object store")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)-7s %(message)s", stream=sys.stdout)
-    try:
-        if not options.store:
-            raise ConfigError(
-                "no store given", advice="Set ARTIFACT_STORE or give --store file:///folder or s3://bucket/prefix."
-            )
-        return 1 if replay(open_store(options.store), options.run_id) else 0
-    except StageError as error:
-        sys.stderr.write(f"error: {error.message}\n{error.advice}\n")
-        return 2

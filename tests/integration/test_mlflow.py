@@ -26,10 +26,10 @@ from stages.config.params import Promotion
 from stages.config.request import ArtifactRef, RunInfo
 from stages.lineage.__main__ import main as lineage_main
 from stages.promote import run as promote
+from stages.tracking.__main__ import main as replay_main
 from stages.tracking.client import artifact_uri_of_model, connect, registered_versions
 from stages.tracking.spool import SPOOL_NAME
 from stages.tracking.tracker import Tracker, record_hit
-from stages.tracking.tracker import main as replay_main
 from tests.pipeline_records import (
     EVALUATION,
     RAW_DIGEST,

@@ -171,7 +171,7 @@ class CopyingStore(FileStore):
 
 def test_a_damaged_local_copy_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = CopyingStore(tmp_path / "store")
-    monkeypatch.setattr("stages.artifacts.manifests.open_store", lambda uri: store)
+    monkeypatch.setattr("stages.artifacts.addresses.open_store", lambda uri: store)
     ref = make_artifact(store, tmp_path)
     copy = fetch(ref, tmp_path / "cache") / "a.txt"
     copy.write_text("stale")

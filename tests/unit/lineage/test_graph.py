@@ -1,6 +1,8 @@
 """Ancestors and descendants over real manifests in a real store, and the tags that everything copies."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -148,3 +150,10 @@ def test_the_command_line_answers_both_directions(
     assert len(json.loads(capsys.readouterr().out)["nodes"]) == len(made) + 1
     assert main(["ancestors", f"{store.root_uri}/artifacts/tokens/gone"]) == 2
     assert "manifest is missing" in capsys.readouterr().err
+
+
+def test_the_module_runs_as_a_command(tmp_path: Path) -> None:
+    _, made = publish_run(tmp_path)
+    command = [sys.executable, "-m", "stages.lineage", "ancestors", made[Stage.SFT].uri, "--format", "json"]
+    graph = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert {node["kind"] for node in graph["nodes"]} == {"raw data", "curated", "tokens", "base-model", "sft-model"}

@@ -15,8 +15,9 @@ import pytest
 from infra.ports import any_free
 from stages.artifacts.manifests import read_manifest
 from stages.config.graph import Stage
+from stages.tracking.__main__ import main
 from stages.tracking.spool import SPOOL_NAME, Spool, leave_spool, read_spool
-from stages.tracking.tracker import NullTracker, Tracker, main, record_hit
+from stages.tracking.tracker import NullTracker, Tracker, record_hit
 from tests.pipeline_records import fingerprint_of, publish_run, refs_for, request_for, run_info
 
 
