@@ -1,8 +1,6 @@
 """Evaluation of one model outside the run that made it: the stage `evaluate` on artifacts that are looked up."""
 
-import hashlib
 import logging
-import os
 from typing import Any
 
 from operators.failures import as_stage_failures
@@ -11,18 +9,18 @@ from operators.given import data_of, find_version, given_artifact, is_ours
 from operators.mlflow import MlflowServer, MlflowUnavailableError
 from operators.run import finish_run, open_run
 from stages.artifacts.addresses import split_artifact_uri
-from stages.artifacts.manifests import canonical_json, read_manifest
+from stages.artifacts.manifests import read_manifest, settings_digest
 from stages.artifacts.store import read_json
+from stages.config.decision import Evaluation
 from stages.config.errors import ConfigError, StageError
 from stages.config.evaluation import EvaluationParams
-from stages.config.graph import GRAPH, Stage
+from stages.config.graph import GRAPH, Stage, spec_of_kind, trained_stages
+from stages.config.mlflow import tracking_server
 from stages.config.pipeline import PipelineConfig
-from stages.config.request import ArtifactRef, Manifest
+from stages.config.request import ArtifactRef
 from stages.config.resolve import resolve, validated
 
 logger = logging.getLogger(__name__)
-
-_ROLES = {GRAPH[stage].kind: role for role, stage in GRAPH[Stage.EVALUATE].inputs if GRAPH[stage].trains}
 
 
 def start_evaluation(context: Any) -> dict[str, Any]:
@@ -60,18 +58,20 @@ def evaluation_config(params: EvaluationParams) -> PipelineConfig:
 
 
 def _family(model: ArtifactRef) -> dict[str, ArtifactRef]:
-    role = _ROLES.get(model.kind)
-    if role is None or role == "reward":
-        allowed = ", ".join(kind for kind, role in _ROLES.items() if role != "reward")
+    """By role: a model, and for an aligned one the SFT model and the reward model that it was made from."""
+    spec = spec_of_kind(model.kind)
+    if spec is None or not spec.trains or spec.scores:
+        allowed = ", ".join(spec.kind for spec in trained_stages() if not spec.scores)
         raise ConfigError(
             f"model={model.uri!r} is of kind {model.kind!r}; allowed: {allowed}", advice="Give a language model."
         )
-    family = {role: model}
-    if role in ("ppo", "dpo"):
+    family = {spec.role: model}
+    if spec.aligned:
+        wanted = {GRAPH[stage].kind: GRAPH[stage].role for stage in (Stage.SFT, Stage.REWARD)}
         for entry in read_manifest(model).inputs:
-            if entry.kind in (GRAPH[Stage.SFT].kind, GRAPH[Stage.REWARD].kind):
+            if entry.kind in wanted:
                 ref = ArtifactRef(kind=entry.kind, uri=entry.uri, fingerprint=entry.fingerprint, digest=entry.digest)
-                family[_ROLES[entry.kind]] = ref
+                family[wanted[entry.kind]] = ref
     return family
 
 
@@ -85,7 +85,7 @@ def conclude(context: Any, evaluation: dict[str, Any] | None) -> None:
 
 
 def tag_version(address: str, evaluation: ArtifactRef) -> None:
-    """Put the evaluation on the version that was measured, in the words that `promote` compares champions by."""
+    """Put the evaluation on the version that was measured, as the tags by which `promote` compares champions."""
     manifest = read_manifest(evaluation)
     store, key = split_artifact_uri(evaluation.uri)
     report = read_json(store, f"{key}/metrics.json")
@@ -96,21 +96,12 @@ def tag_version(address: str, evaluation: ArtifactRef) -> None:
         raise ConfigError(
             f"model={address!r} is no longer the model that was evaluated", advice="Name a version instead of an alias."
         )
-    tags = {**_conditions(report, manifest), **{key: repr(value) for key, value in report["models"][role].items()}}
+    conditions = Evaluation.from_report(report, settings_digest=settings_digest(manifest)).conditions
+    tags = conditions.tags() | {key: repr(value) for key, value in report["models"][role].items()}
     try:
-        with MlflowServer(os.environ["MLFLOW_TRACKING_URI"]) as server:
+        with MlflowServer(tracking_server()) as server:
             for name, value in tags.items():
                 server.set_version_tag(version, name, value)
     except MlflowUnavailableError as error:
         raise StageError(f"{address!r} was not tagged: {error}", advice="The task is retried.") from None
     logger.info("%s: %s", version.address, report["models"][role])
-
-
-def _conditions(report: dict[str, Any], manifest: Manifest) -> dict[str, str]:
-    """The same three as `stages.promote.Conditions`; a score without a judge compares with nothing."""
-    settings = canonical_json({"version": manifest.version, "config": manifest.config})
-    return {
-        "evaluation.data_digest": str(report["data"]["digest"]),
-        "evaluation.reward_fingerprint": str(report["reward_fingerprint"] or ""),
-        "evaluation.settings_digest": hashlib.sha256(settings).hexdigest(),
-    }

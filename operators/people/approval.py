@@ -6,7 +6,6 @@ decision in their tags, and the report is made. Nobody answering in time is a re
 """
 
 import json
-import os
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -20,8 +19,10 @@ from operators.links import mlflow_run_page
 from operators.people.asking import ask_once
 from operators.people.markdown import block, plain, table
 from stages.artifacts.manifests import read_file, read_manifest, settings_digest
-from stages.config.closing import SCORE, WIN_RATE, Approval, Verdict, strongest
-from stages.config.graph import Stage
+from stages.config.closing import SCORE, WIN_RATE, Approval, Verdict
+from stages.config.decision import CHAMPION, Champion, Conditions, Evaluation, choose_aligned
+from stages.config.graph import Stage, aligned_models, registered_name, spec_of_role, trained_stages
+from stages.config.mlflow import is_http, tracking_server
 from stages.config.pipeline import PipelineConfig
 from stages.config.request import ArtifactRef, RunInfo
 
@@ -30,8 +31,6 @@ _LONGEST_PROMPT, _LONGEST_ANSWER = 2_000, 4_000
 _COMMENT = Param(
     "", source="task", type=["string", "null"], title="Comment", description="Why; it is kept with the decision."
 )
-_MODELS = ("base", "sft", "ppo", "dpo")
-_ALIGNED = ("ppo", "dpo")
 _BETTER = {
     WIN_RATE: "↑",
     SCORE: "↑",
@@ -60,12 +59,12 @@ class PromotionApproval(ApprovalOperator):
 
     def execute(self, context: Any) -> Any:
         from operators.prepare import asks_for_approval, load_config
-        from stages.artifacts.addresses import open_store
+        from stages.artifacts.addresses import open_default_store
 
         ti = context["ti"]
         with as_stage_failures():
             run = RunInfo.model_validate(ti.xcom_pull(task_ids=self.resolve_task_id))
-            config = load_config(open_store(self.store_uri or os.environ.get("ARTIFACT_STORE", "")), run)
+            config = load_config(open_default_store(self.store_uri), run)
             if not asks_for_approval(config):
                 raise AirflowSkipException(
                     f"nobody is asked in this run (promotion={config.promote.promotion}, "
@@ -102,30 +101,34 @@ def read_answer(answer: Mapping[str, Any], *, timed_out: bool) -> Approval:
     )
 
 
-def question(run: RunInfo, config: PipelineConfig, evaluation: ArtifactRef) -> tuple[str, str]:
+def question(run: RunInfo, config: PipelineConfig, evaluated: ArtifactRef) -> tuple[str, str]:
     """Return subject and Markdown body: the numbers of every model, some answers side by side, and where to look."""
-    report = json.loads(read_file(evaluation, "metrics.json"))
-    samples = json.loads(read_file(evaluation, "samples.json"))
+    report = json.loads(read_file(evaluated, "metrics.json"))
+    samples = json.loads(read_file(evaluated, "samples.json"))
+    evaluation = Evaluation.from_report(report, settings_digest=settings_digest(read_manifest(evaluated)))
     models: dict[str, Mapping[str, Any]] = {
-        role: report["models"][role] for role in _MODELS if role in report["models"]
+        spec.role: report["models"][spec.role]
+        for spec in trained_stages()
+        if not spec.scores and spec.role in report["models"]
     }
-    aligned = [role for role in _ALIGNED if role in models]
-    proposed = strongest(aligned, models)
-    subject = f"{run.name}: promote the {(proposed or 'aligned').upper()} model to champion?"
-    champion = _champion(f"{config.promote.run_name}-aligned", report, evaluation)
+    aligned = [spec.role for spec in aligned_models() if spec.role in models]
+    chosen = choose_aligned(aligned, evaluation)
+    proposed = spec_of_role(chosen).label if chosen else ""
+    champion, note = _champion(config.promote.run_name, evaluation.conditions)
     parts = [
-        f"Run {plain(run.name)}, proposed: **{(proposed or 'none').upper()}**, "
+        f"Run {plain(run.name)}, proposed: **{proposed or 'none'}**, "
         + ("the aligned model with the highest win rate against SFT." if len(aligned) > 1 else "its aligned model."),
         _rules(config),
         "### Measured on held-out data",
-        _metrics_table(models, champion.metrics),
-        f"↑ higher is better, ↓ lower is better. {champion.note}",
+        _metrics_table(models, champion),
+        f"↑ higher is better, ↓ lower is better. {note}",
         "Scores come from this run's own reward model: they say how well a model pleases it, not how good it is.",
         f"### Answers side by side ({min(_NUM_SAMPLES, len(samples))} of {len(samples)} kept)",
         *(_sample(sample, list(models)) for sample in samples[:_NUM_SAMPLES]),
         "### Evidence",
-        _links(run, evaluation),
+        _links(run, evaluated),
     ]
+    subject = f"{run.name}: promote the {proposed or 'aligned'} model to champion?"
     return subject, "\n\n".join(part for part in parts if part)
 
 
@@ -140,42 +143,30 @@ def _rules(config: PipelineConfig) -> str:
     )
 
 
-class _Champion:
-    """The present champion's numbers, and a sentence about how far they compare."""
-
-    def __init__(self, note: str, metrics: Mapping[str, str] | None = None) -> None:
-        self.note, self.metrics = note, metrics or {}
-
-
-def _champion(name: str, report: Mapping[str, Any], evaluation: ArtifactRef) -> _Champion:
+def _champion(run_name: str, measured: Conditions) -> tuple[Champion | None, str]:
+    """Return the present champion if it is known, and a sentence on whether its numbers compare with this run's."""
     from operators.mlflow import MlflowServer, MlflowUnavailableError
 
-    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if not tracking_uri.startswith(("http://", "https://")):
-        return _Champion("The champion's numbers are not known here: no MLflow server is configured.")
+    tracking_uri = tracking_server()
+    if not tracking_uri:
+        return None, "The champion's numbers are not known here: no MLflow server is configured."
+    name = registered_name(run_name, aligned_models()[0])
     try:
         with MlflowServer(tracking_uri) as server:
-            found = server.model_version(name, alias="champion")
+            found = server.model_version(name, alias=CHAMPION)
     except MlflowUnavailableError as error:
-        return _Champion(f"The champion's numbers are not known: {plain(str(error), at_most=300)}")
+        return None, f"The champion's numbers are not known: {plain(str(error), at_most=300)}"
     if found is None:
-        return _Champion(f"{plain(name)} has no champion yet.")
-    measured = {
-        "data_digest": str((report.get("data") or {}).get("digest") or ""),
-        "reward_fingerprint": str(report.get("reward_fingerprint") or ""),
-        "settings_digest": settings_digest(read_manifest(evaluation)),
-    }
-    same = all(value and found.tags.get(f"evaluation.{key}") == value for key, value in measured.items())
-    how = "in the same way, so the numbers compare" if same else "**in another way, so its scores do not compare**"
-    return _Champion(
-        f"The champion (version {found.version} of {plain(name)}) was measured {how}.",
-        {key: value for key, value in found.tags.items() if key.startswith("eval/")},
-    )
+        return None, f"{plain(name)} has no champion yet."
+    champion = Champion.from_tags(found.version, found.tags)
+    compares = measured.allow_comparison(champion.conditions)
+    how = "in the same way, so the numbers compare" if compares else "**in another way, so its scores do not compare**"
+    return champion, f"The champion (version {found.version} of {plain(name)}) was measured {how}."
 
 
-def _metrics_table(models: Mapping[str, Mapping[str, Any]], champion: Mapping[str, str]) -> str:
+def _metrics_table(models: Mapping[str, Mapping[str, Any]], champion: Champion | None) -> str:
     names = sorted({name for metrics in models.values() for name in metrics}, key=_importance)
-    head = ["", *(role.upper() if role != "base" else "base" for role in models)]
+    head = ["", *(spec_of_role(role).label for role in models)]
     rows = [
         [
             f"{plain(name)} {_BETTER.get(name, '')}".rstrip(),
@@ -183,9 +174,9 @@ def _metrics_table(models: Mapping[str, Mapping[str, Any]], champion: Mapping[st
         ]
         for name in names
     ]
-    if champion:
+    if champion and champion.metrics:
         head.append("champion")
-        rows = [[*row, _number(champion.get(name))] for row, name in zip(rows, names, strict=True)]
+        rows = [[*row, _number(champion.metrics.get(name))] for row, name in zip(rows, names, strict=True)]
     return table(head, rows)
 
 
@@ -204,7 +195,8 @@ def _number(value: Any) -> str:
 def _sample(sample: Mapping[str, Any], roles: list[str]) -> str:
     answers = [role for role in roles if role in sample["responses"]]
     scores = sample.get("scores") or {}
-    head = [f"{role.upper()} ({_number(scores[role])})" if role in scores else role.upper() for role in answers]
+    labels = {role: spec_of_role(role).label for role in answers}
+    head = [f"{label} ({_number(scores[role])})" if role in scores else label for role, label in labels.items()]
     texts = [plain(sample["responses"][role], at_most=_LONGEST_ANSWER) or "*(empty)*" for role in answers]
     prompt = sample["prompt"]
     if len(prompt) > _LONGEST_PROMPT:
@@ -214,14 +206,13 @@ def _sample(sample: Mapping[str, Any], roles: list[str]) -> str:
 
 def _links(run: RunInfo, evaluation: ArtifactRef) -> str:
     lines = [f"- evaluation artifact: `{evaluation.uri}`"]
-    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if tracking_uri.startswith(("http://", "https://")):
+    if tracking_uri := tracking_server():
         if run.parent_run_id:
             lines.append(
                 f"- [this run in MLflow]({mlflow_run_page(tracking_uri, run.parent_run_id)}), every stage below it"
             )
         if evaluation.mlflow_run_id:
             lines.append(f"- [the evaluation in MLflow]({mlflow_run_page(tracking_uri, evaluation.mlflow_run_id)})")
-    if run.airflow_url.startswith(("http://", "https://")):
+    if is_http(run.airflow_url):
         lines.append(f"- [this run in Airflow]({run.airflow_url})")
     return "\n".join([*lines, "- the report follows your decision, whichever it is"])

@@ -1,7 +1,5 @@
 """Settings of the closing stages: evaluation, promotion, report."""
 
-import math
-from collections.abc import Iterable, Mapping
 from enum import StrEnum
 
 from pydantic import Field
@@ -77,13 +75,3 @@ class ReportConfig(Config):
     """Heading of the page."""
     max_samples: int = Field(default=12, ge=1)
     """Prompts shown side by side."""
-
-
-def strongest(roles: Iterable[str], metrics: Mapping[str, Mapping[str, float]]) -> str | None:
-    """Return the role with the highest win rate against SFT; ties go by score, then by order. None without roles."""
-
-    def strength(role: str) -> tuple[float, float]:
-        measured = metrics.get(role, {})
-        return measured.get(WIN_RATE, -math.inf), measured.get(SCORE, -math.inf)
-
-    return max(roles, key=strength, default=None)

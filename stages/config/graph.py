@@ -294,3 +294,28 @@ def _up_to(last_stage: Stage) -> set[Stage]:
     if last_stage in (Stage.PPO, Stage.DPO):
         return {stage for stage in _CHAIN if stage is last_stage or stage not in (Stage.PPO, Stage.DPO)}
     return set(_CHAIN[: _CHAIN.index(last_stage) + 1])
+
+
+def trained_stages() -> tuple[StageSpec, ...]:
+    """Return the stages that train a model, in order."""
+    return tuple(spec for spec in GRAPH.values() if spec.trains)
+
+
+def aligned_models() -> tuple[StageSpec, ...]:
+    """Return the stages whose model may become champion, in order."""
+    return tuple(spec for spec in GRAPH.values() if spec.aligned)
+
+
+def spec_of_kind(kind: str) -> StageSpec | None:
+    """Return the stage that publishes artifacts of this kind, None for what no stage of this version publishes."""
+    return next((spec for spec in GRAPH.values() if spec.kind == kind), None)
+
+
+def spec_of_role(role: str) -> StageSpec:
+    """Return the stage whose artifact has this role in the closing stages; KeyError when there is none."""
+    return {spec.role: spec for spec in GRAPH.values() if spec.role}[role]
+
+
+def registered_name(run_name: str, spec: StageSpec) -> str:
+    """Name under which a stage's model is registered in MLflow."""
+    return f"{run_name}-{spec.registered_as}"

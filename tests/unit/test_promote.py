@@ -1,132 +1,31 @@
-"""Who becomes champion, and why: every branch of the decision with numbers a reader can redo."""
+"""`promote` against an MLflow that is away or not configured; tests/integration/test_mlflow.py has the real one."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from infra.ports import any_free
-from stages.artifacts.manifests import read_manifest
-from stages.config.closing import Approval, PromoteConfig, Verdict
-from stages.config.errors import Category, ConfigError, DataError, StageError
+from stages.artifacts.manifests import settings_digest
+from stages.config.closing import PromoteConfig
+from stages.config.errors import Category, ConfigError, StageError
 from stages.config.graph import Stage
-from stages.config.params import Promotion
-from stages.config.request import Manifest
-from stages.promote import Champion, Conditions, Evaluation, choose_aligned, decide, read_evaluation, run
-from tests.pipeline_records import EVALUATION, context_for, publish_run, refs_for, request_for
+from stages.promote import read_evaluation, run
+from stages.tracking.client import connect
+from tests.imaginary import add_imaginary_stage, publish_imaginary
+from tests.pipeline_records import EVALUATION, context_for, publish_artifact, publish_run, refs_for, request_for
 
 AUTO = PromoteConfig(run_name="demo")
-CONDITIONS = Conditions("d1", "r1", "s1")
-SAME = Evaluation({}, CONDITIONS)
 
 
-def champion(score: float | None = 0.2, **changed: str) -> Champion:
-    metrics = {} if score is None else {"eval/score_mean": score}
-    return Champion("4", "old", metrics, replace(CONDITIONS, **changed))
-
-
-def test_without_a_champion_the_win_rate_decides() -> None:
-    wins = decide({"eval/win_rate": 0.5}, "new", SAME, None, AUTO)
-    loses = decide({"eval/win_rate": 0.49}, "new", SAME, None, AUTO)
-    assert (wins.promoted, loses.promoted) == (True, False)
-    assert wins.reason == (
-        "there is no champion yet; win rate 0.500 against its own SFT model reaches min_win_rate=0.5"
-    )
-    assert "is below min_win_rate=0.5" in loses.reason
-
-
-def test_a_comparable_champion_is_beaten_by_a_higher_score_only() -> None:
-    metrics = {"eval/score_mean": 0.3, "eval/win_rate": 0.1}
-    better = decide(metrics, "new", SAME, champion(0.2), AUTO)
-    worse = decide(metrics | {"eval/win_rate": 0.99}, "new", SAME, champion(0.4), AUTO)
-    equal = decide(metrics, "new", SAME, champion(0.3), AUTO)
-    assert (better.promoted, worse.promoted, equal.promoted) == (True, False, False)
-    assert {better.comparison, worse.comparison, equal.comparison} == {"score"}
-    assert "0.3000 beats 0.2000 of the champion (version 4)" in better.reason
-
-
-@pytest.mark.parametrize(
-    "old",
-    [
-        champion(9.0, data_digest="d2"),
-        champion(9.0, reward_fingerprint="r2"),
-        champion(9.0, settings_digest="s2"),
-        champion(9.0, data_digest=""),
-        champion(None),
-    ],
-    ids=["other data", "other reward model", "other settings", "nothing recorded", "no score"],
-)
-def test_scores_that_do_not_compare_fall_back_to_the_win_rate_and_say_so(old: Champion) -> None:
-    decision = decide({"eval/score_mean": 0.1, "eval/win_rate": 0.7}, "new", SAME, old, AUTO)
-    assert decision.promoted
-    assert decision.comparison == "win_rate"
-    assert "do not compare" in decision.reason
-
-
-def test_an_evaluation_that_does_not_name_its_data_compares_with_nothing() -> None:
-    decision = decide(
-        {"eval/score_mean": 0.9, "eval/win_rate": 0.2},
-        "new",
-        Evaluation({}),
-        Champion("4", "old", {"eval/score_mean": 0.1}, Conditions()),
-        AUTO,
-    )
-    assert (decision.promoted, decision.comparison) == (False, "win_rate")
-
-
-def test_promotion_never_promotes_nothing_however_good() -> None:
-    config = AUTO.model_copy(update={"promotion": Promotion.NEVER})
-    decision = decide({"eval/win_rate": 1.0, "eval/score_mean": 99.0}, "new", SAME, champion(0.0), config)
-    assert (decision.promoted, decision.comparison) == (False, "none")
-    assert "promotion=never" in decision.reason
-
-
-def test_a_model_without_measurements_is_not_promoted() -> None:
-    decision = decide({}, "new", SAME, None, AUTO)
-    assert not decision.promoted
-    assert "no win rate" in decision.reason
-
-
-def test_the_champion_itself_stays_champion() -> None:
-    decision = decide({"eval/score_mean": 0.0}, "old", SAME, champion(0.2), AUTO)
-    assert (decision.promoted, decision.comparison) == (True, "same_model")
-
-
-def test_the_aligned_model_with_the_higher_win_rate_is_chosen_and_the_score_breaks_ties() -> None:
-    assert choose_aligned(["ppo", "dpo"], read_from(EVALUATION)) == "ppo"
-    tie = Evaluation(
-        {"ppo": {"eval/win_rate": 0.6, "eval/score_mean": 0.1}, "dpo": {"eval/win_rate": 0.6, "eval/score_mean": 0.2}}
-    )
-    assert choose_aligned(["ppo", "dpo"], tie) == "dpo"
-    assert choose_aligned(["ppo", "dpo"], Evaluation({"dpo": {"eval/win_rate": 0.0}})) == "dpo"
-    assert choose_aligned([], tie) is None
-
-
-def read_from(data: dict) -> Evaluation:
-    return Evaluation({role: values for role, values in data["models"].items()})
-
-
-def test_values_that_are_not_finite_numbers_do_not_rank(tmp_path: Path) -> None:
-    text = '{"models": {"ppo": {"eval/win_rate": NaN, "eval/score_mean": 0.5, "note": "x"}}, "data": {"digest": "d"}}'
-    (tmp_path / "metrics.json").write_text(text)
-    evaluation = read_evaluation(tmp_path, evaluation_manifest(tmp_path))
-    assert evaluation.of("ppo") == {"eval/score_mean": 0.5}
-    assert evaluation.conditions.data_digest == "d"
-    assert evaluation.conditions.reward_fingerprint == ""
-    assert "evaluation.reward_fingerprint" not in evaluation.conditions.tags()
-    assert Conditions.from_tags(evaluation.conditions.tags()) == evaluation.conditions
-
-
-def evaluation_manifest(root: Path) -> Manifest:
-    _, made = publish_run(root / "published")
-    return read_manifest(made[Stage.EVALUATE])
-
-
-def test_an_evaluation_without_models_is_an_error_about_the_data(tmp_path: Path) -> None:
-    (tmp_path / "metrics.json").write_text(json.dumps({"models": 3}))
-    with pytest.raises(DataError, match="models"):
-        read_evaluation(tmp_path, evaluation_manifest(tmp_path))
+def test_an_evaluation_is_read_with_the_settings_that_it_was_made_with(tmp_path: Path) -> None:
+    store, made = publish_run(tmp_path)
+    folder = tmp_path / f"content-{Stage.EVALUATE.value}"
+    _, manifest = publish_artifact(store, Stage.EVALUATE, refs_for(Stage.EVALUATE, made), folder, salt="2")
+    evaluation = read_evaluation(folder, manifest)
+    assert evaluation.of("ppo") == EVALUATION["models"]["ppo"]
+    assert evaluation.of("reward") == EVALUATION["reward"]
+    assert evaluation.conditions.settings_digest == settings_digest(manifest)
 
 
 @pytest.mark.slow
@@ -150,40 +49,20 @@ def test_no_tracking_uri_is_a_mistake_in_the_configuration(tmp_path: Path, monke
     context.progress.close()
 
 
-def asked(verdict: Verdict, comment: str = "", by: str = "ada") -> PromoteConfig:
-    approval = Approval(verdict=verdict, by=by, at="2026-11-24T09:30:15+00:00", comment=comment)
-    return AUTO.model_copy(update={"promotion": Promotion.APPROVAL, "approval": approval})
-
-
-def test_a_person_overrides_the_numbers_in_both_directions_and_the_reason_tells_both() -> None:
-    good, bad = {"eval/win_rate": 0.9}, {"eval/win_rate": 0.1}
-    approved = decide(bad, "new", SAME, None, asked(Verdict.APPROVED, "reads better"))
-    rejected = decide(good, "new", SAME, None, asked(Verdict.REJECTED))
-    assert (approved.promoted, approved.comparison) == (True, "person")
-    assert (rejected.promoted, rejected.comparison) == (False, "person")
-    assert approved.reason.startswith(
-        "approved by ada at 2026-11-24T09:30:15+00:00: reads better; the numbers said otherwise: there is no champion"
-    )
-    assert "is below min_win_rate=0.5" in approved.reason
-    assert "the numbers agree" in decide(good, "new", SAME, None, asked(Verdict.APPROVED)).reason
-
-
-def test_silence_is_a_rejection_that_says_so() -> None:
-    decision = decide({"eval/win_rate": 0.9}, "new", SAME, None, asked(Verdict.TIMED_OUT, by=""))
-    assert not decision.promoted
-    assert decision.reason.startswith("nobody decided until 2026-11-24T09:30:15+00:00, which counts as a rejection;")
-
-
-def test_approving_the_champion_moves_no_alias_and_rejecting_it_promotes_nothing() -> None:
-    metrics = {"eval/score_mean": 0.5}
-    kept = decide(metrics, "old", SAME, champion(0.2), asked(Verdict.APPROVED))
-    refused = decide(metrics, "old", SAME, champion(0.2), asked(Verdict.REJECTED))
-    assert (kept.promoted, kept.comparison) == (True, "same_model")
-    assert (refused.promoted, refused.comparison) == (False, "person")
-
-
-def test_approval_without_an_answer_is_an_error_that_says_what_to_clear() -> None:
-    config = AUTO.model_copy(update={"promotion": Promotion.APPROVAL})
-    with pytest.raises(ConfigError, match=r"promote\.approval is empty") as caught:
-        decide({"eval/win_rate": 0.9}, "new", SAME, None, config)
-    assert "`approve`" in caught.value.advice
+@pytest.mark.slow
+def test_a_stage_that_only_the_graph_knows_is_registered_and_may_become_champion(tmp_path: Path, monkeypatch) -> None:
+    imaginary = add_imaginary_stage(monkeypatch)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    models = {**EVALUATION["models"], "ipo": {"eval/win_rate": 0.99, "eval/score_mean": 0.5}}
+    store, made = publish_run(tmp_path, without=frozenset({Stage.PPO}), evaluation={**EVALUATION, "models": models})
+    inputs = {**refs_for(Stage.PROMOTE, made), "ipo": publish_imaginary(store, made[Stage.DPO])}
+    context = context_for(request_for(Stage.PROMOTE, store, inputs, AUTO), store, AUTO, tmp_path)
+    run(context)
+    context.progress.close()
+    record = json.loads((context.output_dir / "promotion.json").read_text())
+    assert (record["chosen"], record["promoted"]) == ("ipo", True)
+    registered = next(model for model in record["models"] if model["role"] == "ipo")
+    assert registered["name"] == f"demo-{imaginary.registered_as}"
+    client = connect()
+    assert client.get_registered_model("demo-aligned").aliases["champion"] == int(registered["version"])
+    assert client.get_model_version("demo-aligned", registered["version"]).tags["alignment"] == "ipo"

@@ -9,6 +9,7 @@ from operators.prepare import build_request, input_stages
 from stages.config.errors import ConfigError
 from stages.config.evaluation import EvaluationParams
 from stages.config.graph import Stage
+from tests.imaginary import add_imaginary_stage, publish_imaginary
 from tests.unit.operators.test_given import RUN, House
 
 
@@ -37,6 +38,13 @@ def test_somebody_elses_model_is_left_to_the_job(house: House):
     config = evaluation_config(EvaluationParams(model="/models/llama", data=house.tokens.uri, recipe="tiny"))
     request = build_request(Stage.EVALUATE, run=RUN, store=house.store, config=config, upstream={})
     assert (request.sources, request.inputs) == (("/models/llama",), {"tokens": house.tokens})
+
+
+def test_a_model_that_only_the_graph_knows_is_measured_beside_its_reference(house: House, monkeypatch):
+    imaginary = add_imaginary_stage(monkeypatch)
+    model = publish_imaginary(house.store, house.dpo)
+    config = evaluation_config(EvaluationParams(model=model.uri, recipe="tiny"))
+    assert config.given == {imaginary.role: model, "sft": house.sft, "tokens": house.tokens}
 
 
 @pytest.mark.parametrize(

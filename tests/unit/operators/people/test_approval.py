@@ -19,7 +19,8 @@ from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import PipelineConfig, stage_config_from_json
 from stages.config.request import ArtifactRef, RunInfo
 from stages.config.resolve import resolve
-from tests.pipeline_records import SAMPLES, publish_run, run_info
+from tests.imaginary import add_imaginary_stage
+from tests.pipeline_records import EVALUATION, SAMPLES, publish_run, run_info
 
 ANSWERED = datetime(2026, 11, 24, 9, 30, 15, 123, tzinfo=UTC)
 
@@ -47,10 +48,22 @@ def answer(option: str, comment: str | None = None, user: dict[str, str] | None 
 def test_the_question_shows_every_model_side_by_side_and_proposes_the_one_that_promote_would_choose(asked) -> None:
     subject, body = question(asked[0], config(), asked[1])
     assert subject == "demo: promote the PPO model to champion?"
-    assert "|  | base | SFT | PPO | DPO |" in body
+    assert "|  | Base | SFT | PPO | DPO |" in body
     assert "| eval\\/win\\_rate ↑ | – | – | 0.71 | 0.64 |" in body
     assert body.index("win\\_rate ↑ | –") < body.index("eval\\/perplexity ↓")
     assert "proposed: **PPO**, the aligned model with the highest win rate against SFT." in body
+
+
+def test_a_model_that_only_the_graph_knows_is_in_the_table_and_may_be_proposed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_imaginary_stage(monkeypatch)
+    models = {**EVALUATION["models"], "ipo": {"eval/win_rate": 0.99}}
+    _, made = publish_run(tmp_path, evaluation={**EVALUATION, "models": models})
+    subject, body = question(run_info(), config(), made[Stage.EVALUATE])
+    assert subject == "demo: promote the Imaginary PO model to champion?"
+    assert "|  | Base | SFT | PPO | DPO | Imaginary PO |" in body
+    assert "| eval\\/win\\_rate ↑ | – | – | 0.71 | 0.64 | 0.99 |" in body
 
 
 def test_the_question_says_what_each_answer_and_silence_mean(asked) -> None:
