@@ -1,4 +1,4 @@
-"""Evaluation of one model outside the run that made it: the stage `evaluate` on artifacts that are looked up."""
+"""The DAG `evaluate_model`: the stage `evaluate` on one model outside the run that made it."""
 
 import logging
 from typing import Any

@@ -1,8 +1,8 @@
 """The MLflow parent run of a pipeline run, over plain REST: opened by `resolve`, ended by the last task.
 
-A stage ends its own child run; what is ended here are child runs whose job was killed before it could.
+A stage ends its own child run. This module ends the child runs of jobs that were killed before they could.
 
-MLflow being away never stops a pipeline: it is a warning, and the first stage that reaches MLflow makes the parent.
+An MLflow outage never stops a pipeline: it is a warning, and the first stage that reaches MLflow makes the parent.
 """
 
 import json
@@ -29,9 +29,9 @@ RUN_TAG = "athanor.run_id"
 DRY_RUN_TAG = "athanor.dry_run"
 _PLAN_TAG = "athanor.plan"
 _STAGE_TAG = "lineage.stage"
-"""Child runs have it, the parent run has not."""
+"""Child runs have this tag, the parent run does not."""
 _HIT_TAG = "athanor.stage"
-"""The stages' own tracker writes the same tags for what it builds."""
+"""Followed by the stage; the tracker in the job writes the same tags for what it builds."""
 
 
 class MlflowUnavailableError(Exception):
@@ -39,7 +39,7 @@ class MlflowUnavailableError(Exception):
 
 
 def open_parent_run(run: RunInfo) -> str | None:
-    """Find or create the parent run, set it RUNNING and return its id; None when MLflow is away or not configured."""
+    """Find or create the parent run, set it RUNNING and return its id; None without an MLflow that answers."""
     tracking_uri = tracking_server()
     if not tracking_uri:
         given = os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -72,7 +72,7 @@ def end_parent_run(run: RunInfo, *, succeeded: bool) -> None:
 def end_stage_runs(run: RunInfo, stage: str | None = None, *, killed: bool) -> None:
     """End the child runs that still say RUNNING although their job has ended: of one stage, or of all of them.
 
-    A job that dies by SIGKILL cannot do it itself; a retry sets its run RUNNING again. Warns when MLflow is away.
+    A job that is killed by SIGKILL cannot do it itself; a retry sets its run RUNNING again. Warns when MLflow is away.
     """
     tracking_uri = tracking_server()
     if not tracking_uri:
@@ -82,7 +82,7 @@ def end_stage_runs(run: RunInfo, stage: str | None = None, *, killed: bool) -> N
         with MlflowServer(tracking_uri) as server:
             for run_id in server.running_stage_runs(run, stage):
                 server.update_run(run_id, status)
-                logger.info("MLflow run %s had no end; it is %s now.", run_id, status)
+                logger.info("MLflow run %s was never ended; it is %s now.", run_id, status)
     except MlflowUnavailableError as error:
         logger.warning("MLflow runs of %s may still say RUNNING: %s", stage or run.run_id, error)
 
@@ -102,11 +102,11 @@ def note_hit(run: RunInfo, stage: str, artifact: ArtifactRef) -> None:
         with MlflowServer(tracking_uri) as server:
             server.set_tag(run.parent_run_id, f"{_HIT_TAG}.{stage}", json.dumps(record))
     except MlflowUnavailableError as error:
-        logger.warning("The MLflow parent run does not tell that %s hit: %s", stage, error)
+        logger.warning("The MLflow parent run does not record that %s hit: %s", stage, error)
 
 
 def log_plan(run: RunInfo, *, page: str, data: str, summary: str, dry_run: bool) -> None:
-    """Put the plan on the parent run: as files, its sum as a tag, and the page of a dry run as its description.
+    """Put the plan on the parent run: as files, its total as a tag, and the page of a dry run as its description.
 
     Warns when MLflow is away.
     """
@@ -128,8 +128,8 @@ def log_plan(run: RunInfo, *, page: str, data: str, summary: str, dry_run: bool)
 def parent_artifact_page(child_run_id: str, path: str) -> str | None:
     """Page of an artifact of the parent of a stage's run; None when MLflow is away.
 
-    Asked of the child and not of the current pipeline run: an artifact that existed already lies with the run that
-    built it.
+    Looked up through the child run, because an artifact that existed already belongs to the pipeline run that built
+    it and not to the current one.
     """
     tracking_uri = tracking_server()
     if not tracking_uri:
@@ -156,12 +156,12 @@ class ModelVersion:
 
     @property
     def address(self) -> str:
-        """The address that no alias moves."""
+        """An address that stays the same when aliases move."""
         return f"models:/{self.name}/{self.version}"
 
 
 class MlflowServer:
-    """The handful of REST calls that are needed; use it as a context manager."""
+    """The few REST calls that Airflow's side needs; use it as a context manager."""
 
     def __init__(self, tracking_uri: str) -> None:
         import httpx
@@ -203,7 +203,7 @@ class MlflowServer:
         return None if found is None else self._search(found["experiment"]["experiment_id"], run)
 
     def running_stage_runs(self, run: RunInfo, stage: str | None) -> list[str]:
-        """Return the child runs of this pipeline run, of one stage or all, that have no end."""
+        """Return the child runs of this pipeline run, of one stage or of all, that still say RUNNING."""
         found = self._call("GET", "experiments/get-by-name", {"experiment_name": run.experiment}, absent_ok=True)
         if found is None:
             return []
@@ -226,7 +226,7 @@ class MlflowServer:
         return run["info"]["experiment_id"], tags.get("mlflow.parentRunId")
 
     def model_version(self, name: str, *, alias: str = "", version: str = "") -> "ModelVersion | None":
-        """Return a registered version; None when it is not there."""
+        """Return a registered version; None when there is none."""
         if alias:
             query, path = {"name": name, "alias": alias}, "registered-models/alias"
         else:
@@ -257,7 +257,7 @@ class MlflowServer:
 
         root = urlsplit(self._call("GET", "runs/get", {"run_id": run_id})["run"]["info"]["artifact_uri"])
         if root.scheme != "mlflow-artifacts":
-            raise MlflowUnavailableError(f"artifacts of this server lie in {root.scheme}://, not behind it")
+            raise MlflowUnavailableError(f"this server does not serve artifacts itself; they are in {root.scheme}://")
         where = f"/api/2.0/mlflow-artifacts/artifacts{root.path}/{name}"
         try:
             answer = self._http.put(where, content=text.encode())

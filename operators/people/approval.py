@@ -2,7 +2,7 @@
 
 It asks on Airflow's page of required actions and occupies neither worker nor trigger while it waits. Unlike Airflow's
 own ApprovalOperator, a rejection skips nothing: `promote` registers the rejected models as candidates, with the
-decision in their tags, and the report is made. Nobody answering in time is a rejection that says so.
+decision in their tags, and the report is made. No answer in time is a rejection that says so.
 """
 
 import json
@@ -67,7 +67,7 @@ class PromotionApproval(ApprovalOperator):
             config = load_config(open_default_store(self.store_uri), run)
             if not asks_for_approval(config):
                 raise AirflowSkipException(
-                    f"nobody is asked in this run (promotion={config.promote.promotion}, "
+                    f"this run asks no person (promotion={config.promote.promotion}, "
                     f"alignment={config.alignment}, last_stage={config.last_stage})"
                 )
             evaluated = ti.xcom_pull(task_ids=Stage.EVALUATE.value)
@@ -85,12 +85,12 @@ class PromotionApproval(ApprovalOperator):
         timed_out = bool(event.get("timedout"))
         answer = HITLOperator.execute_complete(self, context, event)
         approval = read_answer(answer, timed_out=timed_out)
-        self.log.info("%s by %s. %s", approval.verdict, approval.by or "nobody", approval.comment)
+        self.log.info("%s by %s. %s", approval.verdict, approval.by or "no user", approval.comment)
         return approval.model_dump(mode="json")
 
 
 def read_answer(answer: Mapping[str, Any], *, timed_out: bool) -> Approval:
-    """What Airflow hands back, as part of `promote`'s configuration."""
+    """Turn what Airflow returns into the part of `promote`'s configuration that says who decided what."""
     user = answer.get("responded_by_user") or {}
     approved = answer["chosen_options"] == [ApprovalOperator.APPROVE]
     return Approval(

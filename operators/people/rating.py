@@ -1,7 +1,7 @@
 """One question to a person: which of these responses is better, or in which order they are good.
 
 Asked on Airflow's page of required actions. Every possible answer is an option, rankings included, so Airflow itself
-refuses what is none; nothing that a person typed needs to be understood.
+rejects anything else, and no free text has to be parsed.
 """
 
 import json
@@ -27,7 +27,7 @@ TIE, SKIP = "Tie", "Skip"
 
 
 class Outcome(StrEnum):
-    """What became of a question."""
+    """How a question ended."""
 
     ANSWERED = "answered"
     TIE = "tie"
@@ -86,14 +86,14 @@ class PreferenceRating(HITLOperator):
 
 
 def options(num_responses: int) -> list[str]:
-    """A or B for two responses, every ranking from best to worst for more; always a tie, and a way past it."""
+    """A or B for two responses, every ranking from best to worst for more; always also a tie and a skip."""
     labels = LABELS[:num_responses]
     ranked = list(labels) if num_responses == 2 else [" > ".join(ranking) for ranking in permutations(labels)]
     return [*ranked, TIE, SKIP]
 
 
 def shown_order(num_responses: int, *, seed: int, prompt_id: str) -> list[int]:
-    """Which response stands behind A, B, ...: random, so that a place is no advantage, and the same every time."""
+    """Which response is shown as A, B, ...: random, so that no position has an advantage, and the same every time."""
     order = list(range(num_responses))
     random.Random(f"{seed}:{prompt_id}").shuffle(order)
     return order
@@ -105,19 +105,19 @@ def read_responses(responses: ArtifactRef) -> list[dict[str, Any]]:
 
 
 def body(row: Mapping[str, Any], order: Sequence[int]) -> str:
-    """The question as Markdown: prompt and responses as they are, in fences that they cannot leave."""
+    """The question as Markdown: prompt and responses unchanged, in fences that they cannot close."""
     shown = [f"### {label}\n\n{block(row['responses'][index])}" for label, index in zip(LABELS, order, strict=False)]
     how = (
         "Choose the better response."
         if len(order) == 2
         else "Choose the ranking, best first; every ordered pair of it becomes a preference."
     )
-    closing = f"{how} **{TIE}**: equally good or bad. **{SKIP}**: you cannot or would rather not say. Both are counted."
+    closing = f"{how} **{TIE}**: equally good or bad. **{SKIP}**: you cannot or do not want to say. Both are counted."
     return "\n\n".join(["### Prompt", block(row["prompt"]), *shown, closing])
 
 
 def read_answer(question: Mapping[str, Any], answer: Mapping[str, Any], *, timed_out: bool) -> dict[str, Any]:
-    """The outcome in terms of the responses themselves: `ranking` holds their positions in the artifact, best first."""
+    """Return the outcome; `ranking` holds positions of responses in the artifact, best first, not the letters shown."""
     order, (chosen, *_) = question["order"], answer["chosen_options"]
     fields, user = answer.get("params_input") or {}, answer.get("responded_by_user") or {}
     ranking: list[int] = []

@@ -32,7 +32,7 @@ class EvaluateConfig(Config):
 
 
 class Verdict(StrEnum):
-    """What became of the question whether a model may be champion."""
+    """The answer to the question whether a model becomes champion."""
 
     APPROVED = "approved"
     REJECTED = "rejected"
@@ -40,12 +40,12 @@ class Verdict(StrEnum):
 
 
 class Approval(Config):
-    """A person's answer. It is part of what `promote` is asked to do, so its fingerprint and manifest tell it."""
+    """A person's answer; part of the configuration of `promote`, so it is in its fingerprint and its manifest."""
 
     verdict: Verdict
-    """`approved`, `rejected`, or `timed_out`: nobody answered in time, which counts as a rejection."""
+    """`approved`, `rejected`, or `timed_out`: no answer in time, which counts as a rejection."""
     by: str = ""
-    """User who answered; empty when nobody did."""
+    """User who answered; empty without an answer."""
     at: str
     """When, UTC, ISO 8601."""
     comment: str = ""

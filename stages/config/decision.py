@@ -58,7 +58,7 @@ class Evaluation:
         if not isinstance(report.get("models"), dict):
             raise DataError(
                 "metrics.json of the evaluation has no object `models`",
-                advice="Clear the evaluate task, so that it is made again.",
+                advice="Clear the evaluate task to build it again.",
             )
         measured = {**report["models"], GRAPH[Stage.REWARD].role: report.get("reward") or {}}
         return Evaluation(
@@ -134,7 +134,7 @@ def decide(candidate: Candidate, champion: Champion | None, config: PromoteConfi
         return by_numbers
     if config.approval is None:
         raise ConfigError(
-            "promotion=approval, and nobody has been asked: promote.approval is empty",
+            "promotion=approval needs a decision, and promote.approval is empty",
             advice="Clear the task `approve` together with its downstream tasks.",
         )
     return _decide_by_person(config.approval, by_numbers)
@@ -144,13 +144,13 @@ def _decide_by_person(approval: Approval, by_numbers: Decision) -> Decision:
     """Rejecting a model that is champion already takes nothing from it: the previous champion stays."""
     promoted = approval.verdict is Verdict.APPROVED
     if approval.verdict is Verdict.TIMED_OUT:
-        verdict = f"nobody decided until {approval.at}, which counts as a rejection"
+        verdict = f"no decision until {approval.at}, which counts as a rejection"
     else:
-        verdict = f"{approval.verdict.value} by {approval.by or 'somebody without a name'} at {approval.at}"
+        verdict = f"{approval.verdict.value} by {approval.by or 'an unnamed user'} at {approval.at}"
     reason = f"{verdict}: {approval.comment}" if approval.comment else verdict
     if by_numbers.comparison == "same_model":
         return Decision(promoted, f"{reason}; {by_numbers.reason}", "same_model" if promoted else "person")
-    agree = "agree" if by_numbers.promoted == promoted else "said otherwise"
+    agree = "agree" if by_numbers.promoted == promoted else "disagree"
     return Decision(promoted, f"{reason}; the numbers {agree}: {by_numbers.reason}", "person")
 
 
@@ -174,8 +174,8 @@ def _decide_by_numbers(candidate: Candidate, champion: Champion | None, *, min_w
         why = "there is no champion yet"
     else:
         why = (
-            f"the champion (version {champion.version}) was evaluated on other data, by another reward model or in "
-            "another way, so its scores do not compare"
+            f"the champion (version {champion.version}) was evaluated on other data, by another reward model or with "
+            "other settings, so its scores do not compare"
         )
     win_rate = candidate.metrics.get(WIN_RATE)
     if win_rate is None:

@@ -1,17 +1,14 @@
-"""All that the report tells, read from the artifacts of a run; whatever a run did not make is simply absent.
+"""What the report shows, read from the artifacts of a run; what a run did not make is absent.
 
 Only the small files are read. Fetching a model as a whole would copy gigabytes of weights for one history file.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from stages.artifacts.addresses import split_artifact_uri
-from stages.artifacts.manifests import read_manifest
-from stages.config.errors import DamagedArtifactError
+from stages.artifacts.manifests import read_file, read_manifest
 from stages.config.request import ArtifactRef, Manifest, RunInfo
 from stages.lineage.graph import Graph, ancestors
 from stages.lineage.tags import MODEL_KINDS
@@ -43,10 +40,9 @@ def read_story(inputs: Mapping[str, ArtifactRef], run: RunInfo, *, title: str, m
     manifests = {role: read_manifest(ref) for role, ref in inputs.items()}
 
     def read(role: str, name: str, default: Any) -> Any:
-        if role not in inputs:
+        if role not in inputs or not _has(manifests[role], name):
             return default
-        content = read_artifact_file(inputs[role], manifests[role], name)
-        return default if content is None else json.loads(content)
+        return json.loads(read_file(inputs[role], name))
 
     return Story(
         title=title,
@@ -62,7 +58,7 @@ def read_story(inputs: Mapping[str, ArtifactRef], run: RunInfo, *, title: str, m
 
 
 def _whole_lineage(inputs: Mapping[str, ArtifactRef]) -> Graph | None:
-    """The lineage of everything; its roots are what nothing else was made from."""
+    """The lineage of everything; its roots are the artifacts that nothing else was made from."""
     if not inputs:
         return None
     graph = ancestors(ref.uri for ref in inputs.values())
@@ -70,21 +66,11 @@ def _whole_lineage(inputs: Mapping[str, ArtifactRef]) -> Graph | None:
     return replace(graph, roots=tuple(root for root in graph.roots if root not in used))
 
 
-def read_artifact_file(ref: ArtifactRef, manifest: Manifest, name: str) -> bytes | None:
-    """Return one file of an artifact, None when it has no such file; raises DamagedArtifactError for other content."""
-    entry = next((entry for entry in manifest.files if entry.path == name), None)
-    if entry is None:
-        return None
-    store, key = split_artifact_uri(ref.uri)
-    content = store.read_bytes(f"{key}/{name}")
-    if hashlib.sha256(content).hexdigest() != entry.sha256:
-        raise DamagedArtifactError(
-            f"{ref.uri}/{name} does not have the content that its manifest records",
-            advice=f"Clear the task {manifest.stage.value}; it will be built again.",
-        )
-    return content
-
-
 def _history(ref: ArtifactRef, manifest: Manifest) -> list[dict[str, Any]]:
-    content = read_artifact_file(ref, manifest, "history.jsonl") if manifest.kind in MODEL_KINDS else None
-    return [json.loads(line) for line in (content or b"").splitlines()]
+    if manifest.kind not in MODEL_KINDS or not _has(manifest, "history.jsonl"):
+        return []
+    return [json.loads(line) for line in read_file(ref, "history.jsonl").splitlines()]
+
+
+def _has(manifest: Manifest, name: str) -> bool:
+    return any(entry.path == name for entry in manifest.files)

@@ -137,7 +137,7 @@ def test_a_person_overrides_the_numbers_in_both_directions_and_the_reason_tells_
     assert (approved.promoted, approved.comparison) == (True, "person")
     assert (rejected.promoted, rejected.comparison) == (False, "person")
     assert approved.reason.startswith(
-        "approved by ada at 2026-11-24T09:30:15+00:00: reads better; the numbers said otherwise: there is no champion"
+        "approved by ada at 2026-11-24T09:30:15+00:00: reads better; the numbers disagree: there is no champion"
     )
     assert "is below min_win_rate=0.5" in approved.reason
     assert "the numbers agree" in decide(candidate(good), None, asked(Verdict.APPROVED)).reason
@@ -146,7 +146,7 @@ def test_a_person_overrides_the_numbers_in_both_directions_and_the_reason_tells_
 def test_silence_is_a_rejection_that_says_so() -> None:
     decision = decide(candidate({"eval/win_rate": 0.9}), None, asked(Verdict.TIMED_OUT, by=""))
     assert not decision.promoted
-    assert decision.reason.startswith("nobody decided until 2026-11-24T09:30:15+00:00, which counts as a rejection;")
+    assert decision.reason.startswith("no decision until 2026-11-24T09:30:15+00:00, which counts as a rejection;")
 
 
 def test_approving_the_champion_moves_no_alias_and_rejecting_it_promotes_nothing() -> None:
