@@ -21,7 +21,8 @@ from urllib.parse import urlsplit
 
 from stages.artifacts.addresses import open_store
 from stages.artifacts.folder import FileStore
-from stages.artifacts.s3 import HASTY, Patience, S3Store, in_words, s3_client
+from stages.artifacts.s3 import S3Store
+from stages.artifacts.s3_client import HASTY, Patience, in_words, s3_client
 from stages.artifacts.store import Store
 from stages.config.errors import StageError
 

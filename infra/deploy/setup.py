@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from infra.deploy.probe import Unhealthy, check_store
-from stages.artifacts.s3 import s3_client
+from stages.artifacts.s3_client import s3_client
 
 PATIENCE_SECONDS = 180.0
 POOL = "gpu"

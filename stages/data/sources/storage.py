@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, cast
 from urllib.parse import unquote, urlsplit
 
-from stages.artifacts.s3 import s3_client
+from stages.artifacts.s3_client import s3_client
 from stages.config.errors import ConfigError
 
 

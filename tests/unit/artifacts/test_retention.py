@@ -224,7 +224,7 @@ def test_checkpoints_of_training_that_may_resume_stay_and_leftovers_of_published
 
 @pytest.mark.integration
 def test_half_written_uploads_on_a_server_are_found_and_taken_back(every_server, monkeypatch) -> None:
-    from stages.artifacts.s3 import s3_client
+    from stages.artifacts.s3_client import s3_client
     from tests.conftest import enter
 
     uri = f"{enter(every_server, monkeypatch)}/prefix"

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from stages.artifacts.addresses import open_store
-from stages.artifacts.s3 import HASTY, PART_BYTES, PATIENT, Patience, S3Store, StoreError
+from stages.artifacts.s3 import PART_BYTES, S3Store
+from stages.artifacts.s3_client import HASTY, PATIENT, Patience, StoreError
 from stages.config.errors import Category
 from tests.chaos.proxy import Proxy
 from tests.conftest import enter
@@ -211,7 +212,7 @@ def test_keys_with_an_end_are_renewed_before_it_comes(
 def test_one_client_serves_all_stores_of_a_process_until_the_environment_changes(
     server: Misbehaving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stages.artifacts.s3 import s3_client
+    from stages.artifacts.s3_client import s3_client
 
     assert s3_client() is s3_client(PATIENT)
     before = s3_client()

@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from stages.artifacts.lease import LeaseLostError
-from stages.artifacts.s3 import StoreError
+from stages.artifacts.s3_client import StoreError
 from stages.config.errors import Category, ConfigError, DataError, StageError
 from stages.config.graph import Stage
 from stages.job.failures import describe_failure

@@ -150,7 +150,7 @@ def test_snapshot_of_installed_docs_is_quick_and_depends_on_the_choice() -> None
 
 @pytest.mark.integration
 def test_an_s3_prefix_is_read_like_the_folder_it_came_from(tmp_path: Path, s3_store: str) -> None:
-    from stages.artifacts.s3 import s3_client
+    from stages.artifacts.s3_client import s3_client
 
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(_lines(3)))
     (tmp_path / "b #1.txt").write_text("plain")
