@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Callable
 
 from stages.artifacts.addresses import open_default_store
-from stages.artifacts.retention import Policy, Waste, delete, find
+from stages.artifacts.deletion import delete
+from stages.artifacts.retention import Policy, Waste, find
 from stages.config.errors import StageError
 from stages.tracking.client import all_registered
 
@@ -31,7 +32,7 @@ def collect(policy: Policy, *, remove: bool, say: Callable[[str], None]) -> int:
         return 1
     say(f"deleted: {_sum(gone)}")
     if kept := len(found) - len(gone):
-        say(f"kept: {kept}, for they came to be needed, or somebody builds them")
+        say(f"kept: {kept}, because they came to be needed or are being built")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`report`: one HTML page that tells the run's story and needs nothing but itself; also on the MLflow pipeline run."""
+"""`report`: one self-contained HTML page about the run, also an artifact of the MLflow pipeline run."""
 
 from stages.config.closing import ReportConfig
 from stages.job.context import StageContext, StageOutcome

@@ -1,4 +1,4 @@
-"""Why a stage will run: the difference, field by field, between what is asked for and the nearest earlier build."""
+"""Why a stage will run: the field-level difference between what is asked for and the nearest earlier build."""
 
 import logging
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from stages.config.request import Manifest
 logger = logging.getLogger(__name__)
 
 MAX_BUILDS = 200
-"""Manifests that are read of one kind; a store that holds more is explained by these."""
+"""At most this many manifests of one kind are read; in a larger store the others are ignored."""
 NEW = "built anew"
 BY_JOB = "identified by the job"
 
@@ -26,9 +26,9 @@ class Builds:
     def __init__(self, store: Store, stage: Stage) -> None:
         keys = [key for key in store.list(f"artifacts/{GRAPH[stage].kind}") if key.endswith(f"/{MANIFEST}")]
         self.complete = len(keys) <= MAX_BUILDS
-        """Whether every build was looked at."""
+        """Whether every build was compared."""
         if not self.complete:
-            logger.warning("%s: %d earlier builds, of which %d are looked at.", stage.value, len(keys), MAX_BUILDS)
+            logger.warning("%s: %d earlier builds, of which %d are compared.", stage.value, len(keys), MAX_BUILDS)
         with ThreadPoolExecutor(max_workers=8) as pool:
             read = pool.map(lambda key: _readable(store, key), keys[:MAX_BUILDS])
             self.manifests = sorted(filter(None, read), key=lambda manifest: manifest.created_at, reverse=True)
@@ -64,7 +64,7 @@ def identity_fields(
     sources: Mapping[str, str],
     version: int | None = None,
 ) -> dict[str, Any]:
-    """All that goes into a fingerprint, as flat names."""
+    """Everything that goes into a fingerprint, as flat names."""
     return {
         "version": GRAPH[stage].version if version is None else version,
         **_flat(config),

@@ -1,4 +1,7 @@
-"""The object store as a local or shared folder."""
+"""The object store as a local or shared folder.
+
+Objects are written aside under a hidden name, synced and then renamed, so that a reader sees a whole object or none.
+"""
 
 import os
 import re
@@ -16,7 +19,7 @@ _ASIDE = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}")
 
 
 class FileStore:
-    """A folder."""
+    """The `Store` of a folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -98,7 +101,7 @@ class FileStore:
                 try:
                     found = path.stat()
                 except FileNotFoundError:
-                    continue  # removed while we were looking
+                    continue  # removed since the directory was read
                 modified = datetime.fromtimestamp(found.st_mtime, UTC)
                 yield Listed(path.relative_to(root).as_posix(), found.st_size, str(found.st_mtime_ns), modified)
 
@@ -113,7 +116,7 @@ class FileStore:
         return self._path(key)
 
     def clock(self) -> datetime:
-        # not this machine's clock: the folder may be another's, which stamps its files by its own
+        # not this machine's clock: a shared folder's files are stamped by the machine that serves it
         self.root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self.root) as file:
             return datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, UTC)
@@ -126,7 +129,7 @@ class FileStore:
             try:
                 started = datetime.fromtimestamp(path.stat().st_mtime, UTC)
             except FileNotFoundError:
-                continue  # finished while we were looking
+                continue  # finished since the directory was read
             key = path.with_name(name["name"]).relative_to(self.root.resolve()).as_posix()
             yield Unfinished(key, started, path.name)
 

@@ -1,18 +1,17 @@
-"""A lease on building one artifact, so that two runs that need it build it once. It needs nothing but an object store.
+"""A lease on building one artifact, so that two runs that need it build it once; only an object store is required.
 
-Only `put_if_absent` is atomic on every S3-compatible server, so a lease is a row of generations, each created by
-exactly one process and never edited by another: `leases/<fingerprint>/1.json`, `2.json`, ... The newest is the holder;
-creating the next one takes over from it. A holder shows that it lives by changing `<n>.beat`; a waiter calls it dead
-when that object has not changed for a while on the waiter's own monotonic clock, so clocks need not agree. A time
-without an answer does not count: the store was away for the holder too.
+Only `put_if_absent` is atomic on every S3-compatible server, so a lease is a series of generations, each created by
+exactly one process and never edited by another: `leases/<fingerprint>/1.json`, `2.json`, ... The newest generation is
+the holder; creating the next one takes over from it. A holder keeps changing `<n>.beat`; a waiter considers it dead
+when that object has not changed for a while on the waiter's own monotonic clock, so clocks need not agree. Time in
+which the store did not answer does not count: the holder could not reach it either.
 
-Servers whose conditional put merely looks before it writes (OpenStack Swift) may let two processes start; the last
-writer holds, and the fence below stops the other.
+Servers whose conditional put only looks before it writes (OpenStack Swift) may let two processes start. Then the last
+writer is the holder, and the fence below stops the other.
 
-Nobody can stop a process that slept through a takeover. Therefore the holder asks `Fence.check` before it publishes
-anything: an artifact that appeared meanwhile, a newer generation, or a record that is not its own means that it lost.
-Rows never shrink while their artifact does not exist: they go as a whole once it does, and from then on the manifest
-itself fences.
+A process that slept through a takeover cannot be stopped from outside. So the holder calls `Fence.check` before it
+publishes anything: an artifact that appeared meanwhile, a newer generation, or a record that is not its own means that
+it lost. A series is only deleted as a whole, once its artifact exists; from then on the manifest itself is the fence.
 """
 
 import logging
@@ -37,33 +36,33 @@ logger = logging.getLogger("athanor")
 
 
 class LeaseLostError(StageError):
-    """Somebody else took over building this artifact, or has built it."""
+    """Another process took over building this artifact, or has built it."""
 
     category = Category.LOST
 
 
 @dataclass(frozen=True)
 class LeaseTimes:
-    """How lively a holder is and how patient a waiter; the same for everybody who shares a store."""
+    """How often a holder beats and how long a waiter waits; the same in all processes that share a store."""
 
     beat_seconds: float = 10.0
     stale_seconds: float = 60.0
-    """A holder that did not beat for this long is dead: longer than any pause of a busy process or a slow store."""
+    """A holder without a beat for this long is dead: longer than any pause of a busy process or a slow store."""
     poll_seconds: float = 2.0
 
 
 class Owner(Config):
-    """Who builds."""
+    """The process that builds."""
 
     run_id: str
     run_name: str
     airflow_url: str
     submission_id: str
-    """Ray job; empty for a stage started by hand."""
+    """Of the Ray job; empty for a stage started by hand."""
     host: str
     pid: int
     since: str
-    """UTC, ISO 8601; for people only."""
+    """UTC, ISO 8601; only shown to people."""
 
     @classmethod
     def of(cls, request: StageRequest) -> "Owner":
@@ -80,7 +79,7 @@ class Owner(Config):
 
     @property
     def lineage(self) -> str:
-        """What the jobs of one task instance have in common: their ids differ in the generation at the end alone."""
+        """What the jobs of one task instance have in common: their ids differ only in the number at the end."""
         return re.sub(r"-\d+$", "", self.submission_id)
 
     def __str__(self) -> str:
@@ -89,17 +88,17 @@ class Owner(Config):
 
 
 class Generation(Config):
-    """One record of the row."""
+    """One record of the series."""
 
     token: str
     """Unique to the process that created it."""
     owner: Owner
     released: bool = False
-    """The holder ended without an artifact; whoever comes next need not wait."""
+    """The holder ended without an artifact; the next builder need not wait."""
 
 
 class Fence(Config):
-    """What lets a process prove that it still is the holder; small enough to travel to worker processes."""
+    """Lets a process check that it is still the holder; small enough to be sent to worker processes."""
 
     kind: str
     fingerprint: str
@@ -109,8 +108,8 @@ class Fence(Config):
     def check(self, store: Store) -> None:
         """Raise LeaseLostError unless this generation is the newest and the artifact does not exist.
 
-        Cheap enough for every checkpoint: three small reads. What happens between the check and the write that it
-        guards cannot be fenced; there `put_if_absent` of the manifest and the hashes in it are the last line.
+        Cheap enough for every checkpoint: three small reads. A takeover between the check and the write that it guards
+        goes unnoticed; `put_if_absent` of the manifest, with the hashes in it, is the last line of defence.
         """
         if store.exists(f"{artifact_key(self.kind, self.fingerprint)}/{MANIFEST}"):
             raise self._lost("has been published by another process")
@@ -118,7 +117,7 @@ class Fence(Config):
         if newer is not None:
             raise self._lost(f"is being built by {newer.owner}")
         if own is None or own.token != self.token:
-            raise self._lost("is not leased to this process any more")
+            raise self._lost("is no longer leased to this process")
 
     def _lost(self, what: str) -> LeaseLostError:
         return LeaseLostError(
@@ -128,7 +127,7 @@ class Fence(Config):
 
 
 class Lease:
-    """Held as a context manager: beats while inside, is removed after success and released after a failure."""
+    """A context manager that beats while inside; the lease is removed after success and released after a failure."""
 
     def __init__(self, store: Store, fence: Fence, owner: Owner, times: LeaseTimes) -> None:
         self.fence = fence
@@ -137,7 +136,7 @@ class Lease:
         self._thread = threading.Thread(target=self._beat_until_stopped, name="lease", daemon=True)
 
     def check(self) -> None:
-        """Raise LeaseLostError when this process is not the holder any more."""
+        """Raise LeaseLostError when this process is no longer the holder."""
         self.fence.check(self._store)
 
     def __enter__(self) -> "Lease":
@@ -151,7 +150,7 @@ class Lease:
         self._thread.join(self._times.beat_seconds)
         try:
             self._release(built=kind is None)
-        except Exception as error:  # noqa: BLE001 - whatever the store's client raises: others wait until it is stale
+        except Exception as error:  # noqa: BLE001 - any error of the store: others wait until the lease is stale
             logger.warning(
                 "The lease was not released (%s): others take it over in %.0f s.", error, self._times.stale_seconds
             )
@@ -188,11 +187,11 @@ def acquire(
     times: LeaseTimes | None = None,
     on_wait: Callable[[Owner, float], None] = lambda holder, seconds: None,
 ) -> Lease | None:
-    """Return the lease, or None as soon as the artifact exists because somebody else has built it.
+    """Return the lease, or None as soon as the artifact exists because another process has built it.
 
     Waits while another process builds, and calls `on_wait(holder, seconds)` at every look. It takes over at once from
-    a holder that released, and from an earlier attempt of the same task: that one's job has ended, or Airflow would
-    not have started another.
+    a holder that released, and from an earlier attempt of the same task: the job of that attempt has ended, or Airflow
+    would not have started another.
     """
     times, token = times or LeaseTimes(), uuid.uuid4().hex
     manifest_key = f"{artifact_key(kind, fingerprint)}/{MANIFEST}"
@@ -212,7 +211,7 @@ def acquire(
         if store.put_if_absent(_record_key(fingerprint, number + 1), mine.model_dump_json(indent=1).encode()):
             written = _read(store, fingerprint, number + 1)
             if written is None or written.token != token:
-                continue  # a server whose put-if-absent is not atomic let somebody else write as well
+                continue  # a server whose put-if-absent is not atomic let another process write as well
             if newest is not None:
                 logger.info("Taking over from %s: %s.", newest.owner, reason)
             lease = Lease(
@@ -220,21 +219,23 @@ def acquire(
             )
             if not store.exists(manifest_key):
                 return lease
-            # Published between the look and the lease.
+            # It was published after the first look and before the lease.
             store.delete(f"leases/{fingerprint}")
             return None
 
 
 class _Watch:
-    """For how long a generation and its heartbeat have looked the same, by this process's monotonic clock; between two
-    looks, however long the store was away, `longest_seconds` count at most."""
+    """Measures how long a generation and its heartbeat have not changed, by this process's monotonic clock.
+
+    Between two looks at most `longest_seconds` count, however long the store was away.
+    """
 
     def __init__(self, longest_seconds: float) -> None:
         self._longest_seconds = longest_seconds
         self._seen: tuple[int, bytes] | None = None
         self._looked_at = self._unchanged_seconds = 0.0
         self.looks = 0
-        """At this generation."""
+        """Number of looks at this generation."""
 
     def unchanged_seconds(self, store: Store, fingerprint: str, number: int) -> float:
         try:
@@ -254,7 +255,7 @@ class _Watch:
 
 
 def _may_take_over(newest: Generation | None, owner: Owner, silent_seconds: float, times: LeaseTimes) -> str:
-    """Why the newest generation need not be waited for; empty when it must be."""
+    """Return the reason not to wait for the newest generation; empty when there is none."""
     if newest is None:
         return ""
     if newest.released:
@@ -267,7 +268,7 @@ def _may_take_over(newest: Generation | None, owner: Owner, silent_seconds: floa
 
 
 def _newest(store: Store, fingerprint: str) -> tuple[int, Generation | None]:
-    """Probe upwards rather than list, because not every store's listing is up to date."""
+    """Read upwards from 1 instead of listing, because listings of some stores lag behind."""
     number, newest = 0, None
     while (found := _read(store, fingerprint, number + 1)) is not None:
         number, newest = number + 1, found

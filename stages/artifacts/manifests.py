@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 DOUBT = "doubt.json"
-"""Left beside a manifest by a reader who found other content than it records: the next look at the artifact reads all
-of it, where sizes would do otherwise."""
+"""Left next to a manifest by a reader that found different content: the next check of the artifact hashes every file,
+where it would otherwise compare sizes."""
 _CHUNK = 1 << 20
 
 
@@ -36,8 +36,8 @@ def fingerprint(
 ) -> str:
     """Identity of what a stage will produce: sha256 over stage, version, config, inputs and outside data.
 
-    Resources, storage location, log cadence and code version are absent by construction: they live in
-    ExecutionConfig and RunInfo, which this function never sees.
+    Resources, storage location, log cadence and code version are absent by construction: they are in ExecutionConfig
+    and RunInfo, which this function never sees.
     """
     identity = {
         "stage": stage.value,
@@ -50,7 +50,7 @@ def fingerprint(
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one spelling of a JSON value: sorted keys, no spaces, UTF-8."""
+    """The canonical form of a JSON value: sorted keys, no spaces, UTF-8."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
@@ -107,8 +107,7 @@ def read_file(ref: ArtifactRef | str, name: str) -> bytes:
 
 
 def upload_files(store: Store, folder: Path, *, kind: str, fingerprint: str) -> tuple[FileEntry, ...]:
-    """Copy every file below `folder` into the artifact and return their entries; the manifest is the caller's last
-    step."""
+    """Copy every file below `folder` into the artifact; return their entries, and leave the manifest to the caller."""
     key = artifact_key(kind, fingerprint)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
 
@@ -149,7 +148,7 @@ def verify(store: Store, manifest: Manifest, *, hashes: bool = False) -> None:
 
 
 def discard(store: Store, manifest: Manifest) -> None:
-    """Remove a damaged artifact, manifest first, so that no reader meets it half gone."""
+    """Remove a damaged artifact, manifest first, so that no reader finds it half deleted."""
     key = artifact_key(manifest.kind, manifest.fingerprint)
     store.delete(f"{key}/{MANIFEST}")
     store.delete(key)
@@ -209,10 +208,10 @@ def _verified_file(store: Store, key: str, entry: FileEntry, target: Path) -> No
 
 
 def _damaged(store: Store, key: str, name: str) -> DamagedArtifactError:
-    """The error of a reader who found a file damaged; its stage learns of it when it is asked for the artifact next."""
+    """Return the error for a damaged file, and leave a mark by which the next run of its stage finds the damage."""
     try:
         write_json(store, f"{key}/{DOUBT}", {"damaged": name, "found_at": utc_now()})
-    except Exception as problem:  # noqa: BLE001 - such as a store that may only be read; the damage is the news
+    except Exception as problem:  # noqa: BLE001 - such as a read-only store; the damage is the error to report
         logger.warning("%s/%s/%s was not written: %s", store.root_uri, key, DOUBT, problem)
     return DamagedArtifactError(
         f"{store.root_uri}/{key}/{name} does not have the content that its manifest records",

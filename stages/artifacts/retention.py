@@ -1,36 +1,26 @@
-"""Garbage collection: what nothing needs any more, listed, and deleted when asked.
+"""Garbage collection, first half: find what is no longer needed. `stages.artifacts.deletion` removes it.
 
-An artifact is needed when a registered model version is it, a run younger than `keep_days` names it, it is that young
-itself, people made it, or something needed was made from it. What is registered is asked of MLflow; without an answer
-nothing is deleted, and neither is anything that a live lease holds.
-
-Deletion takes two steps, because a run may begin meanwhile. First the manifests go, so that no later run hits them;
-then runs and registry are looked at again, and what they have come to need gets its manifest back; then the files go,
-each artifact's under the lease on building it.
+An artifact is needed when it is a registered model version, a run younger than `keep_days` names it, it is that young
+itself, people made it, or something needed was made from it. MLflow says what is registered; without an answer nothing
+is deleted. Nothing that a live lease holds is deleted either.
 """
 
-import logging
-import os
-import platform
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from pydantic import ValidationError
 
-from stages.artifacts.lease import Generation, LeaseTimes, Owner, acquire
-from stages.artifacts.manifests import MANIFEST, utc_now
+from stages.artifacts.lease import Generation, Owner
+from stages.artifacts.manifests import MANIFEST
 from stages.artifacts.store import Listed, Store, Unfinished, read_json
 from stages.config.errors import DataError
 from stages.config.graph import GRAPH, Stage
 from stages.config.request import Manifest
 
-logger = logging.getLogger("athanor")
-
 LIVE_SECONDS = 900
-"""A lease that changed this recently is live; a holder beats every 10 s, and an outage may last."""
+"""A lease that changed this recently is live; a holder beats every 10 s, but an outage of the store may last."""
 MADE_BY_PEOPLE = frozenset({GRAPH[Stage.RATE].kind})
 RECORDS = frozenset(GRAPH[stage].kind for stage in (Stage.EVALUATE, Stage.PROMOTE, Stage.REPORT))
 """They stay while a model that they tell of is registered; what else they tell of may go."""
@@ -44,14 +34,14 @@ class Policy:
     keep_days: float = 30.0
     """Runs, artifacts, checkpoints of unfinished training and caches."""
     unfinished_hours: float = 24.0
-    """Uploads and publications that nobody finished."""
+    """Uploads and publications that were begun and never finished."""
     nothing_registered: bool = False
-    """Somebody vouches that no model of this store is registered."""
+    """The operator states that no model of this store is registered."""
 
 
 @dataclass(frozen=True)
 class Waste:
-    """One thing that nothing needs."""
+    """One thing that is no longer needed."""
 
     what: str
     key: str
@@ -78,8 +68,8 @@ Registered = Callable[[], set[str]]
 """Fingerprints of all registered model versions, asked anew at each call."""
 
 
-class _Picture:
-    """The store as one listing shows it."""
+class Picture:
+    """The store as one listing showed it."""
 
     def __init__(self, store: Store, policy: Policy) -> None:
         self.store, self.now = store, store.clock()
@@ -101,7 +91,7 @@ class _Picture:
         }
 
     def _holder(self, key: str) -> Owner | None:
-        """Who holds this lease and shows that he lives."""
+        """The holder of this lease if it shows signs of life."""
         folder = self.rest["leases"][key]
         numbers = [int(found[1]) for entry in folder.entries if (found := re.search(r"/(\d+)\.json$", entry.key))]
         self.generations[key.split("/")[1]] = max(numbers, default=0)
@@ -110,7 +100,7 @@ class _Picture:
         try:
             newest = Generation.model_validate(read_json(self.store, f"{key}/{max(numbers)}.json"))
         except FileNotFoundError:
-            return None  # it ended while we were looking
+            return None  # the build ended after the listing
         return None if newest.released else newest.owner
 
     def manifests(self) -> dict[str, Manifest]:
@@ -152,10 +142,10 @@ def _text(store: Store, key: str) -> str:
 
 
 def find(store: Store, registered: Registered, policy: Policy) -> list[Waste]:
-    """Everything that nothing needs, artifacts first."""
-    picture = _Picture(store, policy)
+    """Return everything that is no longer needed, artifacts first."""
+    picture = Picture(store, policy)
     manifests = picture.manifests()
-    needed = _needed(picture, manifests, _asked(registered, manifests, policy))
+    needed = needed_keys(picture, manifests, ask_registry(registered, manifests, policy))
     return [
         *(
             Waste("artifact", key, picture.artifacts[key].size, f"nothing needs it; made {manifest.created_at[:10]}")
@@ -168,8 +158,8 @@ def find(store: Store, registered: Registered, policy: Policy) -> list[Waste]:
     ]
 
 
-def _asked(registered: Registered, manifests: Mapping[str, Manifest], policy: Policy) -> set[str]:
-    """What is registered; DataError when that looks like the answer of another store's MLflow."""
+def ask_registry(registered: Registered, manifests: Mapping[str, Manifest], policy: Policy) -> set[str]:
+    """Ask what is registered; DataError when the answer seems to come from the MLflow of another store."""
     found = registered()
     promotions = [key for key, manifest in manifests.items() if manifest.stage is Stage.PROMOTE]
     if promotions and not policy.nothing_registered and not found & {m.fingerprint for m in manifests.values()}:
@@ -181,7 +171,7 @@ def _asked(registered: Registered, manifests: Mapping[str, Manifest], policy: Po
     return found
 
 
-def _needed(picture: _Picture, manifests: Mapping[str, Manifest], registered: set[str]) -> set[str]:
+def needed_keys(picture: Picture, manifests: Mapping[str, Manifest], registered: set[str]) -> set[str]:
     """Keys of the artifacts that must stay."""
     by_fingerprint = {manifest.fingerprint: key for key, manifest in manifests.items()}
     named = picture.named_by_runs() | registered | set(picture.live)
@@ -208,15 +198,15 @@ def _needed(picture: _Picture, manifests: Mapping[str, Manifest], registered: se
     return needed | records
 
 
-def _unpublished(picture: _Picture, manifests: Mapping[str, Manifest]) -> Iterator[Waste]:
+def _unpublished(picture: Picture, manifests: Mapping[str, Manifest]) -> Iterator[Waste]:
     for key, folder in sorted(picture.artifacts.items()):
         fingerprint = key.rsplit("/", 1)[1]
         if key in manifests or fingerprint in picture.live or _after(folder, picture.forgotten):
             continue
-        yield Waste("unfinished publication", key, folder.size, "it has no manifest, and nobody builds it")
+        yield Waste("unfinished publication", key, folder.size, "it has no manifest, and no process builds it")
 
 
-def _beside_artifacts(picture: _Picture, manifests: Mapping[str, Manifest]) -> Iterator[Waste]:
+def _beside_artifacts(picture: Picture, manifests: Mapping[str, Manifest]) -> Iterator[Waste]:
     published = {manifest.fingerprint for manifest in manifests.values()}
     for room, what in (
         ("checkpoints", "checkpoints"),
@@ -241,94 +231,7 @@ def _after(folder: _Folder, moment: datetime) -> bool:
     return folder.newest is not None and folder.newest >= moment
 
 
-def _uploads(picture: _Picture) -> Iterator[Waste]:
+def _uploads(picture: Picture) -> Iterator[Waste]:
     for upload in sorted(picture.store.unfinished(), key=lambda upload: upload.key):
         if upload.started < picture.forgotten and not picture.live.keys() & set(upload.key.split("/")):
             yield Waste("upload", upload.key, 0, f"begun {upload.started:%Y-%m-%d} and not finished", upload)
-
-
-# ---------------------------------------------------------------- deletion
-
-
-def delete(store: Store, waste: list[Waste], registered: Registered, policy: Policy) -> list[Waste]:
-    """Delete what `find` found and still nothing needs; return what went."""
-    picture = _Picture(store, policy)
-    manifests = picture.manifests()
-    taken: dict[str, bytes] = {}
-    for key in sorted({entry.key for entry in waste if entry.what == "artifact"} & manifests.keys()):
-        taken[key] = store.read_bytes(f"{key}/{MANIFEST}")
-        store.delete(f"{key}/{MANIFEST}")
-    needed = set(taken)  # all come back when the second look fails
-    try:
-        picture = _Picture(store, policy)
-        needed = _needed(picture, manifests, _asked(registered, manifests, policy))
-    finally:
-        for key in needed & taken.keys():
-            if key.rsplit("/", 1)[1] not in picture.live:  # else its builder publishes it anew
-                store.put_if_absent(f"{key}/{MANIFEST}", taken[key])
-                logger.info("%s is needed after all and stays", key)
-    return [entry for entry in waste if entry.key not in needed and _gone(picture, entry)]
-
-
-def _gone(picture: _Picture, entry: Waste) -> bool:
-    """Delete one thing, unless somebody has begun to build there."""
-    store = picture.store
-    fingerprint = entry.key.rsplit("/", 1)[1]
-    if picture.live.keys() & set(entry.key.split("/")):
-        return False
-    if entry.upload is not None:
-        store.discard(entry.upload)
-        return True
-    if entry.what not in ("artifact", "unfinished publication", "checkpoints"):
-        store.delete(entry.key)
-        return True
-    with _leased(store, fingerprint, seen=picture.generations.get(fingerprint, 0)) as ours:
-        if not ours or store.exists(f"{entry.key}/{MANIFEST}"):
-            return False
-        store.delete(entry.key)
-        return True
-
-
-class _Busy(Exception):
-    """Somebody else holds the lease."""
-
-
-@contextmanager
-def _leased(store: Store, fingerprint: str, *, seen: int) -> Iterator[bool]:
-    """Hold the lease on a fingerprint, so that nobody begins to build there; False at once when somebody does.
-
-    `seen` is the newest generation that was seen, and it was dead. The lease ends like that of a build that failed,
-    which lets the next builder begin at once.
-    """
-
-    def busy(holder: Owner, seconds: float) -> None:
-        raise _Busy
-
-    name = "garbage-collection"
-    owner = Owner(
-        run_id=name,
-        run_name=name,
-        airflow_url="",
-        submission_id="",
-        host=platform.node(),
-        pid=os.getpid(),
-        since=utc_now(),
-    )
-    dead_is_dead = LeaseTimes(stale_seconds=LeaseTimes.stale_seconds if _begun(store, fingerprint, seen) else 0.0)
-    try:
-        lease = acquire(store, kind=name, fingerprint=fingerprint, owner=owner, times=dead_is_dead, on_wait=busy)
-    except _Busy:
-        yield False
-        return
-    assert lease is not None  # no artifact is of this kind
-    try:
-        with lease:
-            yield True
-            raise _Busy
-    except _Busy:
-        pass
-
-
-def _begun(store: Store, fingerprint: str, seen: int) -> bool:
-    """Whether there is a lease newer than what was seen."""
-    return store.exists(f"leases/{fingerprint}/{seen + 1}.json")

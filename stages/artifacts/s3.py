@@ -170,9 +170,7 @@ class S3Store:
             self._call(lambda s3: s3.delete_object(**self._at(name)))
 
         remove(key)
-        with ThreadPoolExecutor(
-            max_workers=8
-        ) as pool:  # not every server can delete many objects in one request
+        with ThreadPoolExecutor(max_workers=8) as pool:  # not every server can delete many objects in one request
             for _ in pool.map(remove, self.list(key)):
                 pass
 

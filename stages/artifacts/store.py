@@ -1,8 +1,8 @@
 """Object storage behind one small interface: `file://` for one machine, `s3://` for any S3-compatible server.
 
-Surprising on purpose: a file in a `file://` store appears under its name only when it is complete (write aside, fsync,
-rename), and `put_if_absent` has exactly one winner where the server can: `make doctor` tells. What is half-written lies
-under a hidden name, as a multipart upload does on a server. `stages.artifacts.s3` has the other kind of store.
+Surprising on purpose: an object appears under its name only when it is complete. `stages.artifacts.folder` writes under
+a hidden name, syncs and renames; `stages.artifacts.s3` relies on the server. `put_if_absent` has exactly one winner on
+every server that supports conditional puts; `make doctor` tests it.
 """
 
 import json
@@ -17,7 +17,7 @@ from stages.config.errors import ConfigError
 
 @dataclass(frozen=True)
 class Listed:
-    """What a listing says of an object; `version` changes with its content (etag, or time of change in ns)."""
+    """One object in a listing; `version` changes with its content (etag, or time of modification in ns)."""
 
     key: str
     size: int
@@ -28,7 +28,7 @@ class Listed:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """An object that somebody began to write and has not finished, or never will."""
+    """An object whose writing was begun and is not finished, perhaps never will be."""
 
     key: str
     started: datetime
@@ -48,7 +48,7 @@ class Store(Protocol):
     def read_bytes(self, key: str) -> bytes: ...
     def write_bytes(self, key: str, data: bytes) -> None: ...
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write unless the key exists; True for the one writer that made it, whose data must be like no other's."""
+        """Write unless the key exists; True for the one writer that created it. Data must differ between writers."""
         ...
 
     def upload(self, path: Path, key: str) -> None: ...
@@ -58,7 +58,7 @@ class Store(Protocol):
         ...
 
     def listing(self) -> Iterator[Listed]:
-        """Yield everything in the store, in no order; without an error when there is nothing."""
+        """Yield everything in the store, in no order; nothing, and no error, from an empty or missing store."""
         ...
 
     def delete(self, key: str) -> None:
@@ -70,27 +70,27 @@ class Store(Protocol):
         ...
 
     def clock(self) -> datetime:
-        """The present by the clock that `Listed.modified` is read from; a server's may differ from ours."""
+        """The current time by the clock behind `Listed.modified`; a server's clock may differ from ours."""
         ...
 
     def unfinished(self) -> Iterator[Unfinished]:
-        """Yield what is half-written, in no order."""
+        """Yield unfinished objects, in no order."""
         ...
 
     def discard(self, upload: Unfinished) -> None:
-        """Remove what is half-written; nothing happens when it is gone."""
+        """Remove an unfinished object; nothing happens when it is gone."""
         ...
 
 
 def check_key(key: str, root_uri: str) -> str:
-    """Return a key as it is; raises ConfigError for one that is empty, absolute, or names another place than it says.
+    """Return the key unchanged; raises ConfigError for one that is empty, absolute or leads out of the store.
 
-    Keys are put together from records that others may have written, such as the files that a manifest names.
+    Keys are built from records that others may have written, such as the file names in a manifest.
     """
     if any(part in ("", ".", "..") for part in key.split("/")) or "\0" in key:
         raise ConfigError(
             f"key={key!r} leaves the store {root_uri}",
-            advice="Use relative keys without empty parts, '.' and '..'; who wrote this one wanted something else.",
+            advice="Use relative keys without empty parts, '.' and '..'; this one may have been written to do harm.",
         )
     return key
 

@@ -22,7 +22,7 @@ def resolve_target(target: str) -> str:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m stages.lineage", description="Where an artifact came from, and what came of it."
+        prog="python -m stages.lineage", description="Where an artifact came from, and what was made from it."
     )
     parser.add_argument("direction", choices=("ancestors", "descendants"))
     parser.add_argument("target", help="artifact uri, models:/name@alias, or (descendants) uri or digest of raw data")
@@ -56,7 +56,7 @@ def _store_of(target: str) -> str:
 
 
 def _registered_versions(graph: Graph) -> str:
-    """List what is registered in MLflow of these models; a takedown must withdraw them."""
+    """List the registered versions of these models in MLflow, which a takedown must withdraw."""
     models = [node for node in graph.nodes if node.kind in MODEL_KINDS]
     if not models or not os.environ.get("MLFLOW_TRACKING_URI"):
         return ""

@@ -1,8 +1,8 @@
 """Lineage has one author, the manifest: its tags for MLflow, and ancestors and descendants by walking manifests.
 
 `python -m stages.lineage ancestors|descendants <artifact uri | models:/name@alias | digest or uri of raw data>`.
-MLflow holds copies of these edges for people to browse; what a takedown must reach is answered from the store, which
-also knows artifacts that were never registered.
+MLflow holds copies of these edges for people to browse. What a takedown must reach is answered from the store, which
+also has artifacts that were never registered.
 """
 
 import re
@@ -52,7 +52,7 @@ class Graph:
     """Nodes in the order in which data flows, and the edges between them."""
 
     roots: tuple[str, ...]
-    """Nodes that were asked about."""
+    """Nodes that the question was about."""
     nodes: tuple[Node, ...]
     edges: tuple[Edge, ...]
 

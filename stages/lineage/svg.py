@@ -9,7 +9,7 @@ from html import escape
 
 _WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 176, 56, 40, 40, 12
 _ARC = 34
-"""How far an edge that skips a layer leads around the boxes between, a layer."""
+"""How far an edge that skips layers bends around the boxes between, for each layer."""
 
 _STYLE = """
 .lineage{--lg-ink:#1f2328;--lg-soft:#59636e;--lg-line:#8b949e;--lg-source:#fff4d6;--lg-data:#dcefff;--lg-model:#dff5e3;
@@ -42,7 +42,7 @@ class Box:
 def draw_graph(boxes: Iterable[Box], edges: Iterable[tuple[str, str, str]]) -> str:
     """Return an SVG with data flowing from top to bottom; `edges` are (source, target, role).
 
-    Edges to the next layer are solid; longer ones are dashed and lead around the boxes between.
+    Edges to the next layer are solid; longer ones are dashed and bend around the boxes between.
     """
     boxes, edges = list(boxes), list(edges)
     layers = _layers([box.id for box in boxes], edges)
@@ -68,7 +68,7 @@ def draw_graph(boxes: Iterable[Box], edges: Iterable[tuple[str, str, str]]) -> s
 
 
 def _layers(names: list[str], edges: list[tuple[str, str, str]]) -> dict[str, int]:
-    """Longest path from any start; raises ValueError on a cycle, which lineage by fingerprints cannot have."""
+    """Longest path from any start; ValueError on a cycle, which lineage by fingerprints cannot have."""
     layers = dict.fromkeys(names, 0)
     for _ in range(len(names) + 1):
         moved = False
@@ -81,7 +81,7 @@ def _layers(names: list[str], edges: list[tuple[str, str, str]]) -> dict[str, in
 
 
 def _places(layers: dict[str, int], edges: list[tuple[str, str, str]]) -> dict[str, tuple[float, float]]:
-    """Rows by layer, centred; within a row boxes follow the mean place of what feeds them, so edges cross little."""
+    """Rows by layer, centred; within a row boxes are sorted by the mean x of their inputs, so that edges cross less."""
     places: dict[str, tuple[float, float]] = {}
     for layer in sorted(set(layers.values())):
         row = [name for name, place in layers.items() if place == layer]
@@ -101,7 +101,7 @@ def _places(layers: dict[str, int], edges: list[tuple[str, str, str]]) -> dict[s
 class _DrawnEdge:
     svg: str
     reach: float
-    """The farthest x that it touches, left or right."""
+    """The leftmost or rightmost x that it touches."""
 
 
 def _draw_edge(
@@ -116,12 +116,12 @@ def _draw_edge(
         middle = (y1 + y2) / 2
         path = f"M{x1:.0f} {y1:.0f}C{x1:.0f} {middle:.0f} {x2:.0f} {middle:.0f} {x2:.0f} {y2:.0f}"
         return _DrawnEdge(f'<path d="{path}" marker-end="url(#lg-arrow)">{title}', x1)
-    to_right = (x1 + x2) / 2 + _WIDTH / 2 >= -1  # what lies left of the middle is led around on the left
+    to_right = (x1 + x2) / 2 + _WIDTH / 2 >= -1  # an edge left of the middle bends to the left
     side = _WIDTH if to_right else 0
     x1, x2, y1, y2 = x1 + side, x2 + side, y1 + _HEIGHT / 2, y2 + _HEIGHT / 2
     bulge = max(x1, x2) + _ARC * span if to_right else min(x1, x2) - _ARC * span
     path = f"M{x1:.0f} {y1:.0f}C{bulge:.0f} {y1:.0f} {bulge:.0f} {y2:.0f} {x2:.0f} {y2:.0f}"
-    reach = 0.25 * (max(x1, x2) if to_right else min(x1, x2)) + 0.75 * bulge  # the middle of such a curve
+    reach = 0.25 * (max(x1, x2) if to_right else min(x1, x2)) + 0.75 * bulge
     return _DrawnEdge(f'<path class="long" d="{path}" marker-end="url(#lg-arrow)">{title}', reach)
 
 

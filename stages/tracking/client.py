@@ -1,7 +1,7 @@
 """How Athanor uses MLflow: a client that fails fast, and look-ups by tag so that nothing is made twice.
 
 Surprising on purpose:
-- Importing mlflow takes seconds, so it happens inside functions, here and in `mlflow_session`, and nowhere else.
+- Importing mlflow takes seconds, so it happens inside functions, and only in this room.
 - Only MlflowClient with explicit ids is used. mlflow's fluent functions would make a model an input of its own run.
 - Weights stay in the artifact store; a LoggedModel points there by its tag `artifact.uri`.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MLFLOW_RUN_MARKER = "ATHANOR_MLFLOW_RUN"
 REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "INVALID_STATE"})
-"""MLflow error codes that mean "never"; all others may pass: an outage, an expired token, a full disk."""
+"""MLflow error codes for which a retry cannot help; others may: an outage, an expired token, a full disk."""
 _ABSENT = REFUSALS | {"RESOURCE_DOES_NOT_EXIST"}
 _TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}
 _DIGEST_LENGTH = 32  # MLflow's column holds 36 characters
@@ -57,7 +57,7 @@ def connect() -> "MlflowClient":
 
 
 def stage_tag(stage: str) -> str:
-    """Tag of the parent run that tells whether a stage was built or hit, and where its artifact is."""
+    """Tag of the parent run that records whether a stage was built or hit, and where its artifact is."""
     return f"athanor.stage.{stage}"
 
 
@@ -67,7 +67,7 @@ def tag_filter(tags: Mapping[str, str]) -> str:
 
 
 def find_or_create_experiment(client: "MlflowClient", name: str) -> str:
-    """Return the experiment's id and see that MLflow shows it as one of model training, with its runs and charts."""
+    """Return the experiment's id, and mark it as model training so that MLflow shows runs and charts."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
@@ -87,7 +87,7 @@ def find_or_create_experiment(client: "MlflowClient", name: str) -> str:
 def find_model(
     client: "MlflowClient", experiment_id: str, fingerprint: str, *, source_run_id: str | None = None
 ) -> "LoggedModel | None":
-    """Return the LoggedModel of an artifact, the newest one that is ready before others."""
+    """Return the LoggedModel of an artifact: ready ones first, then the newest."""
     found = [
         model
         for model in client.search_logged_models([experiment_id], tag_filter({"lineage.fingerprint": fingerprint}))
@@ -132,7 +132,7 @@ def _existing_run(client: "MlflowClient", run_id: str | None) -> str | None:
 
 
 def dataset_input(name: str, uri: str, digest: str, *, context: str) -> Any:
-    """Describe input data by name, place and digest. MLflow's digest column is short; the tag has all of it.
+    """Describe input data by name, address and digest. MLflow's digest column is short; the tag has the whole digest.
 
     The entity is built directly: mlflow.data would take a name such as `installed-docs` for a file.
     """
@@ -150,7 +150,7 @@ def dataset_input(name: str, uri: str, digest: str, *, context: str) -> Any:
 
 
 def short_digest(digest: str) -> str:
-    """The part of a digest that fits MLflow's column; equal content still has an equal one."""
+    """The part of a digest that fits MLflow's column."""
     return digest.removeprefix("sha256:")[:_DIGEST_LENGTH]
 
 
@@ -167,7 +167,7 @@ def log_file(client: "MlflowClient", run_id: str, path: Path, name: str) -> None
 
 
 def metric_key(key: str) -> str:
-    """Replace what MLflow refuses in metric keys; kinds of preference pairs, which are the user's, are part of some."""
+    """Replace what MLflow refuses in metric keys; some keys contain kinds of preference pairs, which users name."""
     return re.sub(r"[^A-Za-z0-9_\-. /:]", "-", key)
 
 
@@ -215,7 +215,7 @@ def registered_versions(fingerprints: Iterable[str]) -> list[tuple[str, str, tup
 
 
 def all_registered() -> set[str]:
-    """Return the fingerprints of all model versions that Athanor registered; StageError when MLflow does not tell."""
+    """Return the fingerprints of all model versions that Athanor registered; StageError when MLflow does not answer."""
     from mlflow.exceptions import MlflowException
 
     client, found, token = connect(), set[str](), None
@@ -224,7 +224,7 @@ def all_registered() -> set[str]:
             page = client.search_model_versions(max_results=500, page_token=token)
         except MlflowException as error:
             advice = "Start MLflow and set MLFLOW_TRACKING_URI: only it knows which models are registered."
-            raise StageError(f"registered models could not be asked for: {explain(error)}", advice=advice) from error
+            raise StageError(f"registered models could not be listed: {explain(error)}", advice=advice) from error
         for version in page:
             uri = version.tags.get("artifact.uri", "")
             found |= {version.tags.get("lineage.fingerprint", ""), uri.rstrip("/").rsplit("/", 1)[-1]} - {""}
@@ -235,7 +235,7 @@ def all_registered() -> set[str]:
 def explain(error: Exception) -> str:
     """Return a short reason for a failed call; mlflow's own message of a refused connection fills half a screen."""
     cause = error.__cause__ or error.__context__
-    if isinstance(cause, OSError):  # which the exceptions of requests are
+    if isinstance(cause, OSError):  # the exceptions of requests are OSErrors
         return f"{without_logins(os.environ.get('MLFLOW_TRACKING_URI', ''))} does not answer ({type(cause).__name__})"
     return without_logins(str(error))[:300]
 
@@ -245,12 +245,12 @@ def now_ms() -> int:
 
 
 def clean_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    """MLflow shows an empty tag as a fact; leave it out."""
+    """Leave out empty tags, which MLflow would show as facts."""
     return {key: cut(value) for key, value in tags.items() if value}
 
 
 def cut(value: str) -> str:
-    """Shorten a param or tag to what every version of MLflow accepts."""
+    """Shorten a param or tag to the length that every version of MLflow accepts."""
     return value[:_VALUE_LENGTH]
 
 

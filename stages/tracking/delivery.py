@@ -50,9 +50,9 @@ class Deliverer(threading.Thread):
             logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
             self.session = MlflowSession(self._request, connect())
             self._deliver_until_abandoned(self.session)
-        except Exception as error:  # a mistake in tracking must not end a stage that works; its traceback is logged
+        except Exception as error:  # a bug in tracking must not end a stage that works; its traceback is logged
             self.problem = f"{type(error).__name__}: {error}"
-            logger.exception("tracking in MLflow stopped; the stage goes on")
+            logger.exception("tracking in MLflow stopped; the stage continues")
 
     def drain(self, seconds: float) -> bool:
         """Wait until everything is delivered; False when it is not within `seconds` or the thread has died."""
@@ -71,7 +71,7 @@ class Deliverer(threading.Thread):
         return self._spool.is_delivered and self.attached.is_set()
 
     def abandon(self) -> None:
-        """Deliver nothing more: what is left belongs to whoever reads the spool in the store."""
+        """Deliver nothing more: what is left is delivered from the spool in the store."""
         self._is_abandoned = True
         self._wake.set()
 

@@ -49,7 +49,7 @@ class Point:
 
 @dataclass
 class _Logged:
-    """Which points MLflow already has, so that an attempt that resumes before the crash logs no step twice."""
+    """The points that MLflow already has, so that an attempt that resumes at an earlier step logs none twice."""
 
     steps: dict[str, set[int]] = field(default_factory=dict)
     latest: dict[str, Point] = field(default_factory=dict)
@@ -107,7 +107,7 @@ class MlflowSession:
         self.run_id = run_id
 
     def log_points(self, points: Iterable[Point]) -> None:
-        """Log what MLflow does not have yet."""
+        """Log the points that MLflow does not have yet."""
         new = [point for point in points if not self._logged.has(point)]
         for start in range(0, len(new), _METRICS_PER_CALL):
             part = new[start : start + _METRICS_PER_CALL]
@@ -123,10 +123,10 @@ class MlflowSession:
         log_file(self._client, run_id, path, name)
 
     def finish(self, manifest: Manifest, *, uri: str, history: str, time_ms: int) -> None:
-        """Log what only the end knows, make the model READY, and end the run.
+        """Log what is known only at the end, make the model READY, and end the run.
 
-        `history` (JSON lines of step and metrics, which travels with checkpoints) fills in what a killed attempt
-        had measured but not delivered.
+        `history` (JSON lines of step and metrics, which checkpoints carry) fills in what a killed attempt had measured
+        but not delivered.
         """
         run_id = self._known_run()
         self._log_batch(run_id, tags=clean_tags(lineage_tags(manifest, uri)))
@@ -185,7 +185,7 @@ class MlflowSession:
                 self._logged.add(Point(key, metric.value, metric.step, metric.timestamp))
 
     def _log_params(self, run_id: str, params: Mapping[str, str], known: Mapping[str, str]) -> None:
-        """MLflow params never change, so an attempt adds missing ones only and says what differs."""
+        """Params in MLflow are immutable, so an attempt adds missing ones only and logs what differs."""
         from mlflow.entities import Param
 
         given = {key: cut(value) for key, value in params.items()}
@@ -287,8 +287,8 @@ class MlflowSession:
             Metric(
                 point.key,
                 point.value,
-                point.time_ms,
-                point.step,
+                timestamp=point.time_ms,
+                step=point.step,
                 model_id=model_id,
                 run_id=run_id if model_id else None,
             )

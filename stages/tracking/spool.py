@@ -1,7 +1,7 @@
-"""The queue between a stage and MLflow as a file of JSON lines, and its last resting place in the store.
+"""The queue between a stage and MLflow, as a file of JSON lines.
 
-One thread appends, another reads; what the job could not deliver is left in the store as `mlflow-spool.jsonl`, whose
-first line is the stage's request, so that anybody can deliver it later.
+One thread appends, another reads. What the job could not deliver is left in the store as `mlflow-spool.jsonl`, whose
+first line is the stage's request, so that another process can deliver it later.
 """
 
 import base64
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class Spool:
-    """`append` on one side, `next_events` and `acknowledge` on the other; memory stays small however long it grows."""
+    """`append` on one side, `next_events` and `acknowledge` on the other; events are on disk, not in memory."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ class Spool:
         self._end = self._read = self._file.tell()
 
     def append(self, event: Event) -> None:
-        """Append; a full disk costs tracking, never training."""
+        """Append; a full disk loses the event and never stops training."""
         line = json.dumps(event).encode() + b"\n"
         try:
             with self._lock:

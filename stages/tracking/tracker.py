@@ -3,8 +3,8 @@
 Surprising on purpose:
 - Importing this module is cheap. mlflow, which takes seconds to import, is imported by the background thread, and in
   stages that import torch only after their first metric: two imports at once slow each other down.
-- The spool file is the queue. While MLflow is away it grows; afterwards it is replayed, each event once as far as
-  anybody can tell (see stages.tracking.session). What is undelivered when the job ends goes to
+- The spool file is the queue. It grows while MLflow is away and is replayed afterwards; an event that is sent twice
+  because an answer was lost is recognised (see stages.tracking.session). What is undelivered when the job ends goes to
   `runs/<run id>/<stage>/mlflow-spool.jsonl` in the store, from where the stage's next attempt, a closing stage of the
   run, or `python -m stages.tracking <run id>` delivers it.
 """
@@ -57,7 +57,7 @@ class Tracker:
         self._deliverer: Deliverer | None = None
 
     def start(self, *, fingerprint: str, params: dict[str, str], tags: dict[str, str]) -> None:
-        """Begin to track. Without MLFLOW_TRACKING_URI nothing is tracked, which is said once."""
+        """Begin to track. Without MLFLOW_TRACKING_URI nothing is tracked, and one warning says so."""
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             logger.warning(
                 "MLFLOW_TRACKING_URI is not set: stage %s is not tracked in MLflow", self._request.stage.value
@@ -117,7 +117,7 @@ class Tracker:
         return (session.run_id, session.model_id) if session else (None, None)
 
     def fail(self, message: str) -> None:
-        """End the run FAILED; a later attempt of the stage takes it up again."""
+        """End the run FAILED; a later attempt of the stage continues it."""
         if self._deliverer:
             self._spool.append({"type": "fail", "message": message, "time": now_ms()})
             self._deliver_or_leave(_FAIL_SECONDS)

@@ -21,9 +21,10 @@ from pathlib import Path
 import pytest
 
 from stages.artifacts.addresses import open_store, split_artifact_uri
+from stages.artifacts.deletion import delete
 from stages.artifacts.lease import LeaseTimes
 from stages.artifacts.manifests import find_intact
-from stages.artifacts.retention import Policy, delete, find
+from stages.artifacts.retention import Policy, find
 from tests.chaos.drills import Drill, World, address, drill_world, note, write_line
 from tests.chaos.machine import Clock, flip_one_byte, require_memory_cgroups, small_disk, starve
 from tests.chaos.stack import REPOSITORY

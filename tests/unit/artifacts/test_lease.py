@@ -206,11 +206,11 @@ def test_a_sleeper_is_fenced_also_when_the_other_is_done_and_no_lease_is_left(st
     with pytest.raises(LeaseLostError, match="has been published by another process"):
         sleeper.check()
     store.delete(f"artifacts/{KIND}/{IDENTITY}")  # as after damage: leases start again at 1
-    with pytest.raises(LeaseLostError, match="is not leased to this process any more"):
+    with pytest.raises(LeaseLostError, match="is no longer leased to this process"):
         sleeper.check()
     third = held(store, "run-3")
     assert third.fence.number == sleeper.fence.number
-    with pytest.raises(LeaseLostError, match="is not leased to this process any more"), sleeper:
+    with pytest.raises(LeaseLostError, match="is no longer leased to this process"), sleeper:
         sleeper.check()
     third.check()
     assert read_json(store, f"leases/{IDENTITY}/1.json")["released"] is False

@@ -8,9 +8,10 @@ import pytest
 
 from infra.garbage import collect
 from stages.artifacts.addresses import open_store, run_key
+from stages.artifacts.deletion import delete
 from stages.artifacts.lease import LeaseLostError, LeaseTimes, acquire
 from stages.artifacts.manifests import find_manifest
-from stages.artifacts.retention import Policy, delete, find
+from stages.artifacts.retention import Policy, find
 from stages.artifacts.store import Store, write_json
 from stages.config.errors import DataError, StageError
 from stages.config.graph import Stage
@@ -126,7 +127,7 @@ def test_when_mlflow_does_not_answer_nothing_is_deleted(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     said: list[str] = []
     assert collect(POLICY, remove=True, say=said.append) == 1
-    assert "registered models could not be asked for" in said[-1]
+    assert "registered models could not be listed" in said[-1]
     assert sorted(store.list("artifacts")) == before
 
 

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from stages.artifacts.manifests import is_doubted
 from stages.config.closing import ReportConfig
 from stages.config.errors import DamagedArtifactError
 from stages.config.graph import Stage
@@ -197,6 +198,8 @@ def test_a_changed_evaluation_file_is_refused_by_name(tmp_path: Path) -> None:
     store.write_bytes(f"artifacts/evaluation/{ref.fingerprint}/metrics.json", b"{}")
     with pytest.raises(DamagedArtifactError, match=r"metrics\.json"):
         read_story(refs_for(Stage.REPORT, made), run_info(), title="t", max_samples=1)
+    # The size differs here; where it does not, only this mark makes `evaluate` run again when it is cleared.
+    assert is_doubted(store, "evaluation", ref.fingerprint)
 
 
 def test_the_lineage_graph_is_published_beside_the_page(tmp_path: Path) -> None:
