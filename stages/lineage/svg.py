@@ -121,6 +121,7 @@ def _draw_edge(
     x1, x2, y1, y2 = x1 + side, x2 + side, y1 + _HEIGHT / 2, y2 + _HEIGHT / 2
     bulge = max(x1, x2) + _ARC * span if to_right else min(x1, x2) - _ARC * span
     path = f"M{x1:.0f} {y1:.0f}C{bulge:.0f} {y1:.0f} {bulge:.0f} {y2:.0f} {x2:.0f} {y2:.0f}"
+    # A Bezier curve at t = 1/2: each end counts 1/8, each control point 3/8, and both of these are at x = bulge.
     reach = 0.25 * (max(x1, x2) if to_right else min(x1, x2)) + 0.75 * bulge
     return _DrawnEdge(f'<path class="long" d="{path}" marker-end="url(#lg-arrow)">{title}', reach)
 

@@ -75,7 +75,14 @@ class Registry:
             )
         else:
             self._update_tags(version, tags)
-        return Registered(role, name, str(version.version), model.model_id, manifest.fingerprint, is_new)
+        return Registered(
+            role=role,
+            name=name,
+            version=str(version.version),
+            model_id=model.model_id,
+            fingerprint=manifest.fingerprint,
+            is_new=is_new,
+        )
 
     def _update_tags(self, version: "ModelVersion", tags: dict[str, str]) -> None:
         # A new decision replaces the old one whole: an answer without a comment does not keep the earlier comment.

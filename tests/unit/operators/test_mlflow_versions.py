@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
+from typing import ClassVar
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -26,7 +27,10 @@ ANSWERS = {
 class _Registry(BaseHTTPRequestHandler):
     """MLflow 3.17's answers to `registered-models/alias`, as recorded in its source."""
 
+    logins: ClassVar[list[str | None]] = []
+
     def do_GET(self) -> None:
+        self.logins.append(self.headers["Authorization"])
         alias = parse_qs(urlsplit(self.path).query)["alias"][0]
         status, body = ANSWERS[alias]
         data = json.dumps(body).encode()
@@ -60,6 +64,17 @@ def test_a_version_comes_with_its_tags_and_what_is_absent_is_none(registry: str)
 def test_an_answer_that_is_not_about_absence_is_not_taken_for_it(registry: str) -> None:
     with MlflowServer(registry) as server, pytest.raises(MlflowUnavailableError, match="Invalid value"):
         server.model_version("x-aligned", alias="broken")
+
+
+def test_the_login_of_the_environment_wins_over_one_in_the_address(registry: str, monkeypatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_USERNAME", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "t")
+    with MlflowServer(registry.replace("//", "//ada:pw@")) as server:
+        server.model_version("x-aligned", alias="champion")
+    monkeypatch.delenv("MLFLOW_TRACKING_TOKEN")
+    with MlflowServer(registry) as server:
+        server.model_version("x-aligned", alias="champion")
+    assert _Registry.logins[-2:] == ["Bearer t", None]
 
 
 def test_raters_are_told_which_model_is_missing_and_how_to_get_it(registry: str, monkeypatch) -> None:
