@@ -1,6 +1,7 @@
 """A trained stage that does not exist, for tests that what knows stages learns of a new one from the graph alone."""
 
 from dataclasses import replace
+from typing import cast
 
 import pytest
 
@@ -14,7 +15,7 @@ from stages.config.request import ArtifactRef
 def add_imaginary_stage(monkeypatch: pytest.MonkeyPatch) -> StageSpec:
     """Put a second kind of DPO into the graph for the length of a test."""
     spec = replace(GRAPH[Stage.DPO], kind="ipo-model", role="ipo", label="Imaginary PO")
-    monkeypatch.setitem(GRAPH, "ipo", spec)
+    monkeypatch.setitem(GRAPH, cast(Stage, "ipo"), spec)
     return spec
 
 

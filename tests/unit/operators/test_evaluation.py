@@ -1,15 +1,22 @@
 """What `evaluate_model` looks up before it measures; the store is real, its artifacts have no files."""
 
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
-from operators.evaluation import evaluation_config
+from operators.evaluation import evaluation_config, tag_version
 from operators.prepare import build_request, input_stages
+from stages.artifacts.manifests import read_manifest, settings_digest
+from stages.config.decision import Champion, Conditions
 from stages.config.errors import ConfigError
 from stages.config.evaluation import EvaluationParams
 from stages.config.graph import Stage
 from tests.imaginary import add_imaginary_stage, publish_imaginary
+from tests.pipeline_records import EVALUATION, publish_run
 from tests.unit.operators.test_given import RUN, House
 
 
@@ -45,6 +52,45 @@ def test_a_model_that_only_the_graph_knows_is_measured_beside_its_reference(hous
     model = publish_imaginary(house.store, house.dpo)
     config = evaluation_config(EvaluationParams(model=model.uri, recipe="tiny"))
     assert config.given == {imaginary.role: model, "sft": house.sft, "tokens": house.tokens}
+
+
+class Version(BaseHTTPRequestHandler):
+    """One registered version, whose tags can be set."""
+
+    tags: ClassVar[dict[str, str]] = {}
+
+    def do_GET(self) -> None:
+        tags = [{"key": key, "value": value} for key, value in self.tags.items()]
+        self.answer({"model_version": {"version": "3", "tags": tags}})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.tags[body["key"]] = body["value"]
+        self.answer({})
+
+    def answer(self, body: dict[str, Any]) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+def test_a_version_measured_without_a_judge_no_longer_compares_with_what_one_scored(tmp_path: Path, monkeypatch):
+    unjudged = {**EVALUATION, "reward_fingerprint": None}
+    _, made = publish_run(tmp_path, evaluation=unjudged)
+    judged = Conditions("d" * 64, "r" * 64, settings_digest(read_manifest(made[Stage.EVALUATE])))
+    monkeypatch.setattr(Version, "tags", {"lineage.fingerprint": made[Stage.SFT].fingerprint, **judged.tags()})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Version)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+    tag_version("models:/n-sft/3", made[Stage.EVALUATE])
+    server.shutdown()
+    server.server_close()
+    assert Version.tags["eval/perplexity"] == "70.0"
+    after = Champion.from_tags("3", Version.tags)
+    assert (after.conditions.data_digest, after.conditions.settings_digest) == ("d" * 64, judged.settings_digest)
+    assert not judged.allow_comparison(after.conditions)
 
 
 @pytest.mark.parametrize(
