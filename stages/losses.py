@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stages.config.train import PreferenceLoss, SigmoidLoss
+
 
 def bradley_terry_loss(chosen_scores_P: Tensor, rejected_scores_P: Tensor) -> Tensor:
     """Return sum over pairs of -log sigmoid(r_chosen - r_rejected).
@@ -51,33 +53,49 @@ def calibration_error(margins_P: Tensor, *, num_bins: int = 10) -> float:
     return error
 
 
-class DPOTerms(NamedTuple):
-    """Loss summed over pairs, and the implicit rewards it is made of."""
+class PairLogprobs(NamedTuple):
+    """What preference losses compare: log-probabilities summed over each answer, given its prompt, and the answers'
+    lengths."""
+
+    chosen_P: Tensor
+    rejected_P: Tensor
+    chosen_tokens_P: Tensor
+    rejected_tokens_P: Tensor
+    ref_chosen_P: Tensor | None = None
+    """Of the frozen reference; None where the loss has none, as with `ref_rejected_P`."""
+    ref_rejected_P: Tensor | None = None
+
+
+class PreferenceTerms(NamedTuple):
+    """Loss summed over pairs, and the implicit rewards whose margin it widens."""
 
     loss_sum: Tensor
     chosen_rewards_P: Tensor
     rejected_rewards_P: Tensor
 
 
-def dpo_loss(
-    *,
-    chosen_logprobs_P: Tensor,
-    rejected_logprobs_P: Tensor,
-    ref_chosen_logprobs_P: Tensor,
-    ref_rejected_logprobs_P: Tensor,
-    beta: float,
-    label_smoothing: float = 0.0,
-) -> DPOTerms:
-    """Direct preference optimisation on log-probabilities summed over each response.
+def preference_loss(loss: PreferenceLoss, logprobs: PairLogprobs) -> PreferenceTerms:
+    """Return what the configured loss makes of pairs."""
+    match loss:
+        case SigmoidLoss():
+            return dpo_loss(logprobs, beta=loss.beta, label_smoothing=loss.label_smoothing)
 
-    Rafailov et al. 2023 (arXiv:2305.18290), eq. 7; `label_smoothing` is the conservative variant of Mitchell 2023.
-    Policy equal to reference gives ln 2 a pair.
+
+def dpo_loss(logprobs: PairLogprobs, *, beta: float, label_smoothing: float = 0.0) -> PreferenceTerms:
+    """Direct preference optimisation: -log sigmoid(r_chosen - r_rejected), r = beta (log pi - log pi_ref).
+
+    Rafailov et al. 2023 (arXiv:2305.18290), eq. 7. With `label_smoothing` e, conservative DPO (Mitchell 2023,
+    https://ericmitchell.ai/cdpo.pdf, eq. 3): the same with weight 1 - e, plus the swapped pair with weight e. Policy
+    equal to reference gives ln 2 a pair.
     """
-    chosen_rewards_P = beta * (chosen_logprobs_P - ref_chosen_logprobs_P)
-    rejected_rewards_P = beta * (rejected_logprobs_P - ref_rejected_logprobs_P)
+    assert logprobs.ref_chosen_P is not None
+    assert logprobs.ref_rejected_P is not None
+    chosen_rewards_P = beta * (logprobs.chosen_P - logprobs.ref_chosen_P)
+    rejected_rewards_P = beta * (logprobs.rejected_P - logprobs.ref_rejected_P)
     margins_P = chosen_rewards_P - rejected_rewards_P
+    # logsigmoid and not log of sigmoid: a margin of -100 in float32 would give log 0 and a gradient of NaN.
     losses_P = -(1 - label_smoothing) * F.logsigmoid(margins_P) - label_smoothing * F.logsigmoid(-margins_P)
-    return DPOTerms(losses_P.sum(), chosen_rewards_P.detach(), rejected_rewards_P.detach())
+    return PreferenceTerms(losses_P.sum(), chosen_rewards_P.detach(), rejected_rewards_P.detach())
 
 
 class PolicyTerms(NamedTuple):
@@ -155,8 +173,8 @@ def whiten(values_N: Tensor, *, mean: float, std: float) -> Tensor:
 def normalised_score(score: float, *, mean: float, std: float) -> float:
     """Return a reward model's score in units of the spread of reference answers' scores.
 
-    Bradley-Terry fixes neither origin nor scale of scores, but `kl_coefficient` weighs nats against them. Ziegler et al.
-    2019 (arXiv:1909.08593), section 2.1, normalise to the same end.
+    Bradley-Terry fixes neither origin nor scale of scores, but `kl_coefficient` weighs nats against them. Ziegler et
+    al. 2019 (arXiv:1909.08593), section 2.1, normalise to the same end.
     """
     return (score - mean) / (std + 1e-8)
 
