@@ -8,7 +8,7 @@ from torch import nn
 
 from stages.config.train import DPOConfig, PreferenceLoss
 from stages.data.tokens.packing import Packed
-from stages.data.tokens.views import Split, TokensArtifact
+from stages.data.tokens.views import Split, TokensArtifact, evenly
 from stages.job.context import StageContext, StageOutcome
 from stages.losses import PairLogprobs, pair_accuracy, preference_loss
 from stages.models.build import load_causal_lm
@@ -17,7 +17,6 @@ from stages.models.forward import TrunkOutput, sum_by_segment, target_logprobs, 
 from stages.models.lora import add_adapter
 from stages.train.engine import Engine, LossOutput
 from stages.train.pairs import PairObjective, Pairs, over_pairs, planned_pairs, sides
-from stages.train.plan import evenly
 from stages.train.reference import FIELD, Reference
 from stages.train.routing import Balancing
 from stages.train.run import Prepared, train_stage

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from stages.data.tokens.packing import Packed, TokenSequence, collate, plan_rows
 from stages.data.tokens.ragged import Ragged
-from stages.data.tokens.views import SequenceView
+from stages.data.tokens.views import SequenceView, evenly
 from stages.losses import perplexity
 from stages.models.experts import Routing
 from stages.models.forward import NextTokenTerms, next_token_loss_sum, next_token_terms
 from stages.models.noise import embedding_noise
-from stages.train.engine import Engine
-from stages.train.objective import LossOutput, ObjectiveState, Step
-from stages.train.plan import batches, evenly, in_step, order_digest, share
+from stages.train.engine import Engine, LossOutput
+from stages.train.objective import ObjectiveState, Step
+from stages.train.plan import batches, in_step, order_digest, share
 from stages.train.routing import Balancing
 
 _PLACE = "place"

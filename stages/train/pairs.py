@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from stages.config.train import SampledConfig
 from stages.data.tokens.packing import Packed, TokenSequence, lay_out, split_by_rows
-from stages.data.tokens.views import Pair, PairView, Split, TokensArtifact, require
+from stages.data.tokens.views import Pair, PairView, Split, TokensArtifact, evenly, require
 from stages.models.forward import TrunkOutput
 from stages.train.engine import Engine, LossOutput
 from stages.train.mixture import training_order
 from stages.train.objective import ObjectiveState, Step
-from stages.train.plan import batches, evenly, in_step, order_digest, share
+from stages.train.plan import batches, in_step, order_digest, share
 from stages.train.routing import Balancing
 
 

@@ -45,11 +45,6 @@ def in_step(ranks: Agreeing, items: Sequence[Item], *, spare: Item) -> Iterator[
         yield (items[number], True) if number < len(items) else (spare, False)
 
 
-def evenly(num_items: int, *, at_most: int) -> np.ndarray:
-    """Return up to `at_most` indices spread evenly over range(num_items)."""
-    return np.unique(np.linspace(0, num_items - 1, num=min(at_most, num_items)).astype(np.int64))
-
-
 def order_digest(steps: Iterable[np.ndarray]) -> str:
     """Hash over the items of every step. numpy does not promise the same permutation in its next version."""
     digest = hashlib.sha256()

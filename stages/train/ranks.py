@@ -17,16 +17,6 @@ from stages.config.errors import ConfigError
 Item = TypeVar("Item")
 
 
-def local_device() -> torch.device:
-    """The GPU of this worker, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    from ray.train.torch import get_device
-
-    device = get_device()
-    return device if isinstance(device, torch.device) else device[0]
-
-
 class Axis:
     """The processes that differ from this one along one axis only."""
 

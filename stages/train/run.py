@@ -15,6 +15,7 @@ from stages.config.errors import ConfigError
 from stages.config.train import TrainConfig
 from stages.data.tokens.views import TokensArtifact
 from stages.job.context import StageContext, StageOutcome
+from stages.job.devices import local_device
 from stages.job.workers import launch
 from stages.models.build import save_model
 from stages.models.precision import compute_dtype
@@ -25,7 +26,6 @@ from stages.train.engines.choose import make_engine
 from stages.train.interruption import Interruption, stop_flag, wait_for_all
 from stages.train.loop import train
 from stages.train.objective import Objective
-from stages.train.ranks import local_device
 from stages.train.throughput import Meter
 
 logger = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from stages.config.errors import ConfigError
 from stages.config.execution import ExecutionConfig
 from stages.config.train import Algorithm, OptimizerConfig, TrainConfig
+from stages.job.devices import local_device
 from stages.models.precision import autocast
 from stages.train.engine import LossOutput, Share, StepReport, Trainable
 from stages.train.engines.local import (
@@ -32,7 +33,7 @@ from stages.train.engines.local import (
     seed_models,
 )
 from stages.train.optimizer import make_optimizer
-from stages.train.ranks import Grid, local_device
+from stages.train.ranks import Grid
 from stages.train.shards import Box, Piece, SavedState, scalar, whole_tensors
 
 Result = TypeVar("Result")

@@ -14,6 +14,7 @@ from stages.config.execution import Engine as EngineKind
 from stages.config.execution import ExecutionConfig
 from stages.config.train import Algorithm, TrainConfig
 from stages.data.tokens.packing import Packed
+from stages.job.devices import local_device
 from stages.models.experts import routing_of
 from stages.models.forward import hidden_states
 from stages.models.lora import has_adapter
@@ -35,7 +36,7 @@ from stages.train.engines.pipeline import Schedule, keep_stage, set_received
 from stages.train.engines.tensor_parallel import Slice, cut_layers
 from stages.train.loss_scale import LossScale
 from stages.train.optimizer import make_optimizer
-from stages.train.ranks import Grid, local_device
+from stages.train.ranks import Grid
 from stages.train.shards import Box, Piece, SavedState, scalar, whole_tensors
 
 Result = TypeVar("Result")
