@@ -1,4 +1,7 @@
-"""What is trained and how: model, optimizer and the settings of the five objectives. All of it decides results."""
+"""What is trained and how: model, optimizer and the settings of each objective.
+
+All of it decides results and enters fingerprints: a field that is added is marked `AddedLater` (`stages.config.base`).
+"""
 
 from enum import StrEnum
 from typing import Annotated, ClassVar, Literal
@@ -148,7 +151,7 @@ class OptimizerConfig(Config):
 
 
 class TrainConfig(Config):
-    """What all five objectives share."""
+    """What all objectives share."""
 
     optimizer: OptimizerConfig
     """Optimizer and schedule."""
@@ -165,7 +168,7 @@ class TrainConfig(Config):
     """Held-out items in one such evaluation."""
     best_metric: str = ""
     """Held-out metric, such as `eval/loss`, that chooses the evaluation whose weights become the model; empty = the
-    last weights. The best checkpoint is kept beside the newest ones."""
+    last weights. The best checkpoint is kept in addition to the newest ones."""
     best_is: Literal["lowest", "highest"] = "lowest"
     """Which value of `best_metric` is the best."""
     seed: int = Field(default=0, ge=0)
@@ -196,7 +199,7 @@ class PretrainConfig(TrainConfig):
 
 
 class LoRAConfig(Config):
-    """Train a low-rank adapter beside frozen weights; the exported model has it merged in."""
+    """Train a low-rank adapter next to frozen weights; the exported model has it merged in."""
 
     rank: int = Field(default=0, ge=0)
     """Rank of the adapter; 0 = train all parameters."""
@@ -237,7 +240,7 @@ class LoRAConfig(Config):
 
 
 class PostTrainConfig(TrainConfig):
-    """What the four objectives share that start from a language model."""
+    """What the objectives share that start from a language model."""
 
     lora: LoRAConfig = LoRAConfig()
     """Adapter, instead of all parameters."""

@@ -18,6 +18,7 @@ class Agreeing(Protocol):
 
 def shuffled(num_items: int, *, seed: int, epoch: int) -> np.ndarray:
     """Return a permutation of range(num_items) that depends on (seed, epoch) alone."""
+    # Seeded by the pair and not by a sum: epoch 1 of seed 0 would be epoch 0 of seed 1.
     return np.random.Generator(np.random.Philox([seed, epoch])).permutation(num_items)
 
 
@@ -35,6 +36,7 @@ def batches(items: np.ndarray, size: int) -> list[np.ndarray]:
 
 def share(items: np.ndarray, *, rank: int, world_size: int) -> np.ndarray:
     """Return the items of one rank; possibly none."""
+    # Dealt out one by one: the ranks' numbers of items differ by one at most, in a small last step too.
     return items[rank::world_size]
 
 

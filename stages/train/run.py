@@ -1,4 +1,4 @@
-"""What the five training stages have in common: a verb provides `prepare(context, tokens)`, the rest is here."""
+"""What the training stages have in common: a verb provides `prepare(context, tokens)`, the rest is here."""
 
 import importlib
 import json
@@ -95,8 +95,8 @@ def train_on_worker(context: StageContext) -> StageOutcome:
 
 
 def _trained_on(context: StageContext, objective: Objective) -> dict[str, str]:
-    """What decides the samples beside the fingerprint: an input built again may hold other bytes under the same
-    fingerprint, and other code or libraries may plan another order from the same seed."""
+    """What decides the samples besides the fingerprint: an input that was built again may hold other bytes under the
+    same fingerprint, and other code or libraries may plan another order from the same seed."""
     digests = {role: ref.digest for role, ref in context.inputs.items()}
     return {**digests, "order": objective.order, "num_steps": str(objective.num_steps)}
 
