@@ -159,7 +159,7 @@ def test_overrides_by_earlier_and_by_todays_names_mean_the_same(overrides: dict[
 def test_a_kind_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"dpo.loss.kind='sigmoyd' does not exist") as caught:
         resolve({"recipe": "tiny", "overrides": {"dpo.loss.kind": "sigmoyd"}})
-    assert caught.value.advice == "Allowed: sigmoid."
+    assert "sigmoid" in caught.value.advice
 
 
 def test_another_kind_brings_its_own_settings_and_is_chosen_before_they_are_set(
