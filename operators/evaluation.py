@@ -1,6 +1,5 @@
 """Evaluation of one model outside the run that made it: the stage `evaluate` on artifacts that are looked up."""
 
-import hashlib
 import logging
 import os
 from typing import Any
@@ -11,7 +10,7 @@ from operators.given import data_of, find_version, given_artifact, is_ours
 from operators.mlflow import MlflowServer, MlflowUnavailableError
 from operators.run import finish_run, open_run
 from stages.artifacts.addresses import split_artifact_uri
-from stages.artifacts.manifests import canonical_json, read_manifest
+from stages.artifacts.manifests import read_manifest, settings_digest
 from stages.artifacts.store import read_json
 from stages.config.errors import ConfigError, StageError
 from stages.config.evaluation import EvaluationParams
@@ -108,9 +107,8 @@ def tag_version(address: str, evaluation: ArtifactRef) -> None:
 
 def _conditions(report: dict[str, Any], manifest: Manifest) -> dict[str, str]:
     """The same three as `stages.promote.Conditions`; a score without a judge compares with nothing."""
-    settings = canonical_json({"version": manifest.version, "config": manifest.config})
     return {
         "evaluation.data_digest": str(report["data"]["digest"]),
         "evaluation.reward_fingerprint": str(report["reward_fingerprint"] or ""),
-        "evaluation.settings_digest": hashlib.sha256(settings).hexdigest(),
+        "evaluation.settings_digest": settings_digest(manifest),
     }
