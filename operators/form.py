@@ -15,6 +15,7 @@ from stages.config.execution import ExecutionConfig
 from stages.config.params import PipelineParams
 from stages.config.pipeline import PipelineConfig
 from stages.config.recipes import RECIPES
+from stages.config.train import PreferenceLoss
 
 # Sections of the form, in the order of the class's fields; a field that is not named belongs to the one before it.
 _SECTION_STARTS = {
@@ -89,9 +90,15 @@ def _main_settings(config: PipelineConfig) -> dict[str, str]:
         "sft": f"{config.sft.num_epochs:g} epochs, learning rate {config.sft.optimizer.learning_rate:g}",
         "reward": f"{config.reward.num_epochs:g} epochs, learning rate {config.reward.optimizer.learning_rate:g}",
         "ppo": f"{ppo.num_rollouts} rollouts of {ppo.rollout_size} responses, {ppo.max_response_length} tokens each",
-        "dpo": f"{config.dpo.num_epochs:g} epochs, beta {config.dpo.beta:g}",
+        "dpo": f"{config.dpo.num_epochs:g} epochs, {_loss(config.dpo.loss)}",
         "workers": _workers(config.execution.pretrain),
     }
+
+
+def _loss(loss: PreferenceLoss) -> str:
+    """Its kind and what is set of it."""
+    settings = loss.model_dump(exclude={"kind"})
+    return ", ".join([f"{loss.kind} loss", *(f"{name} {value:g}" for name, value in settings.items() if value)])
 
 
 def _workers(execution: ExecutionConfig) -> str:

@@ -21,8 +21,9 @@ from torch import nn
 
 from stages.config.closing import EvaluateConfig
 from stages.data.tokens.packing import Packed, TokenSequence, collate, lay_out, plan_rows, split_by_rows
-from stages.data.tokens.views import Split, TokensArtifact
+from stages.data.tokens.views import Split, TokensArtifact, evenly
 from stages.job.context import StageContext, StageOutcome
+from stages.job.devices import local_device
 from stages.job.workers import launch
 from stages.losses import bits_per_byte, pair_accuracy, perplexity
 from stages.models.build import load_causal_lm, load_reward_model
@@ -30,8 +31,6 @@ from stages.models.forward import next_token_loss_sum, segment_logprobs, segment
 from stages.models.generation import generate, uniforms
 from stages.models.precision import autocast
 from stages.train.next_token import DocumentRows
-from stages.train.plan import evenly
-from stages.train.ranks import local_device
 
 _ALIGNED = ("ppo", "dpo")
 _LANGUAGE_MODELS = ("base", "sft", *_ALIGNED)

@@ -13,7 +13,7 @@ from torch import nn
 from stages.config.train import PPOConfig
 from stages.data.tokens.packing import Packed, TokenSequence, lay_out, split_by_rows
 from stages.data.tokens.ragged import Ragged
-from stages.data.tokens.views import Split, TokensArtifact, require
+from stages.data.tokens.views import Split, TokensArtifact, evenly, require
 from stages.job.context import StageContext, StageOutcome
 from stages.losses import adapted_kl_coefficient, ppo_policy_loss, ppo_value_loss
 from stages.models.build import load_causal_lm, load_reward_model
@@ -22,7 +22,7 @@ from stages.models.forward import target_logprobs, target_positions, target_valu
 from stages.models.lora import add_adapter
 from stages.train.engine import Engine
 from stages.train.objective import LossOutput, ObjectiveState, Step
-from stages.train.plan import batches, evenly, order_digest, share, shuffled
+from stages.train.plan import batches, order_digest, share, shuffled
 from stages.train.rollout import FrozenModels, Sampled, Sampler, ScoreScale, from_tensors, to_experience, to_tensors
 from stages.train.routing import Balancing
 from stages.train.run import Prepared, train_stage

@@ -15,15 +15,14 @@ from tokenizers import Tokenizer
 
 from stages.config.collect import RespondConfig
 from stages.data.tokens.tokenizer import LoadedTokenizer
-from stages.data.tokens.views import Split, TokensArtifact, require
+from stages.data.tokens.views import Split, TokensArtifact, evenly, require
 from stages.job.context import StageContext, StageOutcome
+from stages.job.devices import local_device
 from stages.job.workers import launch
 from stages.models.build import load_causal_lm
 from stages.models.generation import generate, uniforms
 from stages.models.given_tokenizer import given_tokenizer
 from stages.models.precision import autocast
-from stages.train.plan import evenly
-from stages.train.ranks import local_device
 
 _BATCH_PROMPTS = 16
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from stages.artifacts.manifests import MANIFEST
 from stages.artifacts.store import Store
 from stages.config.graph import GRAPH, Stage
+from stages.config.pipeline import stored_identity
 from stages.config.request import Manifest
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def identity_fields(
     """Everything that goes into a fingerprint, as flat names."""
     return {
         "version": GRAPH[stage].version if version is None else version,
-        **_flat(config),
+        **_flat(stored_identity(stage, config)),
         **{f"input {role}": fingerprint for role, fingerprint in inputs.items()},
         **{f"source {uri}": digest for uri, digest in sources.items()},
     }

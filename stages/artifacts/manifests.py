@@ -20,6 +20,7 @@ from stages.artifacts.store import Store, write_json
 from stages.config.base import Config
 from stages.config.errors import DamagedArtifactError
 from stages.config.graph import GRAPH, Stage
+from stages.config.pipeline import stored_identity
 from stages.config.request import ArtifactRef, FileEntry, Manifest
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def fingerprint(
     identity = {
         "stage": stage.value,
         "version": GRAPH[stage].version,
-        "config": config.model_dump(mode="json"),
+        "config": config.identity(),
         "inputs": {role: ref.fingerprint for role, ref in inputs.items()},
         "sources": dict(sources or {}),
     }
@@ -90,7 +91,8 @@ def content_digest(files: tuple[FileEntry, ...]) -> str:
 
 def settings_digest(manifest: Manifest) -> str:
     """Hash over how an artifact was made, whatever it was made from: stage version and config."""
-    return hashlib.sha256(canonical_json({"version": manifest.version, "config": manifest.config})).hexdigest()
+    config = stored_identity(manifest.stage, manifest.config)
+    return hashlib.sha256(canonical_json({"version": manifest.version, "config": config})).hexdigest()
 
 
 def read_file(ref: ArtifactRef | str, name: str) -> bytes:

@@ -1,8 +1,9 @@
 """The complete, frozen configuration of one run, and the request that each stage gets out of it."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from stages.config.base import Config
 from stages.config.closing import EvaluateConfig, PromoteConfig, ReportConfig
@@ -152,3 +153,11 @@ class PipelineConfig(Config):
 def stage_config_from_json(stage: Stage, data: dict[str, Any]) -> Config:
     """Validate a stage's config again on the other side of the wire."""
     return CONFIG_CLASSES[stage].model_validate(data)
+
+
+def stored_identity(stage: Stage, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Spell the config of a manifest or request as fingerprints do; as it stands, if it is from before this version."""
+    try:
+        return CONFIG_CLASSES[stage].model_validate(data).identity(only_given=True)
+    except ValidationError:
+        return dict(data)

@@ -41,7 +41,7 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     _refuse_impossible_end(params)
     tree = recipe(seed=params.seed).model_dump(mode="json")
     _apply_form(tree, params)
-    for path, value in _flatten(params.overrides):
+    for path, value in _ordered(params.overrides):
         _set_dotted(tree, path, value)
     _apply_seed(tree, params)
     _place_weights(tree)
@@ -187,6 +187,24 @@ def _flatten(overrides: Mapping[str, Any], prefix: str = "") -> list[tuple[str, 
     return pairs
 
 
+def _ordered(overrides: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Overrides by today's paths; those that choose a `kind` first, because it says which fields there are."""
+    pairs = [(PipelineConfig.current_path(path), value) for path, value in _flatten(overrides)]
+    return sorted(pairs, key=lambda pair: not pair[0].endswith(".kind"))
+
+
+def _choose_kind(group: dict[str, Any], path: str, kind: Any) -> None:
+    """Put the defaults of another kind in a group's place: kinds share no settings, even of the same name."""
+    members = PipelineConfig.members(path.removesuffix(".kind"))
+    if kind not in members:
+        raise ConfigError(
+            f"overrides: {path}={kind!r} does not exist", advice=f"Allowed: {', '.join(sorted(members))}."
+        )
+    if kind != group["kind"]:
+        group.clear()
+        group.update(members[kind]().model_dump(mode="json"))
+
+
 def _set_dotted(tree: dict[str, Any], path: str, value: Any) -> None:
     *parents, leaf = path.split(".")
     node: Any = tree
@@ -205,6 +223,8 @@ def _set_dotted(tree: dict[str, Any], path: str, value: Any) -> None:
             f"overrides: {path!r} is a group of fields, not a value; got {value!r}",
             advice=f"Set one of its fields: {', '.join(f'{path}.{name}' for name in sorted(node[leaf]))}.",
         )
+    if leaf == "kind" and PipelineConfig.members(".".join(parents)):
+        _choose_kind(node, path, value)
     node[leaf] = value
 
 

@@ -1,11 +1,14 @@
-"""What is trained and how: model, optimizer and the settings of the five objectives. All of it decides results."""
+"""What is trained and how: model, optimizer and the settings of each objective.
+
+All of it decides results and enters fingerprints: a field that is added is marked `AddedLater` (`stages.config.base`).
+"""
 
 from enum import StrEnum
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from stages.config.base import Config
+from stages.config.base import AddedLater, Config
 from stages.config.sources import SourceWeight
 
 
@@ -148,7 +151,7 @@ class OptimizerConfig(Config):
 
 
 class TrainConfig(Config):
-    """What all five objectives share."""
+    """What all objectives share."""
 
     optimizer: OptimizerConfig
     """Optimizer and schedule."""
@@ -165,7 +168,7 @@ class TrainConfig(Config):
     """Held-out items in one such evaluation."""
     best_metric: str = ""
     """Held-out metric, such as `eval/loss`, that chooses the evaluation whose weights become the model; empty = the
-    last weights. The best checkpoint is kept beside the newest ones."""
+    last weights. The best checkpoint is kept in addition to the newest ones."""
     best_is: Literal["lowest", "highest"] = "lowest"
     """Which value of `best_metric` is the best."""
     seed: int = Field(default=0, ge=0)
@@ -196,7 +199,7 @@ class PretrainConfig(TrainConfig):
 
 
 class LoRAConfig(Config):
-    """Train a low-rank adapter beside frozen weights; the exported model has it merged in."""
+    """Train a low-rank adapter next to frozen weights; the exported model has it merged in."""
 
     rank: int = Field(default=0, ge=0)
     """Rank of the adapter; 0 = train all parameters."""
@@ -237,7 +240,7 @@ class LoRAConfig(Config):
 
 
 class PostTrainConfig(TrainConfig):
-    """What the four objectives share that start from a language model."""
+    """What the objectives share that start from a language model."""
 
     lora: LoRAConfig = LoRAConfig()
     """Adapter, instead of all parameters."""
@@ -285,13 +288,33 @@ class RewardConfig(SampledConfig):
     """Weight of (r_chosen + r_rejected)^2, which keeps scores around zero."""
 
 
-class DPOConfig(SampledConfig):
-    """Direct preference optimisation against the frozen SFT model."""
+class SigmoidLoss(Config):
+    """DPO's own loss: -log sigmoid of the difference of the implicit rewards."""
 
+    kind: Annotated[Literal["sigmoid"], AddedLater("sigmoid")] = "sigmoid"
+    """Which preference loss."""
     beta: float = Field(default=0.1, gt=0)
     """Strength of the pull towards the reference."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed share of flipped labels (conservative DPO)."""
+
+    needs_reference: ClassVar[bool] = True
+    """Whether the loss compares with the frozen SFT model, whose log-probabilities are then computed once."""
+
+
+# One more preference loss is a class like the one above, with defaults for all its fields, a member here
+# (`Annotated[SigmoidLoss | Other, Field(discriminator="kind")]`; pydantic refuses a union of one) and a case in
+# `stages.losses.preference_loss`.
+PreferenceLoss = SigmoidLoss
+
+
+class DPOConfig(SampledConfig):
+    """Optimisation of the policy on preference pairs, without a reward model."""
+
+    loss: PreferenceLoss = SigmoidLoss()
+    """What is minimised over the pairs; `kind` chooses it, the other fields are its own."""
+
+    moved: ClassVar = {"beta": "loss.beta", "label_smoothing": "loss.label_smoothing"}
 
 
 class PPOConfig(PostTrainConfig):

@@ -20,8 +20,10 @@ def update_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
             averages.append(state[_KEY])
             parameters.append(parameter)
         elif state:  # a parameter that has no gradient yet has no state either
+            # No bias correction is needed: the average starts at weights and not at zero.
             state[_KEY] = parameter.detach().clone()
     if averages:
+        # One kernel for all parameters, in float32 like the weights: a decay of 0.9999 would be lost in bfloat16.
         torch._foreach_lerp_(averages, parameters, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -32,6 +34,7 @@ def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     with torch.no_grad():
         for parameter in _trained(optimizer):
             if (average := optimizer.state.get(parameter, {}).get(_KEY)) is not None:
+                # A copy and no arithmetic back and forth, which would not restore the same bits.
                 kept.append((parameter, parameter.detach().clone()))
                 parameter.copy_(average)
     try:

@@ -1,4 +1,4 @@
-"""Which step was the best on held-out data: a function of the metrics so far, so that a resume need not remember it."""
+"""Which step was the best on held-out data: a function of the metrics so far, so a resume need not remember it."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -45,4 +45,5 @@ class BestBy:
                 advice="Name one of these, or leave best_metric empty for the last weights.",
             )
         value = float(row[self.metric])
+        # NaN compares false with everything and would stay the best for ever if it came first.
         return -math.inf if math.isnan(value) else value if self.highest else -value

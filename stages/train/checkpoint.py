@@ -1,9 +1,9 @@
-"""Resumable state in the store: written beside the training, record last, damaged ones passed over.
+"""Resumable state in the store: written in the background, record last, damaged ones skipped.
 
 Layout: `checkpoints/<fingerprint>/step-00000100/{engine-00000-of-00002,...,objective}.safetensors, history.jsonl,
 checkpoint.json`. Every process writes the pieces that it holds into a file of its own; the record says which file holds
 which part of which tensor, so that any engine reads it on any number of processes. Nothing is pickled. Saving copies
-the tensors and returns; a thread writes them while training goes on.
+the tensors and returns; a thread writes them while training continues.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class Checkpoint:
 
     step: int
     engine: dict[str, Piece]
-    """The pieces that this process answers for; those of all processes tile the tensors."""
+    """The pieces that this process saves; those of all processes tile the tensors."""
     objective: ObjectiveState
     guard: dict[str, Any]
     """What the loop remembers of skipped steps."""
@@ -98,7 +98,7 @@ class Checkpointer:
         self._writer.start()
 
     def wait(self) -> None:
-        """Return when nothing is being written any more."""
+        """Return when nothing is being written any more; raises what went wrong in writing."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
@@ -114,12 +114,14 @@ class Checkpointer:
 
         Raises DataError when it comes from a training on something else.
         """
+        # Rank 0's list for all: the others may have listed the store a moment earlier.
         for step in reversed(self._processes.gather(self._steps())[0]):
             found = problem = None
             try:
                 found = self._read(step)
             except (ValueError, KeyError, OSError) as error:
                 problem = str(error)
+            # One process that cannot read its pieces is enough: all ranks resume from the same step.
             problems = [text for text in self._processes.gather(problem) if text is not None]
             if found is not None and not problems:
                 return found
@@ -204,6 +206,7 @@ class Checkpointer:
         best = self._best.step(history) if self._best else None
         for old in self._steps()[: -self._keep]:
             if old != best:
+                # The record first: without it a half-deleted folder is no checkpoint.
                 self._store.delete(f"{self._prefix}/{_folder(old)}/{_RECORD}")
                 self._store.delete(f"{self._prefix}/{_folder(old)}")
 
@@ -217,6 +220,7 @@ class Checkpointer:
         self._require_same_origin(record["trained_on"], folder)
         files = [_File(**entry) for entry in record["files"]]
         opened = _OpenedFiles(self._store, folder, {file.name: file.sha256 for file in files})
+        # Together the processes verify every file once; a file that is read across layouts is verified when opened.
         shards = [file for file in files if file.pieces]
         for file in shards[self._processes.rank :: self._processes.size]:
             opened.path(file.name)
@@ -244,7 +248,7 @@ class Checkpointer:
         if changes:
             raise DataError(
                 f"checkpoint {folder} was trained on something else: {'; '.join(changes)}",
-                advice=f"Bring back what it was trained on to go on with it, or delete "
+                advice=f"Bring back what it was trained on to continue with it, or delete "
                 f"{self._store.root_uri}/{self._prefix} to train on the new from the start.",
             )
 

@@ -1,7 +1,7 @@
-"""What the loop and the objectives ask of an engine, however it spreads parameters, gradients and work over processes.
+"""What loop and objectives need from an engine, however it spreads parameters, gradients and work over processes.
 
 Whatever uses parameters runs inside the forward of one root module (`Trainable`), so that the wrappers' hooks see it:
-losses, rollouts and evaluations are functions given to the engine. `make_engine` alone knows which engines there are.
+losses, rollouts and evaluations are functions given to the engine. Only `engines.choose` knows which engines there are.
 """
 
 import contextlib
@@ -72,11 +72,11 @@ class Engine(Protocol):
     rank: int
     """Which share of every step's items this process trains on."""
     world_size: int
-    """Into how many shares the items of a step are dealt."""
+    """Number of shares that the items of a step are divided into."""
     is_main: bool
     """True on the one process that reports numbers and publishes files."""
     processes: Processes
-    """All processes of the training, also those that share a share."""
+    """All processes of the training, also those that compute one share together."""
 
     def infer(self, compute: Callable[..., Result], *arguments: Any) -> Result:
         """Run `compute(parts, *arguments)` in the root's forward without gradients or dropout, in the run's precision,

@@ -13,6 +13,7 @@ from typing import Any
 from stages.config.errors import NonFiniteError
 from stages.config.train import OptimizerConfig
 
+# One or two come with an unlucky batch; five mean that weights or data are broken and no step will be finite again.
 _MAX_NON_FINITE_IN_A_ROW = 5
 
 
@@ -45,6 +46,7 @@ class StepGuard:
     def _is_spike(self, loss: float, grad_norm: float) -> bool:
         if not self._config.spike_window:
             return False
+        # Judged before the values enter the window: a spike must not raise the mean that it is compared with.
         is_spike = self._above(self._losses, loss) or self._above(self._grad_norms, grad_norm)
         for values, value in ((self._losses, loss), (self._grad_norms, grad_norm)):
             values.append(value)

@@ -1,4 +1,4 @@
-"""What the outside asks of a training at a step boundary: save and end (SIGTERM), or save because a node will go.
+"""Requests to a training, answered at step boundaries: save and stop (SIGTERM), or save because a node will go.
 
 All ranks ask at the same step and get the same answer, which costs one small collective a step when there are several.
 A node's departure is known to Ray Train, whose question is a barrier over all workers: rank 0's clock says when to ask.
@@ -31,7 +31,7 @@ class Ask(IntEnum):
     LOOK = 1
     """Ask Ray Train whether a node will go; never returned."""
     SAVE = 2
-    """Save and go on: Ray Train restarts the workers from the newest checkpoint when the node has gone."""
+    """Save and continue: Ray Train restarts the workers from the newest checkpoint when the node has gone."""
     END = 3
     """Save and end with category `preempted`."""
 
@@ -61,7 +61,7 @@ def node_departs() -> bool:
 
 
 def most_pressing(mine: Ask, device: torch.device) -> Ask:
-    """Agree over all processes, also those that share a share of the data; each must call it."""
+    """Agree over all processes, also those that compute one share of the data together; each must call it."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return mine
     pressing = torch.tensor(int(mine), device=device)

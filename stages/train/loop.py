@@ -47,9 +47,11 @@ def train(
     asked: Callable[[], Ask] = lambda: Ask.NOTHING,
     clock: Callable[[], float] = time.perf_counter,
 ) -> History:
-    """Train to the end, from the newest checkpoint if there is one; return the metrics of every logged step, but not
-    its timing: the same training gives the same bytes. `asked` says at every step boundary whether to save or to end
-    now, the same on every rank."""
+    """Train to the end, from the newest checkpoint if there is one; return the metrics of every logged step.
+
+    Timing is reported but not returned: the same training gives the same history, byte for byte. `asked` says at every
+    step boundary whether to save or to stop now, the same on every rank.
+    """
     guard = StepGuard(config.optimizer)
     step, history = _resume(objective, engine, guard, checkpointer)
     blocked = 0.0
@@ -58,8 +60,10 @@ def train(
         rate = learning_rate(
             config.optimizer, step=step, num_steps=objective.num_steps, tokens_per_step=objective.tokens_per_step
         )
+        # Dropout follows from (seed, step, rank) and from nothing that a resume would have to restore.
         engine.seed(config.seed, step)
         metrics, tokens, flops = _accumulate(objective, engine, item, meter)
+        # The guard judges global numbers, so all ranks take the step or none does.
         outcome = engine.step(rate, accepts=guard.judging(loss=metrics["train/loss"], step=step + 1))
         step += 1
         now = clock()
@@ -78,13 +82,14 @@ def train(
         if evaluated := _due(step, config.eval_every, objective.num_steps):
             with engine.averaged():
                 metrics |= objective.evaluate(engine)
-            last = clock()
+            last = clock()  # evaluation is not training: it must not lower the next step's tokens a second
         if evaluated or _due(step, execution.log_every, objective.num_steps):
             history.append({"step": step, **metrics})
             report(metrics | timing, step=step, num_steps=objective.num_steps)
             blocked = 0.0
         ask = asked()
         due = _is_multiple(step, execution.checkpoint_every) or (evaluated and checkpointer.is_best(step, history))
+        # None after the last step: the artifact comes next. But one that was asked for, because the process is going.
         if ask is not Ask.NOTHING or (due and step < objective.num_steps):
             started = clock()
             checkpointer.wait()
@@ -93,10 +98,10 @@ def train(
             blocked += clock() - started
         if ask is Ask.END:
             checkpointer.wait()
-            wait_for_all()  # the first worker that fails ends the others, who may still be writing
+            wait_for_all()  # Ray Train ends all workers when the first one fails; others may still be writing
             raise Stopped(
                 f"the job was asked to stop and saved its training after step {step} of {objective.num_steps}",
-                advice="If nobody stopped it on purpose, the retry goes on from there.",
+                advice="If it was not stopped on purpose, the retry continues from there.",
             )
     checkpointer.wait()
     return history
@@ -117,26 +122,36 @@ def _accumulate(
     objective: Objective, engine: Engine, step: Step, meter: Meter
 ) -> tuple[dict[str, float], float, float]:
     """Run every micro-batch forward and backward; return the step's metrics, tokens and model FLOPs over all ranks."""
+    # Three denominators. All of them are totals over all ranks and micro-batches of the step, so that neither gradient
+    # nor metrics depend on how the step was cut:
+    #   units   what `loss_sum` sums over: targets or pairs. The mean of micro-batches' means would be another loss, in
+    #           which a target in a short micro-batch weighs more than one in a long micro-batch.
+    #   tokens  what `token_loss_sum` sums over: experts are balanced over all tokens, prompts included.
+    #   weight  what a metric sums over, which the loss function states next to its sum.
+    # The first two must be known before the first backward, because they scale it; hence a pass over sizes alone.
     counted = step.micro_batches if step.counted else []
     sizes = [(objective.weight(batch), batch.num_tokens, meter.flops(batch)) for batch in counted]
     units, tokens, flops = engine.sum(sum(column) for column in zip((0.0, 0.0, 0.0), *sizes, strict=True))
     sums: dict[str, Tensor] = {}
     batches = _same_count(engine, step)
+    # A batch that only keeps other ranks company has counts of 0: it joins the collectives and adds nothing.
     shares = [Share(batch, counts / units, counts / tokens) for batch, counts in batches]
     outputs = engine.backward(objective.loss, shares)
     observed: list[Tensor] = []
     for (_, counts), out in zip(batches, outputs, strict=True):
+        # The loss has no weight of its own: its denominator is `units`.
         pairs = out.metrics | {"train/loss": torch.stack([out.loss_sum, out.loss_sum.new_tensor(0.0)])}
         for name, pair in pairs.items():
             sums[name] = sums.get(name, 0) + counts * pair
         if out.counts is not None:
             observed.append(counts * out.counts)
+    # Every rank ran a micro-batch, so every rank has the same names, and one collective in name order adds all of them.
     names = sorted(sums)
     totals = engine.sum([value for name in names for value in sums[name].tolist()])
     metrics = {
         name: total / (weight if name != "train/loss" else units)
         for name, total, weight in zip(names, totals[::2], totals[1::2], strict=True)
-        if weight or name == "train/loss"
+        if weight or name == "train/loss"  # a metric without a single item in the step has no mean
     }
     if observed:
         total = engine.sum(torch.stack(observed).sum(0).flatten().tolist())
@@ -147,6 +162,7 @@ def _accumulate(
 def _same_count(engine: Engine, step: Step) -> list[tuple[Packed, float]]:
     """Give every rank the same number of forward passes, each with how often it counts: once, or not at all."""
     batches = step.micro_batches
+    # With parameters in shards a forward pass is a collective: a rank that makes fewer would leave the others waiting.
     missing = int(engine.max(len(batches))) - len(batches)
     return [(batch, float(step.counted)) for batch in batches] + [(batches[0], 0.0)] * missing
 

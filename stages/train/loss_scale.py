@@ -9,6 +9,7 @@ which is low enough not to waste the first steps.
 import torch
 from torch import Tensor
 
+# GradScaler starts at 2**16, and the first steps of a run overflow until it has halved often enough.
 _START = 2.0**13
 _GOOD_STEPS = 2000
 
@@ -24,6 +25,7 @@ class LossScale:
     def update(self, *, overflowed: bool) -> None:
         if not self._dynamic:
             return
+        # Powers of two only: scaling and unscaling change exponents and no bits of the gradient.
         self._good_steps = 0 if overflowed else self._good_steps + 1
         if overflowed:
             self.value /= 2
@@ -34,6 +36,6 @@ class LossScale:
         return torch.tensor([self.value, self._good_steps], dtype=torch.float64)
 
     def load(self, state: Tensor) -> None:
-        """Go on where another run stopped, unless one of the two does not scale."""
+        """Continue from a saved scale, unless this run or the one that saved does not scale."""
         if self._dynamic and float(state[0]) != 1.0:
             self.value, self._good_steps = float(state[0]), int(state[1])

@@ -1,6 +1,6 @@
 """The order in which examples of several sources are seen, so that each source gets the share that was asked for.
 
-A function of data, weights and seed alone: the same on every worker, and a resumed run goes on in the middle of it.
+A function of data, weights and seed alone: the same on every worker, and a resumed run continues in the middle of it.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ class Share:
     distinct: int
     """Examples that the source has."""
     epochs: float
-    """Times that the source is gone through."""
+    """Passes over the source."""
     target_tokens: int
     """Trained tokens, repetitions counted."""
 
@@ -65,9 +65,12 @@ def training_order(sources: Sources, target_tokens: np.ndarray, config: SampledC
     for place, name in enumerate(sources.names):
         wanted = amounts[name] if amounts else asked[name] * budget
         mine = _stream(np.flatnonzero(sources.indices == place), sizes, wanted, seed=config.seed, source=place)
+        # Where the middle of an example lies in its own source's stream, from 0 to 1. Sorted by that, the sources are
+        # interleaved, and every stretch of training has each source's share to within one example of it.
         ends = np.cumsum(sizes[mine])
         parts.append(mine)
         positions.append((ends - sizes[mine] / 2) / max(1, ends[-1] if len(ends) else 1))
+    # Stable: equal positions stay in the order of sources, on every machine and with every numpy.
     order = np.concatenate(parts)[np.argsort(np.concatenate(positions), kind="stable")]
     return Mixture(order, config.mixture_unit, _account(order, sources, target_tokens, config, asked))
 
@@ -98,6 +101,7 @@ def _budget(totals: Mapping[str, int], asked: Mapping[str, float], config: Sampl
     budget = config.num_epochs * sum(totals.values())
     if not config.max_source_epochs:
         return budget
+    # Everything shrinks with the scarcest source: training a source less than its share would change the proportions.
     return min(budget, *(config.max_source_epochs * total / asked[name] for name, total in totals.items()))
 
 
@@ -105,6 +109,7 @@ def _whole_numbers(shares: Mapping[str, float], total: int) -> dict[str, int]:
     """Numbers that add up to `total`, each within one of its share of it (largest remainders)."""
     exact = {name: share * total for name, share in shares.items()}
     numbers = {name: int(value) for name, value in exact.items()}
+    # Most negative first: those whose exact number lost most by rounding down get one more.
     by_remainder = sorted(exact, key=lambda name: numbers[name] - exact[name])
     for name in by_remainder[: total - sum(numbers.values())]:
         numbers[name] += 1
@@ -113,10 +118,13 @@ def _whole_numbers(shares: Mapping[str, float], total: int) -> dict[str, int]:
 
 def _stream(mine: np.ndarray, sizes: np.ndarray, wanted: float, *, seed: int, source: int) -> np.ndarray:
     """Examples of one source, pass after pass in new random orders, up to the size that comes nearest to `wanted`."""
+    # One pass more than fits surely reaches `wanted`. Each pass has a generator of its own, keyed by seed, pass and
+    # source: how often other sources are repeated changes nothing in this one's order.
     total = sizes[mine].sum()
     passes = int(wanted // total) + 1
     shuffles = (np.random.Generator(np.random.Philox([seed, number, source])) for number in range(passes))
     stream = np.concatenate([mine[generator.permutation(len(mine))] for generator in shuffles])
+    # reached[k] is the size of the first k examples, so the index of the nearest is a count: within half an example.
     reached = np.concatenate([[0], np.cumsum(sizes[stream])])
     return stream[: int(np.argmin(np.abs(reached - wanted)))]
 

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from stages.data.tokens.packing import Packed, TokenSequence, collate, plan_rows
 from stages.data.tokens.ragged import Ragged
-from stages.data.tokens.views import SequenceView
+from stages.data.tokens.views import SequenceView, evenly
 from stages.losses import perplexity
 from stages.models.experts import Routing
 from stages.models.forward import NextTokenTerms, next_token_loss_sum, next_token_terms
 from stages.models.noise import embedding_noise
-from stages.train.engine import Engine
-from stages.train.objective import LossOutput, ObjectiveState, Step
-from stages.train.plan import batches, evenly, in_step, order_digest, share
+from stages.train.engine import Engine, LossOutput
+from stages.train.objective import ObjectiveState, Step
+from stages.train.plan import batches, in_step, order_digest, share
 from stages.train.routing import Balancing
 
 _PLACE = "place"
@@ -44,6 +44,7 @@ class DocumentRows:
         start, stop = index * self._row_length, (index + 1) * self._row_length
         ids = self._documents.slice(start, stop)
         inner = self._documents.offsets
+        # Offsets strictly inside the row: there a document ends, and attention and position ids start anew.
         first, last = np.searchsorted(inner, [start + 1, stop])
         pieces = np.split(ids, inner[first:last] - start)
         return [TokenSequence(piece, np.ones(len(piece), dtype=np.int64)) for piece in pieces if len(piece)]
@@ -104,6 +105,7 @@ class NextTokenObjective:
     def steps(self, engine: Engine) -> Iterator[Step]:
         while self._cursor < self.num_steps:
             places = self._steps[self._cursor]
+            # Before the yield: a checkpoint is taken while the loop holds this step, and must not repeat it.
             self._cursor += 1
             mine = share(places, rank=engine.rank, world_size=engine.world_size)
             step = Step(self._training_batches(mine if len(mine) else places[:1]), counted=len(mine) > 0)
@@ -151,7 +153,7 @@ class NextTokenObjective:
         return {"train/z_loss": torch.stack([z_loss, z_loss.new_tensor(float(batch.num_targets))])}
 
     def evaluate(self, engine: Engine) -> dict[str, float]:
-        """Measure the bare cross-entropy."""
+        """Measure the bare cross-entropy: without z-loss, noise and balancing it compares between settings."""
         spread = evenly(len(self._heldout), at_most=self._eval_items)
         if not len(spread):
             return {}

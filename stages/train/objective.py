@@ -24,12 +24,12 @@ class Step:
     metrics: dict[str, float] = field(default_factory=dict)
     """Numbers that belong to the step as a whole, already the same on every rank (a rollout's, say)."""
     observe: Callable[[Tensor], dict[str, float]] = _observe_nothing
-    """Takes in the counts of the whole step, before the next one is asked for, and tells numbers about them."""
+    """Takes the counts of the whole step, before the next one is requested, and returns metrics of them."""
 
 
 @dataclass(frozen=True)
 class ObjectiveState:
-    """What an objective must remember to go on exactly where it was."""
+    """What an objective must remember to continue exactly where it was."""
 
     numbers: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Objective(Protocol):
     tokens_per_step: int
     """Laid-out tokens of every full step; 0 where steps differ in it."""
     order: str
-    """Digest of which items train in which step: a checkpoint is of use to the same order alone."""
+    """Digest of which items train in which step: a checkpoint is only valid for the same order."""
 
     def steps(self, engine: Engine) -> Iterator[Step]:
         """Yield the remaining steps; PPO rolls out in here, with the live policy."""

@@ -17,6 +17,7 @@ _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu")
 def make_optimizer(module: nn.Module, config: OptimizerConfig, *, dtype: torch.dtype) -> torch.optim.Optimizer:
     """Make the optimizer of all parameters that want a gradient; `dtype` is that of Muon's matrix products."""
     groups = parameter_groups(module, config)
+    # Fused also on the CPU: one pass over memory, where the default makes a dozen.
     fused = all(parameter.device.type in _FUSED_DEVICES for group in groups for parameter in group["params"])
     common: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.epsilon}
     match config.algorithm:
@@ -36,8 +37,8 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig, *, dtype: torch.d
 def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Return groups with `params`, `weight_decay` and `muon`.
 
-    Not decayed: norms, biases and whatever else is no matrix, and embeddings unless the config says so. A weight that
-    is tied counts as the embedding. Muon's are the matrices of the repeated layers.
+    Not decayed: norms, biases and other parameters that are no matrices, and embeddings unless the config says so. A
+    tied weight counts as an embedding. Muon updates the matrices of the repeated layers.
     """
     repeated = {
         id(parameter)
@@ -45,6 +46,7 @@ def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[st
         if isinstance(container, nn.ModuleList)
         for parameter in container.parameters()
     }
+    # Modules come in order of definition, embeddings before the output layer: a tied weight is met as an embedding.
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
     seen: set[int] = set()
     for owner in module.modules():
@@ -53,6 +55,7 @@ def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[st
                 continue
             seen.add(id(parameter))
             is_embedding = isinstance(owner, nn.Embedding)
+            # The experts of a layer are one parameter of three dimensions: a stack of matrices.
             is_matrix = parameter.ndim >= 2 and "bias" not in name and "norm" not in type(owner).__name__.lower()
             decays = is_matrix and (config.decay_embeddings or not is_embedding)
             key = (decays, is_matrix and not is_embedding and id(parameter) in repeated)
@@ -65,17 +68,19 @@ def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[st
 
 def learning_rate(config: OptimizerConfig, *, step: int, num_steps: int, tokens_per_step: int = 0) -> float:
     """Return the rate of step `step` (0-based): linear warm-up, then the schedule down to its minimum at the last
-    step. A function of the step alone, so that a resume goes on with the same rates.
+    step. A function of the step alone, so that a resume continues with the same rates.
 
     WSD: Hu et al. 2024 (arXiv:2404.06395), with the 1 - sqrt decay of Hägele et al. 2024 (arXiv:2405.18392).
     """
     warmup, decay = schedule_steps(config, num_steps=num_steps, tokens_per_step=tokens_per_step)
+    # step + 1: the first step would otherwise train with a rate of 0.
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     low = config.min_learning_rate_ratio
     start = warmup
     if config.schedule is Schedule.WSD:
-        start = max(warmup, num_steps - decay)
+        start = max(warmup, num_steps - decay)  # between warm-up and here the rate is at its peak: share is 0
+    # num_steps - 1: the last step, and not one after it, has the minimum.
     share = max(0.0, (step - start) / max(num_steps - 1 - start, 1))
     match config.schedule:
         case Schedule.CONSTANT:
@@ -119,5 +124,6 @@ def _given(name: str, steps: int, tokens: int, tokens_per_step: int) -> tuple[in
     """Return a length in steps, 0 for none, and how it was given."""
     if not tokens:
         return steps, f"optimizer.{name}_steps={steps}"
+    # Rounded up: a length in tokens is reached, never missed by a part of a step.
     in_steps = math.ceil(tokens / tokens_per_step)
     return in_steps, f"optimizer.{name}_tokens={tokens}, which is {in_steps} steps of {tokens_per_step} tokens"

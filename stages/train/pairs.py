@@ -4,19 +4,23 @@ Segments of a micro-batch alternate: 2i is the chosen answer of its i-th pair, 2
 prompt of a pair is computed once and both answers look back to it; flash attention on a GPU cannot.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from stages.config.train import SampledConfig
 from stages.data.tokens.packing import Packed, TokenSequence, lay_out, split_by_rows
-from stages.data.tokens.views import Pair
-from stages.train.engine import Engine
-from stages.train.objective import LossOutput, Step
-from stages.train.plan import batches, evenly, in_step, order_digest, share
+from stages.data.tokens.views import Pair, PairView, Split, TokensArtifact, evenly, require
+from stages.models.forward import TrunkOutput
+from stages.train.engine import Engine, LossOutput
+from stages.train.mixture import training_order
+from stages.train.objective import ObjectiveState, Step
+from stages.train.plan import batches, in_step, order_digest, share
+from stages.train.routing import Balancing
 
 
 class Pairs(Protocol):
@@ -27,7 +31,7 @@ class Pairs(Protocol):
 
 
 class PairSteps:
-    """Order, cursor and packing of pairs."""
+    """Which pairs are in which step, how far training is, and how pairs become micro-batches."""
 
     def __init__(
         self,
@@ -39,6 +43,7 @@ class PairSteps:
         micro_batch_size: int,
     ) -> None:
         self.pairs, self._row_length, self._micro_batch_size = pairs, row_length, micro_batch_size
+        # Sharing needs a mask of its own, which flash attention does not take: on a GPU prompts are computed twice.
         self._share_prompts = not torch.cuda.is_available()
         self._steps = batches(order, global_batch_size)
         self.cursor = 0
@@ -49,6 +54,7 @@ class PairSteps:
         while self.cursor < self.num_steps:
             indices = self._steps[self.cursor]
             mine = share(indices, rank=engine.rank, world_size=engine.world_size)
+            # Before the yield: a checkpoint is taken while the consumer holds this step, and must not repeat it.
             self.cursor += 1
             yield Step(self.micro_batches(self.pairs, mine if len(mine) else indices[:1]), counted=len(mine) > 0)
 
@@ -65,11 +71,38 @@ class PairSteps:
         return [lay_out([sequence for index in part for sequence in sequences[index]]) for part in parts]
 
 
+@dataclass(frozen=True)
+class PlannedPairs:
+    """The training pairs of a stage, their steps, and the account of both."""
+
+    pairs: PairView
+    steps: PairSteps
+    ledger: dict[str, Any]
+
+
+def planned_pairs(tokens: TokensArtifact, config: SampledConfig, *, micro_batch_size: int) -> PlannedPairs:
+    """Order the training pairs as the config's mixture says; raises DataError when there are none."""
+    pairs = tokens.pairs(Split.TRAIN)
+    require(len(pairs), "training preference pairs", advice="Give preference data, or `derived`.")
+    mixture = training_order(tokens.pair_sources(Split.TRAIN), pairs.num_targets, config)
+    steps = PairSteps(
+        pairs,
+        order=mixture.order,
+        global_batch_size=config.global_batch_size,
+        row_length=tokens.sequence_length,
+        micro_batch_size=micro_batch_size,
+    )
+    ledger = {"pairs": len(pairs), "pairs_trained": len(mixture.order), "mixture": mixture.to_dict()}
+    return PlannedPairs(pairs, steps, ledger)
+
+
 def both_answers(pair: Pair, *, share_prompt: bool) -> tuple[TokenSequence, TokenSequence]:
     """Return a pair as sequences, the rejected one without the tokens before its first target that both begin with."""
     chosen, rejected = pair.chosen, pair.rejected
     if not share_prompt:
         return chosen, rejected
+    # At least one token of the rejected answer stays, since a sequence cannot be empty. Targets are never shared: each
+    # side's log-probability is summed over its own segment.
     limit = min(len(chosen.ids), len(rejected.ids) - 1)
     differs = np.flatnonzero(
         (chosen.ids[:limit] != rejected.ids[:limit]) | (chosen.loss_mask[:limit] + rejected.loss_mask[:limit] > 0)
@@ -78,28 +111,76 @@ def both_answers(pair: Pair, *, share_prompt: bool) -> tuple[TokenSequence, Toke
     return chosen, replace(rejected, shared=shared)
 
 
-def evaluate_pairs(
-    engine: Engine, loss: Callable[..., LossOutput], steps: PairSteps, heldout: Pairs, *, at_most: int
-) -> dict[str, float]:
-    """Return the loss a pair and the objective's metrics over evenly spread held-out pairs, under `eval/...`."""
-    spread = evenly(len(heldout), at_most=at_most)
-    totals: dict[str, float] = {"pairs": 0.0, "loss": 0.0}
-    if not len(spread):
-        return {}
-    mine = steps.micro_batches(heldout, share(spread, rank=engine.rank, world_size=engine.world_size))
-    spare = mine[0] if mine else steps.micro_batches(heldout, spread[:1])[0]
-    for batch, counted in in_step(engine, mine, spare=spare):
-        out = engine.infer(loss, batch)
-        if not counted:
-            continue
-        totals["pairs"] += num_pairs(batch)
-        totals["loss"] += float(out.loss_sum)
-        for name, pair in out.metrics.items():
-            totals[name] = totals.get(name, 0.0) + float(pair[0])
-    names = sorted(set(engine.gather(list(totals))))  # a rank without pairs knows no metric names; all sum the same
-    summed = dict(zip(names, engine.sum(totals.get(name, 0.0) for name in names), strict=True))
-    count = summed.pop("pairs")
-    return {f"eval/{name.replace('/', '_')}": value / count for name, value in summed.items()} if count else {}
+class PairLoss(Protocol):
+    """What makes one verb out of the objective: the loss of one micro-batch of pairs, and its metrics."""
+
+    def __call__(self, parts: nn.ModuleDict, batch: Packed, trunk: TrunkOutput | None = None, /) -> LossOutput:
+        """`trunk` is the trained part's output where it is there already."""
+        ...
+
+
+class PairObjective:
+    """Training on pairs, for the reward model and for preference losses, which differ in `pair_loss` alone."""
+
+    def __init__(
+        self,
+        steps: PairSteps,
+        *,
+        heldout: Pairs,
+        eval_items: int,
+        part: str,
+        balancing: Balancing,
+        pair_loss: PairLoss,
+    ) -> None:
+        """`part` names the model that is trained; at most `eval_items` held-out pairs make an evaluation."""
+        self._steps, self._heldout, self._eval_items = steps, heldout, eval_items
+        self._part, self._balancing, self._pair_loss = part, balancing, pair_loss
+        self.num_steps, self.order = steps.num_steps, steps.order
+        self.tokens_per_step = 0
+
+    def steps(self, engine: Engine) -> Iterator[Step]:
+        return map(self._balancing.watching, self._steps.steps(engine))
+
+    def weight(self, batch: Packed) -> float:
+        return float(num_pairs(batch))
+
+    def loss(self, parts: nn.ModuleDict, batch: Packed) -> LossOutput:
+        trunk = self._balancing.run_trunk(parts, self._part, batch)
+        return self._balancing.added_to(self._pair_loss(parts, batch, trunk), **{self._part: trunk})
+
+    def evaluate(self, engine: Engine) -> dict[str, float]:
+        """Return the loss a pair and its metrics over evenly spread held-out pairs, under `eval/...`."""
+        spread = evenly(len(self._heldout), at_most=self._eval_items)
+        totals: dict[str, float] = {"pairs": 0.0, "loss": 0.0}
+        if not len(spread):
+            return {}
+        mine = self._steps.micro_batches(self._heldout, share(spread, rank=engine.rank, world_size=engine.world_size))
+        spare = mine[0] if mine else self._steps.micro_batches(self._heldout, spread[:1])[0]
+        for batch, counted in in_step(engine, mine, spare=spare):
+            out = engine.infer(self._pair_loss, batch)
+            if not counted:
+                continue
+            totals["pairs"] += num_pairs(batch)
+            totals["loss"] += float(out.loss_sum)
+            # Every metric of a pair loss is a sum over pairs, so the number of pairs is the weight of all of them.
+            for name, pair in out.metrics.items():
+                totals[name] = totals.get(name, 0.0) + float(pair[0])
+        names = sorted(set(engine.gather(list(totals))))  # a rank without pairs knows no metric names; all sum the same
+        summed = dict(zip(names, engine.sum(totals.get(name, 0.0) for name in names), strict=True))
+        count = summed.pop("pairs")
+        return {f"eval/{name.replace('/', '_')}": value / count for name, value in summed.items()} if count else {}
+
+    def state_dict(self) -> ObjectiveState:
+        return ObjectiveState({"cursor": self._steps.cursor}, self._balancing.state_dict())
+
+    def load_state_dict(self, state: ObjectiveState) -> None:
+        self._steps.cursor = int(state.numbers["cursor"])
+        self._balancing.load_state_dict(state.tensors)
+
+
+def over_pairs(total: Tensor, values_P: Tensor) -> Tensor:
+    """Return a metric as the loop averages it: its sum over the pairs of `values_P`, and their number."""
+    return torch.stack([total, values_P.new_tensor(float(len(values_P)))])
 
 
 def num_pairs(batch: Packed) -> int:

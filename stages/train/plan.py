@@ -18,6 +18,7 @@ class Agreeing(Protocol):
 
 def shuffled(num_items: int, *, seed: int, epoch: int) -> np.ndarray:
     """Return a permutation of range(num_items) that depends on (seed, epoch) alone."""
+    # Seeded by the pair and not by a sum: epoch 1 of seed 0 would be epoch 0 of seed 1.
     return np.random.Generator(np.random.Philox([seed, epoch])).permutation(num_items)
 
 
@@ -35,6 +36,7 @@ def batches(items: np.ndarray, size: int) -> list[np.ndarray]:
 
 def share(items: np.ndarray, *, rank: int, world_size: int) -> np.ndarray:
     """Return the items of one rank; possibly none."""
+    # Dealt out one by one: the ranks' numbers of items differ by one at most, in a small last step too.
     return items[rank::world_size]
 
 
@@ -43,11 +45,6 @@ def in_step(ranks: Agreeing, items: Sequence[Item], *, spare: Item) -> Iterator[
     computes on all ranks or on none."""
     for number in range(int(ranks.max(len(items)))):
         yield (items[number], True) if number < len(items) else (spare, False)
-
-
-def evenly(num_items: int, *, at_most: int) -> np.ndarray:
-    """Return up to `at_most` indices spread evenly over range(num_items)."""
-    return np.unique(np.linspace(0, num_items - 1, num=min(at_most, num_items)).astype(np.int64))
 
 
 def order_digest(steps: Iterable[np.ndarray]) -> str:

@@ -17,16 +17,6 @@ from stages.config.errors import ConfigError
 Item = TypeVar("Item")
 
 
-def local_device() -> torch.device:
-    """The GPU of this worker, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    from ray.train.torch import get_device
-
-    device = get_device()
-    return device if isinstance(device, torch.device) else device[0]
-
-
 class Axis:
     """The processes that differ from this one along one axis only."""
 
@@ -40,6 +30,7 @@ class Axis:
 
     def sum(self, values: Iterable[float]) -> list[float]:
         """Sum each number over the axis, in float64."""
+        # float64: token counts above 2**24 are not exact in float32.
         tensor = torch.tensor(list(values), dtype=torch.float64, device=self.device)
         return self.add_up(tensor).tolist()
 
@@ -59,9 +50,9 @@ class Axis:
         """Concatenate the items of all, in the order of ranks."""
         if self.size == 1:
             return items
-        everybody: list[list[Item]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(everybody, items, group=self.group)
-        return [item for part in everybody for item in part]
+        parts: list[list[Item]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(parts, items, group=self.group)
+        return [item for part in parts for item in part]
 
     def from_last(self, item: Item) -> Item:
         """Return what the last process of the axis gave."""
@@ -96,17 +87,17 @@ class Processes:
         """Return every process's item, in the order of ranks, on rank 0; nothing elsewhere."""
         if self.size == 1:
             return [item]
-        everybody: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(item, everybody, group=self._group, group_dst=0)
-        return everybody or []
+        parts: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(item, parts, group=self._group, group_dst=0)
+        return parts or []
 
     def gather(self, item: Item) -> list[Item]:
         """Return every process's item, in the order of ranks, everywhere."""
         if self.size == 1:
             return [item]
-        everybody: list[Any] = [None] * self.size
-        dist.all_gather_object(everybody, item, group=self._group)
-        return everybody
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, item, group=self._group)
+        return parts
 
 
 class Grid:

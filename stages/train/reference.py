@@ -1,7 +1,7 @@
-"""Log-probabilities under DPO's frozen reference, computed once and kept in the store.
+"""Log-probabilities under the frozen reference of a preference loss, computed once and kept in the store.
 
-The policy starts as the reference, so it computes them itself before its first step: no second copy of the model lies
-in memory. They depend on the model, the tokens, which pairs are used and the number format, and so does their key.
+The policy starts as the reference, so it computes them itself before its first step: no second copy of the model is in
+memory. They depend on the model, the tokens, which pairs are used and the number format, and so does their key.
 """
 
 import hashlib
@@ -28,6 +28,7 @@ from stages.train.plan import batches, in_step, share
 logger = logging.getLogger(__name__)
 
 FIELD = "ref_logprobs"
+# Bounds the pairs that are packed, and in memory, at once.
 _PAIRS_AT_ONCE = 256
 
 Sides = tuple[np.ndarray, np.ndarray]
@@ -51,7 +52,7 @@ class WithReference:
 
 @dataclass(frozen=True)
 class Reference:
-    """Where log-probabilities come from; to be asked before the policy takes a step."""
+    """Where log-probabilities come from; valid only before the policy's first step, while it is the reference."""
 
     context: StageContext
     engine: Engine
@@ -61,17 +62,20 @@ class Reference:
         """Return the pairs with log-probabilities for `indices`."""
         key = f"reference-logprobs/{self._identity(indices, split)}.safetensors"
         store = self.context.store
-        if self.engine.max(0.0 if store.exists(key) else 1.0) == 0.0:  # all ranks compute, or none
+        # Ranks may look at the store at different moments, and a forward pass needs all of them: all compute, or none.
+        if self.engine.max(0.0 if store.exists(key) else 1.0) == 0.0:
             logger.info("the reference's log-probabilities of %d %s pairs are in the store", len(indices), split)
             return WithReference(pairs, _unpacked(load(store.read_bytes(key))))
         found = self._compute(pairs, indices) if len(indices) else {}
         if self.engine.is_main:
+            # Whoever lost the lease may be running beside its successor, and must write nothing any more.
             self.context.check_lease()
             store.write_bytes(key, save(_packed(found)))
         return WithReference(pairs, found)
 
     def _identity(self, indices: np.ndarray, split: str) -> str:
         config: Any = self.context.config
+        # Neither engine nor number of ranks: they change the last bits only, and a resume on fewer ranks must find it.
         identity = {
             "model": self.context.inputs["model"].digest,
             "tokens": self.context.inputs["tokens"].digest,
@@ -97,6 +101,7 @@ class Reference:
         spare = micro_batches[0]
         for batch, counted in in_step(self.engine, micro_batches, spare=spare):
             logprobs_N = self.engine.infer(_logprobs, batch).float().cpu().numpy()
+            # Segments lie one after another in the batch, in order, so their counts cut the flat values apart.
             targets = batch.segment_ids_BT[batch.loss_mask_BT == 1]
             counts_S = torch.bincount(targets, minlength=batch.num_segments).numpy()
             segments += np.split(logprobs_N, np.cumsum(counts_S)[:-1]) if counted else []
@@ -110,6 +115,7 @@ def _logprobs(parts: nn.ModuleDict, batch: Packed) -> Tensor:
 def _carrying(sequence: TokenSequence, logprobs: np.ndarray) -> TokenSequence:
     counted = sequence.loss_mask == 1
     counted[0] = False  # nothing precedes the first token
+    # One value a token, although only targets have one: fields are laid out, cut and moved together with the tokens.
     values = np.zeros(len(sequence.ids), dtype=np.float32)
     values[counted] = logprobs
     return replace(sequence, fields={**sequence.fields, FIELD: values})

@@ -46,12 +46,14 @@ class RouterBalance:
 
     def count(self, logits_KLE: Tensor) -> Tensor:
         """Return how many tokens each expert got, shape (L, E)."""
+        # The model's own choice once more: transformers returns the logits but not which experts it took.
         chosen = logits_KLE.detach().topk(self._routing.num_chosen, dim=-1).indices
         return torch.zeros_like(logits_KLE, dtype=torch.float32).scatter_(-1, chosen, 1.0).sum(0)
 
     def observe(self, counts_LE: Tensor) -> Tensor:
         """Take in the counts of a whole step, over all ranks; return the load of each expert, where 1 is an even
         share."""
+        # Divided by what was counted, and not by the number of tokens: a rank that kept others company counted none.
         num_chosen, num_experts = self._routing.num_chosen, counts_LE.shape[-1]
         self.load_LE = (counts_LE * num_chosen / counts_LE.sum(dim=-1, keepdim=True)).float()
         return self.load_LE * (num_experts / num_chosen)
@@ -76,6 +78,7 @@ class Balancing:
             logits_KLE = trunks[name].router_logits_KLE
             assert logits_KLE is not None
             num_tokens = len(logits_KLE)
+            # All models of an objective see the same batch, so one number of tokens holds for all.
             losses.append(balance.loss_sum(logits_KLE))
             counts.append(balance.count(logits_KLE).flatten())
         loss_sum = torch.stack(losses).sum()

@@ -1,4 +1,4 @@
-"""What the five training stages have in common: a verb provides `prepare(context, tokens)`, the rest is here."""
+"""What the training stages have in common: a verb provides `prepare(context, tokens)`, the rest is here."""
 
 import importlib
 import json
@@ -15,6 +15,7 @@ from stages.config.errors import ConfigError
 from stages.config.train import TrainConfig
 from stages.data.tokens.views import TokensArtifact
 from stages.job.context import StageContext, StageOutcome
+from stages.job.devices import local_device
 from stages.job.workers import launch
 from stages.models.build import save_model
 from stages.models.precision import compute_dtype
@@ -25,7 +26,6 @@ from stages.train.engines.choose import make_engine
 from stages.train.interruption import Interruption, stop_flag, wait_for_all
 from stages.train.loop import train
 from stages.train.objective import Objective
-from stages.train.ranks import local_device
 from stages.train.throughput import Meter
 
 logger = logging.getLogger(__name__)
@@ -95,8 +95,8 @@ def train_on_worker(context: StageContext) -> StageOutcome:
 
 
 def _trained_on(context: StageContext, objective: Objective) -> dict[str, str]:
-    """What decides the samples beside the fingerprint: an input built again may hold other bytes under the same
-    fingerprint, and other code or libraries may plan another order from the same seed."""
+    """What decides the samples besides the fingerprint: an input that was built again may hold other bytes under the
+    same fingerprint, and other code or libraries may plan another order from the same seed."""
     digests = {role: ref.digest for role, ref in context.inputs.items()}
     return {**digests, "order": objective.order, "num_steps": str(objective.num_steps)}
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stages.train.ranks import Processes
 
+# What rank 0 holds from every other process at a time, besides the tensors that it puts together.
 _GATHERED_BYTES = 256 << 20
 
 
@@ -114,6 +115,7 @@ class SavedState:
         pieces = self._pieces[key]
         if all(piece.box.shape == box.shape for piece in pieces):
             return _assemble(key, pieces, box)
+        # Written flat by ZeRO and read as rows or slices, or the other way round: only a whole tensor can be reshaped.
         if len({piece.box.shape for piece in pieces}) == 1:
             whole = _assemble(key, pieces, Box.whole(pieces[0].box.shape))
             return whole.view(box.shape)[box.within(Box.whole(box.shape))]
@@ -121,6 +123,7 @@ class SavedState:
 
 
 def _assemble(key: str, pieces: list[StoredPiece], box: Box) -> Tensor:
+    # Pieces never overlap, so counting elements is enough to see that none is missing.
     result = torch.empty(box.sizes, dtype=pieces[0].dtype)
     filled = 0
     for piece in pieces:

@@ -1,7 +1,7 @@
-"""How well training uses the hardware: `train/mfu` is model FLOPs a second over what the devices can do at most.
+"""How well training uses the hardware: `train/mfu` is model FLOPs per second over the devices' peak.
 
-For a GPU that is the maker's figure for dense matrix products; for a CPU and unknown GPUs the rate of a large product,
-measured when training starts, because the maker's figure says little about them.
+For a known GPU the peak is the data sheet's figure for dense matrix products. For a CPU and for unknown GPUs it is the
+rate of a large product, measured when training starts: their data sheets say little about it.
 """
 
 import logging
@@ -30,7 +30,8 @@ _BF16_FLOPS = {
     "A10G": 70e12,
     "L4": 121e12,
 }
-"""Dense bfloat16, from the makers' data sheets; the first name found in the device's counts."""
+"""Dense bfloat16, from the makers' data sheets. The first name contained in the device's counts, so longer ones stand
+before shorter ones."""
 
 _SIDE, _SECONDS = 1024, 0.2
 

@@ -21,13 +21,13 @@ from stages.config.execution import ExecutionConfig
 from stages.config.train import ModelConfig, OptimizerConfig, PretrainConfig
 from stages.data.tokens.packing import TokenSequence
 from stages.data.tokens.views import TokensArtifact
+from stages.job.devices import local_device
 from stages.models.build import new_causal_lm
 from stages.models.precision import compute_dtype
 from stages.train.checkpoint import Checkpointer
 from stages.train.engines.choose import make_engine
 from stages.train.loop import train
 from stages.train.next_token import NextTokenObjective
-from stages.train.ranks import local_device
 from stages.train.throughput import Meter
 from tests.bench.protocol import peak_bytes
 

@@ -35,8 +35,8 @@ _PLACES = {
 _EVALUATIONS = {
     Stage.PRETRAIN: "stages.train.next_token:NextTokenObjective.evaluate",
     Stage.SFT: "stages.train.next_token:NextTokenObjective.evaluate",
-    Stage.REWARD: "stages.reward:RewardObjective.evaluate",
-    Stage.DPO: "stages.dpo:DPOObjective.evaluate",
+    Stage.REWARD: "stages.train.pairs:PairObjective.evaluate",
+    Stage.DPO: "stages.train.pairs:PairObjective.evaluate",
     Stage.PPO: "stages.ppo:PPOObjective.evaluate",
 }
 

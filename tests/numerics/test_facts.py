@@ -225,6 +225,28 @@ def test_the_reference_of_dpo_is_the_start_also_after_training_and_in_a_second_a
     assert seen == len(artifact.pairs(Split.TRAIN))
 
 
+def test_a_preference_loss_without_reference_computes_and_stores_none(
+    stage_inputs: Inputs, artifact: TokensArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import stages.dpo
+    from stages.config.train import SigmoidLoss
+    from stages.losses import PairLogprobs, PreferenceTerms, bradley_terry_loss
+
+    def free(loss: Any, logprobs: PairLogprobs) -> PreferenceTerms:
+        assert logprobs.ref_chosen_P is None
+        assert logprobs.ref_rejected_P is None
+        chosen_P = logprobs.chosen_P / logprobs.chosen_tokens_P
+        rejected_P = logprobs.rejected_P / logprobs.rejected_tokens_P
+        return PreferenceTerms(bradley_terry_loss(chosen_P, rejected_P), chosen_P.detach(), rejected_P.detach())
+
+    monkeypatch.setattr(SigmoidLoss, "needs_reference", False)
+    monkeypatch.setattr(stages.dpo, "preference_loss", free)
+    engine, objective = prepared_objective(Stage.DPO, stage_inputs[Stage.DPO], artifact, tmp_path)
+    train_all(engine, objective)
+    assert set(objective.evaluate(engine)) == {"eval/loss", "eval/dpo_accuracy", "eval/dpo_margin"}
+    assert not list(tmp_path.rglob("*reference-logprobs*"))
+
+
 def test_float16_scales_the_loss_and_learns_the_same(
     stage_inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

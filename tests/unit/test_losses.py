@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from stages import losses
+from stages.config.train import SigmoidLoss
 
 
 def test_equal_scores_cost_ln_2_a_pair() -> None:
@@ -26,41 +28,59 @@ def test_swapping_the_sides_gives_one_minus_accuracy_and_ties_count_half() -> No
     assert losses.pair_accuracy(rejected, chosen).item() == 4 - 2.5
 
 
+def test_calibration_error_by_hand() -> None:
+    # odds of 3 to 1 (confidence 0.75, the bin from 0.75 to 0.8): right in 3 of 4 pairs would be calibrated, half are
+    # not: |0.75 - 0.5| on these 4. A margin of 40 is certain and right: no gap on that 1.
+    three_to_one = math.log(3) + 1e-3
+    margins = torch.tensor([three_to_one, three_to_one, -three_to_one, -three_to_one, 40.0])
+    assert losses.calibration_error(margins) == pytest.approx(4 / 5 * 0.25, abs=1e-3)
+
+
+def test_a_pair_without_preference_counts_as_wrong_with_even_odds() -> None:
+    assert losses.calibration_error(torch.zeros(3)) == pytest.approx(0.5)
+
+
+def test_scores_are_measured_in_spreads_from_the_mean() -> None:
+    assert losses.normalised_score(3.0, mean=1.0, std=4.0) == pytest.approx(0.5)
+    assert losses.normalised_score(1.0, mean=1.0, std=0.0) == 0.0
+
+
+def pairs_of(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> losses.PairLogprobs:
+    lengths = torch.ones_like(chosen)
+    return losses.PairLogprobs(chosen, rejected, lengths, lengths, ref_chosen, ref_rejected)
+
+
+ONE_PAIR = pairs_of(*(torch.tensor([value]) for value in (-1.0, -4.0, -3.0, -2.0)))
+"""Implicit rewards of 2 and -2, times beta."""
+
+
 def test_dpo_with_policy_equal_to_reference_costs_ln_2() -> None:
     logprobs = torch.tensor([-4.0, -7.0])
-    terms = losses.dpo_loss(
-        chosen_logprobs_P=logprobs,
-        rejected_logprobs_P=logprobs - 1,
-        ref_chosen_logprobs_P=logprobs,
-        ref_rejected_logprobs_P=logprobs - 1,
-        beta=0.1,
-    )
+    terms = losses.preference_loss(SigmoidLoss(), pairs_of(logprobs, logprobs - 1, logprobs, logprobs - 1))
     assert terms.loss_sum.item() == pytest.approx(2 * math.log(2))
 
 
 def test_dpo_by_hand() -> None:
     # margin = 0.5 * ((-1 - -3) - (-4 - -2)) = 0.5 * (2 + 2) = 2; loss = log(1 + e^-2)
-    terms = losses.dpo_loss(
-        chosen_logprobs_P=torch.tensor([-1.0]),
-        rejected_logprobs_P=torch.tensor([-4.0]),
-        ref_chosen_logprobs_P=torch.tensor([-3.0]),
-        ref_rejected_logprobs_P=torch.tensor([-2.0]),
-        beta=0.5,
-    )
+    terms = losses.preference_loss(SigmoidLoss(beta=0.5), ONE_PAIR)
     assert terms.loss_sum.item() == pytest.approx(math.log(1 + math.exp(-2)))
     assert (terms.chosen_rewards_P - terms.rejected_rewards_P).item() == pytest.approx(2.0)
 
 
 def test_label_smoothing_mixes_both_directions() -> None:
-    kwargs = {
-        "chosen_logprobs_P": torch.tensor([-1.0]),
-        "rejected_logprobs_P": torch.tensor([-4.0]),
-        "ref_chosen_logprobs_P": torch.tensor([-3.0]),
-        "ref_rejected_logprobs_P": torch.tensor([-2.0]),
-        "beta": 0.5,
-    }
     expected = 0.9 * math.log(1 + math.exp(-2)) + 0.1 * math.log(1 + math.exp(2))
-    assert losses.dpo_loss(**kwargs, label_smoothing=0.1).loss_sum.item() == pytest.approx(expected)
+    terms = losses.preference_loss(SigmoidLoss(beta=0.5, label_smoothing=0.1), ONE_PAIR)
+    assert terms.loss_sum.item() == pytest.approx(expected)
+
+
+def test_a_pair_that_is_hopelessly_wrong_still_has_a_finite_loss_and_gradient() -> None:
+    chosen = torch.tensor([-3000.0], requires_grad=True)
+    zeros = torch.zeros(1)
+    terms = losses.preference_loss(SigmoidLoss(beta=1.0), pairs_of(chosen, zeros, zeros, zeros))
+    terms.loss_sum.backward()
+    assert terms.loss_sum.item() == pytest.approx(3000.0)
+    assert chosen.grad is not None
+    assert chosen.grad.item() == pytest.approx(-1.0)
 
 
 def test_ppo_at_the_old_policy_has_no_kl_and_clips_nothing() -> None:
@@ -170,13 +190,10 @@ def test_both_alignments_reach_the_known_optimum(method: str) -> None:
             for a, b in pairs:
                 preferred = torch.sigmoid(rewards[a] - rewards[b])
                 for first, second, share in ((a, b, preferred), (b, a, 1 - preferred)):
-                    terms = losses.dpo_loss(
-                        chosen_logprobs_P=logprobs[first : first + 1],
-                        rejected_logprobs_P=logprobs[second : second + 1],
-                        ref_chosen_logprobs_P=reference.log()[first : first + 1],
-                        ref_rejected_logprobs_P=reference.log()[second : second + 1],
-                        beta=beta,
+                    ours, theirs = (
+                        (of[first : first + 1], of[second : second + 1]) for of in (logprobs, reference.log())
                     )
+                    terms = losses.preference_loss(SigmoidLoss(beta=beta), pairs_of(*ours, *theirs))
                     loss = loss + share * terms.loss_sum
         optimizer.zero_grad()
         loss.backward()

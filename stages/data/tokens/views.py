@@ -137,3 +137,8 @@ def require(items: int, what: str, *, advice: str) -> None:
     """Raise DataError when there is nothing to train or to evaluate on."""
     if items == 0:
         raise DataError(f"there are no {what}", advice=advice)
+
+
+def evenly(num_items: int, *, at_most: int) -> np.ndarray:
+    """Return up to `at_most` indices spread evenly over range(num_items): the same ones every time, of every source."""
+    return np.unique(np.linspace(0, num_items - 1, num=min(at_most, num_items)).astype(np.int64))

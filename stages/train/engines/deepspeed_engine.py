@@ -3,7 +3,7 @@
 Weights stay in float32 and lower precision comes from autocast, as in the other engines: ZeRO only spreads and reduces.
 It averages gradients over ranks, so losses are multiplied by their number; it clips by the global norm as torch does,
 and leaves parameters alone when that norm is not finite. Its flat partitions are read and written by parameter name, so
-checkpoints are the same as everybody's. This reaches below DeepSpeed's public interface, whose version is pinned.
+checkpoints are those of every engine. This reaches below DeepSpeed's public interface; its version is pinned.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from stages.config.errors import ConfigError
 from stages.config.execution import ExecutionConfig
 from stages.config.train import Algorithm, OptimizerConfig, TrainConfig
+from stages.job.devices import local_device
 from stages.models.precision import autocast
 from stages.train.engine import LossOutput, Share, StepReport, Trainable
 from stages.train.engines.local import (
@@ -32,7 +33,7 @@ from stages.train.engines.local import (
     seed_models,
 )
 from stages.train.optimizer import make_optimizer
-from stages.train.ranks import Grid, local_device
+from stages.train.ranks import Grid
 from stages.train.shards import Box, Piece, SavedState, scalar, whole_tensors
 
 Result = TypeVar("Result")
@@ -84,7 +85,7 @@ class DeepSpeedEngine:
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer
 
     def _call(self, compute: Callable[..., Result], *arguments: Any) -> Result:
-        def in_precision(parts: nn.ModuleDict, *rest: Any) -> Result:  # DeepSpeed switches autocast around it off
+        def in_precision(parts: nn.ModuleDict, *rest: Any) -> Result:  # DeepSpeed switches off an autocast around it
             with autocast(self.device, self._config.precision):
                 return compute(parts, *rest)
 
@@ -107,8 +108,10 @@ class DeepSpeedEngine:
     def backward(self, loss: Callable[..., LossOutput], shares: Sequence[Share]) -> list[LossOutput]:
         outputs = []
         for position, share in enumerate(shares):
+            # Gradients are reduced at the boundary only; DeepSpeed would otherwise count micro-batches by itself.
             self._module.set_gradient_accumulation_boundary(position == len(shares) - 1)
             out = self._call(loss, share.batch)
+            # ZeRO averages over ranks, we sum. The share is scaled already: `gas` would divide it once more.
             self._module.backward(share.of(out) * self.world_size, scale_wrt_gas=False)
             outputs.append(detached(out))
         return outputs
@@ -154,6 +157,7 @@ class DeepSpeedEngine:
         return state
 
     def load_state_dict(self, state: SavedState) -> None:
+        # The state of a partition belongs to many parameters: it is filled range by range below.
         self.optimizer.state.clear()
         for name, parameter in self.trainable.named_parameters():
             if not parameter.requires_grad:
@@ -202,17 +206,25 @@ class DeepSpeedEngine:
 
     def _share_of(self, parameter: Any) -> tuple[int, int]:
         """Start and length of this rank's part of a parameter under ZeRO 3; the last ranks' are shorter, or empty."""
+        # All ranks hold tensors of one size, so the last ones are padded; padding is no part of the parameter.
         size = parameter.ds_tensor.numel()
         start = min(self.rank * size, parameter.ds_numel)
         return start, min(size, parameter.ds_numel - start)
 
     def _range(self, parameter: Any) -> _Range | None:
+        """Find a parameter's elements in this rank's flat master weights; None where it has none of them."""
         if not parameter.requires_grad:
             return None
+        # Stage 3 cuts every parameter over all ranks. `grad_position` holds, by parameter, the optimizer group, where
+        # the rank's part starts in that group's flat partition, and its padded length, which we must not use.
         if self._stage == 3:
             group, at, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
             start, length = self._share_of(parameter)
             return _Range(self._zero.fp32_partitioned_groups_flat[group], at, start, length) if length else None
+        # Stages 1 and 2 lay all parameters of a group end to end and cut that line over ranks, so a parameter may be
+        # on one rank, across several, or not on this one. DeepSpeed notes the fragment twice: `hp`, high precision, as
+        # a place in the rank's master weights, and `lp`, low precision, as a place in the parameter that forward passes
+        # read.
         mapping = parameter._hp_mapping
         if mapping is None:
             return None

@@ -16,7 +16,7 @@ from stages.train.engine import LossOutput
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """float16 has kernels and loss scaling worth their while on GPUs only."""
+    """Refuse float16 on a CPU, which has no kernels for it."""
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError(
             "precision='fp16' needs a GPU: processors emulate float16, slower than float32 and with its overflows",

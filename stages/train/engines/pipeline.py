@@ -84,7 +84,17 @@ def set_received(model: Any, hidden: Tensor | None) -> None:
 
 
 class Schedule:
-    """Moves hidden states forth and gradients back between the stages."""
+    """Moves hidden states forward and gradients back between the stages.
+
+    Four micro-batches (F forward, B backward) on three stages, time from left to right:
+
+        stage 0   F1 F2 F3 .  .  B1 F4 B2 .  B3 .  B4
+        stage 1   .  F1 F2 .  B1 F3 B2 F4 B3 .  B4 .
+        stage 2   .  .  F1 B1 F2 B2 F3 B3 F4 B4 .  .
+
+    A stage runs as many forwards ahead as there are stages after it, then alternates, then drains. So it holds the
+    activations of at most that many micro-batches and one more, instead of all, which running all forwards first would.
+    """
 
     def __init__(self, axis: Axis, *, hidden_size: int) -> None:
         self._axis, self._hidden_size = axis, hidden_size
@@ -101,6 +111,7 @@ class Schedule:
         `forward(share, received)` gives the hidden states or, on the last stage, the loss;
         `backward(share, output, gradient of the output)` fills in gradients.
         """
+        # Forwards whose backward has not come: first in, first out, because gradients return in the order of forwards.
         running: deque[tuple[Share, Tensor | None, Tensor | LossOutput]] = deque()
         outputs: list[LossOutput] = []
 
@@ -114,16 +125,21 @@ class Schedule:
         def finish(gradient: Tensor | None) -> Tensor | None:
             share, received, output = running.popleft()
             backward(share, output, gradient)
+            # `received` is a leaf of this stage's graph; its gradient is what the stage before needs.
             return None if received is None else received.grad
 
+        # Warm-up: F1 F2 of stage 0. With fewer micro-batches than stages, all forwards come first.
         ahead = min(self._axis.size - self._axis.rank - 1, len(shares))
         for share in shares[:ahead]:
             self._exchange(give_next=start(share, self._exchange(take_previous=share)))
+        # Alternating: send F(n), receive the gradient of the oldest; send that one's B, receive the input of F(n + 1).
+        # Each `_exchange` sends and receives at once: of two neighbours that only send, each would wait for the other.
         rest = shares[ahead:]
         received = self._exchange(take_previous=rest[0]) if rest else None
         for share, following in zip(rest, [*rest[1:], None], strict=True):
             gradient = self._exchange(give_next=start(share, received), take_next=running[0][0])
             received = self._exchange(give_previous=finish(gradient), take_previous=following)
+        # Draining: the backwards of the warm-up.
         for _ in range(ahead):
             self._exchange(give_previous=finish(self._exchange(take_next=running[0][0])))
         return outputs
@@ -166,11 +182,13 @@ class Schedule:
             taken = self._empty(take_previous)
             operations.append(self._operation(dist.irecv, taken, before))
         self._wait(operations)
+        # Not in evaluations, where the stage keeps no graph.
         if taken is not None and take_previous is not None:
             taken.requires_grad_(torch.is_grad_enabled())
         return taken
 
     def _empty(self, share: Share) -> Tensor:
+        # Shapes are not sent: every rank has all micro-batches. In float32, as the residual stream is.
         return torch.empty(*share.batch.input_ids_BT.shape, self._hidden_size, device=self._axis.device)
 
     def _operation(self, kind: Callable[..., Any], tensor: Tensor, rank: int) -> dist.P2POp:

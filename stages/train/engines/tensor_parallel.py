@@ -42,6 +42,8 @@ def cut_layers(model: Any, axis: Axis) -> Cut:
     plan: dict[str, str] = model.config.base_model_tp_plan or {}
     _check(model, plan, axis)
     cut = Cut()
+    # Attention and feed-forward blocks. The sum of gradients (f) stands before the block, not before each projection:
+    # query, key and value share their input, and one collective serves the three.
     blocks: set[str] = set()
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
     for name, module in list(model.base_model.named_modules()):
@@ -84,6 +86,7 @@ def _narrow(module: nn.Module, name: str, axis: Axis, cut: Cut, *, dims: dict[st
         if whole is None:
             continue
         length = whole.shape[dim] // axis.size
+        # A copy: a view would keep the whole weight in memory.
         part = whole.detach().narrow(dim, axis.rank * length, length).clone()
         setattr(module, own, nn.Parameter(part, requires_grad=whole.requires_grad))
         cut.slices[f"{name}.{own}"] = Slice(dim, axis.rank * length, whole.shape[dim])
@@ -104,6 +107,8 @@ def _leave(row: Any, out: Tensor, axis: Axis) -> Tensor:
 
 
 class _SumGradient(torch.autograd.Function):
+    """Megatron's f: identity forward, sum over ranks backward."""
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
@@ -115,6 +120,8 @@ class _SumGradient(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
+    """Megatron's g: sum over ranks forward, identity backward."""
+
     @staticmethod
     def forward(ctx: Any, partial: Tensor, axis: Axis) -> Tensor:
         return axis.add_up(partial.clone(memory_format=torch.contiguous_format))

@@ -1,4 +1,4 @@
-"""PyTorch's own ways: one process, DDP (every rank holds the model) or FSDP2 (every rank holds a shard), on any grid
+"""PyTorch's own engines: one process, DDP (every rank holds the model) or FSDP2 (every rank holds a shard), on any grid
 with tensor and pipeline parallelism."""
 
 import contextlib
@@ -14,6 +14,7 @@ from stages.config.execution import Engine as EngineKind
 from stages.config.execution import ExecutionConfig
 from stages.config.train import Algorithm, TrainConfig
 from stages.data.tokens.packing import Packed
+from stages.job.devices import local_device
 from stages.models.experts import routing_of
 from stages.models.forward import hidden_states
 from stages.models.lora import has_adapter
@@ -35,7 +36,7 @@ from stages.train.engines.pipeline import Schedule, keep_stage, set_received
 from stages.train.engines.tensor_parallel import Slice, cut_layers
 from stages.train.loss_scale import LossScale
 from stages.train.optimizer import make_optimizer
-from stages.train.ranks import Grid, local_device
+from stages.train.ranks import Grid
 from stages.train.shards import Box, Piece, SavedState, scalar, whole_tensors
 
 Result = TypeVar("Result")
@@ -61,6 +62,8 @@ class TorchEngine:
         self._slices: dict[str, Slice] = {}
         self._summed: set[str] = set()
         self._tied: set[str] = set()
+        # The order matters: cut, move to the device, prepare (compile, checkpointing), wrap. The optimizer comes last,
+        # because FSDP puts parameters of its own in place of the model's.
         for name, model in parts.items():
             self._cut(f"parts.{name}.", model)
         self._schedule = self._make_schedule(parts)
@@ -94,6 +97,7 @@ class TorchEngine:
         if self._execution.engine is EngineKind.FSDP:
             from torch.distributed.fsdp import fully_shard
 
+            # Layer by layer, so that one layer at a time is whole; what is left belongs to the root.
             for layer in _decoder_layers(self.trainable):
                 fully_shard(layer, mesh=self.grid.data_mesh)
             fully_shard(self.trainable, mesh=self.grid.data_mesh)
@@ -172,6 +176,8 @@ class TorchEngine:
         outputs = schedule.run(
             shares, forward=lambda share, received: self._stage(loss, share, received), backward=backward
         )
+        # Without FSDP there is no wrapper around the stages, so gradients are summed over data ranks here, and plainly:
+        # `_scaled` does not multiply by the ranks in this case.
         if not self._sharded:
             for parameter in self.trainable.parameters():
                 if parameter.grad is not None:
@@ -188,6 +194,7 @@ class TorchEngine:
         self._complete_gradients()
         norm = self._grad_norm()
         grad_norm = float(norm)
+        # Read before clipping and on the host: one wait for the device a step, which the metrics need anyway.
         skipped = not accepts(grad_norm)
         if not skipped:
             nn.utils.clip_grads_with_norm_(self.trainable.parameters(), self._config.optimizer.max_grad_norm, norm)
@@ -205,8 +212,10 @@ class TorchEngine:
             if parameter.grad is None:
                 continue
             gradient = _local(parameter.grad)
+            # Norms of queries and keys act on each rank's own heads: their gradients are parts of a sum.
             if name in self._summed:
                 self.grid.tensor.add_up(gradient)
+            # Embedding and output layer are one weight on two stages: each has the gradient of its own use.
             if name in self._tied and self._schedule is not None:
                 gradient += self._schedule.swap_with_other_end(gradient)
             if self._loss_scale.value != 1.0:
@@ -214,6 +223,7 @@ class TorchEngine:
 
     def _grad_norm(self) -> Tensor:
         """Over all processes, each weight once."""
+        # Cut weights add up over the tensor axis; whole ones are the same on all its ranks and must count once.
         whole, cut = [], []
         for name, parameter in self.trainable.named_parameters():
             if parameter.grad is not None and not self._is_copy(name):
@@ -221,6 +231,7 @@ class TorchEngine:
         if self.grid.tensor.size * self.grid.pipeline.size == 1:
             return _full(nn.utils.get_total_norm(whole))
         norms = [_full(nn.utils.get_total_norm(grads)).to(self.device) for grads in (whole, cut)]
+        # Norms of disjoint sets add in squares; float64 keeps the sum independent of the grid.
         whole_square, cut_square = (norm.double().square() for norm in norms)
         return self.grid.pipeline.add_up(whole_square + self.grid.tensor.add_up(cut_square)).sqrt().float()
 
@@ -299,7 +310,7 @@ class TorchEngine:
         """Where this process's part lies in the whole parameter; FSDP deals rows as torch.chunk does."""
         shape, offsets, sizes = list(parameter.shape), [0] * parameter.ndim, tuple(_local(parameter).shape)
         if self._sharded:
-            rows = -(-shape[0] // self.world_size)
+            rows = -(-shape[0] // self.world_size)  # rounded up: the last ranks have fewer rows, or none
             offsets[0] = min(self.rank * rows, shape[0])
         if name in self._slices:
             cut = self._slices[name]
@@ -308,7 +319,7 @@ class TorchEngine:
         return Box(tuple(shape), tuple(offsets), sizes)
 
     def _answers_for(self, name: str, parameter: Tensor) -> bool:
-        """Of those that hold the same piece, one answers for it; they take turns."""
+        """Whether this process saves a piece that others hold too; the parameters are dealt out among them in turn."""
         index, count = (0, 1) if self._sharded else (self.rank, self.world_size)
         if name not in self._slices:
             index, count = index * self.grid.tensor.size + self.grid.tensor.rank, count * self.grid.tensor.size
