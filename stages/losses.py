@@ -31,6 +31,26 @@ def pair_accuracy(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
     return (chosen_P > rejected_P).float().sum() + 0.5 * (chosen_P == rejected_P).float().sum()
 
 
+def calibration_error(margins_P: Tensor, *, num_bins: int = 10) -> float:
+    """Return the expected calibration error of sigmoid(|margin|) as the probability that the preferred answer of a pair
+    is the chosen one.
+
+    Guo et al. 2017 (arXiv:1706.04599), eq. 5, with equal-width bins. The preferred answer has at least even odds, so
+    the bins cover [0.5, 1].
+    """
+    confidence_P = torch.sigmoid(margins_P.abs())
+    correct_P = (margins_P > 0).float()
+    # A confidence of exactly 1 (the sigmoid saturates in float32 above a margin of about 17) belongs to the last bin.
+    bins_P = ((confidence_P - 0.5) * 2 * num_bins).long().clamp(max=num_bins - 1)
+    error = 0.0
+    for index in range(num_bins):
+        inside_P = bins_P == index
+        if inside_P.any():
+            gap = (confidence_P[inside_P].mean() - correct_P[inside_P].mean()).abs()
+            error += float(gap) * float(inside_P.float().mean())
+    return error
+
+
 class DPOTerms(NamedTuple):
     """Loss summed over pairs, and the implicit rewards it is made of."""
 
@@ -130,6 +150,15 @@ def gae(*, rewards_R: Tensor, values_R: Tensor, gamma: float, gae_lambda: float)
 def whiten(values_N: Tensor, *, mean: float, std: float) -> Tensor:
     """Shift and scale by statistics taken over all ranks; a spread of zero leaves the values centred and finite."""
     return (values_N - mean) / (std + 1e-8)
+
+
+def normalised_score(score: float, *, mean: float, std: float) -> float:
+    """Return a reward model's score in units of the spread of reference answers' scores.
+
+    Bradley-Terry fixes neither origin nor scale of scores, but `kl_coefficient` weighs nats against them. Ziegler et al.
+    2019 (arXiv:1909.08593), section 2.1, normalise to the same end.
+    """
+    return (score - mean) / (std + 1e-8)
 
 
 def shaped_rewards(*, logprobs_R: Tensor, ref_logprobs_R: Tensor, score: float, kl_coefficient: float) -> Tensor:

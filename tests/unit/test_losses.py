@@ -26,6 +26,23 @@ def test_swapping_the_sides_gives_one_minus_accuracy_and_ties_count_half() -> No
     assert losses.pair_accuracy(rejected, chosen).item() == 4 - 2.5
 
 
+def test_calibration_error_by_hand() -> None:
+    # odds of 3 to 1 (confidence 0.75, the bin from 0.75 to 0.8): right in 3 of 4 pairs would be calibrated, half are
+    # not: |0.75 - 0.5| on these 4. A margin of 40 is certain and right: no gap on that 1.
+    three_to_one = math.log(3) + 1e-3
+    margins = torch.tensor([three_to_one, three_to_one, -three_to_one, -three_to_one, 40.0])
+    assert losses.calibration_error(margins) == pytest.approx(4 / 5 * 0.25, abs=1e-3)
+
+
+def test_a_pair_without_preference_counts_as_wrong_with_even_odds() -> None:
+    assert losses.calibration_error(torch.zeros(3)) == pytest.approx(0.5)
+
+
+def test_scores_are_measured_in_spreads_from_the_mean() -> None:
+    assert losses.normalised_score(3.0, mean=1.0, std=4.0) == pytest.approx(0.5)
+    assert losses.normalised_score(1.0, mean=1.0, std=0.0) == 0.0
+
+
 def test_dpo_with_policy_equal_to_reference_costs_ln_2() -> None:
     logprobs = torch.tensor([-4.0, -7.0])
     terms = losses.dpo_loss(
