@@ -7,6 +7,7 @@ L layers.
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -147,6 +148,13 @@ def gae(*, rewards_R: Tensor, values_R: Tensor, gamma: float, gae_lambda: float)
     return Advantages(advantages_R, advantages_R + values_R)
 
 
+def explained_variance(returns_N: np.ndarray, values_N: np.ndarray) -> float:
+    """Return 1 - Var(returns - values) / Var(returns), as in OpenAI baselines: 1 for perfect predictions, 0 for
+    constant ones and where returns do not vary."""
+    variance = float(returns_N.var())
+    return 1.0 - float((returns_N - values_N).var()) / variance if variance else 0.0
+
+
 def whiten(values_N: Tensor, *, mean: float, std: float) -> Tensor:
     """Shift and scale by statistics taken over all ranks; a spread of zero leaves the values centred and finite."""
     return (values_N - mean) / (std + 1e-8)
@@ -155,8 +163,8 @@ def whiten(values_N: Tensor, *, mean: float, std: float) -> Tensor:
 def normalised_score(score: float, *, mean: float, std: float) -> float:
     """Return a reward model's score in units of the spread of reference answers' scores.
 
-    Bradley-Terry fixes neither origin nor scale of scores, but `kl_coefficient` weighs nats against them. Ziegler et al.
-    2019 (arXiv:1909.08593), section 2.1, normalise to the same end.
+    Bradley-Terry fixes neither origin nor scale of scores, but `kl_coefficient` weighs nats against them. Ziegler et
+    al. 2019 (arXiv:1909.08593), section 2.1, normalise to the same end.
     """
     return (score - mean) / (std + 1e-8)
 

@@ -76,6 +76,34 @@ class TokenSequence:
         return len(self.ids) - self.shared
 
 
+def prompt_and_response(
+    prompt: np.ndarray, response: np.ndarray, fields: Mapping[str, np.ndarray] | None = None
+) -> TokenSequence:
+    """Join both; the targets are the response's tokens. `fields` holds a value per token of the response."""
+    head = np.zeros(len(prompt), dtype=np.float32)
+    return TokenSequence(
+        np.concatenate([prompt, response]),
+        np.concatenate([np.zeros(len(prompt), dtype=np.int64), np.ones(len(response), dtype=np.int64)]),
+        {name: np.concatenate([head, values]).astype(np.float32) for name, values in (fields or {}).items()},
+    )
+
+
+@dataclass(frozen=True)
+class RowBudget:
+    """How much one micro-batch holds."""
+
+    row_length: int
+    max_rows: int
+
+    def cut(self, sequences: Sequence[TokenSequence]) -> list[list[TokenSequence]]:
+        """Cut sequences into consecutive micro-batches, to be laid out one by one; their order is kept."""
+        plan = plan_rows([len(sequence.ids) for sequence in sequences], self.row_length)
+        return [
+            [sequences[index] for row in plan[start : start + self.max_rows] for index in row]
+            for start in range(0, len(plan), self.max_rows)
+        ]
+
+
 def plan_rows(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list[int]]:
     """Assign sequences to rows in the given order (next fit): deterministic, and close to full for short sequences.
 
