@@ -198,6 +198,7 @@ class Bench:
             margins.append(gain_S[0::2] - gain_S[1::2])
         if not margins:
             return {}
+        # A margin above 0 is a win of the chosen answer, 0 is a tie.
         margins_P = torch.cat(margins)
         wins = pair_accuracy(margins_P, torch.zeros_like(margins_P))
         return {
@@ -228,7 +229,7 @@ class Bench:
     def unigram_perplexity(self) -> float:
         """Perplexity on the held-out tokens of a unigram model of the training tokens (add-one smoothing)."""
         counts = count_tokens(self._tokens.documents(Split.TRAIN), vocab_size=self._tokens.vocab_size) + 1.0
-        logprobs = np.log(counts / counts.sum())
+        logprobs = np.log(counts / counts.sum())  # what a model knows that only counts: the mark to beat
         total = targets = 0.0
         for batch in self._document_batches():
             ids = batch.input_ids_BT[batch.loss_mask_BT == 1].numpy()

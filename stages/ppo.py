@@ -49,6 +49,8 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     prompts = tokens.prompts(Split.TRAIN)
     require(len(prompts), "training prompts", advice="Give instruction data, or `derived`.")
     sft_dir, reward_dir = context.input_dir("model"), context.input_dir("reward")
+    # The reward model is a good start for the critic: it knows already what a whole response is worth, and learns to
+    # say so from its beginning.
     policy = load_causal_lm(sft_dir, tokens, lora=config.lora)
     critic = load_reward_model(reward_dir, tokens, lora=config.lora)
 
@@ -89,8 +91,10 @@ class PPOObjective:
         self._config, self._sampler, self._prompts, self._heldout = config, sampler, prompts, heldout
         self._balancing = balancing
         self._estimator = GAE(gamma=config.gamma, gae_lambda=config.gae_lambda)
+        # `global_batch_size` divides `rollout_size`: every epoch over a rollout sees each response once.
         self._steps_per_rollout = config.num_epochs * (config.rollout_size // config.global_batch_size)
         self.num_steps, self.tokens_per_step = config.num_rollouts * self._steps_per_rollout, 0
+        # Responses depend on the weights, so only the order of prompts can be promised; one epoch's stands for all.
         self.order = order_digest([shuffled(len(prompts), seed=config.seed, epoch=0)])
         self._rollout = 0
         self._inner = 0
@@ -113,6 +117,7 @@ class PPOObjective:
 
     def _roll_out(self, engine: Engine) -> None:
         config = self._config
+        # Another stream in every rollout: a prompt that comes again gets new responses.
         samples = self._sampler.sample(engine, self._next_prompts(), stream=self._rollout)
         experience = to_experience(
             samples,
@@ -148,6 +153,8 @@ class PPOObjective:
 
     def _minibatch(self, engine: Engine) -> Step:
         config = self._config
+        # Every epoch shuffles anew, and no two rollouts have the same orders. The order is that of the whole rollout,
+        # of which each rank takes its share, so minibatches do not depend on the number of ranks.
         per_epoch = config.rollout_size // config.global_batch_size
         order = shuffled(
             config.rollout_size, seed=config.seed, epoch=self._rollout * config.num_epochs + self._inner // per_epoch
@@ -166,6 +173,7 @@ class PPOObjective:
         """Return the clipped surrogate, with the value loss where there is a critic, summed over response tokens."""
         config = self._config
         trunks = {name: self._balancing.run_trunk(parts, name, batch) for name in parts}
+        # What the rollout recorded of the response tokens, in the order in which the models give theirs.
         where = target_positions(batch)
         old = {name: values_BT[where] for name, values_BT in batch.fields.items()}
         # The same temperature as in sampling: the ratio compares the distributions that tokens were drawn from.
@@ -186,6 +194,7 @@ class PPOObjective:
             "ppo/approx_kl": policy.approx_kl_sum,
             "ppo/entropy": tokens.entropy_sum,
         }
+        # All are sums over response tokens; the loop divides by those of the whole step, on all ranks.
         count = policy.loss_sum.new_tensor(float(len(tokens.logprobs_N)))
         metrics = {name: torch.stack([value, count]) for name, value in sums.items() if value is not None}
         loss_sum = policy.loss_sum if value_sum is None else policy.loss_sum + config.value_coefficient * value_sum
@@ -212,6 +221,7 @@ class PPOObjective:
         return {name.replace("ppo/", "eval/"): value for name, value in describe(samples).items()}
 
     def state_dict(self) -> ObjectiveState:
+        # These names are in checkpoints of running stores.
         numbers = {
             "rollout": self._rollout,
             "inner": self._inner,

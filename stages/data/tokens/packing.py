@@ -35,13 +35,13 @@ class Packed:
 
     def to(self, device: torch.device) -> "Packed":
         return Packed(
-            _copied(self.input_ids_BT, device),
-            _copied(self.position_ids_BT, device),
-            _copied(self.segment_ids_BT, device),
-            _copied(self.loss_mask_BT, device),
-            self.num_segments,
-            self.spans_D4,
-            {name: _copied(tensor, device) for name, tensor in self.fields.items()},
+            input_ids_BT=_copied(self.input_ids_BT, device),
+            position_ids_BT=_copied(self.position_ids_BT, device),
+            segment_ids_BT=_copied(self.segment_ids_BT, device),
+            loss_mask_BT=_copied(self.loss_mask_BT, device),
+            num_segments=self.num_segments,
+            spans_D4=self.spans_D4,
+            fields={name: _copied(tensor, device) for name, tensor in self.fields.items()},
         )
 
     @property
@@ -151,13 +151,13 @@ def lay_out(sequences: Sequence[TokenSequence]) -> Packed:
         before, start = start, end
     tensors = {name: torch.from_numpy(values)[None] for name, values in numbers.items()}
     return Packed(
-        tensors["ids"],
-        tensors["positions"],
-        tensors["segments"],
-        tensors["mask"],
-        len(sequences),
-        torch.from_numpy(spans),
-        {name: torch.from_numpy(values)[None] for name, values in fields.items()},
+        input_ids_BT=tensors["ids"],
+        position_ids_BT=tensors["positions"],
+        segment_ids_BT=tensors["segments"],
+        loss_mask_BT=tensors["mask"],
+        num_segments=len(sequences),
+        spans_D4=torch.from_numpy(spans),
+        fields={name: torch.from_numpy(values)[None] for name, values in fields.items()},
     )
 
 

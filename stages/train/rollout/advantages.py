@@ -8,7 +8,7 @@ Shape legend: R tokens of one response, N tokens of all responses.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, assert_never
+from typing import assert_never
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ class GAE:
 
     gamma: float
     gae_lambda: float
-    needs_critic: ClassVar[bool] = True
 
 
 Estimator = GAE  # a union, as soon as there is an estimator without a critic
@@ -52,6 +51,7 @@ def _by_gae(estimator: GAE, samples: Sequence[Sampled], rewards: Sequence[Tensor
     raw = []
     for sample, rewards_R in zip(samples, rewards, strict=True):
         assert sample.values_R is not None, "GAE needs a critic"
+        # The critic's predictions at sampling time: those of the update would chase their own targets.
         values_R = torch.from_numpy(sample.values_R)
         raw.append(gae(rewards_R=rewards_R, values_R=values_R, gamma=estimator.gamma, gae_lambda=estimator.gae_lambda))
     # Statistics of all tokens of the rollout, not of a minibatch: an advantage does not depend on its neighbours in

@@ -49,6 +49,8 @@ def to_experience(
     for sample, reward in zip(samples, rewards, strict=True):
         # A response that was cut off may have a good score so far: without the penalty the policy learns not to end.
         score = reward - (0.0 if sample.finished else shaping.missing_eos_penalty)
+        # The KL that counts is that of the sampled tokens, against the frozen start; it is fixed with the rollout, so
+        # the update sees it as reward and does not differentiate it.
         shaped.append(
             shaped_rewards(
                 logprobs_R=torch.from_numpy(sample.logprobs_R),
@@ -63,6 +65,7 @@ def to_experience(
 
 
 def _to_sequence(sample: Sampled, result: Estimate) -> TokenSequence:
+    # Prompt tokens get zeros, which no loss reads: the loss mask is 0 there.
     fields = {"old_logprobs": sample.logprobs_R, "advantages": result.advantages_R}
     if sample.values_R is not None and result.returns_R is not None:
         fields |= {"old_values": sample.values_R, "returns": result.returns_R}
@@ -83,6 +86,7 @@ def critic_quality(sequences: Sequence[TokenSequence]) -> dict[str, float]:
     """Return how much of the returns' variance the critic predicted; nothing without a critic."""
     if "returns" not in sequences[0].fields:
         return {}
+    # Fields hold zeros for prompt tokens, which would count as perfectly predicted.
     mask = np.concatenate([sequence.loss_mask for sequence in sequences]) == 1
     returns_N, values_N = (
         np.concatenate([sequence.fields[name] for sequence in sequences])[mask] for name in ("returns", "old_values")
@@ -94,6 +98,7 @@ def to_tensors(sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
     """Flatten a rollout for a checkpoint: a kill in the middle of its updates resumes with the same samples."""
     if not sequences:
         return {}
+    # One long array each, and the lengths to cut it: checkpoints hold few tensors, not thousands.
     flat = {
         "lengths": np.array([len(sequence.ids) for sequence in sequences]),
         "ids": np.concatenate([sequence.ids for sequence in sequences]),

@@ -42,6 +42,7 @@ class Sampled:
     @property
     def kl(self) -> float:
         """Sampled KL to the reference over the whole response, in nats."""
+        # An estimate from the one response that was drawn: unbiased, and for a single response possibly negative.
         return float((self.logprobs_R - self.ref_logprobs_R).sum())
 
 
@@ -97,6 +98,7 @@ class Sampler:
     def _measure(
         self, engine: Engine, prompts: list[np.ndarray], responses: list[np.ndarray], groups: list[int]
     ) -> list[Sampled]:
+        # Responses of one batch are packed for measuring, in their order; nothing is padded.
         sequences = [prompt_and_response(*both) for both in zip(prompts, responses, strict=True)]
         per_token: list[dict[str, np.ndarray]] = []
         for part, measured in infer_each(engine, self._per_token, sequences, self.budget):
@@ -122,6 +124,7 @@ class Sampler:
         The log-probabilities are computed again rather than kept from the generation, whose cached and padded passes
         round differently: the update computes them from packed sequences too, so its first ratio is 1.
         """
+        # Divided by the temperature as in sampling: the policy that is improved is the one that was sampled from.
         temperature = self.sampling.temperature
         with start_of(parts["policy"], self.reference) as reference:
             ref_logprobs_N = target_logprobs(reference, batch, temperature=temperature).logprobs_N
@@ -134,6 +137,7 @@ class Sampler:
 
 def _by_sequence(part: list[TokenSequence], measured: dict[str, Tensor]) -> list[dict[str, np.ndarray]]:
     """Cut values of a micro-batch's targets, which lie end to end, into one array a sequence."""
+    # The first token of a sequence is no target, but it is a prompt's, whose mask is 0 anyway.
     cuts = np.cumsum([int(sequence.loss_mask.sum()) for sequence in part])[:-1]
     pieces = {name: np.split(values_N.float().cpu().numpy(), cuts) for name, values_N in measured.items()}
     return [{name: arrays[i] for name, arrays in pieces.items()} for i in range(len(part))]

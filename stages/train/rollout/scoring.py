@@ -72,16 +72,19 @@ class RewardModel:
         return found
 
     def _score(self, parts: nn.ModuleDict, batch: Packed) -> Tensor:
+        # The score is read at the end of the response, where the model has seen all of it.
         if self._frozen is not None:
             return segment_scores(self._frozen, batch, pad_id=self._pad_id)
         with start_of(parts["critic"], None) as reward:
             return segment_scores(reward, batch, pad_id=self._pad_id)
 
     def rewards(self, scores: Sequence[float]) -> list[float]:
+        # Scores of a Bradley-Terry model have no unit of their own, while `kl_coefficient` weighs them against nats.
         scale = self._scale = self._scale or ScoreScale.of(scores)
         return [normalised_score(score, mean=scale.mean, std=scale.std) for score in scores]
 
     def state_dict(self) -> dict[str, Any]:
+        # A resumed run must not take its scale from a later rollout, which has drifted.
         return {"scale": None if self._scale is None else [self._scale.mean, self._scale.std]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

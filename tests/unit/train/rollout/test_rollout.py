@@ -13,18 +13,21 @@ import torch
 from stages import ppo
 from stages.config.graph import Stage
 from stages.data.tokens.packing import RowBudget, TokenSequence
-from stages.data.tokens.views import TokensArtifact
+from stages.data.tokens.views import Split, TokensArtifact
 from stages.models.build import new_causal_lm
 from stages.models.generation import Sampling
 from stages.train.engine import Engine, Share
 from stages.train.engines.choose import make_engine
-from stages.train.rollout.advantages import GAE, estimate
+from stages.train.objective import ObjectiveState
+from stages.train.rollout.advantages import GAE, Estimate, estimate
 from stages.train.rollout.experience import Shaping, critic_quality, from_tensors, to_experience, to_tensors
 from stages.train.rollout.sampling import Sampled, Sampler
 from stages.train.rollout.scoring import RewardModel
+from stages.train.routing import Balancing
 from tests.small_world import CONFIGS, MODEL, make_context, make_tokens
 
 EOS = 1
+CONFIG: Any = CONFIGS[Stage.PPO]
 
 
 def sampled(*, score: float = 0.0, finished: bool = True, kl: float = 0.0, values: bool = True, group: int = 0):
@@ -105,8 +108,8 @@ def world(tmp_path_factory: pytest.TempPathFactory):
     tokens = make_tokens(home)
     artifact = TokensArtifact(Path(tokens.uri.removeprefix("file://")))
     policy = new_causal_lm(MODEL, artifact, seed=3)
-    context = make_context(home, Stage.PPO, CONFIGS[Stage.PPO])
-    engine = make_engine({"policy": policy}, CONFIGS[Stage.PPO], context.execution)
+    context = make_context(home, Stage.PPO, CONFIG)
+    engine = make_engine({"policy": policy}, CONFIG, context.execution)
     sampler = Sampler(
         Sampling(4, eos_id=artifact.eos_id, pad_id=artifact.pad_id),
         seed=0,
@@ -139,8 +142,6 @@ def test_an_update_without_a_critic_is_the_policy_loss_alone(world, monkeypatch:
     engine, sampler, _, _, artifact = world
 
     def centred(estimator: Any, samples: Sequence[Sampled], rewards: Sequence[torch.Tensor]) -> list[Any]:
-        from stages.train.rollout.advantages import Estimate
-
         totals = np.array([float(rewards_R.sum()) for rewards_R in rewards])
         better = totals - totals.mean()
         return [
@@ -149,11 +150,8 @@ def test_an_update_without_a_critic_is_the_policy_loss_alone(world, monkeypatch:
         ]
 
     monkeypatch.setattr("stages.train.rollout.experience.estimate", centred)
-    from stages.data.tokens.views import Split
-    from stages.train.routing import Balancing
-
     prompts = artifact.prompts(Split.TRAIN)
-    objective = ppo.PPOObjective(CONFIGS[Stage.PPO], sampler, prompts=prompts, heldout=prompts, balancing=Balancing())
+    objective = ppo.PPOObjective(CONFIG, sampler, prompts=prompts, heldout=prompts, balancing=Balancing())
     step = next(objective.steps(engine))
     assert "ppo/explained_variance" not in step.metrics
     outputs = engine.backward(objective.loss, [Share(batch, 1.0) for batch in step.micro_batches])
@@ -167,13 +165,9 @@ def test_an_update_without_a_critic_is_the_policy_loss_alone(world, monkeypatch:
 def test_a_checkpoint_of_before_is_loaded(world) -> None:
     """Names of numbers and tensors in the objective's state are those of running stores."""
     _, sampler, _, _, artifact = world
-    from stages.data.tokens.views import Split
-    from stages.train.objective import ObjectiveState
-    from stages.train.routing import Balancing
-
     prompts = artifact.prompts(Split.TRAIN)
     judged = replace(sampler, scorer=RewardModel(None, pad_id=0, budget=sampler.budget))
-    objective = ppo.PPOObjective(CONFIGS[Stage.PPO], judged, prompts=prompts, heldout=prompts, balancing=Balancing())
+    objective = ppo.PPOObjective(CONFIG, judged, prompts=prompts, heldout=prompts, balancing=Balancing())
     names = ("old_logprobs", "old_values", "advantages", "returns")
     tensors = {name: torch.tensor([0.0, 1.0]) for name in names}
     tensors |= {"lengths": torch.tensor([2]), "ids": torch.tensor([5, 6]), "loss_mask": torch.tensor([0, 1])}
