@@ -22,6 +22,7 @@ from operators.people.markdown import block, plain, table
 from stages.artifacts.manifests import read_file, read_manifest, settings_digest
 from stages.config.closing import SCORE, WIN_RATE, Approval, Verdict, strongest
 from stages.config.graph import Stage
+from stages.config.metrics import EVALUATION_METRICS
 from stages.config.pipeline import PipelineConfig
 from stages.config.request import ArtifactRef, RunInfo
 
@@ -32,16 +33,7 @@ _COMMENT = Param(
 )
 _MODELS = ("base", "sft", "ppo", "dpo")
 _ALIGNED = ("ppo", "dpo")
-_BETTER = {
-    WIN_RATE: "↑",
-    SCORE: "↑",
-    "eval/preference_accuracy": "↑",
-    "eval/preference_margin": "↑",
-    "eval/perplexity": "↓",
-    "eval/bits_per_byte": "↓",
-    "eval/loss": "↓",
-    "eval/response_loss": "↓",
-}
+_BETTER = {metric.key: metric.arrow for metric in EVALUATION_METRICS}
 """Which way is better; distances and lengths are neither."""
 
 
