@@ -7,6 +7,7 @@ L layers.
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -172,6 +173,13 @@ def gae(*, rewards_R: Tensor, values_R: Tensor, gamma: float, gae_lambda: float)
         advantages_R[t] = running
         next_value = values_R[t]
     return Advantages(advantages_R, advantages_R + values_R)
+
+
+def explained_variance(returns_N: np.ndarray, values_N: np.ndarray) -> float:
+    """Return 1 - Var(returns - values) / Var(returns), as in OpenAI baselines: 1 for perfect predictions, 0 for
+    constant ones and where returns do not vary."""
+    variance = float(returns_N.var())
+    return 1.0 - float((returns_N - values_N).var()) / variance if variance else 0.0
 
 
 def whiten(values_N: Tensor, *, mean: float, std: float) -> Tensor:

@@ -1,29 +1,36 @@
 """Proximal policy optimisation of the SFT model against the reward model, with a KL penalty to the frozen SFT model.
 
 Experience is a generator: `steps` rolls out with the live policy and yields the minibatches of its epochs; the loop
-consumes them like any other steps. The critic starts as a copy of the reward model, whose head becomes the value head.
+consumes them like any other steps. The critic starts as a copy of the reward model, whose head becomes the value head;
+without a critic among the trained parts, the value terms are absent everywhere.
+
+Shape legend: N targets of a micro-batch.
 """
 
 from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stages.config.train import PPOConfig
-from stages.data.tokens.packing import Packed, TokenSequence, lay_out, split_by_rows
+from stages.data.tokens.packing import Packed, RowBudget, TokenSequence, lay_out
 from stages.data.tokens.ragged import Ragged
 from stages.data.tokens.views import Split, TokensArtifact, evenly, require
 from stages.job.context import StageContext, StageOutcome
 from stages.losses import adapted_kl_coefficient, ppo_policy_loss, ppo_value_loss
 from stages.models.build import load_causal_lm, load_reward_model
 from stages.models.experts import routing_of
-from stages.models.forward import target_logprobs, target_positions, target_values
+from stages.models.forward import TrunkOutput, target_logprobs, target_positions, target_values
+from stages.models.generation import Sampling
 from stages.models.lora import add_adapter
 from stages.train.engine import Engine
 from stages.train.objective import LossOutput, ObjectiveState, Step
 from stages.train.plan import batches, order_digest, share, shuffled
-from stages.train.rollout import FrozenModels, Sampled, Sampler, ScoreScale, from_tensors, to_experience, to_tensors
+from stages.train.rollout.advantages import GAE
+from stages.train.rollout.experience import Shaping, critic_quality, describe, from_tensors, to_experience, to_tensors
+from stages.train.rollout.sampling import Sampler
+from stages.train.rollout.scoring import RewardModel
 from stages.train.routing import Balancing
 from stages.train.run import Prepared, train_stage
 
@@ -42,24 +49,28 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     prompts = tokens.prompts(Split.TRAIN)
     require(len(prompts), "training prompts", advice="Give instruction data, or `derived`.")
     sft_dir, reward_dir = context.input_dir("model"), context.input_dir("reward")
+    # The reward model is a good start for the critic: it knows already what a whole response is worth, and learns to
+    # say so from its beginning.
+    policy = load_causal_lm(sft_dir, tokens, lora=config.lora)
+    critic = load_reward_model(reward_dir, tokens, lora=config.lora)
 
     def objective(engine: Engine) -> PPOObjective:
-        frozen = FrozenModels(None, None)  # policy and critic without their adapters
-        if not config.lora.rank:
-            frozen = FrozenModels(
-                reference=engine.freeze(load_causal_lm(sft_dir, tokens)),
-                reward=engine.freeze(load_reward_model(reward_dir, tokens)),
-            )
+        # With adapters there are no frozen copies: reference and reward model are policy and critic without theirs.
+        copies = not config.lora.rank
+        budget = RowBudget(row_length=tokens.sequence_length, max_rows=context.execution.micro_batch_size)
+        reward = engine.freeze(load_reward_model(reward_dir, tokens)) if copies else None
         sampler = Sampler(
-            config, frozen, tokens.eos_id, tokens.pad_id, tokens.sequence_length, context.execution.micro_batch_size
+            Sampling(config.max_response_length, tokens.eos_id, tokens.pad_id, config.temperature),
+            seed=config.seed,
+            scorer=RewardModel(reward, pad_id=tokens.pad_id, budget=budget),
+            reference=engine.freeze(load_causal_lm(sft_dir, tokens)) if copies else None,
+            budget=budget,
         )
         balancing = Balancing(policy=routing_of(policy), critic=routing_of(critic))
         return PPOObjective(
             config, sampler, prompts=prompts, heldout=tokens.prompts(Split.HELDOUT), balancing=balancing
         )
 
-    policy = load_causal_lm(sft_dir, tokens, lora=config.lora)
-    critic = load_reward_model(reward_dir, tokens, lora=config.lora)
     return Prepared(
         parts={
             "policy": add_adapter(policy, config.lora, seed=config.seed),
@@ -79,21 +90,25 @@ class PPOObjective:
     ) -> None:
         self._config, self._sampler, self._prompts, self._heldout = config, sampler, prompts, heldout
         self._balancing = balancing
+        self._estimator = GAE(gamma=config.gamma, gae_lambda=config.gae_lambda)
+        # `global_batch_size` divides `rollout_size`: every epoch over a rollout sees each response once.
         self._steps_per_rollout = config.num_epochs * (config.rollout_size // config.global_batch_size)
         self.num_steps, self.tokens_per_step = config.num_rollouts * self._steps_per_rollout, 0
+        # Responses depend on the weights, so only the order of prompts can be promised; one epoch's stands for all.
         self.order = order_digest([shuffled(len(prompts), seed=config.seed, epoch=0)])
         self._rollout = 0
         self._inner = 0
+        """Optimizer steps of the present rollout that are done."""
         self._experience: list[TokenSequence] = []
         self._rollout_metrics: dict[str, float] = {}
-        self._scale: ScoreScale | None = None
         self._kl_coefficient = config.kl_coefficient
 
     def steps(self, engine: Engine) -> Iterator[Step]:
         while self._rollout < self._config.num_rollouts:
-            if not self._experience:
+            if not self._experience:  # a resume in the middle of a rollout's updates brings it along
                 self._roll_out(engine)
             step = self._minibatch(engine)
+            # The cursor moves before the step is handed out: a checkpoint is written after the step, and points behind.
             self._inner += 1
             if self._inner == self._steps_per_rollout:
                 self._experience, self._inner = [], 0
@@ -102,17 +117,21 @@ class PPOObjective:
 
     def _roll_out(self, engine: Engine) -> None:
         config = self._config
+        # Another stream in every rollout: a prompt that comes again gets new responses.
         samples = self._sampler.sample(engine, self._next_prompts(), stream=self._rollout)
-        self._scale = self._scale or ScoreScale.of(samples)
-        self._experience, reward = to_experience(
-            samples, config, scale=self._scale, kl_coefficient=self._kl_coefficient
+        experience = to_experience(
+            samples,
+            self._sampler.scorer.rewards([sample.score for sample in samples]),
+            shaping=Shaping(self._kl_coefficient, config.missing_eos_penalty),
+            estimator=self._estimator,
         )
-        self._rollout_metrics = _describe(samples) | {
-            "ppo/reward": reward,
+        self._experience = experience.sequences
+        self._rollout_metrics = describe(samples) | {
+            "ppo/reward": experience.mean_reward,
             "ppo/kl_coefficient": self._kl_coefficient,
-            "ppo/explained_variance": _explained_variance(self._experience),
+            **critic_quality(self._experience),
         }
-        if config.kl_target:
+        if config.kl_target:  # for the next rollout: this one's rewards are made
             self._kl_coefficient = adapted_kl_coefficient(
                 self._kl_coefficient,
                 kl=self._rollout_metrics["ppo/kl"],
@@ -122,7 +141,8 @@ class PPOObjective:
             )
 
     def _next_prompts(self) -> list[np.ndarray]:
-        """Walk through shuffled prompts, epoch after epoch."""
+        """Walk through shuffled prompts, epoch after epoch; a rollout may span the end of one and the start of the
+        next."""
         size, available = self._config.rollout_size, len(self._prompts)
         positions = range(self._rollout * size, (self._rollout + 1) * size)
         orders = {
@@ -133,94 +153,89 @@ class PPOObjective:
 
     def _minibatch(self, engine: Engine) -> Step:
         config = self._config
+        # Every epoch shuffles anew, and no two rollouts have the same orders. The order is that of the whole rollout,
+        # of which each rank takes its share, so minibatches do not depend on the number of ranks.
         per_epoch = config.rollout_size // config.global_batch_size
         order = shuffled(
             config.rollout_size, seed=config.seed, epoch=self._rollout * config.num_epochs + self._inner // per_epoch
         )
         indices = batches(order, config.global_batch_size)[self._inner % per_epoch]
         mine = share(indices, rank=engine.rank, world_size=engine.world_size)
+        # A rank without a response in this step runs one all the same, for the collectives, and it is not counted.
         sequences = [self._experience[int(index)] for index in (mine if len(mine) else indices[:1])]
-        parts = split_by_rows(
-            [(len(sequence.ids),) for sequence in sequences],
-            row_length=self._sampler.row_length,
-            max_rows=self._sampler.max_rows,
-        )
-        micro_batches = [lay_out([sequences[i] for i in part]) for part in parts]
+        micro_batches = [lay_out(part) for part in self._sampler.budget.cut(sequences)]
         return Step(micro_batches, counted=len(mine) > 0, metrics=dict(self._rollout_metrics))
 
     def weight(self, batch: Packed) -> float:
         return float(batch.num_targets)
 
     def loss(self, parts: nn.ModuleDict, batch: Packed) -> LossOutput:
+        """Return the clipped surrogate, with the value loss where there is a critic, summed over response tokens."""
         config = self._config
-        trunk = self._balancing.run_trunk(parts, "policy", batch)
-        critic_trunk = self._balancing.run_trunk(parts, "critic", batch)
+        trunks = {name: self._balancing.run_trunk(parts, name, batch) for name in parts}
+        # What the rollout recorded of the response tokens, in the order in which the models give theirs.
         where = target_positions(batch)
         old = {name: values_BT[where] for name, values_BT in batch.fields.items()}
-        tokens = target_logprobs(parts["policy"], batch, temperature=config.temperature, with_entropy=True, trunk=trunk)
+        # The same temperature as in sampling: the ratio compares the distributions that tokens were drawn from.
+        tokens = target_logprobs(
+            parts["policy"], batch, temperature=config.temperature, with_entropy=True, trunk=trunks["policy"]
+        )
         policy = ppo_policy_loss(
             logprobs_N=tokens.logprobs_N,
             old_logprobs_N=old["old_logprobs"],
             advantages_N=old["advantages"],
             clip_range=config.clip_range,
         )
-        value_sum = ppo_value_loss(
-            values_N=target_values(parts["critic"], batch, critic_trunk),
-            old_values_N=old["old_values"],
-            returns_N=old["returns"],
-            clip_range=config.value_clip_range,
-        )
-        count = policy.loss_sum.new_tensor(float(len(tokens.logprobs_N)))
+        value_sum = self._value_loss_sum(parts, batch, old, trunks)
         sums = {
             "ppo/policy_loss": policy.loss_sum.detach(),
-            "ppo/value_loss": value_sum.detach(),
+            "ppo/value_loss": None if value_sum is None else value_sum.detach(),
             "ppo/clip_fraction": policy.clipped_sum,
             "ppo/approx_kl": policy.approx_kl_sum,
             "ppo/entropy": tokens.entropy_sum,
         }
+        # All are sums over response tokens; the loop divides by those of the whole step, on all ranks.
+        count = policy.loss_sum.new_tensor(float(len(tokens.logprobs_N)))
         metrics = {name: torch.stack([value, count]) for name, value in sums.items() if value is not None}
-        output = LossOutput(policy.loss_sum + config.value_coefficient * value_sum, metrics)
-        return self._balancing.added_to(output, policy=trunk, critic=critic_trunk)
+        loss_sum = policy.loss_sum if value_sum is None else policy.loss_sum + config.value_coefficient * value_sum
+        return self._balancing.added_to(LossOutput(loss_sum, metrics), **trunks)
+
+    def _value_loss_sum(
+        self, parts: nn.ModuleDict, batch: Packed, old: dict[str, Tensor], trunks: dict[str, TrunkOutput]
+    ) -> Tensor | None:
+        if "critic" not in parts:
+            return None
+        return ppo_value_loss(
+            values_N=target_values(parts["critic"], batch, trunks["critic"]),
+            old_values_N=old["old_values"],
+            returns_N=old["returns"],
+            clip_range=self._config.value_clip_range,
+        )
 
     def evaluate(self, engine: Engine) -> dict[str, float]:
+        """Score sampled responses to held-out prompts; the random numbers are the same every time."""
         chosen = evenly(len(self._heldout), at_most=self._config.eval_items)
         if not len(chosen):
             return {}
         samples = self._sampler.sample(engine, [self._heldout[int(i)] for i in chosen], stream=_EVALUATION_STREAM)
-        return {name.replace("ppo/", "eval/"): value for name, value in _describe(samples).items()}
+        return {name.replace("ppo/", "eval/"): value for name, value in describe(samples).items()}
 
     def state_dict(self) -> ObjectiveState:
+        # These names are in checkpoints of running stores.
         numbers = {
             "rollout": self._rollout,
             "inner": self._inner,
             "kl_coefficient": self._kl_coefficient,
-            "scale": None if self._scale is None else [self._scale.mean, self._scale.std],
             "rollout_metrics": self._rollout_metrics,
         }
-        return ObjectiveState(numbers, to_tensors(self._experience) | self._balancing.state_dict())
+        return ObjectiveState(
+            numbers | self._sampler.scorer.state_dict(), to_tensors(self._experience) | self._balancing.state_dict()
+        )
 
     def load_state_dict(self, state: ObjectiveState) -> None:
         self._rollout, self._inner = state.numbers["rollout"], state.numbers["inner"]
         self._kl_coefficient = state.numbers["kl_coefficient"]
-        self._scale = None if state.numbers["scale"] is None else ScoreScale(*state.numbers["scale"])
         self._rollout_metrics = state.numbers["rollout_metrics"]
+        self._sampler.scorer.load_state_dict(state.numbers)
         self._experience = from_tensors(state.tensors)
         self._balancing.load_state_dict(state.tensors)
-
-
-def _describe(samples: list[Sampled]) -> dict[str, float]:
-    return {
-        "ppo/score": float(np.mean([sample.score for sample in samples])),
-        "ppo/kl": float(np.mean([sample.kl for sample in samples])),
-        "ppo/response_length": float(np.mean([len(sample.response) for sample in samples])),
-        "ppo/finished": float(np.mean([sample.finished for sample in samples])),
-    }
-
-
-def _explained_variance(experience: list[TokenSequence]) -> float:
-    """Share of the returns' variance that the value head predicted; 0 when the returns do not vary."""
-    mask = np.concatenate([sequence.loss_mask for sequence in experience]) == 1
-    returns = np.concatenate([sequence.fields["returns"] for sequence in experience])[mask]
-    values = np.concatenate([sequence.fields["old_values"] for sequence in experience])[mask]
-    variance = float(returns.var())
-    return 1.0 - float((returns - values).var()) / variance if variance else 0.0

@@ -19,12 +19,14 @@ from stages.data.tokens.views import Split, TokensArtifact, evenly, require
 from stages.job.context import StageContext, StageOutcome
 from stages.job.devices import local_device
 from stages.job.workers import launch
+from stages.models.answers import Answerer, InProcess
 from stages.models.build import load_causal_lm
-from stages.models.generation import generate, uniforms
+from stages.models.generation import Sampling
 from stages.models.given_tokenizer import given_tokenizer
-from stages.models.precision import autocast
 
 _BATCH_PROMPTS = 16
+_STREAM = 1
+"""Random stream; `evaluate` has 0, so that the same seed does not show people the responses that were scored."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +53,23 @@ def sample_responses(context: StageContext) -> StageOutcome:
     model = load_causal_lm(context.input_dir("model"), tokens).eval()
     torch.nn.Module.to(model, local_device())  # transformers types its own `to` by keywords only
     tokenizer = Tokenizer.from_file(str(tokens.tokenizer_dir / "tokenizer.json"))
+    answerer = Answerer(
+        InProcess(model, local_device()),
+        Sampling(config.max_response_length, tokens.eos_id, tokens.pad_id, config.temperature),
+        seed=config.seed,
+        stream=_STREAM,
+        batch_size=_BATCH_PROMPTS * config.num_responses,
+    )
     rows: list[dict[str, Any]] = []
-    for start in range(0, len(prompts), _BATCH_PROMPTS):
-        part = prompts[start : start + _BATCH_PROMPTS]
-        answers = _answers(model, part, config, tokens, first=start)
-        for position, prompt in enumerate(part):
-            texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip() for ids in answers[position]]
-            different = list(dict.fromkeys(text for text in texts if text))
-            account["responses.in"] += len(texts)
-            account["responses.dropped.empty"] += sum(not text for text in texts)
-            account["responses.dropped.equal"] += sum(bool(text) for text in texts) - len(different)
-            if len(different) < 2:
-                account["prompts.dropped.nothing_to_compare"] += 1
-                account["responses.dropped.alone"] += len(different)
-                continue
-            account["responses.kept"] += len(different)
-            rows.append({"id": f"prompt-{start + position}", "prompt": prompt.text, "responses": different})
-        context.progress(start + len(part), len(prompts), "prompt")
+    done = 0
+    for answers in answerer.in_batches([prompt.ids for prompt in prompts for _ in range(config.num_responses)]):
+        texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip() for ids in answers]
+        for start in range(0, len(texts), config.num_responses):
+            different = _different(texts[start : start + config.num_responses], account)
+            if different:
+                rows.append({"id": f"prompt-{done}", "prompt": prompts[done].text, "responses": different})
+            done += 1
+        context.progress(done, len(prompts), "prompt")
     account["prompts.kept"] = len(rows)
     require(len(rows), "prompts with two different responses", advice="Raise temperature or max_response_length.")
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -75,6 +77,20 @@ def sample_responses(context: StageContext) -> StageOutcome:
     ledger = {what: _nested(account, f"{what}.") for what in ("prompts", "responses")}
     metrics = {"respond/prompts": float(len(rows)), "respond/responses": float(account["responses.kept"])}
     return StageOutcome(metrics=metrics, ledger=ledger)
+
+
+def _different(texts: list[str], account: Counter[str]) -> list[str]:
+    """The different responses to one prompt, in order; none when fewer than two are left to compare."""
+    different = list(dict.fromkeys(text for text in texts if text))
+    account["responses.in"] += len(texts)
+    account["responses.dropped.empty"] += sum(not text for text in texts)
+    account["responses.dropped.equal"] += sum(bool(text) for text in texts) - len(different)
+    if len(different) < 2:
+        account["prompts.dropped.nothing_to_compare"] += 1
+        account["responses.dropped.alone"] += len(different)
+        return []
+    account["responses.kept"] += len(different)
+    return different
 
 
 def _prompts(
@@ -105,30 +121,6 @@ def _prompts(
     chosen = evenly(len(usable), at_most=config.num_prompts)
     account["prompts.dropped.over_num_prompts"] = len(usable) - len(chosen)
     return [usable[int(index)] for index in chosen]
-
-
-def _answers(
-    model: torch.nn.Module, prompts: list[Prompt], config: RespondConfig, tokens: TokensArtifact, *, first: int
-) -> list[list[np.ndarray]]:
-    """Responses of each prompt; those of the n-th prompt do not depend on how prompts are batched."""
-    each = config.num_responses
-    draws = uniforms(
-        seed=config.seed,
-        stream=1,
-        indices=range(first * each, (first + len(prompts)) * each),
-        length=config.max_response_length,
-    )
-    with torch.no_grad(), autocast(local_device()):
-        flat = generate(
-            model,
-            [prompt.ids for prompt in prompts for _ in range(each)],
-            max_response_length=config.max_response_length,
-            eos_id=tokens.eos_id,
-            pad_id=tokens.pad_id,
-            temperature=config.temperature,
-            uniforms_SR=draws,
-        )
-    return [flat[start : start + each] for start in range(0, len(flat), each)]
 
 
 def _nested(account: Counter[str], prefix: str) -> dict[str, Any]:

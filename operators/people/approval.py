@@ -22,6 +22,7 @@ from stages.artifacts.manifests import read_file, read_manifest, settings_digest
 from stages.config.closing import SCORE, WIN_RATE, Approval, Verdict
 from stages.config.decision import CHAMPION, Champion, Conditions, Evaluation, choose_aligned
 from stages.config.graph import Stage, aligned_models, registered_name, spec_of_role, trained_stages
+from stages.config.metrics import EVALUATION_METRICS
 from stages.config.mlflow import is_http, tracking_server
 from stages.config.pipeline import PipelineConfig
 from stages.config.request import ArtifactRef, RunInfo
@@ -31,16 +32,7 @@ _LONGEST_PROMPT, _LONGEST_ANSWER = 2_000, 4_000
 _COMMENT = Param(
     "", source="task", type=["string", "null"], title="Comment", description="Why; it is kept with the decision."
 )
-_BETTER = {
-    WIN_RATE: "↑",
-    SCORE: "↑",
-    "eval/preference_accuracy": "↑",
-    "eval/preference_margin": "↑",
-    "eval/perplexity": "↓",
-    "eval/bits_per_byte": "↓",
-    "eval/loss": "↓",
-    "eval/response_loss": "↓",
-}
+_BETTER = {metric.key: metric.arrow for metric in EVALUATION_METRICS}
 """Which way is better; distances and lengths are neither."""
 
 

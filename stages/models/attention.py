@@ -1,10 +1,10 @@
 """Causal attention within each packed sequence, without a mask of all tokens by all tokens.
 
 transformers would derive such a mask from the positions and compute every pair of tokens, most of them in vain. Here
-every sequence is its own small product. On the CPU queries go in blocks of 128, because torch's kernel computes what
-causality masks inside a block of keys; `spans_D4` (stages/data/tokens/packing.py) may point a sequence to an earlier
-beginning that it shares. On a GPU it is torch's variable-length flash attention in half precision, SDPA a sequence in
-float32.
+every sequence is a small product of its own. On the CPU, queries go in blocks of 128, because inside one call torch's
+kernel computes also what causality masks; `spans_D4` (stages/data/tokens/packing.py) may point a sequence to an earlier
+beginning that it shares. On a GPU it is torch's variable-length flash attention in half precision, and one SDPA call a
+sequence in float32.
 
 Shape legend: N tokens of a micro-batch, H heads, E size of a head, D packed sequences.
 """
@@ -23,12 +23,13 @@ from stages.data.tokens.packing import Packed
 _NAME = "packed_documents"
 _QUERIES_AT_ONCE = 128
 _UNKNOWN = ("sliding_window", "softcap", "s_aux", "position_bias")
-"""What a model may ask of its attention that is not done here."""
+"""Options that a model may give its attention and that are not implemented here."""
 
 
 def attend_within_documents(model: nn.Module) -> None:
     """Switch the model to this attention if it is plain causal attention; others keep theirs and get padded rows."""
     config: Any = model.config
+    # Configurations say it in three ways: a kind for each layer, a window that a flag may switch off, a cap on scores.
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     capped = getattr(config, "attn_logit_softcapping", None)
@@ -45,7 +46,7 @@ def attends_within_documents(model: nn.Module) -> bool:
 
 
 def document_arguments(batch: Packed) -> dict[str, Any]:
-    """Return what the trunk's forward must be given so that its attention knows the documents.
+    """Return the arguments of the trunk's forward from which its attention learns where documents begin and end.
 
     A mask of four dimensions is passed through as it is, so that transformers builds none.
     """
@@ -56,14 +57,15 @@ def document_arguments(batch: Packed) -> dict[str, Any]:
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """The function that transformers calls, with (1, heads, N, E); outside training it is SDPA."""
+    """The function that transformers calls, with shape (1, heads, N, E). Without spans (generation) it is SDPA."""
     spans_D4: Tensor | None = options.pop("document_spans", None)
     if spans_D4 is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if unknown := [name for name in _UNKNOWN if options.get(name) is not None]:
         raise NotImplementedError(f"{type(module).__name__} asks for {unknown}, which packed attention does not do")
-    groups = query.shape[1] // key.shape[1]
+    groups = query.shape[1] // key.shape[1]  # grouped-query attention: so many heads share keys and values
     scale = options.get("scaling") or query.shape[-1] ** -0.5
+    # Rotary embeddings leave queries and keys in float32 where autocast made values half precision.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if query.device.type == "cpu":
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
@@ -82,6 +84,7 @@ def _end_to_end(states: Tensor) -> Tensor:
 def _attend_flash(query_NHE: Tensor, key_NHE: Tensor, value_NHE: Tensor, spans_D4: Tensor, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    # Sequences lie end to end, so the end of one is the beginning of the next. No prompts are shared on a GPU.
     ends = spans_D4[:, 1].to(query_NHE.device, torch.int32)
     bounds = torch.cat([ends.new_zeros(1), ends])
     longest = int((spans_D4[:, 1] - spans_D4[:, 0]).max())
@@ -94,7 +97,7 @@ def _attend_flash(query_NHE: Tensor, key_NHE: Tensor, value_NHE: Tensor, spans_D
         longest,
         longest,
         scale=scale,
-        window_size=(-1, 0),
+        window_size=(-1, 0),  # all of the past, nothing of the future
         enable_gqa=True,
     )
     assert isinstance(out, Tensor)
@@ -111,10 +114,12 @@ def _attend_each(query: Tensor, key: Tensor, value: Tensor, spans_D4: Tensor, sc
 def _blocks(spans_D4: Tensor) -> list[tuple[slice, slice, slice, Tensor | None]]:
     """Return queries, shared keys, own keys and mask of each product; no mask where torch's causal flag is the same."""
     blocks = []
+    # Block k of a sequence looks at the k blocks before it without a mask and at itself with a triangle.
     for start, end, shared_start, shared_end in spans_D4.tolist():
         for first in range(start, end, _QUERIES_AT_ONCE):
             last = min(first + _QUERIES_AT_ONCE, end)
             past = shared_end - shared_start + first - start
+            # torch's causal flag aligns the triangle with the first key, which is right only without a past.
             mask = _lower_right(last - first, past) if past else None
             blocks.append((slice(first, last), slice(shared_start, shared_end), slice(start, last), mask))
     return blocks
@@ -122,7 +127,7 @@ def _blocks(spans_D4: Tensor) -> list[tuple[slice, slice, slice, Tensor | None]]
 
 @cache
 def _lower_right(queries: int, past: int) -> Tensor:
-    """0 where a query may look, -inf elsewhere: all of the past, and itself and what is before it in its block."""
+    """0 where a query may look, -inf elsewhere: at all of the past, and in its own block at itself and before."""
     mask = torch.full((queries, queries), float("-inf")).triu(1)
     return torch.cat([torch.zeros(queries, past), mask], dim=1)[None, None]
 
@@ -152,7 +157,10 @@ def _computed(*states: Tensor) -> tuple[Tensor, ...]:
 def _attend(
     query_NHE: Tensor, key_NHE: Tensor, value_NHE: Tensor, spans_D4: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the output, shape (N, H, E), and the log-normalisers, shape (H, N), which the backward pass needs."""
+    """Return the output, shape (N, H, E), and the log-normalisers, shape (H, N), which the backward pass needs.
+
+    A custom operator, so that compilation sees one node without a Python loop over documents.
+    """
     forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     dtype, (query_NHE, key_NHE, value_NHE) = query_NHE.dtype, _computed(query_NHE, key_NHE, value_NHE)
     out_NHE = torch.empty(query_NHE.shape, dtype=query_NHE.dtype)
@@ -192,9 +200,11 @@ def _attend_backward(
         key, value = _keys(key_NHE, shared, own), _keys(value_NHE, shared, own)
         mask = None if mask is None else mask.to(key.dtype)
         inputs = (_batched(grad_NHE[queries]), _batched(query_NHE[queries]), key, value, _batched(out_NHE[queries]))
+        # The kernel forms the probabilities again from scores and log-normalisers; forward kept no N x N matrix.
         norm = norm_HN[:, queries].contiguous()[None]
         parts = backward(*inputs, norm, 0.0, mask is None, attn_mask=mask, scale=scale)
         grads[0][queries] = parts[0][0].transpose(0, 1)
+        # Keys and values are read by several blocks (a shared beginning even by two sequences): their gradients add up.
         for grad_NHE_, part in zip(grads[1:], parts[1:], strict=True):
             past = shared.stop - shared.start
             if past:
@@ -217,7 +227,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, grad_NHE: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     query_NHE, key_NHE, value_NHE, spans_D4, out_NHE, norm_HN = ctx.saved_tensors
     grads = _attend_backward(grad_NHE, query_NHE, key_NHE, value_NHE, out_NHE, norm_HN, spans_D4, ctx.scale)
-    return *grads, None, None
+    return *grads, None, None  # neither spans nor scale has a gradient
 
 
 _attend.register_autograd(_differentiate, setup_context=_save)

@@ -1,6 +1,6 @@
-"""Models come from transformers: made from a config, loaded from a folder, saved so that anybody can load them.
+"""Models come from transformers: made from a config, loaded from a folder, saved so that plain transformers loads them.
 
-Importing transformers' model classes costs seconds, so this module is imported by the verbs that need it, when they do.
+Importing transformers' model classes takes seconds, so only the verbs that need models import this module.
 """
 
 import json
@@ -90,7 +90,7 @@ def load_causal_lm(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig = _
 
 
 def _load(auto_class: Any, folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """Nothing is unpickled, and no code of the folder runs that is not allowed, whatever it holds."""
+    """Load without unpickling anything; code from the folder runs only where it is allowed."""
     _refuse_other_weights(folder)
     try:
         return auto_class.from_pretrained(
@@ -111,14 +111,14 @@ def _load(auto_class: Any, folder: Path, **options: Any) -> tuple[Any, dict[str,
 
 
 def _refuse_other_weights(folder: Path) -> None:
-    """`use_safetensors` chooses the index, and transformers opens whatever files that names."""
+    """Check the index of a sharded model: transformers opens whatever files it names, also with `use_safetensors`."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return
     names = set(json.loads(index.read_text())["weight_map"].values())
     if wrong := sorted(name for name in names if "/" in name or not name.endswith(".safetensors")):
         raise ConfigError(
-            f"{index} names {wrong}; allowed are *.safetensors in the same folder, for other formats may run code",
+            f"{index} names {wrong}; allowed are *.safetensors in the same folder, because other formats may run code",
             advice="Save the model again with save_pretrained.",
         )
 
@@ -150,20 +150,20 @@ def load_reward_model(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig 
 
 
 def save_model(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path, tokens: TokensArtifact) -> None:
-    """Write weights as safetensors with config, generation config and tokenizer beside them.
+    """Write weights as safetensors, with config, generation config and tokenizer next to them.
 
-    Not `save_pretrained`: it imports accelerate and whatever accelerate finds (DeepSpeed), which costs seconds a stage.
+    Not by `save_pretrained`, which imports accelerate and whatever that finds (DeepSpeed): seconds in every stage.
     """
     if has_adapter(model):
         save_adapter(model, weights, folder / "adapter")
         weights = merged_weights(model, weights)
     tied = model.all_tied_weights_keys or {}
     untied = {name: weight for name, weight in weights.items() if name not in tied}
-    # The names and shapes that the architecture was published with, one matrix an expert, say, as vLLM reads them.
+    # Names and shapes as the architecture was published (one matrix for each expert, say), because vLLM reads those.
     published = {name: _alone(weight) for name, weight in revert_weight_conversion(model, untied).items()}
     save_torch_state_dict(published, folder, metadata={"format": "pt"})
     model.config.architectures = [type(model).__name__]
-    if hasattr(model.config, "quantization_config"):  # what is written is whole again
+    if hasattr(model.config, "quantization_config"):  # what is written is in full precision again
         del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
     model.config.dtype = torch.float32
     model.config.save_pretrained(folder)
@@ -180,12 +180,12 @@ def save_model(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path,
 
 
 def _alone(weight: Tensor) -> Tensor:
-    """A slice of a stack gets memory of its own, without which safetensors would not write it."""
+    """Copy a slice of a larger tensor: safetensors refuses tensors that share memory."""
     return weight if weight.untyped_storage().nbytes() == weight.nbytes else weight.clone()
 
 
 def _check_complete(loading: dict[str, Any], folder: Path, *, new: Set[str] = frozenset()) -> None:
-    """transformers fills missing weights with random numbers and goes on; we do not."""
+    """Raise ConfigError for missing weights, which transformers fills with random numbers."""
     if missing := set(loading["missing_keys"]) - new:
         raise ConfigError(
             f"model {folder} lacks weights: {', '.join(sorted(missing)[:5])}",
@@ -194,8 +194,8 @@ def _check_complete(loading: dict[str, Any], folder: Path, *, new: Set[str] = fr
 
 
 def grow_embeddings(model: PreTrainedModel, tokens: TokensArtifact) -> None:
-    """Give tokens that were added to the vocabulary rows: the mean of all others, so that at first none is likelier
-    than a token on average (Hewitt 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html)."""
+    """Add rows for tokens that were added to the vocabulary. They start as the mean of all others, so that at first
+    none is likelier than a token on average (Hewitt 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html)."""
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr, operator]
     backend = Tokenizer.from_file(str(tokens.tokenizer_dir / "tokenizer.json"))
     missing = check_growth(backend, rows=rows)  # type: ignore[arg-type]

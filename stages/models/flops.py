@@ -1,8 +1,8 @@
 """How many floating-point operations a loss needs: what `train/mfu` and the benchmarks count.
 
-Two for each weight that meets a token and four for each pair of positions that attention compares, a layer and unit of
-width; three times that with the backward pass. Recomputed activations, reference models, rollouts, norms and the
-optimizer are not counted, so the figure is work done for the result. Kaplan et al. 2020 (arXiv:2001.08361), section
+Two for each weight and token; four for each pair of positions that attention compares, per layer and unit of width;
+three times that with the backward pass. Recomputed activations, reference models, rollouts, norms and the optimizer are
+not counted, so the figure is useful work. Kaplan et al. 2020 (arXiv:2001.08361), section
 2.1, with attention counted where it happens: within documents, below the diagonal.
 """
 
@@ -18,12 +18,12 @@ _WITH_BACKWARD = 3
 
 @dataclass(frozen=True)
 class FlopCounter:
-    """The sizes of one model that decide it."""
+    """The sizes of one model that the count depends on."""
 
     trunk_weights: int
-    """Of matrices that every token meets; of experts, the share that a token is sent to."""
+    """In matrices that every token is multiplied with; of experts, those that a token is sent to."""
     head_weights: int
-    """Of the output matrix, which only targets meet."""
+    """In the output matrix, which is applied to targets only."""
     attention_width: int
     """Layers times heads times their size."""
 
@@ -50,7 +50,7 @@ class FlopCounter:
 
 
 def _attention_width(config: Any) -> int:
-    """0 for a model without attention."""
+    """Return layers times width; 0 for a model without attention."""
     num_heads = getattr(config, "num_attention_heads", 0)
     if not num_heads:
         return 0
@@ -58,7 +58,7 @@ def _attention_width(config: Any) -> int:
 
 
 def _met(weight: nn.Parameter, config: Any) -> int:
-    """Weights of a matrix that one token meets; experts are kept in tensors of three dimensions."""
+    """Return how many of a matrix's weights one token is multiplied with; experts are tensors of three dimensions."""
     if weight.ndim == 3:
         return weight.numel() // weight.shape[0] * config.num_experts_per_tok
     return weight.numel()

@@ -23,7 +23,7 @@ class TokenLogprobs(NamedTuple):
 
     logprobs_N: Tensor
     entropy_sum: Tensor | None
-    """Of all targets together, in nats, without gradient; None unless asked for, because it costs another softmax."""
+    """Summed over all targets, in nats, without gradient; None unless asked for, because it costs another softmax."""
 
 
 class TrunkOutput(NamedTuple):
@@ -45,45 +45,50 @@ def run_trunk(
 
 
 def hidden_states(model: nn.Module, batch: Packed, trunk: TrunkOutput | None = None) -> Tensor:
-    """Return the trunk's last hidden states, shape (B, T, H); those of `trunk` where it has run already."""
+    """Return the trunk's last hidden states, shape (B, T, H); those in `trunk` if it has already run."""
     return (trunk or run_trunk(model, batch)).last_hidden_BTH
 
 
 def _run_within_documents(
     trunk: nn.Module, batch: Packed, inputs: dict[str, Tensor], options: dict[str, Any]
 ) -> TrunkOutput:
+    # Positions start anew in each document. The cache would only cost memory: nothing is generated here.
     positions = {"position_ids": batch.position_ids_BT, "use_cache": False}
     out = trunk(**inputs, **positions, **document_arguments(batch), **options)
     return TrunkOutput(out.last_hidden_state, torch.stack(out.router_logits, dim=1) if options else None)
 
 
 def _run_padded(trunk: nn.Module, batch: Packed, inputs: dict[str, Tensor], options: dict[str, Any]) -> TrunkOutput:
-    """Give a model that knows no documents one padded row for each, and put their tokens back end to end."""
+    """Give a model whose attention cannot be cut at documents one padded row for each, and lay their tokens end to end
+    again."""
     spans = batch.spans_D4.tolist()
 
     def padded(values: Tensor) -> Tensor:
         flat = values.flatten(0, 1)
+        # A beginning that is shared with the sequence before is laid out only there: copy it to the front.
         whole = [torch.cat([flat[before:shared], flat[start:end]]) for start, end, before, shared in spans]
         return nn.utils.rnn.pad_sequence(whole, batch_first=True)
 
+    # Padding is on the right: positions count from 0 in every row, and no token of a causal model looks ahead.
     mask_DT = padded(torch.ones_like(batch.input_ids_BT))
     out = trunk(
         **{name: padded(values) for name, values in inputs.items()}, attention_mask=mask_DT, use_cache=False, **options
     )
+    # The shared beginnings were computed a second time; each token of the batch is wanted once.
     is_own_DT = mask_DT.bool()
     for row, (_, _, before, shared) in zip(is_own_DT, spans, strict=True):
         row[: shared - before] = False
     router_logits_KLE = None
-    if options:
+    if options:  # transformers gives router logits a layer, rows and tokens flattened
         router_logits_KLE = torch.stack([logits[is_own_DT.flatten()] for logits in out.router_logits], dim=1)
     return TrunkOutput(out.last_hidden_state[is_own_DT][None], router_logits_KLE)
 
 
 class NextTokenTerms(NamedTuple):
-    """What next-token training is made of; `next_token_loss_sum` is its bare loss."""
+    """The loss of next-token training and its z-loss, summed over targets."""
 
     loss_sum: Tensor
-    """Cross-entropy of all targets, in nats, with the z-loss if there is one."""
+    """Cross-entropy of all targets, in nats, plus the weighted z-loss where there is one."""
     z_sum: Tensor
 
 
@@ -96,10 +101,11 @@ def target_positions(batch: Packed) -> tuple[Tensor, Tensor]:
 def before_targets(states_BTH: Tensor, batch: Packed) -> Tensor:
     """Return the states that targets are predicted from, shape (N, H): those of the token before, which for the first
     token after a shared beginning is the beginning's last."""
+    # Counted over all rows. The -1 of the very first token is never used: a sequence's first token is no target.
     before = torch.arange(-1, batch.num_tokens - 1)
     starts, _, shared_starts, shared_ends = batch.spans_D4.T
-    goes_on = shared_ends > shared_starts
-    before[starts[goes_on]] = shared_ends[goes_on] - 1
+    shares = shared_ends > shared_starts
+    before[starts[shares]] = shared_ends[shares] - 1
     wanted = before.to(states_BTH.device)[batch.loss_mask_BT.flatten() == 1]
     return states_BTH.flatten(0, 1)[wanted]
 
@@ -116,7 +122,7 @@ def next_token_terms(
     z_coefficient: float = 0.0,
     trunk: TrunkOutput | None = None,
 ) -> NextTokenTerms:
-    """As `next_token_loss_sum`, with the z-loss if asked for."""
+    """Return the same with a z-loss. Logits are formed for targets only, and chunk by chunk."""
     cross_entropy = linear_cross_entropy(
         before_targets(hidden_states(model, batch, trunk), batch),
         _output_weight(model),
@@ -136,6 +142,7 @@ def target_logprobs(
 ) -> TokenLogprobs:
     """Return the log-probability of each target under softmax(logits / temperature), in float32."""
     where = target_positions(batch)
+    # Rows of `before_targets` and of `where` are both in the order of the tokens, so they belong together one by one.
     logprobs_N, entropy_sum = linear_logprobs(
         before_targets(hidden_states(model, batch, trunk), batch),
         _output_weight(model),
@@ -154,6 +161,7 @@ def segment_logprobs(model: nn.Module, batch: Packed) -> Tensor:
 def sum_by_segment(values_N: Tensor, batch: Packed) -> Tensor:
     """Return the sum over each segment's targets, shape (S,)."""
     segments_N = batch.segment_ids_BT[target_positions(batch)]
+    # A segment without targets keeps its 0. index_add has a deterministic kernel on the CPU.
     return torch.zeros(batch.num_segments, device=values_N.device).index_add(0, segments_N, values_N)
 
 
@@ -164,6 +172,8 @@ def segment_scores(model: nn.Module, batch: Packed, *, pad_id: int, trunk: Trunk
     """
     flat_ids = batch.input_ids_BT.flatten()
     flat_segments = batch.segment_ids_BT.flatten()
+    # By place in the row, not by counting tokens: where pad and end token are the same id, a response's end token
+    # is skipped too, as in transformers.
     counted = (flat_ids != pad_id).nonzero()[:, 0]
     last_S = torch.zeros(batch.num_segments, dtype=torch.long, device=flat_ids.device)
     last_S = last_S.scatter_reduce(0, flat_segments[counted], counted, reduce="amax")

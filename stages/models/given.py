@@ -1,4 +1,4 @@
-"""A base model that somebody gives: an artifact of ours, `models:/name@alias` in MLflow, a Hugging Face folder or hub
+"""The base model that a run is given: an artifact of ours, `models:/name@alias` in MLflow, a Hugging Face folder or hub
 id."""
 
 import re
@@ -34,8 +34,8 @@ def snapshot_base_model(uri: str) -> str:
 
 
 def base_model_dir(uri: str, cache_dir: Path) -> Path:
-    """Return a local folder with the model's files; weights are safetensors. Refused are pickles, and code that nobody
-    allowed."""
+    """Return a local folder with the model's files; weights are safetensors. Pickles are refused, and so is code that
+    the deployment does not allow."""
     uri = _resolved(uri)
     if _is_artifact(uri):
         return fetch(_manifest_of(uri).ref(uri), cache_dir)

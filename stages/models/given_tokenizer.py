@@ -1,4 +1,4 @@
-"""The tokenizer that a given model brings along."""
+"""The tokenizer of a given model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +15,7 @@ from stages.models.foreign_code import may_run_code
 def given_tokenizer(folder: Path, *, chat_template: str = OWN) -> LoadedTokenizer:
     """Load a base model's tokenizer; raises ConfigError when it is not a fast tokenizer or does not fit the model.
 
-    A tokenizer that begins every text with its begin token gets it in front of the chat template too, if that writes
-    none.
+    Where plain encoding starts with a begin token and the chat template writes none, the template gets it in front.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -25,7 +24,7 @@ def given_tokenizer(folder: Path, *, chat_template: str = OWN) -> LoadedTokenize
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"base_model: no tokenizer in {folder}: {error}",
-            advice="Save the model's tokenizer files beside its weights.",
+            advice="Save the model's tokenizer files next to its weights.",
         ) from error
     if not getattr(loaded, "is_fast", False):
         raise ConfigError(
@@ -42,7 +41,11 @@ def given_tokenizer(folder: Path, *, chat_template: str = OWN) -> LoadedTokenize
     }
     template = marked_template(chat_template, _own_template(loaded) or PLAIN_TEMPLATE)
     made = LoadedTokenizer(
-        loaded.backend_tokenizer, template, special, int(loaded.model_max_length), chat_template == INFER
+        loaded.backend_tokenizer,
+        template,
+        special,
+        max_length=int(loaded.model_max_length),
+        infer_spans=chat_template == INFER,
     )
     if _adds_bos(made) and not made.chat().begins_with(special["bos_token"]):
         made = replace(made, chat_template="{{ bos_token }}" + template)
@@ -72,8 +75,8 @@ def _adds_bos(tokenizer: LoadedTokenizer) -> bool:
 def check_growth(backend: Tokenizer, *, rows: int) -> int:
     """Return how many rows an embedding of `rows` lacks for this tokenizer.
 
-    Raises ConfigError unless all that it lacks are tokens that somebody added to a vocabulary: a tokenizer whose own
-    pieces have no row is another model's.
+    Raises ConfigError unless all missing rows are of tokens that were added to a vocabulary: when the vocabulary's own
+    pieces have no row, the tokenizer belongs to another model.
     """
     without = {index for index in backend.get_vocab(with_added_tokens=True).values() if index >= rows}
     if without - set(backend.get_added_tokens_decoder()):

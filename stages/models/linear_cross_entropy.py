@@ -15,7 +15,7 @@ from stages.losses import z_loss
 
 _CHUNK = 1024
 _CPU_LOGITS = 1 << 22
-"""16 MB of float32: more of them at once fall out of a processor's caches, which costs a third."""
+"""16 MB of float32: a larger chunk does not stay in a processor's caches and takes a third longer."""
 
 
 def chunks(length: int, vocab_size: int, device: torch.device) -> list[slice]:
@@ -73,6 +73,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                     continue
                 if z_coefficient:  # d log^2 Z / d logits = 2 log Z softmax
                     grad_CV.mul_(1 + 2 * z_coefficient * log_norm_C1)
+                # d loss / d logits = softmax - onehot(target)
                 grad_CV.scatter_add_(1, targets_C, torch.full_like(targets_C, -1, dtype=grad_CV.dtype))
                 low_CV = grad_CV.to(dtype)
                 grad_hidden_NH[chunk] = low_CV @ low_VH
@@ -86,5 +87,6 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        # A sum over targets has one incoming gradient for all of them, so it may scale what forward has computed.
         grad_hidden_NH, grad_weight_VH = ctx.saved_tensors
         return grad_hidden_NH * grad_outputs[0], grad_weight_VH * grad_outputs[0], None, None, None

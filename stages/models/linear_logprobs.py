@@ -43,11 +43,14 @@ class _LinearLogprobs(torch.autograd.Function):
         entropy_sum = torch.zeros((), dtype=torch.float32, device=hidden_NH.device)
         with torch.autocast(hidden_NH.device.type, enabled=False):
             for chunk in chunks(len(hidden_NH), len(weight_VH), hidden_NH.device):
+                # The product in low precision, everything after it in float32: log-probabilities are differences of
+                # large numbers.
                 logits_CV = (hidden_NH[chunk].detach().to(dtype) @ low_VH.T).float().div_(temperature)
                 norms_N[chunk] = logits_CV.logsumexp(-1)
                 logprobs_N[chunk] = logits_CV.gather(1, targets_N[chunk, None])[:, 0] - norms_N[chunk]
                 if with_entropy:
                     entropy_sum += entropy(logits_CV).sum()
+        # One number a token is kept, from which the backward pass forms softmax again without a second logsumexp.
         ctx.save_for_backward(hidden_NH, weight_VH, targets_N, norms_N)
         ctx.mark_non_differentiable(entropy_sum)
         return logprobs_N, entropy_sum
@@ -63,6 +66,7 @@ class _LinearLogprobs(torch.autograd.Function):
             for chunk in chunks(len(hidden_NH), len(weight_VH), hidden_NH.device):
                 chunk_CH = hidden_NH[chunk].detach().to(ctx.dtype)
                 logits_CV = (chunk_CH @ low_VH.T).float().div_(ctx.temperature)
+                # d log p[target] / d logits = onehot(target) - softmax, times the gradient that comes in
                 grad_CV = logits_CV.sub_(norms_N[chunk, None]).exp_().mul_(-grad_N[chunk, None])
                 grad_CV.scatter_add_(1, targets_N[chunk, None], grad_N[chunk, None])
                 low_CV = grad_CV.to(ctx.dtype)

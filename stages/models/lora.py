@@ -25,12 +25,12 @@ _HEAD = "score"
 
 
 def add_adapter(model: PreTrainedModel, config: LoRAConfig, *, seed: int) -> PreTrainedModel:
-    """Freeze the model and put adapters beside the weights that the config names, in place; rank 0 leaves everything
-    as it is.
+    """Freeze the model and add adapters to the weights that the config names, in place; rank 0 leaves everything as it
+    is.
 
-    The adapter starts as zero and its random half depends on `seed` alone. A reward model's head is trained whole.
-    peft is given full names, for it reads short ones, `all-linear` among them, as those that experts had before
-    transformers stacked them.
+    The adapter starts as zero; its matrix A is random and depends on `seed` alone, its matrix B is zero. A reward
+    model's head is trained in full. peft is given full names, because it takes short ones, `all-linear` among them, for
+    the names that experts had before transformers stacked them.
     """
     if not config.rank:
         return model
@@ -54,7 +54,7 @@ def add_adapter(model: PreTrainedModel, config: LoRAConfig, *, seed: int) -> Pre
         torch.manual_seed(seed)
         inject_adapter_in_model(settings, model, adapter_name=_NAME)
     for parameter in model.parameters():
-        if parameter.requires_grad:  # peft makes those beside 4-bit matrices in bfloat16
+        if parameter.requires_grad:  # peft makes adapters of 4-bit matrices in bfloat16
             parameter.data = parameter.data.float()
     _check_adapted(model, {*modules, *parameters})
     return model
@@ -101,11 +101,11 @@ def _with_ends(
 
 
 def _check_adapted(model: nn.Module, chosen: set[str]) -> None:
-    """peft may take a name for another one; then we do not go on with adapters elsewhere than asked for."""
+    """Raise ConfigError when peft has put adapters elsewhere than asked for: it may confuse one name with another."""
     adapted = set(_adapted(model))
     if adapted != chosen:
         raise ConfigError(
-            f"peft puts adapters of {type(model).__name__} beside {sorted(adapted - chosen)} instead of "
+            f"peft puts adapters of {type(model).__name__} on {sorted(adapted - chosen)} instead of "
             f"{sorted(chosen - adapted)}",
             advice="Name other modules in lora.target_modules, such as those of attention.",
         )
@@ -123,7 +123,7 @@ def _adapted(model: nn.Module) -> dict[str, tuple[str, Any]]:
 
 
 def _plain(name: str) -> str:
-    """The name that a parameter had before adapters wrapped its module, once or several times."""
+    """Return the name that a parameter had before adapters wrapped its module, once or several times."""
     return ".".join(part for part in name.replace(f".modules_to_save.{_NAME}.", ".").split(".") if part != "base_layer")
 
 
@@ -138,7 +138,7 @@ def adapts_parameters(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def start_of(trained: nn.Module, copy: nn.Module | None) -> Iterator[nn.Module]:
-    """Give the frozen start of a trained model: its copy, or, where there is none, the model without its adapter."""
+    """Yield the frozen start of a trained model: its copy or, without one, the model with its adapters switched off."""
     if copy is not None:
         yield copy
         return
@@ -148,7 +148,7 @@ def start_of(trained: nn.Module, copy: nn.Module | None) -> Iterator[nn.Module]:
     parts = [part for part in trained.modules() if isinstance(part, (BaseTunerLayer, ModulesToSaveWrapper))]
     was_training = trained.training
     trained.eval()
-    # Not `enable_adapters`: it also takes the gradient flags away and gives them back, under the eyes of DDP and FSDP.
+    # Not by `enable_adapters`, which also switches gradient flags off and on: DDP and FSDP have recorded them.
     for part in parts:
         part._disable_adapters = True
     try:
@@ -177,8 +177,8 @@ def merged_weights(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Te
 
 
 def _delta(layer: Any, down: Tensor, up: Tensor, *, ndim: int) -> Tensor:
-    """What an adapter adds to its weight, before scaling. Those of a stack of experts lie in one matrix: in `down` the
-    rows of one expert after those of another, in `up` the columns of all experts in turn."""
+    """Return what an adapter adds to its weight, before scaling. Those of a stack of experts are in one matrix: in
+    `down` the rows of one expert follow those of another, in `up` the columns of all experts alternate."""
     if ndim == 2:
         return (up @ down).T if layer.fan_in_fan_out else up @ down
     down_ERI = down.unflatten(0, (layer.num_experts, -1))
@@ -188,7 +188,7 @@ def _delta(layer: Any, down: Tensor, up: Tensor, *, ndim: int) -> Tensor:
 
 
 def _dequantized(model: nn.Module) -> dict[str, Tensor]:
-    """The matrices that are kept in 4 bits, in float32; their scales lie beside them as `...weight.<what>`."""
+    """Return the matrices that are kept in 4 bits, in float32; their scales are stored as `...weight.<what>`."""
     from peft.utils.integrations import dequantize_module_weight
 
     return {

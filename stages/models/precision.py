@@ -17,7 +17,7 @@ _CPU_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
 
 
 def compute_dtype(device: torch.device, precision: str = "bf16") -> torch.dtype:
-    """Return what `precision` means on this device: bfloat16, float32, or float16 where that is asked for."""
+    """Return the number format that `precision` stands for on this device."""
     if precision == "fp16":
         return torch.float16
     return torch.bfloat16 if precision == "bf16" and multiplies_bfloat16(device.type) else torch.float32
@@ -25,7 +25,7 @@ def compute_dtype(device: torch.device, precision: str = "bf16") -> torch.dtype:
 
 @cache
 def multiplies_bfloat16(device_type: str) -> bool:
-    """True when the device has instructions for products of bfloat16; said once in the log when it has none."""
+    """True when the device has instructions for products of bfloat16; logged once when it has none."""
     if device_type == "cuda":
         has = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

@@ -1,4 +1,4 @@
-"""Whether an architecture can be trained on packed documents: tried out, not looked up in a list.
+"""Whether an architecture can be trained on packed documents: measured, not looked up in a list.
 
 Two short documents go through the model together and apart. A model that carries something from one to the other is
 refused, and so is one whose logits are not its output matrix times its hidden states.

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from stages.config.metrics import EVALUATION_METRICS
 from stages.config.request import Manifest
 from stages.reporting.line_plot import Series, line_plot, number
 from stages.reporting.story import MODEL_ROLES, Story
@@ -10,15 +11,10 @@ from stages.reporting.tables import Cell, Table, best_of, bytes_text, duration_t
 
 NAMES = {"base": "Base", "sft": "SFT", "reward": "Reward model", "ppo": "PPO", "dpo": "DPO"}
 
-_EVALUATION_COLUMNS = (
-    ("eval/perplexity", "perplexity", False),
-    ("eval/bits_per_byte", "bits per byte", False),
-    ("eval/response_loss", "response loss", False),
-    ("eval/preference_accuracy", "preference accuracy", True),
-    ("eval/score_mean", "mean reward score", True),
-    ("eval/win_rate", "win rate vs SFT", True),
-    ("eval/kl", "KL to SFT (nats)", None),
-    ("eval/response_length", "response length (tokens)", None),
+_EVALUATION_COLUMNS = tuple(
+    (metric.key, metric.label, {"higher": True, "lower": False, "": None}[metric.better])
+    for metric in EVALUATION_METRICS
+    if metric.in_report
 )
 """Key, heading, and whether higher is better (None: neither)."""
 
@@ -225,7 +221,9 @@ def alignment_table(story: Story) -> Table | None:
             ("learning rate", lambda manifest: number((manifest.config.get("optimizer") or {}).get("learning_rate"))),
         )
     ]
-    for key, label, higher in (*_EVALUATION_COLUMNS[3:], _EVALUATION_COLUMNS[0]):
+    left_out = ("eval/bits_per_byte", "eval/response_loss")  # perplexity, in the last row, says it for the language
+    reached = [column for column in _EVALUATION_COLUMNS if column[0] not in left_out]
+    for key, label, higher in sorted(reached, key=lambda column: column[0] == "eval/perplexity"):
         values = [story.metrics_of(role).get(key) for role in roles]
         if any(value is not None for value in values):
             best = best_of(values, higher=higher) if higher is not None else None

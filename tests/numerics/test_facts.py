@@ -14,7 +14,7 @@ from stages.data.tokens.packing import TokenSequence, collate, lay_out
 from stages.data.tokens.views import Split, TokensArtifact
 from stages.models.build import load_causal_lm, load_reward_model, new_causal_lm
 from stages.models.forward import next_token_loss_sum, segment_logprobs, segment_scores, target_logprobs
-from stages.models.generation import generate, uniforms
+from stages.models.generation import Draws, Sampling, generate
 from stages.models.linear_cross_entropy import linear_cross_entropy_sum
 from tests.numerics.training import run_training
 from tests.small_world import CONFIGS, MODEL, make_context
@@ -130,10 +130,9 @@ def test_the_first_ppo_minibatch_has_ratio_one(stage_inputs: Inputs, tmp_path: P
 
 def test_sampling_does_not_depend_on_the_batch(model: torch.nn.Module, artifact: TokensArtifact) -> None:
     prompts = [np.array(ids) for ids in ([0, 3, 40, 41], [0, 3, 50], [0, 3, 60, 61, 62, 63])]
-    draws = uniforms(seed=5, stream=1, indices=[0, 1, 2], length=8)
-    options: dict[str, Any] = {"max_response_length": 8, "eos_id": artifact.eos_id, "pad_id": artifact.pad_id}
-    together = generate(model, prompts, uniforms_SR=draws, **options)
-    alone = [generate(model, [p], uniforms_SR=draws[i : i + 1], **options)[0] for i, p in enumerate(prompts)]
+    sampling = Sampling(max_response_length=8, eos_id=artifact.eos_id, pad_id=artifact.pad_id)
+    together = generate(model, prompts, sampling, Draws(seed=5, stream=1, indices=[0, 1, 2]))
+    alone = [generate(model, [p], sampling, Draws(seed=5, stream=1, indices=[i]))[0] for i, p in enumerate(prompts)]
     assert [r.tolist() for r in together] == [r.tolist() for r in alone]
 
 
@@ -142,7 +141,7 @@ def test_sampling_follows_the_distribution(artifact: TokensArtifact) -> None:
     from stages.models.generation import _choose
 
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    draws = torch.from_numpy(uniforms(seed=1, stream=0, indices=range(20_000), length=1)[:, 0]).float()
+    draws = torch.from_numpy(Draws(seed=1, stream=0, indices=range(20_000)).uniforms(1)[:, 0]).float()
     counts = torch.bincount(_choose(logits.expand(20_000, 4), 0.5, draws), minlength=4) / 20_000
     torch.testing.assert_close(counts, (logits / 0.5).softmax(0), rtol=0, atol=0.01)
 
@@ -191,7 +190,7 @@ def train_all(engine: Any, objective: Any) -> None:
 
 def test_the_reference_of_ppo_does_not_move(stage_inputs: Inputs, artifact: TokensArtifact, tmp_path: Path) -> None:
     engine, objective = prepared_objective(Stage.PPO, stage_inputs[Stage.PPO], artifact, tmp_path)
-    frozen = objective._sampler.frozen.reference
+    frozen = objective._sampler.reference
     before = {name: weight.clone() for name, weight in frozen.state_dict().items()}
     train_all(engine, objective)
     assert all(torch.equal(weight, before[name]) for name, weight in frozen.state_dict().items())

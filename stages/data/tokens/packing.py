@@ -35,13 +35,13 @@ class Packed:
 
     def to(self, device: torch.device) -> "Packed":
         return Packed(
-            _copied(self.input_ids_BT, device),
-            _copied(self.position_ids_BT, device),
-            _copied(self.segment_ids_BT, device),
-            _copied(self.loss_mask_BT, device),
-            self.num_segments,
-            self.spans_D4,
-            {name: _copied(tensor, device) for name, tensor in self.fields.items()},
+            input_ids_BT=_copied(self.input_ids_BT, device),
+            position_ids_BT=_copied(self.position_ids_BT, device),
+            segment_ids_BT=_copied(self.segment_ids_BT, device),
+            loss_mask_BT=_copied(self.loss_mask_BT, device),
+            num_segments=self.num_segments,
+            spans_D4=self.spans_D4,
+            fields={name: _copied(tensor, device) for name, tensor in self.fields.items()},
         )
 
     @property
@@ -74,6 +74,34 @@ class TokenSequence:
     @property
     def num_laid_out(self) -> int:
         return len(self.ids) - self.shared
+
+
+def prompt_and_response(
+    prompt: np.ndarray, response: np.ndarray, fields: Mapping[str, np.ndarray] | None = None
+) -> TokenSequence:
+    """Join both; the targets are the response's tokens. `fields` holds a value per token of the response."""
+    head = np.zeros(len(prompt), dtype=np.float32)
+    return TokenSequence(
+        np.concatenate([prompt, response]),
+        np.concatenate([np.zeros(len(prompt), dtype=np.int64), np.ones(len(response), dtype=np.int64)]),
+        {name: np.concatenate([head, values]).astype(np.float32) for name, values in (fields or {}).items()},
+    )
+
+
+@dataclass(frozen=True)
+class RowBudget:
+    """How much one micro-batch holds."""
+
+    row_length: int
+    max_rows: int
+
+    def cut(self, sequences: Sequence[TokenSequence]) -> list[list[TokenSequence]]:
+        """Cut sequences into consecutive micro-batches, to be laid out one by one; their order is kept."""
+        plan = plan_rows([len(sequence.ids) for sequence in sequences], self.row_length)
+        return [
+            [sequences[index] for row in plan[start : start + self.max_rows] for index in row]
+            for start in range(0, len(plan), self.max_rows)
+        ]
 
 
 def plan_rows(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list[int]]:
@@ -123,13 +151,13 @@ def lay_out(sequences: Sequence[TokenSequence]) -> Packed:
         before, start = start, end
     tensors = {name: torch.from_numpy(values)[None] for name, values in numbers.items()}
     return Packed(
-        tensors["ids"],
-        tensors["positions"],
-        tensors["segments"],
-        tensors["mask"],
-        len(sequences),
-        torch.from_numpy(spans),
-        {name: torch.from_numpy(values)[None] for name, values in fields.items()},
+        input_ids_BT=tensors["ids"],
+        position_ids_BT=tensors["positions"],
+        segment_ids_BT=tensors["segments"],
+        loss_mask_BT=tensors["mask"],
+        num_segments=len(sequences),
+        spans_D4=torch.from_numpy(spans),
+        fields={name: torch.from_numpy(values)[None] for name, values in fields.items()},
     )
 
 

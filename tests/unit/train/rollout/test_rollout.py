@@ -1,0 +1,180 @@
+"""Rollouts by hand: who answers what, scales of scores, rewards, advantages, and a structure without a critic."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stages import ppo
+from stages.config.graph import Stage
+from stages.data.tokens.packing import RowBudget, TokenSequence
+from stages.data.tokens.views import Split, TokensArtifact
+from stages.models.build import new_causal_lm
+from stages.models.generation import Sampling
+from stages.train.engine import Engine, Share
+from stages.train.engines.choose import make_engine
+from stages.train.objective import ObjectiveState
+from stages.train.rollout.advantages import GAE, Estimate, estimate
+from stages.train.rollout.experience import Shaping, critic_quality, from_tensors, to_experience, to_tensors
+from stages.train.rollout.sampling import Sampled, Sampler
+from stages.train.rollout.scoring import RewardModel
+from stages.train.routing import Balancing
+from tests.small_world import CONFIGS, MODEL, make_context, make_tokens
+
+EOS = 1
+CONFIG: Any = CONFIGS[Stage.PPO]
+
+
+def sampled(*, score: float = 0.0, finished: bool = True, kl: float = 0.0, values: bool = True, group: int = 0):
+    """Two response tokens; the KL is all in the first one."""
+    return Sampled(
+        prompt=np.array([5, 6, 7]),
+        response=np.array([8, EOS if finished else 9]),
+        group=group,
+        logprobs_R=np.array([-1.0 + kl, -2.0], dtype=np.float32),
+        ref_logprobs_R=np.array([-1.0, -2.0], dtype=np.float32),
+        values_R=np.array([0.5, 0.25], dtype=np.float32) if values else None,
+        score=score,
+        finished=finished,
+    )
+
+
+def test_scores_count_in_spreads_of_the_first_rollout_and_of_no_later_one() -> None:
+    scorer = RewardModel(None, pad_id=0, budget=RowBudget(row_length=8, max_rows=1))
+    assert scorer.rewards([1.0, 3.0]) == pytest.approx([-1.0, 1.0], abs=1e-6)  # mean 2, spread 1
+    assert scorer.rewards([4.0, 6.0]) == pytest.approx([2.0, 4.0], abs=1e-6)
+    resumed = RewardModel(None, pad_id=0, budget=RowBudget(row_length=8, max_rows=1))
+    resumed.load_state_dict(scorer.state_dict())
+    assert resumed.rewards([4.0]) == scorer.rewards([4.0])
+
+
+def test_the_reward_is_the_score_less_the_kl_and_less_the_penalty_for_no_end() -> None:
+    samples = [sampled(kl=0.3), sampled(finished=False)]
+    shaping = Shaping(kl_coefficient=0.1, missing_eos_penalty=1.5)
+    experience = to_experience(samples, [2.0, 2.0], shaping=shaping, estimator=GAE(gamma=1.0, gae_lambda=1.0))
+    # 2 - 0.1 x 0.3 = 1.97, and 2 - 1.5 = 0.5
+    assert experience.mean_reward == pytest.approx((1.97 + 0.5) / 2, abs=1e-6)
+    # With gamma = lambda = 1 a return is the reward still to come: 1.97 before the KL of the first token is paid.
+    returns = [sequence.fields["returns"].tolist() for sequence in experience.sequences]
+    assert returns[0] == pytest.approx([0, 0, 0, 1.97, 2.0], abs=1e-6)
+    assert returns[1] == pytest.approx([0, 0, 0, 0.5, 0.5], abs=1e-6)
+    assert [sequence.loss_mask.tolist() for sequence in experience.sequences] == [[0, 0, 0, 1, 1]] * 2
+
+
+def test_advantages_are_whitened_over_the_whole_rollout() -> None:
+    rewards = [torch.tensor([0.0, 1.0]), torch.tensor([0.0, -3.0])]
+    found = estimate(GAE(gamma=1.0, gae_lambda=0.95), [sampled(), sampled()], rewards)
+    everything = np.concatenate([one.advantages_R for one in found])
+    assert everything.mean() == pytest.approx(0.0, abs=1e-6)
+    assert everything.std() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_rollout_comes_back_from_a_checkpoint_with_or_without_a_critic() -> None:
+    fields = {"old_logprobs": np.array([0, -1], np.float32), "advantages": np.array([0, 2], np.float32)}
+    for more in ({}, {"old_values": np.array([0, 3], np.float32), "returns": np.array([0, 4], np.float32)}):
+        before = TokenSequence(np.array([5, 6]), np.array([0, 1]), fields | more)
+        (after,) = from_tensors(to_tensors([before]) | {"router_load/policy": torch.ones(2)})
+        assert after.ids.tolist() == [5, 6]
+        assert {name: values.tolist() for name, values in after.fields.items()} == {
+            name: values.tolist() for name, values in before.fields.items()
+        }
+    assert critic_quality([TokenSequence(np.array([5, 6]), np.array([0, 1]), fields)]) == {}
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """A rule: the longer the response, the better."""
+
+    def scores(self, engine: Engine, sequences: Sequence[TokenSequence]) -> list[float]:
+        return [float(sequence.loss_mask.sum()) for sequence in sequences]
+
+    def rewards(self, scores: Sequence[float]) -> list[float]:
+        return list(scores)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory):
+    home = tmp_path_factory.mktemp("world")
+    tokens = make_tokens(home)
+    artifact = TokensArtifact(Path(tokens.uri.removeprefix("file://")))
+    policy = new_causal_lm(MODEL, artifact, seed=3)
+    context = make_context(home, Stage.PPO, CONFIG)
+    engine = make_engine({"policy": policy}, CONFIG, context.execution)
+    sampler = Sampler(
+        Sampling(4, eos_id=artifact.eos_id, pad_id=artifact.pad_id),
+        seed=0,
+        scorer=Lengths(),
+        reference=engine.freeze(new_causal_lm(MODEL, artifact, seed=3)),
+        budget=RowBudget(row_length=64, max_rows=2),
+    )
+    return engine, sampler, home, tokens, artifact
+
+
+def test_several_responses_to_a_prompt_differ_and_know_their_prompt(world) -> None:
+    engine, sampler, *_ = world
+    prompts = [np.array([40, 41, 42]), np.array([50, 51])]
+    samples = sampler.sample(engine, prompts, stream=0, responses_per_prompt=3)
+    assert [sample.group for sample in samples] == [0, 0, 0, 1, 1, 1]
+    assert all(sample.prompt.tolist() == prompts[sample.group].tolist() for sample in samples)
+    assert len({tuple(sample.response.tolist()) for sample in samples[:3]}) > 1
+    assert [sample.score for sample in samples] == [len(sample.response) for sample in samples]
+
+
+def test_without_a_critic_nothing_has_values_and_a_policy_equal_to_its_reference_has_no_kl(world) -> None:
+    engine, sampler, *_ = world
+    samples = sampler.sample(engine, [np.array([40, 41, 42])] * 2, stream=0)
+    assert all(sample.values_R is None for sample in samples)
+    assert [sample.kl for sample in samples] == pytest.approx([0.0, 0.0], abs=1e-5)
+
+
+def test_an_update_without_a_critic_is_the_policy_loss_alone(world, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An estimator that needs no critic: whatever has one value term less still rolls out and steps."""
+    engine, sampler, _, _, artifact = world
+
+    def centred(estimator: Any, samples: Sequence[Sampled], rewards: Sequence[torch.Tensor]) -> list[Any]:
+        totals = np.array([float(rewards_R.sum()) for rewards_R in rewards])
+        better = totals - totals.mean()
+        return [
+            Estimate(np.full(len(sample.response), gain, dtype=np.float32), returns_R=None)
+            for sample, gain in zip(samples, better, strict=True)
+        ]
+
+    monkeypatch.setattr("stages.train.rollout.experience.estimate", centred)
+    prompts = artifact.prompts(Split.TRAIN)
+    objective = ppo.PPOObjective(CONFIG, sampler, prompts=prompts, heldout=prompts, balancing=Balancing())
+    step = next(objective.steps(engine))
+    assert "ppo/explained_variance" not in step.metrics
+    outputs = engine.backward(objective.loss, [Share(batch, 1.0) for batch in step.micro_batches])
+    assert all("ppo/value_loss" not in output.metrics for output in outputs)
+    assert all(math.isfinite(float(output.loss_sum)) for output in outputs)
+    assert sum(float(output.metrics["ppo/policy_loss"][0]) for output in outputs) == pytest.approx(
+        sum(float(output.loss_sum) for output in outputs)
+    )
+
+
+def test_a_checkpoint_of_before_is_loaded(world) -> None:
+    """Names of numbers and tensors in the objective's state are those of running stores."""
+    _, sampler, _, _, artifact = world
+    prompts = artifact.prompts(Split.TRAIN)
+    judged = replace(sampler, scorer=RewardModel(None, pad_id=0, budget=sampler.budget))
+    objective = ppo.PPOObjective(CONFIG, judged, prompts=prompts, heldout=prompts, balancing=Balancing())
+    names = ("old_logprobs", "old_values", "advantages", "returns")
+    tensors = {name: torch.tensor([0.0, 1.0]) for name in names}
+    tensors |= {"lengths": torch.tensor([2]), "ids": torch.tensor([5, 6]), "loss_mask": torch.tensor([0, 1])}
+    numbers = {"rollout": 1, "inner": 2, "kl_coefficient": 0.3, "scale": [1.5, 2.0], "rollout_metrics": {"ppo/kl": 0.1}}
+    objective.load_state_dict(ObjectiveState(numbers, tensors))
+    state = objective.state_dict()
+    assert state.numbers == numbers
+    assert {name: values.tolist() for name, values in state.tensors.items()} == {
+        name: values.tolist() for name, values in tensors.items()
+    }
