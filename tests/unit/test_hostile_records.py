@@ -75,10 +75,10 @@ def tampered(store: FileStore, uri: str, **changes: Any) -> None:
         ({"files": [{"path": "/etc/cron.d/job", "size": 1, "sha256": "0" * 64}]}, "leaves the artifact"),
         ({"files": [{"path": "../../x", "size": 1, "sha256": "0" * 64}]}, "leaves the artifact"),
         ({"files": [{"path": "a\\..\\b", "size": 1, "sha256": "0" * 64}]}, "leaves the artifact"),
-        ({"kind": "/etc"}, "no name of a folder"),
-        ({"kind": "../.."}, "no name of a folder"),
-        ({"digest": "/root"}, "no name of a folder"),
-        ({"fingerprint": ".."}, "no name of a folder"),
+        ({"kind": "/etc"}, "not a folder name"),
+        ({"kind": "../.."}, "not a folder name"),
+        ({"digest": "/root"}, "not a folder name"),
+        ({"fingerprint": ".."}, "not a folder name"),
     ],
 )
 def test_a_manifest_cannot_write_outside_the_cache(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
