@@ -14,8 +14,8 @@ import pytest
 from operators.ray.client import RayJobClient
 from operators.ray.hook import RayJobHook
 from operators.ray.jobs import JobExistsError, RayEndpoint, RayRefusedError
-from operators.ray.trigger import RayJobTrigger
 from operators.ray.watch import JobWatcher, Outcome, WatchSettings
+from operators.trigger import RayJobTrigger
 from tests.ray_stand_in import TOKEN, Job, StandInRay
 
 FAST = WatchSettings(poll_interval=0.05, unreachable_seconds=0.5, progress_seconds=10)
@@ -223,7 +223,7 @@ def test_the_token_is_never_logged(ray: StandInRay, hook: RayJobHook, caplog: py
 def trigger(**settings: Any) -> RayJobTrigger:
     made = RayJobTrigger(ray_conn_id="ray_default", submission_id="a", settings={"poll_interval": 0.05}, **settings)
     path, arguments = made.serialize()
-    assert path == "operators.ray.trigger.RayJobTrigger"
+    assert path == "operators.trigger.RayJobTrigger"
     return RayJobTrigger(**json.loads(json.dumps(arguments)))
 
 
