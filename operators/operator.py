@@ -140,7 +140,7 @@ class StageOperator(BaseOperator):
             reattached=attached.reattached,
             max_retries=max_retries,
             micro_batch_size=request.execution.micro_batch_size,
-            links=self.link_addresses,
+            links=dict(self.link_addresses),
         )
         if self._terminated:
             raise ended_while_waiting(max_retries)

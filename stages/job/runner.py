@@ -158,7 +158,7 @@ def _build(
         outcome: StageOutcome = verb.run(context)
         context.check_lease()
         manifest = _manifest(context, outcome)
-        # MLflow first: the manifest carries its ids, and after the manifest nothing may fail.
+        # The MLflow run ends before the manifest is written, because the manifest carries its ids.
         run_id, model_id = context.tracker.finish(manifest, history=_history(store, manifest))
         manifest = manifest.model_copy(update={"mlflow_run_id": run_id, "mlflow_model_id": model_id})
         context.check_lease()
