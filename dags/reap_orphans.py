@@ -34,7 +34,7 @@ with DAG(
     @task(execution_timeout=timedelta(minutes=5))
     def reap() -> dict:
         """Look twice, a grace period apart; stop what is an orphan both times; list again."""
-        from operators.ray.reaper import reap_orphans as visit
+        from operators.reaper import reap_orphans as visit
 
         context: Any = get_current_context()
         return visit(context, grace_seconds=context["params"]["grace_seconds"])

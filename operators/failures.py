@@ -1,9 +1,9 @@
 """What a stage's failure means to Airflow: category -> exception -> retry or not.
 
 A retry resumes from the stage's last checkpoint, so the categories that a retry can help are retried with a growing
-delay; a wrong configuration or unusable data fails at once. How often is a setting of the run
-(`execution.<stage>.max_retries`), known only when the task runs, while Airflow's `retries` is fixed at parse time:
-tasks therefore carry the ceiling MAX_RETRIES, and StageRetryPolicy ends earlier.
+delay; a wrong configuration or unusable data fails at once. The number of retries is a setting of the run
+(`execution.<stage>.max_retries`), known only when the task runs, while Airflow's `retries` is fixed when the DAG is
+read: tasks therefore carry the ceiling MAX_RETRIES, and StageRetryPolicy stops earlier.
 """
 
 import re
@@ -21,13 +21,13 @@ from stages.config.graph import Stage
 from stages.config.request import Failure
 
 MAX_RETRIES = 10
-"""Ceiling of Airflow's own `retries`; reached only by attempts whose process died without a word."""
+"""Ceiling of Airflow's own `retries`; reached only by attempts whose process died without raising anything."""
 UNKNOWN_RETRIES = 2
 """Retries of a failure that has no category, which is a bug or a broken Airflow."""
 
 
 class StageFailed(Exception):
-    """A stage failed; the text is all that a person needs: what happened, and what to do."""
+    """A stage failed; the text says what happened and what to do."""
 
     category: ClassVar[Category] = Category.INFRASTRUCTURE
     retryable: ClassVar[bool] = True
@@ -88,14 +88,14 @@ class StageTimedOut(StageFailed):
 
 
 class StageStopped(StageFailed):
-    """Somebody stopped the job on the Ray side; that is an answer, not an accident."""
+    """A user stopped the job on the Ray side. That was on purpose, so it is not retried."""
 
     category = Category.PREEMPTED
     retryable = False
 
 
 class RunIncomplete(StageFailed):
-    """The run is over and did not do all that it was asked for."""
+    """The run is over, and not all stages that it was asked for succeeded."""
 
     retryable = False
 
@@ -115,12 +115,12 @@ _BY_EXIT_CODE = {code: category for category, code in EXIT_CODES.items() if cate
 
 # Ray's own reasons (`error_type` of a job) that no retry can help.
 _RAY_CONFIG_ERRORS = ("RUNTIME_ENV_SETUP_FAILURE", "JOB_ENTRYPOINT_COMMAND_START_ERROR")
-# As `stages.__main__` has its errors logged.
+# How a stage's job logs its errors.
 _STAGE_ERROR = re.compile(r"^\S+ \S+ ERROR +athanor: (.+)$", re.MULTILINE)
 
 
 def stage_failure(failure: Failure, *, max_retries: int | None = None) -> StageFailed:
-    """Turn the job's last words (`failure.json`) into the exception of its category."""
+    """Turn the job's own report (`failure.json`) into the exception of its category."""
     exception = EXCEPTIONS[Category(failure.category)]
     return exception(failure.message, advice=failure.advice, max_retries=max_retries)
 
@@ -135,7 +135,7 @@ def job_failure(job: JobInfo, stage: Stage, *, max_retries: int | None = None) -
         )
     if job.exit_code in (-9, 137):
         return StageInfrastructureFailed(
-            "The stage's process was killed (signal 9): the machine ran out of memory, or somebody killed it.",
+            "The stage's process was killed (signal 9): the machine ran out of memory, or a user killed it.",
             advice="The retry resumes from the checkpoint. If it recurs: lower "
             f"execution.{stage.value}.micro_batch_size.",
             max_retries=max_retries,
@@ -149,8 +149,25 @@ def job_failure(job: JobInfo, stage: Stage, *, max_retries: int | None = None) -
     return EXCEPTIONS[category](f"Ray job {job.submission_id} failed ({reason}): {last_words}", max_retries=max_retries)
 
 
+def out_of_memory_for_good(error: StageFailed, stage: str) -> StageOutOfMemoryForGood:
+    """Say what else saves memory when the micro-batch cannot be halved any more."""
+    return StageOutOfMemoryForGood(
+        error.message,
+        advice=f"execution.{stage}.micro_batch_size is 1 already. Set gradient_checkpointing, use engine=fsdp with "
+        "more workers, GPUs with more memory, or a shorter tokenize.sequence_length.",
+    )
+
+
+def ended_while_waiting(max_retries: int | None = None) -> StagePreempted:
+    return StagePreempted(
+        "Airflow ended this process while it waited for the job.",
+        advice="The next attempt attaches to the job, or starts it anew from its checkpoint if it was stopped.",
+        max_retries=max_retries,
+    )
+
+
 def _last_words(text: str, count: int = 5) -> str:
-    """What the stage itself said was wrong; else the last lines, whoever wrote them."""
+    """What the stage itself logged as its error; else the last lines of the log, whatever wrote them."""
     if said := _STAGE_ERROR.findall(text):
         return said[-1]
     lines = [line for line in text.splitlines() if line.strip()]
@@ -168,12 +185,12 @@ def as_stage_failures(max_retries: int | None = None) -> Iterator[None]:
         raise StageConfigFailed(str(error), advice=error.advice) from None
     except RayUnreachableError as error:
         raise StageInfrastructureFailed(
-            str(error), advice="A job that runs is left alone; the retry attaches to it.", max_retries=max_retries
+            str(error), advice="A running job is left alone; the retry attaches to it.", max_retries=max_retries
         ) from None
 
 
 class StageRetryPolicy(RetryPolicy):
-    """Category decides whether, `execution.<stage>.max_retries` how often, and the delay doubles each time."""
+    """The category decides whether to retry, `execution.<stage>.max_retries` how often; the delay doubles each time."""
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 from airflow.sdk.definitions.param import Param, ParamsDict
 from pydantic.fields import FieldInfo
 
-from operators.people.markdown import plain
+from operators.markdown import plain
 from stages.config.base import Choice, Config
 from stages.config.estimate import human, model_size
 from stages.config.execution import ExecutionConfig

@@ -19,9 +19,7 @@ def get_provider_info() -> dict[str, Any]:
             }
         ],
         "hooks": [{"integration-name": "Ray Jobs", "python-modules": ["operators.ray.hook"]}],
-        "triggers": [
-            {"integration-name": "Ray Jobs", "python-modules": ["operators.ray.trigger", "operators.watcher"]}
-        ],
+        "triggers": [{"integration-name": "Ray Jobs", "python-modules": ["operators.trigger", "operators.watcher"]}],
         "connection-types": [
             {
                 "connection-type": "ray_jobs",

@@ -1,7 +1,7 @@
 """Buttons on the task's page. Each is an XCom that the operator or its trigger writes as soon as the address is known.
 
-Airflow asks every link for its address once more when the task's process ends and writes the answer over that XCom.
-So the operator remembers in `link_addresses` what was written, also across a deferral, and the links answer from there.
+Airflow asks every link for its address again when the task's process ends, and overwrites that XCom with the answer.
+So the operator remembers the addresses in `link_addresses`, also across a deferral, and the links answer from there.
 """
 
 import os
@@ -14,7 +14,7 @@ from stages.config.errors import without_logins
 
 
 class _KnownLink(BaseOperatorLink):
-    """A link whose address the operator has found out."""
+    """A link whose address the operator already knows."""
 
     @property
     def xcom_key(self) -> str:
@@ -51,7 +51,7 @@ class ReportLink(_KnownLink):
 def mlflow_run_page(tracking_uri: str, run_id: str, experiment_id: str | None = None) -> str:
     """Page of an MLflow run; a user name or password in the tracking URI does not get into the link.
 
-    ATHANOR_MLFLOW_URL is MLflow's address for browsers, where programs know it by another one.
+    ATHANOR_MLFLOW_URL is MLflow's address for browsers, where it differs from the one for programs.
     """
     base = _base_address(os.environ.get("ATHANOR_MLFLOW_URL") or tracking_uri)
     place = f"experiments/{quote(experiment_id)}/runs" if experiment_id else "runs"

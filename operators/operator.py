@@ -1,12 +1,11 @@
 """One pipeline stage as an Airflow task: find its artifact, else run it as a Ray job and wait without a worker slot.
 
-At parse time a StageOperator is a name and a few settings; everything else is imported and happens in `execute`. What
-crosses to Ray is one JSON document in the object store, and what comes back is another.
+When a DAG is read, a StageOperator is a name and a few settings; everything else is imported and happens in `execute`.
+One JSON document in the object store goes to Ray, and another one comes back.
 """
 
 import asyncio
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
@@ -18,10 +17,10 @@ from airflow.sdk.exceptions import AirflowSkipException, AirflowTaskTimeout, Tas
 from operators.failures import (
     StageConfigFailed,
     StageOutOfMemory,
-    StageOutOfMemoryForGood,
-    StagePreempted,
     StageTimedOut,
     as_stage_failures,
+    ended_while_waiting,
+    out_of_memory_for_good,
 )
 from operators.links import ArtifactLink, MlflowRunLink, RayJobLink, ReportLink, mlflow_run_page
 from operators.ray.hook import DEFAULT_CONN_ID, RayJobHook
@@ -30,30 +29,23 @@ from stages.config.graph import GRAPH, Stage
 from stages.config.request import RunInfo, StageRequest, StageResult
 
 if TYPE_CHECKING:
-    from operators.ray.submission import Attached, Submission, SubmissionLog
+    from operators.dispatch import Carried
     from operators.ray.watch import Outcome, WatchSettings
     from stages.artifacts.store import Store
-    from stages.config.execution import ExecutionConfig
-    from stages.config.pipeline import PipelineConfig
 
 ENTRYPOINT = "python -m stages {config_uri}"
 
 _KILL_PATIENCE_SECONDS = 20.0
-_STALL_MARGIN_SECONDS = 120.0
-"""A job that hangs ends itself, with its stacks in the log; this is how much later the watcher does it."""
-
-_GOES_ON = frozenset({None, "scheduled", "queued", "running", "deferred", "up_for_retry"})
-"""States of a task whose job is of use when its process is asked to end: it is still, or again, Airflow's own to run.
-After a clear it is `restarting`, after a mark it has ended."""
-
-# Set in front of the entrypoint rather than in a runtime environment: jobs that have one cannot use Ray's warm workers.
-_JOB_ENVIRONMENT = {"RAY_COLOR_PREFIX": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
+_STILL_WANTED = frozenset({None, "scheduled", "queued", "running", "deferred", "up_for_retry"})
+"""States of a task that Airflow runs now or will run again by itself, so its job is still of use when the process gets
+SIGTERM. A cleared task is `restarting`; one that was marked by a user has ended."""
 
 
 class StageOperator(BaseOperator):
     """Run one stage and return its ArtifactRef as JSON.
 
-    The task `resolve_task_id` returned the RunInfo; inputs come from the tasks named like the stages that GRAPH says.
+    The task `resolve_task_id` returned the RunInfo; inputs come from the tasks named after the stages in GRAPH. A stage
+    whose config has an `approval` gets the answer of the task `approve_task_id`.
     `timeout` bounds the job's time and stops the job; Airflow's own `execution_timeout` does so too, but does not count
     deferred time.
     Give it `retries=MAX_RETRIES` and a StageRetryPolicy.
@@ -96,8 +88,8 @@ class StageOperator(BaseOperator):
         self.progress_seconds = progress_seconds
         self.timeout = timeout
         self.cancel_on_kill = cancel_on_kill
-        report_link = (ReportLink(),) if spec.stage is Stage.REPORT else ()
-        self.operator_extra_links = (RayJobLink(), MlflowRunLink(), ArtifactLink(), *report_link)
+        page_link = (ReportLink(),) if spec.page else ()
+        self.operator_extra_links = (RayJobLink(), MlflowRunLink(), ArtifactLink(), *page_link)
         self.link_addresses: dict[str, str] = {}
         self._running: str | None = None
         self._waiting_as: Any = None
@@ -116,6 +108,7 @@ class StageOperator(BaseOperator):
             raise self._timed_out(context, self._time_limit()) from None
 
     def _execute(self, context: Any) -> dict[str, Any]:
+        from operators.dispatch import Carried, attach, outcome_of
         from operators.mlflow import note_hit
         from operators.prepare import find_hit
 
@@ -128,48 +121,60 @@ class StageOperator(BaseOperator):
                 note_hit(run, self.stage, hit.artifact)
                 return self._finish(context, run, hit)
             with RayJobHook(self.ray_conn_id) as hook:
-                attached = self._attach_or_submit(context, hook, store, request)
+                attached = attach(
+                    context,
+                    hook,
+                    store,
+                    request,
+                    entrypoint=self.entrypoint,
+                    cancel_on_kill=self.cancel_on_kill,
+                    patience_seconds=self.unreachable_seconds,
+                    on_submit=self._watch_over,
+                )
                 submission_id = attached.submission.submission_id
-                self._running = submission_id
+                self._watch_over(submission_id)
                 self._push_link(context, RayJobLink(), hook.endpoint.job_page(submission_id))
-        carry = {
-            "run": run.model_dump(mode="json"),
-            "submission": asdict(attached.submission),
-            "reattached": attached.reattached,
-            "max_retries": max_retries,
-            "micro_batch_size": request.execution.micro_batch_size,
-            "links": self.link_addresses,
-        }
+        carried = Carried(
+            run=run,
+            submission=attached.submission,
+            reattached=attached.reattached,
+            max_retries=max_retries,
+            micro_batch_size=request.execution.micro_batch_size,
+            links=dict(self.link_addresses),
+        )
         if self._terminated:
-            raise _preempted(max_retries)
+            raise ended_while_waiting(max_retries)
         if attached.submission.consumed:
-            outcome = _outcome_of(attached)
-        else:
-            # One that ended before anybody watched is processed here and now, a failure included, its log too.
-            ended = attached.job is not None and not attached.job.status.is_active
-            if self.deferrable and not ended:
-                self._defer(request, carry)
-            with as_stage_failures(max_retries):
-                outcome = self._wait(context, submission_id, request)
-        return self.execute_complete(context, {**outcome.to_json(), "carry": carry})
+            return self._complete(context, outcome_of(attached), carried)
+        # A job that ended before any process watched it is processed here and now, whether it failed or not.
+        ended = attached.job is not None and not attached.job.status.is_active
+        if self.deferrable and not ended:
+            self._defer(request, carried)
+        with as_stage_failures(max_retries):
+            outcome = self._wait(context, submission_id, request)
+        return self._complete(context, outcome, carried)
 
     def execute_complete(self, context: Any, event: Mapping[str, Any]) -> dict[str, Any]:
-        """Turn the end of the job into the end of the task."""
-        from operators.ray.submission import Submission
+        """Resume after the deferral: the trigger's event has the outcome, and what the trigger carried."""
+        from operators.dispatch import Carried
         from operators.ray.watch import Outcome
+
+        outcome = Outcome(**{name: value for name, value in event.items() if name != "carry"})
+        return self._complete(context, outcome, Carried.from_json(event["carry"]))
+
+    def _complete(self, context: Any, outcome: "Outcome", carried: "Carried") -> dict[str, Any]:
+        """Turn the end of the job into the end of the task."""
+        from operators.dispatch import clear_number, submission_log
         from operators.results import explain_failure, read_result
 
-        carry = event["carry"]
-        self.link_addresses = dict(carry["links"])
-        run, max_retries = RunInfo.model_validate(carry["run"]), carry["max_retries"]
-        outcome = Outcome(**{name: value for name, value in event.items() if name != "carry"})
-        status, submission = JobStatus(outcome.status), Submission(**carry["submission"])
+        self.link_addresses = dict(carried.links)
+        run, max_retries, status = carried.run, carried.max_retries, JobStatus(outcome.status)
         if outcome.mlflow_run_id:
             self._push_mlflow_link(context, outcome.mlflow_run_id, outcome.mlflow_experiment_id)
-        log = self._submission_log(context)
-        if status is JobStatus.STOPPED and carry["reattached"]:
-            # The stop belonged to the attempt before (cleared or killed), and this attempt attached too early.
-            log.consume(submission)
+        log = submission_log(context)
+        if status is JobStatus.STOPPED and carried.reattached:
+            # The attempt before was cleared or killed, and the stop was meant for it; this one attached too early.
+            log.consume(carried.submission)
             self.log.info("The job was stopped together with an earlier attempt; starting a new one.")
             return self._execute_in_time(context)
         taken_in: int | None = None
@@ -178,31 +183,27 @@ class StageOperator(BaseOperator):
                 known = {"run": run, "store": self._open_store(), "outcome": outcome, "max_retries": max_retries}
                 if status is JobStatus.SUCCEEDED:
                     returned = self._finish(context, run, read_result(Stage(self.stage), **known))
-                    taken_in = _clear_number(context)
+                    taken_in = clear_number(context)
                     return returned
                 if status is JobStatus.STOPPED and self._terminated:
-                    raise _preempted(max_retries)
+                    raise ended_while_waiting(max_retries)
                 raise explain_failure(Stage(self.stage), **known)
         except StageOutOfMemory as error:
             log.count_out_of_memory()
-            if carry["micro_batch_size"] == 1:
-                raise StageOutOfMemoryForGood(
-                    error.message,
-                    advice=f"execution.{self.stage}.micro_batch_size is 1 already. Set gradient_checkpointing, use "
-                    "engine=fsdp with more workers, GPUs with more memory, or a shorter tokenize.sequence_length.",
-                ) from None
+            if carried.micro_batch_size == 1:
+                raise out_of_memory_for_good(error, self.stage) from None
             raise
         finally:
             if status is not JobStatus.UNREACHABLE:
                 # Only now is the outcome processed; a job that may still run keeps its record for the retry.
-                log.consume(submission, taken_in=taken_in)
+                log.consume(carried.submission, taken_in=taken_in)
             if status not in (JobStatus.UNREACHABLE, JobStatus.SUCCEEDED):
                 from operators.mlflow import end_stage_runs
 
                 end_stage_runs(run, self.stage, killed=status is JobStatus.STOPPED)
 
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Any) -> Any:
-        """Stop the job when its time is over: neither Airflow's on_kill nor the trigger's runs then."""
+        """Stop the job when its time is over; Airflow then calls neither this operator's on_kill nor the trigger's."""
         from operators.metrics import failures_counted
 
         with failures_counted(self.stage, ti=context["ti"]):
@@ -212,21 +213,22 @@ class StageOperator(BaseOperator):
                 raise self._timed_out(context, self.timeout) from None
 
     def _timed_out(self, context: Any, limit: timedelta | None) -> StageTimedOut:
+        from operators.dispatch import submission_log
         from operators.prepare import load_config
         from operators.ray.submission import patiently
 
-        # What the trigger carried is not given back after a timeout.
+        # After a timeout Airflow does not give back what the trigger carried.
         with as_stage_failures():
             config = load_config(self._open_store(), self._run(context))
         max_retries = config.stage_execution(Stage(self.stage)).max_retries
         what = f"{self.stage} ran longer than its timeout of {limit}"
         if not self.cancel_on_kill:
             return StageTimedOut(
-                f"{what}; cancel_on_kill=False lets its job go on.",
+                f"{what}; its job continues because of cancel_on_kill=False.",
                 advice="The retry attaches to the job; raise the task's timeout if it needs longer.",
                 max_retries=max_retries,
             )
-        log = self._submission_log(context)
+        log = submission_log(context)
         submission = log.last()
         if submission is not None and not submission.consumed:
             with as_stage_failures(max_retries), RayJobHook(self.ray_conn_id) as hook:
@@ -241,15 +243,15 @@ class StageOperator(BaseOperator):
     def on_kill(self) -> None:
         """SIGTERM while this process, not the triggerer, is in charge of the job.
 
-        Airflow sends it when the task was cleared or marked, and then the job must end; and also when a worker shuts
-        down or a new scheduler took the task over, and then the job goes on, for the next attempt to attach to. Only
-        Airflow's record of the task tells which; it can be asked while this process does nothing but wait.
+        Airflow sends it when the task was cleared or marked; then the job must end. It also sends it when a worker
+        shuts down or a new scheduler adopted the task; then the job continues, and the next attempt attaches to it.
+        Only Airflow's record of the task tells the two apart, and it can be asked only while this process just waits.
         """
         submission_id, self._terminated = self._running, True
         if submission_id is None:
             return
-        if self._waiting_as is not None and self._goes_on(self._waiting_as):
-            raise _preempted()
+        if self._waiting_as is not None and self._is_still_wanted(self._waiting_as):
+            raise ended_while_waiting()
         if not self.cancel_on_kill:
             return
         from operators.ray.submission import patiently
@@ -258,16 +260,16 @@ class StageOperator(BaseOperator):
             patiently(lambda: hook.stop_job(submission_id), _KILL_PATIENCE_SECONDS)
         self.log.info("Stopped Ray job %s.", submission_id)
 
-    def _goes_on(self, ti: Any) -> bool:
+    def _is_still_wanted(self, ti: Any) -> bool:
         """Whether Airflow still has a use for the job of this task instance."""
         name = ti.task_id if ti.map_index in (None, -1) else f"{ti.task_id}_{ti.map_index}"
         try:
             tasks = ti.get_task_states(dag_id=ti.dag_id, run_ids=[ti.run_id]).get(ti.run_id, {})
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with Airflow, nobody has asked for a stop
-            self.log.warning("Airflow does not tell what became of the task: %s: %s", type(error).__name__, error)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with Airflow, it is no request to stop
+            self.log.warning("Airflow does not tell the state of the task: %s: %s", type(error).__name__, error)
             return True
         self.log.info("Asked to end while the task is %s.", tasks.get(name, "gone"))
-        return name in tasks and tasks[name] in _GOES_ON
+        return name in tasks and tasks[name] in _STILL_WANTED
 
     def _run(self, context: Any) -> RunInfo:
         value = context["ti"].xcom_pull(task_ids=self.resolve_task_id)
@@ -284,157 +286,63 @@ class StageOperator(BaseOperator):
 
         return open_default_store(self.store_uri)
 
-    def _skip_unless_selected(self, config: "PipelineConfig") -> None:
-        from operators.prepare import selection
-
-        if Stage(self.stage) not in selection(config):
-            raise AirflowSkipException(
-                f"{self.stage} is not part of this run (alignment={config.alignment}, "
-                f"last_stage={config.last_stage}, base_model={config.base_model!r})"
-            )
-
     def _request(self, context: Any, *, run: RunInfo, store: "Store") -> StageRequest:
-        from operators.prepare import build_request, input_stages, load_config, with_approval
+        from operators.dispatch import of_mapped, submission_log, within_memory
+        from operators.prepare import build_request, input_stages, load_config, selection, with_approval
 
         config = load_config(store, run)
-        self._skip_unless_selected(config)
         ti, stage = context["ti"], Stage(self.stage)
+        if stage not in selection(config):
+            raise AirflowSkipException(
+                f"{stage.value} is not part of this run (alignment={config.alignment}, "
+                f"last_stage={config.last_stage}, base_model={config.base_model!r})"
+            )
         sources = set(input_stages(stage, config).values())
         upstream = {source: ti.xcom_pull(task_ids=source.value) for source in sources}
-        request = build_request(stage, run=_of_mapped(run, ti.map_index), store=store, config=config, upstream=upstream)
-        if stage is Stage.PROMOTE:
+        request = build_request(stage, run=of_mapped(run, ti.map_index), store=store, config=config, upstream=upstream)
+        if "approval" in request.config:
             request = with_approval(request, config, ti.xcom_pull(task_ids=self.approve_task_id))
-        execution = self._within_memory(context, request.execution)
+        execution = within_memory(request.execution, stage=stage, log=submission_log(context))
         return request.model_copy(update={"task_id": ti.task_id, "try_number": ti.try_number, "execution": execution})
 
-    def _within_memory(self, context: Any, execution: "ExecutionConfig") -> "ExecutionConfig":
-        """Halve the micro-batch once for each time the task ran out of memory; the global batch stays as it is."""
-        failures = self._submission_log(context).out_of_memory_failures()
-        configured = execution.micro_batch_size
-        effective = max(1, configured // 2**failures)
-        if effective == configured:
-            return execution
-        self.log.info(
-            "Out of memory %d times so far: execution.%s.micro_batch_size is %d instead of %d; results do not change.",
-            failures,
-            self.stage,
-            effective,
-            configured,
-        )
-        return execution.model_copy(update={"micro_batch_size": effective})
-
-    def _submission_log(self, context: Any) -> "SubmissionLog":
-        from airflow.sdk.execution_time.context import NEVER_EXPIRE
-
-        from operators.ray.submission import SubmissionLog, TaskKey
-
-        ti = context["ti"]
-        map_index = -1 if ti.map_index is None else ti.map_index
-        key = TaskKey(ti.dag_id, ti.run_id, ti.task_id, map_index)
-        return SubmissionLog(context["task_state_store"], key, retention=NEVER_EXPIRE)
-
-    def _attach_or_submit(self, context: Any, hook: RayJobHook, store: "Store", request: StageRequest) -> "Attached":
-        from operators.ray.ownership import GENERATION
-        from operators.ray.submission import attach_or_submit
-        from stages.artifacts.addresses import run_key
-        from stages.artifacts.store import write_json
-
-        def key(name: str) -> str:
-            return run_key(request.run.run_id, request.stage, name)
-
-        def prepare(submission: "Submission") -> None:
-            complete = request.model_copy(update={"submission_id": submission.submission_id})
-            for stale in ("result.json", "failure.json"):
-                store.delete(key(stale))
-            write_json(store, key("config.json"), complete.model_dump(mode="json"))
-
-        metadata = self._metadata(context, request)
-
-        def post(submission: "Submission") -> None:
-            self._running = submission.submission_id  # from here on on_kill has something to stop
-            hook.submit_job(
-                submission_id=submission.submission_id,
-                entrypoint=self._command(f"{store.root_uri}/{key('config.json')}"),
-                metadata={**metadata, GENERATION: str(submission.generation)},
-                num_cpus=request.execution.entrypoint_cpus,
-            )
-            self.log.info("Submitted Ray job %s.", submission.submission_id)
-
-        return attach_or_submit(
-            self._submission_log(context),
-            hook,
-            try_number=request.try_number,
-            clear_number=_clear_number(context),
-            prepare=prepare,
-            post=post,
-            patience_seconds=self.unreachable_seconds,
-        )
-
-    def _metadata(self, context: Any, request: StageRequest) -> dict[str, str]:
-        """What Ray's dashboard shows about the job, and by which the reaper knows it; nothing secret."""
-        from operators.ray.ownership import airflow_id, job_metadata
-
-        ti = context["ti"]
-        return {
-            "athanor.stage": request.stage.value,
-            "athanor.run_id": request.run.run_id,
-            **job_metadata(
-                airflow_id(),
-                dag_id=ti.dag_id,
-                run_id=ti.run_id,
-                task_id=ti.task_id,
-                map_index=-1 if ti.map_index is None else ti.map_index,
-                try_number=ti.try_number,
-                cancel_on_kill=self.cancel_on_kill,
-            ),
-        }
-
-    def _command(self, config_uri: str) -> str:
-        settings = " ".join(f"{name}={value}" for name, value in _JOB_ENVIRONMENT.items())
-        return f"env {settings} {self.entrypoint.format(config_uri=shlex.quote(config_uri))}"
-
-    def _defer(self, request: StageRequest, carry: dict[str, Any]) -> None:
-        from operators.ray.trigger import RayJobTrigger
-        from stages.artifacts.addresses import run_key
+    def _defer(self, request: StageRequest, carried: "Carried") -> None:
+        from operators.dispatch import cursor_key
+        from operators.trigger import RayJobTrigger
 
         trigger = RayJobTrigger(
             ray_conn_id=self.ray_conn_id,
-            submission_id=carry["submission"]["submission_id"],
+            submission_id=carried.submission.submission_id,
             settings=asdict(self._watch_settings(request)),
             cancel_on_kill=self.cancel_on_kill,
             store_uri=request.store_uri,
-            cursor_key=run_key(request.run.run_id, request.stage, "log.json"),
-            carry=carry,
+            cursor_key=cursor_key(request),
+            carry=carried.to_json(),
         )
         self.defer(trigger=trigger, method_name="execute_complete", timeout=self.timeout)
 
     def _watch_settings(self, request: StageRequest) -> "WatchSettings":
-        from operators.ray.watch import WatchSettings
+        from operators.dispatch import watch_settings
 
-        execution = request.execution
-        return WatchSettings(
+        return watch_settings(
+            request.execution,
             poll_interval=self.poll_interval,
             unreachable_seconds=self.unreachable_seconds,
             progress_seconds=self.progress_seconds,
-            stall_seconds=execution.stall_seconds and execution.stall_seconds + _STALL_MARGIN_SECONDS,
-            capacity_seconds=execution.capacity_seconds,
-            asked_cpus=execution.entrypoint_cpus,
         )
 
     def _time_limit(self) -> timedelta | None:
-        """How long this process may watch a job; in the triggerer, `timeout` alone counts."""
+        """How long this process may watch a job; in the triggerer only `timeout` counts."""
         return min((limit for limit in (self.timeout, self.execution_timeout) if limit), default=None)
 
     def _wait(self, context: Any, submission_id: str, request: StageRequest) -> "Outcome":
         """Watch in this process, the way the trigger would; raises AirflowTaskTimeout when its time is over."""
+        from operators.dispatch import cursor_key
         from operators.ray.client import RayJobClient
         from operators.ray.watch import LogCursor, watch_job
-        from stages.artifacts.addresses import run_key
 
         settings = self._watch_settings(request)
         endpoint = RayJobHook(self.ray_conn_id).endpoint
-        cursor = LogCursor(request.store_uri, run_key(request.run.run_id, request.stage, "log.json"), submission_id)
-
+        cursor = LogCursor(request.store_uri, cursor_key(request), submission_id)
         limit = self._time_limit()
 
         async def watch() -> "Outcome":
@@ -456,11 +364,11 @@ class StageOperator(BaseOperator):
         self._push_link(context, ArtifactLink(), artifact.uri)
         if artifact.mlflow_run_id and MlflowRunLink().xcom_key not in self.link_addresses:
             self._push_mlflow_link(context, artifact.mlflow_run_id, None)
-        if self.stage == Stage.REPORT and artifact.mlflow_run_id:
+        if (page := GRAPH[Stage(self.stage)].page) and artifact.mlflow_run_id:
             from operators.mlflow import parent_artifact_page
 
-            if page := parent_artifact_page(artifact.mlflow_run_id, "report.html"):
-                self._push_link(context, ReportLink(), page)
+            if address := parent_artifact_page(artifact.mlflow_run_id, page):
+                self._push_link(context, ReportLink(), address)
         for outlet in self.outlets:
             if isinstance(outlet, Asset):
                 context["outlet_events"][outlet].extra = {
@@ -475,6 +383,10 @@ class StageOperator(BaseOperator):
         count_finished(result, ti=context["ti"])
         return artifact.model_dump(mode="json")
 
+    def _watch_over(self, submission_id: str) -> None:
+        """From here on on_kill has a job to stop."""
+        self._running = submission_id
+
     def _push_link(self, context: Any, link: Any, address: str) -> None:
         self.link_addresses[link.xcom_key] = address
         context["ti"].xcom_push(key=link.xcom_key, value=address)
@@ -482,33 +394,3 @@ class StageOperator(BaseOperator):
     def _push_mlflow_link(self, context: Any, run_id: str, experiment_id: str | None) -> None:
         if tracking_uri := os.environ.get("MLFLOW_TRACKING_URI"):
             self._push_link(context, MlflowRunLink(), mlflow_run_page(tracking_uri, run_id, experiment_id))
-
-
-def _preempted(max_retries: int | None = None) -> StagePreempted:
-    return StagePreempted(
-        "Airflow ended this process while it waited for the job.",
-        advice="The next attempt attaches to the job, or starts it anew from its checkpoint if it was stopped.",
-        max_retries=max_retries,
-    )
-
-
-def _clear_number(context: Any) -> int:
-    """How often somebody cleared tasks of this run; retries and restarts do not count."""
-    return context["dag_run"].clear_number or 0
-
-
-def _of_mapped(run: RunInfo, map_index: int | None) -> RunInfo:
-    """Give each instance of a mapped task a folder of its own under `runs/`."""
-    if map_index is None or map_index < 0:
-        return run
-    return run.model_copy(update={"run_id": f"{run.run_id}.{map_index}"})
-
-
-def _outcome_of(attached: "Attached") -> "Outcome":
-    """The outcome of a job whose outcome, and log, was processed before."""
-    from operators.ray.watch import Outcome
-
-    job = attached.job
-    if job is None:
-        raise AssertionError("a job that has ended is known")
-    return Outcome(job.submission_id, job.status.value, job.message, job.error_type, job.exit_code)

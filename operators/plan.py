@@ -34,7 +34,7 @@ from stages.config.estimate import (
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import CONFIG_CLASSES, PipelineConfig, stage_config_from_json
-from stages.config.request import ArtifactRef, Manifest, RunInfo, StageRequest
+from stages.config.request import ArtifactRef, Manifest, RunInfo, StageRequest, digests_of
 
 logger = logging.getLogger(__name__)
 
@@ -115,19 +115,19 @@ class _Walk:
             stage,
             request.config,
             inputs={role: ref.fingerprint for role, ref in request.inputs.items()},
-            sources=dict.fromkeys(request.sources, BY_JOB),
+            sources=dict.fromkeys(request.source_uris, BY_JOB),
         )
         if any(self._refs[source] is None for source in before):
             return Verdict.RUN, _explain(builds, wanted), None
-        seen = builds.known_sources(wanted, request.sources) if request.sources else None
+        seen = builds.known_sources(wanted, request.source_uris) if request.sources else None
         if request.sources and seen is None:
             if not builds.complete:
-                return Verdict.UNKNOWN, f"{_named(request.sources)} is identified by the job, where it lies", None
+                return Verdict.UNKNOWN, f"{_named(request.source_uris)} is identified by the job, where it lies", None
             return Verdict.RUN, _explain(builds, wanted), None
-        digests = seen.sources if seen else {}
+        digests = digests_of(seen.sources) if seen else {}
         assumed = [self._unchanged[source] for source in Stage if source in before & self._unchanged.keys()]
         if seen:
-            assumed.append(f"{_named(request.sources)} is as it was {seen.created_at[:16]} (its job will see)")
+            assumed.append(f"{_named(request.source_uris)} is as it was {seen.created_at[:16]} (its job will see)")
         if assumed:
             self._unchanged[stage] = "; ".join(dict.fromkeys(assumed))
         manifest, damage = self._find(request, digests)
@@ -243,7 +243,8 @@ def _stored_parameters(manifest: Manifest) -> int | None:
 
 
 def _given_size(base_model: str, builds: Builds) -> int | None:
-    sizes = (_stored_parameters(manifest) for manifest in builds.manifests if base_model in manifest.sources)
+    started_from = (manifest for manifest in builds.manifests if base_model in digests_of(manifest.sources))
+    sizes = (_stored_parameters(manifest) for manifest in started_from)
     return next(filter(None, sizes), None)
 
 

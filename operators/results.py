@@ -1,4 +1,4 @@
-"""What a Ray job left behind, as the operator understands it: its result, or why there is none."""
+"""What a Ray job left in the store: its result, or the reason why there is none."""
 
 from operators.failures import (
     StageFailed,
@@ -33,7 +33,7 @@ def read_result(stage: Stage, *, run: RunInfo, store: Store, outcome: Outcome, m
 def explain_failure(
     stage: Stage, *, run: RunInfo, store: Store, outcome: Outcome, max_retries: int | None
 ) -> StageFailed:
-    """Return the exception for a job that did not succeed; the job's own last words come first."""
+    """Return the exception for a job that did not succeed; the job's own `failure.json` knows best."""
     match JobStatus(outcome.status):
         case JobStatus.UNREACHABLE:
             return StageInfrastructureFailed(
@@ -43,7 +43,7 @@ def explain_failure(
             )
         case JobStatus.STOPPED:
             return StageStopped(
-                f"Ray job {outcome.submission_id} was stopped by somebody.",
+                f"Ray job {outcome.submission_id} was stopped on the Ray side.",
                 advice="Clear the task to start it again from its last checkpoint.",
             )
         case JobStatus.LOST:

@@ -11,12 +11,22 @@ from stages.artifacts.store import Store
 from stages.config.base import Config
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import GRAPH, Stage
-from stages.config.request import ArtifactRef, Cost, InputEntry, Manifest, RunInfo, StageRequest
+from stages.config.request import (
+    ArtifactRef,
+    Cost,
+    InputEntry,
+    Manifest,
+    RunInfo,
+    SourceEntry,
+    SourceKind,
+    StageRequest,
+)
 from stages.job.context import StageContext
 from stages.job.progress import Progress
 from stages.tracking.tracker import NullTracker, Tracker
 
 RAW_DIGEST = "5eed" + "0" * 60
+RAW_DATA = SourceEntry(role="documents", kind=SourceKind.DATA, uri="installed-docs", digest=RAW_DIGEST)
 ROLE_OF = {
     Stage.CURATE: "curated",
     Stage.TOKENIZE: "tokens",
@@ -146,7 +156,7 @@ def publish_run(
         for name, text in _content(stage, evaluation, promotion or {}).items():
             (folder / name).write_text(text + salt if name == "model.safetensors" else text, encoding="utf-8")
         own = salt if stage not in (Stage.CURATE, Stage.TOKENIZE) else ""
-        sources = {"sources": {"installed-docs": RAW_DIGEST}, "ledger": LEDGER} if stage is Stage.CURATE else {}
+        sources = {"sources": (RAW_DATA,), "ledger": LEDGER} if stage is Stage.CURATE else {}
         made[stage], _ = publish_artifact(store, stage, refs_for(stage, made), folder, salt=own, **sources)
     return store, made
 
@@ -206,7 +216,7 @@ def context_for(
         request=request,
         config=config,
         fingerprint=fingerprint_of(request.stage),
-        sources={},
+        sources=(),
         store=store,
         work_dir=work_dir,
         output_dir=output_dir,

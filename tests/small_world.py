@@ -89,7 +89,7 @@ def make_context(
     output_dir.mkdir(parents=True, exist_ok=True)
     progress = Progress(store, "test", stage, record=None)
     identity = fingerprint(stage, config, inputs=request.inputs)
-    return StageContext(request, config, identity, {}, store, work_dir, output_dir, NullTracker(), progress)
+    return StageContext(request, config, identity, (), store, work_dir, output_dir, NullTracker(), progress)
 
 
 def published(context: StageContext) -> ArtifactRef:

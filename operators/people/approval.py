@@ -16,8 +16,8 @@ from airflow.sdk.exceptions import AirflowSkipException
 
 from operators.failures import StageConfigFailed, as_stage_failures
 from operators.links import mlflow_run_page
+from operators.markdown import block, plain, table
 from operators.people.asking import ask_once
-from operators.people.markdown import block, plain, table
 from stages.artifacts.manifests import read_file, read_manifest, settings_digest
 from stages.config.closing import SCORE, WIN_RATE, Approval, Verdict
 from stages.config.decision import CHAMPION, Champion, Conditions, Evaluation, choose_aligned

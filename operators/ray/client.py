@@ -44,14 +44,14 @@ class RayJobClient:
         return str((data or {}).get("logs") or "")
 
     async def cluster_resources(self) -> dict[str, float]:
-        """Return what all nodes together have, used or not."""
+        """Return the resources of all nodes together, used or not."""
         path = "/api/v0/nodes?detail=true&limit=10000"
         return total_resources(await self._request("GET", path, what="list its nodes") or {})
 
     async def tail_logs(self, submission_id: str) -> AsyncIterator[str]:
         """Yield the log from its first byte on, as it grows.
 
-        The end of the iterator says nothing about the job: Ray closes the websocket when it likes.
+        The end of the iterator does not mean the end of the job: Ray may close the websocket at any time.
         """
         url = self._endpoint.url(f"/api/jobs/{submission_id}/logs/tail")
         try:

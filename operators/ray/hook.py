@@ -1,7 +1,7 @@
 """Ray Jobs REST API for tasks: synchronous, without ray installed, authenticated by the connection's token.
 
-httpx rather than requests, because Airflow's task process has it loaded already: importing a second HTTP library
-would cost every task a tenth of a second.
+httpx rather than requests, because Airflow's task process has already loaded it: importing a second HTTP library would
+cost every task a tenth of a second.
 """
 
 from collections.abc import Mapping
@@ -101,7 +101,7 @@ class RayJobHook(BaseHook):
         return "" if answer is None else str(answer.json().get("logs") or "")
 
     def test_connection(self) -> tuple[bool, str]:
-        """Airflow's "Test" button: reaches the head, checks the token, tells the version."""
+        """Airflow's "Test" button: reach the head, check the token, show the version."""
         try:
             version = self.version()
             jobs = self.list_jobs()

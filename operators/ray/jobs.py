@@ -10,7 +10,7 @@ from urllib.parse import quote, urlsplit
 
 DEFAULT_PORT = 8265
 HEADERS_FIELD = "secret_headers"
-"""Airflow's API and logs mask an extra field by its name, whatever the connection form says of it."""
+"""Airflow's API and logs mask an extra field by its name, not by what the connection form says about it."""
 
 
 class RayUnreachableError(Exception):
@@ -18,7 +18,7 @@ class RayUnreachableError(Exception):
 
 
 class RayRefusedError(Exception):
-    """Ray understood and said no: wrong token, wrong request. Waiting does not help."""
+    """Ray rejected the request: wrong token, wrong request. Waiting does not help."""
 
     def __init__(self, message: str, *, advice: str = "") -> None:
         super().__init__(message)
@@ -26,11 +26,11 @@ class RayRefusedError(Exception):
 
 
 class JobExistsError(Exception):
-    """The submission id is taken: an earlier POST arrived, although its answer did not."""
+    """The submission id is taken: an earlier POST arrived, and only its answer was lost."""
 
 
 class JobStatus(StrEnum):
-    """Status of a Ray job, and what a watcher can find instead of one."""
+    """Status of a Ray job, or what a watcher found instead of one."""
 
     PENDING = "PENDING"
     RUNNING = "RUNNING"
@@ -92,7 +92,7 @@ class ConnectionLike(Protocol):
 
 @dataclass(frozen=True)
 class RayEndpoint:
-    """Where a Ray head is and how to speak to it. Headers carry the token: they are neither shown nor logged."""
+    """Where a Ray head is and how to call it. Headers carry the token: they are neither shown nor logged."""
 
     base_url: str
     dashboard_url: str
@@ -178,7 +178,8 @@ def submission_body(
     """The JSON of POST /api/jobs/.
 
     `entrypoint_num_cpus` is left out at 0: then the job's own process starts on the head at once, instead of
-    waiting for a resource lease. An empty runtime environment is left out too: jobs with one share no warm workers.
+    waiting for a resource lease. An empty runtime environment is left out too: a job that has one shares no warm
+    workers.
     """
     body: dict[str, Any] = {"submission_id": submission_id, "entrypoint": entrypoint, "metadata": dict(metadata)}
     if num_cpus:
@@ -189,7 +190,7 @@ def submission_body(
 
 
 def total_resources(nodes: Mapping[str, Any]) -> dict[str, float]:
-    """Sum up what the living nodes have, from the answer of GET /api/v0/nodes?detail=true."""
+    """Add up the resources of living nodes, from the answer of GET /api/v0/nodes?detail=true."""
     total: dict[str, float] = {}
     for node in nodes.get("data", {}).get("result", {}).get("result", ()):
         if node.get("state") == "ALIVE":
@@ -199,7 +200,7 @@ def total_resources(nodes: Mapping[str, Any]) -> dict[str, float]:
 
 
 def check_answer(status: int, text: str, *, what: str) -> None:
-    """Raise for every HTTP status that is not a success; 404 is the caller's to interpret."""
+    """Raise for every HTTP status that is not a success; callers interpret 404 themselves."""
     if status < 400:
         return
     if status in (401, 403):

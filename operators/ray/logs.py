@@ -1,8 +1,8 @@
-"""A job's log on its way into the task log: each line once, without colours, with progress made readable.
+"""Relays a job's log into the task log: each line once, without colour codes, progress made readable.
 
 Ray's tail always starts at the first byte, so after a reconnect the lines already shown are skipped by counting.
-Lines that stages.job.logs wrote are shown as text, without run, stage and try, which the task log is in.
-A flood is cut: what is left out is counted and said, and the last lines of a job are always shown.
+Lines written by stages.job.logs are shown as text, without run, stage and try, because the task log belongs to those.
+A flood is cut: a note says how many lines are left out, and the last lines of a job are always shown.
 """
 
 import json
@@ -17,12 +17,12 @@ MLFLOW_RUN = "ATHANOR_MLFLOW_RUN "
 MAX_LINE = 4000
 LINES_PER_SECOND = 100.0
 LINES_AT_ONCE = 2000
-"""A job may show so many lines in a burst, such as those that came while no triggerer ran."""
+"""Lines that a job may show in a burst, such as those written while no triggerer ran."""
 _KEPT_LINES = 40
-"""The last lines of a flood, shown if the job ends in it: the reason is usually there."""
+"""Last lines of a flood, shown if the job ends in it: they usually have the reason."""
 
 _ORIGIN = re.compile(r" \[run=\S* stage=\S*(?: try=\d+)?(?: rank=(\d+))?\](?= |$)")
-"""What stages.job.logs ends a line with; Ray may add how often others said the same."""
+"""How stages.job.logs ends a line; Ray may append how often other processes logged the same."""
 _JSON_LINE = re.compile(r"\{\"time\": \".*\}")
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 _SHOWN_ALREADY = {"run", "stage", "done", "total", "unit", "rate", "rate_unit", "eta_seconds"}
@@ -31,8 +31,8 @@ _SHOWN_ALREADY = {"run", "stage", "done", "total", "unit", "rate", "rate_unit", 
 class LogRelay:
     """Feed it pieces of the log; it hands complete lines to `show`.
 
-    `seen` counts the lines taken so far, hidden ones too. `settled` counts those shown or said to be left out; give
-    it back as `skip` to go on after a restart.
+    `seen` counts the lines taken so far, hidden ones too. `settled` counts those shown, or counted in a note about
+    lines left out; pass it as `skip` to continue after a restart.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class LogRelay:
 
     @property
     def burst(self) -> float:
-        """Lines shown lately, beyond what may be shown all the time."""
+        """Lines shown recently beyond the sustained rate."""
         return max(0.0, self._burst - self._allowance - (self._clock() - self._allowed_at) * self._rate)
 
     def restart(self) -> None:
-        """The log begins anew at its first byte."""
+        """The log starts again at its first byte."""
         self._position, self._partial = 0, ""
 
     def feed(self, text: str) -> None:
@@ -76,7 +76,7 @@ class LogRelay:
             self._take(line)
 
     def finish(self, whole: str) -> None:
-        """Take what is still missing from the complete log, the last line included even when it has no end."""
+        """Take what is still missing from the complete log, including a last line without a newline."""
         self.restart()
         self.feed(whole if whole.endswith("\n") or not whole else f"{whole}\n")
         self._end_flood(last_lines=True)
@@ -102,7 +102,7 @@ class LogRelay:
         now = self._clock()
         self._allowance = min(self._burst, self._allowance + (now - self._allowed_at) * self._rate)
         self._allowed_at = now
-        # Once in a flood, wait until a second's worth may be shown, rather than let single lines through.
+        # In a flood, wait until a second's worth may be shown instead of letting single lines through.
         if self._allowance < (min(self._rate, self._burst) if self._omitted else 1):
             self._omitted += 1
             self._kept.append(line)
@@ -151,8 +151,8 @@ def _readable(line: str) -> str:
         rank = f" [rank={entry['rank']}]" if "rank" in entry else ""
         first, *rest = str(entry["message"]).split("\n")
         rest += str(entry["exception"]).split("\n") if "exception" in entry else []
-        told = f"{entry['time']} {entry.get('level', ''):<7} {entry.get('logger', '')}: {first}{rank}"
-        return "\n".join([line[: found.start()] + told + line[found.end() :], *rest])
+        shown = f"{entry['time']} {entry.get('level', ''):<7} {entry.get('logger', '')}: {first}{rank}"
+        return "\n".join([line[: found.start()] + shown + line[found.end() :], *rest])
     return _ORIGIN.sub(lambda origin: f" [rank={origin[1]}]" if origin[1] else "", line)
 
 

@@ -1,7 +1,7 @@
-"""Whose a Ray job is: which Airflow, which task instance, which generation; written into the job's metadata.
+"""Which Airflow task owns a Ray job: Airflow, task instance and generation, written into the job's metadata.
 
-Several Airflows may share one Ray cluster, and none may stop the jobs of another. So an Airflow needs a name that no
-other has and all of its own components agree on.
+Several Airflows may share one Ray cluster, and none may stop the jobs of another. So each Airflow needs a name that is
+unique and that all of its own components agree on.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ _CANCEL = "athanor.cancel_on_kill"
 def airflow_id() -> str:
     """Name of this Airflow: ATHANOR_AIRFLOW_ID, else a hash of its address and its Fernet key.
 
-    The key alone would not do: a staging system made from a copy of production has the same one.
+    The key alone is not enough: a staging system made from a copy of production has the same one.
     """
     from airflow.sdk.configuration import conf
 
@@ -39,7 +39,7 @@ def airflow_id() -> str:
 def job_metadata(
     airflow: str, *, dag_id: str, run_id: str, task_id: str, map_index: int, try_number: int, cancel_on_kill: bool
 ) -> dict[str, str]:
-    """What a job's metadata tells about its task instance; values must be strings."""
+    """The part of a job's metadata that names its task instance; values must be strings."""
     return {
         _AIRFLOW: airflow,
         "airflow.dag_id": dag_id,
@@ -69,7 +69,7 @@ class OwnedJob:
 
     @classmethod
     def of(cls, job: JobInfo, airflow: str) -> "OwnedJob | None":
-        """Read a job's metadata; None when it is not ours, or not complete enough to be sure."""
+        """Read a job's metadata; None when the job is another Airflow's, or when a field is missing."""
         data = job.metadata
         names = ("airflow.dag_id", "airflow.run_id", "airflow.task_id", "airflow.map_index", GENERATION)
         if data.get(_AIRFLOW) != airflow or any(name not in data for name in names):

@@ -1,7 +1,7 @@
 """Exactly one Ray job per attempt: deterministic ids, remembered before the POST, get-or-create.
 
 The id of a job is a function of the task instance and a generation. A generation is used up (`consumed`) when its
-outcome has been processed; until then every new attempt of the task attaches to the same job, whatever died meanwhile.
+outcome has been processed; until then every new attempt of the task attaches to the same job, whichever process died.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ class StateStore(Protocol):
 
 @dataclass(frozen=True)
 class TaskKey:
-    """What names a task instance across its attempts."""
+    """Identifies a task instance across its attempts."""
 
     dag_id: str
     run_id: str
@@ -42,7 +42,7 @@ class TaskKey:
     map_index: int = -1
 
     def submission_id(self, generation: int) -> str:
-        """`athanor-sft-1f0c2a9d4be7-1`: readable, and the same for whoever computes it."""
+        """`athanor-sft-1f0c2a9d4be7-1`: readable, and the same in every process that computes it."""
         identity = json.dumps([self.dag_id, self.run_id, self.task_id, self.map_index])
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
         task = re.sub(r"[^A-Za-z0-9_-]+", "-", self.task_id)[:40]
@@ -62,17 +62,17 @@ class Submission:
     """`clear_number` of the DAG run in which a success was taken; None for every other outcome."""
 
     def is_open_in(self, clear_number: int) -> bool:
-        """Whether the next attempt takes this job's outcome, rather than start a new job.
+        """Whether the next attempt takes this job's outcome instead of starting a new job.
 
-        Airflow notes a success only after the task has taken it. A process that dies in between, or loses its task to
-        a new scheduler, is followed by an attempt that nobody asked for: it takes the same success again. An attempt
-        after a clear, which raises the run's `clear_number`, has been asked for.
+        Airflow records a success only after the task has taken it. If the process dies in between, or a new scheduler
+        adopts the task, Airflow makes another attempt, which takes the same success again. A clear is different: a
+        user asks for a new job. It raises the run's `clear_number`.
         """
         return not self.consumed or self.taken_in == clear_number
 
 
 class SubmissionLog:
-    """The task's submissions in the task state store, of which the last one is kept."""
+    """The task's submissions in the task state store, which keeps only the last one."""
 
     def __init__(self, store: StateStore, key: TaskKey, *, retention: timedelta | None) -> None:
         self._store, self._key, self._retention = store, key, retention
@@ -123,7 +123,7 @@ def attach_or_submit(
 ) -> Attached:
     """Attach to the job of an earlier attempt if its outcome is still open, otherwise submit one.
 
-    `prepare` is called once a submission, `post` again and again while answers are lost: the job may be running by
+    `prepare` is called once per submission, `post` repeatedly while Ray does not answer: the job may already run by
     then. Raises RayUnreachableError when Ray stays away for `patience_seconds`.
     """
     last = log.last()
@@ -170,7 +170,7 @@ def _submit(
             submission_id = submission.submission_id
             job = patiently(lambda: hook.get_job(submission_id), patience_seconds)  # noqa: B023 - called at once
             if job is not None and (job.status.is_active or posts > 1):
-                # An earlier POST arrived, although its answer did not: this is our job.
+                # An earlier POST arrived and only its answer was lost: this is our job.
                 return Attached(submission, job, reattached=False)
             logger.info("Ray knows %s already, and it has ended; using the next id.", submission_id)
             submission, posts = log.open(submission.generation + 1, submission.try_number), 0

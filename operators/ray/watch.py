@@ -1,6 +1,6 @@
-"""Follow a Ray job to its end. The status endpoint alone says how it ended; the log is shown beside it.
+"""Follow a Ray job to its end. Only the status endpoint says how it ended; the log is shown meanwhile.
 
-Used by the trigger (deferred) and by the operator (not deferred), so both behave alike.
+The trigger (deferred) and the operator (not deferred) both use it, so they behave alike.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from stages.artifacts.addresses import open_store
 from stages.artifacts.store import Store, read_json, write_json
 from stages.config.errors import StageError
 
-# A head behind a proxy can answer 404 for a moment while it starts; a job table that is gone stays gone.
+# A head behind a proxy may answer 404 for a moment while it starts; only a lost job table answers so every time.
 _ABSENT_POLLS = 3
 _LONGEST_PAUSE_SECONDS = 30.0
 _LAST_LINES_SECONDS = 20.0
@@ -40,18 +40,18 @@ class WatchSettings:
     """How patiently to watch."""
 
     poll_interval: float = 1.0
-    """Seconds between looks at the status endpoint."""
+    """Seconds between polls of the status endpoint."""
     unreachable_seconds: float = 300.0
     """Seconds without an answer after which the watcher gives up; the job itself is left alone."""
     progress_seconds: float = 10.0
     """Seconds between progress lines in the task log."""
     stall_seconds: float = 0.0
     """Seconds without any new line in its log after which a running job is stopped; 0 = never. Longer than the job's
-    own limit, so that the job, which can tell where it hangs, comes first."""
+    own limit, so that the job, which can log where it hangs, ends itself first."""
     capacity_seconds: float = 0.0
-    """Seconds that a job may be PENDING before it is stopped; 0 = for ever."""
+    """Seconds that a job may be PENDING before it is stopped; 0 = no limit."""
     asked_cpus: float = 0.0
-    """What the job's own process asks the cluster for."""
+    """CPUs that the job's own process requests."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Outcome:
 
 
 class JobWatcher:
-    """Watches one job; `seen` lines of its log have been shown, also across watchers when `skip` is given."""
+    """Watches one job. `skip` is the number of log lines that earlier watchers have shown."""
 
     def __init__(
         self,
@@ -106,19 +106,19 @@ class JobWatcher:
 
     @property
     def settled(self) -> int:
-        """Lines of the log that are done with, shown or said to be left out."""
+        """Lines of the log that were shown, or counted in a note about lines left out."""
         return self._relay.settled
 
     async def drain(self) -> None:
-        """Give the lines that were shown last the time to arrive.
+        """Give the last lines time to arrive.
 
-        Airflow's triggerer passes log lines and the end of a trigger on by two ways, and lines that the end overtakes
+        Airflow's triggerer sends log lines and the end of a trigger through two channels. Lines that the end overtakes
         are written to the triggerer's own log instead of the task's.
         """
         await asyncio.sleep(_DRAIN_SECONDS + self._relay.burst / _DRAINED_PER_SECOND)
 
     async def watch(self) -> Outcome:
-        """Return when the job has ended, is unknown to the cluster, or the cluster is away for too long."""
+        """Return when the job has ended, the cluster does not know it, or the cluster is away for too long."""
         tail = asyncio.create_task(self._tail())
         try:
             job = await self._poll_until_ended()
@@ -180,20 +180,20 @@ class JobWatcher:
             await self._pause()
 
     async def _unplaced(self, seconds: float) -> JobInfo | None:
-        """Say what a pending job waits for; stop it when that takes too long."""
+        """Log what a pending job waits for; stop it when that takes too long."""
         now, limit = time.monotonic(), self._settings.capacity_seconds
         over = bool(limit) and seconds >= limit
         if not over and now - self._capacity_said_at < _CAPACITY_SECONDS:
             return None
         self._capacity_said_at = now
-        told = f"asked {self._settings.asked_cpus:g} CPU for the job's own process"
+        shortage = f"asked {self._settings.asked_cpus:g} CPU for the job's own process"
         with contextlib.suppress(RayUnreachableError, RayRefusedError):
             total = await self._client.cluster_resources()
-            told += f", cluster has {total.get('CPU', 0):g} CPU in all"
+            shortage += f", cluster has {total.get('CPU', 0):g} CPU in all"
         if not over:
-            self._log.info("waiting for capacity: %s", told)
+            self._log.info("waiting for capacity: %s", shortage)
             return None
-        return await self._stop(JobStatus.UNPLACED, f"no capacity for {seconds:.0f} s: {told}")
+        return await self._stop(JobStatus.UNPLACED, f"no capacity for {seconds:.0f} s: {shortage}")
 
     async def _stalled(self) -> JobInfo | None:
         silent, limit = time.monotonic() - self._alive_at, self._settings.stall_seconds
@@ -202,7 +202,7 @@ class JobWatcher:
         return await self._stop(JobStatus.STALLED, f"no progress and no log line for {silent:.0f} s")
 
     async def _stop(self, status: JobStatus, message: str) -> JobInfo | None:
-        """Stop the job and wait until it has ended; None when Ray does not answer: the next poll sees to it."""
+        """Stop the job and wait until it has ended; None when Ray does not answer: the next poll tries again."""
         self._log.warning("%s: stopping Ray job %s.", message, self._submission_id)
         try:
             await self._client.stop_job(self._submission_id)
@@ -238,7 +238,7 @@ class JobWatcher:
                 if not problem_shown:
                     self._log.warning("The live log is interrupted (%s); it will be picked up again.", error)
                 problem_shown = True
-                self._alive_at = time.monotonic()  # nobody can tell whether it is silent
+                self._alive_at = time.monotonic()  # while it is not read, it cannot count as silent
             self._wake.set()
             pause = 1.0 if self._relay.seen > before else min(2 * pause, _LONGEST_PAUSE_SECONDS)
             await asyncio.sleep(pause)
@@ -279,8 +279,8 @@ class LogCursor:
             self._saved = lines
 
     async def follow(self, watcher: JobWatcher, logger: Log) -> None:
-        """Save where the watcher is, always one interval late: a line handed to Airflow's logging is on its way
-        through another process, and is lost with it when that is killed. Better twice than never."""
+        """Save the watcher's position, always one interval late: a line handed to Airflow's logging passes through
+        another process, and is lost when that is killed. Showing a line twice is better than never."""
         settled = self._saved
         while True:
             await asyncio.sleep(_CURSOR_SECONDS)
@@ -301,7 +301,7 @@ async def watch_job(
     on_mlflow_run: Callable[[dict[str, Any]], None] = lambda run: None,
     drain: bool = False,
 ) -> Outcome:
-    """Watch a job to its end, going on in its log where an earlier watcher of the same job had stopped.
+    """Watch a job to its end, continuing in its log where an earlier watcher of the same job had stopped.
 
     `drain` is for triggers, see JobWatcher.
     """

@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pydantic import ValidationError
-
-from stages.artifacts.manifests import MANIFEST
+from stages.artifacts.manifests import MANIFEST, load_manifest
 from stages.artifacts.store import Store
+from stages.config.errors import DamagedArtifactError
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import stored_identity
-from stages.config.request import Manifest
+from stages.config.request import Manifest, digests_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,17 +43,19 @@ class Builds:
         for manifest in self.manifests:
             fields = identity_of(manifest)
             own = {name: value for name, value in fields.items() if not name.startswith("source ")}
-            if own == same and set(manifest.sources) == set(uris):
+            if own == same and {source.uri for source in manifest.sources} == set(uris):
                 return manifest
         return None
 
 
 def _readable(store: Store, key: str) -> Manifest | None:
     try:
-        return Manifest.model_validate_json(store.read_bytes(key))
-    except (ValidationError, FileNotFoundError) as error:
-        logger.warning("%s/%s cannot be read and is passed over: %s", store.root_uri, key, error)
-        return None
+        return load_manifest(store, key.removesuffix(f"/{MANIFEST}"))
+    except FileNotFoundError:
+        logger.warning("%s/%s is gone and is ignored.", store.root_uri, key)
+    except DamagedArtifactError as error:
+        logger.warning("%s It is ignored.", error.message)
+    return None
 
 
 def identity_fields(
@@ -77,7 +78,7 @@ def identity_fields(
 def identity_of(manifest: Manifest) -> dict[str, Any]:
     inputs = {entry.role: entry.fingerprint for entry in manifest.inputs}
     return identity_fields(
-        manifest.stage, manifest.config, inputs=inputs, sources=manifest.sources, version=manifest.version
+        manifest.stage, manifest.config, inputs=inputs, sources=digests_of(manifest.sources), version=manifest.version
     )
 
 

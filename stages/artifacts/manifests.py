@@ -55,24 +55,30 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
+def load_manifest(store: Store, key: str) -> Manifest:
+    """Read the manifest of the artifact at `key`; FileNotFoundError when there is none, DamagedArtifactError that
+    names the first wrong field when it is not valid."""
+    data = store.read_bytes(f"{key}/{MANIFEST}")
+    try:
+        return Manifest.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        wrong = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+        raise DamagedArtifactError(
+            f"{store.root_uri}/{key}/{MANIFEST} is not a valid manifest: {wrong}",
+            advice="Do not use this artifact unless you know who wrote it.",
+        ) from None
+
+
 def find_manifest(store: Store, kind: str, fingerprint: str) -> Manifest | None:
     """Return the manifest of a complete artifact, or None."""
-    key = f"{artifact_key(kind, fingerprint)}/{MANIFEST}"
-    return Manifest.model_validate_json(store.read_bytes(key)) if store.exists(key) else None
+    key = artifact_key(kind, fingerprint)
+    return load_manifest(store, key) if store.exists(f"{key}/{MANIFEST}") else None
 
 
 def read_manifest(ref: ArtifactRef | str) -> Manifest:
-    """Read the manifest behind a reference or an artifact URI; DamagedArtifactError when it is none of ours."""
-    uri = ref if isinstance(ref, str) else ref.uri
-    store, key = split_artifact_uri(uri)
-    try:
-        return Manifest.model_validate_json(store.read_bytes(f"{key}/{MANIFEST}"))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise DamagedArtifactError(
-            f"{uri}/{MANIFEST} is no manifest: {'.'.join(map(str, first['loc']))}: {first['msg']}",
-            advice="Do not use this artifact unless you know who wrote it.",
-        ) from None
+    """Read the manifest behind a reference or an artifact URI; raises as `load_manifest` does."""
+    return load_manifest(*split_artifact_uri(ref if isinstance(ref, str) else ref.uri))
 
 
 def hash_file(path: Path) -> str:
@@ -126,8 +132,7 @@ def publish(store: Store, manifest: Manifest) -> ArtifactRef:
     """Write the manifest; from here on the artifact exists. A concurrent identical build keeps the first manifest."""
     key = artifact_key(manifest.kind, manifest.fingerprint)
     store.put_if_absent(f"{key}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
-    published = Manifest.model_validate_json(store.read_bytes(f"{key}/{MANIFEST}"))
-    return published.ref(artifact_uri(store, manifest.kind, manifest.fingerprint))
+    return load_manifest(store, key).ref(artifact_uri(store, manifest.kind, manifest.fingerprint))
 
 
 def verify(store: Store, manifest: Manifest, *, hashes: bool = False) -> None:

@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from pydantic import ValidationError
-
 from stages.artifacts.lease import Generation, Owner
-from stages.artifacts.manifests import MANIFEST
+from stages.artifacts.manifests import MANIFEST, load_manifest
 from stages.artifacts.store import Listed, Store, Unfinished, read_json
-from stages.config.errors import DataError
+from stages.config.errors import DamagedArtifactError, DataError
 from stages.config.graph import GRAPH, Stage
 from stages.config.request import Manifest
 
@@ -109,14 +107,14 @@ class Picture:
         for key, folder in self.artifacts.items():
             if any(entry.key == f"{key}/{MANIFEST}" for entry in folder.entries):
                 try:
-                    found[key] = Manifest.model_validate_json(self.store.read_bytes(f"{key}/{MANIFEST}"))
+                    found[key] = load_manifest(self.store, key)
                 except FileNotFoundError:
                     continue
-                except ValidationError as error:
+                except DamagedArtifactError as error:
                     raise DataError(
-                        f"{self.store.root_uri}/{key}/{MANIFEST} cannot be read: {error}",
+                        error.message,
                         advice="Nothing was deleted. Restore this object from a backup, or delete it by hand.",
-                    ) from error
+                    ) from None
         return found
 
     def named_by_runs(self) -> set[str]:
@@ -187,7 +185,7 @@ def needed_keys(picture: Picture, manifests: Mapping[str, Manifest], registered:
         if (key := waiting.pop()) not in needed:
             needed.add(key)
             manifest = manifests[key]
-            from_outside = [name for uri in manifest.sources for name in _FINGERPRINT.findall(uri)]
+            from_outside = [name for source in manifest.sources for name in _FINGERPRINT.findall(source.uri)]
             sources = [*(entry.fingerprint for entry in manifest.inputs), *from_outside]
             waiting += [by_fingerprint[source] for source in sources if source in by_fingerprint]
     records = {

@@ -183,12 +183,21 @@ class CurateConfig(Config):
         return parse_sources("preferences", self.preferences, PreferenceFormat)
 
     @property
-    def outside_sources(self) -> tuple[str, ...]:
-        """Every source whose content lies outside the pipeline, once each, in the order of their use."""
-        word_list = (self.toxicity_word_list,) if self.toxicity == "word-list" else ()
-        given = tuple(source.uri for source in self.instruction_sources + self.preference_sources)
-        uris = self.documents + given + word_list
-        return tuple(dict.fromkeys(uri for uri in uris if uri != DERIVED))
+    def outside_sources(self) -> dict[str, str]:
+        """URI -> name of the first setting that asks for it, for every source whose content lies outside the
+        pipeline, in the order of their use."""
+        uris = {
+            "documents": self.documents,
+            "instructions": tuple(source.uri for source in self.instruction_sources),
+            "preferences": tuple(source.uri for source in self.preference_sources),
+            "toxicity_word_list": (self.toxicity_word_list,) if self.toxicity == "word-list" else (),
+        }
+        roles: dict[str, str] = {}
+        for role, named in uris.items():
+            for uri in named:
+                if uri != DERIVED:
+                    roles.setdefault(uri, role)
+        return roles
 
     @model_validator(mode="after")
     def _consistent(self) -> "CurateConfig":

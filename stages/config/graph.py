@@ -82,6 +82,8 @@ class StageSpec:
     """Field of the form whose sources it trains on; their `#weight=` becomes its mixture."""
     registered_as: str = ""
     """Suffix of the registered model's name: `<run name>-<this>`."""
+    page: str = ""
+    """HTML page that it adds to the MLflow parent run; the task in Airflow gets a button for it."""
     headlines: tuple[Headline, ...] = ()
     """Most telling first; the first two that a manifest has are shown."""
 
@@ -245,6 +247,7 @@ _REPORT = StageSpec(
     version=1,
     inputs=_as_inputs((_PROMOTE, _EVALUATE, *_DATA, *_TRAINED)),
     closing=True,
+    page="report.html",
     headlines=(Headline("report/bytes", "bytes", ",.0f"),),
 )
 _PEOPLE = (

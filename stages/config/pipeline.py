@@ -11,12 +11,9 @@ from stages.config.collect import RateConfig, RespondConfig
 from stages.config.curate import CurateConfig
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import Alignment, Stage, selected_stages
-from stages.config.request import ArtifactRef
+from stages.config.request import BASE_MODEL, PREVIOUS, ArtifactRef, Source, SourceKind
 from stages.config.tokens import TokenizeConfig
 from stages.config.train import DPOConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig
-
-BASE_MODEL, PREVIOUS = "base_model", "previous"
-"""Roles of artifacts that a run is given."""
 
 CONFIG_CLASSES: dict[Stage, type[Config]] = {
     Stage.CURATE: CurateConfig,
@@ -109,11 +106,14 @@ class PipelineConfig(Config):
     def stage_execution(self, stage: Stage) -> ExecutionConfig:
         return getattr(self.execution, stage.value)
 
-    def stage_sources(self, stage: Stage) -> tuple[str, ...]:
-        """Return the outside data that a stage reads; its identity is established by the job, where the data is."""
+    def stage_sources(self, stage: Stage) -> tuple[Source, ...]:
+        """Return what a stage reads from outside the pipeline."""
         if stage is Stage.CURATE:
-            return self.curate.outside_sources
-        return (self.base_model,) if self._reads_base_model(stage) and BASE_MODEL not in self.given else ()
+            roles = self.curate.outside_sources
+            return tuple(Source(role=role, kind=SourceKind.DATA, uri=uri) for uri, role in roles.items())
+        if self._reads_base_model(stage) and BASE_MODEL not in self.given:
+            return (Source(role=BASE_MODEL, kind=SourceKind.MODEL, uri=self.base_model),)
+        return ()
 
     def stage_given(self, stage: Stage) -> dict[str, ArtifactRef]:
         """Return the given artifacts that a stage reads besides those of this run, by role."""

@@ -1,11 +1,16 @@
-"""The records that cross between Airflow, the Ray job and the object store: request in, manifest and result out."""
+"""The records that cross between Airflow, the Ray job and the object store: request in, manifest and result out.
+
+Stores outlive the code that wrote them, so records of earlier versions are still read: `_sources_with_kinds` turns
+their sources, which had no kind, into today's form. It is the only place that knows the old form.
+"""
 
 import re
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from stages.config.base import Config
+from stages.config.base import Choice, Config
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
 
@@ -19,7 +24,7 @@ def _inside(path: str) -> str:
 
 def _one_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ValueError(f"{name!r} is no name of a folder; allowed are letters, digits, '.', '_' and '-'")
+        raise ValueError(f"{name!r} is not a folder name; allowed are letters, digits, '.', '_' and '-'")
     return name
 
 
@@ -30,6 +35,61 @@ def safe_run_id(airflow_run_id: str) -> str:
 
 FolderName = Annotated[str, AfterValidator(_one_name)]
 """One part of a path, which cannot lead anywhere else."""
+
+BASE_MODEL, PREVIOUS = "base_model", "previous"
+"""Roles of what a run is given: the model that it starts from, and the curated data that it adds to."""
+
+MANIFEST_VERSION = 2
+"""1 had `sources: {uri: digest}`, without roles and kinds, and no version number."""
+
+
+class SourceKind(Choice):
+    """What comes from outside the pipeline."""
+
+    DATA = "data", "Raw data: documents, conversations, pairs, word lists"
+    MODEL = "model", "A model that was not made here"
+
+
+class Source(Config):
+    """Something from outside the pipeline that a stage reads; it has no manifest."""
+
+    role: str
+    """The setting that names it: `documents`, `base_model`, ..."""
+    kind: SourceKind
+    uri: str
+
+    def identified(self, digest: str) -> "SourceEntry":
+        return SourceEntry(role=self.role, kind=self.kind, uri=self.uri, digest=digest)
+
+
+class SourceEntry(Source):
+    """An outside source as the job found it: one edge of lineage that ends at raw data or at a given model."""
+
+    digest: str
+    """Hash over its content, or the version that its storage gives it."""
+
+
+def digests_of(sources: Iterable[SourceEntry]) -> dict[str, str]:
+    """Digest by URI: the part of outside sources that decides a stage's identity."""
+    return {source.uri: source.digest for source in sources}
+
+
+def _sources_with_kinds(data: Any) -> Any:
+    """Upgrade the sources of a request (URIs) or manifest (URI -> digest) that was written before sources had kinds.
+
+    Then only curate read data from outside; what other stages were given from outside was the base model.
+    """
+    if not isinstance(data, Mapping):
+        return data
+    match data.get("sources"):
+        case Mapping() as digests:
+            bare = [{"uri": uri, "digest": digest} for uri, digest in digests.items()]
+        case [*uris] if uris and all(isinstance(uri, str) for uri in uris):
+            bare = [{"uri": uri} for uri in uris]
+        case _:
+            return data
+    role, kind = ("source", SourceKind.DATA) if data.get("stage") == Stage.CURATE else (BASE_MODEL, SourceKind.MODEL)
+    return {**data, "sources": [{"role": role, "kind": kind, **source} for source in bare]}
 
 
 class ArtifactRef(Config):
@@ -55,7 +115,7 @@ class RunInfo(Config):
     run_id: str
     """`safe_run_id` of Airflow's; the key under `runs/`."""
     name: str
-    """What people call the run; also the prefix of registered model names."""
+    """Name shown to people; also the prefix of registered model names."""
     dag_id: str = ""
     airflow_run_id: str = ""
     airflow_url: str = ""
@@ -78,11 +138,17 @@ class StageRequest(Config):
     execution: ExecutionConfig
     inputs: dict[str, ArtifactRef] = Field(default_factory=dict)
     """Upstream artifacts by role."""
-    sources: tuple[str, ...] = ()
-    """Outside data that the job identifies itself, where the data is."""
+    sources: tuple[Source, ...] = ()
+    """What it reads from outside; the job finds the digests, because it runs where the data is."""
     task_id: str = ""
     try_number: int = 1
     submission_id: str = ""
+
+    _upgrade = model_validator(mode="before")(_sources_with_kinds)
+
+    @property
+    def source_uris(self) -> tuple[str, ...]:
+        return tuple(source.uri for source in self.sources)
 
 
 class FileEntry(Config):
@@ -109,10 +175,10 @@ class Cost(Config):
     """What a stage spent, all attempts together."""
 
     wall_seconds: float = 0.0
-    """Of the jobs, from the start of their processes' work to its end."""
+    """Of the jobs, from the start of their work to its end."""
     productive_seconds: float = 0.0
-    """Part of `wall_seconds` that moved the stage further than any attempt before: less start, loading, waiting for
-    room, saving the result, and what was done again after a failure. Their ratio is the goodput."""
+    """Part of `wall_seconds` that moved the stage further than any earlier attempt: without start, loading, waiting
+    for capacity, saving the result, and work repeated after a failure. Their ratio is the goodput."""
     cpu_seconds: float = 0.0
     gpu_seconds: float = 0.0
     peak_memory_bytes: int = 0
@@ -123,26 +189,37 @@ class Cost(Config):
 class Manifest(Config):
     """Record of a complete artifact, written last; lineage everywhere else is copied from it."""
 
+    manifest_version: int = MANIFEST_VERSION
+    """Form of this record; not the version of the stage."""
     kind: FolderName
     stage: Stage
     version: int
+    """Of the stage, see StageSpec."""
     fingerprint: FolderName
     digest: FolderName
     files: tuple[FileEntry, ...]
     inputs: tuple[InputEntry, ...]
-    sources: dict[str, str] = Field(default_factory=dict)
-    """Digest of each outside source."""
+    sources: tuple[SourceEntry, ...] = ()
     config: dict[str, Any]
     execution: dict[str, Any]
-    """Resources, world size, git commit, library versions, submission id: what never decides identity."""
+    """Resources, world size, git commit, library versions, submission id: what does not change the result."""
     metrics: dict[str, float] = Field(default_factory=dict)
     ledger: dict[str, Any] = Field(default_factory=dict)
-    """What came in, what left, every loss with its reason."""
+    """What came in, what left, and the reason for every loss."""
     cost: Cost = Cost()
     mlflow_run_id: str | None = None
     mlflow_model_id: str | None = None
     created_at: str
     """UTC, ISO 8601."""
+
+    _upgrade = model_validator(mode="before")(_sources_with_kinds)
+
+    @field_validator("manifest_version")
+    @classmethod
+    def _known_version(cls, version: int) -> int:
+        if version > MANIFEST_VERSION:
+            raise ValueError(f"{version} is newer than {MANIFEST_VERSION}, which this code reads; update Athanor")
+        return MANIFEST_VERSION
 
     def ref(self, uri: str) -> ArtifactRef:
         return ArtifactRef(
@@ -166,11 +243,11 @@ class StageResult(Config):
     wall_seconds: float = 0.0
     """Of this job; 0 for a hit found without a job."""
     cost: Cost | None = None
-    """What building it took; None for a hit."""
+    """Of building it; None for a hit."""
 
 
 class Failure(Config):
-    """The job's last words: `runs/<run id>/<stage>/failure.json`."""
+    """Why a job failed, written by the job itself: `runs/<run id>/<stage>/failure.json`."""
 
     category: str
     message: str

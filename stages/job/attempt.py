@@ -1,4 +1,7 @@
-"""One attempt at one stage: its scratch folder, tracker, progress and context, opened and closed together."""
+"""One attempt at one stage: scratch folder, tracker, progress and context, opened and closed together.
+
+The job's process and each of its training workers open a context of their own, over the same request.
+"""
 
 import os
 import shutil
@@ -8,45 +11,68 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stages.artifacts.addresses import open_store
 from stages.artifacts.lease import Fence
+from stages.artifacts.store import Store
 from stages.config.base import Config
-from stages.config.errors import ConfigError
+from stages.config.errors import ConfigError, without_logins
 from stages.config.pipeline import stage_config_from_json
-from stages.config.request import StageRequest
+from stages.config.request import SourceEntry, StageRequest
 from stages.job.context import StageContext
-from stages.job.logs import log_for_request
-from stages.job.progress import Progress, worker_record
+from stages.job.progress import JOB_RECORD, Progress, worker_record
 from stages.tracking.tracker import NullTracker, Tracker
 
 
 @contextmanager
-def worker_context(
-    request: StageRequest, identity: str, sources: dict[str, str], fence: Fence | None
+def opened_context(
+    request: StageRequest,
+    store: Store,
+    *,
+    fingerprint: str,
+    sources: tuple[SourceEntry, ...],
+    fence: Fence | None,
+    rank: int | None = None,
 ) -> Iterator[StageContext]:
-    """The context of a Ray Train worker: same stage, own scratch folder; only rank 0 reports."""
-    store = open_store(request.store_uri)
-    rank = int(os.environ.get("RANK", "0"))
-    log_for_request(request, rank=rank)
+    """What a verb is given, in the job's process (`rank=None`) or in a training worker.
+
+    The job ends the MLflow run: it calls `tracker.finish`, and an exception ends the run as failed. A worker leaves
+    that to its job; only rank 0 reports at all.
+    """
+    execution = request.execution
     with scratch_folder() as work_dir:
-        config = stage_config_from_json(request.stage, request.config)
+        output_dir = work_dir / "output"
+        output_dir.mkdir()
         progress = Progress(
             store,
             request.run.run_id,
             request.stage,
-            record=worker_record(rank),
-            stall_seconds=request.execution.stall_seconds,
+            record=JOB_RECORD if rank is None else worker_record(rank),
+            # The job counts the GPUs of all workers, so that none is counted twice.
+            num_gpus=execution.gpus_per_worker * max(execution.num_workers, 1) if rank is None else 0.0,
+            stall_seconds=execution.stall_seconds,
         )
-        tracker = Tracker(request, work_dir / "spool") if rank == 0 else NullTracker()
-        output_dir = work_dir / "output"
-        output_dir.mkdir()
-        tracker.start(fingerprint=identity, params=flat_params(config), tags=run_tags(request))
+        context = StageContext(
+            request=request,
+            config=stage_config_from_json(request.stage, request.config),
+            fingerprint=fingerprint,
+            sources=sources,
+            store=store,
+            work_dir=work_dir,
+            output_dir=output_dir,
+            tracker=NullTracker() if rank else Tracker(request, work_dir / "spool"),
+            progress=progress,
+            fence=fence,
+        )
         try:
-            yield StageContext(
-                request, config, identity, sources, store, work_dir, output_dir, tracker, progress, fence
-            )
+            params = flat_params(context.config)
+            context.tracker.start(fingerprint=fingerprint, params=params, tags=run_tags(request))
+            yield context
+        except BaseException as error:
+            if rank is None:
+                context.tracker.fail(without_logins(f"{type(error).__name__}: {error}"))
+            raise
         finally:
-            tracker.close()
+            if rank is not None:
+                context.tracker.close()
             progress.close()
 
 
@@ -87,7 +113,7 @@ def scratch_home() -> Path:
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder of this attempt; downloads go beside it and stay for the next stage of the same machine."""
+    """A folder of this attempt; downloads go next to it and stay for the next stage on the same machine."""
     home = scratch_home()
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     if home.stat().st_uid != os.getuid():

@@ -10,9 +10,7 @@ from stages.artifacts.store import Store
 from stages.config.base import Config
 from stages.config.errors import ConfigError
 from stages.config.execution import ExecutionConfig
-from stages.config.graph import Stage
-from stages.config.pipeline import BASE_MODEL
-from stages.config.request import ArtifactRef, FileEntry, RunInfo, StageRequest
+from stages.config.request import BASE_MODEL, ArtifactRef, FileEntry, RunInfo, SourceEntry, StageRequest
 from stages.job.progress import Progress
 from stages.tracking.tracker import NullTracker, Tracker
 
@@ -26,7 +24,7 @@ class StageOutcome:
     files: tuple[FileEntry, ...] = ()
     """Files that a worker on another machine has already uploaded."""
     execution: dict[str, Any] = field(default_factory=dict)
-    """How it ran, where the execution config leaves that to the hardware; goes into the manifest."""
+    """How it ran, where the execution config leaves that to the hardware; recorded in the manifest."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +34,15 @@ class StageContext:
     request: StageRequest
     config: Config
     fingerprint: str
-    sources: dict[str, str]
+    sources: tuple[SourceEntry, ...]
+    """What the stage reads from outside, with the digests that the job found."""
     store: Store
     work_dir: Path
     output_dir: Path
     tracker: Tracker | NullTracker
     progress: Progress
     fence: Fence | None = None
-    """Proof that this process still is the one that builds; None where nobody else can, as in tests of verbs."""
+    """Proof that this process still is the one that builds; None where no other process can, as in tests of verbs."""
 
     @property
     def execution(self) -> ExecutionConfig:
@@ -74,12 +73,16 @@ class StageContext:
     @property
     def has_base_model(self) -> bool:
         """Whether this stage starts from a given model."""
-        return BASE_MODEL in self.inputs or (bool(self.sources) and self.request.stage is not Stage.CURATE)
+        return BASE_MODEL in self.inputs or self._outside_model is not None
 
     def base_model_dir(self) -> Path:
         """Return a local folder with the given model: an input when it is an artifact, else an outside source."""
-        if BASE_MODEL in self.inputs:
+        if self._outside_model is None:
             return self.input_dir(BASE_MODEL)
-        from stages.models.given import base_model_dir  # which needs the registry's client only for models:/ addresses
+        from stages.models.given import base_model_dir  # heavy, and few stages need it
 
-        return base_model_dir(next(iter(self.sources)), self.work_dir.parent / "cache")
+        return base_model_dir(self._outside_model.uri, self.work_dir.parent / "cache")
+
+    @property
+    def _outside_model(self) -> SourceEntry | None:
+        return next((source for source in self.sources if source.role == BASE_MODEL), None)

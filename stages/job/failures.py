@@ -1,4 +1,4 @@
-"""Failures of a stage, sorted into the failure contract and written where the operator reads them."""
+"""Sorts exceptions of a stage into the categories of the failure contract and writes `failure.json` for Airflow."""
 
 import errno
 import logging
@@ -17,7 +17,7 @@ from stages.job.attempt import scratch_home
 logger = logging.getLogger("athanor")
 
 
-# Torch's CPU allocator and cuBLAS raise plain RuntimeErrors; Ray's memory monitor kills the worker and says so.
+# Torch's CPU allocator and cuBLAS raise plain RuntimeErrors; Ray's memory monitor kills the worker and logs this.
 _OUT_OF_MEMORY_TEXTS = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
@@ -26,7 +26,7 @@ _OUT_OF_MEMORY_TEXTS = (
 )
 
 
-# Python, torch and safetensors raise classes of their own, all with the system's words in them.
+# Python, torch and safetensors each raise a class of their own; all of them quote the system's error text.
 _DISK_FULL_TEXTS = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
 
@@ -35,18 +35,18 @@ def record_failure(store: Store, request: StageRequest, error: BaseException) ->
     key = run_key(request.run.run_id, request.stage, "failure.json")
     try:
         if failure.category == Category.LOST and store.exists(key):
-            # A worker that knew why it ended has written it; all that is seen of it from here is that it is gone.
+            # The worker that ended has written why; this process only sees that the worker is gone.
             failure = Failure.model_validate_json(store.read_bytes(key))
         write_json(store, key, failure.model_dump(mode="json"))
-    except Exception as problem:  # noqa: BLE001 - whatever the store's client raises; the exit code still tells
+    except Exception as problem:  # noqa: BLE001 - whatever the store's client raises; the exit code still tells the category
         logger.error("failure.json was not written: %s", problem)
-    told = f"{request.stage.value} failed [{failure.category}]: {failure.message} {failure.advice}"
-    logger.error("%s", f"{told}\n{failure.detail}".rstrip())
+    summary = f"{request.stage.value} failed [{failure.category}]: {failure.message} {failure.advice}"
+    logger.error("%s", f"{summary}\n{failure.detail}".rstrip())
     return EXIT_CODES[Category(failure.category)]
 
 
 def describe_failure(error: BaseException, stage: Stage) -> Failure:
-    """Sort an exception of a stage into the failure contract; Ray's wrapping of worker errors is looked through."""
+    """Sort an exception of a stage into the failure contract; errors of workers are unwrapped from Ray's first."""
     cause = _cause(error)
     if any(text in str(cause) for text in _DISK_FULL_TEXTS):
         return Failure(
@@ -70,8 +70,8 @@ def describe_failure(error: BaseException, stage: Stage) -> Failure:
         return Failure(
             category=Category.PREEMPTED if getattr(cause, "preempted", False) else Category.LOST,
             message=_death(cause),
-            advice="The retry resumes from the newest checkpoint. If it recurs, see whether the kernel killed the "
-            f"worker for want of memory (`dmesg`): a smaller execution.{stage.value}.micro_batch_size needs less.",
+            advice="The retry resumes from the newest checkpoint. If it recurs, check with `dmesg` whether the kernel "
+            f"killed the worker because memory ran out; a smaller execution.{stage.value}.micro_batch_size needs less.",
             detail=detail,
         )
     return Failure(
@@ -83,14 +83,14 @@ def describe_failure(error: BaseException, stage: Stage) -> Failure:
 
 
 def _cause(error: BaseException) -> Any:
-    """The error that explains the others: when one worker fails, its peers fail for want of it."""
+    """The error that explains the others: when one worker fails, its peers fail because it is missing."""
     failures = getattr(error, "worker_failures", {}).values()
     # A worker's own exception is wrapped as a task's error, its death as a health check that failed.
     causes = [getattr(f, "cause", getattr(f, "health_check_failure", f)) for f in failures]
-    telling = (lambda e: isinstance(e, StageError), _is_out_of_memory, _is_worker_death)
-    for tells in telling:
+    most_telling_first = (lambda e: isinstance(e, StageError), _is_out_of_memory, _is_worker_death)
+    for is_telling in most_telling_first:
         for cause in causes:
-            if tells(cause):
+            if is_telling(cause):
                 return cause
     return causes[0] if causes else error
 
@@ -103,7 +103,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _death(error: BaseException) -> str:
-    """Where a worker died and why; Ray says so on later lines, after one that says nothing."""
+    """Where a worker died and why; Ray says so on later lines, its first line is generic."""
     lines = [line.strip() for line in str(error).strip().splitlines()]
     address = next((line.removeprefix("ip: ") for line in lines if line.startswith("ip: ")), "")
     reasons = [line.partition(". ")[0] for line in lines if " because " in line or "was terminated" in line]

@@ -2,7 +2,7 @@
 
 ATHANOR_LOG_FORMAT in the environment of Ray's processes is `text` (the default: a line for people, with
 `[run=... stage=... try=...]` at its end) or `json` (one object a line, tracebacks included, for Loki and Elastic).
-Airflow's task log shows text in either case, without the run, which it is in: operators.ray.logs sees to that.
+Airflow's task log shows text in either case, and leaves out the run that it belongs to, see operators.ray.logs.
 """
 
 import json
@@ -16,12 +16,12 @@ from stages.config.request import StageRequest
 
 FORMAT = "ATHANOR_LOG_FORMAT"
 _CONSOLE = "console"
-"""As Ray Train calls its own; there is one at a time."""
+"""Name of the handler, the same as Ray Train's, because there must be one at a time."""
 _TEXT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
 class Origin(logging.Filter):
-    """Writes onto every record where it comes from, so that other people's formatters find it there too."""
+    """Sets the origin as attributes of every record, so that formatters of other libraries can use it too."""
 
     def __init__(self, origin: dict[str, str | int]) -> None:
         super().__init__()
@@ -82,11 +82,11 @@ def log_for_request(request: StageRequest, *, rank: int | None = None) -> None:
 
 
 def _log(origin: dict[str, str | int]) -> None:
-    """Take the console over, also from Ray Train, which gives workers one of its own; its log files get the origin."""
+    """Replace every console handler, also the one that Ray Train gives its workers; its log files get the origin."""
     wanted = os.environ.get(FORMAT) or "text"
     if wanted not in ("text", "json"):
         raise ConfigError(
-            f"{FORMAT}={wanted!r} is no format of logs; allowed: text, json",
+            f"{FORMAT}={wanted!r} is not a log format; allowed: text, json",
             advice="Correct it in the environment of Ray's processes.",
         )
     root = logging.getLogger()

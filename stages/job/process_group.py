@@ -1,4 +1,4 @@
-"""Torch's process group of Ray Train's workers, over the network interface that Ray itself uses.
+"""The torch process group of Ray Train's workers, over the network interface that Ray itself uses.
 
 Surprising: gloo listens on the address that a machine's own name resolves to, and Debian's /etc/hosts makes that
 127.0.1.1. Workers on two such machines would each wait for the other on its own loopback.
@@ -23,7 +23,7 @@ class _Backend(_TorchBackend):
 
 
 class OverRaysInterface(TorchConfig):
-    """What to give a TorchTrainer as `torch_config`."""
+    """Pass it to a TorchTrainer as `torch_config`."""
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
@@ -31,7 +31,7 @@ class OverRaysInterface(TorchConfig):
 
 
 def choose_interface() -> None:
-    """Tell gloo which interface has this node's address in Ray, unless the user told it already. Runs in a worker."""
+    """Point gloo to the interface that has this node's address in Ray, unless the user chose one. Runs in a worker."""
     from ray.util import get_node_ip_address
 
     if GLOO_INTERFACE in os.environ:

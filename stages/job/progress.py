@@ -1,8 +1,8 @@
-"""How far a stage is and what it spent: a marked line in the job's log for Airflow, records in the store for all else.
+"""How far a stage is and what it spent: a marked line in the job's log for Airflow, records in the store for the rest.
 
-The job's process keeps `progress.json`, each training worker a `workers/<rank>.json`. They are written from a thread of
-their own, about once a second, so a slow store never slows the work, and carry on where an earlier attempt's ended: the
-cost of an attempt that was killed is not forgotten. Without progress for `stall_seconds` the watchdog ends the process.
+The job's process writes `progress.json`, each training worker a `workers/<rank>.json`. A thread writes them about once
+a second, so a slow store never slows the work. They continue the record of the previous attempt, so the cost of an
+attempt that was killed still counts. Without progress for `stall_seconds` the watchdog ends the process.
 """
 
 import json
@@ -24,7 +24,7 @@ JOB_RECORD = "progress.json"
 _WORKERS = "workers"
 _INTERVAL_SECONDS = 1.0
 _FOLLOWERS_INTERVAL_SECONDS = 15.0
-"""Of the workers other than the first, of whom only the cost is of interest."""
+"""Of workers other than the first, whose records are read for their cost only."""
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ def worker_record(rank: int) -> str:
 
 
 def read_progress(store: Store, run_id: str, stage: Stage) -> dict[str, Any]:
-    """Return the latest report of whoever does the work, the job or its first worker; empty before there is one."""
+    """Return the latest report of the process that does the work: the first worker, else the job; empty before there is
+    one."""
     for name in (worker_record(0), JOB_RECORD):
         key = run_key(run_id, stage, name)
         if store.exists(key) and "done" in (found := read_json(store, key)):
@@ -44,7 +45,7 @@ def read_progress(store: Store, run_id: str, stage: Stage) -> dict[str, Any]:
 
 
 class Progress:
-    """Call it with `done` and `total`; it rate-limits itself."""
+    """Call it with `done` and `total` as often as you like; it prints and writes at most once a second."""
 
     def __init__(
         self,
@@ -75,12 +76,11 @@ class Progress:
             self._thread.start()
 
     def begin(self) -> None:
-        """The work begins: what came before, imports and loading, moved nothing forward."""
+        """The work begins: the time before, imports and loading, does not count as productive."""
         self._advanced_at = time.monotonic()
 
     def __call__(self, done: float, total: float, unit: str = "step", **numbers: float | str) -> None:
-        """Report position; `rate`, `rate_unit` may be given, otherwise the rate of `unit` since the first call is
-        used."""
+        """Report the position; give `rate` and `rate_unit`, else the rate of `unit` since the first call is used."""
         self.watchdog.beat()
         now = time.monotonic()
         self._count(done, f"{unit} {numbers.get('phase', '')}".rstrip(), now)
@@ -109,19 +109,19 @@ class Progress:
         job = self._own_cost()
         records = self._store.list(run_key(self._run_id, self._stage, _WORKERS))
         workers = [Cost.model_validate(read_json(self._store, key)["cost"]) for key in records]
-        everyone = (job, *workers)
+        processes = (job, *workers)
         return job.model_copy(
             update={
-                "productive_seconds": round(sum(cost.productive_seconds for cost in everyone), 3),
-                "cpu_seconds": round(sum(cost.cpu_seconds for cost in everyone), 3),
-                "peak_memory_bytes": max(cost.peak_memory_bytes for cost in everyone),
+                "productive_seconds": round(sum(cost.productive_seconds for cost in processes), 3),
+                "cpu_seconds": round(sum(cost.cpu_seconds for cost in processes), 3),
+                "peak_memory_bytes": max(cost.peak_memory_bytes for cost in processes),
             }
         )
 
     def _count(self, done: float, phase: str, now: float) -> None:
-        """The time since the last report was productive when no attempt has been as far before."""
+        """The time since the last report was productive if no attempt has been this far before."""
         if done > self._reached.get(phase, 0.0):
-            self._reached = {**self._reached, phase: done}  # a new one, since the thread may be writing this one
+            self._reached = {**self._reached, phase: done}  # a copy, because the thread may be writing the old one
             self._productive += now - self._advanced_at
         self._advanced_at = now
 
@@ -135,7 +135,7 @@ class Progress:
                 self._before.cpu_seconds + usage.ru_utime + usage.ru_stime + children.ru_utime + children.ru_stime, 3
             ),
             gpu_seconds=round(self._before.gpu_seconds + wall * self._num_gpus, 3),
-            # Not the sum: a forked child counts its parent's pages as its own.
+            # The maximum, not the sum: a forked child counts its parent's pages as its own.
             peak_memory_bytes=max(self._before.peak_memory_bytes, usage.ru_maxrss * 1024, children.ru_maxrss * 1024),
             attempts=self._before.attempts + 1,
         )
@@ -149,7 +149,7 @@ class Progress:
         self._write()
 
     def _earlier_attempts(self) -> dict[str, Any]:
-        """The record as the process before this one left it."""
+        """The record as the previous attempt left it."""
         if not self._record or not self._store.exists(self._key):
             return {}
         return read_json(self._store, self._key)
@@ -160,7 +160,8 @@ class Progress:
         return run_key(self._run_id, self._stage, self._record)
 
     def _record_stall(self, silent: float) -> int:
-        """Leave the last words of a process that hangs, and return its exit code; the store may hang as well."""
+        """Write failure.json for a process that hangs and return its exit code. The store may hang as well, so the
+        write gets ten seconds in a thread of its own."""
         where = self._latest and f" after {self._latest['unit']} {self._latest['done']:g} of {self._latest['total']:g}"
         failure = Failure(
             category=Category.STALLED,
@@ -183,7 +184,7 @@ class Progress:
 
     def _write(self) -> None:
         try:
-            told = {**self._latest, "reached": self._reached, "cost": self._own_cost().model_dump()}
-            write_json(self._store, self._key, told)
-        except Exception as error:  # noqa: BLE001 - a courtesy: whatever the store's client raises, the work goes on
+            record = {**self._latest, "reached": self._reached, "cost": self._own_cost().model_dump()}
+            write_json(self._store, self._key, record)
+        except Exception as error:  # noqa: BLE001 - whatever the store's client raises, the work continues
             logger.warning("progress was not written: %s", error)

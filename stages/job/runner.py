@@ -1,4 +1,5 @@
-"""From a request to a published artifact: validate, identify outside data, look for a hit, run the verb, manifest last.
+"""From a request to a published artifact: validate, identify outside sources, look for a hit, run the verb, write the
+manifest last.
 
 Nothing heavy is imported before a verb is needed: a cache hit costs an interpreter start and two small reads.
 """
@@ -16,17 +17,27 @@ from stages.artifacts.lease import Fence, Owner, acquire
 from stages.artifacts.manifests import content_digest, find_intact, fingerprint, publish, upload_files, utc_now
 from stages.artifacts.store import Store, write_json
 from stages.config.base import Config
-from stages.config.errors import EXIT_CODES, ConfigError, ExitCode, StageError, without_logins
-from stages.config.graph import GRAPH, Stage
+from stages.config.curate import CurateConfig
+from stages.config.errors import EXIT_CODES, ConfigError, ExitCode, StageError
+from stages.config.graph import GRAPH
 from stages.config.pipeline import stage_config_from_json
-from stages.config.request import InputEntry, Manifest, StageRequest, StageResult
-from stages.job.attempt import flat_params, git_commit, run_tags, scratch_folder
+from stages.config.request import (
+    InputEntry,
+    Manifest,
+    Source,
+    SourceEntry,
+    SourceKind,
+    StageRequest,
+    StageResult,
+    digests_of,
+)
+from stages.job.attempt import git_commit, opened_context
 from stages.job.context import StageContext, StageOutcome
 from stages.job.failures import record_failure
 from stages.job.logs import log_for_request, log_for_uri
 from stages.job.progress import Progress, read_progress
 from stages.job.stopping import raise_stopped
-from stages.tracking.tracker import Tracker, record_hit
+from stages.tracking.tracker import record_hit
 
 logger = logging.getLogger("athanor")
 
@@ -47,7 +58,7 @@ def run_stage(config_uri: str) -> int:
         return EXIT_CODES[error.category]
     try:
         result = execute(request, store)
-    except BaseException as error:  # noqa: BLE001 - every failure becomes an exit code and a file, none is swallowed
+    except BaseException as error:  # noqa: BLE001 - every failure becomes an exit code and a file; none is swallowed
         return record_failure(store, request, error)
     write_json(store, run_key(request.run.run_id, request.stage, "result.json"), result.model_dump(mode="json"))
     logger.info("%s %s: %s", request.stage.value, "hit" if result.hit else "built", result.artifact.uri)
@@ -79,7 +90,9 @@ def execute(request: StageRequest, store: Store) -> StageResult:
     config = stage_config_from_json(request.stage, request.config)
     sources = identify_sources(request, config)
     kind = GRAPH[request.stage].kind
-    identity = fingerprint(request.stage, config, inputs=request.inputs, sources=sources)
+    identity = fingerprint(request.stage, config, inputs=request.inputs, sources=digests_of(sources))
+    # `acquire` waits while another run builds the artifact and returns None once it exists. It is then looked for
+    # again, because it may be damaged: `find_intact` discards it, and this process builds it.
     while True:
         manifest = find_intact(store, kind, identity)
         if manifest is not None:
@@ -92,34 +105,37 @@ def execute(request: StageRequest, store: Store) -> StageResult:
         if lease is not None:
             break
     with lease:
-        manifest = _build(request, config, store, sources=sources, identity=identity, fence=lease.fence)
-    ref = manifest.ref(artifact_uri(store, manifest.kind, identity))
-    wall_seconds = round(time.monotonic() - started, 3)
+        manifest = _build(request, store, sources=sources, identity=identity, fence=lease.fence)
     return StageResult(
         stage=request.stage,
         hit=False,
-        artifact=ref,
+        artifact=manifest.ref(artifact_uri(store, manifest.kind, identity)),
         metrics=manifest.metrics,
-        wall_seconds=wall_seconds,
+        wall_seconds=round(time.monotonic() - started, 3),
         cost=manifest.cost,
     )
 
 
-def identify_sources(request: StageRequest, config: Config) -> dict[str, str]:
-    """Digest outside data where it lies; cheap enough to run before every cache look-up."""
-    if not request.sources:
-        return {}
-    if request.stage is Stage.CURATE:
-        from stages.data.sources.readers import snapshot_source
+def identify_sources(request: StageRequest, config: Config) -> tuple[SourceEntry, ...]:
+    """Find the digest of each outside source where it lies; cheap enough to run before every cache look-up."""
+    return tuple(source.identified(_digest(source, config)) for source in request.sources)
 
-        return {uri: snapshot_source(uri, config) for uri in request.sources}  # type: ignore[arg-type]
-    from stages.models.given import snapshot_base_model
 
-    return {uri: snapshot_base_model(uri) for uri in request.sources}
+def _digest(source: Source, config: Config) -> str:
+    match source.kind:
+        case SourceKind.DATA:
+            from stages.data.sources.readers import snapshot_source
+
+            assert isinstance(config, CurateConfig)
+            return snapshot_source(source.uri, config)
+        case SourceKind.MODEL:
+            from stages.models.given import snapshot_base_model
+
+            return snapshot_base_model(source.uri)
 
 
 def _waiting(request: StageRequest, store: Store) -> Callable[[Owner, float], None]:
-    """Show the progress of whoever builds what we wait for, as if it were our own, and say whose it is."""
+    """Show the progress of the run that builds what we wait for as if it were our own, and name that run."""
     progress, shown_at = Progress(store, request.run.run_id, request.stage, record=None), -_WAITING_SHOWN_SECONDS
 
     def show(holder: Owner, seconds: float) -> None:
@@ -135,37 +151,20 @@ def _waiting(request: StageRequest, store: Store) -> Callable[[Owner, float], No
 
 
 def _build(
-    request: StageRequest, config: Config, store: Store, *, sources: dict[str, str], identity: str, fence: Fence
+    request: StageRequest, store: Store, *, sources: tuple[SourceEntry, ...], identity: str, fence: Fence
 ) -> Manifest:
     verb = importlib.import_module(f"stages.{request.stage.value}")
-    with scratch_folder() as work_dir:
-        execution = request.execution
-        gpus = execution.gpus_per_worker * max(execution.num_workers, 1)
-        progress = Progress(
-            store, request.run.run_id, request.stage, num_gpus=gpus, stall_seconds=execution.stall_seconds
-        )
-        tracker = Tracker(request, work_dir / "spool")
-        output_dir = work_dir / "output"
-        output_dir.mkdir()
-        context = StageContext(
-            request, config, identity, sources, store, work_dir, output_dir, tracker, progress, fence
-        )
-        try:
-            tracker.start(fingerprint=identity, params=flat_params(config), tags=run_tags(request))
-            outcome = verb.run(context)
-            context.check_lease()
-            manifest = _manifest(context, outcome)
-            run_id, model_id = tracker.finish(manifest, history=_history(store, manifest))
-            manifest = manifest.model_copy(update={"mlflow_run_id": run_id, "mlflow_model_id": model_id})
-            context.check_lease()
-            publish(store, manifest)
-        except BaseException as error:
-            tracker.fail(without_logins(f"{type(error).__name__}: {error}"))
-            raise
-        finally:
-            progress.close()
-        store.delete(f"checkpoints/{identity}")
-        return manifest
+    with opened_context(request, store, fingerprint=identity, sources=sources, fence=fence) as context:
+        outcome: StageOutcome = verb.run(context)
+        context.check_lease()
+        manifest = _manifest(context, outcome)
+        # The MLflow run ends before the manifest is written, because the manifest carries its ids.
+        run_id, model_id = context.tracker.finish(manifest, history=_history(store, manifest))
+        manifest = manifest.model_copy(update={"mlflow_run_id": run_id, "mlflow_model_id": model_id})
+        context.check_lease()
+        publish(store, manifest)
+    store.delete(f"checkpoints/{identity}")
+    return manifest
 
 
 def _manifest(context: StageContext, outcome: StageOutcome) -> Manifest:
@@ -201,7 +200,7 @@ def _manifest(context: StageContext, outcome: StageOutcome) -> Manifest:
 
 
 def _history(store: Store, manifest: Manifest) -> str:
-    """The metrics of every step; from the store, because a worker on another machine may have written them."""
+    """The metrics of every step, read from the store because a worker on another machine may have written them."""
     if not GRAPH[manifest.stage].trains or _HISTORY not in {entry.path for entry in manifest.files}:
         return ""
     return store.read_bytes(f"{artifact_key(manifest.kind, manifest.fingerprint)}/{_HISTORY}").decode()

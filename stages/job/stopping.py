@@ -1,8 +1,8 @@
-"""A job that is asked to end (SIGTERM) gets a moment to save: training looks at every step boundary.
+"""A job that is asked to end (SIGTERM) gets a moment to save: training checks at every step boundary.
 
-Surprising: only the main thread of a process sees signals. With Ray Train workers that is the job's own process, which
-does not train; Ray kills its workers without a word once it has ended. So it stays, and passes the word on through the
-object store: at a key beside its lease, where rank 0 looks.
+Surprising: with Ray Train workers the signal reaches the job's own process, which does not train, and Ray kills the
+workers without notice as soon as that process has ended. So the job stays and passes the request on through the object
+store: it writes a key next to its lease, which rank 0 polls.
 """
 
 import logging
@@ -19,13 +19,13 @@ from stages.config.errors import Category, StageError
 
 logger = logging.getLogger("athanor")
 
-_LAST_WORDS_SECONDS = 1.0
-"""For what comes after saving: failure.json, the end of the MLflow run, the release of the lease."""
-_LOOK_SECONDS = 0.5
+_CLEANUP_SECONDS = 1.0
+"""Reserved for what follows saving: failure.json, the end of the MLflow run, the release of the lease."""
+_POLL_SECONDS = 0.5
 
 
 class Stopped(StageError):
-    """The job was asked to stop (SIGTERM): preemption, or somebody stopped it."""
+    """The job was asked to stop (SIGTERM): preempted, or stopped by a user."""
 
     category = Category.PREEMPTED
 
@@ -34,20 +34,20 @@ def raise_stopped(signum: int, frame: FrameType | None) -> None:
     """The signal handler of a job that has nothing to save."""
     raise Stopped(
         "the job was asked to stop (SIGTERM)",
-        advice="If nobody stopped it on purpose, the retry resumes from the checkpoint.",
+        advice="Unless it was stopped on purpose, the retry resumes from the checkpoint.",
     )
 
 
 def grace_seconds() -> float:
-    """Time to save: Ray kills a job `RAY_JOB_STOP_WAIT_TIME_S` (3) seconds after SIGTERM, and it must end by itself
-    before that."""
-    return max(0.5, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S") or 3) - _LAST_WORDS_SECONDS)
+    """Time to save: Ray kills a job `RAY_JOB_STOP_WAIT_TIME_S` (default 3) seconds after SIGTERM, so the job must have
+    ended by then."""
+    return max(0.5, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S") or 3) - _CLEANUP_SECONDS)
 
 
 @contextmanager
 def postponing(notice: Callable[[], None]) -> Iterator[None]:
-    """Inside, SIGTERM calls `notice`; the process is stopped when the grace is over, or by a second SIGTERM, or here
-    at the end. For a main thread."""
+    """Inside, SIGTERM calls `notice`; Stopped is raised when the grace is over, at a second SIGTERM, or at the end of
+    the block. Main thread only: no other may install signal handlers."""
     asked = threading.Event()
     deadline = threading.Timer(grace_seconds(), os.kill, (os.getpid(), signal.SIGTERM))
     deadline.daemon = True
@@ -70,7 +70,8 @@ def postponing(notice: Callable[[], None]) -> Iterator[None]:
 
 
 class StopNotice:
-    """The word that a job passes on to its workers; a new attempt has a new lease, so an old word does not reach it."""
+    """The request to stop that a job passes on to its workers. A new attempt has a new lease, so it does not see old
+    requests."""
 
     def __init__(self, store: Store, fence: Fence) -> None:
         self._store, self._key = store, f"leases/{fence.fingerprint}/{fence.number}.stop"
@@ -80,7 +81,7 @@ class StopNotice:
 
     @contextmanager
     def watched(self, flag: threading.Event) -> Iterator[None]:
-        """Set `flag` as soon as the word is there."""
+        """Set `flag` as soon as the request is there."""
         ended = threading.Event()
         threading.Thread(target=self._watch, args=(flag, ended), name="stop-notice", daemon=True).start()
         try:
@@ -89,10 +90,10 @@ class StopNotice:
             ended.set()
 
     def _watch(self, flag: threading.Event, ended: threading.Event) -> None:
-        while not ended.wait(_LOOK_SECONDS):
+        while not ended.wait(_POLL_SECONDS):
             try:
                 if self._store.exists(self._key):
                     flag.set()
                     return
-            except Exception as error:  # noqa: BLE001 - whatever the store's client raises: the next look may succeed
-                logger.warning("no look at %s: %s", self._key, error)
+            except Exception as error:  # noqa: BLE001 - whatever the store's client raises: the next poll may succeed
+                logger.warning("%s could not be checked: %s", self._key, error)

@@ -1,4 +1,4 @@
-"""Ends a process that makes no progress any more, after it has written where all its threads stand into the log.
+"""Ends a process that makes no progress any more, after writing the stacks of all its threads into the log.
 
 A hang (a collective that waits for a dead rank, a store that never answers) sits in C code, where no exception
 reaches it: the watchdog therefore leaves by `os._exit`, and the retry resumes from the newest checkpoint.
@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 logger = logging.getLogger("athanor")
 
 _FLUSH_SECONDS = 3.0
-"""A worker's output reaches the job's log through Ray's log monitor, which needs a moment."""
+"""A worker's output reaches the job's log through Ray's log monitor, which lags behind."""
 
 
 class Watchdog:
-    """Call `beat` at every sign of progress; `on_stall` gets the seconds without one, then the process ends."""
+    """Call `beat` at every sign of progress; `on_stall` gets the seconds since the last one, then the process ends."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Not watched inside: somebody else (a worker, the wait for capacity) is in charge."""
+        """Not watched inside, where other code has its own limit: a worker, the wait for capacity."""
         self._paused += 1
         try:
             yield
@@ -74,7 +74,7 @@ class Watchdog:
 
 
 def dump_stacks() -> None:
-    """Write the stacks of all threads to the process's standard output, past everything that may be blocked."""
+    """Write the stacks of all threads straight to file descriptor 1, past Python's streams, which may be blocked."""
     with contextlib.suppress(ValueError, OSError):  # a closed stream must not keep a stalled process alive
         sys.stdout.flush()
     try:

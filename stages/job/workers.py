@@ -1,7 +1,7 @@
 """From a Ray job to Ray Train workers and back.
 
 With `num_workers=0` Ray Train runs the body in the job's own process, which saves three process starts on one machine.
-Otherwise rank 0 uploads what it wrote, because a worker's disk is not the job's; the job writes the manifest, last.
+Otherwise rank 0 uploads what it wrote, because its disk may not be the job's; the job writes the manifest, last.
 """
 
 import contextlib
@@ -15,17 +15,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from stages.artifacts.addresses import open_store
+from stages.artifacts.lease import Fence
 from stages.artifacts.manifests import upload_files
 from stages.config.errors import CapacityError
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import GRAPH
-from stages.config.request import FileEntry, StageRequest
+from stages.config.request import FileEntry, SourceEntry, StageRequest
+from stages.job.attempt import opened_context
 from stages.job.context import StageContext, StageOutcome
+from stages.job.logs import log_for_request
 from stages.job.stopping import StopNotice, postponing
 
 logger = logging.getLogger(__name__)
 
-_SAY_SECONDS = 30.0
+_SHORTAGE_LOG_SECONDS = 30.0
 _FIRST_WAIT_SECONDS = 5.0
 
 Body = Callable[[StageContext], StageOutcome]
@@ -49,7 +53,7 @@ def launch(context: StageContext, body: Body) -> StageOutcome:
         train_loop_config={
             "request": context.request.model_dump(mode="json"),
             "fingerprint": context.fingerprint,
-            "sources": context.sources,
+            "sources": [source.model_dump(mode="json") for source in context.sources],
             "fence": context.fence.model_dump() if context.fence else None,
             "body": f"{body.__module__}:{body.__name__}",
         },
@@ -65,14 +69,14 @@ def launch(context: StageContext, body: Body) -> StageOutcome:
             failure_config=FailureConfig(max_failures=0),
         ),
     )
-    with context.progress.watchdog.paused():  # the workers have watchdogs of their own
+    with context.progress.watchdog.paused():  # each worker has its own watchdog
         wait_for_capacity(execution, stage=context.request.stage.value)
         with _passing_on_stops(context):
             return _from_json(trainer.fit().return_value)
 
 
 def _passing_on_stops(context: StageContext) -> contextlib.AbstractContextManager[None]:
-    """On SIGTERM tell the workers, who save and end the training by failing with Stopped."""
+    """On SIGTERM tell the workers, which save and end the training by failing with Stopped."""
     if context.fence is None or threading.current_thread() is not threading.main_thread():
         return contextlib.nullcontext()
     return postponing(StopNotice(context.store, context.fence).give)
@@ -86,8 +90,8 @@ def resources_of_worker(execution: ExecutionConfig) -> dict[str, float]:
 def wait_for_capacity(execution: ExecutionConfig, *, stage: str, clock: Callable[[], float] = time.monotonic) -> None:
     """Return when the cluster has room for the fewest workers allowed; raise CapacityError after `capacity_seconds`.
 
-    A placement group asks for the room, so that an autoscaler sees the demand, and is given back to the trainer.
-    What no node could ever hold is waited for as well, because the node may be about to come.
+    The room is requested with a placement group, so that an autoscaler sees the demand; it is released again for the
+    trainer. A worker too large for every node is waited for as well, because an autoscaler may add a larger node.
     """
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
@@ -99,16 +103,16 @@ def wait_for_capacity(execution: ExecutionConfig, *, stage: str, clock: Callable
     try:
         while not group.wait(pause):
             waited = clock() - started
-            told = describe_shortage(execution, ray.cluster_resources(), ray.available_resources())
+            shortage = describe_shortage(execution, ray.cluster_resources(), ray.available_resources())
             if execution.capacity_seconds and waited >= execution.capacity_seconds:
                 raise CapacityError(
-                    f"no capacity for {waited:.0f} s: {told}.",
+                    f"no capacity for {waited:.0f} s: {shortage}.",
                     advice=f"Add nodes, wait for other jobs, lower execution.{stage}.num_workers, "
                     f"or raise execution.{stage}.capacity_seconds (now {execution.capacity_seconds:g}).",
                 )
-            logger.info("waiting for capacity: %s", told)
-            left = execution.capacity_seconds - waited if execution.capacity_seconds else _SAY_SECONDS
-            pause = max(0.1, min(_SAY_SECONDS, left))
+            logger.info("waiting for capacity: %s", shortage)
+            left = execution.capacity_seconds - waited if execution.capacity_seconds else _SHORTAGE_LOG_SECONDS
+            pause = max(0.1, min(_SHORTAGE_LOG_SECONDS, left))
     finally:
         remove_placement_group(group)
 
@@ -124,17 +128,22 @@ def describe_shortage(execution: ExecutionConfig, total: Mapping[str, float], fr
 
 
 def _on_worker(arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """Body of a worker process: rebuild the context, run, publish the files of rank 0."""
-    from stages.artifacts.lease import Fence
-    from stages.job.attempt import worker_context
-
+    """Body of a worker process: open a context, run, upload the files of rank 0."""
     request = StageRequest.model_validate(arguments["request"])
+    rank = int(os.environ.get("RANK", "0"))
+    log_for_request(request, rank=rank)
     module, _, name = arguments["body"].partition(":")
-    fence = Fence.model_validate(arguments["fence"]) if arguments["fence"] else None
-    with worker_context(request, arguments["fingerprint"], arguments["sources"], fence) as context:
-        logger.info("rank %s trains in process %d on %s", os.environ.get("RANK", "0"), os.getpid(), platform.node())
+    with opened_context(
+        request,
+        open_store(request.store_uri),
+        fingerprint=arguments["fingerprint"],
+        sources=tuple(SourceEntry.model_validate(source) for source in arguments["sources"]),
+        fence=Fence.model_validate(arguments["fence"]) if arguments["fence"] else None,
+        rank=rank,
+    ) as context:
+        logger.info("rank %d trains in process %d on %s", rank, os.getpid(), platform.node())
         outcome: StageOutcome = getattr(importlib.import_module(module), name)(context)
-        if os.environ.get("RANK", "0") != "0":
+        if rank:
             return None
         context.check_lease()
         kind = GRAPH[request.stage].kind

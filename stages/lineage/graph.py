@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from stages.artifacts.addresses import artifact_uri
-from stages.artifacts.manifests import MANIFEST, read_manifest
+from stages.artifacts.manifests import MANIFEST, load_manifest, read_manifest
 from stages.artifacts.store import Store
 from stages.config.errors import ConfigError
 from stages.config.graph import Stage
 from stages.config.pipeline import BASE_MODEL
-from stages.config.request import Manifest
+from stages.config.request import Manifest, SourceKind
 
 SOURCE_KIND = "raw data"
 GIVEN_KIND = "given model"
@@ -105,7 +105,7 @@ def descendants(store: Store, target: str) -> Graph:
 def all_manifests(store: Store) -> list[Manifest]:
     """Read every manifest of the store; other objects under artifacts/ are unfinished and do not count."""
     keys = [key for key in store.list("artifacts") if key.endswith(f"/{MANIFEST}") and key.count("/") == 3]
-    return [Manifest.model_validate_json(store.read_bytes(key)) for key in keys]
+    return [load_manifest(store, key.removesuffix(f"/{MANIFEST}")) for key in keys]
 
 
 def _names(node: Node, target: str) -> bool:
@@ -151,11 +151,11 @@ class _GraphBuilder:
         )
         for entry in manifest.inputs:
             self.edges[Edge(entry.fingerprint, manifest.fingerprint, entry.role)] = None
-        kind = SOURCE_KIND if manifest.stage is Stage.CURATE else GIVEN_KIND
-        for source, digest in manifest.sources.items():
-            node = Node(id=f"{kind} {source} {digest}", kind=kind, uri=source, digest=digest)
+        for source in manifest.sources:
+            kind = GIVEN_KIND if source.kind is SourceKind.MODEL else SOURCE_KIND
+            node = Node(id=f"{kind} {source.uri} {source.digest}", kind=kind, uri=source.uri, digest=source.digest)
             self.nodes[node.id] = node
-            self.edges[Edge(node.id, manifest.fingerprint, "source")] = None
+            self.edges[Edge(node.id, manifest.fingerprint, source.role)] = None
 
     def reachable(self, roots: Iterable[str]) -> set[str]:
         """Ids of the roots and everything below them."""

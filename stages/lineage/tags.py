@@ -1,10 +1,10 @@
 """The lineage tags that every MLflow run, model and model version carries, copied from the manifest."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from stages.config.graph import GRAPH, Stage
-from stages.config.request import ArtifactRef, InputEntry, Manifest
+from stages.config.request import ArtifactRef, InputEntry, Manifest, SourceEntry, SourceKind
 
 DATASET_KINDS = frozenset({"curated", "tokens", "evaluation"})
 """Kinds that MLflow shows as datasets; the other inputs of a stage are models or records."""
@@ -19,7 +19,7 @@ def lineage_tags(manifest: Manifest, uri: str) -> dict[str, str]:
     `lineage.parent.<role>` is the fingerprint of an input model, `lineage.dataset.<role>` the digest of input data.
     """
     tags = {
-        **input_tags({entry.role: entry for entry in manifest.inputs}, manifest.sources, stage=manifest.stage),
+        **input_tags({entry.role: entry for entry in manifest.inputs}, manifest.sources),
         "lineage.stage": manifest.stage.value,
         "lineage.kind": manifest.kind,
         "lineage.fingerprint": manifest.fingerprint,
@@ -31,9 +31,7 @@ def lineage_tags(manifest: Manifest, uri: str) -> dict[str, str]:
     return {key: value for key, value in tags.items() if value}
 
 
-def input_tags(
-    inputs: Mapping[str, InputEntry | ArtifactRef], sources: Mapping[str, str], *, stage: Stage
-) -> dict[str, str]:
+def input_tags(inputs: Mapping[str, InputEntry | ArtifactRef], sources: Iterable[SourceEntry]) -> dict[str, str]:
     """Return the tags for the edges into a stage."""
     tags: dict[str, str] = {}
     for role, entry in inputs.items():
@@ -41,9 +39,9 @@ def input_tags(
             tags[f"lineage.dataset.{role}"] = entry.digest
         else:
             tags[f"lineage.parent.{role}"] = entry.fingerprint
-    relation = "dataset" if stage is Stage.CURATE else "parent"
-    for uri, digest in sources.items():
-        tags[f"lineage.{relation}.source.{slug(uri)}"] = digest
+    for source in sources:
+        relation = "parent" if source.kind is SourceKind.MODEL else "dataset"
+        tags[f"lineage.{relation}.source.{slug(source.uri)}"] = source.digest
     return tags
 
 

@@ -80,7 +80,7 @@ class MlflowSession:
         request, self._fingerprint = self._request, fingerprint
         self.experiment_id = find_or_create_experiment(self._client, request.run.experiment)
         self.parent_run_id = request.run.parent_run_id or self._find_or_create_parent(time_ms)
-        edges = input_tags(request.inputs, {}, stage=request.stage)
+        edges = input_tags(request.inputs, ())
         identity = {"lineage.stage": request.stage.value, "lineage.fingerprint": fingerprint}
         all_tags = clean_tags({**edges, **tags, **identity, "athanor.run_id": request.run.run_id})
         if commit := tags.get("git.commit"):
@@ -218,7 +218,8 @@ class MlflowSession:
     def _log_source_inputs(self, run_id: str, manifest: Manifest) -> None:
         if manifest.sources:
             datasets = [
-                dataset_input(slug(uri), uri, digest, context="source") for uri, digest in manifest.sources.items()
+                dataset_input(slug(source.uri), source.uri, source.digest, context="source")
+                for source in manifest.sources
             ]
             self._client.log_inputs(run_id, datasets=datasets, models=[])
 

@@ -267,7 +267,7 @@ def test_cleared_while_running(rows: dict[str, Suffered]):
 def test_somebody_stops_the_job_in_ray(rows: dict[str, Suffered]):
     row, _ = rows["stopped in Ray"].result()
     assert row.statuses() == ["STOPPED"]
-    assert "was stopped by somebody" in row.task_log()
+    assert "was stopped on the Ray side" in row.task_log()
     note(row, "job stopped by somebody in Ray", jobs=1, state="failed")
 
 

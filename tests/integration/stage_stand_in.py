@@ -20,7 +20,7 @@ from stages.artifacts.store import Store, write_json
 from stages.config.errors import EXIT_CODES, Category
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import stage_config_from_json
-from stages.config.request import Cost, Failure, InputEntry, Manifest, StageRequest, StageResult
+from stages.config.request import Cost, Failure, InputEntry, Manifest, StageRequest, StageResult, digests_of
 from stages.job.runner import load_request
 from tests.pipeline_records import EVALUATION, SAMPLES
 
@@ -28,8 +28,8 @@ from tests.pipeline_records import EVALUATION, SAMPLES
 def build(request: StageRequest, store: Store) -> None:
     """Publish an artifact of small files, and the result."""
     config, spec = stage_config_from_json(request.stage, request.config), GRAPH[request.stage]
-    sources = dict.fromkeys(request.sources, "digest")
-    identity = fingerprint(request.stage, config, inputs=request.inputs, sources=sources)
+    sources = tuple(source.identified("digest") for source in request.sources)
+    identity = fingerprint(request.stage, config, inputs=request.inputs, sources=digests_of(sources))
     folder = Path(tempfile.mkdtemp())
     for name, text in content(request, identity).items():
         (folder / name).write_text(text)

@@ -32,6 +32,7 @@ from stages.tracking.spool import SPOOL_NAME
 from stages.tracking.tracker import Tracker, record_hit
 from tests.pipeline_records import (
     EVALUATION,
+    RAW_DATA,
     RAW_DIGEST,
     ROLE_OF,
     context_for,
@@ -81,7 +82,7 @@ class Tracked:
         if history:
             (folder / "history.jsonl").write_text(history)
         if stage is Stage.CURATE:
-            fields["sources"] = {"installed-docs": RAW_DIGEST}
+            fields["sources"] = (RAW_DATA,)
         inputs = refs_for(stage, self.made)
         scratch = open_store((self.root / "unpublished").as_uri())
         _, manifest = publish_artifact(scratch, stage, inputs, folder, salt=salt, **fields)

@@ -39,7 +39,7 @@ from operators.ray.hook import RayJobHook
 from operators.ray.jobs import JobStatus, RayUnreachableError
 from operators.ray.ownership import OwnedJob, airflow_id
 from operators.ray.submission import STATE_KEY, TaskKey
-from operators.ray.trigger import RayJobTrigger
+from operators.trigger import RayJobTrigger
 from stages.artifacts.addresses import open_store, run_key
 from stages.artifacts.store import Store, read_json
 from stages.config.graph import Stage
@@ -121,7 +121,7 @@ class World:
     def event(self, deferred: TaskDeferred) -> dict[str, Any]:
         """Run the trigger the way a triggerer does: rebuilt from its serialised form."""
         path, arguments = deferred.trigger.serialize()
-        assert path == "operators.ray.trigger.RayJobTrigger"
+        assert path == "operators.trigger.RayJobTrigger"
         trigger = RayJobTrigger(**json.loads(json.dumps(arguments)))
 
         async def first() -> dict[str, Any]:
@@ -316,7 +316,8 @@ def test_each_way_to_fail_ends_in_its_category(world: World, behaviour: str, exc
         assert caught.value.max_retries == 2
 
 
-def test_out_of_memory_halves_the_micro_batch_until_it_is_one(world: World, capsys):
+def test_out_of_memory_halves_the_micro_batch_until_it_is_one(world: World, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", "operators.dispatch")
     world.configure(overrides={"execution.tokenize.micro_batch_size": 3})
 
     def fail(try_number: int) -> tuple[int, type[StageFailed]]:
@@ -328,7 +329,7 @@ def test_out_of_memory_halves_the_micro_batch_until_it_is_one(world: World, caps
     assert fail(1) == (3, StageOutOfMemory)
     assert fail(2) == (1, StageOutOfMemoryForGood)
     assert not StageOutOfMemoryForGood.retryable
-    assert "micro_batch_size is 1 instead of 3; results do not change" in capsys.readouterr().out
+    assert "micro_batch_size is 1 instead of 3; results do not change" in caplog.text
 
 
 def test_a_stalled_job_is_told_by_its_category(world: World):
@@ -425,7 +426,7 @@ def test_an_attempt_that_attached_just_before_the_stop_starts_anew_by_itself(wor
 def test_a_job_that_somebody_stops_in_ray_fails_for_good(world: World, hook: RayJobHook):
     deferred = world.start("succeed:60")
     hook.stop_job(running_id(world, hook))
-    with pytest.raises(StageStopped, match="was stopped by somebody"):
+    with pytest.raises(StageStopped, match="was stopped on the Ray side"):
         world.finish(deferred)
 
 
@@ -506,7 +507,7 @@ def test_the_deferral_timeout_leaves_the_job_when_it_must_not_be_cancelled(world
     settings = {"timeout": timedelta(minutes=1), "cancel_on_kill": False}
     world.start("succeed:4", **settings)
     submission_id = running_id(world, hook)
-    with pytest.raises(StageTimedOut, match="lets its job go on"):
+    with pytest.raises(StageTimedOut, match="its job continues"):
         world.operator("succeed:4", **settings).resume_execution(
             TRIGGER_FAIL_REPR, {"error": "Trigger timeout"}, world.context()
         )

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from operators.operator import StageOperator
+from operators.dispatch import job_command
+from operators.operator import ENTRYPOINT
 from stages.artifacts.addresses import open_store
 from stages.artifacts.folder import FileStore
 from stages.artifacts.manifests import fetch, read_manifest, upload_files
 from stages.artifacts.s3 import S3Store
 from stages.artifacts.store import Store
 from stages.config.errors import ConfigError, DamagedArtifactError
-from stages.config.graph import Stage
 from stages.config.request import FileEntry, safe_run_id
 from stages.config.resolve import resolve
 from stages.job.attempt import scratch_folder
@@ -75,10 +75,10 @@ def tampered(store: FileStore, uri: str, **changes: Any) -> None:
         ({"files": [{"path": "/etc/cron.d/job", "size": 1, "sha256": "0" * 64}]}, "leaves the artifact"),
         ({"files": [{"path": "../../x", "size": 1, "sha256": "0" * 64}]}, "leaves the artifact"),
         ({"files": [{"path": "a\\..\\b", "size": 1, "sha256": "0" * 64}]}, "leaves the artifact"),
-        ({"kind": "/etc"}, "no name of a folder"),
-        ({"kind": "../.."}, "no name of a folder"),
-        ({"digest": "/root"}, "no name of a folder"),
-        ({"fingerprint": ".."}, "no name of a folder"),
+        ({"kind": "/etc"}, "not a folder name"),
+        ({"kind": "../.."}, "not a folder name"),
+        ({"digest": "/root"}, "not a folder name"),
+        ({"fingerprint": ".."}, "not a folder name"),
     ],
 )
 def test_a_manifest_cannot_write_outside_the_cache(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
@@ -163,5 +163,5 @@ def test_a_store_uri_is_one_word_of_the_jobs_command(root: str, tmp_path: Path) 
     import shlex
 
     uri = f"{root}/runs/r/sft/config.json"
-    command = StageOperator(task_id="sft", stage=Stage.SFT)._command(uri)
+    command = job_command(ENTRYPOINT, uri)
     assert shlex.split(command)[-4:] == ["python", "-m", "stages", uri]

@@ -146,7 +146,7 @@ def test_an_mlflow_that_knows_nothing_of_this_store_is_not_believed(two_runs) ->
 def test_a_manifest_that_cannot_be_read_stops_everything(two_runs) -> None:
     store, first, _ = two_runs
     store.write_bytes(f"{key_of(first[Stage.SFT])}/manifest.json", b"{}")
-    with pytest.raises(DataError, match=f"{first[Stage.SFT].fingerprint}/manifest.json cannot be read"):
+    with pytest.raises(DataError, match=f"{first[Stage.SFT].fingerprint}/manifest.json is not a valid manifest"):
         find(store, nobody, POLICY)
 
 

@@ -6,6 +6,7 @@ from pydantic import ValidationError
 from stages.config.errors import ConfigError
 from stages.config.graph import GRAPH, PIPELINE_STAGES, Alignment, Stage, selected_stages
 from stages.config.recipes import RECIPES
+from stages.config.request import SourceKind
 from stages.config.resolve import resolve
 
 
@@ -35,7 +36,8 @@ def test_the_form_reaches_its_fields() -> None:
     assert config.sft.optimizer.learning_rate == 0.5
     assert config.execution.sft.micro_batch_size == 2
     assert config.tokenize.base_model == "/models/x"
-    assert config.stage_sources(Stage.SFT) == ("/models/x",)
+    (source,) = config.stage_sources(Stage.SFT)
+    assert (source.role, source.kind, source.uri) == ("base_model", SourceKind.MODEL, "/models/x")
 
 
 def test_a_stage_can_have_its_own_seed() -> None:
@@ -186,7 +188,7 @@ def test_weights_behind_sources_go_to_the_stages_that_train_on_them() -> None:
         for lines in (given["instructions"], ["s3://b/math#format=alpaca", "s3://b/chat"])
     )
     assert config.curate.instructions == ("s3://b/math#format=alpaca", "s3://b/chat")
-    assert config.curate.outside_sources[1:] == ("s3://b/math", "s3://b/chat", "/p")
+    assert list(config.curate.outside_sources)[1:] == ["s3://b/math", "s3://b/chat", "/p"]
     assert [(entry.source, entry.weight) for entry in config.sft.mixture] == [("s3://b/math", 0.3)]
     assert [entry.source for entry in config.dpo.mixture] == [entry.source for entry in config.reward.mixture] == ["/p"]
     assert config.curate == same.curate
@@ -221,4 +223,4 @@ def test_what_is_wrong_with_a_source_is_said(values: dict[str, object], said: st
 
 def test_other_signs_in_names_are_no_options() -> None:
     config = resolve({"recipe": "tiny", "instructions": ["/data/c#.jsonl", "/data/a#1/b=2.jsonl"]})
-    assert config.curate.outside_sources[1:] == ("/data/c#.jsonl", "/data/a#1/b=2.jsonl")
+    assert list(config.curate.outside_sources)[1:] == ["/data/c#.jsonl", "/data/a#1/b=2.jsonl"]

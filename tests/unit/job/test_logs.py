@@ -152,4 +152,4 @@ def test_a_job_whose_request_cannot_be_read_says_of_which_run_it_is(tmp_path: Pa
 def test_an_unknown_format_is_named(tmp_path: Path) -> None:
     done = run_stages(f"{tmp_path.as_uri()}/runs/monday/sft/config.json", ATHANOR_LOG_FORMAT="xml")
     assert done.returncode == 2
-    assert "ATHANOR_LOG_FORMAT='xml' is no format of logs; allowed: text, json" in done.stderr
+    assert "ATHANOR_LOG_FORMAT='xml' is not a log format; allowed: text, json" in done.stderr

@@ -13,7 +13,7 @@ HANGS = """
 import sys, time
 from stages.config.graph import Stage
 from stages.job.progress import Progress
-from stages.artifacts.store import open_store
+from stages.artifacts.addresses import open_store
 
 def the_function_that_hangs():
     time.sleep(60)

@@ -44,7 +44,7 @@ def test_data_and_judge_may_be_others(house: House):
 def test_somebody_elses_model_is_left_to_the_job(house: House):
     config = evaluation_config(EvaluationParams(model="/models/llama", data=house.tokens.uri, recipe="tiny"))
     request = build_request(Stage.EVALUATE, run=RUN, store=house.store, config=config, upstream={})
-    assert (request.sources, request.inputs) == (("/models/llama",), {"tokens": house.tokens})
+    assert (request.source_uris, request.inputs) == (("/models/llama",), {"tokens": house.tokens})
 
 
 def test_a_model_that_only_the_graph_knows_is_measured_beside_its_reference(house: House, monkeypatch):

@@ -126,7 +126,7 @@ def test_without_further_pretraining_the_base_model_takes_its_place(house: House
 def test_a_folder_of_somebody_elses_stays_with_the_job(house: House):
     config = resolve({"recipe": "tiny", "base_model": "/models/llama", "continue_pretraining": True})
     config = config.with_given(given_artifacts(config))
-    assert {stage for stage in Stage if "/models/llama" in config.stage_sources(stage)} == {
+    assert {stage for stage in Stage if "/models/llama" in [source.uri for source in config.stage_sources(stage)]} == {
         Stage.TOKENIZE,
         Stage.PRETRAIN,
     }

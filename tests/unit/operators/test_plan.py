@@ -19,7 +19,7 @@ from stages.artifacts.store import Store, write_json
 from stages.config.errors import Category
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import PipelineConfig, stage_config_from_json
-from stages.config.request import ArtifactRef, Cost, InputEntry, Manifest, RunInfo
+from stages.config.request import ArtifactRef, Cost, InputEntry, Manifest, RunInfo, digests_of
 from stages.config.resolve import resolve
 from tests.unit.operators.test_run import Task
 
@@ -44,9 +44,10 @@ def build(store: Store, config: PipelineConfig, tmp_path: Path, *, until: Stage 
             continue
         upstream = {needed: refs[needed] for needed in input_stages(stage, config).values()}
         request = build_request(stage, run=RUN, store=store, config=config, upstream=upstream)
-        sources = dict.fromkeys(request.sources, source)
+        sources = tuple(given.identified(source) for given in request.sources)
         stage_config = stage_config_from_json(stage, request.config)
-        identity, kind = fingerprint(stage, stage_config, inputs=request.inputs, sources=sources), GRAPH[stage].kind
+        identity = fingerprint(stage, stage_config, inputs=request.inputs, sources=digests_of(sources))
+        kind = GRAPH[stage].kind
         if store.exists(f"artifacts/{kind}/{identity}/manifest.json"):
             hits.add(stage)
         files = upload_files(store, folder, kind=kind, fingerprint=identity)
@@ -180,7 +181,7 @@ def test_a_manifest_that_cannot_be_read_is_named_and_passed_over(
     build(store, CONFIG, tmp_path)
     store.write_bytes("artifacts/curated/bad/manifest.json", b"{}")
     assert set(verdicts(store).values()) == {Verdict.HIT_IF_UNCHANGED}
-    assert "artifacts/curated/bad/manifest.json cannot be read" in caplog.text
+    assert "artifacts/curated/bad/manifest.json is not a valid manifest" in caplog.text
 
 
 def test_the_page_and_the_log_hold_every_stage_its_reason_and_the_total(store: Store, tmp_path: Path):

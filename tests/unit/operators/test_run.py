@@ -138,7 +138,7 @@ def test_inputs_are_those_that_the_run_produces(tmp_path: Path):
     request = build_request(
         Stage.SFT, run=RUN, store=store, config=given, upstream={Stage.TOKENIZE: ref(Stage.TOKENIZE)}
     )
-    assert (list(request.inputs), request.sources) == (["tokens"], ("/models/x",))
+    assert (list(request.inputs), request.source_uris) == (["tokens"], ("/models/x",))
     scratch = resolve({"recipe": "tiny", "alignment": "dpo"})
     assert set(input_stages(Stage.EVALUATE, scratch)) == {"curated", "tokens", "base", "sft", "reward", "dpo"}
 

@@ -56,7 +56,7 @@ def test_a_worker_uploads_while_its_job_holds_the_lease_and_not_after(tmp_path: 
     arguments = {
         "request": request.model_dump(mode="json"),
         "fingerprint": IDENTITY,
-        "sources": {},
+        "sources": [],
         "fence": lease.fence.model_dump(),
         "body": f"{__name__}:write_a_model",
     }

@@ -8,7 +8,7 @@ import pytest
 
 from operators.ray.hook import RayJobHook
 from operators.ray.ownership import GENERATION, OwnedJob, airflow_id, job_metadata
-from operators.ray.reaper import ALIVE, Reaped, as_table, inspect, reap
+from operators.reaper import ALIVE, Reaped, as_table, inspect, reap
 from tests.ray_stand_in import Job, StandInRay
 
 ME = "this-airflow"

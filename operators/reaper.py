@@ -1,8 +1,9 @@
-"""Stops Ray jobs whose Airflow task is no longer alive, for what nobody was there to stop.
+"""Stops orphans: Ray jobs whose Airflow task is no longer alive.
 
-The operator and its trigger stop a job when its task is killed. What is left: a task killed while no triggerer ran, a
-run that was deleted, an attempt that gave up while Ray was away. A job is stopped only when two looks, a grace period
-apart, agree; jobs of other Airflows, of live tasks, and those with `cancel_on_kill=False` are never touched.
+The operator and its trigger stop a job when its task is killed. Orphans remain when a task is killed while no triggerer
+runs, when a run is deleted, or when an attempt gives up because Ray is away. A job is stopped only if two checks, a
+grace period apart, agree. Jobs of other Airflows, of live tasks, and those with `cancel_on_kill=False` are never
+touched.
 """
 
 import logging
@@ -19,7 +20,7 @@ from operators.ray.ownership import OwnedJob, airflow_id
 
 logger = logging.getLogger(__name__)
 
-# Airflow's states of a task instance that runs, or will by itself; whatever is not among them has no use for a job.
+# Airflow's states of a task instance that runs, or will run by itself; in any other state it has no use for a job.
 ALIVE = frozenset(
     {"scheduled", "queued", "running", "deferred", "restarting", "up_for_retry", "up_for_reschedule", "awaiting_input"}
 )
@@ -83,12 +84,12 @@ def _judge(owned: OwnedJob, newest: int, tasks: Mapping[str, Any]) -> Finding:
 def reap(
     hook: RayJobHook, *, airflow: str, states: States, grace_seconds: float, sleep: Callable[[float], None] = time.sleep
 ) -> Reaped:
-    """Stop the orphans that are orphans in two looks `grace_seconds` apart; raise when one is left at the end."""
+    """Stop jobs that are orphans in two checks `grace_seconds` apart; raise when one is left at the end."""
     findings = inspect(hook.list_jobs(), airflow=airflow, states=states)
     suspects = {finding.submission_id for finding in findings if finding.reason}
     logger.info("%s", as_table(findings))
     if suspects:
-        logger.info("Looking again after %.0f s of grace.", grace_seconds)
+        logger.info("Checking again after %.0f s of grace.", grace_seconds)
         sleep(grace_seconds)
         findings = inspect(hook.list_jobs(), airflow=airflow, states=states)
     orphans = [finding for finding in findings if finding.reason and finding.submission_id in suspects]
@@ -133,7 +134,7 @@ def as_table(findings: Iterable[Finding]) -> str:
 
 
 def reap_orphans(context: Any, *, ray_conn_id: str = DEFAULT_CONN_ID, grace_seconds: float = 60.0) -> dict[str, Any]:
-    """The task of the DAG: one visit, its result small enough for XCom."""
+    """The DAG's task: one visit; its result is small enough for XCom."""
     ti = context["ti"]
 
     def states(dag_id: str, run_ids: list[str]) -> Mapping[str, Mapping[str, Any]]:
