@@ -15,6 +15,7 @@ import pytest
 from stages import curate
 from stages.config.curate import CurateConfig
 from stages.config.errors import ConfigError, DataError
+from stages.config.execution import ExecutionConfig
 from stages.data.pairs.build import fair_shares
 from stages.job.context import StageOutcome
 from tests.places import SHARED
@@ -30,7 +31,7 @@ def _run(
     output.mkdir()
     context = SimpleNamespace(
         config=CurateConfig.model_validate(settings),
-        execution=SimpleNamespace(cpus_per_worker=workers),
+        execution=ExecutionConfig(cpus_per_worker=workers),
         work_dir=work,
         output_dir=output,
         inputs={"previous": SimpleNamespace(fingerprint="earlier")} if previous else {},
