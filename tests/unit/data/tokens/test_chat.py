@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from stages.config.errors import ConfigError
 from stages.data.pairs.turns import Unusable
 from stages.data.tokens.chat import CHAT_TEMPLATE, ChatEncoder
-from stages.data.tokens.tokenizer import _PLAIN_TEMPLATE
+from stages.data.tokens.tokenizer import PLAIN_TEMPLATE
 
 SPECIAL = ["<|bos|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
 BOS, END, PAD, SYSTEM, USER, ASSISTANT = range(6)
@@ -85,7 +85,7 @@ def test_plain_apply_chat_template_gives_the_same_ids(tokenizer: Tokenizer) -> N
 
 
 def test_a_plain_words_template_trains_the_answer_and_its_end(tokenizer: Tokenizer) -> None:
-    encoded = encoder(tokenizer, _PLAIN_TEMPLATE).encode(turns("what?", "it sorts"))
+    encoded = encoder(tokenizer, PLAIN_TEMPLATE).encode(turns("what?", "it sorts"))
     assert trained_text(tokenizer, encoded) == " it sorts<|end|>"
 
 
