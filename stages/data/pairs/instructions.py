@@ -5,7 +5,15 @@ from typing import Any
 
 from stages.config.sources import InstructionFormat
 from stages.data.pairs.trees import nested_conversation
-from stages.data.pairs.turns import Conversation, Message, Unusable, checked, plain_text, read_turns, with_system
+from stages.data.pairs.turns import (
+    Conversation,
+    Message,
+    Unusable,
+    as_conversation,
+    plain_text,
+    read_turns,
+    with_system,
+)
 
 _QUESTIONS, _ANSWERS = ("prompt", "question"), ("response", "completion", "answer", "output")
 _CONTEXTS = ("input", "context")
@@ -70,7 +78,7 @@ def to_conversation(shape: InstructionFormat, values: Mapping[str, Any]) -> Conv
             return nested_conversation(values)
         case InstructionFormat.OASST:
             raise AssertionError("messages of trees are joined by stages.data.pairs.trees.conversations_of")
-    return checked(with_system(messages, values))
+    return as_conversation(with_system(messages, values))
 
 
 def _first(values: Mapping[str, Any], *names: str) -> Any:

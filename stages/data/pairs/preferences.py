@@ -6,7 +6,7 @@ from itertools import combinations
 from typing import Any, TypeGuard
 
 from stages.config.sources import PreferenceFormat
-from stages.data.pairs.turns import Message, Unusable, checked, plain_text, read_turns, with_system
+from stages.data.pairs.turns import Message, Unusable, as_conversation, plain_text, read_turns, with_system
 
 _PROMPTS = ("prompt", "instruction", "question")
 _RESPONSES = ("responses", "completions", "answers")
@@ -137,7 +137,7 @@ def _paired(prompt: Sequence[Message], chosen: str, rejected: str) -> Preference
     if chosen == rejected:
         return "equal_sides"
     try:
-        whole = checked([*prompt, {"role": "assistant", "content": chosen}])
+        whole = as_conversation([*prompt, {"role": "assistant", "content": chosen}])
     except Unusable as error:
         return error.reason
     return Preference(whole.messages[:-1], chosen, rejected)

@@ -89,7 +89,7 @@ def with_system(messages: list[Message], values: Mapping[str, Any]) -> list[Mess
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def checked(messages: Sequence[Message]) -> Conversation:
+def as_conversation(messages: Sequence[Message]) -> Conversation:
     """The conversation, without a blank system message and without a last question that nobody answered.
 
     Raises Unusable with the rule that it breaks.
