@@ -70,10 +70,10 @@ def run(context: StageContext) -> StageOutcome:
 def _tokenizer(config: TokenizeConfig, curated: Path, context: StageContext) -> LoadedTokenizer:
     if context.has_base_model:
         return given_tokenizer(context.base_model_dir(), chat_template=config.chat_template)
-    return train_tokenizer(_evenly(curated, config.bpe_train_bytes), config)
+    return train_tokenizer(evenly(curated, config.bpe_train_bytes), config)
 
 
-def _evenly(curated: Path, max_bytes: int) -> Iterator[str]:
+def evenly(curated: Path, max_bytes: int) -> Iterator[str]:
     """Take every n-th training document so that about `max_bytes` are spread over the whole corpus.
 
     The ledger says how much there is; the documents are read once, and only those that are taken are decoded.

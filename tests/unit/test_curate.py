@@ -16,11 +16,16 @@ from stages import curate
 from stages.config.curate import CurateConfig
 from stages.config.errors import ConfigError, DataError
 from stages.config.execution import ExecutionConfig
+from stages.data.curation import acts
+from stages.data.curation.findings import Curation
+from stages.data.curation.pool import Pool
+from stages.data.curation.workbench import Workbench
 from stages.data.pairs.build import fair_shares
 from stages.job.context import StageOutcome
 from tests.places import SHARED
 
 DATA = SHARED / "data"
+_PLAIN: dict[str, Any] = {"planted": 0, "toxicity": "none", "instructions": (), "preferences": ()}
 _TINY = {"packages": ("click", "jinja2"), "heldout_packages": ("click",), "planted": 2}
 
 
@@ -168,8 +173,7 @@ def test_max_bytes_caps_what_goes_into_the_filters(tmp_path: Path) -> None:
 
 def _given(tmp_path: Path, documents: list[dict[str, Any]], **settings: Any) -> tuple[StageOutcome, Path]:
     source = _write_jsonl(tmp_path / "documents.jsonl", documents)
-    plain = {"planted": 0, "toxicity": "none", "instructions": (), "preferences": ()}
-    return _run(tmp_path, documents=(source,), **{**plain, **settings})
+    return _run(tmp_path, documents=(source,), **{**_PLAIN, **settings})
 
 
 def test_held_out_text_has_no_copy_in_training(tmp_path: Path) -> None:
@@ -244,6 +248,20 @@ def test_given_rows_of_which_none_is_left_are_an_error(tmp_path: Path) -> None:
         _given(tmp_path, [{"text": _prose(number)} for number in range(5)], instructions=(source,))
 
 
+def test_published_files_that_do_not_hold_what_the_ledger_says_fail_the_stage(tmp_path: Path) -> None:
+    source = _write_jsonl(tmp_path / "documents.jsonl", [{"text": _prose(number)} for number in range(10)])
+    config = CurateConfig(documents=(source,), heldout_fraction=0.0, **_PLAIN)
+    curation = Curation(Workbench(config, tmp_path / "work", tmp_path / "out"), Pool(None), lambda *_, **__: None)
+    for act in (acts.recall, acts.read, acts.mark, acts.filter_documents, acts.finish):
+        act(curation)
+    acts.verify(curation)
+    assert curation.published["train"].documents == 10
+    name = curation.bench.published_documents("train")[0].removesuffix(".jsonl.gz")
+    curation.bench.publish(name, [{"text": _prose(number)} for number in range(9)])
+    with pytest.raises(DataError, match=r"the published files hold \{'documents': 9, .* the ledger says .*: 10,"):
+        acts.verify(curation)
+
+
 @pytest.mark.skipif(not DATA.exists(), reason="../shared/data is not there")
 def test_novels_pass_as_books(tmp_path: Path) -> None:
     folder = tmp_path / "novels"
@@ -258,12 +276,6 @@ def test_novels_pass_as_books(tmp_path: Path) -> None:
         tmp_path, documents=(str(folder),), profile="books", instructions=(), preferences=(), planted=0, toxicity="none"
     )
     assert outcome.metrics["curate/documents_kept"] == 3
-
-
-# ---------------------------------------------------------------- increments
-
-
-_PLAIN: dict[str, Any] = {"planted": 0, "toxicity": "none", "instructions": (), "preferences": ()}
 
 
 def _increment(tmp_path: Path, name: str, texts: list[str], **settings: Any) -> tuple[StageOutcome, Path]:
@@ -351,7 +363,7 @@ def test_pairs_are_taken_over_and_only_new_ones_added(tmp_path: Path) -> None:
     outcome, second = _increment(tmp_path, "second", [_prose(50)], previous=first, **pairs(range(25)))
     for name in ("instructions", "preferences"):
         before, after = (
-            [_rows(out / name / f"{half}.jsonl.gz") for half in ("train", "heldout")] for out in (first, second)
+            [_rows(out / name / f"{split}.jsonl.gz") for split in ("train", "heldout")] for out in (first, second)
         )
         assert [rows[: len(old)] for rows, old in zip(after, before, strict=True)] == before
         assert sum(map(len, after)) == 25
