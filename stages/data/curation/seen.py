@@ -62,7 +62,7 @@ def signature_record(config: CurateConfig) -> np.dtype:
 def match_seen(bucket: int, planted: list[np.ndarray], bench: Workbench) -> list[np.ndarray]:
     """By shard, the documents that agree with earlier ones in this bucket; publishes the bucket of before and now.
 
-    Planted documents measure the filters and are not part of anyone's data: they are neither matched nor remembered.
+    Planted documents measure the filters and are not data: they are neither matched nor remembered.
     """
     record, name = signature_record(bench.config), f"index/bucket-{bucket:03d}.bin"
     before = np.empty(0, dtype=record["signature"])

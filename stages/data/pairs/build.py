@@ -118,7 +118,7 @@ def _size(row: Row) -> int:
 
 
 def fair_shares(wanted: Mapping[str, int], limit: int) -> dict[str, int]:
-    """Share `limit` equally; what one source does not need goes to the others, the last odd ones to the largest."""
+    """Share `limit` equally. What one source does not need goes to the others; the largest get the remainder."""
     shares: dict[str, int] = {}
     for place, source in enumerate(sorted(wanted, key=lambda name: (wanted[name], name))):
         shares[source] = min(wanted[source], (limit - sum(shares.values())) // (len(wanted) - place))
@@ -163,7 +163,7 @@ class _Preparation:
         return kept
 
     def _repeated(self, rows: list[Row], carried: Sequence[Row]) -> list[str]:
-        """Carried rows were published, so they compare with what a new row would be published as."""
+        """Carried rows are already scrubbed, so a new row is compared with them as it would be published."""
         known = {tuple(_texts(row)) for row in carried}
         seen: set[tuple[str, ...]] = set()
         reasons: list[str] = []
@@ -213,7 +213,7 @@ class _Preparation:
 
 
 def _fields(row: Row) -> list[tuple[dict[str, str], str]]:
-    """Every text of a row as (holder, key), for replacing."""
+    """Every text of a row as (holder, key), so that it can be replaced."""
     turns = row.get("messages") or row["prompt"]
     sides = [] if "messages" in row else [(row, "chosen"), (row, "rejected")]
     return [(turn, "content") for turn in turns] + sides

@@ -1,7 +1,7 @@
-"""OpenAssistant's trees, in which people wrote and ranked several replies to one message: the best-ranked path of each.
+"""The best-ranked path of each OpenAssistant tree, in which people wrote and ranked several replies to one message.
 
-At every fork the reply with the lowest rank is taken; those without a rank come after those with one, then file order
-decides. A question that nobody answered is passed over when another one of the fork was answered.
+At every fork the reply with the lowest rank is taken; replies without a rank come last, then file order decides.
+An unanswered question is skipped when another question of the fork was answered.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

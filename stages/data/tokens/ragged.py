@@ -1,4 +1,4 @@
-"""Arrays of unequal length in memory-mapped shards: how token ids lie in a `tokens` artifact."""
+"""Arrays of unequal length in memory-mapped shards: the layout of token ids in a `tokens` artifact."""
 
 from pathlib import Path
 

@@ -258,7 +258,10 @@ def test_a_second_bos_in_the_template_is_refused() -> None:
     ("template", "said"),
     [
         (CHATML.replace("{{ m['content'] }}<|im_end|>", "{{ m['content'] }}"), "token that ends it"),
-        (CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"), "generation prompt is not what"),
+        (
+            CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"),
+            "generation prompt differs",
+        ),
         (CHATML.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else '' }}"), "left_out_by_template"),
         ("{{ raise_exception('tools only') }}", "refused_by_template"),
     ],
