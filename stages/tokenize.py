@@ -5,7 +5,9 @@ Text is always encoded with special tokens switched off: a document that quotes 
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 
 from stages.config.errors import ConfigError, DataError
 from stages.config.tokens import TokenizeConfig
+from stages.data.tokens.chat import ChatEncoder
 from stages.data.tokens.encoding import ConversationWriter, PairWriter
 from stages.data.tokens.ragged import RaggedWriter
 from stages.data.tokens.tokenizer import LoadedTokenizer, train_tokenizer
@@ -29,18 +32,27 @@ def run(context: StageContext) -> StageOutcome:
     assert isinstance(config, TokenizeConfig)
     curated = context.input_dir("curated")
     tokenizer = _tokenizer(config, curated, context)
-    turn_end_id = tokenizer.chat().check()
+    chat = tokenizer.chat()
+    turn_end_id = chat.check()
     tokenizer.save(context.output_dir / "tokenizer")
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     ledger: dict[str, Any] = {}
     for split in Split:
-        parts = _SplitWriter(curated, context.output_dir, split, tokenizer, config, dtype)
+        parts = _SplitWriter(
+            curated=curated,
+            output=context.output_dir,
+            split=split,
+            tokenizer=tokenizer,
+            chat=chat,
+            config=config,
+            dtype=dtype,
+        )
         ledger[split.value] = {
             "documents": parts.documents(context),
             **parts.conversations(),
             "preferences": parts.preferences(),
         }
-    if not context.has_base_model:  # which may go on to SFT without new text
+    if not context.has_base_model:  # a given model may continue with SFT, without new text
         _require_training_text(ledger, config)
     meta = {
         "vocab_size": tokenizer.vocab_size,
@@ -58,57 +70,56 @@ def run(context: StageContext) -> StageOutcome:
 def _tokenizer(config: TokenizeConfig, curated: Path, context: StageContext) -> LoadedTokenizer:
     if context.has_base_model:
         return given_tokenizer(context.base_model_dir(), chat_template=config.chat_template)
-    return train_tokenizer(_evenly(curated, config.bpe_train_bytes), config)
+    return train_tokenizer(evenly(curated, config.bpe_train_bytes), config)
 
 
-def _evenly(curated: Path, max_bytes: int) -> Iterator[str]:
-    """Take every n-th training document so that about `max_bytes` are spread over the whole corpus."""
-    total = sum(len(row["text"].encode()) for row in _rows(curated / "documents" / Split.TRAIN))
+def evenly(curated: Path, max_bytes: int) -> Iterator[str]:
+    """Take every n-th training document so that about `max_bytes` are spread over the whole corpus.
+
+    The ledger says how much there is; the documents are read once, and only those that are taken are decoded.
+    """
+    ledger = json.loads((curated / "ledger.json").read_text(encoding="utf-8"))
+    total = ledger["documents"]["published"][Split.TRAIN]["bytes"]
     if not total:
         raise DataError(
             "there are no training documents", advice="Look at curate's ledger for what was dropped and why."
         )
-    keep, seen = min(1.0, max_bytes / total), 0.0
-    for row in _rows(curated / "documents" / Split.TRAIN):
-        seen += keep
-        if seen >= 1.0:
-            seen -= 1.0
-            yield row["text"]
+    keep, due = min(1.0, max_bytes / total), 0.0
+    for line in _lines(curated / "documents" / Split.TRAIN):
+        due += keep
+        if due >= 1.0:
+            due -= 1.0
+            yield json.loads(line)["text"]
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of one .jsonl.gz file or of all of a folder, in name order; a folder without documents was not published."""
+def _lines(path: Path) -> Iterator[str]:
+    """Lines of one .jsonl.gz file or of all of a folder, in name order; a split without documents has no folder."""
     paths = [path] if path.suffix == ".gz" else sorted(path.glob("*.jsonl.gz"))
     for file in paths:
         with gzip.open(file, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                yield json.loads(line)
+            yield from lines
 
 
+@dataclass(frozen=True, kw_only=True)
 class _SplitWriter:
     """Encodes one split, counting everything that is left out."""
 
-    def __init__(
-        self,
-        curated: Path,
-        output: Path,
-        split: Split,
-        tokenizer: LoadedTokenizer,
-        config: TokenizeConfig,
-        dtype: np.dtype,
-    ) -> None:
-        self._curated, self._output, self._split, self._dtype = curated, output, split, dtype
-        self._tokenizer, self._config = tokenizer, config
-        self._chat = tokenizer.chat()
+    curated: Path
+    output: Path
+    split: Split
+    tokenizer: LoadedTokenizer
+    chat: ChatEncoder
+    config: TokenizeConfig
+    dtype: np.dtype
 
     def documents(self, context: StageContext) -> dict[str, int]:
-        folder = self._output / "documents" / self._split
-        writer = RaggedWriter(folder, "tokens", self._dtype)
+        folder = self.output / "documents" / self.split
+        writer = RaggedWriter(folder, "tokens", self.dtype)
         sizes: list[int] = []
         tokens = 0
-        for batch in _batched(_rows(self._curated / "documents" / self._split), _BATCH_DOCUMENTS):
-            texts = [row["text"] for row in batch]
-            for text, ids in zip(texts, self._tokenizer.encode_texts(texts), strict=True):
+        lines = _lines(self.curated / "documents" / self.split)
+        while texts := [json.loads(line)["text"] for line in islice(lines, _BATCH_DOCUMENTS)]:
+            for text, ids in zip(texts, self.tokenizer.encode_texts(texts), strict=True):
                 writer.append(ids)
                 sizes.append(len(text.encode()))
                 tokens += len(ids)
@@ -118,23 +129,15 @@ class _SplitWriter:
         return {"documents": len(sizes), "bytes": int(sum(sizes)), "tokens": tokens}
 
     def conversations(self) -> dict[str, Any]:
-        writer = ConversationWriter(self._output, self._split, self._chat, self._config, self._dtype)
-        return writer.write(_rows(self._curated / "instructions" / f"{self._split}.jsonl.gz"))
+        writer = ConversationWriter(self.output, self.split, self.chat, self.config, self.dtype)
+        return writer.write(self._rows("instructions"))
 
     def preferences(self) -> dict[str, Any]:
-        writer = PairWriter(self._output, self._split, self._chat, self._config, self._dtype)
-        return writer.write(_rows(self._curated / "preferences" / f"{self._split}.jsonl.gz"))
+        writer = PairWriter(self.output, self.split, self.chat, self.config, self.dtype)
+        return writer.write(self._rows("preferences"))
 
-
-def _batched(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    batch: list[dict[str, Any]] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    def _rows(self, part: str) -> Iterator[dict[str, Any]]:
+        return map(json.loads, _lines(self.curated / part / f"{self.split}.jsonl.gz"))
 
 
 def _require_training_text(ledger: dict[str, Any], config: TokenizeConfig) -> None:

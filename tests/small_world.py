@@ -56,7 +56,20 @@ def write_curated(folder: Path, *, num_documents: int = 60, seed: int = 0) -> Pa
         _write(folder / "documents" / split / "part-00000.jsonl.gz", documents)
         _write(folder / "instructions" / f"{split}.jsonl.gz", instructions)
         _write(folder / "preferences" / f"{split}.jsonl.gz", preferences)
-    return folder
+    return write_ledger(folder)
+
+
+def write_ledger(curated: Path) -> Path:
+    """Write the part of curate's ledger that `tokenize` reads: how much text there is."""
+    published: dict[str, dict[str, int]] = {}
+    for split in ("train", "heldout"):
+        sizes: list[int] = []
+        for path in (curated / "documents" / split).glob("*.jsonl.gz"):
+            with gzip.open(path, "rt", encoding="utf-8") as lines:
+                sizes += [len(json.loads(line)["text"].encode()) for line in lines]
+        published[split] = {"documents": len(sizes), "bytes": sum(sizes)}
+    (curated / "ledger.json").write_text(json.dumps({"documents": {"published": published}}))
+    return curated
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""What `curate` reads, keeps and holds out; every field changes the result, resources are not among them."""
+"""What `curate` reads, keeps and holds out; every field changes the result; resources are set elsewhere."""
 
 import math
 from typing import Literal
@@ -11,34 +11,34 @@ from stages.config.sources import InstructionFormat, PreferenceFormat, Source, p
 INSTALLED_DOCS = "installed-docs"
 DERIVED = "derived"
 NEW_BYTES, NEW_PAIRS = "curate/bytes_new", "curate/pairs_new"
-"""Metrics of a curation that builds on previous data: new training text, and new pairs of both kinds and halves."""
+"""Metrics of a curation that builds on previous data: new training text, and new pairs of both kinds and splits."""
 
 
 class QualityThresholds(Config):
     """Limits of the Gopher, C4 and FineWeb quality filters (https://arxiv.org/abs/2112.11446, 2406.17557)."""
 
     min_words: int
-    """Fewest words (punctuation not counted) a document may have."""
+    """Minimum words in a document, not counting punctuation."""
     max_words: int
-    """Most words a document may have."""
+    """Maximum words in a document."""
     min_alpha_fraction: float
-    """Least share of words (punctuation counts as a word) with at least one letter."""
+    """Minimum share of words (punctuation counts as a word) with at least one letter."""
     top_ngrams: tuple[tuple[int, float], ...]
-    """(n, most share of the characters which the commonest n-gram may cover)."""
+    """(n, maximum share of the characters that the most common n-gram may cover)."""
     duplicate_ngrams: tuple[tuple[int, float], ...]
-    """(n, most share of the characters inside repeated n-grams)."""
+    """(n, maximum share of the characters inside repeated n-grams)."""
     max_duplicate_lines: float
-    """Most share of lines that repeat an earlier one."""
+    """Maximum share of lines that repeat an earlier one."""
     max_duplicate_line_characters: float
-    """Most share of characters in lines that repeat an earlier one, by Gopher's rule."""
+    """Maximum share of characters in lines that repeat an earlier one, by Gopher's rule."""
     min_punctuated_lines: float
-    """Least share of lines that end in terminal punctuation."""
+    """Minimum share of lines that end in terminal punctuation."""
     max_short_lines: float
-    """Most share of lines of at most 30 characters."""
+    """Maximum share of lines of at most 30 characters."""
     max_duplicate_characters: float
-    """The same by FineWeb's rule, which is stricter."""
+    """Maximum share of characters in repeated lines by FineWeb's rule, which is stricter."""
     max_newlines_per_word: float
-    """Most line breaks per word."""
+    """Maximum line breaks per word."""
     c4: bool
     """Whether C4's rules apply (they also rewrite the text: short and policy lines and [1]-style citations go)."""
     unwrap_lines: bool
@@ -107,21 +107,21 @@ class CurateConfig(Config):
     """Text sources: `installed-docs`, a file, a folder, `s3://bucket/prefix` (.txt .md .rst .jsonl .json .parquet,
     .gz and .zst), or `hf://name?split=train&config=..&text=..&revision=..`."""
     instructions: tuple[str, ...] = (DERIVED,)
-    """Instruction sources: `derived` (from installed-docs), or files, folders, s3:// or hf:// of conversations, each
-    told from its fields or by `#format=alpaca` behind the source (docs/DATA.md); empty for none."""
+    """Instruction sources: `derived` (from installed-docs), or files, folders, s3:// or hf:// of conversations; the
+    format is detected from the fields, or named by `#format=alpaca` after the source (docs/DATA.md); empty for none."""
     preferences: tuple[str, ...] = (DERIVED,)
-    """Preference sources: `derived`, or files, folders, s3:// or hf:// of pairs, transcripts or ranked responses, each
-    told from its fields or by `#format=ranked` behind the source (docs/DATA.md); empty for none."""
+    """Preference sources: `derived`, or files, folders, s3:// or hf:// of pairs, transcripts or ranked responses; the
+    format is detected from the fields, or named by `#format=ranked` after the source (docs/DATA.md); empty for none."""
     packages: tuple[str, ...] = ()
     """Distributions read by `installed-docs`; empty for every installed one."""
     exclude_packages: tuple[str, ...] = ("kubernetes", "kubernetes-asyncio")
-    """Distributions `installed-docs` leaves out (by default the generated kubernetes clients)."""
+    """Distributions that `installed-docs` leaves out (by default the generated kubernetes clients)."""
     include_stdlib: bool = False
     """Whether `installed-docs` also reads Python's standard library."""
     text_field: str = "text"
     """Name of the text column in JSONL, JSON and Parquet document sources."""
     max_bytes: int = Field(default=0, ge=0)
-    """Most bytes (UTF-8) of documents that go into the filters, drawn by `seed` and document id; 0 for no limit."""
+    """Maximum bytes (UTF-8) of documents that go into the filters, drawn by `seed` and document id; 0 for no limit."""
     max_bad_fraction: float = Field(default=0.05, ge=0.0, le=1.0)
     """Largest share (0..1) of unreadable records in any one source before the stage fails."""
     heldout_packages: tuple[str, ...] = ()
@@ -135,7 +135,7 @@ class CurateConfig(Config):
     language: str = Field(default="en", pattern=r"^[a-z]{2,3}$")
     """Language to keep, as ISO 639 code."""
     min_language_score: float = Field(default=0.5, ge=0.0, le=1.0)
-    """Least confidence (0..1) of the language classifier; FineWeb uses 0.65."""
+    """Minimum confidence (0..1) of the language classifier; FineWeb uses 0.65."""
     toxicity: Literal["classifier", "word-list", "none"] = "classifier"
     """How toxic text is found: a linear classifier, hits of a word list, or not at all."""
     toxicity_threshold: float = Field(default=0.95, gt=0.0, le=1.0)
@@ -145,7 +145,7 @@ class CurateConfig(Config):
     scrub_pii: bool = True
     """Whether e-mail, IP, phone, card, IBAN and US social security numbers become placeholders such as <EMAIL>."""
     near_duplicates: bool = True
-    """Whether near duplicates (MinHash) are removed besides exact ones."""
+    """Whether near duplicates (MinHash) are removed in addition to exact ones."""
     minhash_ngram: int = Field(default=5, gt=0)
     """Words per shingle."""
     minhash_buckets: int = Field(default=14, gt=0)
@@ -155,11 +155,11 @@ class CurateConfig(Config):
     planted: int = Field(default=6, ge=0)
     """Labelled planted documents per kind that measure the filters; none of them is published. 0 for none."""
     max_instructions: int = Field(default=20_000, ge=0)
-    """Most training conversations; shared equally among the sources, and what one does not need goes to the others."""
+    """Maximum training conversations, shared equally among the sources; what one does not need goes to the others."""
     max_preferences: int = Field(default=12_000, ge=0)
-    """Most training preference pairs, shared among the sources in the same way."""
+    """Maximum training preference pairs, shared among the sources in the same way."""
     max_heldout_pairs: int = Field(default=1_000, ge=0)
-    """Most held-out conversations, and most held-out preference pairs, shared in the same way."""
+    """Maximum held-out conversations, and maximum held-out preference pairs, shared in the same way."""
     preference_mix: tuple[float, float, float, float] = (0.15, 0.25, 0.25, 0.35)
     """Shares of derived rejected answers: `mismatch`, `truncated`, `rambling`, `garbled`; they add up to 1."""
     samples_per_reason: int = Field(default=3, ge=0)
@@ -174,12 +174,12 @@ class CurateConfig(Config):
 
     @property
     def instruction_sources(self) -> tuple[Source, ...]:
-        """The instruction sources, read."""
+        """The instruction sources, parsed."""
         return parse_sources("instructions", self.instructions, InstructionFormat)
 
     @property
     def preference_sources(self) -> tuple[Source, ...]:
-        """The preference sources, read."""
+        """The preference sources, parsed."""
         return parse_sources("preferences", self.preferences, PreferenceFormat)
 
     @property

@@ -1,4 +1,4 @@
-"""A source as it is written in the form: where the data lies and, behind `#`, how to read it and how much it counts.
+"""A source as it is written in the form: where the data is and, after `#`, how to read it and how much it counts.
 
 `s3://bucket/dolly.jsonl#format=dolly&weight=0.3`. Only a tail that begins with `#name=` is read as options, so that
 other `#` in names of files and keys stay what they are.
@@ -20,7 +20,7 @@ _KNOWN = ("format", "weight")
 
 
 class InstructionFormat(StrEnum):
-    """Shapes of instruction rows; docs/DATA.md says which fields tell them apart."""
+    """Formats of instruction rows; docs/DATA.md says by which fields each is detected."""
 
     MESSAGES = "messages"
     SHAREGPT = "sharegpt"
@@ -34,7 +34,7 @@ class InstructionFormat(StrEnum):
 
 
 class PreferenceFormat(StrEnum):
-    """Shapes of preference rows; docs/DATA.md says which fields tell them apart."""
+    """Formats of preference rows; docs/DATA.md says by which fields each is detected."""
 
     PAIR = "pair"
     TRANSCRIPTS = "transcripts"
@@ -43,12 +43,12 @@ class PreferenceFormat(StrEnum):
 
 
 class Source(Config):
-    """One line of `instructions` or `preferences`, read."""
+    """One line of `instructions` or `preferences`, parsed."""
 
     uri: str
-    """Where the data lies, without options; the name of the source in every account."""
+    """Where the data is, without options; this names the source in every account."""
     format: str = ""
-    """Shape of the rows; empty = told from their fields."""
+    """Format of the rows; empty = detected from the fields."""
     weight: float | None = None
     """Share of training, relative to the other weights; None = by size."""
 
@@ -66,7 +66,7 @@ class SourceWeight(Config):
 
 
 def parse_source(text: str) -> Source:
-    """Read one line; raises ValueError for an option that does not exist or a weight that is none."""
+    """Parse one line; raises ValueError for an unknown option or an invalid weight."""
     found = _OPTIONS.search(text)
     if not found:
         return Source(uri=text)
@@ -94,7 +94,7 @@ def _weight(text: str, value: str) -> float:
 
 
 def parse_sources(field: str, lines: Iterable[str], formats: type[StrEnum]) -> tuple[Source, ...]:
-    """Read all lines of a field; raises ValueError also for an unknown format and for a source that stands twice."""
+    """Parse all lines of a field; raises ValueError also for an unknown format and for a repeated source."""
     sources = tuple(parse_source(line) for line in lines)
     for source in sources:
         if source.format and source.format not in list(formats):
@@ -102,7 +102,9 @@ def parse_sources(field: str, lines: Iterable[str], formats: type[StrEnum]) -> t
             raise ValueError(f"{field}: format={source.format!r} of {source.uri!r} is not one of {allowed}")
     uris = [source.uri for source in sources]
     if repeated := sorted({uri for uri in uris if uris.count(uri) > 1}):
-        raise ValueError(f"{field}: {repeated} stand twice; give each source once, its weight says how often it counts")
+        raise ValueError(
+            f"{field}: {repeated} appear twice; give each source once, its weight says how often it counts"
+        )
     return sources
 
 

@@ -25,7 +25,7 @@ from stages.data.pairs.turns import Unusable
 from stages.data.tokens.packing import TokenSequence
 from stages.data.tokens.views import Pair, Split, TokensArtifact
 from stages.train.plan import epochs
-from tests.small_world import make_context, published
+from tests.small_world import make_context, published, write_ledger
 
 SEQUENCE_LENGTH = 512
 MODEL = ModelConfig(hidden_size=320, intermediate_size=864, num_layers=6, num_heads=5, num_kv_heads=5)
@@ -92,6 +92,7 @@ def _write_curated(folder: Path, sources: Path) -> None:
         _write(folder / "documents" / split / "part-00000.jsonl.gz", documents[rows])
         _write(folder / "instructions" / f"{split}.jsonl.gz", instructions[rows])
         _write(folder / "preferences" / f"{split}.jsonl.gz", preferences[rows])
+    write_ledger(folder)
 
 
 def _documents(sources: Path) -> Iterator[tuple[str, str]]:

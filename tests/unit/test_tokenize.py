@@ -151,6 +151,15 @@ def test_a_vocabulary_that_the_text_does_not_support_is_refused(tmp_path: Path) 
     assert "at most" in caught.value.advice
 
 
+def test_the_text_that_the_tokenizer_learns_from_is_spread_evenly_over_the_documents(tmp_path: Path) -> None:
+    (tmp_path / "documents" / "train").mkdir(parents=True)
+    with gzip.open(tmp_path / "documents" / "train" / "00000.jsonl.gz", "wt") as file:
+        for number in range(10):  # a line that is not taken is not even decoded
+            file.write(json.dumps({"text": f"text {number}"}) + "\n" if number % 2 else "not JSON\n")
+    (tmp_path / "ledger.json").write_text(json.dumps({"documents": {"published": {"train": {"bytes": 60}}}}))
+    assert list(tokenize.evenly(tmp_path, 30)) == [f"text {number}" for number in (1, 3, 5, 7, 9)]
+
+
 def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
     curate = make_context(tmp_path, Stage.CURATE, CurateConfig())
     write_curated(curate.output_dir, num_documents=0)

@@ -1,14 +1,14 @@
 """Near duplicates by datatrove's MinHash, stages 1 to 3, over everything at once.
 
-Its stage 4 keeps the root of a union-find tree, which is nobody's choice, so which document of a cluster stays is
-decided by `dedup_keys.extra_copies` instead.
+Its stage 4 is not used: it keeps the root of a union-find tree, which is arbitrary. Which document of a cluster stays
+is decided by `dedup_keys.extra_copies` instead.
 """
 
 import contextlib
 import io
-import struct
-from pathlib import Path
+from collections.abc import Sequence
 
+import numpy as np
 from datatrove.pipeline.dedup.minhash import (
     MinhashConfig,
     MinhashDedupBuckets,
@@ -19,6 +19,7 @@ from loguru import logger
 
 from stages.config.curate import CurateConfig
 from stages.data.curation.filters import SimplifiedTokenizer
+from stages.data.curation.workbench import Workbench
 
 
 def minhash_config(config: CurateConfig) -> MinhashConfig:
@@ -27,33 +28,33 @@ def minhash_config(config: CurateConfig) -> MinhashConfig:
     )
 
 
-def signature_block(config: CurateConfig, folder: Path) -> MinhashDedupSignature:
+def signature_block(bench: Workbench) -> MinhashDedupSignature:
     """Stage 1: writes each document's signatures, one file per bucket and shard."""
     logger.disable("datatrove")  # every stage logs each file it opens, which drowns the stage's own progress
     words: str = SimplifiedTokenizer()  # pyright: ignore[reportAssignmentType]
-    return MinhashDedupSignature(str(folder / "signatures"), config=minhash_config(config), language=words)
+    return MinhashDedupSignature(bench.folder("signatures"), config=minhash_config(bench.config), language=words)
 
 
-def match_bucket(bucket: int, config: CurateConfig, folder: Path) -> None:
+def match_bucket(bucket: int, bench: Workbench) -> None:
     """Stage 2: writes the pairs of documents that agree in one bucket."""
     logger.disable("datatrove")
     block = MinhashDedupBuckets(
-        str(folder / "signatures"), str(folder / "pairs"), config=minhash_config(config), lines_to_buffer=1000
+        bench.folder("signatures"), bench.folder("pairs"), config=minhash_config(bench.config), lines_to_buffer=1000
     )
-    for _ in block.run(rank=bucket, world_size=config.minhash_buckets) or ():
+    for _ in block.run(rank=bucket, world_size=bench.config.minhash_buckets) or ():
         pass
 
 
-def clusters(config: CurateConfig, folder: Path) -> dict[tuple[int, int], int]:
-    """Stage 3: the cluster number of every document that has a near duplicate, by (shard, index)."""
+def clusters(sizes: Sequence[int], bench: Workbench) -> list[np.ndarray]:
+    """Stage 3: by shard of `sizes` documents, the cluster of each document, -1 for one without a near duplicate."""
     logger.disable("datatrove")
     block = MinhashDedupCluster(
-        str(folder / "pairs"), str(folder / "clusters"), config=minhash_config(config), save_cluster_id=True
+        bench.folder("pairs"), bench.folder("clusters"), config=minhash_config(bench.config), save_cluster_id=True
     )
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar per bucket, in a log nobody can redraw
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar per bucket, which a log file cannot redraw
         block.run(None, 0, 1)
-    numbers: dict[tuple[int, int], int] = {}
-    for path in sorted((folder / "clusters").glob("*.clusters")):
-        for index, cluster in struct.iter_unpack("<2I", path.read_bytes()):
-            numbers[int(path.stem), index] = cluster
+    numbers = [np.full(size, -1, dtype=np.int64) for size in sizes]
+    for path in bench.files("clusters", "*.clusters"):
+        records = np.fromfile(path, dtype=[("index", "<u4"), ("cluster", "<u4")])
+        numbers[int(path.stem)][records["index"]] = records["cluster"]
     return numbers

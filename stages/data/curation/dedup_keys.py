@@ -1,48 +1,31 @@
 """Which of several equal documents stays, so that held-out text has no found duplicate in training.
 
-Held out before training before planted, then by order; the same rule serves exact duplicates (key = hash of the text)
-and near duplicates (key = cluster).
+Held out before training before planted, then by order. The same rule serves exact duplicates (the key is a hash of the
+text) and near duplicates (the key is the number of a cluster).
 """
 
 import hashlib
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+
+import numpy as np
 
 _SPACES = re.compile(r"\s+")
+KEY = np.dtype("S16")
+"""A column of text keys. numpy drops trailing zero bytes of a single value, but compares and writes whole columns
+correctly, because all keys have the same length."""
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """What deduplication must know of a document. `shard` and `index` are its place."""
-
-    shard: int
-    index: int
-    key: str
-    heldout: bool
-    planted: bool
-
-    @property
-    def rank(self) -> tuple[bool, bool, int, int]:
-        return (self.planted, not self.heldout, self.shard, self.index)
-
-
-def text_key(text: str) -> str:
+def text_key(text: str) -> bytes:
     """Hash of the text without regard to case and white space."""
     simplified = _SPACES.sub(" ", text.lower()).strip()
-    return hashlib.blake2b(simplified.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return hashlib.blake2b(simplified.encode("utf-8", "surrogatepass"), digest_size=KEY.itemsize).digest()
 
 
-def extra_copies(candidates: Iterable[Candidate]) -> set[tuple[int, int]]:
-    """Places of all but the best-ranked document of each key."""
-    best: dict[str, Candidate] = {}
-    extra: set[tuple[int, int]] = set()
-    for candidate in candidates:
-        other = best.get(candidate.key)
-        if other is None:
-            best[candidate.key] = candidate
-            continue
-        loser = max(candidate, other, key=lambda entry: entry.rank)
-        best[candidate.key] = other if loser is candidate else candidate
-        extra.add((loser.shard, loser.index))
+def extra_copies(keys: np.ndarray, *, heldout: np.ndarray, planted: np.ndarray) -> np.ndarray:
+    """Mark all documents but the best one of each key, given columns in the order of the documents."""
+    # Sorted by key and then by rank (the last key of lexsort counts most), so the best one comes first of its key.
+    order = np.lexsort((np.arange(len(keys)), ~heldout, planted, keys))
+    ordered = keys[order]
+    extra = np.zeros(len(keys), dtype=bool)
+    extra[order[1:]] = ordered[1:] == ordered[:-1]
     return extra

@@ -1,75 +1,66 @@
-"""First pass of curation, one process per unit: write documents and symbols aside, account for the rest."""
+"""First pass of curation, one process per unit: set documents and symbols aside, account for the rest."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from stages.config.curate import CurateConfig
 from stages.config.errors import DataError
-from stages.data.curation.dedup_keys import Candidate, text_key
 from stages.data.curation.ledger import Step
+from stages.data.curation.marks import Documents, describe
+from stages.data.curation.workbench import Workbench
 from stages.data.sources import readers
 from stages.data.sources.readers import Unit
-from stages.data.sources.records import BadRecord, SourceDocument, Symbol, stable_hash, utf8_size, write_lines
+from stages.data.sources.records import BadRecord, SourceDocument, Symbol, utf8_size
 
-# Reasons that mean "could not be read", as opposed to "was read and is of no use".
+# Reasons that mean "was read and is of no use", as opposed to "could not be read".
 HARMLESS = frozenset({"empty_text"})
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """What one unit gave; its texts lie in files, its documents' places and keys come along."""
+    """What one unit gave. The texts are on the workbench; only the columns that decisions need come along."""
 
     source: str
     step: Step
-    candidates: tuple[Candidate, ...]
-    sizes: tuple[int, ...]
-    draws: tuple[int, ...]
-    """A hash of seed and id per document: the order in which `max_bytes` takes documents."""
+    documents: Documents
 
 
-def documents_file(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}.documents.jsonl"
+def extract(unit: Unit, number: int, bench: Workbench) -> Extracted:
+    """Read one unit and set it aside as unit `number`.
 
-
-def symbols_file(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}.symbols.jsonl"
-
-
-def extract(unit: Unit, number: int, config: CurateConfig, folder: Path) -> Extracted:
-    """Read one unit. Symbols are no documents: they take no part in the account of documents."""
+    Symbols are not documents: they take no part in the account of documents.
+    """
     step = Step("read")
     documents: list[SourceDocument] = []
     symbols: list[Symbol] = []
-    for record in readers.read(unit, config):
+    for record in readers.read(unit, bench.config):
         if isinstance(record, Symbol):
             symbols.append(record)
             continue
         size = record.size if isinstance(record, BadRecord) else utf8_size(record.text)
         step.entered.add(size)
         if isinstance(record, BadRecord):
-            step.drop(record.reason, record.id, record.sample, size, samples=config.samples_per_reason)
+            step.drop(record.reason, record.id, record.sample, size, samples=bench.config.samples_per_reason)
         else:
             step.kept.add(size)
             documents.append(record)
-    write_lines(symbols_file(folder, number), symbols)
-    return store_documents(unit.source, number, documents, step, config, folder)
+    bench.write_rows("symbols", number, symbols)
+    bench.write_rows("documents", number, documents)
+    return Extracted(unit.source, step, describe(documents, seed=bench.config.seed))
 
 
-def store_documents(
-    source: str, number: int, documents: list[SourceDocument], step: Step, config: CurateConfig, folder: Path
-) -> Extracted:
-    """Write documents aside as unit `number`."""
-    write_lines(documents_file(folder, number), documents)
-    candidates = tuple(
-        Candidate(number, index, text_key(entry.text), entry.heldout, bool(entry.planted))
-        for index, entry in enumerate(documents)
-    )
-    sizes = tuple(utf8_size(entry.text) for entry in documents)
-    draws = tuple(stable_hash(config.seed, "cap", entry.id) for entry in documents)
-    return Extracted(source, step, candidates, sizes, draws)
+def set_aside(source: str, number: int, documents: Sequence[SourceDocument], bench: Workbench) -> Extracted:
+    """Set documents that were made here aside as unit `number`, as if they had been read."""
+    step = Step("read")
+    for document in documents:
+        size = utf8_size(document.text)
+        step.entered.add(size)
+        step.kept.add(size)
+    bench.write_rows("documents", number, documents)
+    return Extracted(source, step, describe(documents, seed=bench.config.seed))
 
 
-def refuse_bad_sources(results: list[Extracted], config: CurateConfig) -> None:
+def refuse_bad_sources(results: Sequence[Extracted], config: CurateConfig) -> None:
     """Raise DataError for a source with too large a share of unreadable records."""
     for source in dict.fromkeys(result.source for result in results):
         step = Step("read")

@@ -1,7 +1,10 @@
-"""Filters as datatrove blocks, with one word splitter that they share and an account around each of them.
+"""The filters of documents, as datatrove blocks. `document_filters` lists them; each step of it keeps an account.
 
-datatrove's own language filter downloads a model and its bad-word list comes from the net, so those two are ours.
-Its Gopher, C4 and FineWeb filters are used as they are: they look words up through one cache, so a document is split
+To add one: a field in `config/curate.py`, a `BaseFilter` here whose `filter` returns True or (False, reason), and its
+line in `document_filters`. The ledger, the metrics and the samples of what it drops follow from that.
+
+datatrove's own language filter downloads a model and its bad-word list comes from the internet, so those two are ours.
+Its Gopher, C4 and FineWeb filters are used as they are. They look words up through one cache, so a document is split
 once; with spaCy that split would take nearly all of the time.
 """
 
@@ -22,7 +25,7 @@ from datatrove.utils.word_tokenizers import WordTokenizer, load_word_tokenizer
 
 from stages.config.curate import CurateConfig, QualityThresholds
 from stages.data.curation.ledger import Step
-from stages.data.curation.toxicity import ToxicityScorer
+from stages.data.curation.toxicity import ToxicityScorer, toxicity_scorer
 from stages.data.sources.records import utf8_size
 
 # Dotted names and runs of one mark are one word each, as in spaCy: with this 98 % of documents get the same verdict.
@@ -31,7 +34,7 @@ _SENTENCE = re.compile(r"[^.!?]*[.!?]+[\"')\]]*\s*|[^.!?]+$")
 
 
 class RegexWordTokenizer(WordTokenizer):
-    """Words and single punctuation marks, as spaCy's English tokenizer counts them in nearly all cases."""
+    """Words and single punctuation marks, which nearly always gives the count of spaCy's English tokenizer."""
 
     def word_tokenize(self, text: str) -> list[str]:
         return _WORD.findall(text)
@@ -44,14 +47,14 @@ class RegexWordTokenizer(WordTokenizer):
 
 
 class SimplifiedTokenizer(RegexWordTokenizer):
-    """For MinHash, whose text has lost its punctuation already: words are what stands between spaces."""
+    """For MinHash, whose text has already lost its punctuation: split at white space."""
 
     def word_tokenize(self, text: str) -> list[str]:
         return text.split()
 
 
 class DropRecorder:
-    """Where datatrove's filters put what they drop (its `exclusion_writer`): into the account, not onto disk."""
+    """Takes the place of datatrove's `exclusion_writer`: what a filter drops goes into the account, not onto disk."""
 
     def __init__(self, step: Step, samples: int, planted: dict[str, str]) -> None:
         self._step, self._samples, self._planted = step, samples, planted
@@ -72,7 +75,7 @@ class DropRecorder:
 class Accounted(PipelineStep):
     """Runs filters one after another as one step of the account, which counts both ends and every rewritten byte.
 
-    `planted` receives, by id, where each dropped planted document went.
+    `planted` receives, by id, which `step/reason` dropped a planted document.
     """
 
     type = "ACCOUNT"
@@ -100,7 +103,7 @@ class Accounted(PipelineStep):
 
 
 def _resized(data: Any, step: Step) -> Any:
-    """Book what the block before took out of a text or added to it."""
+    """Count the bytes that the block before took out of a text or added to it."""
     for document in data:
         size = utf8_size(document.text)
         step.rewritten += document.metadata["size"] - size
@@ -109,7 +112,7 @@ def _resized(data: Any, step: Step) -> Any:
 
 
 class LanguageId(BaseFilter):
-    """Keeps one language by py3langid, whose model lies in its wheel."""
+    """Keeps one language, identified by py3langid, whose model is in its wheel."""
 
     name = "language"
 
@@ -127,14 +130,14 @@ class LanguageId(BaseFilter):
 
 @lru_cache(maxsize=1)
 def _language_identifier() -> Any:
-    """One model per process; unpacking it takes half a second."""
+    """One model per process, because unpacking it takes half a second."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 class Toxicity(BaseFilter):
-    """Drops toxic documents; scores a batch at a time, for a call costs more than a text."""
+    """Drops toxic documents; scores a batch at a time, because a call costs more than a text."""
 
     name = "toxicity"
 
@@ -198,3 +201,16 @@ def quality_filters(limits: QualityThresholds, words: WordTokenizer) -> list[Bas
 def word_tokenizer(config: CurateConfig) -> WordTokenizer:
     """The configured splitter; spaCy's costs seconds to import and is only loaded when asked for."""
     return load_word_tokenizer("eng") if config.word_splitter == "spacy" else RegexWordTokenizer()
+
+
+def document_filters(config: CurateConfig, words: tuple[str, ...] = ()) -> dict[str, list[BaseFilter]]:
+    """The steps that judge single documents, by their name in the ledger, in the order in which they run.
+
+    A step without filters keeps everything and stays in the ledger. `words` is the list of toxicity=`word-list`.
+    """
+    scorer = toxicity_scorer(config.toxicity, words)
+    return {
+        "language": [LanguageId(config.language, config.min_language_score)],
+        "quality": quality_filters(config.quality, word_tokenizer(config)),
+        "toxicity": [Toxicity(scorer, config.toxicity_threshold)] if scorer else [],
+    }

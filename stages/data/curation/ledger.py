@@ -1,7 +1,7 @@
-"""The account of curation: what entered each step, what left it and why; the sums must conserve or the stage fails.
+"""The account of curation: what entered each step, what left it and why. The sums must conserve or the stage fails.
 
-Every figure is counted on its own side (in where a step reads, kept where it hands on, dropped where it drops),
-so a lost document shows as a difference and cannot hide in a subtraction.
+Every figure is counted where it happens (in where a step reads, kept where it hands on, dropped where it drops), so a
+lost document shows as a difference and cannot hide in a subtraction.
 """
 
 from collections.abc import Iterable
@@ -53,7 +53,7 @@ class Step:
             kept.append({"id": identity, "text": scrub(text[:SAMPLE_CHARACTERS]).text})
 
     def merge(self, other: "Step", *, samples: int) -> None:
-        """Add another shard's figures; call in shard order, for the samples are the first ones."""
+        """Add another shard's figures; call in shard order, because the first samples are the ones that stay."""
         self.entered.merge(other.entered)
         self.kept.merge(other.kept)
         self.rewritten += other.rewritten
@@ -104,3 +104,19 @@ def dropped_by_reason(steps: Iterable[Step]) -> dict[str, dict[str, int]]:
     return {
         f"{step.name}/{reason}": amount.to_dict() for step in steps for reason, amount in sorted(step.dropped.items())
     }
+
+
+@dataclass(frozen=True)
+class PairsAccount:
+    """The accounts of instruction and preference pairs, and how many were published."""
+
+    instructions: list[Step]
+    preferences: list[Step]
+    published: dict[str, int]
+    """Rows of each published file, as `preferences/heldout`."""
+    kinds: dict[str, int]
+    pii: dict[str, int]
+    carried: dict[str, int]
+    """Rows taken over from the previous data, part of `published`."""
+    sources: dict[str, dict[str, Any]]
+    """For `instructions` and `preferences`: the account of each given source."""

@@ -1,101 +1,76 @@
 """Second and third pass of curation, one process per shard: datatrove blocks between reading a file and writing one.
 
-Between the passes only numbers travel: which documents are extra copies is decided once, over all shards.
+Between the passes only columns travel: which documents are extra copies is decided once, over all shards.
 """
 
-import gzip
-import io
-import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
-from stages.config.curate import CurateConfig
 from stages.data.curation import dedup
-from stages.data.curation.dedup_keys import Candidate
-from stages.data.curation.extract import documents_file
-from stages.data.curation.filters import Accounted, LanguageId, Toxicity, quality_filters, word_tokenizer
+from stages.data.curation.filters import Accounted, document_filters
 from stages.data.curation.ledger import Amount, Step
+from stages.data.curation.marks import Mark
 from stages.data.curation.pii import scrub
-from stages.data.curation.toxicity import ClassifierScorer, ToxicityScorer, WordListScorer
-from stages.data.sources.records import read_lines
+from stages.data.curation.workbench import SPLITS, Workbench
 
-FILTER_STEPS = ("cap", "exact_duplicates", "language", "quality", "toxicity")
-FINISH_STEPS = ("near_duplicates", "pii", "planted")
 _PUBLISHED = ("source", "group", "path", "symbol")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Consecutive units that one process filters; `marks` says per unit which documents to drop, and why."""
+    """Consecutive units that one process filters, and the marks of each unit's documents."""
 
     number: int
     units: tuple[int, ...]
-    marks: dict[int, dict[int, str]]
+    marks: tuple[np.ndarray, ...]
 
 
 @dataclass
 class PassResult:
-    """The account of one shard's pass."""
+    """The account of one shard's pass, and what decisions over all shards must know of the documents that it kept."""
 
     steps: list[Step]
-    candidates: list[Candidate] = field(default_factory=list)
+    heldout: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=bool))
+    planted: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=bool))
     planted_dropped: dict[str, str] = field(default_factory=dict)
+    """Which `step/reason` took a planted document, by its id."""
     planted_texts: dict[str, str] = field(default_factory=dict)
+    """The final texts of the planted documents that no filter took, by id."""
     pii: Counter[str] = field(default_factory=Counter)
-    published: dict[str, Amount] = field(default_factory=dict)
 
 
-class ShardReader(PipelineStep):
-    """Reads a shard's documents from the first pass."""
+class RowReader(PipelineStep):
+    """Rows of an earlier pass as datatrove documents, each with its mark."""
 
-    type, name = "READER", "units"
+    type, name = "READER", "rows"
 
-    def __init__(self, shard: Shard, folder: Path) -> None:
+    def __init__(self, rows: Iterable[dict[str, Any]], marks: np.ndarray) -> None:
         super().__init__()
-        self.shard, self.folder = shard, folder
+        self.rows, self.marks = rows, marks.tolist()
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Any:
-        for unit in self.shard.units:
-            marks = self.shard.marks.get(unit, {})
-            for index, row in enumerate(read_lines(documents_file(self.folder, unit))):
-                row["mark"] = marks.get(index, "")
-                yield Document(text=row.pop("text"), id=row.pop("id"), metadata=row)
-
-
-class FileReader(PipelineStep):
-    """Reads what the second pass kept; marks documents by their place in it."""
-
-    type, name = "READER", "kept"
-
-    def __init__(self, path: Path, marked: dict[int, str]) -> None:
-        super().__init__()
-        self.path, self.marked = path, marked
-
-    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Any:
-        for index, row in enumerate(read_lines(self.path)):
-            row["mark"] = self.marked.get(index, "")
-            yield Document(text=row.pop("text"), id=row.pop("id"), metadata=row)
+        for row, mark in zip(self.rows, self.marks, strict=True):
+            yield Document(text=row.pop("text"), id=row.pop("id"), metadata={**row, "mark": Mark(mark)})
 
 
 class Marked(BaseFilter):
-    """Drops the documents that a decision over all shards has marked with this reason."""
+    """Drops the documents that a decision over all shards has marked so."""
 
     name = "marked"
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, mark: Mark) -> None:
         super().__init__()
-        self.reason = reason
+        self.mark = mark
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        return (False, self.reason) if doc.metadata["mark"] == self.reason else True
+        return (False, self.mark.reason) if doc.metadata["mark"] is self.mark else True
 
 
 class PiiScrubber(BaseFilter):
@@ -132,87 +107,71 @@ class PlantedOut(BaseFilter):
         return True
 
 
-@lru_cache(maxsize=1)
-def toxicity_scorer(kind: str, words: tuple[str, ...]) -> ToxicityScorer | None:
-    """One scorer per process; the classifier takes seconds to import."""
-    match kind:
-        case "classifier":
-            return ClassifierScorer()
-        case "word-list":
-            return WordListScorer(words)
-        case _:
-            return None
-
-
-def filter_shard(shard: Shard, config: CurateConfig, words: tuple[str, ...], folder: Path) -> PassResult:
-    """Cap, exact duplicates, language, quality, toxicity; then MinHash signatures of what is left."""
-    result = PassResult([Step(name) for name in FILTER_STEPS])
-    scorer = toxicity_scorer(config.toxicity, words)
-    blocks: tuple[list[BaseFilter], ...] = (
-        [Marked("over_max_bytes")],
-        [Marked("exact_duplicate"), Marked("seen_before")],
-        [LanguageId(config.language, config.min_language_score)],
-        quality_filters(config.quality, word_tokenizer(config)),
-        [Toxicity(scorer, config.toxicity_threshold)] if scorer else [],
-    )
-    kept = _chain(ShardReader(shard, folder), blocks, result, config, shard.number)
-    kept = _written(kept, kept_file(folder, shard.number), shard.number, result.candidates)
-    if config.near_duplicates:
-        dedup.signature_block(config, folder).run(kept, shard.number)
+def filter_shard(shard: Shard, bench: Workbench) -> PassResult:
+    """Apply the cap, exact duplicates and the filters of documents; then sign what is left for MinHash."""
+    blocks: dict[str, list[BaseFilter]] = {
+        "cap": [Marked(Mark.OVER_MAX_BYTES)],
+        "exact_duplicates": [Marked(Mark.EXACT_DUPLICATE), Marked(Mark.SEEN_BEFORE)],
+        **document_filters(bench.config, bench.words),
+    }
+    result = PassResult([Step(name) for name in blocks])
+    rows = (row for unit in shard.units for row in bench.rows("documents", unit))
+    reader = RowReader(rows, np.concatenate(shard.marks))
+    flags: list[tuple[bool, bool]] = []
+    kept = _set_aside(_chain(reader, blocks, result, bench), shard.number, flags, bench)
+    if bench.config.near_duplicates:
+        dedup.signature_block(bench).run(kept, shard.number)
     else:
         for _ in kept:
             pass
+    result.heldout, result.planted = np.array(flags, dtype=bool).reshape(-1, 2).T
     return result
 
 
-def kept_file(folder: Path, shard: int) -> Path:
-    return folder / f"{shard:05d}.kept.jsonl"
-
-
 def _chain(
-    reader: PipelineStep, blocks: tuple[list[BaseFilter], ...], result: PassResult, config: CurateConfig, rank: int
-) -> Any:
-    documents = reader.run(None, rank)
-    for step, filters in zip(result.steps, blocks, strict=True):
-        block = Accounted(step, filters, config.samples_per_reason, result.planted_dropped)
-        documents = block.run(documents, rank)
+    reader: RowReader, blocks: Mapping[str, list[BaseFilter]], result: PassResult, bench: Workbench
+) -> Iterator[Document]:
+    documents = reader.run()
+    for step, filters in zip(result.steps, blocks.values(), strict=True):
+        documents = Accounted(step, filters, bench.config.samples_per_reason, result.planted_dropped).run(documents)
     return documents
 
 
-def _written(documents: Any, path: Path, shard: int, candidates: list[Candidate]) -> Iterator[Document]:
-    """Write each document on its way to the signatures, and note its place."""
-    with path.open("w", encoding="utf-8") as file:
-        for index, document in enumerate(documents):
+def _set_aside(
+    documents: Iterable[Document], shard: int, flags: list[tuple[bool, bool]], bench: Workbench
+) -> Iterator[Document]:
+    """Set each document aside on its way to the signatures; appends whether it is held out, and whether planted."""
+    with bench.row_writer("kept", shard) as write:
+        for document in documents:
             metadata = {name: document.metadata[name] for name in (*_PUBLISHED, "heldout", "planted")}
-            file.write(json.dumps({"id": document.id, "text": document.text, **metadata}) + "\n")
-            heldout, planted = document.metadata["heldout"], bool(document.metadata["planted"])
-            candidates.append(Candidate(shard, index, "", heldout, planted))
+            write({"id": document.id, "text": document.text, **metadata})
+            flags.append((document.metadata["heldout"], bool(document.metadata["planted"])))
             yield document
 
 
-def finish_shard(shard: int, marked: dict[int, str], config: CurateConfig, folder: Path, output: Path) -> PassResult:
-    """Near duplicates and planted documents out, personal data scrubbed, the rest published under `output`."""
-    result = PassResult([Step(name) for name in FINISH_STEPS])
-    blocks: tuple[list[BaseFilter], ...] = (
-        [Marked("near_duplicate"), Marked("near_duplicate_of_seen")],
-        [PiiScrubber(result.pii, enabled=config.scrub_pii)],
-        [PlantedOut(result.planted_texts)],
-    )
-    rows: dict[str, list[dict[str, Any]]] = {"train": [], "heldout": []}
-    for document in _chain(FileReader(kept_file(folder, shard), marked), blocks, result, config, shard):
+def finish_shard(shard: int, marks: np.ndarray, bench: Workbench) -> PassResult:
+    """Drop near duplicates and planted documents, scrub personal data, publish the rest."""
+    texts, pii = dict[str, str](), Counter[str]()
+    blocks: dict[str, list[BaseFilter]] = {
+        "near_duplicates": [Marked(Mark.NEAR_DUPLICATE), Marked(Mark.NEAR_DUPLICATE_OF_SEEN)],
+        "pii": [PiiScrubber(pii, enabled=bench.config.scrub_pii)],
+        "planted": [PlantedOut(texts)],
+    }
+    result = PassResult([Step(name) for name in blocks], planted_texts=texts, pii=pii)
+    rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    for document in _chain(RowReader(bench.rows("kept", shard), marks), blocks, result, bench):
         split = "heldout" if document.metadata["heldout"] else "train"
         provenance = {name: document.metadata[name] for name in _PUBLISHED}
         rows[split].append({"id": document.id, "text": document.text, **provenance})
     for split, lines in rows.items():
         if lines:
-            write_published(output / split / f"{shard:05d}.jsonl.gz", lines)
+            bench.publish(f"documents/{split}/{shard:05d}", lines)
     return result
 
 
-def write_published(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Gzipped JSON lines whose bytes depend on the rows alone: no time and no file name in the header."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as raw, gzip.GzipFile(filename="", mode="wb", fileobj=raw, compresslevel=6, mtime=0) as packed:
-        with io.TextIOWrapper(packed, encoding="utf-8", newline="\n") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def count_published(name: str, bench: Workbench) -> Amount:
+    """Documents and bytes of text in one published file, by reading it back."""
+    amount = Amount()
+    for row in bench.published_rows(name):
+        amount.add(len(row["text"].encode()))
+    return amount

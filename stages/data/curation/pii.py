@@ -13,8 +13,6 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import phonenumbers
 
-TYPES = ("EMAIL", "IBAN", "CREDIT_CARD", "SSN", "PHONE", "IPV6", "IPV4")
-
 
 @dataclass(frozen=True)
 class Scrubbed:

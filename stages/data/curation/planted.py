@@ -1,6 +1,6 @@
 """Documents with a known fault, planted among the real ones to measure what the filters find; none is ever published.
 
-All are made here from a seed. The personal data are well-formed but belong to nobody, the toxic sentences are insults
+All are made here from a seed. The personal data are well-formed but invented, the toxic sentences are insults
 of the kind the classifier was made for, foreign text is Airflow's own translation of its user interface where Airflow
 is installed, and near duplicates are real documents with a few words changed.
 """
@@ -61,7 +61,7 @@ class Planted:
 
 
 def plant(count: int, seed: int, originals: Sequence[SourceDocument]) -> list[Planted]:
-    """`count` documents of each kind; kinds without material (no Airflow, no originals) are simply not there."""
+    """`count` documents of each kind; kinds without material (no Airflow, no originals) are left out."""
     made: list[Planted] = []
     for kind in sorted(_SECRETS):
         for index in range(count):

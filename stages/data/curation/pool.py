@@ -6,6 +6,8 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from stages.config.execution import ExecutionConfig
+
 Result = TypeVar("Result")
 
 
@@ -20,11 +22,14 @@ class Pool:
         if self._executor is not None:
             return self._executor.submit(function, *arguments)
         future: Future[Result] = Future()
-        future.set_result(function(*arguments))  # a failure is raised here, where there is nobody else to raise it
+        future.set_result(function(*arguments))  # a failure is raised here and not by `result()`
         return future
 
     def run(
-        self, function: Callable[..., Result], tasks: Sequence[tuple[Any, ...]], done: Callable[[int, Result], None]
+        self,
+        function: Callable[..., Result],
+        tasks: Sequence[tuple[Any, ...]],
+        done: Callable[[int, Result], None] = lambda number, result: None,
     ) -> list[Result]:
         """All results in the order of `tasks`; `done(how many, result)` is called as each one comes in."""
         results: dict[int, Result] = {}
@@ -48,6 +53,11 @@ class Pool:
             for future in futures:
                 future.cancel()
             raise
+
+
+def num_processes(execution: ExecutionConfig) -> int:
+    """One process a core: the cores of all workers, or of the job's own process with `num_workers=0`."""
+    return max(1, execution.num_workers) * max(1, int(execution.cpus_per_worker))
 
 
 @contextmanager

@@ -1,28 +1,31 @@
-"""What curation has seen, over all increments: `index/` of each curated artifact, the earlier ones' part included.
+"""What curation has seen, over all increments: `index/` of each curated artifact, which includes the earlier ones.
 
-Two parts. Hashes of every document that was judged, kept or dropped, so that none is judged twice; what `max_bytes`
-left out was not judged and may come again. And MinHash signatures of those that passed the filters, one file a bucket,
-so that near copies of earlier text are found without the text. Files are sorted records of a fixed size, each once.
+It has two parts. Hashes of every document that was judged, kept or dropped, so that none is judged twice; what
+`max_bytes` left out was not judged and may come again. And MinHash signatures of those that passed the filters, one
+file a bucket, so that near copies of earlier text are found without the text. The files hold sorted records of one
+size, each record once.
 """
 
 import json
 import struct
-from collections.abc import Iterable
 from pathlib import Path
+
+import numpy as np
 
 from stages.config.curate import CurateConfig
 from stages.config.errors import ConfigError
 from stages.data.curation.dedup import minhash_config
+from stages.data.curation.dedup_keys import KEY
+from stages.data.curation.workbench import Workbench
 
-_KEY_BYTES = 16
 _SETTINGS = ("near_duplicates", "minhash_ngram", "minhash_buckets", "minhash_hashes")
 
-Place = tuple[int, int]
 
-
-def require_same_signatures(previous: Path, config: CurateConfig) -> None:
+def require_same_signatures(bench: Workbench) -> None:
     """Raise ConfigError unless the signatures of the previous data compare with those of this run."""
-    path = previous / "index" / "settings.json"
+    if bench.previous is None:
+        return
+    path = bench.previous / "index" / "settings.json"
     if not path.is_file():
         raise ConfigError(
             "previous_data has no index of what it has seen: an older version of curate made it",
@@ -30,56 +33,48 @@ def require_same_signatures(previous: Path, config: CurateConfig) -> None:
         )
     before = json.loads(path.read_text())
     for name in _SETTINGS:
-        if before[name] != getattr(config, name):
+        if before[name] != getattr(bench.config, name):
             raise ConfigError(
-                f"curate.{name}={getattr(config, name)!r}, but previous_data was made with {before[name]!r}: their "
-                "signatures do not compare",
+                f"curate.{name}={getattr(bench.config, name)!r}, but previous_data was made with {before[name]!r}: "
+                "their signatures do not compare",
                 advice=f"Set the override curate.{name} to {before[name]!r}, or curate everything (no previous_data).",
             )
 
 
-def seen_keys(previous: Path | None) -> frozenset[str]:
-    """Return the keys (see `dedup_keys.text_key`) of all documents that were judged before."""
-    if previous is None:
-        return frozenset()
-    return frozenset(record.hex() for record in _records(previous / "index" / "documents.bin", _KEY_BYTES))
+def seen_keys(previous: Path | None) -> np.ndarray:
+    """The keys (see `dedup_keys.text_key`) of all documents that were judged before."""
+    return np.fromfile(previous / "index" / "documents.bin", dtype=KEY) if previous else np.empty(0, dtype=KEY)
 
 
-def write_keys(output: Path, seen: Iterable[str], judged: Iterable[str], config: CurateConfig) -> None:
-    """Write the keys of before and now, and the settings that later signatures must share."""
-    folder = output / "index"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "documents.bin").write_bytes(b"".join(sorted({bytes.fromhex(key) for key in (*seen, *judged)})))
-    (folder / "settings.json").write_text(json.dumps({name: getattr(config, name) for name in _SETTINGS}) + "\n")
+def write_keys(bench: Workbench, seen: np.ndarray, judged: np.ndarray) -> None:
+    """Publish the keys of before and now, and the settings that later signatures must share."""
+    bench.publish_bytes("index/documents.bin", np.union1d(seen, judged).tobytes())
+    bench.publish_json("index/settings.json", {name: getattr(bench.config, name) for name in _SETTINGS})
 
 
-def match_seen(
-    bucket: int, config: CurateConfig, folder: Path, planted: frozenset[Place], previous: Path | None, output: Path
-) -> set[Place]:
-    """Return the documents that agree with earlier ones in this bucket; write the bucket of before and now.
-
-    Planted documents measure filters and are nobody's data: they are neither matched nor remembered.
-    """
+def signature_record(config: CurateConfig) -> np.dtype:
+    """How datatrove lays out the signatures of a bucket: the hashes of a document, then its index in the shard."""
     settings = minhash_config(config)
-    signature = struct.calcsize(f"<{settings.hashes_per_bucket}{settings.hash_config.struct_format}")
-    name = f"bucket-{bucket:03d}.bin"
-    before = frozenset(_records(previous / "index" / name, signature) if previous else ())
-    found: set[Place] = set()
-    now: set[bytes] = set()
-    for path in sorted((folder / "signatures" / f"bucket_{bucket:03d}").glob("*.minhash.sig")):
+    size = struct.calcsize(f"<{settings.hashes_per_bucket}{settings.hash_config.struct_format}")
+    return np.dtype([("signature", f"S{size}"), ("index", "<u4")])
+
+
+def match_seen(bucket: int, planted: list[np.ndarray], bench: Workbench) -> list[np.ndarray]:
+    """By shard, the documents that agree with earlier ones in this bucket; publishes the bucket of before and now.
+
+    Planted documents measure the filters and are not data: they are neither matched nor remembered.
+    """
+    record, name = signature_record(bench.config), f"index/bucket-{bucket:03d}.bin"
+    before = np.empty(0, dtype=record["signature"])
+    if bench.previous is not None:
+        before = np.fromfile(bench.previous / name, dtype=record["signature"])
+    found = [np.zeros(len(column), dtype=bool) for column in planted]
+    now = [before]
+    for path in bench.files(f"signatures/bucket_{bucket:03d}", "*.minhash.sig"):
         shard = int(path.name.partition(".")[0])
-        for record in _records(path, signature + 4):
-            place = (shard, int.from_bytes(record[signature:], "little"))
-            if place in planted:
-                continue
-            now.add(record[:signature])
-            if record[:signature] in before:
-                found.add(place)
-    (output / "index").mkdir(parents=True, exist_ok=True)
-    (output / "index" / name).write_bytes(b"".join(sorted(before | now)))
+        records = np.fromfile(path, dtype=record)
+        records = records[~planted[shard][records["index"]]]
+        found[shard][records["index"]] = np.isin(records["signature"], before)
+        now.append(records["signature"])
+    bench.publish_bytes(name, np.unique(np.concatenate(now)).tobytes())
     return found
-
-
-def _records(path: Path, size: int) -> Iterable[bytes]:
-    data = path.read_bytes()
-    return (data[start : start + size] for start in range(0, len(data), size))

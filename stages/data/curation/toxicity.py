@@ -1,11 +1,12 @@
-"""Toxic text behind one question, `scores(texts)`: a linear classifier that ships in a wheel, or a word list.
+"""Two ways to score how toxic texts are: a linear classifier that ships in a wheel, or a word list.
 
-Both find insults and obscenity; neither finds polite hatred. Long texts are scored by their worst passage,
-for one insult in a long page would else be averaged away.
+Both find insults and obscenity; neither finds polite hatred. Long texts are scored by their worst passage, because an
+average over a long page would hide one insult.
 """
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 from stages.config.errors import ConfigError
@@ -43,7 +44,7 @@ class ClassifierScorer:
     """alt-profanity-check: a linear SVM over word counts, inside its wheel (no download, about 1 MB)."""
 
     def __init__(self) -> None:
-        # The wheel's model is a joblib file; it comes from the locked package, never from storage.
+        # The wheel's model is a joblib file, which can run code; it comes from the locked package, never from storage.
         from profanity_check import predict_prob
 
         self._predict = predict_prob
@@ -73,3 +74,15 @@ class WordListScorer:
     def scores(self, texts: Sequence[str]) -> list[float]:
         """One score for each text."""
         return [1.0 - 0.5 ** len(self._pattern.findall(text)) for text in texts]
+
+
+@lru_cache(maxsize=1)
+def toxicity_scorer(kind: str, words: tuple[str, ...]) -> ToxicityScorer | None:
+    """One scorer per process, because the classifier takes seconds to import; None for toxicity=`none`."""
+    match kind:
+        case "classifier":
+            return ClassifierScorer()
+        case "word-list":
+            return WordListScorer(words)
+        case _:
+            return None

@@ -1,85 +1,106 @@
 """Instruction and preference rows, derived or given: capped, without duplicates, toxic answers or personal data."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from stages.config.curate import DERIVED, CurateConfig
+from stages.config.curate import DERIVED
 from stages.config.errors import DataError
 from stages.data.curation.carried import carried_pairs
-from stages.data.curation.extract import symbols_file
-from stages.data.curation.ledger import Step, verify_chain
-from stages.data.curation.passes import toxicity_scorer, write_published
+from stages.data.curation.ledger import PairsAccount, Step, verify_chain
 from stages.data.curation.pii import scrub
+from stages.data.curation.toxicity import toxicity_scorer
+from stages.data.curation.workbench import SPLITS, Workbench
 from stages.data.pairs import derive, given
-from stages.data.sources.records import Symbol, read_lines, source_of, stable_hash, utf8_size
+from stages.data.sources.records import Symbol, source_of, stable_hash, utf8_size
 
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class PairsResult:
-    """The accounts of both kinds, and how many rows were published."""
+@dataclass
+class _Kind:
+    """Instructions or preferences on their way: the rows, their account so far, and what is taken over as it is."""
 
-    instructions: list[Step]
-    preferences: list[Step]
-    published: dict[str, int]
-    kinds: dict[str, int]
-    pii: dict[str, int]
-    carried: dict[str, int]
-    """Rows taken over from the previous data, part of `published`."""
-    sources: dict[str, dict[str, Any]]
-    """For `instructions` and `preferences`: the account of each given source."""
+    name: str
+    sources: tuple[str, ...]
+    carried: list[Row]
+    rows: list[Row] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    given: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The account of each given source."""
+
+    @property
+    def is_derived(self) -> bool:
+        return DERIVED in self.sources
+
+    @property
+    def published(self) -> list[Row]:
+        return [*self.carried, *self.rows]
 
 
-def build_pairs(
-    config: CurateConfig, units: int, words: tuple[str, ...], folder: Path, output: Path, previous: Path | None
-) -> PairsResult:
-    """Write instructions/ and preferences/ under `output`; both files of a kind exist even when they are empty.
+def build_pairs(units: int, bench: Workbench) -> PairsAccount:
+    """Publish instructions/ and preferences/; both files of a kind exist even when they are empty.
 
-    Rows of `previous` come first; a new row that is among them already is dropped.
+    `units` is how many units have set symbols aside. Rows of the previous data come first; a new row that is among them
+    already is dropped.
     """
-    pii: Counter[str] = Counter()
-    published: dict[str, int] = {}
-    unique = Step("unique_symbols")
+    config = bench.config
+    unique, wrong = Step("unique_symbols"), Step("wrong_answers")
     questions: list[derive.Question] = []
     if DERIVED in config.instructions + config.preferences:
-        questions = derive.distinct_questions(_symbols(units, folder), config, unique)
-    prepared = _Preparation(config, words, pii)
-    sources: dict[str, dict[str, Any]] = {"instructions": {}, "preferences": {}}
-    carried = {name: carried_pairs(previous, name) if previous else [] for name in ("instructions", "preferences")}
+        questions = derive.distinct_questions(_symbols(units, bench), config, unique)
+    prepared = _Preparation(bench)
 
-    made: list[Step] = [unique] if DERIVED in config.instructions else []
-    if DERIVED in config.instructions:
-        rows = [derive.instruction(question) for question in questions]
+    asked = _Kind("instructions", config.instructions, carried_pairs(bench.previous, "instructions"))
+    if asked.is_derived:
+        asked.steps.append(unique)
+        asked.rows = [derive.instruction(question) for question in questions]
     else:
-        rows = given.given_instructions(config.instruction_sources, config, made, sources["instructions"])
-    rows = prepared.run(rows, _answers, config.max_instructions, made, carried["instructions"])
-    published |= _publish("instructions", rows, config.instructions, made, output, carried["instructions"])
+        asked.rows = given.given_instructions(config.instruction_sources, config, asked.steps, asked.given)
+    prepared.run(asked, answer=_answers, limit=config.max_instructions)
 
-    wrong = Step("wrong_answers")
-    paired: list[Step] = [unique, wrong] if DERIVED in config.preferences else []
-    if DERIVED in config.preferences:
-        rows = derive.preferences(questions, config, wrong)
+    paired = _Kind("preferences", config.preferences, carried_pairs(bench.previous, "preferences"))
+    if paired.is_derived:
+        paired.steps += [unique, wrong]
+        paired.rows = derive.preferences(questions, config, wrong)
     else:
-        rows = given.given_preferences(config.preference_sources, config, paired, sources["preferences"])
-    rows = prepared.run(rows, lambda row: row["chosen"], config.max_preferences, paired, carried["preferences"])
-    published |= _publish("preferences", rows, config.preferences, paired, output, carried["preferences"])
-    kinds = dict(sorted(Counter(row["kind"] for row in [*carried["preferences"], *rows]).items()))
-    taken_over = {
-        f"{name}/{split}": sum(row["heldout"] is heldout for row in rows)
-        for name, rows in carried.items()
-        for split, heldout in (("train", False), ("heldout", True))
-    }
-    return PairsResult(made, paired, published, kinds, dict(sorted(pii.items())), taken_over, sources)
+        paired.rows = given.given_preferences(config.preference_sources, config, paired.steps, paired.given)
+    prepared.run(paired, answer=lambda row: row["chosen"], limit=config.max_preferences)
+
+    kinds = (asked, paired)
+    for kind in kinds:
+        _verify(kind)
+        for split, rows in _by_split(kind.published).items():
+            shown = ({key: value for key, value in row.items() if key != "heldout"} for row in rows)
+            bench.publish(f"{kind.name}/{split}", shown)
+    return PairsAccount(
+        instructions=asked.steps,
+        preferences=paired.steps,
+        published=_sizes({kind.name: kind.published for kind in kinds}),
+        kinds=dict(sorted(Counter(row["kind"] for row in paired.published).items())),
+        pii=dict(sorted(prepared.pii.items())),
+        carried=_sizes({kind.name: kind.carried for kind in kinds}),
+        sources={kind.name: kind.given for kind in kinds},
+    )
 
 
-def _symbols(units: int, folder: Path) -> Iterator[Symbol]:
+def _symbols(units: int, bench: Workbench) -> Iterator[Symbol]:
     for number in range(units):
-        for row in read_lines(symbols_file(folder, number)):
+        for row in bench.rows("symbols", number):
             yield Symbol(**row)
+
+
+def _by_split(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    for row in rows:
+        found["heldout" if row["heldout"] else "train"].append(row)
+    return found
+
+
+def _sizes(kinds: Mapping[str, list[Row]]) -> dict[str, int]:
+    """Rows of every kind and split, as `preferences/heldout`."""
+    return {f"{name}/{split}": len(part) for name, rows in kinds.items() for split, part in _by_split(rows).items()}
 
 
 def _texts(row: Row) -> list[str]:
@@ -97,7 +118,7 @@ def _size(row: Row) -> int:
 
 
 def fair_shares(wanted: Mapping[str, int], limit: int) -> dict[str, int]:
-    """Share `limit` equally; what one source does not need goes to the others, the last odd ones to the largest."""
+    """Share `limit` equally. What one source does not need goes to the others; the largest get the remainder."""
     shares: dict[str, int] = {}
     for place, source in enumerate(sorted(wanted, key=lambda name: (wanted[name], name))):
         shares[source] = min(wanted[source], (limit - sum(shares.values())) // (len(wanted) - place))
@@ -107,24 +128,24 @@ def fair_shares(wanted: Mapping[str, int], limit: int) -> dict[str, int]:
 class _Preparation:
     """What every row passes before it is published."""
 
-    def __init__(self, config: CurateConfig, words: tuple[str, ...], pii: Counter[str]) -> None:
-        self._config, self._pii = config, pii
-        self._scorer = toxicity_scorer(config.toxicity, words)
+    def __init__(self, bench: Workbench) -> None:
+        self._config = bench.config
+        self._scorer = toxicity_scorer(bench.config.toxicity, bench.words)
+        self.pii: Counter[str] = Counter()
+        """Personal data that was replaced, by type."""
 
-    def run(
-        self, rows: list[Row], answer: Callable[[Row], str], limit: int, steps: list[Step], carried: Sequence[Row]
-    ) -> list[Row]:
-        """Duplicates, cap, toxicity of the answer to be learned, personal data. Appends its steps.
+    def run(self, kind: _Kind, *, answer: Callable[[Row], str], limit: int) -> None:
+        """Drop duplicates, rows over the cap and toxic answers, then scrub personal data; appends a step for each.
 
-        The cap comes before the two dear steps, so a few rows less than the limit may be published.
+        The cap comes before the two expensive steps, so a few rows less than the limit may be published.
         """
-        order = sorted(rows, key=lambda row: stable_hash(self._config.seed, "order", row["id"]))
-        rows = self._keep(order, "duplicates", self._repeated(order, carried), steps)
-        rows = self._keep(rows, "cap", self._over(rows, limit), steps)
+        rows = sorted(kind.rows, key=lambda row: stable_hash(self._config.seed, "order", row["id"]))
+        rows = self._keep(rows, "duplicates", self._repeated(rows, kind.carried), kind.steps)
+        rows = self._keep(rows, "cap", self._over(rows, limit), kind.steps)
         scores = self._scorer.scores([answer(row) for row in rows]) if self._scorer else [0.0] * len(rows)
         toxic = ["toxic" if score >= self._config.toxicity_threshold else "" for score in scores]
-        rows = self._keep(rows, "toxicity", toxic, steps)
-        return self._scrubbed(rows, steps)
+        rows = self._keep(rows, "toxicity", toxic, kind.steps)
+        kind.rows = self._scrubbed(rows, kind.steps)
 
     def _keep(self, rows: list[Row], name: str, reasons: list[str], steps: list[Step]) -> list[Row]:
         step = Step(name)
@@ -142,7 +163,7 @@ class _Preparation:
         return kept
 
     def _repeated(self, rows: list[Row], carried: Sequence[Row]) -> list[str]:
-        """Carried rows were published, so they compare with what a new row would be published as."""
+        """Carried rows are already scrubbed, so a new row is compared with them as it would be published."""
         known = {tuple(_texts(row)) for row in carried}
         seen: set[tuple[str, ...]] = set()
         reasons: list[str] = []
@@ -157,7 +178,7 @@ class _Preparation:
         return scrub(text).text if self._config.scrub_pii else text
 
     def _over(self, rows: list[Row], limit: int) -> list[str]:
-        """The cap of each half is shared among the sources, so that a large one does not crowd out a small one."""
+        """The cap of each split is shared among the sources, so that a large one does not crowd out a small one."""
         found: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
         for row in rows:
             found[row["heldout"]][source_of(row)] += 1
@@ -180,9 +201,9 @@ class _Preparation:
                 for holder, name in _fields(row):
                     result = scrub(holder[name])
                     holder[name] = result.text
-                    self._pii.update(result.counts)
+                    self.pii.update(result.counts)
             step.rewritten += before - _size(row)
-            if "chosen" in row and row["chosen"] == row["rejected"]:  # they differed in a number that is gone now
+            if "chosen" in row and row["chosen"] == row["rejected"]:  # the two differed in personal data only
                 step.drop("equal_sides", row["id"], row["chosen"], _size(row), samples=self._config.samples_per_reason)
                 continue
             step.kept.add(_size(row))
@@ -192,39 +213,29 @@ class _Preparation:
 
 
 def _fields(row: Row) -> list[tuple[dict[str, str], str]]:
-    """Every text of a row as (holder, key), for replacing."""
+    """Every text of a row as (holder, key), so that it can be replaced."""
     turns = row.get("messages") or row["prompt"]
     sides = [] if "messages" in row else [(row, "chosen"), (row, "rejected")]
     return [(turn, "content") for turn in turns] + sides
 
 
-def _publish(
-    name: str, rows: list[Row], sources: tuple[str, ...], steps: list[Step], output: Path, carried: list[Row]
-) -> dict[str, int]:
-    """Verify the account and write both halves, carried rows first; given sources that leave nothing are an error."""
-    rows_from = next(index for index, step in enumerate(steps) if step.name == "duplicates")
-    verify_chain(steps[:rows_from])
-    verify_chain(steps[rows_from:])
-    before = steps[rows_from - 1].kept.documents if rows_from else 0
-    if before != steps[rows_from].entered.documents or len(rows) != steps[-1].kept.documents:
+def _verify(kind: _Kind) -> None:
+    """Raise DataError unless the account conserves and given sources leave at least one row."""
+    steps, rows = kind.steps, kind.rows
+    first = next(index for index, step in enumerate(steps) if step.name == "duplicates")
+    # Two chains: between them symbols become rows, or a given row becomes several pairs, so bytes differ.
+    verify_chain(steps[:first])
+    verify_chain(steps[first:])
+    before = steps[first - 1].kept.documents if first else 0
+    if before != steps[first].entered.documents or len(rows) != steps[-1].kept.documents:
         raise DataError(
-            f"the ledger of {name} does not conserve: {before} rows were made, "
-            f"{steps[rows_from].entered.documents} prepared, {len(rows)} published of {steps[-1].kept.documents}",
+            f"the ledger of {kind.name} does not conserve: {before} rows were made, "
+            f"{steps[first].entered.documents} prepared, {len(rows)} published of {steps[-1].kept.documents}",
             advice="This is a defect of curation, not of the data; please report it with ledger.json.",
         )
-    if sources and DERIVED not in sources and not rows and not carried:
+    if kind.sources and not kind.is_derived and not kind.published:
         losses = {reason: amount.documents for step in steps for reason, amount in step.dropped.items()}
         raise DataError(
-            f"{name}={list(sources)}: no row is left, dropped by reason: {losses}",
-            advice="Check the shape of the rows; docs/CURATION.md lists those that are understood.",
+            f"{kind.name}={list(kind.sources)}: no row is left, dropped by reason: {losses}",
+            advice="Check the shape of the rows; docs/DATA.md lists those that are understood.",
         )
-    counts: dict[str, int] = {}
-    for split, heldout in (("train", False), ("heldout", True)):
-        half = [
-            {key: value for key, value in row.items() if key != "heldout"}
-            for row in [*carried, *rows]
-            if row["heldout"] is heldout
-        ]
-        write_published(output / name / f"{split}.jsonl.gz", half)
-        counts[f"{name}/{split}"] = len(half)
-    return counts

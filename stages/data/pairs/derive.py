@@ -1,7 +1,8 @@
-"""Instruction and preference pairs out of documented symbols: what a symbol does, against a wrong answer to it.
+"""Instruction and preference pairs from documented symbols: what a symbol does, against a wrong answer.
 
 The labels are derived, not judged by people: the right answer is the summary its author wrote, the rejected one is
-another symbol's summary, the right one cut in the middle, or the right one followed by another's text over and over.
+another symbol's summary, the right one cut in the middle, with foreign words in it, or followed by another symbol's
+text over and over.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -45,7 +46,7 @@ def distinct_questions(symbols: Iterable[Symbol], config: CurateConfig, step: St
     names: set[str] = set()
     summaries: set[str] = set()
     kept: list[Question] = []
-    everything = sorted(symbols, key=lambda symbol: not symbol.heldout)  # stable: source order within each half
+    everything = sorted(symbols, key=lambda symbol: not symbol.heldout)  # stable: source order within each split
     for symbol in everything:
         step.entered.add(utf8_size(symbol.summary))
         summary = symbol.summary.lower()
@@ -77,15 +78,15 @@ def instruction(question: Question) -> dict[str, Any]:
 
 
 def preferences(questions: Sequence[Question], config: CurateConfig, step: Step) -> list[dict[str, Any]]:
-    """One pair per question; wrong answers come from the same half, so held-out text stays out of training."""
+    """One pair per question; wrong answers come from the same split, so held-out text stays out of training."""
     rows: list[dict[str, Any]] = []
     for heldout in (False, True):
-        half = [question for question in questions if question.symbol.heldout is heldout]
-        bodies = [question.symbol.body for question in half if len(question.symbol.body) >= _MIN_BODY]
-        for position, question in enumerate(half):
+        split = [question for question in questions if question.symbol.heldout is heldout]
+        bodies = [question.symbol.body for question in split if len(question.symbol.body) >= _MIN_BODY]
+        for position, question in enumerate(split):
             size = utf8_size(question.symbol.summary)
             step.entered.add(size)
-            kind, rejected = _rejected(question, position, half, bodies, config)
+            kind, rejected = _rejected(question, position, split, bodies, config)
             if not rejected or rejected == question.symbol.summary:
                 step.drop(
                     "no_wrong_answer", question.symbol.id, question.symbol.summary, samples=config.samples_per_reason
@@ -110,9 +111,9 @@ def _preference(question: Question, kind: str, rejected: str) -> dict[str, Any]:
 
 
 def _rejected(
-    question: Question, position: int, half: Sequence[Question], bodies: Sequence[str], config: CurateConfig
+    question: Question, position: int, split: Sequence[Question], bodies: Sequence[str], config: CurateConfig
 ) -> tuple[str, str]:
-    """The kind and the text of a wrong answer; empty when the half is too small to make one."""
+    """The kind and the text of a wrong answer; empty when the split is too small for one."""
     symbol = question.symbol
 
     def draw(what: str, below: int) -> int:
@@ -126,25 +127,25 @@ def _rejected(
     if mismatch + truncated <= share < mismatch + truncated + rambling and bodies:
         body = bodies[draw("body", len(bodies))]
         return "rambling", _ramble(symbol.summary, body, lambda below: draw("length", below))
-    if len(half) < 2:
+    if len(split) < 2:
         return "mismatch", ""
-    other = half[(position + 1 + draw("other", len(half) - 1)) % len(half)]
+    other = split[(position + 1 + draw("other", len(split) - 1)) % len(split)]
     if share >= mismatch + truncated + rambling and len(words) >= 5:
-        return "garbled", _garble(words, half, draw)
+        return "garbled", _garble(words, split, draw)
     return "mismatch", other.symbol.summary
 
 
-def _garble(words: Sequence[str], half: Sequence[Question], draw: Callable[[str, int], int]) -> str:
-    """The right answer with about half of its inner words taken from anywhere: what a weak model says."""
+def _garble(words: Sequence[str], split: Sequence[Question], draw: Callable[[str, int], int]) -> str:
+    """The right answer with about half of its inner words from other answers: what a weak model says."""
     garbled = list(words)
     for place in range(1, len(words) - 1):
         if place % 2 == draw("phase", 2) or draw(f"garble-{place}", 4) == 0:
-            donor = half[draw(f"donor-{place}", len(half))].symbol.summary.split()
+            donor = split[draw(f"donor-{place}", len(split))].symbol.summary.split()
             garbled[place] = donor[draw(f"word-{place}", len(donor))]
     return " ".join(garbled)
 
 
 def _ramble(summary: str, body: str, draw: Callable[[int], int]) -> str:
-    """The right answer, then an unrelated passage that goes round and round, cut at a word."""
+    """The right answer, then an unrelated passage two or three times, cut at a word."""
     passage = " ".join(body[:160].split())
     return f"{summary} {' '.join([passage] * (2 + draw(2)))}"

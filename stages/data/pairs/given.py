@@ -1,7 +1,7 @@
-"""Instruction and preference rows that users bring: told by their fields, adapted, counted by reason and source."""
+"""Instruction and preference rows that users bring: detect the format, adapt the rows, count losses by source."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from stages.data.sources.records import BadRecord, is_drawn
 from stages.data.sources.rows import ROW_SUFFIXES, Row, read_hub, read_rows
 
 _LOOKED_AT = 100
-"""Rows of a file whose fields decide about its format."""
+"""The format of a file is detected from the fields of this many rows."""
 
 Record = tuple[str, Row | BadRecord]
 Shape = TypeVar("Shape", InstructionFormat, PreferenceFormat)
@@ -46,7 +46,7 @@ class SourceAccount:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """One row of ours, or a reason, with the share of the given row's bytes that it stands for."""
+    """One row in our shape, or the reason why there is none, with its share of the given row's bytes."""
 
     key: str
     size: int
@@ -70,7 +70,19 @@ def given_preferences(
     return _given(sources, _preferences, config, steps, accounts)
 
 
-Adapter = Callable[[str, list[Record], Iterator[Record], Source, SourceAccount, CurateConfig], Iterator[_Outcome]]
+@dataclass(frozen=True)
+class _Table:
+    """One file of a source, or a dataset: all its rows with their ids, and the first of them for a second look."""
+
+    name: str
+    head: list[Record]
+    rows: Iterator[Record]
+    """All rows, those of `head` included."""
+    source: Source
+    account: SourceAccount
+
+
+Adapter = Callable[[_Table, CurateConfig], Iterator[_Outcome]]
 
 
 def _given(
@@ -84,9 +96,8 @@ def _given(
     made: list[dict[str, Any]] = []
     for number, source in enumerate(sources):
         account = SourceAccount()
-        for name, records in _tables(source, number):
-            head = list(islice(records, _LOOKED_AT))
-            for outcome in adapt(name, head, chain(head, records), source, account, config):
+        for table in _tables(source, number, account):
+            for outcome in adapt(table, config):
                 made += _counted(outcome, account, config)
         total.merge(account.step, samples=config.samples_per_reason)
         accounts[source.uri] = account.to_dict()
@@ -95,18 +106,21 @@ def _given(
     return made
 
 
-def _tables(source: Source, number: int) -> Iterator[tuple[str, Iterator[Record]]]:
-    """The files of a source, whose formats may differ, each with its rows and their ids."""
+def _tables(source: Source, number: int, account: SourceAccount) -> Iterator[_Table]:
+    """The files of a source, which may differ in format."""
     if source.uri.startswith("hf://"):
-        rows = read_hub(source.uri)
-        yield source.uri, ((row.id if isinstance(row, BadRecord) else f"{number}/:{row.number}", row) for row in rows)
-        return
-    for stored in data_files(source.uri, ROW_SUFFIXES):
-        yield stored.name, _rows_of(stored.uri, stored.name, number)
+        named = [(source.uri, "", read_hub(source.uri))]
+    else:
+        files = data_files(source.uri, ROW_SUFFIXES)
+        named = ((stored.name, stored.name, read_rows(stored.uri, stored.name)) for stored in files)
+    for name, prefix, rows in named:
+        records = _with_ids(rows, prefix, number)
+        head = list(islice(records, _LOOKED_AT))
+        yield _Table(name, head, chain(head, records), source, account)
 
 
-def _rows_of(uri: str, name: str, number: int) -> Iterator[Record]:
-    for row in read_rows(uri, name):
+def _with_ids(rows: Iterable[Row | BadRecord], name: str, number: int) -> Iterator[Record]:
+    for row in rows:
         yield f"{number}/{row.id if isinstance(row, BadRecord) else f'{name}:{row.number}'}", row
 
 
@@ -127,21 +141,21 @@ def _unreadable(key: str, record: BadRecord, account: SourceAccount) -> _Outcome
     return _Outcome(key, record.size, None, record.reason, record.sample)
 
 
-def _format(
-    name: str, head: Sequence[Record], source: Source, formats: type[Shape], fitting: Callable[[Any], list[Shape]]
-) -> Shape | None:
-    """The format that the source is said to have, or the only one that fits the fields of a file's first rows.
+def _format(table: _Table, formats: type[Shape], fitting: Callable[[Any], list[Shape]]) -> Shape | None:
+    """The format named after the source, or the only one that fits the fields of the table's first rows.
 
     None when none of these rows can be read; raises DataError when no format or more than one fits.
     """
+    source = table.source
     if source.format:
         return formats(source.format)
     values: dict[str, Any] = {}
-    for _, record in head:
+    for _, record in table.head:
         for field_name, value in record.values.items() if isinstance(record, Row) else ():
-            if value is not None and not values.get(field_name):  # an empty list of turns does not tell their fields
+            # Later rows fill in what is empty: an empty list of turns does not show the fields of a turn.
+            if value is not None and not values.get(field_name):
                 values[field_name] = value
-    if not any(isinstance(record, Row) for _, record in head):
+    if not any(isinstance(record, Row) for _, record in table.head):
         return None
     found = fitting(values)
     if len(found) == 1:
@@ -149,27 +163,21 @@ def _format(
     what = f"fit {' and '.join(found)}" if found else f"fit none of the formats {', '.join(formats)}"
     example = f"{source.uri}#format={next(iter(found or formats))}"
     raise DataError(
-        f"source {source.uri!r}: the fields of {name} {what}; found: {', '.join(sorted(values)) or 'none'}",
-        advice=f"Say which it is behind the source, as in {example}"
+        f"source {source.uri!r}: the fields of {table.name} {what}; found: {', '.join(sorted(values)) or 'none'}",
+        advice=f"Name the format after the source, as in {example}"
         + ("." if found else ", or rename the fields; docs/DATA.md lists what each format needs."),
     )
 
 
-def _instructions(
-    name: str,
-    head: list[Record],
-    records: Iterator[Record],
-    source: Source,
-    account: SourceAccount,
-    config: CurateConfig,
-) -> Iterator[_Outcome]:
-    shape = _format(name, head, source, InstructionFormat, instructions.fitting_formats)
+def _instructions(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
+    source, account = table.source, table.account
+    shape = _format(table, InstructionFormat, instructions.fitting_formats)
     if shape:
         account.formats.add(shape)
     if shape is InstructionFormat.OASST:
-        yield from _joined(records, source, account, config)
+        yield from _joined(table, config)
         return
-    for key, record in records:
+    for key, record in table.rows:
         if isinstance(record, BadRecord) or shape is None:
             assert isinstance(record, BadRecord)
             yield _unreadable(key, record, account)
@@ -183,23 +191,21 @@ def _instructions(
             yield _Outcome(key, record.size, _instruction_row(key, made, source, config), changes=made.changes)
 
 
-def _joined(
-    records: Iterator[Record], source: Source, account: SourceAccount, config: CurateConfig
-) -> Iterator[_Outcome]:
-    """A table of messages is read whole, for a reply may stand before what it replies to."""
+def _joined(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
+    """A table of messages is read whole, because a reply may come before the message that it answers."""
     rows: dict[str, Row] = {}
-    for key, record in records:
+    for key, record in table.rows:
         if isinstance(record, BadRecord):
-            yield _unreadable(key, record, account)
+            yield _unreadable(key, record, table.account)
         else:
-            account.unreadable.entered.add(record.size)
+            table.account.unreadable.entered.add(record.size)
             rows[key] = record
     for made in conversations_of([(key, row.values) for key, row in rows.items()]):
         row, size = rows[made.key], rows[made.key].size
         if made.conversation is None:
             yield _Outcome(made.key, size, None, made.reason, str(row.values))
         else:
-            ours = _instruction_row(made.key, made.conversation, source, config)
+            ours = _instruction_row(made.key, made.conversation, table.source, config)
             yield _Outcome(made.key, size, ours, changes=made.conversation.changes)
 
 
@@ -209,18 +215,12 @@ def _instruction_row(key: str, made: Conversation, source: Source, config: Curat
     return {"id": key, "messages": messages, "group": source.uri, "origin": "given", "heldout": heldout}
 
 
-def _preferences(
-    name: str,
-    head: list[Record],
-    records: Iterator[Record],
-    source: Source,
-    account: SourceAccount,
-    config: CurateConfig,
-) -> Iterator[_Outcome]:
-    shape = _format(name, head, source, PreferenceFormat, preferences.fitting_formats)
+def _preferences(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
+    source, account = table.source, table.account
+    shape = _format(table, PreferenceFormat, preferences.fitting_formats)
     if shape:
         account.formats.add(shape)
-    for key, record in records:
+    for key, record in table.rows:
         if isinstance(record, BadRecord) or shape is None:
             assert isinstance(record, BadRecord)
             yield _unreadable(key, record, account)

@@ -1,15 +1,23 @@
-"""Instruction rows of the shapes that are in use, each told from its fields, as conversations."""
+"""Instruction rows of the common formats, detected from their fields, as conversations."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stages.config.sources import InstructionFormat
 from stages.data.pairs.trees import nested_conversation
-from stages.data.pairs.turns import Conversation, Message, Unusable, checked, plain_text, read_turns, with_system
+from stages.data.pairs.turns import (
+    Conversation,
+    Message,
+    Unusable,
+    as_conversation,
+    plain_text,
+    read_turns,
+    with_system,
+)
 
 _QUESTIONS, _ANSWERS = ("prompt", "question"), ("response", "completion", "answer", "output")
 _CONTEXTS = ("input", "context")
-"""Below the question in every shape that asks once, for one without it in its first rows may have it in later ones."""
+"""Appended to the question in every single-turn format: fields that the first rows lack may appear in later rows."""
 _FLAT_TREE = frozenset({"message_id", "parent_id", "role", "text"})
 
 
@@ -48,7 +56,7 @@ def _turns_have(turns: object, *names: str) -> bool:
 
 
 def to_conversation(shape: InstructionFormat, values: Mapping[str, Any]) -> Conversation:
-    """The row as a conversation; raises Unusable with the reason why it is none."""
+    """The row as a conversation; raises Unusable with the reason why it cannot be one."""
     match shape:
         case InstructionFormat.MESSAGES:
             messages = read_turns(_first(values, "messages", "conversations"), role="role", text="content")
@@ -70,7 +78,7 @@ def to_conversation(shape: InstructionFormat, values: Mapping[str, Any]) -> Conv
             return nested_conversation(values)
         case InstructionFormat.OASST:
             raise AssertionError("messages of trees are joined by stages.data.pairs.trees.conversations_of")
-    return checked(with_system(messages, values))
+    return as_conversation(with_system(messages, values))
 
 
 def _first(values: Mapping[str, Any], *names: str) -> Any:

@@ -1,4 +1,4 @@
-"""Preference rows of the shapes that are in use, each told from its fields, as pairs of responses to one prompt."""
+"""Preference rows of the common formats, detected from their fields, as pairs of responses to one prompt."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from itertools import combinations
 from typing import Any, TypeGuard
 
 from stages.config.sources import PreferenceFormat
-from stages.data.pairs.turns import Message, Unusable, checked, plain_text, read_turns, with_system
+from stages.data.pairs.turns import Message, Unusable, as_conversation, plain_text, read_turns, with_system
 
 _PROMPTS = ("prompt", "instruction", "question")
 _RESPONSES = ("responses", "completions", "answers")
@@ -16,7 +16,7 @@ _TURNS = (("\n\nHuman:", "user"), ("\n\nAssistant:", "assistant"))
 
 @dataclass(frozen=True)
 class Preference:
-    """Two responses to one prompt, of which the first is the better one."""
+    """Two responses to one prompt; people or a rule preferred the first."""
 
     prompt: tuple[Message, ...]
     chosen: str
@@ -37,7 +37,7 @@ def fitting_formats(values: Mapping[str, Any]) -> list[PreferenceFormat]:
 
 
 def to_preferences(shape: PreferenceFormat, values: Mapping[str, Any]) -> list[Preference | str]:
-    """The pairs of a row, for each of them the pair or the reason why it is none; one outcome but for ranked lists.
+    """The pairs of a row, and a reason for each that is unusable. Only ranked lists give more than one outcome.
 
     Raises Unusable when the row as a whole cannot be read.
     """
@@ -53,7 +53,7 @@ def to_preferences(shape: PreferenceFormat, values: Mapping[str, Any]) -> list[P
 
 @dataclass(frozen=True)
 class _Side:
-    """A response, and the turns before it as far as this side tells them."""
+    """A response, and the turns before it as far as this side has them."""
 
     before: tuple[Message, ...]
     answer: str
@@ -85,7 +85,7 @@ def _transcript(text: object) -> _Side:
 
 
 def split_transcript(text: str) -> list[Message]:
-    """Turns of an hh-rlhf transcript of `Human:` and `Assistant:`; none when it is no transcript."""
+    """Turns of an hh-rlhf transcript of `Human:` and `Assistant:`; empty when it is not a transcript."""
     body = "\n\n" + text.lstrip("\n")
     places = sorted((start, role, mark) for mark, role in _TURNS for start in _starts(body, mark))
     starts = [start for start, _, _ in places]
@@ -114,7 +114,7 @@ def _common_prompt(sides: Sequence[_Side], values: Mapping[str, Any]) -> list[Me
 
 
 def _asked(values: Mapping[str, Any]) -> list[Message]:
-    """The row's own prompt: a text, a transcript that waits for its answer, or messages."""
+    """The row's own prompt: a text, a transcript without its last answer, or messages."""
     prompt = next((values[name] for name in _PROMPTS if values.get(name) is not None), None)
     if prompt is None:
         return []
@@ -137,14 +137,14 @@ def _paired(prompt: Sequence[Message], chosen: str, rejected: str) -> Preference
     if chosen == rejected:
         return "equal_sides"
     try:
-        whole = checked([*prompt, {"role": "assistant", "content": chosen}])
+        whole = as_conversation([*prompt, {"role": "assistant", "content": chosen}])
     except Unusable as error:
         return error.reason
     return Preference(whole.messages[:-1], chosen, rejected)
 
 
 def _ranked(values: Mapping[str, Any]) -> Iterator[Preference | str]:
-    """All ordered pairs, k (k - 1) / 2 of k responses; two of the same rank are a tie and no pair."""
+    """All ordered pairs, k (k - 1) / 2 of k responses; two with the same rank are a tie, not a pair."""
     responses = next((values[name] for name in _RESPONSES if isinstance(values.get(name), list)), [])
     if len(responses) < 2:
         raise Unusable("one_response")
@@ -157,8 +157,11 @@ def _ranked(values: Mapping[str, Any]) -> Iterator[Preference | str]:
 
 
 def _ranks(values: Mapping[str, Any], responses: Sequence[Any]) -> list[float]:
-    """A number a response, the best one lowest: `ranking` lists places from the best on, `ranks` count from the best,
-    `scores` are the better the higher; ranks and scores may also stand in the responses."""
+    """One number for each response, lowest for the best.
+
+    `ranking` lists places, best first; `ranks` are 1 for the best; of `scores` higher is better. Ranks and scores may
+    also be fields of the responses.
+    """
     count = len(responses)
     if (ranking := values.get("ranking")) is not None:
         if not isinstance(ranking, list) or sorted(ranking) != list(range(count)):

@@ -1,14 +1,14 @@
-"""OpenAssistant's trees, in which people wrote and ranked several replies to one message: the best-ranked path of each.
+"""The best-ranked path of each OpenAssistant tree, in which people wrote and ranked several replies to one message.
 
-At every fork the reply with the lowest rank is taken; those without a rank come after those with one, then file order
-decides. A question that nobody answered is passed over when another one of the fork was answered.
+At every fork the reply with the lowest rank is taken; replies without a rank come last, then file order decides.
+An unanswered question is skipped when another question of the fork was answered.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stages.data.pairs.turns import ROLES, Conversation, Message, Unusable, checked, plain_text
+from stages.data.pairs.turns import ROLES, Conversation, Message, Unusable, as_conversation, plain_text
 
 
 @dataclass
@@ -52,7 +52,7 @@ def nested_conversation(values: Mapping[str, Any]) -> Conversation:
     root = _nested(values.get("prompt"))
     if root is None:
         raise Unusable("deleted")
-    return checked([node.message for node in best_path(root)])
+    return as_conversation([node.message for node in best_path(root)])
 
 
 def _nested(values: object) -> Node | None:
@@ -131,7 +131,7 @@ def _walked(roots: Sequence[Node], reasons: dict[str, str]) -> dict[str, Convers
         for node in _below(root):
             reasons[node.key] = "not_best_ranked"
         try:
-            made[root.key] = checked([node.message for node in path])
+            made[root.key] = as_conversation([node.message for node in path])
         except Unusable as error:
             reasons |= dict.fromkeys((node.key for node in path), error.reason)
             continue

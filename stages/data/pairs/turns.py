@@ -1,4 +1,4 @@
-"""Conversations as lists of {role, content}, and the rules that make one trainable; each broken rule has its name.
+"""Conversations as lists of {role, content}, and the rules that make one trainable; every rule has a name.
 
 Every assistant turn is trained, so every one needs a text and a question before it.
 """
@@ -40,7 +40,7 @@ class Conversation:
 
     messages: tuple[Message, ...]
     changes: tuple[str, ...] = ()
-    """What was left out of it, by name."""
+    """Names of what was left out."""
 
 
 def read_turns(turns: object, *, role: str, text: str) -> list[Message]:
@@ -60,15 +60,15 @@ def _message(turn: object, role_field: str, text_field: str) -> Message:
         raise Unusable("unknown_role")
     if turn.get("tool_calls") or turn.get("function_call"):
         raise Unusable("tool_call")
-    if turn.get("weight") == 0:  # OpenAI's way to say that a turn is not to be trained; here all of them are
+    if turn.get("weight") == 0:  # OpenAI excludes a turn from training like this; here every assistant turn is trained
         raise Unusable("untrained_turn")
     return {"role": ROLES[name], "content": plain_text(turn.get(text_field))}
 
 
 def plain_text(content: object) -> str:
-    """A text without the white space around it, or OpenAI's list of text parts joined; nothing is the empty text.
+    """A text without the white space around it, or OpenAI's list of text parts joined; None is the empty text.
 
-    Raises Unusable for the rest.
+    Raises Unusable for anything else.
     """
     if content is None:
         return ""
@@ -89,10 +89,10 @@ def with_system(messages: list[Message], values: Mapping[str, Any]) -> list[Mess
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def checked(messages: Sequence[Message]) -> Conversation:
-    """The conversation, without a blank system message and without a last question that nobody answered.
+def as_conversation(messages: Sequence[Message]) -> Conversation:
+    """Messages as a conversation, without a blank system message and without an unanswered last question.
 
-    Raises Unusable with the rule that it breaks.
+    Raises Unusable with the rule that they break.
     """
     changes: list[str] = []
     turns = list(messages)
@@ -121,5 +121,5 @@ def checked(messages: Sequence[Message]) -> Conversation:
 
 
 def opening(messages: Sequence[Mapping[str, str]]) -> str:
-    """The first question, by which conversations that start alike are held out together."""
+    """The first question, so that conversations that start alike are held out together."""
     return next((turn["content"] for turn in messages if turn["role"] == "user"), "")

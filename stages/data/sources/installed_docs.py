@@ -30,7 +30,7 @@ STDLIB = "python"
 MIN_SYMBOL_CHARACTERS = 400
 _UNIT_BYTES = 3_000_000
 _TEXT_SUFFIXES = frozenset({".rst", ".md", ".txt"})
-# Test code has few docstrings and much source; licences and author lists are no prose and full of addresses.
+# Test code has few docstrings and much source; licences and author lists are not prose and are full of addresses.
 _SKIPPED_FOLDERS = frozenset(
     {"tests", "test", "testing", "_vendor", "vendored", "__pycache__", "node_modules", "idlelib"}
 )
@@ -217,7 +217,7 @@ def module_name(path: str) -> str:
 def public_name(root: str, module: str, symbol: str) -> str:
     """The dotted name users type, empty when there is none.
 
-    What stands in a private module is public when the `__init__.py` above that module mentions it, and is shown there.
+    A symbol of a private module is public when the `__init__.py` above that module mentions it, and is shown there.
     """
     parts = module.split(".")
     private = next((index for index, part in enumerate(parts) if index and part.startswith("_")), None)
@@ -314,7 +314,8 @@ def _symbol(node: _Definition, *, identity: str, name: str, kind: str, group: st
         return
     first, _, rest = documentation.partition("\n\n")
     if summary := first_sentence(first):
-        yield Symbol(identity, name, kind, summary, plain(rest)[:600], group, heldout)
+        body = plain(rest)[:600]
+        yield Symbol(identity, name, kind, summary=summary, body=body, group=group, heldout=heldout)
 
 
 def plain(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Every document source behind one interface: `plan` cuts a source into units of work, `read` yields a unit's records.
+"""One interface to every kind of document source: `plan` cuts sources into units, `read` yields the records of one.
 
 The units depend on the sources alone, never on the number of processes, so the result does not either.
 """
@@ -47,8 +47,7 @@ def plan(config: CurateConfig) -> list[Unit]:
 
 
 def data_files(source: str, suffixes: tuple[str, ...]) -> list[Stored]:
-    """The files of a source that have one of these suffixes (before .gz or .zst); of an artifact of ours, its manifest
-    is no data."""
+    """The files of a source that have one of these suffixes (before .gz or .zst), without an artifact's manifest."""
     files = [entry for entry in list_objects(source) if plain_name(entry.name).endswith(suffixes)]
     if "/artifacts/" in source:
         files = [entry for entry in files if entry.name != MANIFEST]
@@ -75,7 +74,7 @@ def read(unit: Unit, config: CurateConfig) -> Iterator[Record]:
 
 
 def _read_text(unit: Unit, stored: Stored, config: CurateConfig) -> Iterator[Record]:
-    """A whole text file is one document; one that is damaged or not UTF-8 is dropped, for half a text misleads."""
+    """A whole text file is one document; one that is damaged or not UTF-8 is dropped, because half a text misleads."""
     key = f"{unit.number}/{stored.name}"
     parts: list[bytes] = []
     for _, line in read_line_bytes(stored.uri, stored.name):
@@ -89,7 +88,7 @@ def _read_text(unit: Unit, stored: Stored, config: CurateConfig) -> Iterator[Rec
     except UnicodeDecodeError as error:
         yield BadRecord(key, "invalid_utf8", len(data), str(error))
         return
-    yield _document(unit, key, stored.name, text, len(data), config)
+    yield _document(unit, key, stored.name, text, size=len(data), config=config)
 
 
 def _documents(
@@ -102,12 +101,12 @@ def _documents(
         key = f"{unit.number}/{name}:{row.number}"
         text = row.values.get(field)
         if isinstance(text, str):
-            yield _document(unit, key, name, text, row.size, config)
+            yield _document(unit, key, name, text, size=row.size, config=config)
         else:
             yield BadRecord(key, "missing_text", row.size, f"no text in field {field!r}; fields: {sorted(row.values)}")
 
 
-def _document(unit: Unit, key: str, path: str, text: str, size: int, config: CurateConfig) -> Record:
+def _document(unit: Unit, key: str, path: str, text: str, *, size: int, config: CurateConfig) -> Record:
     try:
         text.encode()
     except UnicodeEncodeError:  # a lone surrogate, which JSON can spell and UTF-8 cannot

@@ -1,6 +1,6 @@
-"""Rows out of JSONL, JSON and Parquet, compressed or not, and out of Hugging Face datasets.
+"""Rows from JSONL, JSON and Parquet, compressed or not, and from Hugging Face datasets.
 
-A row that cannot be read becomes a BadRecord with its reason; reading goes on behind it wherever the format allows.
+A row that cannot be read becomes a BadRecord with its reason; reading continues after it wherever the format allows.
 """
 
 import gzip
@@ -75,7 +75,7 @@ def _stream_reason(error: Exception) -> str:
 
 
 def parse_row(line: bytes, number: int, identity: str) -> Row | BadRecord:
-    """One JSON object, or why it is none."""
+    """One JSON object, or a BadRecord that says why it is not one."""
     try:
         values = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError:

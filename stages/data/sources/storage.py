@@ -1,4 +1,4 @@
-"""Where outside data lies: a file, a folder or an s3:// prefix, as a sorted list of objects that open as byte streams.
+"""Outside data in a file, a folder or an s3:// prefix, as a sorted list of objects that open as byte streams.
 
 Names are relative to what the user gave, so nothing that is published depends on the machine.
 """
@@ -61,7 +61,7 @@ def _list_s3(uri: str) -> list[Stored]:
             for entry in page.get("Contents", ()):
                 name = entry["Key"].removeprefix(key)
                 if name and not name.startswith("/") and key and not key.endswith("/"):
-                    continue  # a neighbour whose name starts the same: s3://b/part and s3://b/part-2
+                    continue  # a prefix also matches its neighbours: s3://b/part-2 when s3://b/part is asked for
                 if not entry["Key"].endswith("/"):
                     relative = name.strip("/") or entry["Key"].rsplit("/", 1)[-1]
                     etag = entry["ETag"].strip('"')

@@ -28,14 +28,14 @@ CHAT_TEMPLATE = (
     "{% endgeneration %}{% else %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-"""Template of tokenizers that we train. Every piece around a message's text is a special token."""
+"""The template of tokenizers that we train: everything around a message's text is a special token."""
 
 _RESERVED = "\ue000"
 _PLACEHOLDER = re.compile("(\u2003?)\ue000(\\d+)\ue001(\u2003?)")
-"""Stands for a message; the wide spaces around it are gone where the template trims."""
+"""A placeholder for a message. The wide spaces around it are missing where the template trims."""
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _DATE = "26 Jul 2024"
-"""What templates that show a date show; it is the one that Llama's fall back to."""
+"""The date in templates that show one, so that tokens are the same on every day. Llama's templates default to it."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class ChatEncoder:
         *,
         infer_spans: bool = False,
     ) -> None:
-        """With `infer_spans`, an assistant's turn reaches from the generation prompt to the control token behind its
-        text; else the template's {% generation %} markers say it."""
+        """With `infer_spans`, an assistant's turn reaches from the generation prompt to the control token after its
+        text; otherwise the template's {% generation %} markers delimit it."""
         self._template, self._special_tokens, self._infer = chat_template, dict(special_tokens), infer_spans
         self._skeletons: dict[tuple[tuple[str, ...], bool], tuple[_Piece, ...]] = {}
         named = set(self._special_tokens.values())
@@ -91,7 +91,7 @@ class ChatEncoder:
             raise ConfigError(
                 "the chat template has no {% generation %} markers, so nothing says which tokens the assistant wrote",
                 advice="Set tokenize.chat_template='infer' to take each assistant turn up to the token that ends it, "
-                "or give a template whose assistant text stands in {% generation %} ... {% endgeneration %}.",
+                "or give a template with {% generation %} ... {% endgeneration %} around the assistant's text.",
             )
         return self._encode(messages, add_generation_prompt=False)
 
@@ -124,9 +124,9 @@ class ChatEncoder:
         for prompt, (start, _) in zip(prompts, _runs(whole.loss_mask), strict=True):
             if len(prompt) != start or not np.array_equal(whole.ids[:start], prompt):
                 raise ConfigError(
-                    "the chat template's generation prompt is not what stands before the assistant's turn in a "
+                    "the chat template's generation prompt differs from what precedes the assistant's turn in a "
                     f"conversation: {self._copy.decode(prompt.tolist(), skip_special_tokens=False)!r}",
-                    advice="A model would be asked in another way than it was trained; " + _ADVICE,
+                    advice="A model would be prompted in another way than it was trained; " + _ADVICE,
                 )
         self._require_one_bos(whole.ids, ends[0])
         return ends[0]
@@ -203,8 +203,8 @@ class ChatEncoder:
         return text, spans
 
     def _inferred(self, text: str, roles: Sequence[str]) -> Iterator[tuple[int, int]]:
-        """From the end of the generation prompt, which stands before each assistant turn, to the end of the control
-        token behind the turn's text."""
+        """From the end of the generation prompt, which precedes each assistant turn, to the end of the control token
+        after the turn's text."""
         places = list(_PLACEHOLDER.finditer(text))
         for index, place in enumerate(places):
             if roles[index] == "assistant":
@@ -230,7 +230,7 @@ class ChatEncoder:
 
 _PROBE_ROLES = ("user", "assistant", "user", "assistant")
 _PROBE_TEXTS = ("first question", "first answer", "second question", "second answer")
-_ADVICE = "mend the template and give its text as tokenize.chat_template, or set that to 'plain'."
+_ADVICE = "fix the template and give its text as tokenize.chat_template, or set that to 'plain'."
 
 
 def _control_tokens(tokenizer: Tokenizer, written: str, named: Container[str]) -> dict[int, AddedToken]:

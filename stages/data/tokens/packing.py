@@ -1,7 +1,7 @@
-"""Many sequences in one micro-batch, without padding and without a token of one seeing another.
+"""Many sequences in one micro-batch, without padding, and no token attends to another sequence.
 
-Sequences lie end to end; `spans_D4` says where each begins and what it may look back to. A sequence that begins like
-the one before it (a rejected answer after the chosen one) can leave that beginning out and look back to it there.
+Sequences are laid end to end; `spans_D4` says where each begins and what it may look back to. A sequence that begins
+like the one before it (a rejected answer after the chosen one) can leave that beginning out and look back to it there.
 
 Shape legend: B rows (one here; engines may think in more), T positions of a row, D laid-out sequences.
 """
@@ -28,8 +28,7 @@ class Packed:
     loss_mask_BT: Tensor
     num_segments: int
     spans_D4: Tensor
-    """Start and end of each sequence, and of the earlier tokens that it goes on from, counted over all rows; on the
-    CPU."""
+    """Start and end of each sequence, and of the earlier tokens that it continues, over all rows; on the CPU."""
     fields: Mapping[str, Tensor] = field(default_factory=dict)
     """Further values per token, shape (B, T)."""
 
@@ -40,7 +39,7 @@ class Packed:
             segment_ids_BT=_copied(self.segment_ids_BT, device),
             loss_mask_BT=_copied(self.loss_mask_BT, device),
             num_segments=self.num_segments,
-            spans_D4=self.spans_D4,
+            spans_D4=self.spans_D4,  # stays on the CPU: masks are built from it before they are moved
             fields={name: _copied(tensor, device) for name, tensor in self.fields.items()},
         )
 
@@ -54,8 +53,8 @@ class Packed:
 
 
 def _copied(tensor: Tensor, device: torch.device) -> Tensor:
-    """To a GPU from page-locked memory, because a copy from ordinary memory waits until the GPU has done all that was
-    asked of it before. torch keeps the locked memory until the copy is over."""
+    """To a GPU from page-locked memory, because a copy from ordinary memory waits until the GPU has finished its queue.
+    torch keeps the locked memory until the copy is over."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -69,7 +68,7 @@ class TokenSequence:
     loss_mask: np.ndarray
     fields: Mapping[str, np.ndarray] = field(default_factory=dict)
     shared: int = 0
-    """Leading tokens that the sequence before begins with too, and that are laid out there alone."""
+    """Leading tokens that the sequence before begins with too, and that are laid out only there."""
 
     @property
     def num_laid_out(self) -> int:
@@ -149,12 +148,12 @@ def lay_out(sequences: Sequence[TokenSequence]) -> Packed:
             fields[name][start:end] = values[shared:]
         spans[segment] = (start, end, before, before + shared) if shared else (start, end, start, start)
         before, start = start, end
-    tensors = {name: torch.from_numpy(values)[None] for name, values in numbers.items()}
+    tensors_BT = {name: torch.from_numpy(values)[None] for name, values in numbers.items()}
     return Packed(
-        input_ids_BT=tensors["ids"],
-        position_ids_BT=tensors["positions"],
-        segment_ids_BT=tensors["segments"],
-        loss_mask_BT=tensors["mask"],
+        input_ids_BT=tensors_BT["ids"],
+        position_ids_BT=tensors_BT["positions"],
+        segment_ids_BT=tensors_BT["segments"],
+        loss_mask_BT=tensors_BT["mask"],
         num_segments=len(sequences),
         spans_D4=torch.from_numpy(spans),
         fields={name: torch.from_numpy(values)[None] for name, values in fields.items()},

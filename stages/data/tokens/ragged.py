@@ -1,6 +1,5 @@
-"""Arrays of unequal length in memory-mapped shards: how token ids lie in a `tokens` artifact."""
+"""Arrays of unequal length in memory-mapped shards: the layout of token ids in a `tokens` artifact."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +39,6 @@ class RaggedWriter:
         np.save(self._folder / f"{self._name}-{self._num_shards:05d}.npy", values)
         self._num_shards += 1
         self._pending, self._num_pending = [], 0
-
-
-def write_ragged(folder: Path, name: str, arrays: Iterable[np.ndarray], dtype: np.dtype) -> None:
-    writer = RaggedWriter(folder, name, dtype)
-    for values in arrays:
-        writer.append(values)
-    writer.close()
 
 
 class Ragged:

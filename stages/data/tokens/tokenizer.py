@@ -1,4 +1,4 @@
-"""The tokenizer that a run trains, or the one that its base model brings, behind one small object."""
+"""The tokenizer that a run trains, or the one that its base model brings, as one small object."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class LoadedTokenizer:
     """`bos_token`, `eos_token`, `pad_token`: the names that templates use."""
     max_length: int
     infer_spans: bool = False
-    """Whether what the assistant says is inferred from the rendered template instead of marked in it."""
+    """Whether the assistant's text is inferred from the rendered template instead of marked in it."""
 
     def chat(self) -> ChatEncoder:
         return ChatEncoder(self.backend, self.chat_template, self.special_tokens, infer_spans=self.infer_spans)
@@ -110,7 +110,7 @@ def train_tokenizer(texts: Iterator[str], config: TokenizeConfig) -> LoadedToken
 
 
 def marked_template(wanted: str, own: str) -> str:
-    """What `tokenize.chat_template` stands for."""
+    """The text of the template that `tokenize.chat_template` names."""
     if wanted == PLAIN:
         return PLAIN_TEMPLATE
     return own if wanted in (OWN, INFER) else wanted

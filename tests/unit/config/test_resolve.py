@@ -204,7 +204,7 @@ def test_weights_behind_sources_go_to_the_stages_that_train_on_them() -> None:
         ({"instructions": ["/a#weight=0.7", "/b#weight=0.3", "/c"]}, "leave nothing for the sources without a weight"),
         ({"instructions": ["/a#format=poem"]}, "format='poem' of '/a' is not one of messages, sharegpt"),
         ({"preferences": ["/a#format=alpaca"]}, "format='alpaca' of '/a' is not one of pair, transcripts"),
-        ({"instructions": ["/a", "/a#weight=0.5"]}, r"instructions: \['/a'\] stand twice"),
+        ({"instructions": ["/a", "/a#weight=0.5"]}, r"instructions: \['/a'\] appear twice"),
         ({"instructions": ["derived", "/a"]}, "mixes 'derived' with given sources"),
         (
             {"instructions": ["/a#weight=1"], "overrides": {"sft.mixture": [{"source": "/a", "weight": 1}]}},

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from stages.config.errors import ConfigError
 from stages.data.pairs.turns import Unusable
 from stages.data.tokens.chat import CHAT_TEMPLATE, ChatEncoder
-from stages.data.tokens.tokenizer import _PLAIN_TEMPLATE
+from stages.data.tokens.tokenizer import PLAIN_TEMPLATE
 
 SPECIAL = ["<|bos|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
 BOS, END, PAD, SYSTEM, USER, ASSISTANT = range(6)
@@ -85,7 +85,7 @@ def test_plain_apply_chat_template_gives_the_same_ids(tokenizer: Tokenizer) -> N
 
 
 def test_a_plain_words_template_trains_the_answer_and_its_end(tokenizer: Tokenizer) -> None:
-    encoded = encoder(tokenizer, _PLAIN_TEMPLATE).encode(turns("what?", "it sorts"))
+    encoded = encoder(tokenizer, PLAIN_TEMPLATE).encode(turns("what?", "it sorts"))
     assert trained_text(tokenizer, encoded) == " it sorts<|end|>"
 
 
@@ -258,7 +258,10 @@ def test_a_second_bos_in_the_template_is_refused() -> None:
     ("template", "said"),
     [
         (CHATML.replace("{{ m['content'] }}<|im_end|>", "{{ m['content'] }}"), "token that ends it"),
-        (CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"), "generation prompt is not what"),
+        (
+            CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"),
+            "generation prompt differs",
+        ),
         (CHATML.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else '' }}"), "left_out_by_template"),
         ("{{ raise_exception('tools only') }}", "refused_by_template"),
     ],

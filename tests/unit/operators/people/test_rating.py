@@ -20,6 +20,7 @@ from stages.artifacts.manifests import read_file, read_manifest
 from stages.artifacts.store import Store, write_json
 from stages.config.collect import RespondConfig
 from stages.config.curate import CurateConfig
+from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
 from tests.pipeline_records import publish_artifact, request_for, run_info
@@ -179,7 +180,7 @@ def test_every_pair_arrives_in_the_tokens_that_the_reward_stage_trains_on(tmp_pa
             SimpleNamespace(
                 config=config,
                 inputs={},
-                execution=SimpleNamespace(cpus_per_worker=1),
+                execution=ExecutionConfig(),
                 work_dir=tmp_path / "work",
                 output_dir=curated,
                 progress=lambda done, total, unit="", **numbers: None,
