@@ -1,7 +1,7 @@
 # One command a task; `make help` lists them. Everything made lies in .venv/ and .athanor/.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: doctor gc backup restore audit sbom compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-stores test-exact test-chaos test-live test-browser bench test-compose check format lock screenshots clean
+.PHONY: doctor gc backup restore audit sbom compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-stores test-exact test-chaos test-live test-browser bench test-compose check format reference lock screenshots clean
 
 VENV   := .venv
 PYTHON := $(CURDIR)/$(VENV)/bin/python
@@ -147,6 +147,9 @@ sbom: $(STAMP) ## what is installed here, as CycloneDX: .athanor/sbom.cdx.json
 format: $(STAMP) ## rewrite the code in the project's format
 	ruff format .
 	ruff check --fix .
+
+reference: $(STAMP) ## write docs/CONFIGURATION.md from the docstrings of the configuration fields
+	$(PYTHON) -m stages.config.reference > docs/CONFIGURATION.md
 
 lock: $(STAMP) ## resolve constraints.txt anew
 	{ head -2 constraints.txt; env -u PIP_FIND_LINKS uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
