@@ -68,3 +68,7 @@ def _registered_versions(graph: Graph) -> str:
         for name, version, aliases in found
     ]
     return "\nRegistered in MLflow:\n" + ("\n".join(lines) or "- none of them") + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
