@@ -86,7 +86,7 @@ test-stores: $(STAMP) ## the artifact store on a folder, on Ceph's gateway (if i
 test-exact: $(STAMP) ## every objective at random kill points (KILLS=4 each) and at another world size
 	$(PYTHON) -m pytest -m exact tests/numerics
 
-test-chaos: $(STAMP) ## kills parts of a real Airflow and a real Ray head, minutes on end: the rows of docs/RELIABILITY.md
+test-chaos: $(STAMP) ## kills parts of a real Airflow and a real Ray head, minutes on end: the rows of docs/DRILLS.md
 	$(PYTHON) -m pytest -m chaos tests/chaos
 
 test-live: $(STAMP) $(STAMP)-browser ## a whole live stack: people, retraining, browser, a wheel installed elsewhere; minutes
