@@ -1,4 +1,4 @@
-"""The rows of docs/RELIABILITY.md, on real servers. `stack` is the Airflow and the Ray head of all of them, `proxy` the
+"""The rows of docs/DRILLS.md, on real servers. `stack` is the Airflow and the Ray head of all of them, `proxy` the
 line that can be cut.
 
     test_faults      Airflow, Ray, and the way between them     chaos_dags, job, training, mapped

@@ -1,4 +1,4 @@
-"""The drills of docs/RELIABILITY.md for store, workers and clock, a test a row: a real pretraining through a real
+"""The drills of docs/DRILLS.md for store, workers and clock, a test a row: a real pretraining through a real
 Airflow and a real Ray, with its store on a real S3 server behind a line of ours.
 
 Whatever happens, the artifact is that of an undisturbed run, bit for bit. First S3 is away for everybody; then drills
@@ -326,29 +326,29 @@ SEEN: dict[str, tuple[str, str]] = {
         "nothing: one attempt, which takes longer",
     ),
     "half_an_upload": (
-        "a checkpoint's multipart upload cut off half way, and the job's process killed half way through the next",
-        "of the cut nothing; then one failed attempt, `The stage's process was killed (signal 9)`, whose retry resumes "
-        "from the checkpoint before; `make gc` lists and removes the half upload",
+        "a checkpoint's multipart upload cut off half-way, and the job's process killed half-way through the next",
+        "nothing of the cut; then one failed attempt, `The stage's process was killed (signal 9)`, and the retry "
+        "resumes from the previous checkpoint; `make gc` lists and removes the unfinished upload",
     ),
     "wrong_keys": (
         "wrong secret key",
         "failed without a retry: `the secret key does not belong to the access key`, and what to check; then cleared",
     ),
     "full_bucket": (
-        "bucket's quota used up in the middle of training",
-        "`the quota is used up`, raise it or `python -m infra gc`; cleared, it goes on from its checkpoint",
+        "bucket quota used up during training",
+        "`the quota is used up`, raise it or `python -m infra gc`; cleared, it resumes from its checkpoint",
     ),
     "damaged_input": (
         "a byte of an input flipped in the store",
-        "refused with the file's name; the stage that made it is no hit any more, so that a clear builds it anew",
+        "refused with the file's name; the stage that made it is no longer a hit, so clearing it builds it again",
     ),
     "damaged_checkpoint": (
         "a byte of the newest checkpoint flipped, then the job's process killed",
-        "one failed attempt; the retry says that this checkpoint is damaged and resumes from the one before",
+        "one failed attempt; the retry says that this checkpoint is damaged and resumes from the previous one",
     ),
     "no_memory": (
         "training worker killed by the kernel's OOM killer",
-        "one failed attempt, `a training worker died`, with a hint at memory; the retry resumes from the checkpoint",
+        "one failed attempt, `a training worker died`, with a hint about memory; the retry resumes from the checkpoint",
     ),
     "full_disk": (
         "disk full on the worker",
@@ -360,7 +360,7 @@ SEEN: dict[str, tuple[str, str]] = {
     ),
     "twins": (
         "two identical runs at once",
-        "the second says for whom it waits, then takes the artifact: computed once",
+        "the second says which run it waits for, then takes the artifact: computed once",
     ),
 }
 """Drill -> the fault, and what the user sees, which the drill itself asserts."""

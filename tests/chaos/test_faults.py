@@ -1,4 +1,4 @@
-"""The fault table of docs/RELIABILITY.md, a test a row, against a real Airflow and a real Ray head.
+"""The fault table of docs/DRILLS.md, a test a row, against a real Airflow and a real Ray head.
 
 Rows that hurt nobody else suffer at the same time, each from a thread of its own; rows that kill a shared part of
 Airflow come after. Each writes its line of the table to the file that CHAOS_TABLE names, if any.
@@ -268,7 +268,7 @@ def test_somebody_stops_the_job_in_ray(rows: dict[str, Suffered]):
     row, _ = rows["stopped in Ray"].result()
     assert row.statuses() == ["STOPPED"]
     assert "was stopped on the Ray side" in row.task_log()
-    note(row, "job stopped by somebody in Ray", jobs=1, state="failed")
+    note(row, "job stopped by a user in Ray", jobs=1, state="failed")
 
 
 def test_the_deferral_timeout_passes(rows: dict[str, Suffered]):

@@ -1,7 +1,7 @@
 """The two machines of a training no longer reach each other, while both still reach Ray's head and the store.
 
 Nothing is dead then, so Ray has nothing to notice: each worker waits in a collective for the other.
-The row of docs/RELIABILITY.md ("Fault drills: cluster and services") is what this test prints."""
+The row of docs/DRILLS.md ("Cluster and services") is what this test prints."""
 
 from __future__ import annotations
 

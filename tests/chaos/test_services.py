@@ -1,5 +1,5 @@
 """Postgres, MLflow and the Ray head die in the middle of runs and come back: "Fault drills: cluster and services" in
-docs/RELIABILITY.md, whose numbers these tests print."""
+docs/DRILLS.md, whose numbers these tests print."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Training over two machines that share only the network and an S3 server, one of which is cut off and comes back.
 
-The numbers of docs/RELIABILITY.md ("Fault drills: cluster and services") are what these tests print."""
+The numbers of docs/DRILLS.md ("Cluster and services") are what these tests print."""
 
 from __future__ import annotations
 
