@@ -14,7 +14,7 @@ from operators.failures import MAX_RETRIES, StageRetryPolicy
 from operators.form import form_of
 from operators.people.collect import PREFERENCES, RespondOperator
 from operators.people.rating import PreferenceRating
-from stages.config.collect import CollectParams
+from stages.config.forms import CollectParams
 
 with DAG(
     dag_id="collect_preferences",

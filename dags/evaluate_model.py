@@ -15,7 +15,7 @@ from operators.failures import MAX_RETRIES, StageRetryPolicy
 from operators.form import form_of
 from operators.notify import notifications
 from operators.operator import StageOperator
-from stages.config.evaluation import EvaluationParams
+from stages.config.forms import EvaluationParams
 from stages.config.graph import Stage
 
 with DAG(

@@ -19,7 +19,7 @@ from operators.failures import StageRetryPolicy
 from operators.form import form_of
 from operators.notify import deadline, notifications
 from operators.schedules import PREFERENCES, retrain_schedule
-from stages.config.retrain import RetrainParams
+from stages.config.forms import RetrainParams
 
 with DAG(
     dag_id="retrain",

@@ -13,7 +13,7 @@ from stages.artifacts.manifests import read_manifest, settings_digest
 from stages.artifacts.store import read_json
 from stages.config.decision import Evaluation
 from stages.config.errors import ConfigError, StageError
-from stages.config.evaluation import EvaluationParams
+from stages.config.forms import EvaluationParams
 from stages.config.graph import GRAPH, Stage, spec_of_kind, trained_stages
 from stages.config.mlflow import tracking_server
 from stages.config.pipeline import PipelineConfig

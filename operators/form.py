@@ -1,7 +1,9 @@
-"""The trigger form, generated from PipelineParams: titles, help, choices and defaults are typed there only."""
+"""Airflow's trigger forms, generated from `stages.config.forms`: titles, help, choices and defaults are written there.
+
+Only the layout of the long form, sections and their fields, is written here."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -12,17 +14,18 @@ from operators.markdown import plain
 from stages.config.base import Choice, Config
 from stages.config.estimate import human, model_size
 from stages.config.execution import ExecutionConfig
-from stages.config.params import PipelineParams
+from stages.config.forms import PipelineParams
 from stages.config.pipeline import PipelineConfig
 from stages.config.recipes import RECIPES
 from stages.config.train import PreferenceLoss
 
-# Sections of the form, in the order of the class's fields; a field that is not named belongs to the one before it.
-_SECTION_STARTS = {
-    "documents": "Data",
-    "base_model": "Model and alignment",
-    "last_stage": "Course of the run",
-    "overrides": "Changes to the recipe",
+# The sections of `llm_pipeline`'s form and their fields, in the order in which they are shown.
+_SECTIONS = {
+    "Run": ("recipe", "run_name"),
+    "Data": ("documents", "instructions", "preferences"),
+    "Model and alignment": ("base_model", "continue_pretraining", "previous_data", "alignment"),
+    "Course of the run": ("last_stage", "seed", "promotion", "dry_run"),
+    "Changes to the recipe": ("overrides",),
 }
 
 _EMPTY_ALLOWED = ("string", "array", "object")
@@ -30,26 +33,34 @@ _EMPTY_ALLOWED = ("string", "array", "object")
 
 def trigger_form() -> ParamsDict:
     """Return the params of `llm_pipeline`."""
-    form = form_of(PipelineParams, section="Run", section_starts=_SECTION_STARTS)
+    form = _form(PipelineParams, _SECTIONS)
     recipe = form.get_param("recipe")
-    # Proposals rather than an enum: `resolve` answers an unknown recipe with the one that was probably meant.
+    # Proposals and no enum: for an unknown recipe, `resolve` suggests the one that was probably meant.
     recipe.schema["examples"] = list(RECIPES)
     recipe.schema["description_md"] += f"\n\n{recipe_table()}"
     return form
 
 
-def form_of(model: type[Config], *, section: str, section_starts: Mapping[str, str] | None = None) -> ParamsDict:
-    """Return the params of a DAG from the class of its fields; `section` is the first one's heading."""
+def form_of(model: type[Config], *, section: str) -> ParamsDict:
+    """Return the params of a DAG whose fields stand in one section, in the order of their class."""
+    return _form(model, {section: tuple(model.model_fields)})
+
+
+def _form(model: type[Config], sections: Mapping[str, Sequence[str]]) -> ParamsDict:
     schema = model.model_json_schema()
-    form: dict[str, Param] = {}
-    for name, field in model.model_fields.items():
-        section = (section_starts or {}).get(name, section)
-        form[name] = _param(field, _flat(schema["properties"][name], schema.get("$defs", {})), section=section)
+    definitions = schema.get("$defs", {})
+    form = {
+        name: _param(model.model_fields[name], _resolved(schema["properties"][name], definitions), section=section)
+        for section, names in sections.items()
+        for name in names
+    }
+    if missing := model.model_fields.keys() - form.keys():
+        raise ValueError(f"{model.__name__}: no section has the fields {', '.join(sorted(missing))}; add them to one")
     return ParamsDict(form)
 
 
 def form_values(params: Mapping[str, Any]) -> dict[str, Any]:
-    """What was filled in: the form's empty fields come as null and mean the default."""
+    """Return what was filled in: the form sends empty fields as null, which means the default."""
     return {name: value for name, value in params.items() if value is not None}
 
 
@@ -59,7 +70,7 @@ def _param(field: FieldInfo, schema: dict[str, Any], *, section: str) -> Param:
     settings = {key: value for key, value in schema.items() if key not in ("default", "description", "examples")}
     settings |= {"title": field.title, "section": section, "description_md": _help(field)}
     if kind in _EMPTY_ALLOWED and not default:
-        # Airflow's form insists on a value unless null is allowed.
+        # Airflow's form requires a value unless null is allowed.
         settings["type"] = [kind, "null"]
     if isinstance(field.annotation, type) and issubclass(field.annotation, Choice):
         settings["values_display"] = {value: field.annotation(value).label for value in schema["enum"]}
@@ -69,7 +80,7 @@ def _param(field: FieldInfo, schema: dict[str, Any], *, section: str) -> Param:
 
 
 def recipe_table() -> str:
-    """What an untouched field means: the recipes' main settings as Markdown, read off the recipes themselves."""
+    """What an untouched field means: the main settings of every recipe as a Markdown table."""
     configs = {name: recipe() for name, recipe in RECIPES.items()}
     columns = [_main_settings(config) for config in configs.values()]
     lines = ["| |" + "".join(f" {plain(name)} |" for name in configs), "|---|" + "---|" * len(configs)]
@@ -111,9 +122,9 @@ def _workers(execution: ExecutionConfig) -> str:
 
 
 def _help(field: FieldInfo) -> str:
-    """The field's docstring; examples of lists are told here, because the form would allow nothing else.
+    """The field's docstring, with its examples if it is a list: as `examples` in the schema, they would be an enum.
 
-    Bold in place of code: the form draws code in boxes that are taller than a line and hide the lines beside it.
+    Bold instead of code: the form draws code in boxes that are taller than a line and hide the neighbouring lines.
     """
     text = field.description or ""
     if field.examples and field.annotation is not str:
@@ -121,7 +132,7 @@ def _help(field: FieldInfo) -> str:
     return re.sub("`([^`]+)`", lambda code: f"**{plain(code[1])}**", text)
 
 
-def _flat(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any]:
-    """Airflow's form does not follow `$ref`: put the referred schema in its place."""
+def _resolved(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace a `$ref`, which Airflow's form does not follow, by the schema that it refers to."""
     reference = schema.get("$ref")
     return dict(definitions[reference.rsplit("/", 1)[1]] if reference else schema)

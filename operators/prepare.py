@@ -7,11 +7,10 @@ from typing import Any
 from stages.artifacts.addresses import artifact_uri, run_key
 from stages.artifacts.manifests import find_intact, fingerprint, is_doubted
 from stages.artifacts.store import Store, write_json
-from stages.config.closing import Approval
+from stages.config.closing import Approval, Promotion
 from stages.config.curate import NEW_BYTES, NEW_PAIRS
 from stages.config.errors import ConfigError
 from stages.config.graph import GRAPH, Alignment, Stage
-from stages.config.params import Promotion
 from stages.config.pipeline import PREVIOUS, PipelineConfig, stage_config_from_json
 from stages.config.request import ArtifactRef, RunInfo, StageRequest, StageResult
 

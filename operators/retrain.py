@@ -17,8 +17,8 @@ from stages.artifacts.addresses import open_default_store
 from stages.artifacts.store import Store, read_json, write_json
 from stages.config.base import Config
 from stages.config.errors import ConfigError
+from stages.config.forms import RetrainParams
 from stages.config.request import safe_run_id
-from stages.config.retrain import RetrainParams
 
 
 class Watermark(Config):

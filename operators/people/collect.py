@@ -35,9 +35,10 @@ from stages.artifacts.manifests import (
     utc_now,
 )
 from stages.artifacts.store import Store, write_json
-from stages.config.collect import CollectParams, RateConfig, RespondConfig
+from stages.config.collect import RateConfig, RespondConfig
 from stages.config.errors import ConfigError
 from stages.config.execution import ExecutionConfig
+from stages.config.forms import CollectParams
 from stages.config.graph import GRAPH, Stage
 from stages.config.request import ArtifactRef, InputEntry, Manifest, RunInfo, StageRequest, safe_run_id
 from stages.config.resolve import validated

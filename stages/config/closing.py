@@ -4,8 +4,7 @@ from enum import StrEnum
 
 from pydantic import Field
 
-from stages.config.base import Config
-from stages.config.params import Promotion
+from stages.config.base import Choice, Config
 
 WIN_RATE, SCORE = "eval/win_rate", "eval/score_mean"
 
@@ -24,11 +23,19 @@ class EvaluateConfig(Config):
     num_samples: int = Field(default=12, ge=1)
     """Prompts whose answers are shown side by side."""
     max_response_length: int = Field(default=48, ge=1)
-    """Tokens of an answer at most."""
+    """Maximum tokens per answer."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature for scores and win rates; the samples that are shown are greedy."""
     seed: int = Field(default=0, ge=0)
     """Sampling follows from it."""
+
+
+class Promotion(Choice):
+    """What happens after the evaluation."""
+
+    AUTO = "auto", "Automatic, when it wins"
+    APPROVAL = "approval", "By approval: a person decides"
+    NEVER = "never", "Never, candidates only"
 
 
 class Verdict(StrEnum):
@@ -65,11 +72,11 @@ class PromoteConfig(Config):
     approval_timeout_hours: float = Field(default=168.0, gt=0)
     """Hours that `promotion=approval` waits for a person; after them the model counts as rejected, nothing is lost."""
     approval: Approval | None = None
-    """The person's answer, put in by the pipeline; not to be set by hand."""
+    """The person's answer, filled in by the pipeline; not to be set by hand."""
 
 
 class ReportConfig(Config):
-    """The page that tells the run's story."""
+    """The page that describes the run."""
 
     title: str = "Athanor"
     """Heading of the page."""

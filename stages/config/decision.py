@@ -11,10 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from stages.config.closing import SCORE, WIN_RATE, Approval, PromoteConfig, Verdict
+from stages.config.closing import SCORE, WIN_RATE, Approval, PromoteConfig, Promotion, Verdict
 from stages.config.errors import ConfigError, DataError
 from stages.config.graph import GRAPH, Stage
-from stages.config.params import Promotion
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 """Aliases of registered models in MLflow."""

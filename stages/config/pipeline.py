@@ -10,7 +10,8 @@ from stages.config.closing import EvaluateConfig, PromoteConfig, ReportConfig
 from stages.config.collect import RateConfig, RespondConfig
 from stages.config.curate import CurateConfig
 from stages.config.execution import ExecutionConfig
-from stages.config.graph import Alignment, Stage, selected_stages
+from stages.config.forms import RunOutline
+from stages.config.graph import Stage
 from stages.config.request import BASE_MODEL, PREVIOUS, ArtifactRef, Source, SourceKind
 from stages.config.tokens import TokenizeConfig
 from stages.config.train import DPOConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig
@@ -47,7 +48,7 @@ class Executions(Config):
 
     @model_validator(mode="after")
     def _pipelines_predict_tokens(self) -> "Executions":
-        """Rollouts and pairs need whole models on a rank."""
+        """Rollouts and pairs need whole models on every rank."""
         for name in type(self).model_fields:
             stages = getattr(self, name).pipeline_parallel
             if stages > 1 and name not in (Stage.PRETRAIN, Stage.SFT):
@@ -58,28 +59,13 @@ class Executions(Config):
         return self
 
 
-class PipelineConfig(Config):
+class PipelineConfig(RunOutline):
     """Everything that decides a run."""
 
     recipe: str
     """Recipe that it started from."""
-    run_name: str
-    """What people call the run."""
-    alignment: Alignment = Alignment.BOTH
-    """How the SFT model is aligned."""
-    last_stage: Stage = Stage.REPORT
-    """Later stages are skipped."""
-    base_model: str = ""
-    """Model to start from; empty = pretrain from scratch."""
-    dry_run: bool = False
-    """End after the plan; no stage runs."""
-    continue_pretraining: bool = False
-    """Pretrain the base model further."""
-    previous_data: str = ""
-    """Curated data before this run's; empty = curate everything."""
     min_new_bytes: int = Field(default=20_000, ge=0)
-    """With previous data: less new training text (UTF-8 bytes) than this is not worth pretraining on; it waits for
-    more."""
+    """With previous data: least new training text (UTF-8 bytes) that is worth pretraining on; less waits for more."""
     given: dict[str, ArtifactRef] = Field(default_factory=dict)
     """The artifacts behind `base_model` and `previous_data`, by role, fixed when the run starts; filled by Athanor."""
     only: Stage | None = None
@@ -123,35 +109,30 @@ class PipelineConfig(Config):
         return {role: self.given[role]} if role in self.given else {}
 
     def _reads_base_model(self, stage: Stage) -> bool:
-        """A model that is pretrained further is where pretraining starts; else it takes the pretrained model's place.
-        Its tokenizer serves in both cases."""
+        """Pretraining starts from a model that is pretrained further; otherwise the model replaces the pretrained one.
+        Its tokenizer is used in both cases."""
         readers = {Stage.PRETRAIN} if self.continue_pretraining else {Stage.SFT, Stage.EVALUATE}
         return bool(self.base_model) and stage in readers | {Stage.TOKENIZE}
 
     @property
     def selected(self) -> frozenset[Stage]:
-        """The stages that the run executes."""
+        """The stages that the run executes: one alone in a re-evaluation."""
         if self.only is not None:
             return frozenset({self.only})
-        return selected_stages(
-            alignment=self.alignment,
-            last_stage=self.last_stage,
-            has_base_model=bool(self.base_model),
-            continue_pretraining=self.continue_pretraining,
-        )
+        return self.selected_until(self.last_stage)
 
     def with_given(self, given: dict[str, ArtifactRef]) -> "PipelineConfig":
-        """Return a copy that knows the artifacts behind its addresses.
+        """Return a copy with the artifacts behind its addresses.
 
-        A base model that is an artifact is an input of tokenize, so its address leaves that stage's settings: where an
-        artifact lies is no part of what is made from it.
+        A base model that is an artifact is an input of tokenize, so its address leaves that stage's settings: the
+        location of an artifact must not change the fingerprint of what is made from it.
         """
         tokenize = self.tokenize.model_copy(update={"base_model": ""}) if BASE_MODEL in given else self.tokenize
         return self.model_copy(update={"given": given, "tokenize": tokenize})
 
 
 def stage_config_from_json(stage: Stage, data: dict[str, Any]) -> Config:
-    """Validate a stage's config again on the other side of the wire."""
+    """Validate a stage's config again where its JSON arrives."""
     return CONFIG_CLASSES[stage].model_validate(data)
 
 

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ValidationError
 from stages.config.curate import DERIVED, INSTALLED_DOCS
 from stages.config.errors import ConfigError
 from stages.config.execution import Engine
+from stages.config.forms import PipelineParams, RunOutline
 from stages.config.graph import PIPELINE_STAGES, Stage
-from stages.config.params import PipelineParams
 from stages.config.pipeline import PipelineConfig
 from stages.config.recipes import RECIPES
 from stages.config.sources import take_weights
@@ -68,15 +68,7 @@ def validated(model: type[Model], data: Mapping[str, Any]) -> Model:
 
 
 def _apply_form(tree: dict[str, Any], params: PipelineParams) -> None:
-    for name in (
-        "run_name",
-        "alignment",
-        "last_stage",
-        "base_model",
-        "continue_pretraining",
-        "previous_data",
-        "dry_run",
-    ):
+    for name in RunOutline.model_fields:
         tree[name] = getattr(params, name)
     for name in ("documents", "instructions", "preferences"):
         if given := getattr(params, name):

@@ -15,8 +15,8 @@ import requests
 from dags.llm_pipeline import llm_pipeline
 from operators.operator import StageOperator
 from operators.ray.hook import RayJobHook
+from stages.config.forms import PipelineParams
 from stages.config.graph import PIPELINE_STAGES
-from stages.config.params import PipelineParams
 from tests.servers import RayServer
 
 pytestmark = pytest.mark.integration

@@ -20,9 +20,8 @@ from infra.ports import any_free
 from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import read_manifest
 from stages.artifacts.store import Store
-from stages.config.closing import PromoteConfig
+from stages.config.closing import PromoteConfig, Promotion
 from stages.config.graph import GRAPH, PIPELINE_STAGES, Stage
-from stages.config.params import Promotion
 from stages.config.request import ArtifactRef, RunInfo
 from stages.lineage.__main__ import main as lineage_main
 from stages.promote import run as promote

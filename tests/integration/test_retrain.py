@@ -20,10 +20,9 @@ from operators.retrain import Skip, decide, record
 from operators.watcher import PrefixTrigger
 from stages.artifacts.addresses import open_store, run_key
 from stages.artifacts.manifests import fetch, read_manifest
+from stages.config.forms import PipelineParams, RetrainParams
 from stages.config.graph import Stage
-from stages.config.params import PipelineParams
 from stages.config.request import StageResult
-from stages.config.retrain import RetrainParams
 from stages.lineage.graph import ancestors
 from tests.raw_text import a_document_of, jsonl, prose
 from tests.servers import ray_server

@@ -14,8 +14,8 @@ from dags.llm_pipeline import llm_pipeline
 from operators.ray.hook import RayJobHook
 from stages.artifacts.addresses import open_store, run_key
 from stages.artifacts.manifests import fetch, read_manifest
+from stages.config.forms import PipelineParams
 from stages.config.graph import GRAPH, PIPELINE_STAGES, Stage
-from stages.config.params import PipelineParams
 from stages.config.request import ArtifactRef, StageResult
 from tests.airflow_home import HOME
 from tests.canaries import Search, as_login, canary

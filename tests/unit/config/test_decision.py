@@ -5,10 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from stages.config.closing import Approval, PromoteConfig, Verdict
+from stages.config.closing import Approval, PromoteConfig, Promotion, Verdict
 from stages.config.decision import Candidate, Champion, Conditions, Evaluation, choose_aligned, decide
 from stages.config.errors import ConfigError, DataError
-from stages.config.params import Promotion
 from tests.pipeline_records import EVALUATION
 
 AUTO = PromoteConfig(run_name="demo")

@@ -169,7 +169,7 @@ def test_every_field_is_documented() -> None:
                 missing.append(f"{path}{name}")
         return missing
 
-    from stages.config.params import PipelineParams
+    from stages.config.forms import PipelineParams
     from stages.config.pipeline import CONFIG_CLASSES
 
     assert [name for model in (PipelineParams, *CONFIG_CLASSES.values()) for name in undocumented(model)] == []

@@ -4,7 +4,7 @@ from airflow.sdk import TriggerRule
 
 from dags.collect_preferences import collect_preferences
 from operators.failures import MAX_RETRIES, StageRetryPolicy
-from stages.config.collect import CollectParams
+from stages.config.forms import CollectParams
 from stages.config.graph import GRAPH, Stage
 
 

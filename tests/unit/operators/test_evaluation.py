@@ -13,7 +13,7 @@ from operators.prepare import build_request, input_stages
 from stages.artifacts.manifests import read_manifest, settings_digest
 from stages.config.decision import Champion, Conditions
 from stages.config.errors import ConfigError
-from stages.config.evaluation import EvaluationParams
+from stages.config.forms import EvaluationParams
 from stages.config.graph import Stage
 from tests.imaginary import add_imaginary_stage, publish_imaginary
 from tests.pipeline_records import EVALUATION, publish_run

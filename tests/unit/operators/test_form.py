@@ -7,9 +7,10 @@ import pytest
 from airflow.sdk.exceptions import ParamValidationError
 from jsonschema import Draft7Validator
 
-from operators.form import form_values, trigger_form
+from operators.form import _form, form_values, trigger_form
+from stages.config.forms import PipelineParams, RunOutline
 from stages.config.graph import PIPELINE_STAGES, Alignment
-from stages.config.params import PipelineParams
+from stages.config.pipeline import PipelineConfig
 from stages.config.recipes import RECIPES
 from stages.config.resolve import parse_params, resolve
 
@@ -41,8 +42,28 @@ def test_what_is_code_in_the_help_is_bold_because_the_form_draws_boxes_over_the_
     assert "**models\\:\\/name\\@alias**" in param("base_model").schema["description_md"]
 
 
-def test_the_form_has_no_other_fields():
-    assert list(FORM) == list(PipelineParams.model_fields)
+def test_the_form_has_no_other_fields_and_shows_them_by_section():
+    assert set(FORM) == set(PipelineParams.model_fields)
+    assert list(FORM)[:3] == ["recipe", "run_name", "documents"]
+    assert list(dict.fromkeys(param(name).schema["section"] for name in FORM)) == [
+        "Run",
+        "Data",
+        "Model and alignment",
+        "Course of the run",
+        "Changes to the recipe",
+    ]
+
+
+def test_a_field_without_a_section_is_refused():
+    with pytest.raises(ValueError, match=r"PipelineParams: no section has the fields .*seed"):
+        _form(PipelineParams, {"Run": ("recipe", "run_name")})
+
+
+def test_the_fields_that_the_configuration_keeps_are_documented_once():
+    for name in RunOutline.model_fields:
+        assert name not in PipelineParams.__annotations__
+        assert name not in PipelineConfig.__annotations__
+        assert PipelineConfig.model_fields[name].description == PipelineParams.model_fields[name].description
 
 
 def test_the_untouched_form_is_the_default_run():

@@ -16,8 +16,8 @@ from operators.retrain import Go, Skip, announced_data, decide, read_watermark, 
 from stages.artifacts.addresses import open_store
 from stages.artifacts.store import write_json
 from stages.config.errors import ConfigError, StageError
+from stages.config.forms import RetrainParams
 from stages.config.resolve import resolve
-from stages.config.retrain import RetrainParams
 
 CHAMPION_PARAMS = {"recipe": "tiny", "run_name": "athanor", "seed": 7, "overrides": {"sft.num_epochs": 1}}
 

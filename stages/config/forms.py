@@ -1,0 +1,165 @@
+"""The forms that a person fills in, one class per DAG; Airflow's trigger forms are generated from these classes.
+
+The fields that the form of `llm_pipeline` shares with the run's configuration stand in `RunOutline`, for both."""
+
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
+
+from stages.config.base import Config
+from stages.config.closing import Promotion
+from stages.config.graph import PIPELINE_STAGES, Alignment, Stage, selected_stages
+
+
+def _safe_run_name(value: str) -> str:
+    """A run's name becomes part of model names, of keys in the object store and of lines in logs."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+        raise ValueError(
+            f"run_name={value!r} may hold letters, digits, '.', '_' and '-' only and starts with a letter or digit"
+        )
+    return value
+
+
+RunName = Annotated[str, AfterValidator(_safe_run_name)]
+"""A run's name, harmless wherever it is put."""
+
+PipelineStage = Annotated[Stage, WithJsonSchema({"type": "string", "enum": [stage.value for stage in PIPELINE_STAGES]})]
+"""What the form offers; `resolve` refuses a stage that the run does not have."""
+
+
+class RunOutline(Config):
+    """Name, start and end of a run: the fields of the form that the configuration keeps as they are."""
+
+    run_name: RunName = Field(default="athanor", title="Run name", min_length=1, max_length=64)
+    """Prefix of the models (`<name>-base`, `-sft`, `-reward`, `-aligned`): letters, digits, `.`, `_`, `-`."""
+    base_model: str = Field(default="", title="Base model", examples=["models:/athanor-base@champion", "/models/llama"])
+    """Model to start from instead of pretraining: an artifact URI, `models:/name@alias` or a Hugging Face directory.
+    Empty: pretrain from scratch."""
+    continue_pretraining: bool = Field(default=False, title="Continue pretraining")
+    """With a base model: pretrain it further on the documents before SFT."""
+    previous_data: str = Field(default="", title="Previous data", examples=["models:/athanor-aligned@champion"])
+    """Curate only what this data has not seen: the URI of a `curated` artifact, or `models:/name@alias` for the data
+    that a model was made from. Its held-out text and its pairs are taken over. Empty: curate everything."""
+    alignment: Alignment = Field(default=Alignment.BOTH, title="Alignment")
+    """Reinforcement learning (`ppo`), direct preference optimisation (`dpo`), `both`, or `none`."""
+    last_stage: PipelineStage = Field(default=Stage.REPORT, title="Last stage")
+    """Stop after this stage; later ones are skipped."""
+    dry_run: bool = Field(default=False, title="Plan only")
+    """Stop after the plan: what would run or is there already, how long it takes, what it costs. Nothing is spent."""
+
+    @property
+    def selected(self) -> frozenset[Stage]:
+        """The stages that the run executes."""
+        return self.selected_until(self.last_stage)
+
+    def selected_until(self, last_stage: Stage) -> frozenset[Stage]:
+        """The stages that the run would execute with another last stage."""
+        return selected_stages(
+            alignment=self.alignment,
+            last_stage=last_stage,
+            has_base_model=bool(self.base_model),
+            continue_pretraining=self.continue_pretraining,
+        )
+
+
+class PipelineParams(RunOutline):
+    """What one run of `llm_pipeline` is asked to do."""
+
+    recipe: str = Field(default="demo", title="Recipe")
+    """Complete configuration to start from. `demo`: a model of 2.6M parameters on two CPU cores. `tiny`: seconds per
+    stage, for tests. `llama_1b`: a billion parameters on GPUs."""
+    documents: list[str] = Field(
+        default_factory=list, title="Documents", examples=["installed-docs", "s3://bucket/prefix"]
+    )
+    """Raw text, one source per line: `installed-docs`, a folder, an `s3://` prefix (text, JSONL, Parquet) or
+    `hf://dataset?split=train`. Empty: those of the recipe."""
+    instructions: list[str] = Field(
+        default_factory=list,
+        title="Instructions",
+        examples=["derived", "s3://bucket/sft.jsonl", "s3://bucket/math.jsonl#weight=0.3"],
+    )
+    """Conversations, one source per line; `derived` makes pairs from the documents. After a source, `#weight=0.3` gives
+    it 30 % of the training, and `#format=sharegpt` names the format if the fields do not show it. Empty: those of the
+    recipe."""
+    preferences: list[str] = Field(
+        default_factory=list, title="Preferences", examples=["derived", "s3://bucket/pairs.jsonl"]
+    )
+    """Preference pairs, one source per line, with `#weight=` and `#format=` as above; `derived` makes pairs from the
+    documents. Empty: those of the recipe."""
+    seed: int = Field(default=0, title="Seed", ge=0, le=2**31 - 1)
+    """Every random choice of the run follows from it."""
+    promotion: Promotion = Field(default=Promotion.AUTO, title="Promotion")
+    """`auto` moves the alias `champion` when the aligned model wins, `approval`: a person decides in Airflow, `never`
+    registers candidates only."""
+    overrides: dict[str, Any] = Field(default_factory=dict, title="Overrides")
+    """Changes to the recipe by dotted path, as JSON: `{"sft.optimizer.learning_rate": 0.0002}`. Unknown paths are
+    refused."""
+
+    @model_validator(mode="after")
+    def _continued_pretraining_has_a_base_model(self) -> "PipelineParams":
+        if self.continue_pretraining and not self.base_model:
+            raise ValueError(
+                "continue_pretraining=True needs base_model, which is empty; give the model to pretrain further, or "
+                "leave continue_pretraining off to pretrain from scratch"
+            )
+        return self
+
+
+class CollectParams(Config):
+    """What one run of `collect_preferences` is asked to do."""
+
+    run_name: RunName = Field(default="athanor", title="Run name", min_length=1, max_length=64)
+    """Whose candidate is rated when no model is named: `<run name>-aligned`, alias `candidate`."""
+    model: str = Field(default="", title="Model", examples=["models:/athanor-aligned@candidate"])
+    """Model whose responses are rated: `models:/name@alias`, `models:/name/version` or the URI of an artifact. Empty:
+    the candidate of the run name."""
+    prompts: list[str] = Field(default_factory=list, title="Prompts", examples=["What does sorted do?"])
+    """One prompt per line. Empty: held-out prompts of the data that the model was trained with."""
+    num_prompts: int = Field(default=20, title="Number of prompts", ge=1, le=1000)
+    """Prompts to show to raters; with two responses each, also the largest possible number of pairs."""
+    num_responses: int = Field(default=2, title="Responses per prompt", ge=2, le=4)
+    """Two are compared; three or four are ranked from best to worst, and every ordered pair of a ranking counts."""
+    temperature: float = Field(default=1.0, title="Temperature", gt=0)
+    """Sampling temperature; low values give responses that hardly differ."""
+    max_response_length: int = Field(default=48, title="Longest response", ge=1)
+    """Maximum tokens per response."""
+    answer_hours: float = Field(default=168.0, title="Hours to answer", gt=0)
+    """Questions without an answer by then count as unanswered; the other answers are published."""
+    seed: int = Field(default=0, title="Seed", ge=0, le=2**31 - 1)
+    """Sampling and the order in which responses are shown follow from it."""
+
+
+class RetrainParams(Config):
+    """What one run of `retrain` is asked to do; everything else comes from the run that made the champion."""
+
+    run_name: RunName = Field(default="athanor", title="Run name", min_length=1)
+    """Whose champion is retrained: `<name>-aligned@champion`. The candidate gets the same name."""
+    documents: str = Field(default="", title="Documents")
+    """Prefix of raw text, `file://` or `s3://`. Empty: the value of `ATHANOR_RETRAIN_WATCH`."""
+    preferences: list[str] = Field(default_factory=list, title="Preferences")
+    """New preference data, in addition to what the asset `llm/preferences` announced."""
+    max_epochs: float = Field(default=4.0, title="Epochs", gt=0)
+    """Maximum number of times that continued pretraining sees each new token."""
+    overrides: dict[str, Any] = Field(default_factory=dict, title="Overrides")
+    """Changes to the settings of the champion's run, by dotted path."""
+    force: bool = Field(default=False, title="Force")
+    """Retrain even if the documents are those of the last retraining."""
+
+
+class EvaluationParams(Config):
+    """What one run of `evaluate_model` measures, on which data, with which reward model."""
+
+    model: str = Field(
+        default="models:/athanor-aligned@champion", title="Model", min_length=1, examples=["models:/athanor-sft/3"]
+    )
+    """Model to evaluate: `models:/name@alias`, an artifact URI, or a Hugging Face directory."""
+    data: str = Field(default="", title="Data")
+    """Held-out data: a `tokens` artifact, or a model or anything else that was made from one. Empty: that of the
+    model's own run."""
+    reward: str = Field(default="", title="Reward model", examples=["models:/athanor-reward@candidate"])
+    """Reward model that scores the answers. Empty: the one that the model was trained with, if any."""
+    recipe: str = Field(default="demo", title="Recipe")
+    """Recipe whose evaluation settings and resources apply."""
+    overrides: dict[str, Any] = Field(default_factory=dict, title="Overrides")
+    """Changes to the recipe by dotted path, as JSON: `{"evaluate.max_prompts": 512}`."""
