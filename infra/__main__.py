@@ -15,6 +15,7 @@ from infra.doctor import doctor
 from infra.environment import client_environment
 from infra.layout import CHECKOUT, Layout, StackSecrets
 from infra.stack import Stack, StackError, login_lines
+from stages.config.text import byte_size
 
 
 def main() -> int:
@@ -114,8 +115,8 @@ def status(stack: Stack) -> int:
         total += memory
         sick += missing is not None
         since = f"since {time.strftime('%H:%M:%S', time.localtime(program.started_at))}" if program.pid else ""
-        print(f"{program.name:<14} {missing or 'healthy':<28} {since:<16} {memory / 2**20:6.0f} MB")
-    print(f"{'':<60} {total / 2**20:6.0f} MB")
+        print(f"{program.name:<14} {missing or 'healthy':<28} {since:<16} {byte_size(memory):>10}")
+    print(f"{'':<60} {byte_size(total):>10}")
     print("\n".join(login_lines(stack.layout, record)))
     return 3 if sick else 0
 

@@ -1,4 +1,4 @@
-"""`make gc`: what `stages.artifacts.retention` finds in the store of the environment, for people to read first."""
+"""`make gc`: lists, and with `--delete` deletes, what `stages.artifacts.retention` finds in the store."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from stages.artifacts.addresses import open_default_store
 from stages.artifacts.deletion import delete
 from stages.artifacts.retention import Policy, Waste, find
 from stages.config.errors import StageError
+from stages.config.text import byte_size
 from stages.tracking.client import all_registered
 
 
@@ -18,7 +19,7 @@ def collect(policy: Policy, *, remove: bool, say: Callable[[str], None]) -> int:
         store = open_default_store()
         found = find(store, all_registered, policy)
         for entry in found:
-            say(f"{entry.what:<23} {_amount(entry.size):>10}  {entry.key}  ({entry.why})")
+            say(f"{entry.what:<23} {byte_size(entry.size):>10}  {entry.key}  ({entry.why})")
         if not remove:
             say(
                 f"{_sum(found)}; nothing was deleted: this is what `--delete` would do"
@@ -39,12 +40,4 @@ def collect(policy: Policy, *, remove: bool, say: Callable[[str], None]) -> int:
 def _sum(waste: list[Waste]) -> str:
     kinds = Counter(entry.what for entry in waste)
     words = ", ".join(f"{number} x {what}" for what, number in kinds.items()) or "nothing"
-    return f"{words}; {_amount(sum(entry.size for entry in waste))}"
-
-
-def _amount(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
+    return f"{words}; {byte_size(sum(entry.size for entry in waste))}"

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from infra.run_state import Row, Snapshot
+from stages.config.text import duration
 
 PLAIN_EVERY_SECONDS = 15.0
 STYLES = {
@@ -44,15 +45,9 @@ class Screen(Protocol):
     def show(self, snapshot: Snapshot) -> None: ...
 
 
-def duration(seconds: float | None) -> str:
-    """12 s, 3:05, 1:02:03."""
-    if seconds is None:
-        return ""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+def duration_of(seconds: float | None) -> str:
+    """Empty while it is unknown."""
+    return "" if seconds is None else duration(seconds)
 
 
 def word(row: Row) -> str:
@@ -107,8 +102,8 @@ class LiveScreen:
             bar,
             "" if fraction is None else f"{fraction:.0%}",
             rate(row.progress),
-            duration(row.progress.get("eta_seconds")),
-            duration(row.seconds),
+            duration_of(row.progress.get("eta_seconds")),
+            duration_of(row.seconds),
             row.key_metric,
         ]
 
@@ -141,10 +136,10 @@ class PlainScreen:
     def _line(self, row: Row) -> str:
         parts = [f"{row.name:<10} {word(row):<9}"]
         if row.works and row.fraction is not None:
-            eta = duration(row.progress.get("eta_seconds"))
+            eta = duration_of(row.progress.get("eta_seconds"))
             parts += [f"{row.fraction:4.0%}", rate(row.progress), f"ETA {eta}" if eta else ""]
         elif row.seconds is not None and row.state in ("hit", "built", "success", "failed"):
-            parts.append(duration(row.seconds))
+            parts.append(duration_of(row.seconds))
         return "  ".join(part for part in (*parts, row.key_metric) if part)
 
 
@@ -163,8 +158,8 @@ def summary_table(snapshot: Snapshot) -> Table:
         worked = row.result.wall_seconds if row.result and row.state == "built" else None
         table.add_row(
             row.name,
-            duration(row.seconds) if row.state in ("hit", "built", "failed") else "",
-            duration(worked),
+            duration_of(row.seconds) if row.state in ("hit", "built", "failed") else "",
+            duration_of(worked),
             Text(word(row), style=STYLES.get(row.state, "")),
             row.key_metric,
         )

@@ -25,6 +25,7 @@ from stages.artifacts.s3 import S3Store
 from stages.artifacts.s3_client import HASTY, Patience, in_words, s3_client
 from stages.artifacts.store import Store
 from stages.config.errors import StageError
+from stages.config.text import byte_size
 
 RACERS, ROUNDS = 8, 10
 SKEW_NOTED_SECONDS, SKEW_REFUSED_SECONDS = 60, 900
@@ -304,7 +305,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 def _room(root: Path) -> Finding:
     free = shutil.disk_usage(root).free
-    words = f"{free / 2**30:.1f} GiB free"
+    words = f"{byte_size(free)} free"
     if free < LITTLE_ROOM_BYTES:
         return warning("room", words, "Make room: `python -m infra gc` lists what nothing needs.")
     return ok("room", words)

@@ -12,11 +12,12 @@ from pydantic.fields import FieldInfo
 
 from operators.markdown import plain
 from stages.config.base import Choice, Config
-from stages.config.estimate import human, model_size
+from stages.config.estimate import model_size
 from stages.config.execution import ExecutionConfig
 from stages.config.forms import PipelineParams
 from stages.config.pipeline import PipelineConfig
 from stages.config.recipes import RECIPES
+from stages.config.text import compact
 from stages.config.train import PreferenceLoss
 
 # The sections of `llm_pipeline`'s form and their fields, in the order in which they are shown.
@@ -90,14 +91,14 @@ def recipe_table() -> str:
 
 def _main_settings(config: PipelineConfig) -> dict[str, str]:
     model, curate, ppo = config.pretrain.model, config.curate, config.ppo
-    limit = f", at most {human(curate.max_bytes)}B" if curate.max_bytes else ""
+    limit = f", at most {compact(curate.max_bytes)}B" if curate.max_bytes else ""
     size = model_size(config.pretrain, config.tokenize.vocab_size)
     return {
         "model": f"{size} parameters: {model.num_layers} layers of {model.hidden_size}",
         "documents": f"{', '.join(curate.documents)}{limit}, filtered as {curate.profile}",
         "pairs": f"{curate.max_instructions} instructions, {curate.max_preferences} preferences at most",
         "tokens": f"{config.tokenize.vocab_size} in the vocabulary, {config.tokenize.sequence_length} of context",
-        "pretrain": f"{human(config.pretrain.max_tokens)} tokens, {config.pretrain.global_batch_size} rows a step",
+        "pretrain": f"{compact(config.pretrain.max_tokens)} tokens, {config.pretrain.global_batch_size} rows a step",
         "sft": f"{config.sft.num_epochs:g} epochs, learning rate {config.sft.optimizer.learning_rate:g}",
         "reward": f"{config.reward.num_epochs:g} epochs, learning rate {config.reward.optimizer.learning_rate:g}",
         "ppo": f"{ppo.num_rollouts} rollouts of {ppo.rollout_size} responses, {ppo.max_response_length} tokens each",

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from operators.plan import Plan, StagePlan, Verdict
-from operators.ray.logs import readable_seconds
-from stages.config.estimate import human
+from stages.config.text import byte_size, compact, duration
 
 _HEADINGS = ("stage", "plan", "parameters", "tokens", "FLOPs", "memory a worker", "time", "cost")
 _UNKNOWN = "unknown"
@@ -46,11 +45,11 @@ def _row(stage: StagePlan) -> Sequence[str]:
     return (
         stage.stage.value,
         stage.verdict.value,
-        human(took.parameters) if took.parameters is not None else (_UNKNOWN if trains else ""),
-        human(took.tokens) if took.tokens is not None else "",
-        human(took.flops) if took.flops is not None else (_UNKNOWN if trains else ""),
-        f"{human(took.memory_bytes)}B" if took.memory_bytes is not None else _UNKNOWN,
-        readable_seconds(took.seconds) if took.seconds is not None else _UNKNOWN,
+        compact(took.parameters) if took.parameters is not None else (_UNKNOWN if trains else ""),
+        compact(took.tokens) if took.tokens is not None else "",
+        compact(took.flops) if took.flops is not None else (_UNKNOWN if trains else ""),
+        byte_size(took.memory_bytes) if took.memory_bytes is not None else _UNKNOWN,
+        duration(took.seconds) if took.seconds is not None else _UNKNOWN,
         f"{took.cost:.2f}" if took.cost is not None else _UNKNOWN,
     )
 
@@ -68,7 +67,7 @@ def total(plan: Plan) -> str:
     missing = f", and what {len(times) - len(known)} of them take is unknown" if len(known) < len(times) else ""
     costs = [stage.estimate.cost for stage in running if stage.estimate and stage.estimate.cost is not None]
     price = f", cost {sum(costs):.2f}" if costs else ""
-    return f"{len(running)} of {len(plan.stages)} stages run: {readable_seconds(sum(known))}{missing}{price}."
+    return f"{len(running)} of {len(plan.stages)} stages run: {duration(sum(known))}{missing}{price}."
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

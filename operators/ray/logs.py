@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from stages.config.text import duration
+
 PROGRESS = "ATHANOR_PROGRESS "
 MLFLOW_RUN = "ATHANOR_MLFLOW_RUN "
 MAX_LINE = 4000
@@ -157,24 +159,16 @@ def _readable(line: str) -> str:
 
 
 def readable_progress(progress: dict[str, Any]) -> str:
-    """`pretrain 120/500 steps (24 %), 7800 tokens/s, 1 min 3 s left, loss 4.2`."""
+    """`pretrain 120/500 steps (24 %), 7800 tokens/s, 1 min 03 s left, loss 4.2`."""
     done, total = progress["done"], progress["total"]
     percent = f" ({100 * done / total:.0f} %)" if total else ""
     parts = [f"{progress.get('stage', 'progress')} {done:g}/{total:g} {progress.get('unit', 'step')}s{percent}"]
     if progress.get("rate"):
         parts.append(f"{progress['rate']:.4g} {progress.get('rate_unit', '')}".rstrip())
     if progress.get("eta_seconds") and done < total:
-        parts.append(f"{readable_seconds(progress['eta_seconds'])} left")
+        parts.append(f"{duration(progress['eta_seconds'])} left")
     parts.extend(f"{name} {_short(value)}" for name, value in progress.items() if name not in _SHOWN_ALREADY)
     return ", ".join(parts)
-
-
-def readable_seconds(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _short(value: Any) -> str:

@@ -9,6 +9,7 @@ from stages.artifacts.manifests import MANIFEST, load_manifest
 from stages.artifacts.store import Store
 from stages.config.errors import DamagedArtifactError
 from stages.config.graph import GRAPH, Stage
+from stages.config.nested import dotted
 from stages.config.pipeline import stored_identity
 from stages.config.request import Manifest, digests_of
 
@@ -69,7 +70,7 @@ def identity_fields(
     """Everything that goes into a fingerprint, as flat names."""
     return {
         "version": GRAPH[stage].version if version is None else version,
-        **_flat(stored_identity(stage, config)),
+        **dotted(stored_identity(stage, config)),
         **{f"input {role}": fingerprint for role, fingerprint in inputs.items()},
         **{f"source {uri}": digest for uri, digest in sources.items()},
     }
@@ -95,13 +96,3 @@ def differences(manifest: Manifest, wanted: Mapping[str, Any]) -> list[str]:
 def _short(name: str, value: Any) -> str:
     text = str(value)
     return text[:12] if name.startswith(("input ", "source ")) and text not in ("absent", NEW, BY_JOB) else text
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

@@ -10,6 +10,7 @@ from stages.config.base import Config
 from stages.config.execution import Engine, ExecutionConfig
 from stages.config.graph import Stage
 from stages.config.pipeline import PipelineConfig
+from stages.config.text import compact
 from stages.config.train import LoRAConfig, ModelConfig, PostTrainConfig, PretrainConfig, TrainConfig
 
 TRAINING_STAGES = (Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO)
@@ -342,13 +343,7 @@ def cost(seconds: float | None, execution: ExecutionConfig, devices: Devices) ->
 
 def model_size(config: PretrainConfig, vocab_size: int) -> str:
     """`10.1 M`, as people say it, or `46.7 G, 12.9 G active`."""
-    size = human(count_parameters(config.model, vocab_size))
-    return f"{size}, {human(active_parameters(config.model, vocab_size))} active" if config.model.num_experts else size
-
-
-def human(number: float) -> str:
-    """Short with a decimal prefix: 10059840 -> `10.1 M`."""
-    for size, prefix in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g} {prefix}"
-    return f"{number:.3g}"
+    size = compact(count_parameters(config.model, vocab_size))
+    return (
+        f"{size}, {compact(active_parameters(config.model, vocab_size))} active" if config.model.num_experts else size
+    )

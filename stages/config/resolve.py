@@ -12,6 +12,7 @@ from stages.config.errors import ConfigError
 from stages.config.execution import Engine
 from stages.config.forms import PipelineParams, RunOutline
 from stages.config.graph import PIPELINE_STAGES, Stage
+from stages.config.nested import dotted
 from stages.config.pipeline import PipelineConfig
 from stages.config.recipes import RECIPES
 from stages.config.sources import take_weights
@@ -80,7 +81,7 @@ def _apply_form(tree: dict[str, Any], params: PipelineParams) -> None:
 
 def _apply_seed(tree: dict[str, Any], params: PipelineParams) -> None:
     """The form's seed reaches every stage, except where an override set a stage's own."""
-    overridden = {path for path, _ in _flatten(params.overrides)}
+    overridden = dotted(params.overrides)
     for stage in _SEEDED:
         if f"{stage}.seed" not in overridden:
             tree[stage]["seed"] = params.seed
@@ -167,21 +168,9 @@ def _refuse_float16(config: PipelineConfig) -> None:
             )
 
 
-def _flatten(overrides: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested objects and dotted paths mean the same; return dotted paths."""
-    pairs: list[tuple[str, Any]] = []
-    for key, value in overrides.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            pairs.extend(_flatten(value, f"{path}."))
-        else:
-            pairs.append((path, value))
-    return pairs
-
-
 def _ordered(overrides: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Overrides by today's paths; those that choose a `kind` first, because it says which fields there are."""
-    pairs = [(PipelineConfig.current_path(path), value) for path, value in _flatten(overrides)]
+    pairs = [(PipelineConfig.current_path(path), value) for path, value in dotted(overrides).items()]
     return sorted(pairs, key=lambda pair: not pair[0].endswith(".kind"))
 
 
@@ -203,10 +192,9 @@ def _set_dotted(tree: dict[str, Any], path: str, value: Any) -> None:
     for depth, part in enumerate((*parents, leaf)):
         if not isinstance(node, dict) or part not in node:
             here = ".".join((*parents, leaf)[:depth])
-            known = _known_paths(tree)
             raise ConfigError(
                 f"overrides: {path!r} does not exist" + (f" ({part!r} is not a field of {here!r})" if here else ""),
-                advice=_did_you_mean(path, known) or f"Known fields: {', '.join(sorted(tree))}.",
+                advice=_did_you_mean(path, dotted(tree)) or f"Known fields: {', '.join(sorted(tree))}.",
             )
         if depth < len(parents):
             node = node[part]
@@ -218,13 +206,6 @@ def _set_dotted(tree: dict[str, Any], path: str, value: Any) -> None:
     if leaf == "kind" and PipelineConfig.members(".".join(parents)):
         _choose_kind(node, path, value)
     node[leaf] = value
-
-
-def _known_paths(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
-    paths: list[str] = []
-    for key, value in tree.items():
-        paths.extend(_known_paths(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"])
-    return paths
 
 
 def _did_you_mean(word: str, known: Mapping[str, Any] | list[str]) -> str:

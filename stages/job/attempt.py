@@ -15,6 +15,7 @@ from stages.artifacts.lease import Fence
 from stages.artifacts.store import Store
 from stages.config.base import Config
 from stages.config.errors import ConfigError, without_logins
+from stages.config.nested import dotted
 from stages.config.pipeline import stage_config_from_json
 from stages.config.request import SourceEntry, StageRequest
 from stages.job.context import StageContext
@@ -97,14 +98,8 @@ def run_tags(request: StageRequest) -> dict[str, str]:
     }
 
 
-def flat_params(config: Config, prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for name, value in config:
-        if isinstance(value, Config):
-            flat |= flat_params(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = str(value)
-    return flat
+def flat_params(config: Config) -> dict[str, str]:
+    return {path: str(value) for path, value in dotted(config).items()}
 
 
 def scratch_home() -> Path:

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.config.graph import Stage
+from stages.config.nested import dotted
 from stages.config.request import Cost, Manifest
+from stages.config.text import byte_size, duration
 from stages.reporting.mixture_views import reasons
 from stages.reporting.story import Story
-from stages.reporting.tables import Cell, Table, bytes_text, code, duration_text, num, shown, text, total_row
+from stages.reporting.tables import Cell, Table, code, num, shown, text, total_row
 
 _OFFENSIVE = re.compile(r"toxic|profan|offens|abus|hate", re.IGNORECASE)
 
@@ -59,7 +61,7 @@ def _account(name: str, steps: list[dict[str, Any]]) -> Account:
             num(_count(step["in"])),
             num(sum(_count(amount) for amount in step["dropped"].values())),
             num(_count(step["kept"]), share=_count(step["kept"]) / entered if entered else 0.0),
-            shown(bytes_text(_size(step["kept"]))),
+            shown(byte_size(_size(step["kept"]))),
         )
         for step in steps
     ]
@@ -87,7 +89,7 @@ def _dropped(step: dict[str, Any], reason: str, amount: Any) -> Dropped:
         step=_words(step["step"]),
         reason=_words(reason),
         documents=_count(amount),
-        size=bytes_text(_size(amount)),
+        size=byte_size(_size(amount)),
         samples=tuple(samples),
         is_masked=is_masked,
     )
@@ -177,11 +179,11 @@ def cost_table(story: Story) -> Table | None:
     rows: list[tuple[Cell, ...]] = [
         (
             text(manifest.stage.value),
-            shown(duration_text(manifest.cost.wall_seconds), share=manifest.cost.wall_seconds / wall if wall else None),
+            shown(duration(manifest.cost.wall_seconds), share=manifest.cost.wall_seconds / wall if wall else None),
             shown(_goodput([manifest.cost])),
-            shown(duration_text(manifest.cost.cpu_seconds)),
-            shown(duration_text(manifest.cost.gpu_seconds)),
-            shown(bytes_text(manifest.cost.peak_memory_bytes)),
+            shown(duration(manifest.cost.cpu_seconds)),
+            shown(duration(manifest.cost.gpu_seconds)),
+            shown(byte_size(manifest.cost.peak_memory_bytes)),
             num(manifest.cost.attempts),
         )
         for manifest in manifests
@@ -189,11 +191,11 @@ def cost_table(story: Story) -> Table | None:
     costs = [manifest.cost for manifest in manifests]
     totals = (
         text("total"),
-        shown(duration_text(wall)),
+        shown(duration(wall)),
         shown(_goodput(costs)),
-        shown(duration_text(sum(cost.cpu_seconds for cost in costs))),
-        shown(duration_text(sum(cost.gpu_seconds for cost in costs))),
-        shown(bytes_text(max(cost.peak_memory_bytes for cost in costs))),
+        shown(duration(sum(cost.cpu_seconds for cost in costs))),
+        shown(duration(sum(cost.gpu_seconds for cost in costs))),
+        shown(byte_size(max(cost.peak_memory_bytes for cost in costs))),
         num(sum(cost.attempts for cost in costs)),
     )
     return Table(
@@ -250,17 +252,7 @@ def settings(story: Story) -> list[Table]:
     """The configuration of each stage, flat."""
     found = []
     for manifest in stages_in_order(story):
-        rows = tuple((code(key), code(value)) for key, value in _flat(manifest.config))
+        rows = tuple((code(key), code(str(value))) for key, value in dotted(manifest.config).items())
         if rows:
             found.append(Table(manifest.stage.value, ("setting", "value"), rows))
     return found
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    for key, value in config.items():
-        if isinstance(value, dict):
-            rows.extend(_flat(value, f"{prefix}{key}."))
-        else:
-            rows.append((f"{prefix}{key}", str(value)))
-    return rows

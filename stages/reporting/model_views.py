@@ -5,9 +5,10 @@ from typing import Any
 
 from stages.config.metrics import EVALUATION_METRICS
 from stages.config.request import Manifest
+from stages.config.text import byte_size, duration
 from stages.reporting.line_plot import Series, line_plot, number
 from stages.reporting.story import MODEL_ROLES, Story
-from stages.reporting.tables import Cell, Table, best_of, bytes_text, duration_text, num, shown, text
+from stages.reporting.tables import Cell, Table, best_of, num, shown, text
 
 NAMES = {"base": "Base", "sft": "SFT", "reward": "Reward model", "ppo": "PPO", "dpo": "DPO"}
 
@@ -214,9 +215,9 @@ def alignment_table(story: Story) -> Table | None:
     rows: list[tuple[Cell, ...]] = [
         (text(label), *(shown(spell(manifests[role])) for role in roles))
         for label, spell in (
-            ("peak memory", lambda manifest: bytes_text(manifest.cost.peak_memory_bytes)),
-            ("wall time", lambda manifest: duration_text(manifest.cost.wall_seconds)),
-            ("CPU time", lambda manifest: duration_text(manifest.cost.cpu_seconds)),
+            ("peak memory", lambda manifest: byte_size(manifest.cost.peak_memory_bytes)),
+            ("wall time", lambda manifest: duration(manifest.cost.wall_seconds)),
+            ("CPU time", lambda manifest: duration(manifest.cost.cpu_seconds)),
             ("optimizer steps", _steps),
             ("learning rate", lambda manifest: number((manifest.config.get("optimizer") or {}).get("learning_rate"))),
         )

@@ -54,23 +54,3 @@ def best_of(values: Sequence[float | None], *, higher: bool) -> float | None:
     if len(measured) < 2:
         return None
     return max(measured) if higher else min(measured)
-
-
-def bytes_text(size: float) -> str:
-    """Bytes in binary units, as memory is counted."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
-
-
-def duration_text(seconds: float) -> str:
-    """1 h 02 min, 3 min 20 s, 4.2 s."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min"

@@ -14,7 +14,6 @@ from stages.config.estimate import (
     count_parameters,
     estimate,
     forward_flops_per_token,
-    human,
     memory_bytes,
     workload,
 )
@@ -229,8 +228,3 @@ def test_before_anything_is_counted_the_assumptions_are_named():
     assert (counts.conversations, counts.conversation_tokens) == (20_000, 128)
     assert counts.basis == "assumes curate's caps on pairs are reached, 128 tokens a conversation"
     assert isinstance(tiny().execution.sft, ExecutionConfig)
-
-
-@pytest.mark.parametrize(("number", "text"), [(10_059_840, "10.1 M"), (999, "999"), (2.5e19, "25 E"), (0, "0")])
-def test_numbers_are_short(number: float, text: str):
-    assert human(number) == text

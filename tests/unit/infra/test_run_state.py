@@ -14,7 +14,7 @@ from rich.console import Console
 from infra.airflow_api import AirflowApi, AirflowApiError
 from infra.demo import follow, read_samples, reasons
 from infra.run_state import RunWatch
-from infra.screen import PlainScreen, duration, samples_panels, summary_table
+from infra.screen import PlainScreen, samples_panels, summary_table
 from stages.artifacts.folder import FileStore
 
 RUN = "manual__2026-11-23T09:00:00+00:00"
@@ -240,7 +240,7 @@ def test_without_a_terminal_every_change_is_one_line(airflow: tuple[Airflow, str
             screen.show(watch.snapshot())
     assert [line.split() for line in output.getvalue().splitlines()] == [
         ["curate", "running"],
-        ["curate", "hit", "1:40"],
+        ["curate", "hit", "1", "min", "40", "s"],
     ]
 
 
@@ -270,8 +270,3 @@ def test_samples_are_read_from_the_evaluation_and_shown_side_by_side(
     assert "What is x?" in output.getvalue()
     assert "…" in output.getvalue()
     assert "built" in output.getvalue()
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(None, ""), (4.4, "4 s"), (65, "1:05"), (3725, "1:02:05")])
-def test_durations_read_well(seconds: float | None, text: str) -> None:
-    assert duration(seconds) == text

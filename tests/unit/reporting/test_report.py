@@ -21,7 +21,6 @@ from stages.reporting.data_views import mask, tokens_table
 from stages.reporting.line_plot import Series, line_plot, number
 from stages.reporting.mixture_views import mixture_table, sources_table
 from stages.reporting.story import Story, read_story
-from stages.reporting.tables import bytes_text, duration_text
 from tests.pipeline_records import context_for, publish_run, refs_for, request_for, run_info
 
 PROMOTION = {
@@ -246,11 +245,6 @@ def test_any_range_of_values_is_drawn_inside_the_frame(values: list[float]) -> N
 )
 def test_numbers_are_spelled_for_people(value: float | None, spelled: str) -> None:
     assert number(value) == spelled
-
-
-def test_sizes_and_durations_are_spelled_for_people() -> None:
-    assert (bytes_text(512), bytes_text(1536), bytes_text(3 * 2**30)) == ("512 B", "1.5 KiB", "3.00 GiB")
-    assert (duration_text(4.2), duration_text(200), duration_text(3720)) == ("4.2 s", "3 min 20 s", "1 h 02 min")
 
 
 def test_sources_are_told_with_their_losses_and_shares() -> None:

@@ -5,7 +5,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from operators.ray.logs import MAX_LINE, LogRelay, readable_progress, readable_seconds
+from operators.ray.logs import MAX_LINE, LogRelay, readable_progress
 
 PROGRESS = {"stage": "sft", "done": 30, "total": 120, "unit": "step", "rate": 7800.0, "rate_unit": "tokens/s"}
 
@@ -58,7 +58,7 @@ def test_progress_is_shown_at_an_interval_but_the_end_always():
 
 def test_progress_reads_like_a_sentence():
     line = readable_progress({**PROGRESS, "eta_seconds": 63, "loss": 4.21234})
-    assert line == "sft 30/120 steps (25 %), 7800 tokens/s, 1 min 3 s left, loss 4.212"
+    assert line == "sft 30/120 steps (25 %), 7800 tokens/s, 1 min 03 s left, loss 4.212"
 
 
 def test_progress_without_a_total_does_not_divide_by_zero():
@@ -81,16 +81,6 @@ def test_the_mlflow_run_is_told_once_and_not_shown():
     assert runs == [{"run_id": "r1", "experiment_id": "4"}]
     assert relay.mlflow_run == runs[0]
     assert shown == ["before", "after"]
-
-
-def test_durations_are_written_in_the_two_units_that_matter():
-    assert [readable_seconds(seconds) for seconds in (0.4, 59, 61, 3600, 7384)] == [
-        "0 s",
-        "59 s",
-        "1 min 1 s",
-        "1 h 0 min",
-        "2 h 3 min",
-    ]
 
 
 def test_a_flood_is_cut_counted_and_said_and_the_last_lines_of_a_job_are_shown():
