@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-import requests
+import httpx
 
 _TRIES = 5
 _PAUSE_SECONDS = 1.0
@@ -35,32 +35,30 @@ class AirflowApi:
     def __init__(self, url: str, *, user: str, password: str, timeout_seconds: float = 30) -> None:
         self.url = url
         self._login = {"username": user, "password": password}
-        self._timeout = timeout_seconds
-        self._session = requests.Session()
-        self._session.trust_env = False  # loopback: no proxy, no netrc
+        self._session = httpx.Client(timeout=timeout_seconds, trust_env=False)  # loopback: no proxy, no netrc
 
     def health(self) -> dict[str, Any]:
-        """Needs no login; raises requests' errors while the server is not up."""
+        """Needs no login; raises httpx.TransportError while the server is not up."""
         response = self._session.get(f"{self.url}/api/v2/monitor/health", timeout=5)
         response.raise_for_status()
         return response.json()
 
     def login(self) -> None:
-        response = self._session.post(f"{self.url}/auth/token", json=self._login, timeout=self._timeout)
-        if not response.ok:
+        response = self._session.post(f"{self.url}/auth/token", json=self._login)
+        if not response.is_success:
             raise AirflowApiError(f"login at {self.url} refused: {response.status_code} {_reason(response)}")
         self._session.headers["Authorization"] = f"Bearer {response.json()['access_token']}"
 
     def call(self, method: str, path: str, **arguments: Any) -> Any:
         """One request under /api/v2; a 404 is an AirflowApiError like every other refusal."""
         response = self._request(method, path, **arguments)
-        if not response.ok:
+        if not response.is_success:
             raise AirflowApiError(f"{method} {path}: {response.status_code} {_reason(response)}")
         return response.json() if response.content else None
 
-    def _request(self, method: str, path: str, *, may_repeat: bool = False, **arguments: Any) -> requests.Response:
-        """With SQLite, Airflow may find its database locked and answer 500. What only reads is asked again, and what
-        does no harm when it is done twice; a trigger is not, for the run may be there."""
+    def _request(self, method: str, path: str, *, may_repeat: bool = False, **arguments: Any) -> httpx.Response:
+        """With SQLite, Airflow may find its database locked and answer 500. Requests that only read, or do no harm
+        when done twice, are repeated; a trigger is not, because its run may exist already."""
         tries = _TRIES if may_repeat or method == "GET" else 1
         for left in reversed(range(tries)):
             response = self._logged_in(method, path, **arguments)
@@ -69,11 +67,11 @@ class AirflowApi:
             time.sleep(_PAUSE_SECONDS)
         return response
 
-    def _logged_in(self, method: str, path: str, **arguments: Any) -> requests.Response:
+    def _logged_in(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         if "Authorization" not in self._session.headers:
             self.login()
         for attempt in range(2):
-            response = self._session.request(method, f"{self.url}/api/v2/{path}", timeout=self._timeout, **arguments)
+            response = self._session.request(method, f"{self.url}/api/v2/{path}", **arguments)
             if response.status_code != 401 or attempt:
                 break
             self.login()
@@ -85,9 +83,9 @@ class AirflowApi:
         if response.status_code == 404:
             pool = {"name": name, "slots": slots, "description": description, "include_deferred": True}
             response = self._request("POST", "pools", may_repeat=True, json=pool)
-            if response.status_code == 409:  # a write that found the database locked was repeated: it is there
+            if response.status_code == 409:  # the first of two tries has created it
                 return
-        if not response.ok:
+        if not response.is_success:
             raise AirflowApiError(f"pool {name}: {response.status_code} {_reason(response)}")
 
     def import_errors(self) -> dict[str, str]:
@@ -96,11 +94,11 @@ class AirflowApi:
         return {row["filename"]: row["stack_trace"].strip().splitlines()[-1] for row in rows}
 
     def wait_for_dag(self, dag_id: str, *, seconds: float) -> None:
-        """Until the DAG processor has read it; a DAG that cannot be imported fails at once with the reason."""
+        """Wait until the DAG processor has read it; a DAG that cannot be imported fails at once with the reason."""
         deadline = time.monotonic() + seconds
         while True:
             response = self._request("GET", f"dags/{quote(dag_id)}")
-            if response.ok:
+            if response.is_success:
                 return
             if response.status_code != 404:
                 raise AirflowApiError(f"DAG {dag_id}: {response.status_code} {_reason(response)}")
@@ -133,8 +131,8 @@ class AirflowApi:
         ]
 
 
-def _reason(response: requests.Response) -> str:
-    """The first paragraph: after it follow schemas and instances."""
+def _reason(response: httpx.Response) -> str:
+    """The first paragraph; schemas and instances follow it."""
     try:
         body = response.json()
     except ValueError:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-import requests
+import httpx
 from rich.console import Console
 
 from infra.airflow_api import AirflowApi
@@ -93,7 +93,7 @@ def follow(watch: RunWatch, console: Console) -> Snapshot:
             try:
                 snapshot = watch.snapshot()
                 answered = time.monotonic()
-            except (requests.ConnectionError, requests.Timeout) as error:
+            except httpx.TransportError as error:
                 if time.monotonic() - answered > PATIENCE_SECONDS:
                     raise RuntimeError(f"Airflow has not answered for {PATIENCE_SECONDS:.0f} s: {error}") from error
             else:

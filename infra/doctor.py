@@ -8,11 +8,13 @@ it runs in any container of a deployment as well.
 from __future__ import annotations
 
 import json
+import socket
+import ssl
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-import requests
+import httpx
 
 from infra.store_probe import Finding, Verdict, examine, ok, warning, wrong
 
@@ -57,40 +59,52 @@ def _asked(subject: str, url: str, variable: str, ask: Callable[[str], Iterable[
         return
     try:
         yield from ask(url.rstrip("/"))
-    except requests.RequestException as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         yield wrong(subject, *_unreachable(url, error, variable))
     except (KeyError, TypeError, ValueError) as error:
         what = f"{url} answers, but not as {subject} does ({type(error).__name__}: {error})"
         yield wrong(subject, what, f"Something else listens there: correct {variable}.")
 
 
-def _unreachable(url: str, error: requests.RequestException, variable: str) -> tuple[str, str]:
+def _unreachable(url: str, error: Exception, variable: str) -> tuple[str, str]:
+    """What is wrong and what to do, from the cause behind httpx's error, whose class alone does not say."""
     host = urlsplit(url).netloc
-    match error:
-        case requests.exceptions.SSLError():
+    match _first_cause(error):
+        case ssl.SSLError():
             return (
                 f"the certificate of {host} is not trusted",
-                "Set REQUESTS_CA_BUNDLE to the file with the certificate of its authority.",
+                "Set SSL_CERT_FILE, and REQUESTS_CA_BUNDLE for MLflow's client, to the certificate of its authority.",
             )
-        case requests.exceptions.InvalidURL() | requests.exceptions.MissingSchema():
+        case httpx.InvalidURL() | httpx.UnsupportedProtocol():
             return f"{url!r} is no address", f"Set {variable} to something like http://host:port."
-        case requests.exceptions.Timeout():
+        case socket.gaierror() | UnicodeError():
+            return f"the name in {url} does not resolve", f"Correct {variable}, or run this inside its network."
+        case _ if isinstance(error, httpx.TimeoutException):
             return (
                 f"{host} did not answer within {TIMEOUT_SECONDS:.0f} s",
-                "It may be overloaded, or a firewall drops what we send: look at its log and at network policies.",
+                "It may be overloaded, or a firewall drops our requests: look at its log and at network policies.",
             )
-        case requests.exceptions.ConnectionError() if "NameResolution" in str(error) or "getaddrinfo" in str(error):
-            return f"the name in {url} does not resolve", f"Correct {variable}, or run this inside its network."
         case _:
             return f"nothing listens at {host}", f"Start it (`make up`, `make compose-up`), or correct {variable}."
 
 
-def _get(url: str, *, token: str = "", login: tuple[str, str] | None = None, **params: Any) -> requests.Response:
-    with requests.Session() as session:
-        if urlsplit(url).hostname in ("127.0.0.1", "localhost"):
-            session.trust_env = False  # loopback: no proxy
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        return session.get(url, headers=headers, auth=login, params=params, timeout=TIMEOUT_SECONDS)
+def _first_cause(error: BaseException) -> BaseException:
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__ or error
+    return error
+
+
+def _get(url: str, *, token: str = "", login: tuple[str, str] | None = None, **params: Any) -> httpx.Response:
+    loopback = urlsplit(url).hostname in ("127.0.0.1", "localhost")
+    return httpx.get(
+        url,
+        headers={"Authorization": f"Bearer {token}"} if token else {},
+        auth=login,
+        params=params,
+        timeout=TIMEOUT_SECONDS,
+        follow_redirects=True,
+        trust_env=not loopback,  # no proxy
+    )
 
 
 # ----------------------------------------------------------------- Airflow
@@ -106,7 +120,7 @@ def _airflow_url(settings: Mapping[str, str]) -> str:
 
 def _airflow(url: str) -> Iterator[Finding]:
     response = _get(f"{url}/api/v2/monitor/health")
-    if not response.ok:
+    if not response.is_success:
         yield wrong("Airflow", f"{url} answers {response.status_code}", "Look at the API server's log.")
         return
     report = response.json()
@@ -143,7 +157,7 @@ def _ray(url: str, token: str) -> Iterator[Finding]:
         advice = "Give the connection ray_default the token of the head (RAY_AUTH_TOKEN there) as its password."
         yield wrong("Ray", f"{url} refuses {'the token' if token else 'us, who have no token'}", advice)
         return
-    if not response.ok:
+    if not response.is_success:
         yield wrong("Ray", f"{url} answers {response.status_code}", "Look at the log of Ray's head.")
         return
     nodes = [node for node in response.json()["data"]["result"]["result"] if node["state"] == "ALIVE"]
@@ -177,7 +191,7 @@ def _mlflow(url: str, settings: Mapping[str, str]) -> Iterator[Finding]:
         advice = "Start MLflow with this host in --allowed-hosts (MLFLOW_HOSTS for Compose), or give the user rights."
         yield wrong("MLflow", f"{url} forbids it: {response.text[:200]}", advice)
         return
-    if not response.ok:
+    if not response.is_success:
         yield wrong("MLflow", f"{url} answers {response.status_code}", "Look at its log and at its database.")
         return
     if not isinstance(response.json(), dict):

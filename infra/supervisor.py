@@ -1,17 +1,19 @@
-"""supervisord keeps the stack's processes: starts them detached, restarts what crashes, rotates logs, stops by group.
+"""supervisord keeps the stack's processes: it starts them detached, restarts crashed ones, rotates logs, stops groups.
+
 It is asked over its own Unix socket; pid files are never trusted, so a reboot or kill -9 leaves nothing to clean up."""
 
 from __future__ import annotations
 
 import http.client
 import os
-import socket
 import subprocess
 import time
 import xmlrpc.client
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from infra.components import BIN, MIB, Component
 from infra.layout import Layout, StackRecord
@@ -21,7 +23,7 @@ RUNNING_STATES = ("STARTING", "RUNNING", "BACKOFF")
 
 @dataclass(frozen=True)
 class ProgramState:
-    """What supervisord says of one program."""
+    """What supervisord reports about one program."""
 
     name: str
     state: str
@@ -30,39 +32,26 @@ class ProgramState:
     why: str
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=60)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
-
-
-class _UnixTransport(xmlrpc.client.Transport):
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self._path = path
-
-    def make_connection(self, host: object) -> http.client.HTTPConnection:
-        return _UnixConnection(self._path)
-
-
 class Supervisor:
     """Client of the stack's supervisord; knows how to start it when it does not answer."""
 
     def __init__(self, layout: Layout, record: StackRecord) -> None:
         self._layout = layout
         self._record = record
-        transport = _UnixTransport(str(record.supervisor_socket))
-        self._rpc = xmlrpc.client.ServerProxy("http://localhost", transport=transport).supervisor
+
+    def _ask(self, method: str, *arguments: object) -> Any:
+        """Each question has a connection of its own: supervisor's transport cannot use one again that has failed."""
+        # In a function, because deployments run `doctor` and `gc` without the extra `stack`.
+        from supervisor.xmlrpc import SupervisorTransport
+
+        with closing(SupervisorTransport(serverurl=f"unix://{self._record.supervisor_socket}")) as transport:
+            proxy = xmlrpc.client.ServerProxy("http://localhost", transport=transport)
+            return getattr(proxy.supervisor, method)(*arguments)
 
     def answers(self) -> bool:
         """Whether our supervisord runs; one of another stack on a re-used socket does not count."""
         try:
-            return self._rpc.getIdentification() == self._identifier
+            return self._ask("getIdentification") == self._identifier
         except (OSError, http.client.HTTPException):
             return False
 
@@ -84,8 +73,7 @@ class Supervisor:
             raise RuntimeError(f"supervisord did not start: {(done.stderr or done.stdout).strip()}")
 
     def states(self) -> list[ProgramState]:
-        rows = self._rpc.getAllProcessInfo()
-        assert isinstance(rows, list)
+        rows = self._ask("getAllProcessInfo")
         return [ProgramState(r["name"], r["statename"], r["pid"], r["start"], r["spawnerr"]) for r in rows]
 
     def state(self, name: str) -> ProgramState:
@@ -94,18 +82,18 @@ class Supervisor:
     def start(self, name: str) -> None:
         """Start a program without waiting for it; a no-op when it runs."""
         try:
-            self._rpc.startProcess(name, False)
+            self._ask("startProcess", name, False)
         except xmlrpc.client.Fault as fault:
             if "ALREADY_STARTED" not in fault.faultString:
                 raise RuntimeError(f"supervisord cannot start {name}: {fault.faultString}") from fault
 
     def stop_everything(self) -> None:
-        """Stop all programs side by side, then supervisord itself."""
-        self._rpc.stopAllProcesses(True)
-        self._rpc.shutdown()
+        """Stop all programs at once, then supervisord itself."""
+        self._ask("stopAllProcesses", True)
+        self._ask("shutdown")
 
     def wait_gone(self, *, seconds: float) -> None:
-        """Until supervisord has answered its last; what lives longer is the caller's to end."""
+        """Wait until supervisord no longer answers; the caller ends what lives longer."""
         deadline = time.monotonic() + seconds
         while self.answers() and time.monotonic() < deadline:
             time.sleep(0.1)

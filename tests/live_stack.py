@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import requests
+import httpx
 
 from infra.airflow_api import AirflowApi
 from infra.health import Health
@@ -124,12 +124,12 @@ class LiveStack:
 
     def aliased(self, name: str, alias: str) -> dict[str, str] | None:
         """Tags of the registered model's version with this alias; None when there is none."""
-        answer = requests.get(
+        answer = httpx.get(
             f"{self.record.mlflow_url}/api/2.0/mlflow/registered-models/alias",
             params={"name": name, "alias": alias},
             timeout=10,
         )
-        if not answer.ok:
+        if not answer.is_success:
             return None
         return {tag["key"]: tag["value"] for tag in answer.json()["model_version"].get("tags", ())}
 

@@ -17,8 +17,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import psutil
-import requests
 
 from infra.components import RAY_ADDRESS, Component, mlflow_server, ray_head
 from infra.health import mlflow_missing, ray_missing
@@ -106,7 +106,7 @@ def _wait(
         try:
             if answers():
                 return
-        except (requests.RequestException, OSError):
+        except (httpx.HTTPError, OSError):
             pass  # not listening yet; the deadline bounds the wait
         time.sleep(0.1)
     how = f"ended with status {process.returncode}" if process.returncode is not None else f"silent for {seconds:.0f} s"

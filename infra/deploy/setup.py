@@ -6,17 +6,16 @@ changed stays: passwords of people, slots of the pool. What machines use among t
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
+
+import httpx
 
 from infra.deploy.probe import Unhealthy, check_store
 from stages.artifacts.s3_client import s3_client
@@ -164,7 +163,7 @@ def mlflow() -> None:
         try:
             status, text = _as_mlflow_admin("POST", "users/create", {"username": user, "password": password})
             break
-        except OSError as error:  # not listening yet
+        except httpx.TransportError as error:  # not listening yet
             if time.monotonic() > deadline:
                 raise SetupFailed(f"MLflow has not answered for {PATIENCE_SECONDS:.0f} s: {error}") from error
             time.sleep(2)
@@ -176,18 +175,10 @@ def mlflow() -> None:
 
 
 def _as_mlflow_admin(method: str, path: str, body: dict[str, str]) -> tuple[int, str]:
-    login = base64.b64encode(f"admin:{required('MLFLOW_AUTH_ADMIN_PASSWORD')}".encode()).decode()
-    call = urllib.request.Request(
-        f"{required('MLFLOW_TRACKING_URI').rstrip('/')}/api/2.0/mlflow/{path}",
-        json.dumps(body).encode(),
-        {"Authorization": f"Basic {login}", "Content-Type": "application/json"},
-        method=method,
-    )
-    try:
-        with urllib.request.urlopen(call, timeout=15) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
+    url = f"{required('MLFLOW_TRACKING_URI').rstrip('/')}/api/2.0/mlflow/{path}"
+    login = ("admin", required("MLFLOW_AUTH_ADMIN_PASSWORD"))
+    answer = httpx.request(method, url, json=body, auth=login, timeout=15)
+    return answer.status_code, answer.text
 
 
 if __name__ == "__main__":

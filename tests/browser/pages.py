@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-import requests
+import httpx
 
 from infra.run_state import DAG_ID
 
@@ -93,7 +93,7 @@ def open_question(page: Page, address: str, told: str) -> None:
 
 
 def mlflow_experiment_of(url: str, run_id: str) -> str:
-    response = requests.get(f"{url}/api/2.0/mlflow/runs/get", params={"run_id": run_id}, timeout=30)
+    response = httpx.get(f"{url}/api/2.0/mlflow/runs/get", params={"run_id": run_id}, timeout=30)
     response.raise_for_status()
     return response.json()["run"]["info"]["experiment_id"]
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-import requests
 
 from infra.components import BIN
 from tests.chaos.namespaces import Machine, network
@@ -51,7 +51,7 @@ class Cluster:
 
 
 def _listed(ray: RayServer, what: str) -> list[dict[str, Any]]:
-    answer = requests.get(f"{ray.url}/api/v0/{what}", params={"limit": 1000}, headers=ray.headers, timeout=30)
+    answer = httpx.get(f"{ray.url}/api/v0/{what}", params={"limit": 1000}, headers=ray.headers, timeout=30)
     answer.raise_for_status()
     return answer.json()["data"]["result"]["result"]
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+import httpx
 import psutil
-import requests
 
 from infra.airflow_api import AirflowApi, AirflowApiError
 from infra.components import PATIENT, airflow_components
@@ -145,7 +145,7 @@ class ChaosStack:
         return self.airflow.call(method, path, **arguments)
 
     def jobs(self) -> list[dict[str, Any]]:
-        answer = requests.get(f"{self.ray.url}/api/jobs/", headers=self.ray.headers, timeout=30)
+        answer = httpx.get(f"{self.ray.url}/api/jobs/", headers=self.ray.headers, timeout=30)
         answer.raise_for_status()
         return [job for job in answer.json() if (job.get("metadata") or {}).get("airflow.run_id")]
 
@@ -252,7 +252,7 @@ class Row:
     def stop_in_ray(self, submission_id: str) -> None:
         """What somebody does who looks at Ray's dashboard."""
         address = f"{self.stack.ray.url}/api/jobs/{submission_id}/stop"
-        requests.post(address, headers=self.stack.ray.headers, timeout=30).raise_for_status()
+        httpx.post(address, headers=self.stack.ray.headers, timeout=30).raise_for_status()
 
     def fail_run(self) -> None:
         self.stack.ask("PATCH", self.path, json={"state": "failed"})
@@ -287,10 +287,10 @@ class Row:
         return "\n".join(str(entry["event"]) for entry in self.entries())
 
     def job_log(self, submission_id: str) -> str:
-        answer = requests.get(
+        answer = httpx.get(
             f"{self.stack.ray.url}/api/jobs/{submission_id}/logs", headers=self.stack.ray.headers, timeout=30
         )
-        return (answer.json().get("logs") or "") if answer.ok else ""
+        return (answer.json().get("logs") or "") if answer.is_success else ""
 
     def lines(self, submission_id: str) -> list[str]:
         """The numbered lines that Ray has of a job."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import httpx
 import psutil
 import pytest
-import requests
 
 from stages.config.graph import PIPELINE_STAGES
 from tests.canaries import airflow_answers, as_login, as_text
@@ -71,12 +71,12 @@ def test_every_service_is_healthy_and_every_one_shot_ended_well(deployed: Deploy
 
 def test_the_model_is_registered_in_mlflow_behind_a_login(deployed: Deployment, run_id: str) -> None:
     address = f"{deployed.mlflow_url}/api/2.0/mlflow/registered-models/search"
-    assert requests.get(address, timeout=10).status_code == 401
+    assert httpx.get(address, timeout=10).status_code == 401
     login = ("athanor", deployed.values["MLFLOW_PASSWORD"])
-    models = requests.get(address, auth=login, timeout=10).json()["registered_models"]
+    models = httpx.get(address, auth=login, timeout=10).json()["registered_models"]
     aligned = next(model for model in models if model["name"].endswith("-aligned"))
     assert {alias["alias"] for alias in aligned["aliases"]} >= {"candidate"}
-    refused = requests.post(
+    refused = httpx.post(
         f"{deployed.mlflow_url}/api/2.0/mlflow/users/create",
         auth=login,
         timeout=10,
@@ -95,10 +95,10 @@ def test_artifacts_are_in_s3_with_the_commit_of_the_image(deployed: Deployment, 
 
 
 def test_airflow_and_ray_refuse_who_has_no_key(deployed: Deployment, run_id: str) -> None:
-    assert requests.get(f"{deployed.airflow_url}/api/v2/dags", timeout=10).status_code == 401
-    assert requests.get(f"{deployed.ray_url}/api/jobs/", timeout=10).status_code == 401
+    assert httpx.get(f"{deployed.airflow_url}/api/v2/dags", timeout=10).status_code == 401
+    assert httpx.get(f"{deployed.ray_url}/api/jobs/", timeout=10).status_code == 401
     held = {"Authorization": f"Bearer {deployed.values['RAY_TOKEN']}"}
-    assert requests.get(f"{deployed.ray_url}/api/jobs/", headers=held, timeout=10).status_code == 200
+    assert httpx.get(f"{deployed.ray_url}/api/jobs/", headers=held, timeout=10).status_code == 200
 
 
 def test_programs_run_as_nobody_in_particular(deployed: Deployment) -> None:
@@ -203,7 +203,7 @@ def airflow_text(deployed: Deployment, run_id: str) -> str:
 
 def ray_jobs(deployed: Deployment) -> Any:
     held = {"Authorization": f"Bearer {deployed.values['RAY_TOKEN']}"}
-    jobs = requests.get(f"{deployed.ray_url}/api/jobs/", headers=held, timeout=30).json()
+    jobs = httpx.get(f"{deployed.ray_url}/api/jobs/", headers=held, timeout=30).json()
     assert len(jobs) >= len(PIPELINE_STAGES)
     return jobs
 
@@ -212,15 +212,15 @@ def mlflow_records(deployed: Deployment) -> list[Any]:
     login = ("admin", deployed.values["MLFLOW_ADMIN_PASSWORD"])
     base = f"{deployed.mlflow_url}/api/2.0/mlflow"
     search = {"max_results": 1000}
-    experiments = requests.post(f"{base}/experiments/search", json=search, auth=login, timeout=30).json()["experiments"]
+    experiments = httpx.post(f"{base}/experiments/search", json=search, auth=login, timeout=30).json()["experiments"]
     ids = [experiment["experiment_id"] for experiment in experiments]
     answers = [
-        requests.post(f"{base}/runs/search", json={"experiment_ids": ids, **search}, auth=login, timeout=60),
-        requests.post(f"{base}/logged-models/search", json={"experiment_ids": ids}, auth=login, timeout=60),
-        requests.get(f"{base}/registered-models/search", auth=login, timeout=30),
-        requests.get(f"{base}/model-versions/search", auth=login, timeout=30),
+        httpx.post(f"{base}/runs/search", json={"experiment_ids": ids, **search}, auth=login, timeout=60),
+        httpx.post(f"{base}/logged-models/search", json={"experiment_ids": ids}, auth=login, timeout=60),
+        httpx.get(f"{base}/registered-models/search", auth=login, timeout=30),
+        httpx.get(f"{base}/model-versions/search", auth=login, timeout=30),
     ]
-    assert all(answer.ok for answer in answers), [answer.text[:300] for answer in answers]
+    assert all(answer.is_success for answer in answers), [answer.text[:300] for answer in answers]
     assert len(answers[0].json()["runs"]) > len(PIPELINE_STAGES)
     return [answer.json() for answer in answers]
 

@@ -7,8 +7,8 @@ files of the stack all lie in one folder, which is searched file by file.
 import json
 from pathlib import Path
 
+import httpx
 import pytest
-import requests
 
 from infra.layout import Layout
 from stages.config.request import safe_run_id
@@ -39,7 +39,7 @@ def searched(live: LiveStack, needles: dict[str, str], runs: tuple[str, ...]) ->
     for run_id in runs:
         search.text("airflow", as_text(airflow_answers(live.api.call, PIPELINE, run_id)))
     held = {"Authorization": f"Bearer {live.secrets.ray_token}"}
-    search.text("jobs", requests.get(f"{live.record.ray_url}/api/jobs/", headers=held, timeout=30).text)
+    search.text("jobs", httpx.get(f"{live.record.ray_url}/api/jobs/", headers=held, timeout=30).text)
     return search
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
-import requests
 
 from dags.llm_pipeline import llm_pipeline
 from operators.operator import StageOperator
@@ -74,11 +74,11 @@ def parent_status(mlflow_server: str, run: Run) -> str:
 
 def parent_run(mlflow_server: str, run: Run) -> dict[str, Any]:
     tag = run.run_id.replace(":", "-").replace("+", "-")
-    experiment = requests.get(
+    experiment = httpx.get(
         f"{mlflow_server}/api/2.0/mlflow/experiments/get-by-name", params={"experiment_name": "athanor"}, timeout=10
     ).json()["experiment"]["experiment_id"]
     body = {"experiment_ids": [experiment], "filter": f"tags.`athanor.run_id` = '{tag}'"}
-    (found,) = requests.post(f"{mlflow_server}/api/2.0/mlflow/runs/search", json=body, timeout=10).json()["runs"]
+    (found,) = httpx.post(f"{mlflow_server}/api/2.0/mlflow/runs/search", json=body, timeout=10).json()["runs"]
     return found
 
 
@@ -121,7 +121,7 @@ def test_a_dry_run_ends_green_after_its_plan_and_spends_nothing(
     assert (found["info"]["status"], tags["athanor.dry_run"]) == ("FINISHED", "true")
     assert " of 10 stages run: " in tags["athanor.plan"]
     assert "| pretrain | run |" in tags["mlflow.note.content"]
-    listed = requests.get(
+    listed = httpx.get(
         f"{mlflow_server}/api/2.0/mlflow/artifacts/list", params={"run_id": found["info"]["run_id"]}, timeout=10
     ).json()
     assert {file["path"] for file in listed["files"]} == {"plan.md", "plan.json"}

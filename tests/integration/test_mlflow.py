@@ -12,8 +12,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-import requests
 
 from infra.components import mlflow_server as mlflow_component
 from infra.ports import any_free
@@ -287,7 +287,7 @@ def serving(port: int, home: Path) -> Iterator[subprocess.Popen[bytes]]:
         component.command,
         log=home / "server.log",
         environment=component.environment,
-        answers=lambda: requests.get(f"http://127.0.0.1:{port}/health", timeout=5).ok,
+        answers=lambda: httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).is_success,
     ) as process:
         yield process
 

@@ -1,7 +1,7 @@
 """The MLflow parent run against a real server: found again, never doubled, ended, and the way to the report."""
 
+import httpx
 import pytest
-import requests
 
 from operators.mlflow import RUN_TAG, end_parent_run, end_stage_runs, open_parent_run, parent_artifact_page
 from stages.config.request import RunInfo
@@ -18,7 +18,7 @@ def tracking_uri(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def get(tracking_uri: str, run_id: str) -> dict:
-    answer = requests.get(f"{tracking_uri}/api/2.0/mlflow/runs/get", params={"run_id": run_id}, timeout=10)
+    answer = httpx.get(f"{tracking_uri}/api/2.0/mlflow/runs/get", params={"run_id": run_id}, timeout=10)
     return answer.json()["run"]
 
 
@@ -26,7 +26,7 @@ def child_of(tracking_uri: str, parent: str, stage: str = "report") -> str:
     experiment = get(tracking_uri, parent)["info"]["experiment_id"]
     tags = {RUN_TAG: RUN.run_id, "lineage.stage": stage, "mlflow.parentRunId": parent}
     body = {"experiment_id": experiment, "tags": [{"key": key, "value": value} for key, value in tags.items()]}
-    answer = requests.post(f"{tracking_uri}/api/2.0/mlflow/runs/create", json=body, timeout=10)
+    answer = httpx.post(f"{tracking_uri}/api/2.0/mlflow/runs/create", json=body, timeout=10)
     return answer.json()["run"]["info"]["run_id"]
 
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
-import requests
 
 from infra import ports, processes
 from infra.environment import POOL
@@ -87,20 +87,20 @@ def ray_job(record: StackRecord, token: str) -> Iterator[None]:
     jobs = f"{record.ray_url}/api/jobs/"
     entrypoint = f"env BUSY={shlex.quote(str(busy))} python -c {shlex.quote(JOB)}"
     body = {"submission_id": "busy", "entrypoint": entrypoint}
-    assert requests.post(jobs, headers=held, json=body, timeout=30).ok
+    assert httpx.post(jobs, headers=held, json=body, timeout=30).is_success
     deadline = time.monotonic() + 60
     while not busy.exists():
-        assert time.monotonic() < deadline, requests.get(f"{jobs}busy/logs", headers=held, timeout=10).text
+        assert time.monotonic() < deadline, httpx.get(f"{jobs}busy/logs", headers=held, timeout=10).text
         time.sleep(0.2)
     yield
-    requests.post(f"{jobs}busy/stop", headers=held, timeout=30)
+    httpx.post(f"{jobs}busy/stop", headers=held, timeout=30)
 
 
 def test_up_run_crash_up_again_down(stack: Stack) -> None:
     record = stack.up()
     secrets = StackSecrets.load_or_generate(stack.layout)
     assert [missing for _, missing, _ in stack.programs(record)] == [None] * 6
-    assert requests.get(f"{record.ray_url}/api/jobs/", timeout=10).status_code == 401  # nobody without the token
+    assert httpx.get(f"{record.ray_url}/api/jobs/", timeout=10).status_code == 401  # nobody without the token
     assert Health(record, secrets).airflow.call("GET", f"pools/{POOL}")["include_deferred"] is True
 
     seen = run_through(stack, record)

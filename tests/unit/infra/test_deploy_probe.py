@@ -96,7 +96,7 @@ def test_an_account_that_exists_gets_the_password_of_the_environment(mlflow_vari
         mlflow_variables.setenv("MLFLOW_TRACKING_URI", url)
         setup.mlflow()
     admin = "Basic " + base64.b64encode(b"admin:" + b"a" * 20).decode()
-    account = json.dumps({"username": "athanor", "password": "p" * 20})
+    account = json.dumps({"username": "athanor", "password": "p" * 20}, separators=(",", ":"))
     assert seen == [(f"POST {base}/create", admin, account), (f"PATCH {base}/update-password", admin, account)]
 
 

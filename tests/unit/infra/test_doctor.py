@@ -10,8 +10,8 @@ from email.utils import formatdate
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
-import requests
 
 from infra.doctor import doctor, findings
 from infra.ports import any_free
@@ -152,15 +152,12 @@ def in_front_of(
         def _pass(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             status, text, extra = change(self.command, self.path) or (0, "", {})
-            headers: dict[str, str] = {}
+            headers = httpx.Headers()
             content = text.encode()
             if not status:
-                with requests.Session() as session:
-                    session.trust_env = False
-                    answer = session.request(
-                        self.command, server.endpoint + self.path, headers=dict(self.headers), data=body
-                    )
-                status, content, headers = answer.status_code, answer.content, dict(answer.headers)
+                url = server.endpoint + self.path
+                answer = httpx.request(self.command, url, headers=dict(self.headers), content=body, trust_env=False)
+                status, content, headers = answer.status_code, answer.content, answer.headers
             dropped = ("content-length", "transfer-encoding", "connection", "content-encoding", "date")
             length = headers.get("Content-Length") if self.command == "HEAD" else None
             self.send_response_only(status)

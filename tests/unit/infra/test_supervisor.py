@@ -2,7 +2,14 @@
 
 import configparser
 import shlex
+import socketserver
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from xmlrpc.server import SimpleXMLRPCDispatcher, SimpleXMLRPCRequestHandler
 
 import pytest
 
@@ -92,3 +99,44 @@ def test_last_lines_of_a_long_log_are_its_end(tmp_path: Path) -> None:
 def test_a_supervisord_that_is_not_there_does_not_answer(tmp_path: Path) -> None:
     layout, record, _ = stack(tmp_path)
     assert not Supervisor(layout, record).answers()
+
+
+def test_doctor_and_garbage_collection_start_in_images_without_the_stacks_own_libraries() -> None:
+    code = "import sys; sys.modules['supervisor'] = sys.modules['rich'] = None; import infra.__main__, infra.garbage"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_supervisord_that_came_back_is_asked_again_over_a_new_connection(tmp_path: Path) -> None:
+    layout, record, _ = stack(tmp_path)
+    supervisor = Supervisor(layout, record)
+    Path(record.runtime_dir).mkdir()
+    for _ in range(2):
+        assert not supervisor.answers()
+        with supervisord(record.supervisor_socket, identification="athanor-abc"):
+            assert supervisor.answers()
+        record.supervisor_socket.unlink()
+
+
+@contextmanager
+def supervisord(path: Path, *, identification: str) -> Iterator[None]:
+    """The part of supervisord's XML-RPC server that says which one it is."""
+
+    class Handler(SimpleXMLRPCRequestHandler):
+        rpc_paths = ("/RPC2",)
+        disable_nagle_algorithm = False  # there is none on a Unix socket
+
+        def address_string(self) -> str:
+            return "unix"
+
+    class Server(socketserver.UnixStreamServer, SimpleXMLRPCDispatcher):
+        logRequests = False
+
+    SimpleXMLRPCDispatcher.__init__(server := Server(str(path), Handler))  # pyright: ignore[reportArgumentType]
+    server.register_function(lambda: identification, "supervisor.getIdentification")
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
