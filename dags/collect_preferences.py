@@ -2,15 +2,16 @@
 
     resolve ─ respond ─ questions ─ rate (one task a prompt) ─ publish
 
-The raters find their questions under "Required Actions". What nobody answers in time is counted and the rest is
-published; the asset `llm/preferences` announces it, and its URI is a `preferences` source of `llm_pipeline`.
+The raters find their questions under "Required Actions". Questions without an answer in time are counted, the other
+answers are published. The asset `llm/preferences` announces the artifact, whose URI is a `preferences` source of
+`llm_pipeline`.
 """
 
 from datetime import timedelta
 
 from airflow.sdk import DAG, TriggerRule, chain, get_current_context, task
 
-from operators.failures import MAX_RETRIES, StageRetryPolicy
+from operators.defaults import default_args
 from operators.form import form_of
 from operators.people.collect import PREFERENCES, RespondOperator
 from operators.people.rating import PreferenceRating
@@ -23,17 +24,12 @@ with DAG(
     schedule=None,
     params=form_of(CollectParams, section="What is compared"),
     tags=["llm", "people", "ray"],
-    default_args={
-        "owner": "athanor",
-        "retries": MAX_RETRIES,
-        "retry_delay": timedelta(seconds=5),
-        "retry_policy": StageRetryPolicy(),
-    },
+    default_args=default_args(),
 ) as collect_preferences:
 
     @task(execution_timeout=timedelta(minutes=5))
     def resolve() -> dict:
-        """Find the model and what it is asked; wrong input ends the run here, naming the field."""
+        """Find the model and its prompts; wrong input ends the run here, naming the field."""
         from operators.people.collect import start_collection
 
         return start_collection(get_current_context())
@@ -45,10 +41,10 @@ with DAG(
 
         return questions_of(get_current_context())
 
-    # People answer all at once or over days: a failed question must not hold back the answers to the others.
+    # Answers come at once or over days: a failed question must not hold back the answers to the others.
     @task(execution_timeout=timedelta(minutes=5), trigger_rule=TriggerRule.ALL_DONE, outlets=[PREFERENCES])
     def publish() -> dict:
-        """Turn the answers into pairs and publish them; ties, skips and silence are counted."""
+        """Turn the answers into pairs and publish them; ties, skips and missing answers are counted."""
         from operators.people.collect import publish_answers
 
         return publish_answers(get_current_context())

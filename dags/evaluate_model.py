@@ -1,4 +1,4 @@
-"""Measure any model again: registered, given by artifact, or a Hugging Face directory.
+"""Evaluate any model again: registered, given by artifact, or a Hugging Face directory.
 
     resolve ─ evaluate ─ close
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from airflow.sdk import DAG, TriggerRule, chain, get_current_context, task
 
-from operators.failures import MAX_RETRIES, StageRetryPolicy
+from operators.defaults import default_args
 from operators.form import form_of
 from operators.notify import notifications
 from operators.operator import StageOperator
@@ -25,25 +25,20 @@ with DAG(
     schedule=None,
     params=form_of(EvaluationParams, section="Evaluation"),
     tags=["llm", "evaluation", "ray"],
-    default_args={
-        "owner": "athanor",
-        "retries": MAX_RETRIES,
-        "retry_delay": timedelta(seconds=5),
-        "retry_policy": StageRetryPolicy(),
-    },
+    default_args=default_args(),
     **notifications(),
 ) as evaluate_model:
 
     @task(execution_timeout=timedelta(minutes=5))
     def resolve() -> dict:
-        """Look up the model, its data and its judge; what is not there ends the run here, naming the field."""
+        """Look up the model, its data and its reward model; what is missing ends the run here, naming the field."""
         from operators.evaluation import start_evaluation
 
         return start_evaluation(get_current_context())
 
     @task(execution_timeout=timedelta(minutes=5), trigger_rule=TriggerRule.ALL_DONE)
     def close() -> None:
-        """Put the numbers on the registered version; end the MLflow run, red when there are none."""
+        """Put the numbers on the registered version; end the MLflow run, as failed when there are none."""
         from operators.evaluation import conclude
 
         context: Any = get_current_context()

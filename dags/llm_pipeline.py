@@ -1,9 +1,9 @@
-"""From raw text to an aligned, registered model, the whole story on one screen.
+"""From raw text to an aligned, registered model: the whole pipeline on one screen.
 
     resolve ─ plan ─ curate ─ tokenize ─ pretrain ─ sft ─┬─ reward ─ ppo ─┬─ evaluate ─ approve ─ promote ─ report
                                                          └────── dpo ─────┘
 
-Every stage is a Ray job. A stage whose artifact exists is not run again; a stage that the run does not ask for skips
+Every stage is a Ray job. A stage whose artifact exists is not run again; a stage that the run does not include skips
 itself. Skipped stages let the rest run, failed ones do not. With `promotion=approval`, `approve` asks a person.
 """
 
@@ -12,7 +12,7 @@ from functools import partial
 
 from airflow.sdk import DAG, TriggerRule, chain, get_current_context, task
 
-from operators.failures import MAX_RETRIES, StageRetryPolicy
+from operators.defaults import default_args
 from operators.form import trigger_form
 from operators.notify import deadline, notifications
 from operators.operator import StageOperator
@@ -32,13 +32,7 @@ with DAG(
     tags=["llm", "training", "ray"],
     deadline=deadline(),
     **notifications(),
-    default_args={
-        "owner": "athanor",
-        "retries": MAX_RETRIES,
-        "retry_delay": timedelta(seconds=5),
-        "retry_policy": StageRetryPolicy(),
-        "trigger_rule": TriggerRule.NONE_FAILED,
-    },
+    default_args=default_args(trigger_rule=TriggerRule.NONE_FAILED),
 ) as llm_pipeline:
 
     @task(execution_timeout=timedelta(minutes=5))
@@ -50,14 +44,14 @@ with DAG(
 
     @task.short_circuit(execution_timeout=timedelta(minutes=5))
     def plan() -> bool:
-        """Say what will hit or run, how long and at what price, before anything is spent; a dry run ends here."""
+        """Show what exists or will run, its time and its cost, before anything is spent; a dry run ends here."""
         from operators.plan_task import plan_run
 
         return plan_run(get_current_context())
 
     @task(execution_timeout=timedelta(minutes=5))
     def close() -> None:
-        """End the MLflow parent run, whatever happened; green only if all that was asked for is there."""
+        """End the MLflow parent run, whatever happened; succeed only if every stage of the run succeeded."""
         from operators.run import finish_run
 
         finish_run(get_current_context())

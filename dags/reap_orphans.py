@@ -1,7 +1,7 @@
-"""Stop Ray jobs whose Airflow task is no longer alive; says what it found, and proves that nothing is left.
+"""Stop Ray jobs whose Airflow task is no longer alive; reports what it found, and checks that no such job is left.
 
-The stage operator stops its jobs itself. This looks after what nobody was there to stop: a task killed while no
-triggerer ran, a deleted run, an attempt that gave up while the Ray head was away.
+The stage operator stops its jobs itself. This DAG stops the jobs that it could not: a task killed while no triggerer
+ran, a deleted run, an attempt that gave up while the Ray head was unreachable.
 """
 
 from datetime import datetime, timedelta
@@ -10,7 +10,7 @@ from typing import Any
 from airflow.sdk import DAG, Param, get_current_context, task
 from airflow.sdk.definitions.param import ParamsDict
 
-from operators.failures import StageRetryPolicy
+from operators.defaults import default_args
 
 with DAG(
     dag_id="reap_orphans",
@@ -28,7 +28,7 @@ with DAG(
         }
     ),
     tags=["llm", "ray", "upkeep"],
-    default_args={"owner": "athanor", "retries": 2, "retry_policy": StageRetryPolicy()},
+    default_args=default_args(retries=2, retry_delay=timedelta(minutes=5)),
 ) as reap_orphans:
 
     @task(execution_timeout=timedelta(minutes=5))

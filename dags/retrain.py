@@ -1,11 +1,11 @@
-"""From the champion to its successor, when there is something new to learn from.
+"""From the champion to its successor, when there is new data.
 
     decide ─ train (a run of llm_pipeline) ─ remember
 
 Runs on a cron schedule, when raw text comes into the watched prefix, and when preference data is published
-(docs/RETRAINING.md names the variables). `decide` looks at what is there, not at who asked: nothing new, or no
-champion, and the run is green with the rest skipped. The champion is pretrained further on the new documents alone,
-then tuned and aligned; the result competes as candidate, with the old champion as its parent.
+(docs/RETRAINING.md names the variables). `decide` looks at the data and not at what triggered the run: if there is
+nothing new, or no champion, the run succeeds with the rest skipped. The champion is pretrained further on the new
+documents alone, then tuned and aligned; the result competes as candidate, with the old champion as its parent.
 """
 
 from datetime import UTC, datetime, timedelta
@@ -15,7 +15,7 @@ from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOpe
 from airflow.sdk import DAG, chain, get_current_context, task
 from airflow.sdk.exceptions import AirflowSkipException
 
-from operators.failures import StageRetryPolicy
+from operators.defaults import default_args
 from operators.form import form_of
 from operators.notify import deadline, notifications
 from operators.schedules import PREFERENCES, retrain_schedule
@@ -32,13 +32,7 @@ with DAG(
     params=form_of(RetrainParams, section="Run"),
     tags=["llm", "training"],
     deadline=deadline(),
-    default_args={
-        "owner": "athanor",
-        "retries": 3,
-        "retry_delay": timedelta(seconds=30),
-        "retry_policy": StageRetryPolicy(),
-        "execution_timeout": timedelta(minutes=5),
-    },
+    default_args=default_args(retries=3, retry_delay=timedelta(seconds=30), execution_timeout=timedelta(minutes=5)),
     **notifications(),
 ) as retrain:
 
@@ -66,7 +60,7 @@ with DAG(
 
     @task
     def remember(decided: dict) -> None:
-        """Note what this retraining has seen, now that it has gone through."""
+        """Record the data of this retraining, now that it has succeeded."""
         from operators.failures import as_stage_failures
         from operators.retrain import record
 

@@ -121,7 +121,7 @@ class ExecutionConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _stage_has_a_reader(self) -> "ExecutionConfig":
+    def _zero_stage_needs_deepspeed(self) -> "ExecutionConfig":
         unused = ExecutionConfig.model_fields["zero_stage"].default
         if self.zero_stage != unused and self.engine is not Engine.DEEPSPEED:
             raise ValueError(
@@ -131,7 +131,7 @@ class ExecutionConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _offload_has_a_reader(self) -> "ExecutionConfig":
+    def _offload_needs_deepspeed(self) -> "ExecutionConfig":
         if self.offload and self.engine is not Engine.DEEPSPEED:
             raise ValueError(f"offload=true needs engine=deepspeed, got {self.engine}; set engine, or offload=false")
         return self
