@@ -1,53 +1,32 @@
-"""`collect_preferences` around the people: which model responds to what, and what becomes of the answers."""
+"""What the tasks of `collect_preferences` do: find the model, ask the questions, publish the answers."""
 
-import csv
-import hashlib
-import io
 import json
 import logging
 import os
-import tempfile
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from airflow.sdk import Asset
 
-from operators.failures import (
-    RunIncomplete,
-    StageConfigFailed,
-    StageDataFailed,
-    as_stage_failures,
-)
+from operators.failures import RunIncomplete, StageConfigFailed, as_stage_failures
 from operators.form import form_values
 from operators.operator import StageOperator
-from operators.people.rating import LABELS, Outcome, read_responses, shown_order
-from stages.artifacts.addresses import artifact_uri, open_default_store
-from stages.artifacts.manifests import (
-    canonical_json,
-    content_digest,
-    find_intact,
-    fingerprint,
-    publish,
-    read_manifest,
-    upload_files,
-    utc_now,
-)
+from operators.people.answers import complete, publish_preferences
+from operators.people.rating import read_responses, shown_order
+from operators.prepare import pipeline_key
+from stages.artifacts.addresses import open_default_store
+from stages.artifacts.manifests import read_manifest
 from stages.artifacts.store import Store, write_json
-from stages.config.collect import RateConfig, RespondConfig
+from stages.config.collect import RespondConfig
 from stages.config.errors import ConfigError
-from stages.config.execution import ExecutionConfig
 from stages.config.forms import CollectParams
 from stages.config.graph import GRAPH, Stage
-from stages.config.request import ArtifactRef, InputEntry, Manifest, RunInfo, StageRequest, safe_run_id
-from stages.config.resolve import validated
+from stages.config.request import ArtifactRef, RunInfo, StageRequest, safe_run_id
+from stages.config.resolve import resolve, validated
 
 PREFERENCES = Asset(name="llm/preferences", group="llm")
-PREFERENCES_FILE = "preferences.jsonl"
 _LANGUAGE_MODELS = tuple(GRAPH[stage].kind for stage in (Stage.PRETRAIN, Stage.SFT, Stage.PPO, Stage.DPO))
 _TITLE_LENGTH = 60
-_ANSWER_COLUMNS = ("prompt_id", "outcome", "order", "ranking", "reasons", "comment", "by", "at")
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +35,12 @@ def request_key(run_id: str) -> str:
     return f"runs/{run_id}/request.json"
 
 
-def _store() -> Store:
-    return open_default_store()
+def open_default_store() -> Store:
+    return open_defaultopen_default_store()
 
 
 class RespondOperator(StageOperator):
-    """The stage `respond`, whose request the task `resolve` has written: no PipelineConfig is behind it."""
+    """The stage `respond`, whose request the task `resolve` has written, because its model is of another run."""
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("stage", Stage.RESPOND)
@@ -79,9 +58,6 @@ class RespondOperator(StageOperator):
         return request.model_copy(update={"task_id": ti.task_id, "try_number": ti.try_number})
 
 
-# ------------------------------------------------------------- beginning
-
-
 def start_collection(context: Any) -> dict[str, Any]:
     """Validate the form, find the model and its tokens, store the request of `respond`; return the RunInfo as JSON."""
     from operators.mlflow import open_parent_run
@@ -89,8 +65,9 @@ def start_collection(context: Any) -> dict[str, Any]:
     ti = context["ti"]
     with as_stage_failures():
         params = validated(CollectParams, form_values(context["params"]))
+        pipeline = resolve({"recipe": params.recipe, "run_name": params.run_name, "overrides": params.overrides})
         model, tokens = find_model(params.model or f"models:/{params.run_name}-aligned@candidate")
-        store = _store()
+        store = open_default_store()
         run_id = safe_run_id(ti.run_id)
         run = RunInfo(
             run_id=run_id,
@@ -113,9 +90,11 @@ def start_collection(context: Any) -> dict[str, Any]:
             run=run,
             store_uri=store.root_uri,
             config=config.model_dump(mode="json"),
-            execution=ExecutionConfig(),
+            execution=pipeline.stage_execution(Stage.RESPOND),
             inputs={"model": model, "tokens": tokens},
         )
+        # The operator reads it after a timeout, for the retries that the stage may have.
+        store.write_bytes(pipeline_key(run_id), pipeline.model_dump_json(indent=1).encode())
         write_json(store, request_key(run_id), request.model_dump(mode="json"))
     logger.info("Run %s: %d responses of %s to each prompt.", run_id, params.num_responses, model.uri)
     return run.model_dump(mode="json")
@@ -154,11 +133,8 @@ def _registered_artifact(uri: str) -> str:
     return artifact
 
 
-# ------------------------------------------------------------- questions
-
-
 def make_questions(responses: Mapping[str, Any], store: Store, run: RunInfo) -> list[dict[str, Any]]:
-    """One question a prompt, small enough for XCom: where its responses lie, and in which order they are shown."""
+    """One question per prompt, small enough for XCom: the place of its responses and the order of showing them."""
     request = StageRequest.model_validate_json(store.read_bytes(request_key(run.run_id)))
     return [
         {
@@ -175,105 +151,7 @@ def questions_of(context: Any) -> list[dict[str, Any]]:
     ti = context["ti"]
     run = RunInfo.model_validate(ti.xcom_pull(task_ids="resolve"))
     with as_stage_failures():
-        return make_questions(ti.xcom_pull(task_ids=Stage.RESPOND.value), _store(), run)
-
-
-# --------------------------------------------------------------- answers
-
-
-def pairs_of(row: Mapping[str, Any], answer: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """All ordered pairs of a ranking, k(k-1)/2 of k responses, in the shape that `preferences` sources have."""
-    ranked = [row["responses"][index] for index in answer["ranking"]]
-    judged = {name: answer[name] for name in ("reasons", "comment", "by", "at", "order")}
-    return [
-        {"prompt": row["prompt"], "chosen": better, "rejected": worse, "prompt_id": row["id"], **judged}
-        for place, better in enumerate(ranked)
-        for worse in ranked[place + 1 :]
-    ]
-
-
-def account(rows: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What was asked and what came back; the sum conserves."""
-    outcomes = Counter(Outcome(answer["outcome"]) for answer in answers)
-    ledger = {"asked": len(rows), **{outcome.value: outcomes[outcome] for outcome in Outcome}}
-    if ledger["asked"] != sum(outcomes.values()):
-        raise AssertionError(f"the ledger of the answers does not conserve: {ledger}")
-    return ledger
-
-
-def complete(
-    rows: Sequence[Mapping[str, Any]], answers: Iterable[Mapping[str, Any] | None], questions: Sequence[Any]
-) -> list[dict[str, Any]]:
-    """One answer for each prompt, in their order; a task that ended without one (marked failed) left it unanswered."""
-    given = {answer["index"]: dict(answer) for answer in answers if answer is not None}
-    silent = {"outcome": Outcome.UNANSWERED.value, "ranking": [], "reasons": [], "by": "", "at": ""}
-    silent["comment"] = "the task ended without an answer"
-    return [
-        {**given.get(index, {**silent, "index": index, "order": questions[index]["order"]}), "prompt_id": row["id"]}
-        for index, row in enumerate(rows)
-    ]
-
-
-def publish_preferences(
-    store: Store, responses: ArtifactRef, answers: Sequence[Mapping[str, Any]], *, run: RunInfo
-) -> tuple[ArtifactRef, Manifest]:
-    """Publish the pairs that the answers amount to, with their lineage to the responses and to the model."""
-    rows = read_responses(responses)
-    ledger = account(rows, answers)
-    pairs = [
-        pair
-        for row, answer in zip(rows, answers, strict=True)
-        if answer["outcome"] == Outcome.ANSWERED
-        for pair in pairs_of(row, answer)
-    ]
-    if not pairs:
-        raise StageDataFailed(
-            f"No answer prefers one response to another: {ledger}.",
-            advice="Nothing is published. Clear the tasks `rate` to ask again.",
-        )
-    digest = hashlib.sha256(canonical_json([dict(answer) for answer in answers])).hexdigest()
-    config, spec = RateConfig(answers_digest=digest), GRAPH[Stage.RATE]
-    identity = fingerprint(Stage.RATE, config, inputs={"responses": responses})
-    where = artifact_uri(store, spec.kind, identity)
-    if existing := find_intact(store, spec.kind, identity):
-        return existing.ref(where), existing
-    with tempfile.TemporaryDirectory() as scratch:
-        lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
-        (Path(scratch) / PREFERENCES_FILE).write_text(lines, encoding="utf-8")
-        (Path(scratch) / "answers.csv").write_text(_csv(answers), encoding="utf-8")
-        files = upload_files(store, Path(scratch), kind=spec.kind, fingerprint=identity)
-    model = [entry for entry in read_manifest(responses).inputs if entry.role == "model"]
-    manifest = Manifest(
-        kind=spec.kind,
-        stage=spec.stage,
-        version=spec.version,
-        fingerprint=identity,
-        digest=content_digest(files),
-        files=files,
-        inputs=(InputEntry(role="responses", **responses.model_dump(include=_INPUT_FIELDS)), *model),
-        config=config.model_dump(mode="json"),
-        execution={"airflow.dag_id": run.dag_id, "airflow.run_id": run.airflow_run_id},
-        metrics={"rate/pairs": float(len(pairs)), **{f"rate/{name}": float(count) for name, count in ledger.items()}},
-        ledger={"questions": ledger, "pairs": len(pairs)},
-        created_at=utc_now(),
-    )
-    return publish(store, manifest), manifest
-
-
-_INPUT_FIELDS = {"kind", "uri", "fingerprint", "digest"}
-
-
-def _csv(answers: Sequence[Mapping[str, Any]]) -> str:
-    """Every answer, those without a pair included, as a table; by letters as they were shown."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _ANSWER_COLUMNS)
-    writer.writeheader()
-    for answer in answers:
-        letters = [LABELS[answer["order"].index(index)] for index in answer["ranking"]]
-        told = {"ranking": " > ".join(letters), "reasons": " ".join(answer["reasons"])}
-        told["order"] = " ".join(str(index) for index in answer["order"])
-        writer.writerow({name: told.get(name, answer[name]) for name in _ANSWER_COLUMNS})
-    return text.getvalue()
+        return make_questions(ti.xcom_pull(task_ids=Stage.RESPOND.value), open_default_store(), run)
 
 
 def publish_answers(context: Any) -> dict[str, Any]:
@@ -282,13 +160,17 @@ def publish_answers(context: Any) -> dict[str, Any]:
     given = ti.xcom_pull(task_ids=Stage.RESPOND.value)
     questions = ti.xcom_pull(task_ids="questions")
     if given is None or questions is None:
-        raise StageConfigFailed("Nobody was asked: `respond` or `questions` did not succeed.", advice="See their logs.")
+        raise StageConfigFailed(
+            "No question was asked: `respond` or `questions` did not succeed.", advice="See their logs."
+        )
     run = RunInfo.model_validate(ti.xcom_pull(task_ids="resolve"))
     responses = ArtifactRef.model_validate(given)
     answers = ti.xcom_pull(task_ids="rate", map_indexes=range(len(questions)))
     with as_stage_failures():
         rows = read_responses(responses)
-        ref, manifest = publish_preferences(_store(), responses, complete(rows, answers, questions), run=run)
+        ref, manifest = publish_preferences(
+            open_default_store(), responses, complete(rows, answers, questions), run=run
+        )
     _note_on_parent(run, ref)
     event = {**ref.model_dump(mode="json", exclude_none=True), "run_id": run.run_id, "pairs": manifest.ledger["pairs"]}
     context["outlet_events"][PREFERENCES].extra = event
@@ -297,7 +179,7 @@ def publish_answers(context: Any) -> dict[str, Any]:
 
 
 def _note_on_parent(run: RunInfo, ref: ArtifactRef) -> None:
-    """The parent run tells which preferences came of it; MLflow being away is a warning."""
+    """Tag the parent run with the preferences of this run; an unreachable MLflow is a warning."""
     from operators.mlflow import MlflowServer, MlflowUnavailableError
 
     if run.parent_run_id is None:
@@ -307,11 +189,11 @@ def _note_on_parent(run: RunInfo, ref: ArtifactRef) -> None:
             told = {"hit": False, "uri": ref.uri, "fingerprint": ref.fingerprint}
             server.set_tag(run.parent_run_id, f"athanor.stage.{Stage.RATE.value}", json.dumps(told))
     except MlflowUnavailableError as error:
-        logger.warning("The MLflow parent run does not tell of %s: %s", ref.uri, error)
+        logger.warning("The MLflow parent run is not tagged with %s: %s", ref.uri, error)
 
 
 def finish_collection(context: Any) -> None:
-    """End the MLflow parent run; red unless preferences were published."""
+    """End the MLflow parent run; raises RunIncomplete unless preferences were published."""
     from operators.mlflow import end_parent_run
 
     ti = context["ti"]

@@ -128,6 +128,10 @@ class CollectParams(Config):
     """Questions without an answer by then count as unanswered; the other answers are published."""
     seed: int = Field(default=0, title="Seed", ge=0, le=2**31 - 1)
     """Sampling and the order in which responses are shown follow from it."""
+    recipe: str = Field(default="demo", title="Recipe")
+    """Recipe whose resources the responses are sampled with: `execution.respond`."""
+    overrides: dict[str, Any] = Field(default_factory=dict, title="Overrides")
+    """Changes to the recipe by dotted path, as JSON: `{"execution.respond.gpus_per_worker": 1}`."""
 
 
 class RetrainParams(Config):

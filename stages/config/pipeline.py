@@ -45,6 +45,8 @@ class Executions(Config):
     evaluate: ExecutionConfig = ExecutionConfig()
     promote: ExecutionConfig = ExecutionConfig()
     report: ExecutionConfig = ExecutionConfig()
+    respond: ExecutionConfig = ExecutionConfig()
+    """Outside the pipeline: `collect_preferences` samples responses with it."""
 
     @model_validator(mode="after")
     def _pipelines_predict_tokens(self) -> "Executions":

@@ -155,7 +155,10 @@ def llama_1b(*, seed: int = 0) -> PipelineConfig:
         max_retries=5,
     )
     post = train.model_copy(update={"micro_batch_size": 2, "checkpoint_every": 100})
-    seldom = 6 * 3600  # these tell of progress once a shard or a model, not once a step
+    seldom = 6 * 3600  # these stages report progress once per shard or model, not once per step
+    generation = ExecutionConfig(
+        num_workers=1, cpus_per_worker=8, gpus_per_worker=1, entrypoint_cpus=1, stall_seconds=seldom
+    )
     return PipelineConfig(
         recipe="llama_1b",
         run_name="llama-1b",
@@ -222,9 +225,8 @@ def llama_1b(*, seed: int = 0) -> PipelineConfig:
             reward=post,
             ppo=post,
             dpo=post,
-            evaluate=ExecutionConfig(
-                num_workers=1, cpus_per_worker=8, gpus_per_worker=1, entrypoint_cpus=1, stall_seconds=seldom
-            ),
+            evaluate=generation,
+            respond=generation,
         ),
     )
 

@@ -13,7 +13,8 @@ from typing import Any, cast
 import pytest
 
 from operators.failures import StageDataFailed
-from operators.people.collect import complete, make_questions, pairs_of, publish_preferences, request_key
+from operators.people.answers import complete, pairs_of, publish_preferences
+from operators.people.collect import make_questions, request_key
 from operators.people.rating import SKIP, TIE, Outcome, body, options, read_answer, shown_order
 from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import read_file, read_manifest
