@@ -48,7 +48,7 @@ def main() -> int:
                 from infra.demo import demo
 
                 return demo(stack, recipe=arguments.recipe, params=arguments.params)
-    except BrokenPipeError:  # the reader has seen enough, as with `make status | head`
+    except BrokenPipeError:  # the reader has closed the pipe, as in `make status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except RuntimeError as error:
@@ -59,20 +59,18 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m infra", description="The local stack.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("up", help="start what does not run, wait until healthy")
+    commands.add_parser("up", help="start what is not running, wait until healthy")
     commands.add_parser("down", help="stop exactly what `up` started")
     commands.add_parser("status", help="state and memory of every component")
     commands.add_parser("logs", help="follow logs").add_argument("component", nargs="?", default="*")
     commands.add_parser("env", help='shell lines that point programs at the stack: eval "$(python -m infra env)"')
-    asked = commands.add_parser(
-        "doctor", help="what is wrong with object store, Airflow, Ray and MLflow, and what to do"
-    )
+    asked = commands.add_parser("doctor", help="check object store, Airflow, Ray and MLflow, and say what to do")
     _may_leave_the_stack(asked)
-    garbage = commands.add_parser("gc", help="list what nothing in the store needs any more; with --delete, delete it")
+    garbage = commands.add_parser("gc", help="list what is no longer needed in the store; with --delete, delete it")
     garbage.add_argument("--delete", action="store_true", help="delete what is listed")
-    garbage.add_argument("--keep-days", type=float, default=30.0, help="runs, artifacts and checkpoints younger stay")
-    garbage.add_argument("--unfinished-hours", type=float, default=24.0, help="unfinished uploads younger stay")
-    vouched = "no model of this store is registered, though some were promoted"
+    garbage.add_argument("--keep-days", type=float, default=30.0, help="keep younger runs, artifacts and checkpoints")
+    garbage.add_argument("--unfinished-hours", type=float, default=24.0, help="keep younger unfinished uploads")
+    vouched = "confirm that no model of this store is registered, although some were promoted"
     garbage.add_argument("--nothing-registered", action="store_true", help=vouched)
     _may_leave_the_stack(garbage)
     for name, help_ in (("backup", "copy databases, keys and artifact store"), ("restore", "put a backup back")):

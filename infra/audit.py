@@ -1,7 +1,7 @@
 """`make audit`: known vulnerabilities of the installed packages, asked of PyPI's advisory service by pip-audit.
 
-pip-audit alone would not do: where an index knows a package but has no advisories (most mirrors), it says "no known
-vulnerabilities found" and ends well. Here what was not looked at is a failure of its own, with exit status 2.
+pip-audit alone is not enough: where an index knows a package but has no advisories (most mirrors), it says "no known
+vulnerabilities found" and succeeds. Here, packages that were not audited are a failure of their own, exit status 2.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CLEAN, VULNERABLE, UNKNOWN = 0, 1, 2
 
 @dataclass(frozen=True)
 class Audit:
-    """What is known of the packages."""
+    """The result of an audit."""
 
     vulnerable: tuple[str, ...]
     unaudited: tuple[str, ...]
@@ -33,14 +33,14 @@ class Audit:
 
 
 def installed() -> list[str]:
-    """`name==version` of what is installed, without this checkout and without marks of builds such as `+cpu`."""
+    """`name==version` of the installed packages, without this checkout and without build tags such as `+cpu`."""
     freeze = ["uv", "pip", "freeze", "--python", sys.executable, "--exclude-editable"]
     lines = subprocess.run(freeze, capture_output=True, text=True, check=True).stdout.splitlines()
     return [line.partition("+")[0] for line in lines if "==" in line]
 
 
 def ask(requirements: Sequence[str]) -> tuple[str, str]:
-    """Return pip-audit's answer as JSON, and its complaints."""
+    """Return pip-audit's standard output, which is JSON, and its standard error."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "requirements.txt"
         file.write_text("\n".join(requirements) + "\n")

@@ -1,9 +1,9 @@
 """`python -m infra backup FOLDER` and `restore FOLDER`: databases, keys and the artifact store, in a folder.
 
-The databases are copied first and the store after them, so that all that a database names is in the copy. What was
-copied is recorded last, the databases with their SHA-256, which is checked before anything is restored. A SQLite
-database may be in use while it is copied; Postgres is asked by `pg_dump`, which sees one moment of it as well.
-Artifacts that are there already are not copied again, so a second backup into the same folder is quick.
+The databases are copied before the store, so that everything that a database refers to is in the copy. The record of
+what was copied is written last, with the SHA-256 of the databases, which is checked before anything is restored. A
+SQLite database may be in use while it is copied, and so may Postgres: `pg_dump` reads a consistent snapshot. Artifacts
+that the folder has already are not copied again, so a second backup into it is quick.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from stages.artifacts.store import Store
 
 RECORD = "backup.json"
 POSTGRES_DATABASES = ("airflow", "mlflow", "mlflow_auth")
-# momentary, and a restored lease or probe would only be in the way
+# short-lived; a restored lease or probe would only be in the way
 _LEFT_OUT = ("leases/", "probe/")
 Say = Callable[[str], None]
 
@@ -90,16 +90,13 @@ def read_record(folder: Path) -> Record:
     return record
 
 
-# --------------------------------------------------------- the local stack
-
-
 def dump_local(folder: Path, layout: Layout) -> list[Path]:
-    """The stack's SQLite databases, MLflow's files and the secrets: without its key, Airflow's connections are lost."""
+    """Copy SQLite databases, MLflow's files and the secrets: without its key, Airflow's connections are lost."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     written = []
     for name, path in Place(layout).databases.items():
         if not path.exists():
-            raise BackupError(f"{path} is not there: nothing has run here yet, so there is nothing to back up")
+            raise BackupError(f"{path} does not exist: nothing has run here yet, so there is nothing to back up")
         target = folder / name
         target.unlink(missing_ok=True)
         with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(target)) as copy:
@@ -128,11 +125,11 @@ def restore_local(folder: Path, layout: Layout, store: Store, say: Say) -> None:
 
 
 def restore_store(folder: Path, store: Store, say: Say) -> None:
-    """What the store has beside it stays: garbage collection will find what nothing needs."""
+    """Other objects in the store stay; garbage collection finds those that are not needed."""
     record = read_record(folder)
     if record.store != store.root_uri:
         raise BackupError(
-            f"{folder} is a backup of {record.store}, and its manifests name each other there; "
+            f"{folder} is a backup of {record.store}, and its manifests contain that address; "
             f"it cannot be restored to {store.root_uri}. Set ARTIFACT_STORE={record.store}"
         )
     number = _copy(FileStore(folder.resolve() / "store"), store, say)
@@ -141,9 +138,6 @@ def restore_store(folder: Path, store: Store, say: Say) -> None:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-# ---------------------------------------------------------------- Postgres
 
 
 def dump_postgres(folder: Path) -> list[Path]:
@@ -159,7 +153,7 @@ def dump_postgres(folder: Path) -> list[Path]:
 
 
 def restore_postgres(folder: Path) -> None:
-    """Into databases that `infra.deploy.setup databases` has made; what they hold is replaced."""
+    """Restore into databases that `infra.deploy.setup databases` has created; their content is replaced."""
     read_record(folder)
     for name in POSTGRES_DATABASES:
         words = ("--clean", "--if-exists", "--single-transaction", f"--dbname={name}")
@@ -172,9 +166,6 @@ def _postgres(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
     if done.returncode:
         raise BackupError(f"{command[0]} failed: {done.stderr.strip()[-800:]}")
-
-
-# ------------------------------------------------------------------- store
 
 
 def _copy(source: Store, target: Store, say: Say) -> int:
@@ -195,18 +186,18 @@ def _copy(source: Store, target: Store, say: Say) -> int:
             copied += 1
         except FileNotFoundError:
             skipped += 1  # superseded while we were copying: a checkpoint, a record of progress
-    say(f"{copied} objects copied, {len(entries) - copied - skipped} were there, {skipped} were gone meanwhile")
+    say(f"{copied} objects copied, {len(entries) - copied - skipped} were there already, {skipped} had gone")
     return len(entries) - skipped
 
 
 def _artifact(key: str) -> str:
-    """The artifact that an object belongs to; empty for what may change at any time."""
+    """The artifact that an object belongs to; empty for objects that may change at any time."""
     parts = key.split("/")
     return "/".join(parts[:3]) if parts[0] == "artifacts" and len(parts) > 3 else ""
 
 
 def _same_manifest(source: Store, target: Store, artifact: str) -> bool:
-    """Whether both have the same artifact published: its files are then the same, too."""
+    """Whether both have published the same artifact; then its files are the same, too."""
     try:
         key = f"{artifact}/{MANIFEST}"
         return source.read_bytes(key) == target.read_bytes(key)

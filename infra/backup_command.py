@@ -1,4 +1,4 @@
-"""Which databases and which store `backup` and `restore` are about."""
+"""`backup` and `restore`: choose the databases and the store, then call `infra.backup`."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ class Component:
 QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
 
 
-# "database is locked" ends a triggerer. Not for the api-server: with SQLite it can wait for itself (one request holds
-# the lock and needs the event loop, which another blocks), and all of Airflow with it, until SQLite's 5 s are over.
+# Without it, "database is locked" ends a triggerer. Not for the api-server: with SQLite it can wait for itself (one
+# request holds the lock and needs the event loop, which another blocks), and then all of Airflow waits for those 5 s.
 PATIENT = {"AIRFLOW__DATABASE__SQL_ALCHEMY_CONNECT_ARGS": "infra.loopback.PATIENT_SQLITE"}
 
 
@@ -87,7 +87,7 @@ def ray_head(
             **(RAY_ON_LOOPBACK if address == RAY_ADDRESS else {}),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_START_HOOK": "infra.loopback.without_client_server",
-            "RAY_enable_metrics_collection": "0",  # nobody scrapes them here; saves CPU on every node report
+            "RAY_enable_metrics_collection": "0",  # not scraped here; saves CPU on every node report
             "DASHBOARD_METRIC_PORT": "-1",  # would listen on all interfaces, without a token
             "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
             "RAY_ROTATION_MAX_BYTES": str(32 * MIB),

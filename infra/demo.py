@@ -1,5 +1,5 @@
-"""`make demo` and `make compose-demo`: start a run of `llm_pipeline` through Airflow's REST API, show it live, end with
-what came out of it. The run belongs to Airflow: ending this program does not end the run."""
+"""`make demo` and `make compose-demo`: start a run of `llm_pipeline` through Airflow's REST API, follow it, show its
+results. The run belongs to Airflow: ending this program does not end the run."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from stages.artifacts.addresses import open_store
 from stages.config.graph import Stage
 
 POLL_SECONDS = 2.0
-# Airflow restarted, or busy for a moment: what a run of hours must survive
+# an Airflow that restarts, or is busy for a moment, must not end a run of hours
 PATIENCE_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """What following a run needs to know of the place it runs in; addresses are those for a browser."""
+    """Where a run is started and followed; addresses are those for a browser."""
 
     api: AirflowApi
     artifact_store: str
@@ -81,12 +81,12 @@ def run(deployment: Deployment, *, recipe: str, params: dict[str, Any], begin: f
 
 
 def say(console: Console, line: str, style: str | None = None) -> None:
-    """A line as it is: not folded, so that addresses and paths can be clicked and copied."""
+    """Print a line without folding it, so that addresses and paths can be clicked and copied."""
     console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def follow(watch: RunWatch, console: Console) -> Snapshot:
-    """Show the run until it ends; a server that is away for a moment is waited for."""
+    """Show the run until it ends; waits for a server that does not answer for a while."""
     answered = time.monotonic()
     with open_screen(console) as screen:
         while True:

@@ -1,8 +1,8 @@
-"""`make doctor`: whether object store, Airflow, Ray and MLflow can do what the stages need of them; if not, what is
-wrong and what to do, in words. Ends with 1 when something is wrong.
+"""`make doctor`: checks that object store, Airflow, Ray and MLflow can do what the stages need; if not, it says what is
+wrong and what to do. The exit status is 1 when something is wrong.
 
-Asked are the running local stack, or else (and with `--environment` always) the servers that the environment names, so
-it runs in any container of a deployment as well.
+It checks the running local stack, or, if there is none or with `--environment`, the servers that the environment names,
+so it also runs in any container of a deployment.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MARKS = {Verdict.OK: "ok     ", Verdict.WARNING: "warning", Verdict.WRONG: "WRO
 
 
 def doctor(settings: Mapping[str, str], say: Callable[[str], None]) -> int:
-    """Ask everything, say everything; the exit status."""
+    """Check everything, print all findings, and return the exit status."""
     worst = 0
     for finding in findings(settings):
         say(f"{_MARKS[finding.verdict]} {finding.subject:<16} {finding.what}")
@@ -35,7 +35,7 @@ def doctor(settings: Mapping[str, str], say: Callable[[str], None]) -> int:
 
 
 def findings(settings: Mapping[str, str]) -> Iterator[Finding]:
-    """All findings, the store's first: without it nothing works."""
+    """All findings; those about the store come first, because nothing works without it."""
     uri = settings.get("ARTIFACT_STORE")
     if uri:
         yield from examine(uri)
@@ -107,11 +107,8 @@ def _get(url: str, *, token: str = "", login: tuple[str, str] | None = None, **p
     )
 
 
-# ----------------------------------------------------------------- Airflow
-
-
 def _airflow_url(settings: Mapping[str, str]) -> str:
-    """By whatever name this place knows the API server."""
+    """The API server's address, from either of the variables that may hold it."""
     if url := settings.get("AIRFLOW_API_URL"):
         return url
     execution = urlsplit(settings.get("AIRFLOW__CORE__EXECUTION_API_SERVER_URL", ""))
@@ -135,11 +132,8 @@ def _airflow(url: str) -> Iterator[Finding]:
         yield ok("Airflow", f"{url}: database, scheduler, DAG processor and triggerer are healthy")
 
 
-# --------------------------------------------------------------------- Ray
-
-
 def _ray_of(settings: Mapping[str, str]) -> tuple[str, str]:
-    """Address and token: those of Airflow's connection, which decides, else those of Ray's own variables."""
+    """Address and token from Airflow's connection, otherwise from Ray's own variables."""
     token = settings.get("RAY_AUTH_TOKEN") or settings.get("RAY_TOKEN", "")
     if not (text := settings.get("AIRFLOW_CONN_RAY_DEFAULT")):
         return settings.get("RAY_JOBS_URL") or settings.get("RAY_API_SERVER_ADDRESS", ""), token
@@ -169,9 +163,6 @@ def _ray(url: str, token: str) -> Iterator[Finding]:
         for name in ("CPU", "GPU"):
             total[name] = total.get(name, 0) + node.get("resources_total", {}).get(name, 0)
     yield ok("Ray", f"{url}: {len(nodes)} nodes, {total['CPU']:.0f} CPU, {total['GPU']:.0f} GPU")
-
-
-# ------------------------------------------------------------------ MLflow
 
 
 def _mlflow(url: str, settings: Mapping[str, str]) -> Iterator[Finding]:

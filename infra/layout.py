@@ -1,5 +1,5 @@
-"""Where the local stack keeps things: everything lies under `.athanor/` of the checkout, except that Unix sockets
-move to a short directory under the system's temporary one when the checkout's path is too long for them."""
+"""Paths of the local stack: everything is under `.athanor/` of the checkout, except that Unix sockets move to a short
+directory under the system's temporary one when the checkout's path is too long for them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LONGEST_SOCKET_ROOT = 36
 
 @dataclass(frozen=True)
 class Layout:
-    """Paths of one local stack; nothing is created by naming it."""
+    """Paths of one local stack; a path is not created by asking for it."""
 
     checkout: Path
 
@@ -67,7 +67,7 @@ class Layout:
 
 
 class StackRecord(BaseModel):
-    """What one start of the stack decided; written before the first process starts."""
+    """The decisions of one start of the stack; written before the first process starts."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -102,7 +102,7 @@ class StackRecord(BaseModel):
 
     @classmethod
     def load(cls, layout: Layout) -> Self | None:
-        """The last start's record, or None when there has been none or the file is damaged beyond use."""
+        """The record of the last start; None when there is none or the file is damaged."""
         try:
             return cls.model_validate_json(layout.record.read_text())
         except (FileNotFoundError, ValueError):

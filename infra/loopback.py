@@ -1,4 +1,4 @@
-"""Settings of the local stack that Airflow and Ray take by the name of a Python object."""
+"""Settings of the local stack that Airflow and Ray look up as Python objects, by name."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ PATIENT_SQLITE = {"timeout": 20.0}
 
 
 def hostname() -> str:
-    """`[core] hostname_callable`: what Airflow's components know themselves by."""
+    """`[core] hostname_callable`: the host name that Airflow's components record."""
     return "localhost"
 
 
 def without_client_server(ray_params: Any, head: bool) -> None:
-    """`RAY_START_HOOK`: leave out the Ray Client proxy, which `ray start` offers no switch for; jobs do not use it."""
+    """`RAY_START_HOOK`: start no Ray Client proxy, for which `ray start` has no switch; jobs do not use it."""
     ray_params.ray_client_server_port = None

@@ -1,4 +1,4 @@
-"""Free ports on loopback: the well-known one when nobody has it, the next free one above it otherwise."""
+"""Free ports on loopback: the well-known one if it is free, otherwise the next free one above it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEARCHED = 200
 
 
 def is_free(port: int) -> bool:
-    """Whether nobody listens on it, neither on loopback nor on all interfaces."""
+    """Whether no process listens on it, neither on loopback nor on all interfaces."""
     with socket.socket() as probe:
         probe.settimeout(0.5)
         if probe.connect_ex(("127.0.0.1", port)) == 0:

@@ -21,7 +21,7 @@ def marking(stack_id: str) -> dict[str, str]:
 
 
 def marked(stack_id: str) -> list[psutil.Process]:
-    """Every live process that carries the marker or descends from one that does, without this one and its ancestors."""
+    """Every live process with the marker, or descended from one with it, except this process and its ancestors."""
     own = psutil.Process()
     spared = {own.pid, *(parent.pid for parent in own.parents())}
     found: dict[int, psutil.Process] = {}
@@ -30,7 +30,7 @@ def marked(stack_id: str) -> list[psutil.Process]:
             if process.environ().get(MARKER) == stack_id:
                 found |= {p.pid: p for p in (process, *process.children(recursive=True))}
         except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue  # gone meanwhile, or somebody else's: not ours to end
+            continue  # gone by now, or another user's: not ours to end
     return [process for pid, process in found.items() if pid not in spared and not is_zombie(process)]
 
 
@@ -42,7 +42,7 @@ def is_zombie(process: psutil.Process) -> bool:
 
 
 def end_marked(stack_id: str, *, grace_seconds: float = 5.0) -> list[str]:
-    """TERM, then KILL after the grace, every process that still carries the marker; returns what they were.
+    """Send TERM, and KILL after the grace period, to every process that has the marker; return what they were.
 
     Looks again after each round, because a dying process may have started another one.
     """
@@ -69,8 +69,8 @@ def end_marked(stack_id: str, *, grace_seconds: float = 5.0) -> list[str]:
 
 
 def wait_gone(processes: Sequence[psutil.Process], *, seconds: float) -> None:
-    """Until all have ended. A dying process loses its environment, and with it the marker, before it is gone; a
-    zombie, whose parent has yet to take notice, counts as ended."""
+    """Wait until all have ended. A dying process loses its environment, and with it the marker, before it is gone; a
+    zombie, which its parent has not collected yet, counts as ended."""
     deadline = time.monotonic() + seconds
     while any(process.is_running() and not is_zombie(process) for process in processes):
         if time.monotonic() > deadline:
@@ -86,7 +86,7 @@ def describe(process: psutil.Process) -> str:
 
 
 def listener_of(port: int) -> str:
-    """Who listens on a port, in words; empty when nobody does or we may not know."""
+    """Which process listens on a port, in words; empty when none does or we may not see it."""
     try:
         for connection in psutil.net_connections("tcp"):
             listens = connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,)

@@ -86,7 +86,7 @@ class Row:
 
     @property
     def works(self) -> bool:
-        """Whether it has begun and not ended; between its job and its last words a deferred task queues again."""
+        """Whether it has begun and not ended; after its job has ended, a deferred task is queued once more."""
         return self.state in ("running", "deferred") or (self.state in ("queued", "scheduled") and bool(self.progress))
 
     @property
@@ -99,7 +99,7 @@ class Row:
 
     @property
     def key_metric(self) -> str:
-        """What one wants to know of this stage, from its result or, while it runs, from its progress."""
+        """The most telling numbers of this stage, from its result or, while it runs, from its progress."""
         if self.result:
             metrics = self.result.metrics
             known = (row for row in KEY_METRICS[self.result.stage] if row[0] in metrics)
@@ -154,7 +154,15 @@ class RunWatch:
                 progress = self._progress(task.task_id)
             elif state == "failed" and (words := self._read(task.task_id, "failure.json")):
                 failure = Failure.model_validate(words)
-        return Row(task.task_id, state, _seconds(task), progress, result, failure, task.try_number)
+        return Row(
+            task.task_id,
+            state,
+            seconds=_seconds(task),
+            progress=progress,
+            result=result,
+            failure=failure,
+            try_number=task.try_number,
+        )
 
     def _progress(self, stage: str) -> dict[str, Any]:
         """What the first training worker reports, else the job."""
@@ -174,10 +182,8 @@ class RunWatch:
         except FileNotFoundError:
             return None
 
-    # -------------------------------------------------- what is asked once
-
     def parameters(self) -> dict[str, Any]:
-        """What `resolve` made of the request: the RunInfo, empty when it failed."""
+        """The RunInfo that `resolve` returned; empty when it failed."""
         try:
             entry = self.api.call(
                 "GET", f"{self._path('resolve')}/xcomEntries/return_value", params={"stringify": False}
@@ -192,7 +198,7 @@ class RunWatch:
         return {name: url for name, url in found.items() if url}
 
     def last_errors(self, row: Row, count: int = 3) -> list[str]:
-        """The last error messages of a failed task's log, for failures that happened before any job."""
+        """The last error messages of a failed task's log, for failures before there was a job."""
         log = self.api.call(
             "GET", f"{self._path(row.name)}/logs/{row.try_number}", headers={"Accept": "application/json"}
         )["content"]

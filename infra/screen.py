@@ -1,4 +1,4 @@
-"""Shows a run in the terminal: a live table where there is a terminal, one plain line per event where there is none."""
+"""Shows a run: as a live table in a terminal, otherwise as one plain line per event."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class LiveScreen:
 
 
 class PlainScreen:
-    """For logs and pipes: a line when a task changes its state, and now and then one for what runs."""
+    """For logs and pipes: a line when a task changes its state, and every 15 s one for each running task."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -143,11 +143,8 @@ class PlainScreen:
         return "  ".join(part for part in (*parts, row.key_metric) if part)
 
 
-# ------------------------------------------------------------- at the end
-
-
 def summary_table(snapshot: Snapshot) -> Table:
-    """Stage, time (of the task, and of that the job's own work), hit or built, key metric."""
+    """Per stage: time of the task and of the job's own work, hit or built, key metric."""
     table = Table(header_style="dim")
     table.add_column("stage")
     table.add_column("time", justify="right")
@@ -167,7 +164,7 @@ def summary_table(snapshot: Snapshot) -> Table:
 
 
 def samples_panels(samples: Sequence[Mapping[str, Any]], *, count: int = 3) -> list[Panel]:
-    """The same prompt answered by every model of the run."""
+    """Prompts with the answer of every model of the run."""
     panels = []
     for sample in samples[:count]:
         table = Table(box=None, show_header=False, padding=(0, 1))

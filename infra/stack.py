@@ -1,5 +1,5 @@
-"""Starting, stopping and looking at the local stack. `up` may be called at any time: it starts what is missing,
-replaces ports that somebody else took while the stack was down, and ends processes a crash left behind."""
+"""Start, stop and inspect the local stack. `up` may be called at any time: it starts what is missing, replaces ports
+that another process took while the stack was down, and ends processes that a crash left behind."""
 
 from __future__ import annotations
 
@@ -55,11 +55,9 @@ class Stack:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                self.say("another `make up` or `make down` of this checkout is at work; waiting for it")
+                self.say("another `make up` or `make down` of this checkout is running; waiting for it")
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
-
-    # ---------------------------------------------------------------- up
 
     def up(self) -> StackRecord:
         """Start whatever does not run and wait until all is healthy. Raises StackError with the reason."""
@@ -127,7 +125,7 @@ class Stack:
         return record
 
     def _prune(self, record: StackRecord) -> None:
-        """Ray keeps every session's logs and Airflow every day's parse logs for ever; we keep the recent ones."""
+        """Delete old logs: Ray keeps those of every session and Airflow those of every day for ever."""
         sessions = sorted(d for d in record.ray_dir.glob("session_2*") if d.is_dir() and not d.is_symlink())
         for directory in sessions[: -KEPT_RAY_SESSIONS + 1]:
             shutil.rmtree(directory, ignore_errors=True)
@@ -180,7 +178,7 @@ class Stack:
         return migrated
 
     def _wait(self, waiting: set[str], record: StackRecord, supervisor: Supervisor, secrets: StackSecrets) -> None:
-        """Until these components are healthy; a component that gives up, or the time limit, is a StackError."""
+        """Wait until these components are healthy; StackError when one gives up or the time limit is over."""
         health = Health(record, secrets)
         begin = time.monotonic()
         pids: dict[str, set[int]] = {name: set() for name in waiting}
@@ -193,7 +191,7 @@ class Stack:
                 pids[name] |= {program.pid} if program.pid else set()
                 if reason is None:
                     waiting = waiting - {name}
-                    if elapsed > 1:  # else it ran before
+                    if elapsed > 1:  # otherwise it ran before
                         self.say(f"{name:<14} healthy")
                 elif program.state in ("FATAL", "UNKNOWN") or len(pids[name]) > MOST_RESTARTS:
                     raise self._broken(name, reason)
@@ -206,16 +204,14 @@ class Stack:
         return StackError(f"{name} failed: {reason}\nlast lines of {log}:\n{last_lines(log)}")
 
     def _settle(self, record: StackRecord, secrets: StackSecrets) -> None:
-        """What needs a running Airflow: the pool that serialises heavy stages, and a look at the DAGs."""
+        """The steps that need a running Airflow: create the pool that serialises heavy stages, check the DAGs."""
         airflow = Health(record, secrets).airflow
         airflow.ensure_pool(POOL, slots=1, description="heavy stages, as many at a time as there are slots")
         for file, why in airflow.import_errors().items():
             self.say(f"warning: {file} cannot be imported: {why}")
 
-    # -------------------------------------------------------------- down
-
     def down(self) -> None:
-        """Stop exactly what `up` started, whatever state it is in."""
+        """Stop exactly what `up` started, in whatever state it is."""
         with self._locked():
             record = StackRecord.load(self.layout)
             if record is None:
@@ -232,8 +228,6 @@ class Stack:
                 self.say(f"ended {line}")
             processes.wait_gone(known, seconds=10)
             self.say("stopped" if ran or left else "nothing to stop")
-
-    # ------------------------------------------------------------ status
 
     def record(self) -> StackRecord:
         """The running stack's record; StackError when it does not run."""
@@ -253,7 +247,7 @@ class Stack:
 
 
 def login_lines(layout: Layout, record: StackRecord) -> list[str]:
-    """Where everything is and how to log in."""
+    """The addresses of all servers and how to log in."""
     password = StackSecrets.load_or_generate(layout).admin_password
     kept = relative(layout.airflow_passwords)
     return [

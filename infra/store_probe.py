@@ -1,7 +1,7 @@
-"""What an artifact store can and cannot do, tried on the store itself: `make doctor` prints it.
+"""Tests what an artifact store can do by doing it; `make doctor` prints the findings.
 
-Every check leaves the store as it was. Whether an object is created only once is not taken from documentation: writers
-race for it, for some servers look first and write then, and let several win.
+Every check leaves the store as it was. Whether an object is created only once is tested by a race of writers, because
+some servers first look and then write, and so let several writers win.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SLOW_SECONDS = 1.0
 LITTLE_ROOM_BYTES = 5 * 2**30
 FORGOTTEN_SECONDS = 86_400
 STEADY = Patience(outage_seconds=10, connect_seconds=3, read_seconds=10, tries=1)
-"""Once the server has answered: racers may be told to try again."""
+"""For use after the first answer of the server: writers in a race may be told to try again."""
 _PART = 5 * 2**20  # the least that S3 takes for any part but the last
 _RIGHTS = "Give the key the rights that docs/DEPLOY.md lists."
 _FAILURES = (StageError, OSError)
@@ -68,7 +68,7 @@ def wrong(subject: str, what: str, advice: str) -> Finding:
 
 
 def examine(uri: str) -> Iterator[Finding]:
-    """Everything about the store, in the order in which one thing needs the other."""
+    """All findings about the store; each check may rely on those before it."""
     try:
         store = open_store(uri)
         if isinstance(store, S3Store):
@@ -110,14 +110,11 @@ def _failed(subject: str, error: BaseException) -> Finding:
 
 
 def _clean(store: Store, folder: str) -> None:
-    """Whatever went wrong has been said already."""
+    """Delete the probe's objects; an error here is ignored because the findings have it already."""
     try:
         store.delete(folder)
     except _FAILURES:
         pass
-
-
-# ------------------------------------------------------------------- clock
 
 
 def _skew(store: S3Store) -> float:
@@ -137,11 +134,8 @@ def _clock(skew: float) -> Finding:
     return ok("clock", f"within {max(1.0, abs(skew)):.0f} s of the server's")
 
 
-# ------------------------------------------------------------------ rights
-
-
 def _rights(store: S3Store, folder: str) -> Iterator[Finding]:
-    """Each right by itself: a policy that forgot one fails hours into a run."""
+    """Try each right by itself: a policy that lacks one fails hours into a run."""
     missing: list[str] = []
     for right, attempt in (
         ("put", lambda: store.write_bytes(f"{folder}/right", b"x")),
@@ -196,11 +190,8 @@ def _begun_and_given_up(store: S3Store, key: str) -> None:
         raise StageError("a multipart upload that was aborted is still listed", advice=_RIGHTS)
 
 
-# --------------------------------------------------------------- checksums
-
-
 def _checksums(store: S3Store, folder: str) -> Iterator[Finding]:
-    """Both modes of boto3, in clients of their own, and whether a wrong checksum is noticed."""
+    """Try both checksum modes of boto3, and whether the server notices a wrong checksum."""
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
@@ -246,9 +237,6 @@ def _notices_a_wrong_checksum(place: dict[str, str]) -> bool:
     return False
 
 
-# ------------------------------------------------------------ created once
-
-
 def _created_once(store: Store, folder: str) -> Iterator[Finding]:
     subject = "put if absent"
     key = f"{folder}/once"
@@ -278,9 +266,6 @@ def _race(store: Store, key: str) -> int:
 
     with ThreadPoolExecutor(max_workers=RACERS) as pool:
         return sum(pool.map(write, range(RACERS)))
-
-
-# ----------------------------------------------------------- speed and room
 
 
 def _speed(store: Store, folder: str) -> Finding:

@@ -1,10 +1,10 @@
-"""Tells somebody how runs end, and which take too long: one JSON object, posted to a webhook.
+"""Notifies a webhook of the end of every run, and of runs that take too long: one JSON object each.
 
-Silent unless configured. `ATHANOR_NOTIFY_URL` is the address, or `ATHANOR_NOTIFY_CONN_ID` names an Airflow connection
-whose extra field `webhook_url`, which Airflow masks, or whose host (a full URL), which it shows, is the address, and
-whose password, if there is one, becomes a bearer token. No address is ever logged: many are secrets themselves.
-`ATHANOR_DEADLINE_HOURS` says how long a run may take from when it was queued. A failed notice is a line in the log:
-it never fails a run.
+Silent unless configured. The address is `ATHANOR_NOTIFY_URL`, or comes from the Airflow connection that
+`ATHANOR_NOTIFY_CONN_ID` names: its extra field `webhook_url`, which Airflow masks, or its host (a full URL), which it
+shows; its password, if any, becomes a bearer token. No address is ever logged, because many are secrets themselves.
+`ATHANOR_DEADLINE_HOURS` limits the time of a run from when it was queued. A notice that fails is a line in the log and
+never fails a run.
 """
 
 import logging
@@ -81,7 +81,7 @@ def post(message: dict[str, Any]) -> None:
             return
         answer = httpx.post(url, json=message, headers=headers, timeout=_TIMEOUT_SECONDS)
         answer.raise_for_status()
-    except Exception as error:  # noqa: BLE001 - whatever is wrong with the webhook, it is not the run's fault
+    except Exception as error:  # noqa: BLE001 - a broken webhook must not fail the run, whatever the error
         logger.warning("No notice of %s: %s", message.get("event"), type(error).__name__)
 
 
@@ -95,8 +95,8 @@ def _webhook() -> tuple[str, dict[str, str]]:
 
 
 def _about(context: Any) -> dict[str, Any]:
-    """What is known of the run. Airflow gives callbacks a run as an object, for deadlines as plain data, and for a run
-    without a last task (one that was skipped whole) none at all: then only the names of DAG and run."""
+    """The fields of the run. Airflow gives callbacks a run as an object, for deadlines as plain data, and for a run
+    without a last task (all were skipped) no run at all: then only the names of DAG and run are known."""
     run = context.get("dag_run") or {}
 
     def known(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What a stage needs before its Ray job: the run's configuration, its request, its artifact if that exists."""
+"""What the operator needs before a Ray job: the run's configuration, the stage's request, its artifact if it exists."""
 
 import logging
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ def pipeline_key(run_id: str) -> str:
 
 
 def params_key(run_id: str) -> str:
-    """What the form was filled in with; a retraining starts from it."""
+    """Where the values of the form are stored; a retraining starts from them."""
     return f"runs/{run_id}/params.json"
 
 
@@ -42,9 +42,9 @@ def load_config(store: Store, run: RunInfo) -> PipelineConfig:
 
 
 def as_far_as_there_is_new_data(config: PipelineConfig, curated: Mapping[str, float]) -> PipelineConfig:
-    """Return what is left of a run that builds on previous data, by the metrics of its curation.
+    """Shorten a run that builds on previous data to the stages that have new data, by the metrics of its curation.
 
-    Without enough new text there is nothing to pretrain on; without new pairs either, the run is over, and all is well.
+    Without enough new text there is no pretraining; without new pairs either, the run ends there and succeeds.
     """
     if curated[NEW_BYTES] >= max(1, config.min_new_bytes):
         return config
@@ -61,7 +61,7 @@ def as_far_as_there_is_new_data(config: PipelineConfig, curated: Mapping[str, fl
 
 
 def selection(config: PipelineConfig) -> frozenset[Stage]:
-    """Return the stages that this run executes: none when it is to end after its plan."""
+    """Return the stages that this run executes: none in a dry run."""
     return frozenset() if config.dry_run else config.selected
 
 
@@ -74,7 +74,7 @@ def input_stages(stage: Stage, config: PipelineConfig) -> dict[str, Stage]:
 def build_request(
     stage: Stage, *, run: RunInfo, store: Store, config: PipelineConfig, upstream: Mapping[Stage, Any]
 ) -> StageRequest:
-    """Put the request together; `upstream` holds what the tasks of the input stages returned."""
+    """Build the stage's request; `upstream` holds what the tasks of the input stages returned."""
     inputs = config.stage_given(stage)
     for role, source in input_stages(stage, config).items():
         if upstream.get(source) is None:
@@ -95,7 +95,7 @@ def build_request(
 
 
 def asks_for_approval(config: PipelineConfig) -> bool:
-    """Whether a person decides in this run: asked for, and there will be an aligned model to decide about."""
+    """Whether a person decides in this run: only if the form says so and there will be an aligned model."""
     return (
         config.promote.promotion is Promotion.APPROVAL
         and config.alignment is not Alignment.NONE
@@ -117,10 +117,10 @@ def with_approval(request: StageRequest, config: PipelineConfig, answer: Any) ->
 
 
 def find_hit(store: Store, request: StageRequest) -> StageResult | None:
-    """Return the artifact if it exists and is whole; a damaged one is named, discarded, and built again.
+    """Return the artifact if it exists and is complete; a damaged one is logged, discarded and built again.
 
-    Only the job can know with outside sources, because their identity is established where the data is, and where a
-    reader found damage, because all of the artifact must be read: None.
+    Returns None where only the job can know: with outside sources, whose identity is established where the data is, and
+    for an artifact that a reader reported as damaged, because all of it must be read.
     """
     if request.sources:
         return None

@@ -1,7 +1,7 @@
-"""Whether and with what to retrain: compares what lies in the watched prefix with what the last retraining saw.
+"""Decides whether to retrain and on which data: compares the watched prefix with what the last retraining saw.
 
-The watermark is `retrain/<run name>.json` in the artifact store, beside what it describes: the digest of the listing
-and the preference data that the last retraining went through with, and preference data that one did not.
+The watermark is `retrain/<run name>.json` in the artifact store: the digest of the listing and the preference data of
+the last successful retraining, and preference data that has been announced since.
 """
 
 import os
@@ -27,9 +27,9 @@ class Watermark(Config):
     documents: str = ""
     """Digest of the listing."""
     preferences: tuple[str, ...] = ()
-    """Preference data that went into a retraining."""
+    """Preference data that a retraining has used."""
     pending: tuple[str, ...] = ()
-    """Preference data that was announced and did not get through one yet."""
+    """Announced preference data that no retraining has used yet."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class Go:
-    """What the pipeline is triggered with, and the watermark once it has gone through."""
+    """The conf to trigger the pipeline with, and the watermark once it has succeeded."""
 
     conf: dict[str, Any]
     watermark: Watermark
@@ -49,10 +49,10 @@ class Go:
 
 
 def decide(params: RetrainParams, *, announced: Sequence[str] = ()) -> Skip | Go:
-    """Decide by the state of store and registry alone: who asked (cron, event, person) does not matter.
+    """Decide by the state of store and registry alone; what triggered the run (cron, event, person) does not matter.
 
     `announced` are addresses of preference data from the asset's events. Raises ConfigError, and StageError when MLflow
-    is away.
+    is unreachable.
     """
     store = open_default_store()
     prefix = params.documents or os.environ.get("ATHANOR_RETRAIN_WATCH", "")
@@ -64,7 +64,7 @@ def decide(params: RetrainParams, *, announced: Sequence[str] = ()) -> Skip | Go
     before = read_watermark(store, params.run_name)
     fresh = [uri for uri in dict.fromkeys((*before.pending, *announced, *params.preferences))]
     fresh = [uri for uri in fresh if uri not in before.preferences]
-    if tuple(fresh) != before.pending:  # kept until a retraining has gone through: an event comes only once
+    if tuple(fresh) != before.pending:  # kept until a retraining succeeds, because an event comes only once
         before = before.model_copy(update={"pending": tuple(fresh)})
         _write_watermark(store, params.run_name, before)
     address = f"models:/{params.run_name}-aligned@champion"
@@ -86,9 +86,9 @@ def decide(params: RetrainParams, *, announced: Sequence[str] = ()) -> Skip | Go
 def _conf(
     params: RetrainParams, champion: ModelVersion, prefix: str, preferences: Sequence[str], store: Store
 ) -> dict[str, Any]:
-    """The params of the champion's own run, with the champion in the place of what they started from.
+    """The params of the champion's own run, with the champion as base model and previous data.
 
-    The version is named, not the alias, which may move before the pipeline starts.
+    The version is given instead of the alias, which may move before the pipeline starts.
     """
     return {
         **_params_of(champion, store),
@@ -133,7 +133,7 @@ def read_watermark(store: Store, run_name: str) -> Watermark:
 
 
 def record(run_name: str, watermark: Mapping[str, Any]) -> None:
-    """Note what a retraining has gone through with. What was announced meanwhile stays pending."""
+    """Record what a successful retraining has used. Data announced in the meantime stays pending."""
     store = open_default_store()
     done = Watermark.model_validate(watermark)
     pending = tuple(uri for uri in read_watermark(store, run_name).pending if uri not in done.preferences)

@@ -1,4 +1,4 @@
-"""Beginning and end of a pipeline run: from the form to a stored configuration, and MLflow's parent run."""
+"""Start and end of a pipeline run: from the form to a stored configuration, and MLflow's parent run."""
 
 import logging
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ def start_run(context: Any) -> dict[str, Any]:
 
 
 def open_run(context: Any, config: "PipelineConfig", values: dict[str, Any]) -> dict[str, Any]:
-    """Store a configuration with the form's values that it came from, open the MLflow parent run."""
+    """Store a configuration and the form's values that it was made from, open the MLflow parent run."""
     from operators.prepare import params_key, pipeline_key
     from stages.artifacts.addresses import open_default_store
     from stages.artifacts.store import write_json
@@ -63,8 +63,8 @@ def finish_run(context: Any, *, resolve_task_id: str = "resolve", plan_task_id: 
 
     A dry run asks for its plan.
 
-    Raises RunIncomplete in the second case, so that the run is red even when somebody marked it failed half-way:
-    Airflow then skips what is left, and skipped tasks alone would make it green.
+    Raises RunIncomplete in the second case, so that the run fails even when a person marked it failed on its way:
+    Airflow then skips the remaining tasks, and skipped tasks alone would let the run succeed.
     """
     from operators.prepare import load_config, selection
     from stages.artifacts.addresses import open_default_store
@@ -93,7 +93,7 @@ def finish_run(context: Any, *, resolve_task_id: str = "resolve", plan_task_id: 
 
 
 def _tell_undelivered(store: "Store", run: RunInfo) -> None:
-    """Say what of the run MLflow does not have, because it was away until the end, and how to deliver it."""
+    """Log what MLflow lacks of the run, because it was unreachable until the end, and how to deliver it."""
     from stages.tracking.spool import SPOOL_NAME
 
     waiting = [key for key in store.list(f"runs/{run.run_id}") if key.endswith(f"/{SPOOL_NAME}")]

@@ -1,6 +1,6 @@
-"""When `retrain` runs by itself: read from the environment of the DAG processor, so that no DAG file is edited for it.
+"""The schedule of `retrain`, read from the environment of the DAG processor, so that no DAG file needs an edit.
 
-`ATHANOR_RETRAIN_CRON` (UTC) and `ATHANOR_RETRAIN_WATCH` (prefix of raw text); neither set: only when triggered.
+`ATHANOR_RETRAIN_CRON` (UTC) and `ATHANOR_RETRAIN_WATCH` (prefix of raw text); without both, only when triggered.
 """
 
 import os
@@ -13,7 +13,7 @@ RAW_DOCUMENTS = "llm/raw-documents"
 
 
 def raw_documents() -> Asset:
-    """The asset of new raw text; watched where a prefix is configured."""
+    """The asset of new raw text, with a watcher if a prefix is configured."""
     prefix = os.environ.get("ATHANOR_RETRAIN_WATCH", "")
     if not prefix:
         return Asset(name=RAW_DOCUMENTS, group="llm")
@@ -25,7 +25,7 @@ def raw_documents() -> Asset:
 
 
 def retrain_schedule() -> Any:
-    """Cron, data, either, or none."""
+    """Return a schedule by time, by data, by both, or None."""
     cron, watched = os.environ.get("ATHANOR_RETRAIN_CRON", ""), os.environ.get("ATHANOR_RETRAIN_WATCH", "")
     data = raw_documents() | Asset(name=PREFERENCES, group="llm")
     if cron and watched:

@@ -1,6 +1,6 @@
 """Starts MLflow with logins: `migrate` brings its database to this version, `serve` runs the server.
 
-MLflow takes the address of its account database from a file only, so `serve` writes one that nobody else may read.
+MLflow takes the address of its account database from a file only, so `serve` writes one that only this user may read.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-# on all interfaces of its container, behind a login; what of it is published Compose and Kubernetes decide
+# on all interfaces of its container, behind a login; Compose and Kubernetes decide what is published
 HOST = "0.0.0.0"  # noqa: S104
 SERVER = ("mlflow", "server", "--app-name", "basic-auth", "--host", HOST, "--port", "5000", "--workers")
 
@@ -23,8 +23,8 @@ authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 
 
 def account_database(backend: str) -> str:
-    """`mlflow` -> `mlflow_auth` on the same server. Apart, because MLflow takes a database with foreign tables in it
-    for an old one of its own."""
+    """`mlflow` -> `mlflow_auth` on the same server. Separate, because MLflow takes a database with other
+    tables in it for an old one of its own."""
     parts = urlsplit(backend)
     return urlunsplit(parts._replace(path=f"{parts.path}_auth"))
 

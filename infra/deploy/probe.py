@@ -81,9 +81,6 @@ def _text(url: str, headers: dict[str, str] | None = None) -> str:
         return answer.read().decode()
 
 
-# -------------------------------------------------------------- smoke test
-
-
 def _cluster() -> str:
     return f"object store: {check_store(os.environ['ARTIFACT_STORE'])}; MLflow: {_mlflow()}"
 

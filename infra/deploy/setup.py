@@ -1,7 +1,7 @@
-"""What must be there before the first run: databases, the bucket, Airflow's schema and first user, MLflow's account.
+"""Creates what the first run needs: databases, the bucket, Airflow's schema and first user, MLflow's account.
 
-Every part looks first and may be repeated; Compose runs them at each start, Kubernetes as a job. What people have
-changed stays: passwords of people, slots of the pool. What machines use among themselves follows the environment.
+Every part may be repeated, because it creates only what is missing; Compose runs them at each start, Kubernetes as a
+job. What people have changed stays (their passwords, slots of the pool); accounts of machines follow the environment.
 """
 
 from __future__ import annotations
@@ -55,11 +55,8 @@ def required(name: str) -> str:
     return value
 
 
-# ---------------------------------------------------------------- Postgres
-
-
 def databases() -> None:
-    """A role and its databases for Airflow and for MLflow; nobody else may connect to them. libpq's variables name
+    """A role and its databases for Airflow and for MLflow; no other role may connect to them. libpq's variables name
     the server and its superuser."""
     import psycopg2
     from psycopg2 import sql
@@ -81,9 +78,6 @@ def databases() -> None:
                     print(f"database {name} made")
                 cursor.execute(sql.SQL("REVOKE CONNECT ON DATABASE {} FROM PUBLIC").format(sql.Identifier(name)))
     connection.close()
-
-
-# --------------------------------------------------------------- the bucket
 
 
 def bucket() -> None:
@@ -109,9 +103,6 @@ def bucket() -> None:
         raise SetupFailed(str(error)) from error
 
 
-# ----------------------------------------------------------------- Airflow
-
-
 def airflow() -> None:
     """Schema, first user, the connection to Ray and the pool of heavy stages."""
     _airflow("db", "migrate")
@@ -122,7 +113,7 @@ def airflow() -> None:
         typed=f"{password}\n{password}\n",  # asked for twice; an existing user stays as it is
     )
     with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "connections.json"  # a file, because arguments are in everybody's process list
+        file = Path(scratch) / "connections.json"  # a file, because every user sees the arguments of processes
         file.touch(mode=0o600)
         file.write_text(json.dumps({CONNECTION: ray_connection()}))
         _airflow("connections", "import", "--overwrite", str(file))
@@ -143,16 +134,13 @@ def ray_connection() -> dict[str, object]:
 
 
 def _airflow(*words: str, typed: str = "", may_fail: bool = False) -> bool:
-    """Run Airflow's command line and say so; its output is shown only when it fails."""
+    """Run Airflow's command line and print that; its output is shown only when it fails."""
     done = subprocess.run(["airflow", *words], input=typed, capture_output=True, text=True, check=False)
     if done.returncode and not may_fail:
         raise SetupFailed(f"`airflow {' '.join(words[:2])}` failed:\n{(done.stderr or done.stdout)[-2000:]}")
     if not done.returncode:
         print(f"airflow {' '.join(words[:2])}: done")
     return done.returncode == 0
-
-
-# ------------------------------------------------------------------ MLflow
 
 
 def mlflow() -> None:

@@ -35,10 +35,6 @@ def request_key(run_id: str) -> str:
     return f"runs/{run_id}/request.json"
 
 
-def open_default_store() -> Store:
-    return open_defaultopen_default_store()
-
-
 class RespondOperator(StageOperator):
     """The stage `respond`, whose request the task `resolve` has written, because its model is of another run."""
 
