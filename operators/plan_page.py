@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from operators.plan import Plan, StagePlan, Verdict
 from operators.ray.logs import readable_seconds
-from stages.config.estimate import human
+from stages.config.numbers import human
 
 _HEADINGS = ("stage", "plan", "parameters", "tokens", "FLOPs", "memory a worker", "time", "cost")
 _UNKNOWN = "unknown"
