@@ -13,10 +13,10 @@ from stages.config.base import Choice, Config
 from stages.config.estimate import model_size
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage, trained_stages
-from stages.config.numbers import human
 from stages.config.params import PipelineParams
 from stages.config.pipeline import PipelineConfig
 from stages.config.recipes import RECIPES
+from stages.config.text import compact
 from stages.config.train import TrainConfig
 
 # Sections of the form, in the order of the class's fields; a field that is not named belongs to the one before it.
@@ -81,7 +81,7 @@ def recipe_table() -> str:
 
 def _main_settings(config: PipelineConfig) -> dict[str, str]:
     model, curate = config.pretrain.model, config.curate
-    limit = f", at most {human(curate.max_bytes)}B" if curate.max_bytes else ""
+    limit = f", at most {compact(curate.max_bytes)}B" if curate.max_bytes else ""
     size = model_size(config.pretrain, config.tokenize.vocab_size)
     return {
         "model": f"{size} parameters: {model.num_layers} layers of {model.hidden_size}",

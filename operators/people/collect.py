@@ -284,7 +284,7 @@ def publish_answers(context: Any) -> dict[str, Any]:
         raise StageConfigFailed("Nobody was asked: `respond` or `questions` did not succeed.", advice="See their logs.")
     run = RunInfo.model_validate(ti.xcom_pull(task_ids="resolve"))
     responses = ArtifactRef.model_validate(given)
-    answers = ti.xcom_pull(task_ids="rate", map_indexes=range(len(questions)))
+    answers = ti.xcom_pull(task_ids=Stage.RATE.value, map_indexes=range(len(questions)))
     with as_stage_failures():
         rows = read_responses(responses)
         ref, manifest = publish_preferences(_store(), responses, complete(rows, answers, questions), run=run)

@@ -9,9 +9,17 @@ from pydantic import Field
 from stages.config.base import Config
 from stages.config.execution import Engine, ExecutionConfig
 from stages.config.graph import GRAPH, Stage
-from stages.config.numbers import human
 from stages.config.pipeline import PipelineConfig
-from stages.config.train import LoRAConfig, ModelConfig, PostTrainConfig, PretrainConfig, SampledConfig, TrainConfig
+from stages.config.text import compact
+from stages.config.train import (
+    DPOConfig,
+    LoRAConfig,
+    ModelConfig,
+    PostTrainConfig,
+    PretrainConfig,
+    SampledConfig,
+    TrainConfig,
+)
 
 ASSUMED_CONVERSATION_TOKENS = 256
 _FLOAT32, _BFLOAT16 = 4, 2
@@ -189,7 +197,8 @@ def _epochs_of_data(stage: Stage, train: Config, counts: DataCounts) -> Workload
     examples = 2 * counts.preferences if GRAPH[stage].weighs == "preferences" else counts.conversations
     tokens = examples * counts.conversation_tokens
     # The policy computes the log-probabilities of its reference once, before the first epoch, for what it trains on.
-    forward = tokens * min(1.0, train.num_epochs) if stage is Stage.DPO else 0.0
+    refers = isinstance(train, DPOConfig) and train.loss.needs_reference
+    forward = tokens * min(1.0, train.num_epochs) if refers else 0.0
     return Workload(trained_tokens=tokens * train.num_epochs, forward_tokens=forward)
 
 
@@ -346,5 +355,7 @@ def cost(seconds: float | None, execution: ExecutionConfig, devices: Devices) ->
 
 def model_size(config: PretrainConfig, vocab_size: int) -> str:
     """`10.1 M`, as people say it, or `46.7 G, 12.9 G active`."""
-    size = human(count_parameters(config.model, vocab_size))
-    return f"{size}, {human(active_parameters(config.model, vocab_size))} active" if config.model.num_experts else size
+    size = compact(count_parameters(config.model, vocab_size))
+    return (
+        f"{size}, {compact(active_parameters(config.model, vocab_size))} active" if config.model.num_experts else size
+    )

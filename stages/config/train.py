@@ -9,8 +9,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from stages.config.base import AddedLater, Config
-from stages.config.numbers import human
 from stages.config.sources import SourceWeight
+from stages.config.text import compact
 
 
 class ModelConfig(Config):
@@ -203,7 +203,7 @@ class PretrainConfig(TrainConfig):
     """Weight of log^2 Z, which keeps logits small (PaLM: 1e-4); 0 = none."""
 
     def summary(self) -> str:
-        return f"{human(self.max_tokens)} tokens, {self.global_batch_size} rows a step"
+        return f"{compact(self.max_tokens)} tokens, {self.global_batch_size} rows a step"
 
 
 class LoRAConfig(Config):

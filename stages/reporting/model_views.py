@@ -70,7 +70,7 @@ class Sample:
     answers: tuple[Answer, ...]
 
 
-_BASE, _SFT, _REWARD = (GRAPH[stage].role for stage in (Stage.PRETRAIN, Stage.SFT, Stage.REWARD))
+_BASE, _SFT = GRAPH[Stage.PRETRAIN].role, GRAPH[Stage.SFT].role
 
 
 def label_of(role: str) -> str:

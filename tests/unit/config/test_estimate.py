@@ -19,10 +19,10 @@ from stages.config.estimate import (
 )
 from stages.config.execution import Engine, ExecutionConfig
 from stages.config.graph import Stage
-from stages.config.numbers import human
 from stages.config.pipeline import PipelineConfig
 from stages.config.recipes import tiny
 from stages.config.resolve import resolve
+from stages.config.text import compact
 from stages.config.train import LoRAConfig, ModelConfig
 
 SMALL = ModelConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1)
@@ -233,4 +233,4 @@ def test_before_anything_is_counted_the_assumptions_are_named():
 
 @pytest.mark.parametrize(("number", "text"), [(10_059_840, "10.1 M"), (999, "999"), (2.5e19, "25 E"), (0, "0")])
 def test_numbers_are_short(number: float, text: str):
-    assert human(number) == text
+    assert compact(number) == text
