@@ -101,7 +101,7 @@ def test_the_form_offers_it_and_the_recipes_say_how_much_it_trains(kto: Stage) -
     form = trigger_form()
     offered = form.get_param("last_stage").schema["enum"]
     assert offered[offered.index("dpo") + 1] == kto
-    assert "| kto | 0.5 epochs, beta" in form.get_param("recipe").schema["description_md"]
+    assert "| kto | 0.5 epochs, sigmoid loss" in form.get_param("recipe").schema["description_md"]
 
 
 def test_a_run_selects_it_seeds_it_and_weighs_its_sources(kto: Stage) -> None:
