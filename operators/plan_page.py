@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from operators.plan import Plan, StagePlan, Verdict
 from operators.ray.logs import readable_seconds
-from stages.config.estimate import human
+from stages.config.text import compact
 
 _HEADINGS = ("stage", "plan", "parameters", "tokens", "FLOPs", "memory a worker", "time", "cost")
 _UNKNOWN = "unknown"
@@ -46,10 +46,10 @@ def _row(stage: StagePlan) -> Sequence[str]:
     return (
         stage.stage.value,
         stage.verdict.value,
-        human(took.parameters) if took.parameters is not None else (_UNKNOWN if trains else ""),
-        human(took.tokens) if took.tokens is not None else "",
-        human(took.flops) if took.flops is not None else (_UNKNOWN if trains else ""),
-        f"{human(took.memory_bytes)}B" if took.memory_bytes is not None else _UNKNOWN,
+        compact(took.parameters) if took.parameters is not None else (_UNKNOWN if trains else ""),
+        compact(took.tokens) if took.tokens is not None else "",
+        compact(took.flops) if took.flops is not None else (_UNKNOWN if trains else ""),
+        f"{compact(took.memory_bytes)}B" if took.memory_bytes is not None else _UNKNOWN,
         readable_seconds(took.seconds) if took.seconds is not None else _UNKNOWN,
         f"{took.cost:.2f}" if took.cost is not None else _UNKNOWN,
     )

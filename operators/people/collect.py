@@ -38,13 +38,12 @@ from stages.artifacts.store import Store, write_json
 from stages.config.collect import CollectParams, RateConfig, RespondConfig
 from stages.config.errors import ConfigError
 from stages.config.execution import ExecutionConfig
-from stages.config.graph import GRAPH, Stage
+from stages.config.graph import GRAPH, Stage, language_models
 from stages.config.request import ArtifactRef, InputEntry, Manifest, RunInfo, StageRequest, safe_run_id
 from stages.config.resolve import validated
 
 PREFERENCES = Asset(name="llm/preferences", group="llm")
 PREFERENCES_FILE = "preferences.jsonl"
-_LANGUAGE_MODELS = tuple(GRAPH[stage].kind for stage in (Stage.PRETRAIN, Stage.SFT, Stage.PPO, Stage.DPO))
 _TITLE_LENGTH = 60
 _ANSWER_COLUMNS = ("prompt_id", "outcome", "order", "ranking", "reasons", "comment", "by", "at")
 
@@ -130,9 +129,10 @@ def find_model(uri: str) -> tuple[ArtifactRef, ArtifactRef]:
         manifest = read_manifest(where)
     except FileNotFoundError:
         raise ConfigError(f"model={uri!r}: {where} does not exist", advice=advice) from None
-    if manifest.kind not in _LANGUAGE_MODELS:
+    allowed = [spec.kind for spec in language_models()]
+    if manifest.kind not in allowed:
         raise ConfigError(
-            f"model={uri!r} is a {manifest.kind}; allowed: {', '.join(_LANGUAGE_MODELS)}",
+            f"model={uri!r} is a {manifest.kind}; allowed: {', '.join(allowed)}",
             advice="Choose a model that writes responses.",
         )
     tokens = next((entry for entry in manifest.inputs if entry.role == "tokens"), None)
@@ -284,7 +284,7 @@ def publish_answers(context: Any) -> dict[str, Any]:
         raise StageConfigFailed("Nobody was asked: `respond` or `questions` did not succeed.", advice="See their logs.")
     run = RunInfo.model_validate(ti.xcom_pull(task_ids="resolve"))
     responses = ArtifactRef.model_validate(given)
-    answers = ti.xcom_pull(task_ids="rate", map_indexes=range(len(questions)))
+    answers = ti.xcom_pull(task_ids=Stage.RATE.value, map_indexes=range(len(questions)))
     with as_stage_failures():
         rows = read_responses(responses)
         ref, manifest = publish_preferences(_store(), responses, complete(rows, answers, questions), run=run)

@@ -3,12 +3,21 @@
 import re
 from typing import Annotated, Any
 
-from pydantic import Field, WithJsonSchema, field_validator, model_validator
+from pydantic import Field, GetPydanticSchema, field_validator, model_validator
 
 from stages.config.base import Choice, Config
-from stages.config.graph import PIPELINE_STAGES, Alignment, Stage, selected_stages
+from stages.config.graph import Alignment, Stage, pipeline_stages
+from stages.config.selection import selected_stages
 
-PipelineStage = Annotated[Stage, WithJsonSchema({"type": "string", "enum": [stage.value for stage in PIPELINE_STAGES]})]
+PipelineStage = Annotated[
+    Stage,
+    GetPydanticSchema(
+        get_pydantic_json_schema=lambda schema, handler: {
+            "type": "string",
+            "enum": [stage.value for stage in pipeline_stages()],
+        }
+    ),
+]
 """What the form offers; `resolve` refuses a stage that the run does not have."""
 
 
@@ -24,7 +33,7 @@ class PipelineParams(Config):
     """What one run of `llm_pipeline` is asked to do."""
 
     recipe: str = Field(default="demo", title="Recipe")
-    """Complete configuration to start from. `demo`: a 6M-parameter model on two CPU cores. `tiny`: seconds per
+    """Complete configuration to start from. `demo`: a small model on two CPU cores. `tiny`: seconds per
     stage, for tests. `llama_1b`: a billion parameters on GPUs."""
     run_name: str = Field(default="athanor", title="Run name", min_length=1, max_length=64)
     """Prefix of the models (`<name>-base`, `-sft`, `-reward`, `-aligned`): letters, digits, `.`, `_`, `-`."""

@@ -1,0 +1,32 @@
+"""Numbers as people read them: counts, sizes in bytes, durations. One spelling of each, for logs, pages and screens."""
+
+
+def compact(number: float) -> str:
+    """Three digits with a decimal prefix: 10059840 -> `10.1 M`."""
+    for size, prefix in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {prefix}"
+    return f"{number:.3g}"
+
+
+def byte_size(size: float) -> str:
+    """Bytes in binary units, as memory is counted: `512 B`, `1.5 KiB`, `3.00 GiB`."""
+    if abs(size) < 1024:
+        return f"{size:.0f} B"
+    for unit in ("KiB", "MiB"):
+        size /= 1024
+        if abs(size) < 1024:
+            return f"{size:.1f} {unit}"
+    size /= 1024
+    return f"{size:.2f} GiB" if abs(size) < 1024 else f"{size / 1024:.2f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """Two units at most: `4.2 s`, `42 s`, `3 min 20 s`, `1 h 02 min`."""
+    if seconds < 9.95:  # from here on, one decimal would show 10.0
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
