@@ -16,6 +16,7 @@ from operators.form import form_of
 from operators.people.collect import PREFERENCES, RespondOperator
 from operators.people.rating import PreferenceRating
 from stages.config.forms import CollectParams
+from stages.config.graph import Stage
 
 with DAG(
     dag_id="collect_preferences",
@@ -56,10 +57,10 @@ with DAG(
 
         finish_collection(get_current_context())
 
-    respond = RespondOperator(task_id="respond", pool="gpu", timeout=timedelta(hours=6))
+    respond = RespondOperator(task_id=Stage.RESPOND.value, pool="gpu", timeout=timedelta(hours=6))
     asked = questions()
     rate = PreferenceRating.partial(
-        task_id="rate",
+        task_id=Stage.RATE.value,
         map_index_template="{{ task.question['title'] }}",
         response_timeout=timedelta(days=365),  # at most; the form's answer_hours decides
     )

@@ -17,7 +17,8 @@ from operators.form import trigger_form
 from operators.notify import deadline, notifications
 from operators.operator import StageOperator
 from operators.people.approval import PromotionApproval
-from stages.config.graph import Stage
+from stages.config.graph import GRAPH, Stage, pipeline_stages
+from stages.config.selection import direct_inputs
 
 # Stages that fill the machine wait for a slot of the pool `gpu`, which counts deferred tasks too.
 heavy = partial(StageOperator, pool="gpu", timeout=timedelta(days=7))
@@ -56,19 +57,15 @@ with DAG(
 
         finish_run(get_current_context())
 
-    curate = heavy(stage=Stage.CURATE)
-    tokenize = light(stage=Stage.TOKENIZE)
-    pretrain = heavy(stage=Stage.PRETRAIN)
-    sft = heavy(stage=Stage.SFT)
-    reward = heavy(stage=Stage.REWARD)
-    ppo = heavy(stage=Stage.PPO)
-    dpo = heavy(stage=Stage.DPO)
-    evaluate = heavy(stage=Stage.EVALUATE)
+    # The stages, in the order that their inputs (stages/config/graph.py) ask for.
+    tasks = {stage: (heavy if GRAPH[stage].heavy else light)(stage=stage) for stage in pipeline_stages()}
     approve = PromotionApproval(task_id="approve")
-    promote = light(stage=Stage.PROMOTE)
-    report = light(stage=Stage.REPORT)
 
-    chain(resolve(), plan(), curate, tokenize, pretrain, sft)
-    chain(sft, reward, ppo, evaluate)
-    chain(sft, dpo, evaluate)
-    chain(evaluate, approve, promote, report, close().as_teardown(on_failure_fail_dagrun=True))
+    chain(resolve(), plan(), tasks[Stage.CURATE])
+    for stage, stage_task in tasks.items():
+        sources = [tasks[source] for source in direct_inputs(stage)]
+        if stage is Stage.PROMOTE:
+            chain(sources, approve, stage_task)
+        elif sources:
+            chain(sources, stage_task)
+    chain(tasks[Stage.REPORT], close().as_teardown(on_failure_fail_dagrun=True))

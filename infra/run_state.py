@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from infra.airflow_api import AirflowApi, AirflowApiError, TaskState
-from stages.config.graph import PIPELINE_STAGES, Stage
+from stages.config.graph import GRAPH, Stage, pipeline_stages
 from stages.config.request import Failure, StageResult, safe_run_id
 from stages.job.progress import JOB_RECORD, worker_record
 
@@ -24,44 +24,13 @@ ACTIVE = (
     "up_for_reschedule",
     "restarting",
 )
-STAGE_NAMES = frozenset(stage.value for stage in PIPELINE_STAGES)
-# the order of the graph; `approve` stands before what it decides about
-TASK_ORDER = (
-    "resolve",
-    "plan",
-    *(name for stage in PIPELINE_STAGES for name in (("approve",) if stage is Stage.PROMOTE else ()) + (stage.value,)),
-    "close",
-)
 
-# stage -> what to show of its metrics: (metric, label, format), the first that exist, two at most
-KEY_METRICS: dict[Stage, tuple[tuple[str, str, str], ...]] = {
-    Stage.CURATE: (("curate/documents_kept", "documents", ",.0f"), ("curate/planted_found", "planted found", ".0%")),
-    Stage.TOKENIZE: (("tokens/train", "tokens", ",.0f"), ("tokens/vocab_size", "vocabulary", ",.0f")),
-    Stage.PRETRAIN: (("eval/perplexity", "perplexity", ".2f"), ("eval/loss", "loss", ".3f")),
-    Stage.SFT: (("eval/loss", "held-out loss", ".3f"), ("eval/perplexity", "perplexity", ".2f")),
-    Stage.REWARD: (
-        ("eval/reward_accuracy", "held-out accuracy", ".1%"),
-        ("eval/reward_margin", "margin", "+.3f"),
-        ("reward/accuracy", "accuracy in training", ".1%"),
-    ),
-    Stage.PPO: (
-        ("eval/score", "held-out score", "+.3f"),
-        ("eval/kl", "KL", ".2f"),
-        ("ppo/score", "score in training", "+.3f"),
-    ),
-    Stage.DPO: (
-        ("eval/dpo_accuracy", "held-out accuracy", ".1%"),
-        ("eval/dpo_margin", "margin", "+.3f"),
-        ("dpo/accuracy", "accuracy in training", ".1%"),
-    ),
-    Stage.EVALUATE: (
-        ("ppo/eval/win_rate", "PPO wins", ".0%"),
-        ("dpo/eval/win_rate", "DPO wins", ".0%"),
-        ("sft/eval/perplexity", "perplexity", ".2f"),
-    ),
-    Stage.PROMOTE: (("promotion/registered", "models registered", ".0f"), ("promotion/promoted", "promoted", ".0f")),
-    Stage.REPORT: (("report/bytes", "bytes", ",.0f"),),
-}
+
+def task_order() -> tuple[str, ...]:
+    """Return the tasks of `llm_pipeline` in the order of the graph; `approve` stands before what it decides about."""
+    names = [stage.value for stage in pipeline_stages()]
+    names.insert(names.index(Stage.PROMOTE), "approve")
+    return ("resolve", "plan", *names, "close")
 
 
 class Reads(Protocol):
@@ -101,9 +70,7 @@ class Row:
     def key_metric(self) -> str:
         """The most telling numbers of this stage, from its result or, while it runs, from its progress."""
         if self.result:
-            metrics = self.result.metrics
-            known = (row for row in KEY_METRICS[self.result.stage] if row[0] in metrics)
-            return ", ".join([f"{label} {metrics[key]:{form}}" for key, label, form in known][:2])
+            return GRAPH[self.result.stage].summary(self.result.metrics)
         plain = ("stage", "done", "total", "unit", "rate", "rate_unit", "eta_seconds", "cost")
         numbers = [(k, v) for k, v in self.progress.items() if k not in plain and isinstance(v, int | float)]
         return ", ".join(f"{name} {value:.4g}" for name, value in numbers[:2])
@@ -122,7 +89,7 @@ class Snapshot:
 
     @property
     def stages(self) -> list[Row]:
-        return [row for row in self.rows if row.name in STAGE_NAMES]
+        return [row for row in self.rows if row.name in pipeline_stages()]
 
 
 class RunWatch:
@@ -139,7 +106,7 @@ class RunWatch:
         # the run's state first: if it says finished, the task states read after it are final
         state = self.api.run_state(DAG_ID, self.run_id)
         tasks = self.api.tasks(DAG_ID, self.run_id)
-        place = {name: number for number, name in enumerate(TASK_ORDER)}
+        place = {name: number for number, name in enumerate(task_order())}
         tasks.sort(key=lambda task: place.get(task.task_id, len(place)))
         return Snapshot(state, tuple(self._row(task) for task in tasks))
 
@@ -147,7 +114,7 @@ class RunWatch:
         state = task.state
         result = failure = None
         progress: dict[str, Any] = {}
-        if task.task_id in STAGE_NAMES:
+        if task.task_id in pipeline_stages():
             if state == "success" and (result := self._result(task.task_id)):
                 state = "hit" if result.hit else "built"
             elif state in ACTIVE:

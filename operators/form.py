@@ -15,10 +15,11 @@ from stages.config.base import Choice, Config
 from stages.config.estimate import model_size
 from stages.config.execution import ExecutionConfig
 from stages.config.forms import PipelineParams
+from stages.config.graph import Stage, trained_stages
 from stages.config.pipeline import PipelineConfig
 from stages.config.recipes import RECIPES
 from stages.config.text import compact
-from stages.config.train import PreferenceLoss
+from stages.config.train import TrainConfig
 
 # The sections of `llm_pipeline`'s form and their fields, in the order in which they are shown.
 _SECTIONS = {
@@ -90,7 +91,7 @@ def recipe_table() -> str:
 
 
 def _main_settings(config: PipelineConfig) -> dict[str, str]:
-    model, curate, ppo = config.pretrain.model, config.curate, config.ppo
+    model, curate = config.pretrain.model, config.curate
     limit = f", at most {compact(curate.max_bytes)}B" if curate.max_bytes else ""
     size = model_size(config.pretrain, config.tokenize.vocab_size)
     return {
@@ -98,19 +99,15 @@ def _main_settings(config: PipelineConfig) -> dict[str, str]:
         "documents": f"{', '.join(curate.documents)}{limit}, filtered as {curate.profile}",
         "pairs": f"{curate.max_instructions} instructions, {curate.max_preferences} preferences at most",
         "tokens": f"{config.tokenize.vocab_size} in the vocabulary, {config.tokenize.sequence_length} of context",
-        "pretrain": f"{compact(config.pretrain.max_tokens)} tokens, {config.pretrain.global_batch_size} rows a step",
-        "sft": f"{config.sft.num_epochs:g} epochs, learning rate {config.sft.optimizer.learning_rate:g}",
-        "reward": f"{config.reward.num_epochs:g} epochs, learning rate {config.reward.optimizer.learning_rate:g}",
-        "ppo": f"{ppo.num_rollouts} rollouts of {ppo.rollout_size} responses, {ppo.max_response_length} tokens each",
-        "dpo": f"{config.dpo.num_epochs:g} epochs, {_loss(config.dpo.loss)}",
+        **{spec.stage.value: _summary(config, spec.stage) for spec in trained_stages()},
         "workers": _workers(config.execution.pretrain),
     }
 
 
-def _loss(loss: PreferenceLoss) -> str:
-    """Its kind and what is set of it."""
-    settings = loss.model_dump(exclude={"kind"})
-    return ", ".join([f"{loss.kind} loss", *(f"{name} {value:g}" for name, value in settings.items() if value)])
+def _summary(config: PipelineConfig, stage: Stage) -> str:
+    train = config.stage_config(stage)
+    assert isinstance(train, TrainConfig)
+    return train.summary()
 
 
 def _workers(execution: ExecutionConfig) -> str:

@@ -9,13 +9,12 @@ import os
 from operators.mlflow import MlflowServer, MlflowUnavailableError, ModelVersion
 from stages.artifacts.manifests import read_manifest
 from stages.config.errors import ConfigError, StageError, without_logins
-from stages.config.graph import GRAPH, Stage
+from stages.config.graph import GRAPH, Stage, language_models
 from stages.config.mlflow import tracking_server
 from stages.config.pipeline import BASE_MODEL, PREVIOUS, PipelineConfig
 from stages.config.request import ArtifactRef, Manifest
 
 _CURATED, _TOKENS = GRAPH[Stage.CURATE].kind, GRAPH[Stage.TOKENIZE].kind
-_LANGUAGE_MODELS = tuple(spec.kind for spec in GRAPH.values() if spec.trains and spec.stage is not Stage.REWARD)
 
 
 def given_artifacts(config: PipelineConfig) -> dict[str, ArtifactRef]:
@@ -26,9 +25,10 @@ def given_artifacts(config: PipelineConfig) -> dict[str, ArtifactRef]:
     given: dict[str, ArtifactRef] = {}
     if is_ours(config.base_model):
         base = given_artifact(config.base_model, field="base_model")
-        if base.kind not in _LANGUAGE_MODELS:
+        allowed = [spec.kind for spec in language_models()]
+        if base.kind not in allowed:
             raise ConfigError(
-                f"base_model={config.base_model!r} is of kind {base.kind!r}; allowed: {', '.join(_LANGUAGE_MODELS)}",
+                f"base_model={config.base_model!r} is of kind {base.kind!r}; allowed: {', '.join(allowed)}",
                 advice="Give a language model; a reward model cannot be one.",
             )
         given[BASE_MODEL] = base

@@ -73,7 +73,7 @@ def make_plan(config: PipelineConfig, *, run: RunInfo, store: Store, devices: De
     """Walk the graph; reads manifests only and changes nothing."""
     config, dry_run = config.model_copy(update={"dry_run": False}), config.dry_run
     walk = _Walk(config, run, store, devices or Devices())
-    stages = tuple(walk.stage(stage) for stage in Stage if stage in walk.selected)
+    stages = tuple(walk.stage(stage) for stage in GRAPH if stage in walk.selected)
     return Plan(recipe=config.recipe, dry_run=dry_run, stages=stages)
 
 
@@ -125,7 +125,7 @@ class _Walk:
                 return Verdict.UNKNOWN, f"{_named(request.source_uris)} is identified by the job, where it lies", None
             return Verdict.RUN, _explain(builds, wanted), None
         digests = digests_of(seen.sources) if seen else {}
-        assumed = [self._unchanged[source] for source in Stage if source in before & self._unchanged.keys()]
+        assumed = [self._unchanged[source] for source in GRAPH if source in before & self._unchanged.keys()]
         if seen:
             assumed.append(f"{_named(request.source_uris)} is as it was {seen.created_at[:16]} (its job will see)")
         if assumed:

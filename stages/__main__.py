@@ -6,14 +6,49 @@ Exit codes are the part of the failure contract that survives a lost object stor
 import sys
 
 from stages.config.errors import ExitCode
+from stages.config.graph import Stage
+from stages.job.context import Verb
 from stages.job.runner import run_stage
+
+
+def verb_of(stage: Stage) -> Verb:
+    """Return the function that does a stage's work.
+
+    Each is imported only when its stage runs: training libraries take seconds, and a cache hit needs none of them.
+    """
+    match stage:
+        case Stage.CURATE:
+            from stages.curate import run
+        case Stage.TOKENIZE:
+            from stages.tokenize import run
+        case Stage.PRETRAIN:
+            from stages.pretrain import run
+        case Stage.SFT:
+            from stages.sft import run
+        case Stage.REWARD:
+            from stages.reward import run
+        case Stage.PPO:
+            from stages.ppo import run
+        case Stage.DPO:
+            from stages.dpo import run
+        case Stage.EVALUATE:
+            from stages.evaluate import run
+        case Stage.PROMOTE:
+            from stages.promote import run
+        case Stage.REPORT:
+            from stages.report import run
+        case Stage.RESPOND:
+            from stages.respond import run
+        case Stage.RATE:
+            raise AssertionError("people rate, and Airflow publishes their answers: no job does")
+    return run
 
 
 def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         sys.stderr.write("usage: python -m stages <config uri>\n")
         return ExitCode.CONFIG
-    return run_stage(arguments[0])
+    return run_stage(arguments[0], verb_of)
 
 
 if __name__ == "__main__":

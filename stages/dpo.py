@@ -1,4 +1,4 @@
-"""Preference optimisation of the SFT model on pairs: DPO, against a frozen copy of itself, unless the loss needs none.
+"""Preference optimisation of the SFT model on pairs: DPO, against its own start, unless the loss needs no reference.
 
 No copy is in memory: the reference's log-probabilities are computed before the first step and come with the pairs.
 """
@@ -23,11 +23,11 @@ from stages.train.run import Prepared, train_stage
 
 
 def run(context: StageContext) -> StageOutcome:
-    return train_stage(context)
+    return train_stage(context, prepare)
 
 
 def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
-    """Policy and reference start as the same SFT model."""
+    """The policy starts as the SFT model, and so is the reference until its first step."""
     config = context.config
     assert isinstance(config, DPOConfig)
     planned = planned_pairs(tokens, config, micro_batch_size=context.execution.micro_batch_size)

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from stages.config.closing import SCORE, WIN_RATE, EvaluateConfig
-from stages.config.graph import GRAPH
+from stages.config.graph import GRAPH, aligned_models, spec_of_role, trained_stages
 from stages.data.tokens.packing import (
     Packed,
     RowBudget,
@@ -53,20 +53,16 @@ def run(context: StageContext) -> StageOutcome:
 
 def language_roles() -> list[str]:
     """Roles of the models that write text, in the order of the pipeline; the first may be a given base model."""
-    return [spec.role for spec in GRAPH.values() if spec.trains and not spec.scores]
-
-
-def aligned_roles() -> list[str]:
-    return [spec.role for spec in GRAPH.values() if spec.aligned]
+    return [spec.role for spec in trained_stages() if not spec.scores]
 
 
 def reference_role() -> str:
     """Role of the model that the aligned ones start from: KL, implicit rewards and win rates are relative to it."""
-    return next(GRAPH[dict(spec.inputs)["model"]].role for spec in GRAPH.values() if spec.aligned)
+    return GRAPH[dict(aligned_models()[0].inputs)["model"]].role
 
 
 def scorer_role() -> str:
-    return next(spec.role for spec in GRAPH.values() if spec.scores)
+    return next(spec.role for spec in trained_stages() if spec.scores)
 
 
 def measure_models(context: StageContext) -> StageOutcome:
@@ -82,7 +78,7 @@ def measure_models(context: StageContext) -> StageOutcome:
     measured: dict[str, Measured] = {}
     for position, (role, folder) in enumerate(folders.items()):
         model = reference if role == reference_role() and reference is not None else bench.language_model(folder)
-        relative_to = reference if role in aligned_roles() else None
+        relative_to = reference if spec_of_role(role).aligned else None
         measured[role] = bench.measure(model, reference=relative_to, reward=reward)
         context.progress(position + 1, len(folders), "model", perplexity=measured[role].metrics["eval/perplexity"])
     _add_win_rates(measured)

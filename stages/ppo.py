@@ -39,7 +39,7 @@ _EVALUATION_STREAM = 1 << 20
 
 
 def run(context: StageContext) -> StageOutcome:
-    return train_stage(context)
+    return train_stage(context, prepare)
 
 
 def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:

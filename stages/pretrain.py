@@ -16,7 +16,7 @@ from stages.train.run import Prepared, train_stage
 
 
 def run(context: StageContext) -> StageOutcome:
-    return train_stage(context)
+    return train_stage(context, prepare)
 
 
 def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:

@@ -27,17 +27,7 @@ from stages.tracking.tracker import NullTracker, Tracker
 
 RAW_DIGEST = "5eed" + "0" * 60
 RAW_DATA = SourceEntry(role="documents", kind=SourceKind.DATA, uri="installed-docs", digest=RAW_DIGEST)
-ROLE_OF = {
-    Stage.CURATE: "curated",
-    Stage.TOKENIZE: "tokens",
-    Stage.PRETRAIN: "base",
-    Stage.SFT: "sft",
-    Stage.REWARD: "reward",
-    Stage.PPO: "ppo",
-    Stage.DPO: "dpo",
-    Stage.EVALUATE: "evaluation",
-    Stage.PROMOTE: "promotion",
-}
+ROLE_OF = {stage: spec.role for stage, spec in GRAPH.items() if spec.role}
 
 LEDGER: dict[str, Any] = {
     "documents": {
@@ -148,8 +138,8 @@ def publish_run(
     """Publish every stage's artifact up to promote; `salt` makes another run's models in the same store."""
     store = open_store((root / "store").as_uri())
     made: dict[Stage, ArtifactRef] = {}
-    for stage in ROLE_OF:
-        if stage in without:
+    for stage, spec in GRAPH.items():
+        if not spec.role or stage in without:
             continue
         folder = root / f"content-{stage.value}{salt}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +169,7 @@ def _own_metrics(stage: Stage, step: int) -> dict[str, float]:
         case Stage.PPO:
             return {"ppo/score": step / 50 - 1, "ppo/kl": step / 25, **({"eval/score": 0.9} if step == 100 else {})}
         case Stage.DPO:
-            return {"dpo/accuracy": 0.5 + step / 400, "dpo/margin": step / 100}
+            return {"dpo/accuracy": 0.5 + step / 400, "dpo/margin": step / 100, "dpo/chosen_drift": -step / 50}
         case Stage.REWARD:
             return {"reward/accuracy": 0.5 + step / 300}
         case _:

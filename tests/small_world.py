@@ -3,9 +3,11 @@
 import gzip
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
+from stages.__main__ import verb_of
 from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import fingerprint
 from stages.config.base import Config
@@ -33,6 +35,11 @@ _VERBS = ("sort", "split", "merge", "scale", "count", "filter", "reverse", "copy
 MODEL = ModelConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2)
 EXPERTS = MODEL.model_copy(update={"num_experts": 4, "num_experts_per_token": 2, "router_loss_coefficient": 0.05})
 """The same with four experts a layer, of which every token passes through two."""
+
+
+def prepare_of(stage: Stage) -> Any:
+    """The function of a training verb that makes ready what is trained."""
+    return sys.modules[verb_of(stage).__module__].prepare
 
 
 def write_curated(folder: Path, *, num_documents: int = 60, seed: int = 0) -> Path:

@@ -20,12 +20,11 @@ from stages.artifacts.store import Store, write_json
 from stages.config.collect import RespondConfig
 from stages.config.errors import ConfigError
 from stages.config.forms import CollectParams
-from stages.config.graph import GRAPH, Stage
+from stages.config.graph import Stage, language_models
 from stages.config.request import ArtifactRef, RunInfo, StageRequest, safe_run_id
 from stages.config.resolve import resolve, validated
 
 PREFERENCES = Asset(name="llm/preferences", group="llm")
-_LANGUAGE_MODELS = tuple(GRAPH[stage].kind for stage in (Stage.PRETRAIN, Stage.SFT, Stage.PPO, Stage.DPO))
 _TITLE_LENGTH = 60
 
 logger = logging.getLogger(__name__)
@@ -106,9 +105,10 @@ def find_model(uri: str) -> tuple[ArtifactRef, ArtifactRef]:
         manifest = read_manifest(where)
     except FileNotFoundError:
         raise ConfigError(f"model={uri!r}: {where} does not exist", advice=advice) from None
-    if manifest.kind not in _LANGUAGE_MODELS:
+    allowed = [spec.kind for spec in language_models()]
+    if manifest.kind not in allowed:
         raise ConfigError(
-            f"model={uri!r} is a {manifest.kind}; allowed: {', '.join(_LANGUAGE_MODELS)}",
+            f"model={uri!r} is a {manifest.kind}; allowed: {', '.join(allowed)}",
             advice="Choose a model that writes responses.",
         )
     tokens = next((entry for entry in manifest.inputs if entry.role == "tokens"), None)
@@ -161,7 +161,7 @@ def publish_answers(context: Any) -> dict[str, Any]:
         )
     run = RunInfo.model_validate(ti.xcom_pull(task_ids="resolve"))
     responses = ArtifactRef.model_validate(given)
-    answers = ti.xcom_pull(task_ids="rate", map_indexes=range(len(questions)))
+    answers = ti.xcom_pull(task_ids=Stage.RATE.value, map_indexes=range(len(questions)))
     with as_stage_failures():
         rows = read_responses(responses)
         ref, manifest = publish_preferences(

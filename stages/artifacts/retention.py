@@ -14,14 +14,12 @@ from stages.artifacts.lease import Generation, Owner
 from stages.artifacts.manifests import MANIFEST, load_manifest
 from stages.artifacts.store import Listed, Store, Unfinished, read_json
 from stages.config.errors import DamagedArtifactError, DataError
-from stages.config.graph import GRAPH, Stage
+from stages.config.graph import GRAPH, Stage, spec_of_kind
 from stages.config.request import Manifest
 
 LIVE_SECONDS = 900
 """A lease that changed this recently is live; a holder beats every 10 s, but an outage of the store may last."""
 MADE_BY_PEOPLE = frozenset({GRAPH[Stage.RATE].kind})
-RECORDS = frozenset(GRAPH[stage].kind for stage in (Stage.EVALUATE, Stage.PROMOTE, Stage.REPORT))
-"""They stay while a model that they tell of is registered; what else they tell of may go."""
 _FINGERPRINT = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
 
@@ -156,6 +154,12 @@ def find(store: Store, registered: Registered, policy: Policy) -> list[Waste]:
     ]
 
 
+def is_record(kind: str) -> bool:
+    """Whether artifacts of this kind tell of models: they stay while one of those models is registered."""
+    spec = spec_of_kind(kind)
+    return spec is not None and spec.closing
+
+
 def ask_registry(registered: Registered, manifests: Mapping[str, Manifest], policy: Policy) -> set[str]:
     """Ask what is registered; DataError when the answer seems to come from the MLflow of another store."""
     found = registered()
@@ -191,7 +195,7 @@ def needed_keys(picture: Picture, manifests: Mapping[str, Manifest], registered:
     records = {
         key
         for key, manifest in manifests.items()
-        if manifest.kind in RECORDS and any(entry.fingerprint in registered for entry in manifest.inputs)
+        if is_record(manifest.kind) and any(entry.fingerprint in registered for entry in manifest.inputs)
     }
     return needed | records
 

@@ -1,4 +1,4 @@
-"""What a stage will take: parameters, tokens, FLOPs, memory, time, money. Pure arithmetic, so that anybody can redo it.
+"""What a stage will take: parameters, tokens, FLOPs, memory, time, money. Pure arithmetic that a reader can redo.
 
 Three kinds of numbers meet here and are never mixed up: those that follow from the configuration, those that were
 counted or measured in an earlier build (preferred), and assumptions. `Estimate.basis` says which were used.
@@ -8,12 +8,19 @@ from pydantic import Field
 
 from stages.config.base import Config
 from stages.config.execution import Engine, ExecutionConfig
-from stages.config.graph import Stage
+from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import PipelineConfig
 from stages.config.text import compact
-from stages.config.train import LoRAConfig, ModelConfig, PostTrainConfig, PretrainConfig, TrainConfig
+from stages.config.train import (
+    DPOConfig,
+    LoRAConfig,
+    ModelConfig,
+    PostTrainConfig,
+    PretrainConfig,
+    SampledConfig,
+    TrainConfig,
+)
 
-TRAINING_STAGES = (Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO)
 ASSUMED_CONVERSATION_TOKENS = 256
 _FLOAT32, _BFLOAT16 = 4, 2
 _LOGITS_CHUNK = 1024
@@ -166,13 +173,6 @@ def workload(
         case Stage.PRETRAIN:
             row = config.tokenize.sequence_length
             return Workload(trained_tokens=max(1, config.pretrain.max_tokens // row) * row)
-        case Stage.SFT:
-            return Workload(trained_tokens=counts.conversations * length * config.sft.num_epochs)
-        case Stage.REWARD:
-            return Workload(trained_tokens=2 * counts.preferences * length * config.reward.num_epochs)
-        case Stage.DPO:
-            tokens = 2 * counts.preferences * length * config.dpo.num_epochs
-            return Workload(trained_tokens=tokens, forward_tokens=tokens)  # the reference sees the same
         case Stage.PPO:
             ppo = config.ppo
             prompt = min(config.tokenize.max_prompt_length, length)
@@ -180,14 +180,26 @@ def workload(
             # Policy and critic are trained; each response is generated and read by policy, reference, critic, reward.
             return Workload(trained_tokens=2 * ppo.num_epochs * tokens, forward_tokens=5 * tokens)
         case Stage.EVALUATE:
-            evaluate, models = config.evaluate, len(selected & set(TRAINING_STAGES))
+            evaluate, models = config.evaluate, sum(GRAPH[stage].trains for stage in selected)
             read = evaluate.max_documents_tokens + (evaluate.max_instructions + 2 * evaluate.max_preferences) * length
             answered = evaluate.max_prompts * (
                 min(config.tokenize.max_prompt_length, length) + evaluate.max_response_length
             )
             return Workload(trained_tokens=0, forward_tokens=models * (read + 2 * answered))
         case _:
-            return None
+            return _epochs_of_data(stage, config.stage_config(stage), counts)
+
+
+def _epochs_of_data(stage: Stage, train: Config, counts: DataCounts) -> Workload | None:
+    """Tokens of a stage that takes its examples some times over; both responses of a pair are trained on."""
+    if not isinstance(train, SampledConfig):
+        return None
+    examples = 2 * counts.preferences if GRAPH[stage].weighs == "preferences" else counts.conversations
+    tokens = examples * counts.conversation_tokens
+    # The policy computes the log-probabilities of its reference once, before the first epoch, for what it trains on.
+    refers = isinstance(train, DPOConfig) and train.loss.needs_reference
+    forward = tokens * min(1.0, train.num_epochs) if refers else 0.0
+    return Workload(trained_tokens=tokens * train.num_epochs, forward_tokens=forward)
 
 
 def memory_bytes(stage: Stage, config: PipelineConfig, *, vocab_size: int) -> float:
@@ -197,17 +209,17 @@ def memory_bytes(stage: Stage, config: PipelineConfig, *, vocab_size: int) -> fl
     embeddings = vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
     # Tensor and pipeline parallelism cut the layers; embeddings may be whole. Frozen models are whole on every worker.
     held = (num_weights - embeddings) / execution.workers_per_copy + embeddings
-    num_trained, num_frozen = {Stage.PPO: (2, 2), Stage.DPO: (1, 1), Stage.EVALUATE: (0, 2)}.get(stage, (1, 0))
-    if stage is Stage.EVALUATE:
-        return _FLOAT32 * num_frozen * num_weights
+    spec = GRAPH[stage]
+    if not spec.trains:
+        return _FLOAT32 * spec.frozen_models * num_weights
     train = config.stage_config(stage)
     assert isinstance(train, TrainConfig)
     numbers = _numbers_per_weight(execution, average=train.optimizer.ema_decay > 0)
-    states = _FLOAT32 * (num_trained * held * numbers + num_frozen * num_weights)
+    states = _FLOAT32 * (spec.trained_models * held * numbers + spec.frozen_models * num_weights)
     if isinstance(train, PostTrainConfig) and train.lora.rank:
         shards = max(execution.num_workers, 1) if execution.engine is Engine.FSDP else 1
         frozen = _frozen_bytes(train.lora, held / shards)
-        states = num_trained * (frozen + _FLOAT32 * numbers * adapter_parameters(model, train.lora))
+        states = spec.trained_models * (frozen + _FLOAT32 * numbers * adapter_parameters(model, train.lora))
     width = _BFLOAT16 if train.precision == "bf16" else _FLOAT32
     tokens = execution.micro_batch_size * config.tokenize.sequence_length
     logits = _LOGITS_CHUNK * vocab_size * (width + _FLOAT32)

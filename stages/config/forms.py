@@ -5,11 +5,12 @@ The fields that the form of `llm_pipeline` shares with the run's configuration s
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, Field, GetPydanticSchema, model_validator
 
 from stages.config.base import Config
 from stages.config.closing import Promotion
-from stages.config.graph import PIPELINE_STAGES, Alignment, Stage, selected_stages
+from stages.config.graph import Alignment, Stage, pipeline_stages
+from stages.config.selection import selected_stages
 
 
 def _safe_run_name(value: str) -> str:
@@ -24,7 +25,15 @@ def _safe_run_name(value: str) -> str:
 RunName = Annotated[str, AfterValidator(_safe_run_name)]
 """A run's name, harmless wherever it is put."""
 
-PipelineStage = Annotated[Stage, WithJsonSchema({"type": "string", "enum": [stage.value for stage in PIPELINE_STAGES]})]
+PipelineStage = Annotated[
+    Stage,
+    GetPydanticSchema(
+        get_pydantic_json_schema=lambda schema, handler: {
+            "type": "string",
+            "enum": [stage.value for stage in pipeline_stages()],
+        }
+    ),
+]
 """What the form offers; `resolve` refuses a stage that the run does not have."""
 
 
@@ -67,7 +76,7 @@ class PipelineParams(RunOutline):
     """What one run of `llm_pipeline` is asked to do."""
 
     recipe: str = Field(default="demo", title="Recipe")
-    """Complete configuration to start from. `demo`: a model of 2.6M parameters on two CPU cores. `tiny`: seconds per
+    """Complete configuration to start from. `demo`: a small model on two CPU cores. `tiny`: seconds per
     stage, for tests. `llama_1b`: a billion parameters on GPUs."""
     documents: list[str] = Field(
         default_factory=list, title="Documents", examples=["installed-docs", "s3://bucket/prefix"]

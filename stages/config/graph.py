@@ -1,6 +1,10 @@
-"""The pipeline as data: which stage produces which kind of artifact from which inputs. DAGs, operators and the runner
-read it here."""
+"""The pipeline as data: what every stage is, which artifact it publishes, and from which inputs.
 
+Each list of stages elsewhere (form, plan, screen, report, registry, ...) is computed from GRAPH when it is needed. None
+is a constant of its module, so a stage that is added here is in all of them.
+"""
+
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,10 +29,6 @@ class Stage(Choice):
     RATE = "rate"
 
 
-PIPELINE_STAGES: tuple[Stage, ...] = tuple(stage for stage in Stage if stage not in (Stage.RESPOND, Stage.RATE))
-"""The stages of `llm_pipeline`, in order; a PipelineConfig has a part for each of them."""
-
-
 class Alignment(Choice):
     """How the SFT model is aligned."""
 
@@ -40,7 +40,7 @@ class Alignment(Choice):
 
 @dataclass(frozen=True)
 class Headline:
-    """A metric that sums a stage up in one number: on the screen, in the report, in the approval table."""
+    """A metric that sums a stage up in one number: on the screen, in the lineage graph, in progress."""
 
     key: str
     """As it stands in the manifest."""
@@ -49,6 +49,18 @@ class Headline:
     """Python's format of the number, such as `.1%`."""
     better: Literal["higher", "lower", ""] = ""
     """Which way is better; empty for counts and distances, which are neither."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A figure of the report, drawn from the history of a training."""
+
+    title: str
+    lines: tuple[tuple[str, str], ...]
+    """Metric key and its name in the legend."""
+
+
+_LOSS = Curve("Loss", (("train/loss", "training"), ("eval/loss", "held-out")))
 
 
 @dataclass(frozen=True)
@@ -68,8 +80,20 @@ class StageSpec:
     """Its model in tables and reports."""
     asset: str | None = None
     """Airflow's asset that its artifact updates."""
+    in_pipeline: bool = True
+    """A task of `llm_pipeline`, with a part of PipelineConfig; the others have a DAG of their own."""
+    heavy: bool = False
+    """Fills the machine: waits for a slot of the pool `gpu` and may take days."""
+    dataset: bool = False
+    """MLflow shows its artifact as a dataset."""
     trains: bool = False
     """A model comes out of the training loop."""
+    trained_models: int = 1
+    """Models of the policy's size that each worker trains, if it trains at all."""
+    frozen_models: int = 0
+    """Models of that size that each worker holds only to read from."""
+    pipeline_parallel: bool = False
+    """Predicts next tokens and nothing else, so a pipeline of workers can share its model's layers."""
     scores: bool = False
     """Its model gives scores and no text."""
     aligned: bool = False
@@ -86,6 +110,18 @@ class StageSpec:
     """HTML page that it adds to the MLflow parent run; the task in Airflow gets a button for it."""
     headlines: tuple[Headline, ...] = ()
     """Most telling first; the first two that a manifest has are shown."""
+    curves: tuple[Curve, ...] = (_LOSS,)
+    """Figures of the report, if it trains."""
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether its artifact is a model that writes text."""
+        return self.trains and not self.scores
+
+    def summary(self, metrics: Mapping[str, float], *, at_most: int = 2) -> str:
+        """Return the headlines that `metrics` has, such as `perplexity 8.21, loss 2.105`."""
+        known = [headline for headline in self.headlines if headline.key in metrics]
+        return ", ".join(f"{one.label} {metrics[one.key]:{one.format}}" for one in known[:at_most])
 
 
 _DATA = (
@@ -96,6 +132,8 @@ _DATA = (
         inputs=(),
         role="curated",
         asset="llm/documents",
+        heavy=True,
+        dataset=True,
         seeded=True,
         headlines=(
             Headline("curate/documents_kept", "documents", ",.0f"),
@@ -108,6 +146,7 @@ _DATA = (
         version=2,
         inputs=(("curated", Stage.CURATE),),
         role="tokens",
+        dataset=True,
         headlines=(
             Headline("tokens/train", "tokens", ",.0f"),
             Headline("tokens/vocab_size", "vocabulary", ",.0f"),
@@ -124,7 +163,9 @@ _TRAINED = (
         role="base",
         label="Base",
         asset="llm/base-model",
+        heavy=True,
         trains=True,
+        pipeline_parallel=True,
         seeded=True,
         registered_as="base",
         headlines=(
@@ -140,7 +181,9 @@ _TRAINED = (
         role="sft",
         label="SFT",
         asset="llm/sft-model",
+        heavy=True,
         trains=True,
+        pipeline_parallel=True,
         seeded=True,
         weighs="instructions",
         registered_as="sft",
@@ -157,6 +200,7 @@ _TRAINED = (
         role="reward",
         label="Reward model",
         asset="llm/reward-model",
+        heavy=True,
         trains=True,
         scores=True,
         seeded=True,
@@ -167,6 +211,11 @@ _TRAINED = (
             Headline("eval/reward_margin", "margin", "+.3f", "higher"),
             Headline("reward/accuracy", "accuracy in training", ".1%", "higher"),
         ),
+        curves=(
+            _LOSS,
+            Curve("Accuracy", (("reward/accuracy", "training"), ("eval/reward_accuracy", "held-out"))),
+            Curve("Margin", (("reward/margin", "training"), ("eval/reward_margin", "held-out"))),
+        ),
     ),
     StageSpec(
         Stage.PPO,
@@ -176,7 +225,10 @@ _TRAINED = (
         role="ppo",
         label="PPO",
         asset="llm/aligned-model",
+        heavy=True,
         trains=True,
+        trained_models=2,  # policy and critic
+        frozen_models=2,  # reference and reward model
         aligned=True,
         seeded=True,
         registered_as="aligned",
@@ -184,6 +236,19 @@ _TRAINED = (
             Headline("eval/score", "held-out score", "+.3f", "higher"),
             Headline("eval/kl", "KL", ".2f"),
             Headline("ppo/score", "score in training", "+.3f", "higher"),
+            Headline("ppo/kl", "KL in training", ".2f"),
+        ),
+        curves=(
+            Curve(
+                "Score",
+                (("ppo/score", "sampled"), ("eval/score", "held-out prompts"), ("ppo/reward", "after KL penalty")),
+            ),
+            Curve("KL to the SFT model (nats a response)", (("ppo/kl", "sampled"), ("eval/kl", "held-out prompts"))),
+            Curve("Loss", (("train/loss", "policy and value"), ("ppo/value_loss", "value"))),
+            Curve(
+                "Response length (tokens)",
+                (("ppo/response_length", "sampled"), ("eval/response_length", "held-out prompts")),
+            ),
         ),
     ),
     StageSpec(
@@ -194,6 +259,7 @@ _TRAINED = (
         role="dpo",
         label="DPO",
         asset="llm/aligned-model",
+        heavy=True,
         trains=True,
         aligned=True,
         seeded=True,
@@ -204,104 +270,101 @@ _TRAINED = (
             Headline("eval/dpo_margin", "margin", "+.3f", "higher"),
             Headline("dpo/accuracy", "accuracy in training", ".1%", "higher"),
         ),
+        curves=(
+            _LOSS,
+            Curve("Accuracy", (("dpo/accuracy", "training"), ("eval/dpo_accuracy", "held-out"))),
+            Curve("Margin", (("dpo/margin", "training"), ("eval/dpo_margin", "held-out"))),
+            Curve(
+                "Drift of the chosen (nats a response)",
+                (("dpo/chosen_drift", "training"), ("eval/dpo_chosen_drift", "held-out")),
+            ),
+        ),
     ),
 )
 
 
-def _as_inputs(specs: tuple[StageSpec, ...]) -> tuple[tuple[str, Stage], ...]:
+_PEOPLE = (
+    # Its model is any language model and its tokens are that model's, so the DAG says who fills the roles.
+    StageSpec(Stage.RESPOND, kind="responses", version=1, inputs=(), in_pipeline=False, frozen_models=1),
+    StageSpec(
+        Stage.RATE,
+        kind="preferences",
+        version=1,
+        inputs=(("responses", Stage.RESPOND),),
+        in_pipeline=False,
+        asset="llm/preferences",
+    ),
+)
+
+
+def graph_of(data: Iterable[StageSpec], trained: Iterable[StageSpec]) -> dict[Stage, StageSpec]:
+    """Return the whole graph: the stages that make data, those that train, and the closing ones, which read both."""
+    data, trained = tuple(data), tuple(trained)
+    evaluate = StageSpec(
+        Stage.EVALUATE,
+        kind="evaluation",
+        version=1,
+        inputs=_as_inputs(*data, *trained),
+        role="evaluation",
+        heavy=True,
+        dataset=True,
+        frozen_models=2,  # one policy at a time or the reference, and the reward model
+        closing=True,
+        seeded=True,
+        headlines=(
+            *(
+                Headline(f"{spec.role}/eval/win_rate", f"{spec.label} wins", ".0%", "higher")
+                for spec in trained
+                if spec.aligned
+            ),
+            Headline("sft/eval/perplexity", "perplexity", ".2f", "lower"),
+        ),
+    )
+    promote = StageSpec(
+        Stage.PROMOTE,
+        kind="promotion",
+        version=1,
+        inputs=_as_inputs(evaluate, *trained),
+        role="promotion",
+        closing=True,
+        headlines=(
+            Headline("promotion/registered", "models registered", ".0f"),
+            Headline("promotion/promoted", "promoted", ".0f"),
+        ),
+    )
+    report = StageSpec(
+        Stage.REPORT,
+        kind="report",
+        version=1,
+        inputs=_as_inputs(promote, evaluate, *data, *trained),
+        closing=True,
+        page="report.html",
+        headlines=(Headline("report/bytes", "bytes", ",.0f"),),
+    )
+    return {spec.stage: spec for spec in (*data, *trained, evaluate, promote, report, *_PEOPLE)}
+
+
+def _as_inputs(*specs: StageSpec) -> tuple[tuple[str, Stage], ...]:
     return tuple((spec.role, spec.stage) for spec in specs)
 
 
-_EVALUATE = StageSpec(
-    Stage.EVALUATE,
-    kind="evaluation",
-    version=1,
-    inputs=_as_inputs(_DATA + _TRAINED),
-    role="evaluation",
-    closing=True,
-    seeded=True,
-    headlines=(
-        *(
-            Headline(f"{spec.role}/eval/win_rate", f"{spec.label} wins", ".0%", "higher")
-            for spec in _TRAINED
-            if spec.aligned
-        ),
-        Headline("sft/eval/perplexity", "perplexity", ".2f", "lower"),
-    ),
-)
-_PROMOTE = StageSpec(
-    Stage.PROMOTE,
-    kind="promotion",
-    version=1,
-    inputs=_as_inputs((_EVALUATE, *_TRAINED)),
-    role="promotion",
-    closing=True,
-    headlines=(
-        Headline("promotion/registered", "models registered", ".0f"),
-        Headline("promotion/promoted", "promoted", ".0f"),
-    ),
-)
-_REPORT = StageSpec(
-    Stage.REPORT,
-    kind="report",
-    version=1,
-    inputs=_as_inputs((_PROMOTE, _EVALUATE, *_DATA, *_TRAINED)),
-    closing=True,
-    page="report.html",
-    headlines=(Headline("report/bytes", "bytes", ",.0f"),),
-)
-_PEOPLE = (
-    # Its model is any language model and its tokens are that model's, so the DAG says who fills the roles.
-    StageSpec(Stage.RESPOND, kind="responses", version=1, inputs=()),
-    StageSpec(
-        Stage.RATE, kind="preferences", version=1, inputs=(("responses", Stage.RESPOND),), asset="llm/preferences"
-    ),
-)
-
-GRAPH: dict[Stage, StageSpec] = {
-    spec.stage: spec for spec in (*_DATA, *_TRAINED, _EVALUATE, _PROMOTE, _REPORT, *_PEOPLE)
-}
-
-_CHAIN: tuple[Stage, ...] = tuple(spec.stage for spec in (*_DATA, *_TRAINED))
-_CLOSING = (Stage.EVALUATE, Stage.PROMOTE, Stage.REPORT)
+GRAPH: dict[Stage, StageSpec] = graph_of(_DATA, _TRAINED)
+"""Every stage with its facts, in an order in which each one stands after its inputs."""
 
 
-def selected_stages(
-    *, alignment: Alignment, last_stage: Stage, has_base_model: bool, continue_pretraining: bool = False
-) -> frozenset[Stage]:
-    """Return the stages that a run executes; the rest show as skipped.
-
-    A base model stands in for pretraining, unless its pretraining goes on.
-
-    A run that stops before alignment is neither evaluated nor promoted unless `last_stage` says so: stopping at
-    `sft` gives the SFT model and ends.
-    """
-    aligners = {
-        Alignment.PPO: {Stage.REWARD, Stage.PPO},
-        Alignment.DPO: {Stage.REWARD, Stage.DPO},
-        Alignment.BOTH: {Stage.REWARD, Stage.PPO, Stage.DPO},
-        Alignment.NONE: set(),
-    }[alignment]
-    wanted = {Stage.CURATE, Stage.TOKENIZE, Stage.PRETRAIN, Stage.SFT} | aligners | set(_CLOSING)
-    if has_base_model and not continue_pretraining:
-        wanted.discard(Stage.PRETRAIN)
-    wanted &= _up_to(last_stage)
-    return frozenset(wanted)
-
-
-def _up_to(last_stage: Stage) -> set[Stage]:
-    if last_stage in _CLOSING:
-        return set(_CHAIN) | set(_CLOSING[: _CLOSING.index(last_stage) + 1])
-    if last_stage not in PIPELINE_STAGES:
-        return set()
-    if last_stage in (Stage.PPO, Stage.DPO):
-        return {stage for stage in _CHAIN if stage is last_stage or stage not in (Stage.PPO, Stage.DPO)}
-    return set(_CHAIN[: _CHAIN.index(last_stage) + 1])
+def pipeline_stages() -> tuple[Stage, ...]:
+    """Return the stages of `llm_pipeline`, in order."""
+    return tuple(stage for stage, spec in GRAPH.items() if spec.in_pipeline)
 
 
 def trained_stages() -> tuple[StageSpec, ...]:
     """Return the stages that train a model, in order."""
     return tuple(spec for spec in GRAPH.values() if spec.trains)
+
+
+def language_models() -> tuple[StageSpec, ...]:
+    """Return the stages whose artifact is a model that writes text, in order."""
+    return tuple(spec for spec in GRAPH.values() if spec.is_language_model)
 
 
 def aligned_models() -> tuple[StageSpec, ...]:

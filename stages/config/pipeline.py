@@ -11,7 +11,7 @@ from stages.config.collect import RateConfig, RespondConfig
 from stages.config.curate import CurateConfig
 from stages.config.execution import ExecutionConfig
 from stages.config.forms import RunOutline
-from stages.config.graph import Stage
+from stages.config.graph import GRAPH, Stage
 from stages.config.request import BASE_MODEL, PREVIOUS, ArtifactRef, Source, SourceKind
 from stages.config.tokens import TokenizeConfig
 from stages.config.train import DPOConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig
@@ -53,9 +53,10 @@ class Executions(Config):
         """Rollouts and pairs need whole models on every rank."""
         for name in type(self).model_fields:
             stages = getattr(self, name).pipeline_parallel
-            if stages > 1 and name not in (Stage.PRETRAIN, Stage.SFT):
+            able = [stage.value for stage, spec in GRAPH.items() if spec.pipeline_parallel]
+            if stages > 1 and name not in able:
                 raise ValueError(
-                    f"{name}.pipeline_parallel={stages}: only pretrain and sft run through a pipeline; "
+                    f"{name}.pipeline_parallel={stages}: only {' and '.join(able)} run through a pipeline; "
                     "use tensor_parallel, engine=fsdp or engine=deepspeed"
                 )
         return self

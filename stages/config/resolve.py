@@ -11,20 +11,14 @@ from stages.config.curate import DERIVED, INSTALLED_DOCS
 from stages.config.errors import ConfigError
 from stages.config.execution import Engine
 from stages.config.forms import PipelineParams, RunOutline
-from stages.config.graph import PIPELINE_STAGES, Stage
+from stages.config.graph import GRAPH, Stage, pipeline_stages, trained_stages
 from stages.config.nested import dotted
 from stages.config.pipeline import PipelineConfig
 from stages.config.recipes import RECIPES
 from stages.config.sources import take_weights
 from stages.config.train import TrainConfig
 
-_TRAINED = frozenset({Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO})
-
 Model = TypeVar("Model", bound=BaseModel)
-
-_WEIGHED = {"instructions": (Stage.SFT,), "preferences": (Stage.REWARD, Stage.DPO)}
-"""Who trains on what: the stages that the weights of a field's sources go to."""
-_SEEDED = (Stage.CURATE, Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO, Stage.EVALUATE)
 
 
 def resolve(values: Mapping[str, Any]) -> PipelineConfig:
@@ -40,13 +34,14 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
             advice=_did_you_mean(params.recipe, RECIPES) or "Choose one of the recipes above.",
         )
     _refuse_impossible_end(params)
-    tree = recipe(seed=params.seed).model_dump(mode="json")
+    template = recipe(seed=params.seed)
+    tree = template.model_dump(mode="json")
     _apply_form(tree, params)
     for path, value in _ordered(params.overrides):
         _set_dotted(tree, path, value)
     _apply_seed(tree, params)
     _place_weights(tree)
-    config = validated(PipelineConfig, tree)
+    config = validated(type(template), tree)
     _refuse_underivable(config)
     _refuse_uncuttable(config)
     _refuse_float16(config)
@@ -82,19 +77,19 @@ def _apply_form(tree: dict[str, Any], params: PipelineParams) -> None:
 def _apply_seed(tree: dict[str, Any], params: PipelineParams) -> None:
     """The form's seed reaches every stage, except where an override set a stage's own."""
     overridden = dotted(params.overrides)
-    for stage in _SEEDED:
-        if f"{stage}.seed" not in overridden:
+    for stage, spec in GRAPH.items():
+        if spec.seeded and f"{stage}.seed" not in overridden:
             tree[stage]["seed"] = params.seed
 
 
 def _place_weights(tree: dict[str, Any]) -> None:
     """Weights behind sources become the mixture of the stages that train on them."""
-    for name, stages in _WEIGHED.items():
+    for name in ("instructions", "preferences"):
         try:
             tree["curate"][name], weights = take_weights(name, tree["curate"][name])
         except ValueError as error:
             raise ConfigError(str(error), advice=f"Correct {name}, one source a line: uri#weight=0.3.") from None
-        for stage in stages if weights else ():
+        for stage in _trained_on(name) if weights else ():
             if tree[stage]["mixture"]:
                 raise ConfigError(
                     f"{name} have weights and {stage.value}.mixture={tree[stage]['mixture']} is set; which one counts?",
@@ -103,10 +98,15 @@ def _place_weights(tree: dict[str, Any]) -> None:
             tree[stage]["mixture"] = [entry.model_dump(mode="json") for entry in weights]
 
 
+def _trained_on(field: str) -> list[Stage]:
+    """Return the stages that train on a field's sources."""
+    return [stage for stage, spec in GRAPH.items() if spec.weighs == field]
+
+
 def _refuse_impossible_end(params: PipelineParams) -> None:
     if params.last_stage not in params.selected:
         allowed = params.selected_until(Stage.REPORT)
-        names = ", ".join(stage for stage in PIPELINE_STAGES if stage in allowed)
+        names = ", ".join(stage for stage in pipeline_stages() if stage in allowed)
         raise ConfigError(
             f"last_stage={params.last_stage.value!r} is not part of a run with alignment={params.alignment.value!r} "
             f"and base_model={params.base_model!r}; allowed: {names}",
@@ -117,24 +117,21 @@ def _refuse_impossible_end(params: PipelineParams) -> None:
 def _refuse_underivable(config: PipelineConfig) -> None:
     """Pairs are derived from documentation; other documents need instructions and preferences of their own, or those
     of the data before them."""
-    needed = {"instructions": Stage.SFT, "preferences": Stage.REWARD}
-    for name, stage in needed.items():
-        if (
-            stage in config.selected
-            and not config.previous_data
-            and DERIVED in getattr(config.curate, name)
-            and INSTALLED_DOCS not in config.curate.documents
-        ):
+    if config.previous_data or INSTALLED_DOCS in config.curate.documents:
+        return
+    for name in ("instructions", "preferences"):
+        needed_by = [stage for stage in _trained_on(name) if stage in config.selected]
+        if needed_by and DERIVED in getattr(config.curate, name):
             raise ConfigError(
                 f"{name}={DERIVED!r} needs {INSTALLED_DOCS!r} among documents; got {list(config.curate.documents)}",
-                advice=f"Give {name} as files, or previous_data, or stop before {stage.value} with last_stage.",
+                advice=f"Give {name} as files, or previous_data, or stop before {needed_by[0].value} with last_stage.",
             )
 
 
 def _refuse_uncuttable(config: PipelineConfig) -> None:
     """A model that this run makes has the shape that the configuration says; workers look at given ones."""
     model = config.pretrain.model
-    for stage in config.selected & _TRAINED if not config.base_model else ():
+    for stage in _selected_to_train(config) if not config.base_model else ():
         execution = config.stage_execution(stage)
         for name in ("num_heads", "num_kv_heads", "intermediate_size"):
             if getattr(model, name) % execution.tensor_parallel:
@@ -152,7 +149,7 @@ def _refuse_uncuttable(config: PipelineConfig) -> None:
 
 
 def _refuse_float16(config: PipelineConfig) -> None:
-    for stage in config.selected & _TRAINED:
+    for stage in _selected_to_train(config):
         execution, train = config.stage_execution(stage), config.stage_config(stage)
         assert isinstance(train, TrainConfig)
         if train.precision == "fp16" and not execution.gpus_per_worker:
@@ -166,6 +163,10 @@ def _refuse_float16(config: PipelineConfig) -> None:
                 "PyTorch's engines only",
                 advice="Use engine=fsdp, or precision=bf16 or fp32.",
             )
+
+
+def _selected_to_train(config: PipelineConfig) -> list[Stage]:
+    return [spec.stage for spec in trained_stages() if spec.stage in config.selected]
 
 
 def _ordered(overrides: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from stages.config.base import AddedLater, Config
 from stages.config.sources import SourceWeight
+from stages.config.text import compact
 
 
 class ModelConfig(Config):
@@ -174,6 +175,10 @@ class TrainConfig(Config):
     seed: int = Field(default=0, ge=0)
     """Initial weights, order of the data and sampling follow from it."""
 
+    def summary(self) -> str:
+        """Return how much is trained in a few words, for the table of recipes in the trigger form."""
+        return f"learning rate {self.optimizer.learning_rate:g}"
+
     @model_validator(mode="after")
     def _best_of_several(self) -> "TrainConfig":
         if self.best_metric and not self.eval_every:
@@ -196,6 +201,9 @@ class PretrainConfig(TrainConfig):
     new data (https://arxiv.org/abs/2305.16264)."""
     z_loss_coefficient: float = Field(default=0.0, ge=0)
     """Weight of log^2 Z, which keeps logits small (PaLM: 1e-4); 0 = none."""
+
+    def summary(self) -> str:
+        return f"{compact(self.max_tokens)} tokens, {self.global_batch_size} rows a step"
 
 
 class LoRAConfig(Config):
@@ -271,6 +279,9 @@ class SampledConfig(PostTrainConfig):
     max_source_epochs: float = Field(default=0.0, ge=0)
     """Times that a source is repeated at most; training gets shorter until the shares can hold. 0 for no limit."""
 
+    def summary(self) -> str:
+        return f"{self.num_epochs:g} epochs, {super().summary()}"
+
 
 class SFTConfig(SampledConfig):
     """Supervised fine-tuning: loss on the assistant's tokens only."""
@@ -316,6 +327,11 @@ class DPOConfig(SampledConfig):
 
     moved: ClassVar = {"beta": "loss.beta", "label_smoothing": "loss.label_smoothing"}
 
+    def summary(self) -> str:
+        settings = self.loss.model_dump(exclude={"kind"})
+        loss = [f"{self.loss.kind} loss", *(f"{name} {value:g}" for name, value in settings.items() if value)]
+        return ", ".join([f"{self.num_epochs:g} epochs", *loss])
+
 
 class PPOConfig(PostTrainConfig):
     """Proximal policy optimisation against the reward model, with a KL penalty to the frozen SFT model.
@@ -351,6 +367,10 @@ class PPOConfig(PostTrainConfig):
     """Responses over which the controller reacts."""
     missing_eos_penalty: float = Field(default=1.0, ge=0)
     """Subtracted from the score of a response without an end token."""
+
+    def summary(self) -> str:
+        rollouts = f"{self.num_rollouts} rollouts of {self.rollout_size} responses"
+        return f"{rollouts}, {self.max_response_length} tokens each"
 
     @model_validator(mode="after")
     def _minibatches_divide(self) -> "PPOConfig":

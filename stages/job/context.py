@@ -1,5 +1,6 @@
 """What a verb is given: its config, its inputs as local folders, a place to write, and ways to report."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from stages.artifacts.store import Store
 from stages.config.base import Config
 from stages.config.errors import ConfigError
 from stages.config.execution import ExecutionConfig
+from stages.config.graph import Stage
 from stages.config.request import BASE_MODEL, ArtifactRef, FileEntry, RunInfo, SourceEntry, StageRequest
 from stages.job.progress import Progress
 from stages.tracking.tracker import NullTracker, Tracker
@@ -86,3 +88,9 @@ class StageContext:
     @property
     def _outside_model(self) -> SourceEntry | None:
         return next((source for source in self.sources if source.role == BASE_MODEL), None)
+
+
+Verb = Callable[[StageContext], StageOutcome]
+"""Does the work of one stage."""
+VerbOf = Callable[[Stage], Verb]
+"""Finds it; handed down from `stages/__main__.py`, so that no room has to import a verb."""

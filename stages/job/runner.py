@@ -4,7 +4,6 @@ manifest last.
 Nothing heavy is imported before a verb is needed: a cache hit costs an interpreter start and two small reads.
 """
 
-import importlib
 import importlib.metadata
 import logging
 import platform
@@ -32,7 +31,7 @@ from stages.config.request import (
     digests_of,
 )
 from stages.job.attempt import git_commit, opened_context
-from stages.job.context import StageContext, StageOutcome
+from stages.job.context import StageContext, StageOutcome, Verb, VerbOf
 from stages.job.failures import record_failure
 from stages.job.logs import log_for_request, log_for_uri
 from stages.job.progress import Progress, read_progress
@@ -46,7 +45,7 @@ _WAITING_SHOWN_SECONDS = 10.0
 _VERSIONED = ("torch", "transformers", "ray", "mlflow", "datatrove", "tokenizers", "athanor")
 
 
-def run_stage(config_uri: str) -> int:
+def run_stage(config_uri: str, verb_of: VerbOf) -> int:
     """Run the stage that `config_uri` describes and return the process's exit code."""
     signal.signal(signal.SIGTERM, raise_stopped)
     try:
@@ -57,7 +56,7 @@ def run_stage(config_uri: str) -> int:
         logger.error("%s %s", error.message, error.advice)
         return EXIT_CODES[error.category]
     try:
-        result = execute(request, store)
+        result = execute(request, store, verb_of)
     except BaseException as error:  # noqa: BLE001 - every failure becomes an exit code and a file; none is swallowed
         return record_failure(store, request, error)
     write_json(store, run_key(request.run.run_id, request.stage, "result.json"), result.model_dump(mode="json"))
@@ -84,7 +83,7 @@ def load_request(config_uri: str) -> tuple[StageRequest, Store]:
     return StageRequest.model_validate_json(data), store
 
 
-def execute(request: StageRequest, store: Store) -> StageResult:
+def execute(request: StageRequest, store: Store, verb_of: VerbOf) -> StageResult:
     """Return the stage's artifact, building it when it does not exist yet."""
     started = time.monotonic()
     config = stage_config_from_json(request.stage, request.config)
@@ -105,7 +104,8 @@ def execute(request: StageRequest, store: Store) -> StageResult:
         if lease is not None:
             break
     with lease:
-        manifest = _build(request, store, sources=sources, identity=identity, fence=lease.fence)
+        verb = verb_of(request.stage)
+        manifest = _build(verb, request, store, sources=sources, identity=identity, fence=lease.fence)
     return StageResult(
         stage=request.stage,
         hit=False,
@@ -151,11 +151,10 @@ def _waiting(request: StageRequest, store: Store) -> Callable[[Owner, float], No
 
 
 def _build(
-    request: StageRequest, store: Store, *, sources: tuple[SourceEntry, ...], identity: str, fence: Fence
+    verb: Verb, request: StageRequest, store: Store, *, sources: tuple[SourceEntry, ...], identity: str, fence: Fence
 ) -> Manifest:
-    verb = importlib.import_module(f"stages.{request.stage.value}")
     with opened_context(request, store, fingerprint=identity, sources=sources, fence=fence) as context:
-        outcome: StageOutcome = verb.run(context)
+        outcome = verb(context)
         context.check_lease()
         manifest = _manifest(context, outcome)
         # The MLflow run ends before the manifest is written, because the manifest carries its ids.

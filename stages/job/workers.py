@@ -32,11 +32,12 @@ logger = logging.getLogger(__name__)
 _SHORTAGE_LOG_SECONDS = 30.0
 _FIRST_WAIT_SECONDS = 5.0
 
-Body = Callable[[StageContext], StageOutcome]
 
+def launch(context: StageContext, body: Callable[..., StageOutcome], *functions: Callable[..., Any]) -> StageOutcome:
+    """Run `body(context, *functions)` on the workers that the execution config asks for.
 
-def launch(context: StageContext, body: Body) -> StageOutcome:
-    """Run `body`, a module-level function, on the workers that the execution config asks for."""
+    All of them are functions of a module: other processes get their names, `module:function`, and import them.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -44,7 +45,7 @@ def launch(context: StageContext, body: Body) -> StageOutcome:
 
     execution = context.execution
     if execution.num_workers == 0:
-        trainer = TorchTrainer(lambda: _to_json(body(context)), scaling_config=ScalingConfig(num_workers=0))
+        trainer = TorchTrainer(lambda: _to_json(body(context, *functions)), scaling_config=ScalingConfig(num_workers=0))
         return _from_json(trainer.fit().return_value)
     context.tracker.wait_run_id(30.0)
     elastic = 0 < execution.min_workers < execution.num_workers
@@ -55,7 +56,7 @@ def launch(context: StageContext, body: Body) -> StageOutcome:
             "fingerprint": context.fingerprint,
             "sources": [source.model_dump(mode="json") for source in context.sources],
             "fence": context.fence.model_dump() if context.fence else None,
-            "body": f"{body.__module__}:{body.__name__}",
+            "functions": [f"{function.__module__}:{function.__name__}" for function in (body, *functions)],
         },
         torch_config=OverRaysInterface(),
         scaling_config=ScalingConfig(
@@ -132,7 +133,7 @@ def _on_worker(arguments: dict[str, Any]) -> dict[str, Any] | None:
     request = StageRequest.model_validate(arguments["request"])
     rank = int(os.environ.get("RANK", "0"))
     log_for_request(request, rank=rank)
-    module, _, name = arguments["body"].partition(":")
+    body, *functions = map(_function, arguments["functions"])
     with opened_context(
         request,
         open_store(request.store_uri),
@@ -142,13 +143,18 @@ def _on_worker(arguments: dict[str, Any]) -> dict[str, Any] | None:
         rank=rank,
     ) as context:
         logger.info("rank %d trains in process %d on %s", rank, os.getpid(), platform.node())
-        outcome: StageOutcome = getattr(importlib.import_module(module), name)(context)
+        outcome: StageOutcome = body(context, *functions)
         if rank:
             return None
         context.check_lease()
         kind = GRAPH[request.stage].kind
         files = upload_files(context.store, context.output_dir, kind=kind, fingerprint=context.fingerprint)
         return _to_json(replace(outcome, files=files))
+
+
+def _function(reference: str) -> Callable[..., Any]:
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _to_json(outcome: StageOutcome) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import sys
 from stages.artifacts.addresses import open_store
 from stages.config.errors import ConfigError, StageError
 from stages.lineage.graph import Graph, ancestors, descendants
-from stages.lineage.tags import MODEL_KINDS
+from stages.lineage.tags import is_model
 from stages.lineage.views import to_json, to_markdown, to_svg
 
 
@@ -57,7 +57,7 @@ def _store_of(target: str) -> str:
 
 def _registered_versions(graph: Graph) -> str:
     """List the registered versions of these models in MLflow, which a takedown must withdraw."""
-    models = [node for node in graph.nodes if node.kind in MODEL_KINDS]
+    models = [node for node in graph.nodes if is_model(node.kind)]
     if not models or not os.environ.get("MLFLOW_TRACKING_URI"):
         return ""
     from stages.tracking.client import registered_versions

@@ -13,7 +13,7 @@ from stages.artifacts.addresses import artifact_uri
 from stages.artifacts.manifests import MANIFEST, load_manifest, read_manifest
 from stages.artifacts.store import Store
 from stages.config.errors import ConfigError
-from stages.config.graph import Stage
+from stages.config.graph import GRAPH
 from stages.config.pipeline import BASE_MODEL
 from stages.config.request import Manifest, SourceKind
 
@@ -169,7 +169,7 @@ class _GraphBuilder:
     def build(self, roots: list[str], *, only: set[str] | None = None) -> Graph:
         kept = {name: node for name, node in self.nodes.items() if only is None or name in only}
         edges = [edge for edge in self.edges if edge.source in kept and edge.target in kept]
-        order = {stage.value: position for position, stage in enumerate(Stage)}
+        order = {stage.value: position for position, stage in enumerate(GRAPH)}
         nodes = sorted(kept.values(), key=lambda node: (order.get(node.stage, -1), node.created_at, node.id))
         place = {node.id: position for position, node in enumerate(nodes)}
         edges.sort(key=lambda edge: (place[edge.source], place[edge.target], edge.role))

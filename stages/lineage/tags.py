@@ -3,14 +3,20 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from stages.config.graph import GRAPH, Stage
+from stages.config.graph import spec_of_kind
 from stages.config.request import ArtifactRef, InputEntry, Manifest, SourceEntry, SourceKind
 
-DATASET_KINDS = frozenset({"curated", "tokens", "evaluation"})
-"""Kinds that MLflow shows as datasets; the other inputs of a stage are models or records."""
+
+def is_dataset(kind: str) -> bool:
+    """Whether MLflow shows artifacts of this kind as datasets; the other inputs of a stage are models or records."""
+    spec = spec_of_kind(kind)
+    return spec is not None and spec.dataset
 
 
-MODEL_KINDS: dict[str, Stage] = {spec.kind: spec.stage for spec in GRAPH.values() if spec.trains}
+def is_model(kind: str) -> bool:
+    """Whether artifacts of this kind are models that Athanor trained."""
+    spec = spec_of_kind(kind)
+    return spec is not None and spec.trains
 
 
 def lineage_tags(manifest: Manifest, uri: str) -> dict[str, str]:
@@ -35,7 +41,7 @@ def input_tags(inputs: Mapping[str, InputEntry | ArtifactRef], sources: Iterable
     """Return the tags for the edges into a stage."""
     tags: dict[str, str] = {}
     for role, entry in inputs.items():
-        if entry.kind in DATASET_KINDS:
+        if is_dataset(entry.kind):
             tags[f"lineage.dataset.{role}"] = entry.digest
         else:
             tags[f"lineage.parent.{role}"] = entry.fingerprint

@@ -3,9 +3,10 @@
 import json
 from dataclasses import asdict
 
+from stages.config.graph import spec_of_kind
 from stages.lineage.graph import GIVEN_KIND, SOURCE_KIND, Edge, Graph, Node
 from stages.lineage.svg import Box, draw_graph
-from stages.lineage.tags import DATASET_KINDS, MODEL_KINDS
+from stages.lineage.tags import is_dataset, is_model
 
 
 def to_json(graph: Graph) -> str:
@@ -33,7 +34,7 @@ def to_svg(graph: Graph) -> str:
         Box(
             id=node.id,
             title=node.kind,
-            lines=(_short(node), *_headline_metric(node)),
+            lines=tuple(filter(None, (_short(node), _headline(node)))),
             tooltip=f"{node.uri}\ndigest {node.digest}",
             group=_group(node),
             emphasised=node.id in graph.roots,
@@ -50,11 +51,9 @@ def _short(node: Node) -> str:
 def _group(node: Node) -> str:
     if node.kind in (SOURCE_KIND, GIVEN_KIND):
         return "source"
-    return "model" if node.kind in MODEL_KINDS else "data" if node.kind in DATASET_KINDS else "record"
+    return "model" if is_model(node.kind) else "data" if is_dataset(node.kind) else "record"
 
 
-def _headline_metric(node: Node) -> tuple[str, ...]:
-    for key in ("eval/perplexity", "reward/accuracy", "dpo/accuracy", "ppo/score", "eval/loss"):
-        if key in node.metrics:
-            return (f"{key.rsplit('/', 1)[-1]} {node.metrics[key]:.3g}",)
-    return ()
+def _headline(node: Node) -> str:
+    spec = spec_of_kind(node.kind)
+    return spec.summary(node.metrics, at_most=1) if spec else ""

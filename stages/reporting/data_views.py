@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from stages.config.graph import Stage
+from stages.config.graph import GRAPH
 from stages.config.nested import dotted
 from stages.config.request import Cost, Manifest
 from stages.config.text import byte_size, duration
@@ -166,7 +166,7 @@ def tokens_table(story: Story) -> Table | None:
 
 def stages_in_order(story: Story) -> list[Manifest]:
     """Manifests of the run in the order of the pipeline."""
-    order = list(Stage)
+    order = list(GRAPH)
     return sorted(story.manifests.values(), key=lambda manifest: order.index(manifest.stage))
 
 

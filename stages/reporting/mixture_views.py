@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from stages.config.graph import trained_stages
 from stages.reporting.line_plot import number
 from stages.reporting.story import Story
 from stages.reporting.tables import Cell, Table, num, shown, text
-
-_TRAINED = {"sft": "SFT", "reward": "reward model", "dpo": "DPO"}
 
 
 def reasons(lost: Mapping[str, float]) -> str:
@@ -40,14 +39,14 @@ def sources_table(story: Story) -> Table | None:
 def mixture_table(story: Story) -> Table | None:
     """Which source gave which share of training, asked and realised."""
     rows: list[tuple[Cell, ...]] = []
-    for role, name in _TRAINED.items():
-        manifest = story.manifests.get(role)
+    for spec in trained_stages():
+        manifest = story.manifests.get(spec.role)
         mixture = (manifest.ledger.get("mixture") if manifest else None) or {}
         sources: Mapping[str, Mapping[str, Any]] = mixture.get("sources") or {}
         for source, share in sources.items() if len(sources) > 1 else ():
             rows.append(
                 (
-                    text(f"{name}: {source}"),
+                    text(f"{spec.label}: {source}"),
                     shown(_percent(share["asked"])),
                     shown(_percent(share["realised"]), share=share["realised"]),
                     text(mixture["unit"]),

@@ -1,16 +1,23 @@
-"""What the report says about models: headline facts, learning curves, evaluation, PPO against DPO, samples."""
+"""What the report says about models: facts, learning curves, evaluation, aligned models side by side, samples."""
 
 from dataclasses import dataclass
 from typing import Any
 
+from stages.config.graph import (
+    GRAPH,
+    Curve,
+    Stage,
+    StageSpec,
+    aligned_models,
+    language_models,
+    trained_stages,
+)
 from stages.config.metrics import EVALUATION_METRICS
 from stages.config.request import Manifest
 from stages.config.text import byte_size, duration
 from stages.reporting.line_plot import Series, line_plot, number
-from stages.reporting.story import MODEL_ROLES, Story
+from stages.reporting.story import Story
 from stages.reporting.tables import Cell, Table, best_of, num, shown, text
-
-NAMES = {"base": "Base", "sft": "SFT", "reward": "Reward model", "ppo": "PPO", "dpo": "DPO"}
 
 _EVALUATION_COLUMNS = tuple(
     (metric.key, metric.label, {"higher": True, "lower": False, "": None}[metric.better])
@@ -18,31 +25,6 @@ _EVALUATION_COLUMNS = tuple(
     if metric.in_report
 )
 """Key, heading, and whether higher is better (None: neither)."""
-
-_PLOTS: dict[str, tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = {
-    "base": (("Loss", (("train/loss", "training"), ("eval/loss", "held-out"))),),
-    "sft": (("Loss", (("train/loss", "training"), ("eval/loss", "held-out"))),),
-    "reward": (
-        ("Loss", (("train/loss", "training"), ("eval/loss", "held-out"))),
-        ("Accuracy", (("reward/accuracy", "training"), ("eval/reward_accuracy", "held-out"))),
-        ("Margin", (("reward/margin", "training"), ("eval/reward_margin", "held-out"))),
-    ),
-    "ppo": (
-        ("Score", (("ppo/score", "sampled"), ("eval/score", "held-out prompts"), ("ppo/reward", "after KL penalty"))),
-        ("KL to the SFT model (nats a response)", (("ppo/kl", "sampled"), ("eval/kl", "held-out prompts"))),
-        ("Loss", (("train/loss", "policy and value"), ("ppo/value_loss", "value"))),
-        (
-            "Response length (tokens)",
-            (("ppo/response_length", "sampled"), ("eval/response_length", "held-out prompts")),
-        ),
-    ),
-    "dpo": (
-        ("Loss", (("train/loss", "training"), ("eval/loss", "held-out"))),
-        ("Accuracy", (("dpo/accuracy", "training"), ("eval/dpo_accuracy", "held-out"))),
-        ("Margin", (("dpo/margin", "training"), ("eval/dpo_margin", "held-out"))),
-        ("KL to the SFT model", (("dpo/kl", "training"), ("eval/kl", "held-out"))),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -89,6 +71,14 @@ class Sample:
     answers: tuple[Answer, ...]
 
 
+_BASE, _SFT = GRAPH[Stage.PRETRAIN].role, GRAPH[Stage.SFT].role
+
+
+def label_of(role: str) -> str:
+    """Return the name of a model in tables, empty when no stage of this version makes it."""
+    return next((spec.label for spec in trained_stages() if spec.role == role), "")
+
+
 def facts(story: Story) -> list[Fact]:
     """The handful of numbers that say whether anything was learned."""
     found = [_base_fact(story), _sft_fact(story), _reward_fact(story), *_aligned_facts(story)]
@@ -96,7 +86,7 @@ def facts(story: Story) -> list[Fact]:
 
 
 def _base_fact(story: Story) -> Fact | None:
-    value, unigram = story.metrics_of("base").get("eval/perplexity"), story.evaluation.get("unigram_perplexity")
+    value, unigram = story.metrics_of(_BASE).get("eval/perplexity"), story.evaluation.get("unigram_perplexity")
     if value is None:
         return None
     detail = (
@@ -106,7 +96,7 @@ def _base_fact(story: Story) -> Fact | None:
 
 
 def _sft_fact(story: Story) -> Fact | None:
-    base, sft = (story.metrics_of(role).get("eval/response_loss") for role in ("base", "sft"))
+    base, sft = (story.metrics_of(role).get("eval/response_loss") for role in (_BASE, _SFT))
     if sft is None:
         return None
     detail = f"{(sft - base) / base:+.0%} against base ({number(base)})" if base else "held-out answers"
@@ -123,21 +113,21 @@ def _reward_fact(story: Story) -> Fact | None:
 
 def _aligned_facts(story: Story) -> list[Fact]:
     found = []
-    for role in ("ppo", "dpo"):
-        metrics = story.metrics_of(role)
+    for spec in aligned_models():
+        metrics = story.metrics_of(spec.role)
         if "eval/win_rate" not in metrics:
             continue
-        gain = score_gain(story, role)
+        gain = score_gain(story, spec.role)
         detail = f"score {gain:+.2f} SD over SFT" if gain is not None else "against SFT"
         if "eval/kl" in metrics:
             detail += f", KL {number(metrics['eval/kl'])} nats"
-        found.append(Fact(f"{NAMES[role]} win rate", f"{metrics['eval/win_rate']:.0%}", detail))
+        found.append(Fact(f"{spec.label} win rate", f"{metrics['eval/win_rate']:.0%}", detail))
     return found
 
 
 def score_gain(story: Story, role: str) -> float | None:
     """Mean score above SFT in standard deviations of the SFT scores."""
-    sft, metrics = story.metrics_of("sft"), story.metrics_of(role)
+    sft, metrics = story.metrics_of(_SFT), story.metrics_of(role)
     if not {"eval/score_mean", "eval/score_std"} <= sft.keys() or "eval/score_mean" not in metrics:
         return None
     if not sft["eval/score_std"]:
@@ -148,35 +138,33 @@ def score_gain(story: Story, role: str) -> float | None:
 def curves(story: Story) -> list[Curves]:
     """Figures for every model with a history."""
     found = []
-    for role in MODEL_ROLES:
-        history = story.histories.get(role) or []
-        plots = [
-            plot for title, keys in _PLOTS[role] if (plot := _plot(f"{NAMES[role]} {title}", title, keys, history))
-        ]
+    for spec in trained_stages():
+        history = story.histories.get(spec.role) or []
+        plots = [plot for curve in spec.curves if (plot := _plot(spec.label, curve, history))]
         if plots:
-            found.append(Curves(NAMES[role], int(history[-1]["step"]), tuple(plots)))
+            found.append(Curves(spec.label, int(history[-1]["step"]), tuple(plots)))
     return found
 
 
-def _plot(label: str, title: str, keys: tuple[tuple[str, str], ...], history: list[dict[str, Any]]) -> Plot | None:
+def _plot(model: str, curve: Curve, history: list[dict[str, Any]]) -> Plot | None:
     series = []
-    for colour, (key, name) in enumerate(keys, start=1):
+    for colour, (key, name) in enumerate(curve.lines, start=1):
         points = tuple((float(row["step"]), float(row[key])) for row in history if row.get(key) is not None)
         if points:
             series.append(Series(name, points, colour))
-    svg = line_plot(series, label=label)
-    return Plot(title, svg, tuple((one.name, one.colour) for one in series)) if svg else None
+    svg = line_plot(series, label=f"{model} {curve.title}")
+    return Plot(curve.title, svg, tuple((one.name, one.colour) for one in series)) if svg else None
 
 
 def evaluation_table(story: Story) -> Table | None:
     """All models on the same held-out data."""
-    models = [role for role in ("base", "sft", "ppo", "dpo") if story.metrics_of(role)]
+    models = [spec.role for spec in language_models() if story.metrics_of(spec.role)]
     if not models:
         return None
     columns = [column for column in _EVALUATION_COLUMNS if any(column[0] in story.metrics_of(role) for role in models)]
     rows = []
     for role in models:
-        cells = [text(NAMES[role])]
+        cells = [text(label_of(role))]
         for key, _, higher in columns:
             value = story.metrics_of(role).get(key)
             others = [story.metrics_of(other).get(key) for other in models]
@@ -207,10 +195,11 @@ def reward_table(story: Story) -> Table | None:
 
 
 def alignment_table(story: Story) -> Table | None:
-    """DPO against PPO: what they cost and what they reached; None unless the run has both."""
-    if not {"ppo", "dpo"} <= story.manifests.keys():
+    """The aligned models side by side: what they cost and what they reached; None unless the run has several."""
+    aligned = [spec for spec in aligned_models() if spec.role in story.manifests]
+    if len(aligned) < 2:
         return None
-    roles = ("dpo", "ppo")
+    roles = [spec.role for spec in aligned]
     manifests = {role: story.manifests[role] for role in roles}
     rows: list[tuple[Cell, ...]] = [
         (text(label), *(shown(spell(manifests[role])) for role in roles))
@@ -234,11 +223,17 @@ def alignment_table(story: Story) -> Table | None:
         rows.append((text("score over SFT (SD)"), *(num(gain) for gain in gains)))
     return Table(
         "What each costs and reaches",
-        ("", "DPO", "PPO"),
+        ("", *(spec.label for spec in aligned)),
         tuple(rows),
-        "Memory is the peak of the stage's job; PPO holds policy, value function, reference and reward model, DPO "
-        "policy and reference. PPO learns from the reward model, DPO from its training pairs.",
+        f"Memory is the peak of the stage's job. {' '.join(map(_means, aligned))}",
     )
+
+
+def _means(spec: StageSpec) -> str:
+    frozen = f" beside {spec.frozen_models} frozen ones" if spec.frozen_models else ""
+    models = "1 model" if spec.trained_models == 1 else f"{spec.trained_models} models"
+    teacher = "preference pairs" if spec.weighs == "preferences" else "the reward model"
+    return f"{spec.label} trains {models}{frozen} and learns from {teacher}."
 
 
 def _steps(manifest: Manifest) -> str:
@@ -252,7 +247,7 @@ def samples(story: Story) -> list[Sample]:
             prompt=str(row.get("prompt", "")),
             answers=tuple(
                 Answer(
-                    NAMES.get(role) or str(role),
+                    label_of(role) or str(role),
                     str(response),
                     number(score) if (score := (row.get("scores") or {}).get(role)) is not None else "",
                 )

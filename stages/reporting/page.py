@@ -50,7 +50,7 @@ def render_page(story: Story) -> str:
 
 def verdict(story: Story) -> str:
     """The one sentence at the top."""
-    chosen = model_views.NAMES.get(str(story.promotion.get("chosen") or ""), "")
+    chosen = model_views.label_of(str(story.promotion.get("chosen") or ""))
     if not story.promotion:
         return "The run ended without a promotion."
     if not chosen:

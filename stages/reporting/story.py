@@ -9,11 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stages.artifacts.manifests import read_file, read_manifest
+from stages.config.graph import trained_stages
 from stages.config.request import ArtifactRef, Manifest, RunInfo
 from stages.lineage.graph import Graph, ancestors
-from stages.lineage.tags import MODEL_KINDS
-
-MODEL_ROLES = ("base", "sft", "reward", "ppo", "dpo")
+from stages.lineage.tags import is_model
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,11 @@ def read_story(inputs: Mapping[str, ArtifactRef], run: RunInfo, *, title: str, m
         run=run,
         manifests=manifests,
         uris={role: ref.uri for role, ref in inputs.items()},
-        histories={role: _history(inputs[role], manifests[role]) for role in MODEL_ROLES if role in inputs},
+        histories={
+            spec.role: _history(inputs[spec.role], manifests[spec.role])
+            for spec in trained_stages()
+            if spec.role in inputs
+        },
         evaluation=read("evaluation", "metrics.json", {}),
         samples=read("evaluation", "samples.json", [])[:max_samples],
         promotion=read("promotion", "promotion.json", {}),
@@ -67,7 +70,7 @@ def _whole_lineage(inputs: Mapping[str, ArtifactRef]) -> Graph | None:
 
 
 def _history(ref: ArtifactRef, manifest: Manifest) -> list[dict[str, Any]]:
-    if manifest.kind not in MODEL_KINDS or not _has(manifest, "history.jsonl"):
+    if not is_model(manifest.kind) or not _has(manifest, "history.jsonl"):
         return []
     return [json.loads(line) for line in read_file(ref, "history.jsonl").splitlines()]
 

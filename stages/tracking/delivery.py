@@ -12,7 +12,7 @@ from pathlib import Path
 from stages.artifacts.addresses import artifact_uri, open_store, run_key
 from stages.artifacts.store import Store
 from stages.config.errors import StageError
-from stages.config.graph import GRAPH, Stage
+from stages.config.graph import GRAPH
 from stages.config.request import Manifest, StageRequest
 from stages.lineage.graph import ancestors_of_unpublished
 from stages.lineage.views import to_json, to_markdown, to_svg
@@ -23,7 +23,6 @@ from stages.tracking.spool import SPOOL_NAME, Event, Spool, read_spool
 _FLUSH_SECONDS = 2.0
 _IMPORT_GRACE_SECONDS = 15.0
 _MAX_BACKOFF_SECONDS = 30.0
-_CLOSING = (Stage.EVALUATE, Stage.PROMOTE, Stage.REPORT)
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +43,8 @@ class Deliverer(threading.Thread):
 
     def run(self) -> None:
         try:
-            if GRAPH[self._request.stage].trains or self._request.stage is Stage.EVALUATE:
+            spec = GRAPH[self._request.stage]
+            if spec.trains or spec.frozen_models:  # its libraries are loading; MLflow's would slow them down
                 self.may_import.wait(_IMPORT_GRACE_SECONDS)
             # one warning of ours instead of one from urllib3 for every attempt
             logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
@@ -132,7 +132,7 @@ class Deliverer(threading.Thread):
             measured = [event for event in events if event["type"] in ("metrics", "file")]
             if deliver(session, self._request, _numbered(measured)) is None:
                 store.delete(own)
-        if self._request.stage in _CLOSING:
+        if GRAPH[self._request.stage].closing:
             replay(store, run_id)
 
 

@@ -12,8 +12,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stages.config.graph import GRAPH
 from stages.config.request import ArtifactRef, Manifest, StageRequest
-from stages.lineage.tags import DATASET_KINDS, MODEL_KINDS, input_tags, lineage_tags, slug
+from stages.lineage.tags import input_tags, is_dataset, is_model, lineage_tags, slug
 from stages.tracking.client import (
     clean_tags,
     cut,
@@ -102,7 +103,7 @@ class MlflowSession:
         run_id = run.info.run_id
         self._log_params(run_id, params, known_params)
         self._log_inputs(run_id)
-        if request.stage in MODEL_KINDS.values():
+        if GRAPH[request.stage].trains:
             self.model_id = self._find_or_create_model(run_id, all_tags).model_id
         self.run_id = run_id
 
@@ -133,7 +134,7 @@ class MlflowSession:
         self._log_source_inputs(run_id, manifest)
         self._fill_in(history, time_ms)
         final = self._final_points(manifest)
-        if manifest.kind in MODEL_KINDS:
+        if is_model(manifest.kind):
             self._finish_model(manifest, uri, final)
         else:
             self._log_batch(run_id, points=final)
@@ -202,11 +203,9 @@ class MlflowSession:
         datasets = [
             dataset_input(ref.kind, ref.uri, ref.digest, context=role)
             for role, ref in self._request.inputs.items()
-            if ref.kind in DATASET_KINDS
+            if is_dataset(ref.kind)
         ]
-        model_ids = dict.fromkeys(
-            self._model_id_of(ref) for ref in self._request.inputs.values() if ref.kind in MODEL_KINDS
-        )
+        model_ids = dict.fromkeys(self._model_id_of(ref) for ref in self._request.inputs.values() if is_model(ref.kind))
         models = [LoggedModelInput(model_id) for model_id in model_ids if model_id]
         if datasets or models:
             self._client.log_inputs(run_id, datasets=datasets, models=models)

@@ -1,6 +1,5 @@
 """What the training stages have in common: a verb provides `prepare(context, tokens)`, the rest is here."""
 
-import importlib
 import json
 import logging
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from stages.config.errors import ConfigError
+from stages.config.graph import GRAPH
 from stages.config.train import TrainConfig
 from stages.data.tokens.views import TokensArtifact
 from stages.job.context import StageContext, StageOutcome
@@ -43,19 +43,22 @@ class Prepared:
     ledger: dict[str, Any] = field(default_factory=dict)
 
 
-def train_stage(context: StageContext) -> StageOutcome:
-    """Run the stage's `prepare` and the loop on the workers that its execution config asks for."""
-    return launch(context, train_on_worker)
+Prepare = Callable[[StageContext, TokensArtifact], Prepared]
+"""A verb's own part, a function of its module."""
 
 
-def train_on_worker(context: StageContext) -> StageOutcome:
+def train_stage(context: StageContext, prepare: Prepare) -> StageOutcome:
+    """Run `prepare` and the loop on the workers that the stage's execution config asks for."""
+    return launch(context, train_on_worker, prepare)
+
+
+def train_on_worker(context: StageContext, prepare: Prepare) -> StageOutcome:
     """Prepare, train, export: the body that runs on every worker."""
     config, execution = context.config, context.execution
     assert isinstance(config, TrainConfig)
     torch.set_num_threads(max(1, int(execution.cpus_per_worker)))
     tokens = TokensArtifact(context.input_dir("tokens"))
-    verb = importlib.import_module(f"stages.{context.request.stage.value}")
-    prepared: Prepared = verb.prepare(context, tokens)
+    prepared = prepare(context, tokens)
     dtype = compute_dtype(local_device(), config.precision)
     meter = Meter.of(prepared.parts, device=local_device(), dtype=dtype)
     engine = make_engine(prepared.parts, config, execution)
@@ -121,14 +124,16 @@ def _check_size(objective: Objective, context: StageContext) -> None:
 
 
 def _reporter(context: StageContext, engine: Engine) -> Callable[..., None]:
-    """Numbers leave from the main process alone."""
+    """Numbers leave from the main process alone; progress shows those of the stage's headlines that training has."""
+    stage = context.request.stage
+    headlines = [headline.key for headline in GRAPH[stage].headlines if headline.key.startswith(f"{stage}/")]
 
     def report(metrics: dict[str, float], *, step: int, num_steps: int) -> None:
         context.progress.watchdog.beat()
         if not engine.is_main:
             return
         context.tracker.log(metrics, step)
-        shown = {name.split("/")[-1]: metrics[name] for name in ("ppo/score", "ppo/kl") if name in metrics}
+        shown = {key.split("/")[-1]: metrics[key] for key in headlines if key in metrics}
         context.progress(
             step,
             num_steps,

@@ -4,7 +4,6 @@
 products) and `size` (pretraining of a model of another size). With `processes: 2` it trains on two gloo ranks.
 """
 
-import importlib
 import json
 import sys
 import tempfile
@@ -36,7 +35,7 @@ from stages.train.objective import Step
 from stages.train.throughput import Meter
 from tests.bench.data import MODEL, OPTIMIZER, SEQUENCE_LENGTH
 from tests.bench.protocol import Rounds
-from tests.small_world import make_context
+from tests.small_world import make_context, prepare_of
 
 _MATMUL = (8 * SEQUENCE_LENGTH, MODEL.hidden_size, MODEL.intermediate_size)
 """The model's largest layer on the micro-batch of pretraining."""
@@ -95,7 +94,7 @@ def work(home: Path, stage: Stage, options: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         context = _context(home, Path(scratch), stage, options)
         artifact = TokensArtifact(context.input_dir("tokens"))
-        prepared = importlib.import_module(f"stages.{stage}").prepare(context, artifact)
+        prepared = prepare_of(stage)(context, artifact)
         counter = FlopCounter.of(next(iter(prepared.parts.values())))
         config = context.config
         assert isinstance(config, TrainConfig)

@@ -31,12 +31,10 @@ def note_pid(request: StageRequest, store: Store, role: str) -> None:
 def pretrain_by(module: str) -> int:
     """Run `python -m <module> <config uri>`: pretraining by the module's `body`, found by its name, which a worker can
     import, unlike __main__."""
-    from stages import pretrain
     from stages.job.workers import launch
 
     logging.basicConfig(level=logging.INFO, stream=sys.stdout)
-    pretrain.run = lambda context: launch(context, importlib.import_module(module).body)
-    return run_stage(sys.argv[1])
+    return run_stage(sys.argv[1], lambda stage: lambda context: launch(context, importlib.import_module(module).body))
 
 
 def print_lines(request: StageRequest, seconds: float) -> None:

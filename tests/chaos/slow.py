@@ -45,9 +45,10 @@ def note_start(context: StageContext, step: int) -> None:
 
 
 def body(context: StageContext) -> StageOutcome:
+    from stages.pretrain import prepare
     from stages.train.run import train_on_worker
 
-    return train_on_worker(dataclasses.replace(context, tracker=Paced(context)))
+    return train_on_worker(dataclasses.replace(context, tracker=Paced(context)), prepare)
 
 
 if __name__ == "__main__":

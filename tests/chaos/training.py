@@ -33,11 +33,12 @@ class NeverReturns(NullTracker):
 
 
 def body(context: StageContext) -> StageOutcome:
+    from stages.pretrain import prepare
     from stages.train.run import train_on_worker
 
     if context.request.try_number == 1:
         context = dataclasses.replace(context, tracker=NeverReturns(context))
-    return train_on_worker(context)
+    return train_on_worker(context, prepare)
 
 
 if __name__ == "__main__":

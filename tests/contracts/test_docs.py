@@ -1,6 +1,7 @@
 """What the documentation names exists: links and their headings, files, make targets, modules that can be run."""
 
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,3 +80,19 @@ def test_every_module_that_is_run_has_a_command_line(page: Path):
         if not source.exists() or '__name__ == "__main__"' not in source.read_text():
             silent.append(module)
     assert silent == []
+
+
+def test_the_licence_goes_into_wheel_and_images():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert project["license"] == "Apache-2.0"
+    assert "Apache License" in (REPOSITORY / "LICENSE").read_text()
+    ignored = (REPOSITORY / ".dockerignore").read_text().splitlines()
+    copied = [
+        line for line in (REPOSITORY / "infra/images/Dockerfile").read_text().splitlines() if "pyproject.toml" in line
+    ]
+    for file in project["license-files"]:
+        assert (REPOSITORY / file).is_file()
+        assert f"!{file}" in ignored
+        assert all(file in line for line in copied if line.startswith("COPY")), (
+            "a build without it fails or leaves it out"
+        )

@@ -9,6 +9,7 @@ import pytest
 
 from operators.given import given_artifacts
 from operators.prepare import build_request, load_config, pipeline_key
+from stages.__main__ import verb_of
 from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import fetch, read_manifest
 from stages.artifacts.store import Store, write_json
@@ -45,7 +46,7 @@ def play(store: Store, name: str, params: dict[str, Any]) -> dict[Stage, Artifac
         config = load_config(store, run)
         if stage in config.selected:
             request = build_request(stage, run=run, store=store, config=config, upstream=done)
-            result = execute(request, store)
+            result = execute(request, store, verb_of)
             write_json(store, f"runs/{name}/{stage.value}/result.json", result.model_dump(mode="json"))
             done[stage] = result.artifact
     return done

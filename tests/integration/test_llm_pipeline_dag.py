@@ -16,7 +16,7 @@ from dags.llm_pipeline import llm_pipeline
 from operators.operator import StageOperator
 from operators.ray.hook import RayJobHook
 from stages.config.forms import PipelineParams
-from stages.config.graph import PIPELINE_STAGES
+from stages.config.graph import pipeline_stages
 from tests.servers import RayServer
 
 pytestmark = pytest.mark.integration
@@ -109,7 +109,7 @@ def test_a_dry_run_ends_green_after_its_plan_and_spends_nothing(
 ):
     run = play("succeed", dry_run=True, seed=3)
     expected = {
-        **dict.fromkeys((*PIPELINE_STAGES, "approve"), "skipped"),
+        **dict.fromkeys((*pipeline_stages(), "approve"), "skipped"),
         **dict.fromkeys(("resolve", "plan", "close"), "success"),
     }
     assert (run.state, run.states) == ("success", expected)
@@ -150,6 +150,6 @@ def test_wrong_input_ends_the_run_in_seconds_before_any_ray_job(play: Callable[.
     run = play("succeed", overrides={"sft.optimizer.learning_rat": 1})
     assert run.state == "failed"
     assert run.tasks["resolve"].try_number == 1
-    assert {run.states[stage] for stage in PIPELINE_STAGES} == {"upstream_failed"}
+    assert {run.states[stage] for stage in pipeline_stages()} == {"upstream_failed"}
     assert jobs_of(run) == 0
     assert time.monotonic() - started < 30

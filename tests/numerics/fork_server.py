@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.__main__ import verb_of
+from stages.config.graph import trained_stages
 from tests.places import REPOSITORY
 
 PRELOADED = (
@@ -30,11 +32,6 @@ PRELOADED = (
     "transformers.models.auto.modeling_auto",
     "transformers.loss.loss_utils",
     "stages.job.runner",
-    "stages.pretrain",
-    "stages.sft",
-    "stages.reward",
-    "stages.dpo",
-    "stages.ppo",
 )
 
 _SETTINGS = {
@@ -107,6 +104,8 @@ def fork_server() -> Iterator[ForkServer]:
 def _serve() -> None:
     for module in PRELOADED:
         importlib.import_module(module)
+    for spec in trained_stages():
+        verb_of(spec.stage)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever prints here prints to the test's standard error
     for line in sys.stdin:

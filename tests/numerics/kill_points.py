@@ -68,6 +68,7 @@ def draw_kill(rng: random.Random, place: str, visits: Visits) -> Kill:
 def run(config_uri: str, *, kill: dict[str, Any] | None, record: str | None) -> int:
     """`python -m stages` in a forked process: die at `kill`, or write the visits to the file `record`."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)-7s %(name)s: %(message)s", stream=sys.stdout)
+    from stages.__main__ import verb_of
     from stages.job.runner import load_request, run_stage
 
     companion = _Companion()
@@ -75,7 +76,7 @@ def run(config_uri: str, *, kill: dict[str, Any] | None, record: str | None) -> 
     seconds: defaultdict[str, list[float]] = defaultdict(list)
     for place, target in places_of(stage).items():
         _watch(target, _visits(place, seconds, Kill(**kill) if kill else None, companion))
-    status = run_stage(config_uri)
+    status = run_stage(config_uri, verb_of)
     if record:
         Path(record).write_text(json.dumps(seconds))
     return status

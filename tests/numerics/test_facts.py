@@ -17,7 +17,7 @@ from stages.models.forward import next_token_loss_sum, segment_logprobs, segment
 from stages.models.generation import Draws, Sampling, generate
 from stages.models.linear_cross_entropy import linear_cross_entropy_sum
 from tests.numerics.training import run_training
-from tests.small_world import CONFIGS, MODEL, make_context
+from tests.small_world import CONFIGS, MODEL, make_context, prepare_of
 
 Inputs = dict[Stage, dict[str, ArtifactRef]]
 
@@ -168,12 +168,10 @@ def test_an_export_reloads_in_plain_transformers(artifact: TokensArtifact, stage
 
 
 def prepared_objective(stage: Stage, inputs: dict[str, ArtifactRef], artifact: TokensArtifact, home: Path) -> Any:
-    import importlib
-
     from stages.train.engines.choose import make_engine
 
     context = make_context(home, stage, CONFIGS[stage], inputs)
-    prepared = importlib.import_module(f"stages.{stage}").prepare(context, artifact)
+    prepared = prepare_of(stage)(context, artifact)
     engine = make_engine(prepared.parts, CONFIGS[stage], context.execution)
     return engine, prepared.objective(engine)
 

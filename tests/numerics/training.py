@@ -1,7 +1,6 @@
 """Run an objective through the real loop, in this process or on two, with a kill at any step."""
 
 import contextlib
-import importlib
 import os
 import shutil
 import tempfile
@@ -27,7 +26,7 @@ from stages.train.engines.choose import make_engine
 from stages.train.loop import train
 from stages.train.run import Prepared
 from stages.train.throughput import Meter
-from tests.small_world import make_context
+from tests.small_world import make_context, prepare_of
 
 METER = Meter((), peak_flops=1.0)
 """Counts nothing: timing is not what is compared."""
@@ -99,8 +98,7 @@ def prepare(home: Path, stage: Stage, config: TrainConfig, inputs: dict[str, Art
 
 
 def prepare_in(context: StageContext) -> Prepared:
-    verb = importlib.import_module(f"stages.{context.request.stage.value}")
-    return verb.prepare(context, TokensArtifact(context.input_dir("tokens")))
+    return prepare_of(context.request.stage)(context, TokensArtifact(context.input_dir("tokens")))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from stages.config.metrics import BY_KEY
 from stages.config.request import ArtifactRef
 from stages.data.tokens.ragged import Ragged, RaggedWriter
 from stages.data.tokens.views import Split, TokensArtifact
+from tests.imaginary import add_imaginary_stage
 from tests.small_world import make_context, make_models, make_tokens
 
 Inputs = dict[str, ArtifactRef]
@@ -40,13 +41,11 @@ def test_an_aligned_stage_that_joins_the_graph_is_measured_against_its_reference
     made: tuple[Path, Inputs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home, inputs = made
-    imaginary: Any = "kto"
-    monkeypatch.setitem(GRAPH, imaginary, replace(GRAPH[Stage.DPO], stage=imaginary, role="kto", label="KTO"))
-    report = measured(home, inputs | {"kto": inputs["sft"]})
-    assert list(report["models"]) == ["base", "sft", "kto"]
-    kto = report["models"]["kto"]
-    assert kto["eval/kl"] == pytest.approx(0.0, abs=1e-5)  # it is its reference
-    assert kto["eval/win_rate"] == pytest.approx(0.5)
+    role = add_imaginary_stage(monkeypatch).role
+    report = measured(home, inputs | {role: inputs["sft"]})
+    assert list(report["models"]) == ["base", "sft", role]
+    assert report["models"][role]["eval/kl"] == pytest.approx(0.0, abs=1e-5)  # it is its reference
+    assert report["models"][role]["eval/win_rate"] == pytest.approx(0.5)
     assert "eval/kl" not in report["models"]["sft"]
 
 
@@ -54,7 +53,6 @@ def test_a_scoring_stage_that_joins_the_graph_is_not_asked_for_text(monkeypatch:
     imaginary: Any = "critic"
     monkeypatch.setitem(GRAPH, imaginary, replace(GRAPH[Stage.REWARD], stage=imaginary, role="critic"))
     assert evaluate.language_roles() == ["base", "sft", "ppo", "dpo"]
-    assert evaluate.aligned_roles() == ["ppo", "dpo"]
     assert evaluate.scorer_role() == "reward"
 
 

@@ -18,6 +18,7 @@ def merged_steps(
     units: Sequence[Extracted], filtered: Sequence[PassResult], finished: Sequence[PassResult], *, samples: int
 ) -> list[Step]:
     """One account for all units and shards."""
+    # Column by column: the step `read` of all units, then each step of the two passes of all shards.
     columns = [[unit.step for unit in units], *zip(*(result.steps for result in filtered), strict=True)]
     columns += zip(*(result.steps for result in finished), strict=True)
     merged: list[Step] = []

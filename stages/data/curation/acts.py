@@ -131,6 +131,7 @@ def match_near_copies(curation: Curation) -> None:
         buckets = range(bench.config.minhash_buckets)
         curation.pool.run(match_bucket, [(bucket, bench) for bucket in buckets])
         cluster_of = clusters([len(result.heldout) for result in filtered], bench)
+        # A document is known when it agrees with an earlier one in any bucket.
         flags = [result.planted for result in filtered]
         known = [np.zeros(len(column), dtype=bool) for column in flags]
         for found in curation.pool.run(seen.match_seen, [(bucket, flags, bench) for bucket in buckets]):
@@ -156,6 +157,7 @@ def verify(curation: Curation) -> None:
     samples = curation.bench.config.samples_per_reason
     curation.steps = account.merged_steps(curation.units, curation.filtered, curation.finished, samples=samples)
     verify_chain(curation.steps)
+    # Counted from the files and not from what was written, so that a damaged disk is noticed here.
     kept, written = curation.steps[-1].kept, Amount()
     for split in SPLITS:
         curation.published[split] = _published(curation, curation.bench.published_documents(split))

@@ -73,6 +73,7 @@ def refuse_bad_sources(results: Sequence[Extracted], config: CurateConfig) -> No
 def refuse_bad_share(source: str, step: Step, config: CurateConfig) -> None:
     """Raise DataError when more than `max_bad_fraction` of what came in could not be read."""
     bad = {reason: amount.documents for reason, amount in step.dropped.items() if reason not in HARMLESS}
+    # By records and not by bytes: how many bytes of a damaged file were lost is unknown.
     share = sum(bad.values()) / max(1, step.entered.documents)
     if share > config.max_bad_fraction:
         samples = "; ".join(f"{reason}: {rows[0]['id']}" for reason, rows in sorted(step.samples.items()) if rows)

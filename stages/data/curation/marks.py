@@ -80,6 +80,7 @@ def mark(documents: Documents, *, max_bytes: int, seen: np.ndarray) -> np.ndarra
     """What earlier increments, exact copies and the cap take, as a column of marks; 0 for what stays."""
     marks = np.zeros(len(documents), dtype=np.uint8)
     marks[extra_copies(documents.keys, heldout=documents.heldout, planted=documents.planted)] = Mark.EXACT_DUPLICATE
+    # Overwrites: of a text that was seen before, every copy goes under that reason.
     marks[np.isin(documents.keys, seen)] = Mark.SEEN_BEFORE
     marks[_over_cap(documents, marks == Mark.NONE, max_bytes)] = Mark.OVER_MAX_BYTES
     return marks
@@ -90,6 +91,7 @@ def _over_cap(documents: Documents, stays: np.ndarray, max_bytes: int) -> np.nda
     places = np.flatnonzero(stays)
     if not max_bytes:
         return places[:0]
+    # Ties of the draw keep the order of documents. The document that crosses the limit is over it, as are all after.
     order = places[np.argsort(documents.draws[places], kind="stable")]
     return order[np.cumsum(documents.sizes[order]) > max_bytes]
 
@@ -109,6 +111,7 @@ def near_copies(clusters: np.ndarray, seen: np.ndarray, *, heldout: np.ndarray, 
     members = np.flatnonzero(clusters >= 0)
     extra = extra_copies(clusters[members], heldout=heldout[members], planted=planted[members])
     marks[members[extra]] = Mark.NEAR_DUPLICATE
+    # Likeness is not transitive, so a chain of near copies may reach text that was seen: the whole cluster goes.
     known_clusters = np.unique(clusters[seen & (clusters >= 0)])
     marks[(seen | np.isin(clusters, known_clusters)) & ~planted] = Mark.NEAR_DUPLICATE_OF_SEEN
     return marks

@@ -119,6 +119,7 @@ def filter_shard(shard: Shard, bench: Workbench) -> PassResult:
     reader = RowReader(rows, np.concatenate(shard.marks))
     flags: list[tuple[bool, bool]] = []
     kept = _set_aside(_chain(reader, blocks, result, bench), shard.number, flags, bench)
+    # Everything up to here is lazy: the last consumer pulls one document at a time through all blocks.
     if bench.config.near_duplicates:
         dedup.signature_block(bench).run(kept, shard.number)
     else:
@@ -158,6 +159,7 @@ def finish_shard(shard: int, marks: np.ndarray, bench: Workbench) -> PassResult:
         "planted": [PlantedOut(texts)],
     }
     result = PassResult([Step(name) for name in blocks], planted_texts=texts, pii=pii)
+    # A shard's rows fit in memory: shards are bounded by _SHARD_BYTES, except for single large units.
     rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for document in _chain(RowReader(bench.rows("kept", shard), marks), blocks, result, bench):
         split = "heldout" if document.metadata["heldout"] else "train"

@@ -68,6 +68,7 @@ def match_seen(bucket: int, planted: list[np.ndarray], bench: Workbench) -> list
     before = np.empty(0, dtype=record["signature"])
     if bench.previous is not None:
         before = np.fromfile(bench.previous / name, dtype=record["signature"])
+    # Signatures are compared as fixed-length bytes; see `dedup_keys.KEY` on trailing zero bytes.
     found = [np.zeros(len(column), dtype=bool) for column in planted]
     now = [before]
     for path in bench.files(f"signatures/bucket_{bucket:03d}", "*.minhash.sig"):
@@ -76,5 +77,6 @@ def match_seen(bucket: int, planted: list[np.ndarray], bench: Workbench) -> list
         records = records[~planted[shard][records["index"]]]
         found[shard][records["index"]] = np.isin(records["signature"], before)
         now.append(records["signature"])
+    # Sorted and unique, so the file does not depend on the order of shards or of increments.
     bench.publish_bytes(name, np.unique(np.concatenate(now)).tobytes())
     return found

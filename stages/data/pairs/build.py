@@ -183,6 +183,7 @@ class _Preparation:
         for row in rows:
             found[row["heldout"]][source_of(row)] += 1
         limits = {False: limit, True: self._config.max_heldout_pairs}
+        # Rows come in the order of the draw, so the first ones of each source fill its share.
         left = {heldout: fair_shares(counts, limits[heldout]) for heldout, counts in found.items()}
         reasons: list[str] = []
         for row in rows:

@@ -119,6 +119,7 @@ def _rejected(
     def draw(what: str, below: int) -> int:
         return stable_hash(config.seed, what, symbol.id) % below
 
+    # One draw chooses the kind. Answers too short to be cut or garbled fall through to `mismatch`.
     share = draw("kind", 1_000_000) / 1_000_000
     mismatch, truncated, rambling, _ = config.preference_mix
     words = symbol.summary.split()

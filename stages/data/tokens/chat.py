@@ -82,6 +82,7 @@ class ChatEncoder:
         named = set(self._special_tokens.values())
         self._controls = _control_tokens(tokenizer, self._written(), named)
         self._copy, self._stand_ins, self._real_ids = _with_stand_ins(tokenizer, self._controls)
+        # Longest first, so that a token is never matched as the beginning of a longer one.
         names = sorted((token.content for token in self._controls.values()), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
@@ -160,12 +161,15 @@ class ChatEncoder:
         trained: list[np.ndarray] = []
         for piece in pieces:
             text = piece.filled(messages)
+            # A stand-in inside a message would become a control token, which is what this class rules out.
             if piece.message is not None and _RESERVED in text:
                 raise Unusable("reserved_character")
             texts.append(text)
             trained.append(np.full(len(text), piece.trained))
         encoding = self._copy.encode("".join(texts), add_special_tokens=False)
         ids = self._real_ids[np.asarray(encoding.ids, dtype=np.int64)]
+        # before[i] counts the trained characters before character i, so a token is trained when its range of
+        # characters holds at least one of them: that decides for tokens which cross the border of a piece.
         before = np.concatenate([[0], np.cumsum(np.concatenate(trained))])
         starts, stops = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
         return EncodedChat(ids, (before[stops] > before[starts]).astype(np.int64))
@@ -198,6 +202,7 @@ class ChatEncoder:
             raise Unusable("refused_by_template") from error
         (text,), marked_spans = answer
         spans = marked_spans[0] if marked_spans else []
+        # Every message exactly once and in order, or masks would be laid over the wrong text.
         if [int(match[2]) for match in _PLACEHOLDER.finditer(text)] != list(range(len(roles))):
             raise Unusable("left_out_by_template")
         return text, spans
@@ -211,6 +216,7 @@ class ChatEncoder:
                 asked, _ = self._render(roles[:index], add_generation_prompt=True)
                 limit = places[index + 1].start() if index + 1 < len(places) else len(text)
                 end = self._control.search(text, place.end(), limit)
+                # Where a template renders the prompt otherwise at the end, take the text alone.
                 start = len(asked) if text.startswith(asked) else place.start()
                 yield start, end.end() if end else place.end()
 
@@ -267,6 +273,7 @@ def _with_stand_ins(
         ]
     )
     made = {number: copy.token_to_id(names[token.content]) for number, token in controls.items()}
+    # Ids of the copy are those of the tokenizer, with the stand-ins after them; this maps stand-ins back.
     real_ids = np.arange(max(copy.get_vocab(with_added_tokens=True).values()) + 1, dtype=np.int64)
     for number, stand_in in made.items():
         real_ids[stand_in] = number

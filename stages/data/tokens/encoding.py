@@ -148,6 +148,7 @@ class ConversationWriter:
         size, limit = len(whole.ids), self._config.sequence_length
         if size <= limit:
             return _Fitted(messages, whole, size)
+        # The shortest prefix that can be trained: one exchange, after the system message if there is one.
         first = 3 if messages[0]["role"] == "system" else 2
         for length in range(len(messages) - 2, first - 1, -2) if self._config.too_long == "truncate" else ():
             part = self._chat.encode(messages[:length])
@@ -207,6 +208,7 @@ class PairWriter:
         tokens = sum(len(side.ids) for side in sides.values())
         if max(len(side.ids) for side in sides.values()) > self._config.sequence_length:
             self._account.drop(source, "longer_than_context", tokens=tokens)
+        # Texts that differ only in what the template trims are equal as tokens, and teach nothing.
         elif np.array_equal(sides["chosen"].ids, sides["rejected"].ids):
             self._account.drop(source, "equal_sides", tokens=tokens)
         else:
@@ -218,6 +220,7 @@ class PairWriter:
             self._account.keep(source, sides.values(), tokens_in=tokens)
 
     def _side(self, prompt: list[dict[str, str]], answer: str) -> EncodedChat:
+        # The template marks every assistant turn; a pair compares only the last one, so the rest is masked.
         chat = self._chat.encode([*prompt, {"role": "assistant", "content": answer}])
         mask = chat.loss_mask.copy()
         mask[: len(self._chat.encode_prompt(prompt))] = 0

@@ -39,7 +39,7 @@ class Packed:
             segment_ids_BT=_copied(self.segment_ids_BT, device),
             loss_mask_BT=_copied(self.loss_mask_BT, device),
             num_segments=self.num_segments,
-            spans_D4=self.spans_D4,  # stays on the CPU: masks are built from it before they are moved
+            spans_D4=self.spans_D4,  # stays on the CPU: attention loops over it, and would wait for a GPU
             fields={name: _copied(tensor, device) for name, tensor in self.fields.items()},
         )
 
@@ -108,6 +108,7 @@ def plan_rows(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list
 
     Raises DataError for a sequence longer than a row.
     """
+    # Next fit never looks back at an earlier row, so sequences stay in the order in which training draws them.
     rows: list[list[int]] = []
     free = 0
     for index, length in enumerate(lengths):
@@ -135,17 +136,20 @@ def lay_out(sequences: Sequence[TokenSequence]) -> Packed:
     numbers = {name: np.zeros(total, dtype=np.int64) for name in ("ids", "positions", "segments", "mask")}
     fields = {name: np.zeros(total, dtype=np.float32) for name in (sequences[0].fields if sequences else ())}
     spans = np.zeros((len(sequences), 4), dtype=np.int64)
-    before = start = 0
+    before = start = 0  # `before` is where the sequence laid out last begins
     for segment, sequence in enumerate(sequences):
         shared, end = sequence.shared, start + sequence.num_laid_out
         numbers["ids"][start:end] = sequence.ids[shared:]
+        # Positions count in the sequence, not in the row, so rotary embeddings are the same wherever it is laid.
         numbers["positions"][start:end] = np.arange(shared, len(sequence.ids))
         numbers["segments"][start:end] = segment
         numbers["mask"][start:end] = sequence.loss_mask[shared:]
+        # After a shared beginning the first own token is predicted from the last shared one, so it stays a target.
         if not shared:
             numbers["mask"][start] = 0  # nothing precedes the first token
         for name, values in sequence.fields.items():
             fields[name][start:end] = values[shared:]
+        # Without a shared beginning the earlier range is empty, at the sequence's own start.
         spans[segment] = (start, end, before, before + shared) if shared else (start, end, start, start)
         before, start = start, end
     tensors_BT = {name: torch.from_numpy(values)[None] for name, values in numbers.items()}
@@ -168,6 +172,7 @@ def split_by_rows(groups: Sequence[Sequence[int]], *, row_length: int, max_rows:
     ranges: list[range] = []
     start, lengths = 0, []
     for index, group in enumerate(groups):
+        # Planned anew with every group, because the free end of a row depends on all that came before it.
         if lengths and len(plan_rows([*lengths, *group], row_length)) > max_rows:
             ranges.append(range(start, index))
             start, lengths = index, []

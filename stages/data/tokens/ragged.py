@@ -21,6 +21,7 @@ class RaggedWriter:
         self._lengths: list[int] = []
 
     def append(self, values: np.ndarray) -> None:
+        # An array is never cut by `append`; one that is longer than a shard makes a longer shard.
         if self._num_pending and self._num_pending + len(values) > self._shard_items:
             self._flush()
         self._pending.append(np.asarray(values, dtype=self._dtype))
@@ -33,7 +34,7 @@ class RaggedWriter:
         np.save(self._folder / f"{self._name}-offsets.npy", offsets.astype(np.int64))
 
     def _flush(self) -> None:
-        if not self._num_pending and self._num_shards:
+        if not self._num_pending and self._num_shards:  # but a first shard exists even without items
             return
         values = np.concatenate(self._pending) if self._pending else np.empty(0, dtype=self._dtype)
         np.save(self._folder / f"{self._name}-{self._num_shards:05d}.npy", values)
@@ -69,6 +70,7 @@ class Ragged:
     def slice(self, start: int, stop: int) -> np.ndarray:
         """Return items [start, stop) of the concatenation, as int64."""
         pieces = []
+        # side="right" skips empty shards, whose start equals that of the next one.
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
         while start < stop:
             end = min(stop, int(self._starts[shard + 1]))

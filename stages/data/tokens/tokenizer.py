@@ -61,7 +61,7 @@ class LoadedTokenizer:
 
     def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encode documents: begin token, text without special tokens, end token."""
-        self.backend.encode_special_tokens = True
+        self.backend.encode_special_tokens = True  # despite its name: text that looks special is ordinary text
         head = [] if self.bos_id < 0 else [self.bos_id]
         return [
             np.asarray([*head, *encoding.ids, self.eos_id], dtype=np.int64)
@@ -84,6 +84,7 @@ def train_tokenizer(texts: Iterator[str], config: TokenizeConfig) -> LoadedToken
     """Train a byte-level BPE; raises ConfigError when the text has too few distinct pieces for `vocab_size`."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
+        # One token a digit, so that numbers of any length are built from the same ten pieces.
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     backend.decoder = decoders.ByteLevel()
@@ -91,6 +92,7 @@ def train_tokenizer(texts: Iterator[str], config: TokenizeConfig) -> LoadedToken
         vocab_size=config.vocab_size,
         min_frequency=config.min_word_frequency,
         special_tokens=_SPECIAL_TOKENS,
+        # All 256 bytes, so that no text is unknown whatever the tokenizer was trained on.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

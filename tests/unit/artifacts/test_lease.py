@@ -270,7 +270,6 @@ def test_the_runner_builds_once_for_two_runs_and_says_whom_it_waits_for(
         (context.output_dir / "report.html").write_text("story")
         return StageOutcome()
 
-    monkeypatch.setattr("stages.report.run", slow_verb)
     results = {}
 
     def need(run_id: str) -> None:
@@ -278,7 +277,7 @@ def test_the_runner_builds_once_for_two_runs_and_says_whom_it_waits_for(
         request = request.model_copy(
             update={"run": request.run.model_copy(update={"airflow_run_id": run_id}), "submission_id": f"job-{run_id}"}
         )
-        results[run_id] = execute(request, store)
+        results[run_id] = execute(request, store, lambda stage: slow_verb)
 
     first = threading.Thread(target=need, args=("one",))
     first.start()

@@ -26,7 +26,7 @@ from stages.artifacts.manifests import (
 from stages.artifacts.s3 import S3Store
 from stages.artifacts.store import Store
 from stages.config.errors import ConfigError, DamagedArtifactError
-from stages.config.graph import PIPELINE_STAGES, Stage
+from stages.config.graph import Stage, pipeline_stages
 from stages.config.recipes import tiny
 from stages.config.request import ArtifactRef, Manifest
 
@@ -94,7 +94,7 @@ def test_where_an_input_lies_does_not_matter() -> None:
 def test_no_execution_setting_is_in_a_stage_config() -> None:
     """The fingerprint covers the whole stage config, so resources must not be there."""
     execution = set(tiny().execution.pretrain.model_dump())
-    for stage in PIPELINE_STAGES:
+    for stage in pipeline_stages():
         assert not execution & set(tiny().stage_config(stage).model_dump()), stage
 
 

@@ -4,10 +4,11 @@ import pytest
 from pydantic import ValidationError
 
 from stages.config.errors import ConfigError
-from stages.config.graph import GRAPH, PIPELINE_STAGES, Alignment, Stage, selected_stages
+from stages.config.graph import GRAPH, Alignment, Stage, pipeline_stages
 from stages.config.recipes import RECIPES
 from stages.config.request import SourceKind
 from stages.config.resolve import resolve
+from stages.config.selection import selected_stages
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -139,7 +140,7 @@ def test_wrong_input_names_the_field(values: dict, message: str, advice: str) ->
 def test_selected_stages_are_closed_over_their_needs() -> None:
     """Whatever is chosen, every selected stage finds the inputs that it cannot do without."""
     for alignment in Alignment:
-        for last_stage in PIPELINE_STAGES:
+        for last_stage in pipeline_stages():
             chosen = selected_stages(alignment=alignment, last_stage=last_stage, has_base_model=False)
             for stage in chosen & {Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO}:
                 assert {source for _, source in GRAPH[stage].inputs} <= chosen, (alignment, last_stage, stage)
@@ -149,7 +150,7 @@ def test_each_alignment_selects_its_stages() -> None:
     def chosen(alignment: Alignment) -> set[Stage]:
         return set(selected_stages(alignment=alignment, last_stage=Stage.REPORT, has_base_model=False))
 
-    everything = set(PIPELINE_STAGES)
+    everything = set(pipeline_stages())
     assert chosen(Alignment.BOTH) == everything
     assert chosen(Alignment.PPO) == everything - {Stage.DPO}
     assert chosen(Alignment.DPO) == everything - {Stage.PPO}

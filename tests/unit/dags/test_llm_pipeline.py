@@ -8,17 +8,18 @@ from airflow.sdk import TriggerRule
 from dags.llm_pipeline import llm_pipeline
 from operators.failures import MAX_RETRIES, StageRetryPolicy
 from operators.operator import StageOperator
-from stages.config.graph import GRAPH, PIPELINE_STAGES, Alignment, Stage, selected_stages
+from stages.config.graph import GRAPH, Alignment, Stage, pipeline_stages
+from stages.config.selection import selected_stages
 
-STAGES = {stage: llm_pipeline.task_dict[stage.value] for stage in PIPELINE_STAGES}
+STAGES = {stage: llm_pipeline.task_dict[stage.value] for stage in pipeline_stages()}
 OPTIONAL = {Stage.REWARD, Stage.PPO, Stage.DPO}
 HEAVY = {Stage.CURATE, Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO, Stage.EVALUATE}
 
 
 def test_every_stage_is_a_task_of_its_own_name_between_resolve_and_close():
-    assert set(llm_pipeline.task_ids) == {"resolve", "plan", "approve", "close", *PIPELINE_STAGES}
+    assert set(llm_pipeline.task_ids) == {"resolve", "plan", "approve", "close", *pipeline_stages()}
     assert {stage: task.stage for stage, task in STAGES.items() if isinstance(task, StageOperator)} == {
-        stage: stage.value for stage in PIPELINE_STAGES
+        stage: stage.value for stage in pipeline_stages()
     }
     assert [task.task_id for task in llm_pipeline.roots] == ["resolve"]
     assert [task.task_id for task in llm_pipeline.leaves] == ["close"]
@@ -52,7 +53,7 @@ def test_every_input_of_every_stage_is_finished_before_it_starts():
 
 @pytest.mark.parametrize(("alignment", "has_base_model"), product(Alignment, (True, False)))
 def test_a_run_may_end_anywhere_and_what_it_does_not_ask_for_is_skipped(alignment: Alignment, has_base_model: bool):
-    for last in PIPELINE_STAGES:
+    for last in pipeline_stages():
         selected = selected_stages(alignment=alignment, last_stage=last, has_base_model=has_base_model)
         for stage in selected:
             missing = {source for _, source in GRAPH[stage].inputs} - selected
@@ -93,7 +94,7 @@ def test_policy_owner_retries_timeouts_pools_tags_and_documentation():
 
 
 def test_models_and_documents_are_announced_as_assets():
-    announced = {stage: [asset.name for asset in STAGES[stage].outlets] for stage in PIPELINE_STAGES}
+    announced = {stage: [asset.name for asset in STAGES[stage].outlets] for stage in pipeline_stages()}
     assert announced == {stage: [spec.asset] if spec.asset else [] for stage, spec in GRAPH.items() if stage in STAGES}
 
 

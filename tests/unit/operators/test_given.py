@@ -15,7 +15,7 @@ from stages.artifacts.addresses import artifact_uri, open_store
 from stages.artifacts.manifests import publish, read_manifest, utc_now
 from stages.artifacts.store import Store
 from stages.config.errors import ConfigError, StageError
-from stages.config.graph import GRAPH, PIPELINE_STAGES, Stage
+from stages.config.graph import GRAPH, Stage, pipeline_stages
 from stages.config.pipeline import BASE_MODEL, PREVIOUS
 from stages.config.request import ArtifactRef, InputEntry, Manifest, RunInfo
 from stages.config.resolve import resolve
@@ -171,9 +171,9 @@ def test_a_registry_that_is_away_is_no_wrong_input(house: House, monkeypatch: py
         (50_000, 0, True, set(), True),
         (50_000, 9, False, set(), True),
         (500, 9, True, {Stage.PRETRAIN}, False),
-        (500, 9, False, set(PIPELINE_STAGES) - {Stage.CURATE}, False),
-        (500, 0, True, set(PIPELINE_STAGES) - {Stage.CURATE}, False),
-        (0, 0, False, set(PIPELINE_STAGES) - {Stage.CURATE}, False),
+        (500, 9, False, set(pipeline_stages()) - {Stage.CURATE}, False),
+        (500, 0, True, set(pipeline_stages()) - {Stage.CURATE}, False),
+        (0, 0, False, set(pipeline_stages()) - {Stage.CURATE}, False),
     ],
 )
 def test_a_run_goes_as_far_as_there_is_new_data(
@@ -183,7 +183,7 @@ def test_a_run_goes_as_far_as_there_is_new_data(
     config = resolve({"recipe": "tiny", "documents": ["/new"], "previous_data": house.dpo.uri, **base})
     metrics = {"curate/bytes_new": new_bytes, "curate/pairs_new": new_pairs}
     left = as_far_as_there_is_new_data(config.with_given(given_artifacts(config)), metrics)
-    assert set(PIPELINE_STAGES) - left.selected == ends_without
+    assert set(pipeline_stages()) - left.selected == ends_without
     assert (Stage.PRETRAIN in left.selected) == pretrains
     if base_model and new_pairs and not pretrains:
         assert left.stage_given(Stage.SFT)[BASE_MODEL] == house.dpo

@@ -88,7 +88,8 @@ def test_the_page_tells_the_whole_story(tmp_path: Path) -> None:
         "-20% against base (3)",  # (2.4 - 3) / 3
         "score +1.00 SD over SFT, KL 4.2 nats",  # (0.3 + 0.5) / 0.8
         "demo-aligned",
-        "DPO against PPO",
+        "What each costs and reaches",
+        "DPO trains 1 model and learns from preference pairs.",
         "10 in = 7 kept + 3 dropped ✓ the sums conserve",
         "What does `html.escape` do?",
         "foreign",
@@ -112,6 +113,7 @@ def test_every_learning_curve_of_the_run_is_drawn(tmp_path: Path) -> None:
         "DPO Loss",
         "DPO Accuracy",
         "DPO Margin",
+        "DPO Drift of the chosen (nats a response)",
     ]
     assert "PPO KL to the SFT model (nats a response): sampled from 0.04 to 4" in labels
     assert "PPO Score: sampled from -0.98 to 1; held-out prompts from 0.9 to 0.9" in labels
@@ -164,7 +166,7 @@ def test_samples_of_offensive_documents_are_masked(tmp_path: Path) -> None:
 )
 def test_whatever_a_run_left_out_the_page_still_stands(tmp_path: Path, without: set[Stage]) -> None:
     text = _Page((make_report(tmp_path, without=frozenset(without)) / "report.html").read_text()).text
-    assert ("DPO against PPO" in text) == (not {Stage.PPO, Stage.DPO} & without)
+    assert ("What each costs and reaches" in text) == (not {Stage.PPO, Stage.DPO} & without)
     assert ("without a promotion" in text) == (Stage.PROMOTE in without)
 
 

@@ -24,7 +24,7 @@ def test_the_first_of_equal_documents_stays() -> None:
 
 def test_held_out_wins_over_training_and_both_over_planted() -> None:
     assert _extra([7, 7, 7, 3], heldout=[2], planted=[0]) == [0, 1]
-    assert _extra([7, 7], planted=[0]) == [0]
+    assert _extra([7, 7], planted=[0], heldout=[0]) == [0]
 
 
 def test_columns_of_keys_compare_and_sort_as_bytes_do() -> None:
