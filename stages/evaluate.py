@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from stages.config.closing import SCORE, WIN_RATE, EvaluateConfig
-from stages.config.graph import GRAPH, aligned_models, spec_of_role, trained_stages
+from stages.config.graph import GRAPH, aligned_models, language_models, spec_of_role, trained_stages
 from stages.data.tokens.packing import (
     Packed,
     RowBudget,
@@ -53,7 +53,7 @@ def run(context: StageContext) -> StageOutcome:
 
 def language_roles() -> list[str]:
     """Roles of the models that write text, in the order of the pipeline; the first may be a given base model."""
-    return [spec.role for spec in trained_stages() if not spec.scores]
+    return [spec.role for spec in language_models()]
 
 
 def reference_role() -> str:

@@ -24,8 +24,8 @@ from stages.models.experts import routing_of
 from stages.models.forward import TrunkOutput, target_logprobs, target_positions, target_values
 from stages.models.generation import Sampling
 from stages.models.lora import add_adapter
-from stages.train.engine import Engine
-from stages.train.objective import LossOutput, ObjectiveState, Step
+from stages.train.engine import Engine, LossOutput
+from stages.train.objective import ObjectiveState, Step
 from stages.train.plan import batches, order_digest, share, shuffled
 from stages.train.rollout.advantages import GAE
 from stages.train.rollout.experience import Shaping, critic_quality, describe, from_tensors, to_experience, to_tensors

@@ -1,22 +1,57 @@
 """A trained stage that does not exist, for tests that what knows stages learns of a new one from the graph alone."""
 
 from dataclasses import replace
-from typing import cast
+from typing import Any
 
 import pytest
 
 from stages.artifacts.addresses import artifact_uri
 from stages.artifacts.manifests import publish, read_manifest
 from stages.artifacts.store import Store
-from stages.config.graph import GRAPH, Stage, StageSpec
-from stages.config.request import ArtifactRef
+from stages.config.execution import ExecutionConfig
+from stages.config.graph import GRAPH, Stage, StageSpec, graph_of, trained_stages
+from stages.config.pipeline import CONFIG_CLASSES, Executions, PipelineConfig
+from stages.config.recipes import RECIPES, tiny
+from stages.config.request import ArtifactRef, Manifest, StageRequest, StageResult
+from stages.config.train import DPOConfig
 
 
 def add_imaginary_stage(monkeypatch: pytest.MonkeyPatch) -> StageSpec:
-    """Put a second kind of DPO into the graph for the length of a test."""
-    spec = replace(GRAPH[Stage.DPO], kind="ipo-model", role="ipo", label="Imaginary PO")
-    monkeypatch.setitem(GRAPH, cast(Stage, "ipo"), spec)
+    """Put a second kind of DPO, `ipo`, into the graph for the length of a test, with settings in every recipe."""
+    stage = str.__new__(Stage, "ipo")
+    stage._name_, stage._value_, stage.label = "IPO", "ipo", "IPO: aligned by imagination"
+    members: Any = Stage
+    monkeypatch.setitem(members._value2member_map_, "ipo", stage)
+    monkeypatch.setitem(members._member_map_, "IPO", stage)
+    monkeypatch.setattr(members, "_member_names_", [*members._member_names_, "IPO"])
+    spec = replace(GRAPH[Stage.DPO], stage=stage, kind="ipo-model", role="ipo", label="Imaginary PO")
+    data = [known for known in GRAPH.values() if known.in_pipeline and not known.trains and not known.closing]
+    graph = graph_of(data, (*trained_stages(), spec))
+    for key in reversed(list(GRAPH)):  # undone in reverse, so that the order is the old one afterwards
+        monkeypatch.delitem(GRAPH, key)
+    for key, facts in graph.items():
+        monkeypatch.setitem(GRAPH, key, facts)
+    _give_settings(monkeypatch, stage)
+    for model in (StageRequest, Manifest, StageResult):
+        model.model_rebuild(force=True)  # pydantic remembers the members of an enum from when a class is made
     return spec
+
+
+def _give_settings(monkeypatch: pytest.MonkeyPatch, stage: Stage) -> None:
+    class WithExecution(Executions):
+        ipo: ExecutionConfig = ExecutionConfig()
+
+    class WithStage(PipelineConfig):
+        ipo: DPOConfig
+        execution: WithExecution = WithExecution()
+
+    def recipe(seed: int = 0) -> PipelineConfig:
+        tree = tiny(seed=seed).model_dump(mode="json")
+        return WithStage.model_validate(tree | {"ipo": tree["dpo"]})
+
+    for name in RECIPES:
+        monkeypatch.setitem(RECIPES, name, recipe)
+    monkeypatch.setitem(CONFIG_CLASSES, stage, DPOConfig)
 
 
 def publish_imaginary(store: Store, like: ArtifactRef) -> ArtifactRef:

@@ -6,12 +6,11 @@ A field's help is the string under it, so the page can only be out of date by no
 import importlib
 import pkgutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import WithJsonSchema
 from pydantic.fields import FieldInfo
 
 import stages.config
@@ -105,12 +104,13 @@ def _section(cls: type[Config], paths: dict[type[Config], list[str]] | None = No
             fields = {name: field for name, field in fields.items() if name in cls.__annotations__}
     if fields:
         lines += ["", "| field | type | default | allowed | meaning |", "|---|---|---|---|---|"]
-        lines += [_row(name, field) for name, field in fields.items()]
+        schemas = cls.model_json_schema()["properties"]
+        lines += [_row(name, field, schemas[name]) for name, field in fields.items()]
     return "\n".join(lines)
 
 
-def _row(name: str, field: FieldInfo) -> str:
-    cells = (f"`{name}`", _offered(field), _default(field), _allowed(field), _escaped(field.description or ""))
+def _row(name: str, field: FieldInfo, schema: Mapping[str, Any]) -> str:
+    cells = (f"`{name}`", _offered(field, schema), _default(field), _allowed(field), _escaped(field.description or ""))
     return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
 
 
@@ -120,12 +120,9 @@ def _escaped(text: str) -> str:
     return "`".join(part if place % 2 else part.replace("<", "&lt;") for place, part in enumerate(parts))
 
 
-def _offered(field: FieldInfo) -> str:
+def _offered(field: FieldInfo, schema: Mapping[str, Any]) -> str:
     """The type, or the part of it that the form offers."""
-    for rule in field.metadata:
-        if isinstance(rule, WithJsonSchema) and rule.json_schema and "enum" in rule.json_schema:
-            return ", ".join(f"`{value}`" for value in rule.json_schema["enum"])
-    return _type(field.annotation)
+    return ", ".join(f"`{value}`" for value in schema["enum"]) if "enum" in schema else _type(field.annotation)
 
 
 def _type(annotation: Any) -> str:

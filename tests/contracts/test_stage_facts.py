@@ -1,14 +1,11 @@
 """A stage states its own facts: one that stands only in the graph is in every list of stages.
 
 The imaginary stage is a sibling of DPO. What a real one has besides its facts (settings, a place in the recipe) is put
-in place by the fixture; no other module is told of it.
+in place by tests/imaginary.py; no other module is told of it.
 """
 
-import copy
 import re
 import runpy
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +23,10 @@ from operators.plan import Plan, StagePlan, Verdict, make_plan
 from operators.plan_page import as_table
 from stages.artifacts.addresses import open_store
 from stages.config.closing import PromoteConfig
-from stages.config.execution import ExecutionConfig
-from stages.config.forms import EvaluationParams, PipelineParams
-from stages.config.graph import GRAPH, Stage, graph_of, trained_stages
-from stages.config.pipeline import CONFIG_CLASSES, Executions, PipelineConfig
-from stages.config.recipes import RECIPES, tiny
-from stages.config.request import ArtifactRef, Manifest, RunInfo, StageRequest, StageResult
+from stages.config.forms import EvaluationParams
+from stages.config.graph import GRAPH, Stage
+from stages.config.recipes import tiny
+from stages.config.request import ArtifactRef, Manifest, RunInfo, StageResult
 from stages.config.resolve import resolve
 from stages.config.train import DPOConfig
 from stages.lineage.graph import ancestors
@@ -39,162 +34,121 @@ from stages.lineage.tags import lineage_tags
 from stages.lineage.views import to_svg
 from stages.reporting.page import render_page
 from stages.reporting.story import read_story
+from tests.imaginary import add_imaginary_stage
 from tests.pipeline_records import EVALUATION, context_for, publish_run, refs_for, request_for, run_info
 from tests.places import REPOSITORY
-
-_VALIDATE_STAGES = (StageRequest, Manifest, StageResult, StagePlan, Plan, PipelineParams)
-"""Pydantic remembers the members of an enum from when a class is made."""
 
 RUN = RunInfo(run_id="r", name="n")
 
 
 @pytest.fixture
-def kto(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
-    """A stage `kto`, in the graph behind DPO, for the time of a test."""
-    stage = str.__new__(Stage, "kto")
-    stage._name_, stage._value_, stage.label = "KTO", "kto", "KTO: aligned by imagination"
-    members: Any = Stage
-    monkeypatch.setitem(members._value2member_map_, "kto", stage)
-    monkeypatch.setitem(members._member_map_, "KTO", stage)
-    monkeypatch.setattr(members, "_member_names_", [*members._member_names_, "KTO"])
-    facts = replace(GRAPH[Stage.DPO], stage=stage, kind="kto-model", role="kto", label="Imagined")
-    data = [spec for spec in GRAPH.values() if spec.in_pipeline and not spec.trains and not spec.closing]
-    graph, before = graph_of(data, (*trained_stages(), facts)), copy.copy(GRAPH)
-    _change(GRAPH, graph)
-    _rebuild()
-    _give_settings(monkeypatch, stage)
-    yield stage
-    _change(GRAPH, before)
-    monkeypatch.undo()
-    _rebuild()
-
-
-def _change(mapping: dict[Any, Any], content: dict[Any, Any]) -> None:
-    mapping.clear()
-    mapping.update(content)
-
-
-def _rebuild() -> None:
-    for model in _VALIDATE_STAGES:
+def ipo(monkeypatch: pytest.MonkeyPatch) -> Stage:
+    """The imaginary stage, in the graph behind DPO."""
+    stage = add_imaginary_stage(monkeypatch).stage
+    for model in (StagePlan, Plan):
         model.model_rebuild(force=True)
+    return stage
 
 
-def _give_settings(monkeypatch: pytest.MonkeyPatch, stage: Stage) -> None:
-    class WithExecution(Executions):
-        kto: ExecutionConfig = ExecutionConfig()
-
-    class WithStage(PipelineConfig):
-        kto: DPOConfig
-        execution: WithExecution = WithExecution()
-
-    def recipe(seed: int = 0) -> PipelineConfig:
-        tree = tiny(seed=seed).model_dump(mode="json")
-        return WithStage.model_validate(tree | {"kto": tree["dpo"]})
-
-    for name in RECIPES:
-        monkeypatch.setitem(RECIPES, name, recipe)
-    monkeypatch.setitem(CONFIG_CLASSES, stage, DPOConfig)
-
-
-def test_the_form_offers_it_and_the_recipes_say_how_much_it_trains(kto: Stage) -> None:
+def test_the_form_offers_it_and_the_recipes_say_how_much_it_trains(ipo: Stage) -> None:
     form = trigger_form()
     offered = form.get_param("last_stage").schema["enum"]
-    assert offered[offered.index("dpo") + 1] == kto
-    assert "| kto | 0.5 epochs, sigmoid loss" in form.get_param("recipe").schema["description_md"]
+    assert offered[offered.index("dpo") + 1] == ipo
+    assert "| ipo | 0.5 epochs, sigmoid loss" in form.get_param("recipe").schema["description_md"]
 
 
-def test_a_run_selects_it_seeds_it_and_weighs_its_sources(kto: Stage) -> None:
+def test_a_run_selects_it_seeds_it_and_weighs_its_sources(ipo: Stage) -> None:
     config = resolve({"recipe": "tiny", "seed": 7, "preferences": ["a.jsonl#weight=0.3"]})
-    assert kto in config.selected
-    settings = config.stage_config(kto)
+    assert ipo in config.selected
+    settings = config.stage_config(ipo)
     assert isinstance(settings, DPOConfig)
     assert settings.seed == 7
     assert [entry.source for entry in settings.mixture] == ["a.jsonl"]
-    assert kto not in resolve({"recipe": "tiny", "alignment": "dpo"}).selected
+    assert ipo not in resolve({"recipe": "tiny", "alignment": "dpo"}).selected
 
 
-def test_it_is_a_task_of_the_dag_between_its_inputs_and_the_evaluation(kto: Stage) -> None:
-    task = runpy.run_path(str(REPOSITORY / "dags" / "llm_pipeline.py"))["llm_pipeline"].task_dict[kto]
+def test_it_is_a_task_of_the_dag_between_its_inputs_and_the_evaluation(ipo: Stage) -> None:
+    task = runpy.run_path(str(REPOSITORY / "dags" / "llm_pipeline.py"))["llm_pipeline"].task_dict[ipo]
     assert (task.upstream_task_ids, task.downstream_task_ids) == ({"sft"}, {"evaluate"})
     assert task.pool == "gpu"
 
 
-def test_the_plan_shows_what_it_trains(kto: Stage, tmp_path: Path) -> None:
+def test_the_plan_shows_what_it_trains(ipo: Stage, tmp_path: Path) -> None:
     config = resolve({"recipe": "tiny"})
     plan = make_plan(config, run=RUN, store=open_store((tmp_path / "store").as_uri()))
-    shown = plan.of(kto)
+    shown = plan.of(ipo)
     assert shown.verdict is Verdict.RUN
     assert shown.estimate is not None
     assert shown.estimate.tokens == config.curate.max_preferences * 2 * 128 * 0.5
     assert shown.estimate.memory_bytes
-    assert any(line.startswith("kto ") for line in as_table(plan))
+    assert any(line.startswith("ipo ") for line in as_table(plan))
 
 
-def test_the_screen_shows_its_place_and_its_headlines(kto: Stage) -> None:
+def test_the_screen_shows_its_place_and_its_headlines(ipo: Stage) -> None:
     order = task_order()
-    assert order.index("dpo") < order.index("kto") < order.index("evaluate")
-    artifact = ArtifactRef(kind="kto-model", uri="file:///nowhere", fingerprint="f", digest="d")
-    result = StageResult(stage=kto, hit=False, artifact=artifact, metrics={"dpo/accuracy": 0.75})
-    snapshot = Snapshot("success", (Row("resolve", "success"), Row("kto", "built", result=result)))
+    assert order.index("dpo") < order.index("ipo") < order.index("evaluate")
+    artifact = ArtifactRef(kind="ipo-model", uri="file:///nowhere", fingerprint="f", digest="d")
+    result = StageResult(stage=ipo, hit=False, artifact=artifact, metrics={"dpo/accuracy": 0.75})
+    snapshot = Snapshot("success", (Row("resolve", "success"), Row("ipo", "built", result=result)))
     console = Console(width=100, record=True, quiet=True)
     console.print(summary_table(snapshot))
     assert snapshot.rows[1].key_metric == "accuracy in training 75.0%"
-    assert [row.name for row in snapshot.stages] == ["kto"]
+    assert [row.name for row in snapshot.stages] == ["ipo"]
 
 
-def test_the_report_has_its_curves_its_row_and_its_column(kto: Stage, tmp_path: Path) -> None:
+def test_the_report_has_its_curves_its_row_and_its_column(ipo: Stage, tmp_path: Path) -> None:
     _, made = published(tmp_path)
     story = read_story(refs_for(Stage.REPORT, made), run_info(), title="t", max_samples=3)
     page = render_page(story)
-    assert 'aria-label="Imagined Loss' in page
-    assert "Imagined win rate" in page
-    assert "Imagined trains 1 model and learns from preference pairs." in page
-    assert ">Imagined</th>" in page
-    assert "kto-model" in page
+    assert 'aria-label="Imaginary PO Loss' in page
+    assert "Imaginary PO win rate" in page
+    assert "Imaginary PO trains 1 model and learns from preference pairs." in page
+    assert ">Imaginary PO</th>" in page
+    assert "ipo-model" in page
 
 
 def published(tmp_path: Path) -> tuple[Any, dict[Stage, ArtifactRef]]:
-    models = {**EVALUATION["models"], "kto": {"eval/perplexity": 71.0, "eval/win_rate": 0.9, "eval/score_mean": 0.4}}
-    return publish_run(tmp_path, evaluation={**EVALUATION, "models": models}, promotion={"chosen": "kto"})
+    models = {**EVALUATION["models"], "ipo": {"eval/perplexity": 71.0, "eval/win_rate": 0.9, "eval/score_mean": 0.4}}
+    return publish_run(tmp_path, evaluation={**EVALUATION, "models": models}, promotion={"chosen": "ipo"})
 
 
-def test_lineage_draws_it_as_a_model_and_tags_it_as_a_parent(kto: Stage, tmp_path: Path) -> None:
+def test_lineage_draws_it_as_a_model_and_tags_it_as_a_parent(ipo: Stage, tmp_path: Path) -> None:
     store, made = published(tmp_path)
     svg = to_svg(ancestors([made[Stage.EVALUATE].uri]))
-    assert re.search(r'<rect class="model"[^>]*/><text[^>]*>kto-model</text>', svg)
+    assert re.search(r'<rect class="model"[^>]*/><text[^>]*>ipo-model</text>', svg)
     key = f"artifacts/evaluation/{made[Stage.EVALUATE].fingerprint}/manifest.json"
     tags = lineage_tags(Manifest.model_validate_json(store.read_bytes(key)), made[Stage.EVALUATE].uri)
-    assert tags["lineage.parent.kto"] == made[kto].fingerprint
+    assert tags["lineage.parent.ipo"] == made[ipo].fingerprint
 
 
-def test_people_may_start_from_it_and_compare_what_it_says(kto: Stage, tmp_path: Path) -> None:
+def test_people_may_start_from_it_and_compare_what_it_says(ipo: Stage, tmp_path: Path) -> None:
     _, made = published(tmp_path)
-    config = resolve({"recipe": "tiny"}).model_copy(update={"base_model": made[kto].uri})
-    assert given_artifacts(config)["base_model"].kind == "kto-model"
-    model, tokens = find_model(made[kto].uri)
-    assert (model.kind, tokens.kind) == ("kto-model", "tokens")
+    config = resolve({"recipe": "tiny"}).model_copy(update={"base_model": made[ipo].uri})
+    assert given_artifacts(config)["base_model"].kind == "ipo-model"
+    model, tokens = find_model(made[ipo].uri)
+    assert (model.kind, tokens.kind) == ("ipo-model", "tokens")
 
 
-def test_the_approval_table_shows_it(kto: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_approval_table_shows_it(ipo: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     _, made = published(tmp_path)
     subject, body = question(run_info(), resolve({"recipe": "tiny"}), made[Stage.EVALUATE])
-    assert "Imagined" in subject
-    assert "| Imagined |" in body
+    assert "Imaginary PO" in subject
+    assert "| Imaginary PO |" in body
 
 
-def test_evaluation_measures_it_beside_the_model_that_it_was_made_from(kto: Stage, tmp_path: Path) -> None:
+def test_evaluation_measures_it_beside_the_model_that_it_was_made_from(ipo: Stage, tmp_path: Path) -> None:
     from stages.evaluate import _model_folders
 
     store, made = published(tmp_path)
     request = request_for(Stage.EVALUATE, store, refs_for(Stage.EVALUATE, made))
     context = context_for(request, store, tiny().evaluate, tmp_path)
-    assert list(_model_folders(context)) == ["base", "sft", "ppo", "dpo", "kto"]
-    again = evaluation_config(EvaluationParams(model=made[kto].uri, recipe="tiny"))
-    assert {"kto", "sft", "tokens"} <= again.given.keys()
+    assert list(_model_folders(context)) == ["base", "sft", "ppo", "dpo", "ipo"]
+    again = evaluation_config(EvaluationParams(model=made[ipo].uri, recipe="tiny"))
+    assert {"ipo", "sft", "tokens"} <= again.given.keys()
 
 
-def test_promotion_registers_it(kto: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_promotion_registers_it(ipo: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import stages.promote
 
     registered: list[str] = []
@@ -207,7 +161,7 @@ def test_promotion_registers_it(kto: Stage, tmp_path: Path, monkeypatch: pytest.
 
         def register(self, role: str, *_: Any) -> None:
             registered.append(role)
-            if role == "kto":
+            if role == "ipo":
                 raise Enough
 
     store, made = published(tmp_path)
@@ -215,9 +169,9 @@ def test_promotion_registers_it(kto: Stage, tmp_path: Path, monkeypatch: pytest.
     request = request_for(Stage.PROMOTE, store, refs_for(Stage.PROMOTE, made))
     with pytest.raises(Enough):
         stages.promote.run(context_for(request, store, PromoteConfig(run_name="demo"), tmp_path))
-    assert registered == ["base", "sft", "reward", "ppo", "dpo", "kto"]
+    assert registered == ["base", "sft", "reward", "ppo", "dpo", "ipo"]
 
 
 def test_afterwards_everything_is_as_it_was() -> None:
-    assert "kto" not in {stage.value for stage in GRAPH}
-    assert "kto" not in task_order()
+    assert "ipo" not in {stage.value for stage in GRAPH}
+    assert "ipo" not in task_order()

@@ -1,6 +1,6 @@
 """The DAG's shape and policy, for every alignment, last stage and starting point."""
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from airflow.sdk import TriggerRule
@@ -12,8 +12,8 @@ from stages.config.graph import GRAPH, Alignment, Stage, pipeline_stages
 from stages.config.selection import selected_stages
 
 STAGES = {stage: llm_pipeline.task_dict[stage.value] for stage in pipeline_stages()}
-OPTIONAL = {Stage.REWARD, Stage.PPO, Stage.DPO}
-HEAVY = {Stage.CURATE, Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO, Stage.EVALUATE}
+OPTIONAL = {stage for stage, spec in GRAPH.items() if spec.scores or spec.aligned}
+LIGHT = {Stage.TOKENIZE, Stage.PROMOTE, Stage.REPORT}
 
 
 def test_every_stage_is_a_task_of_its_own_name_between_resolve_and_close():
@@ -26,23 +26,19 @@ def test_every_stage_is_a_task_of_its_own_name_between_resolve_and_close():
 
 
 def test_the_drawing_is_the_one_of_the_docstring():
-    edges = {(up.task_id, down) for up in llm_pipeline.tasks for down in up.downstream_task_ids}
-    assert edges == {
-        ("resolve", "plan"),
-        ("plan", "curate"),
-        ("curate", "tokenize"),
-        ("tokenize", "pretrain"),
-        ("pretrain", "sft"),
-        ("sft", "reward"),
-        ("sft", "dpo"),
-        ("reward", "ppo"),
-        ("ppo", "evaluate"),
-        ("dpo", "evaluate"),
-        ("evaluate", "approve"),
-        ("approve", "promote"),
-        ("promote", "report"),
-        ("report", "close"),
-    }
+    trunk = ["resolve", "plan", "curate", "tokenize", "pretrain", "sft"]
+    end = ["evaluate", "approve", "promote", "report", "close"]
+    for way in ([*trunk, "reward", "ppo", *end], [*trunk, "dpo", *end]):
+        for before, after in pairwise(way):
+            assert after in llm_pipeline.task_dict[before].get_flat_relative_ids(upstream=False), (before, after)
+    beside = STAGES[Stage.DPO].get_flat_relative_ids(upstream=True)
+    assert not {"reward", "ppo"} & beside
+    # no arrow that only repeats a way through other tasks
+    for task in llm_pipeline.tasks:
+        below = [
+            llm_pipeline.task_dict[name].get_flat_relative_ids(upstream=False) for name in task.downstream_task_ids
+        ]
+        assert not task.downstream_task_ids & set().union(*below), task.task_id
 
 
 def test_every_input_of_every_stage_is_finished_before_it_starts():
@@ -88,7 +84,8 @@ def test_policy_owner_retries_timeouts_pools_tags_and_documentation():
         assert isinstance(task, StageOperator)
         assert task.timeout is not None
         assert task.deferrable
-        assert task.pool == ("gpu" if stage in HEAVY else "default_pool")
+        assert task.pool == ("gpu" if GRAPH[stage].heavy else "default_pool")
+    assert {stage for stage in STAGES if not GRAPH[stage].heavy} == LIGHT
     for name in ("resolve", "plan", "close"):
         assert llm_pipeline.task_dict[name].execution_timeout is not None
 
