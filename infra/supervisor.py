@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import http.client
 import os
+import socket
 import subprocess
 import time
 import xmlrpc.client
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,19 @@ from typing import Any
 from infra.components import BIN, MIB, Component
 from infra.layout import Layout, StackRecord
 
+_ANSWER_SECONDS = 60.0
 RUNNING_STATES = ("STARTING", "RUNNING", "BACKOFF")
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """For sockets opened meanwhile: supervisor's transport takes no time limit of its own."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 @dataclass(frozen=True)
@@ -44,7 +57,8 @@ class Supervisor:
         # In a function, because deployments run `doctor` and `gc` without the extra `stack`.
         from supervisor.xmlrpc import SupervisorTransport
 
-        with closing(SupervisorTransport(serverurl=f"unix://{self._record.supervisor_socket}")) as transport:
+        address = f"unix://{self._record.supervisor_socket}"
+        with _time_limit(_ANSWER_SECONDS), closing(SupervisorTransport(serverurl=address)) as transport:
             proxy = xmlrpc.client.ServerProxy("http://localhost", transport=transport)
             return getattr(proxy.supervisor, method)(*arguments)
 

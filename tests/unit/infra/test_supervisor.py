@@ -2,6 +2,7 @@
 
 import configparser
 import shlex
+import socket
 import socketserver
 import subprocess
 import sys
@@ -140,3 +141,17 @@ def supervisord(path: Path, *, identification: str) -> Iterator[None]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_supervisord_that_accepts_and_never_answers_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("infra.supervisor._ANSWER_SECONDS", 0.2)
+    layout, record, _ = stack(tmp_path)
+    address = Path(record.supervisor_socket)
+    address.parent.mkdir(parents=True, exist_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
+        silent.bind(str(address))
+        silent.listen()
+        assert not Supervisor(layout, record).answers()
+    assert socket.getdefaulttimeout() is None
