@@ -1,6 +1,7 @@
 """`python -m stages <config uri>`: one stage, start to manifest. This is the entry point of every Ray job.
 
-Exit codes are the part of the failure contract that survives a lost object store; the rest is in `failure.json`.
+The exit code tells Airflow the category of a failure even when the object store cannot be reached; the details are in
+`failure.json`.
 """
 
 import sys

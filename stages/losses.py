@@ -1,4 +1,4 @@
-"""Every equation once: pure, summed (never averaged), with masks given and not derived.
+"""All equations, as pure functions. Losses are sums, never means; which items count is the caller's choice.
 
 Shape legend: N counted tokens, S sequences, P pairs, B rows, T positions, R response tokens of one sequence, E experts,
 L layers.
@@ -25,7 +25,7 @@ def bradley_terry_loss(chosen_scores_P: Tensor, rejected_scores_P: Tensor) -> Te
 
 
 def score_centering_loss(chosen_scores_P: Tensor, rejected_scores_P: Tensor) -> Tensor:
-    """Return sum of (r_chosen + r_rejected)^2, which fixes the scale's free offset (Eisenstein et al. 2023,
+    """Return sum of (r_chosen + r_rejected)^2, which fixes the free offset of scores (Eisenstein et al. 2023,
     arXiv:2312.09244)."""
     return (chosen_scores_P + rejected_scores_P).square().sum()
 
@@ -65,12 +65,12 @@ class PairLogprobs(NamedTuple):
     chosen_tokens_P: Tensor
     rejected_tokens_P: Tensor
     ref_chosen_P: Tensor | None = None
-    """Of the frozen reference; None where the loss has none, as with `ref_rejected_P`."""
+    """Of the frozen reference, like `ref_rejected_P`; None for losses without a reference."""
     ref_rejected_P: Tensor | None = None
 
 
 class PreferenceTerms(NamedTuple):
-    """Loss summed over pairs, and the implicit rewards whose margin it widens."""
+    """Loss summed over pairs, and the implicit rewards of both answers, for accuracy and margin."""
 
     loss_sum: Tensor
     chosen_rewards_P: Tensor
@@ -78,7 +78,7 @@ class PreferenceTerms(NamedTuple):
 
 
 def preference_loss(loss: PreferenceLoss, logprobs: PairLogprobs) -> PreferenceTerms:
-    """Return what the configured loss makes of pairs."""
+    """Apply the configured preference loss to pairs."""
     match loss:
         case SigmoidLoss():
             return dpo_loss(logprobs, beta=loss.beta, label_smoothing=loss.label_smoothing)
@@ -233,7 +233,7 @@ def router_balance_loss(probabilities_NLE: Tensor, load_LE: Tensor) -> Tensor:
 
 
 def perplexity(mean_loss: float) -> float:
-    """exp of a mean token loss in nats; infinite rather than an overflow for absurd losses."""
+    """exp of a mean token loss in nats; infinite instead of an overflow for very large losses."""
     # The largest double is about exp(709.8).
     return math.exp(mean_loss) if mean_loss < 700 else math.inf
 

@@ -1,13 +1,13 @@
 """The frozen pydantic base of everything that crosses a process; the string under a field is its only documentation.
 
 A stage's config is also the identity of what the stage makes: `identity()` enters the fingerprint, by which artifacts
-are found again. Two declarations let the fields of a class change while the artifacts of before stay valid:
+are found again. Two declarations let the fields of a class change while earlier artifacts stay valid:
 
 - a new field is marked `AddedLater(value)`: the value that describes how everything before it was made;
 - a field that moves is listed in `moved`, old name to new path. The old name is still read, in stored requests and in
   overrides, and the identity still spells it.
 
-Any other change to the fields of a stage's config gives the stage's earlier artifacts up: they are built again.
+Any other change to the fields of a stage's config invalidates the stage's earlier artifacts: they are built again.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
     moved: ClassVar[Mapping[str, str]] = {}
-    """Names that fields of this class had before, and their paths `group.field` of today."""
+    """Earlier names of fields of this class, each with the current path `group.field`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -53,7 +53,7 @@ class Config(BaseModel):
 
     @classmethod
     def _put(cls, tree: dict[str, Any], path: str, value: Any, *, old: str) -> None:
-        """Set a field at today's path; its group is copied, because it is the caller's."""
+        """Set a field at its current path, in a copy of its group, because the original belongs to the caller."""
         group, leaf = path.split(".")
         below = tree.get(group, {})
         if not isinstance(below, Mapping) or leaf in below:
@@ -85,7 +85,7 @@ class Config(BaseModel):
 
     @classmethod
     def current_path(cls, path: str) -> str:
-        """Return today's path of a field that may be named by an earlier one."""
+        """Return the current path of a field that may be given by an earlier name."""
         if path in cls.moved:
             return cls.moved[path]
         head, _, rest = path.partition(".")

@@ -12,7 +12,7 @@ from stages.config.base import Choice
 
 
 class Stage(Choice):
-    """The pipeline's units in the order in which they first make sense."""
+    """The stages, in the order in which a run needs them."""
 
     CURATE = "curate", "Curate: clean, deduplicated text and pairs"
     TOKENIZE = "tokenize", "Tokenize: tokenizer and packed tokens"
@@ -43,7 +43,7 @@ class Headline:
     """A metric that sums a stage up in one number: on the screen, in the lineage graph, in progress."""
 
     key: str
-    """As it stands in the manifest."""
+    """Its key in the manifest's metrics."""
     label: str
     format: str
     """Python's format of the number, such as `.1%`."""

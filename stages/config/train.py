@@ -300,7 +300,7 @@ class RewardConfig(SampledConfig):
 
 
 class SigmoidLoss(Config):
-    """DPO's own loss: -log sigmoid of the difference of the implicit rewards."""
+    """The original loss of DPO: -log sigmoid of the difference of the implicit rewards."""
 
     kind: Annotated[Literal["sigmoid"], AddedLater("sigmoid")] = "sigmoid"
     """Which preference loss."""

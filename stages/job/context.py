@@ -93,4 +93,4 @@ class StageContext:
 Verb = Callable[[StageContext], StageOutcome]
 """Does the work of one stage."""
 VerbOf = Callable[[Stage], Verb]
-"""Finds it; handed down from `stages/__main__.py`, so that no room has to import a verb."""
+"""Finds it; passed down from `stages/__main__.py`, so that no package below it imports a verb."""

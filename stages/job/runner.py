@@ -117,7 +117,7 @@ def execute(request: StageRequest, store: Store, verb_of: VerbOf) -> StageResult
 
 
 def identify_sources(request: StageRequest, config: Config) -> tuple[SourceEntry, ...]:
-    """Find the digest of each outside source where it lies; cheap enough to run before every cache look-up."""
+    """Return the outside sources with the digests of their content; cheap enough to run before every cache look-up."""
     return tuple(source.identified(_digest(source, config)) for source in request.sources)
 
 
@@ -135,7 +135,7 @@ def _digest(source: Source, config: Config) -> str:
 
 
 def _waiting(request: StageRequest, store: Store) -> Callable[[Owner, float], None]:
-    """Show the progress of the run that builds what we wait for as if it were our own, and name that run."""
+    """Report the progress of the run that builds the artifact as our own while we wait for it, and name that run."""
     progress, shown_at = Progress(store, request.run.run_id, request.stage, record=None), -_WAITING_SHOWN_SECONDS
 
     def show(holder: Owner, seconds: float) -> None:

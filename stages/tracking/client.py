@@ -1,7 +1,7 @@
 """How Athanor uses MLflow: a client that fails fast, and look-ups by tag so that nothing is made twice.
 
 Surprising on purpose:
-- Importing mlflow takes seconds, so it happens inside functions, and only in this room.
+- Importing mlflow takes seconds, so it happens inside functions, and only in this package.
 - Only MlflowClient with explicit ids is used. mlflow's fluent functions would make a model an input of its own run.
 - Weights stay in the artifact store; a LoggedModel points there by its tag `artifact.uri`.
 """

@@ -1,4 +1,4 @@
-"""THE training loop. Pretraining, SFT, reward, DPO and PPO differ in their Objective, never in here.
+"""The training loop, shared by pretraining, SFT, reward, DPO and PPO, which differ only in their Objective.
 
 The loss is divided by the global number of trained units over all ranks and micro-batches, known before the first
 backward: how a step is cut into micro-batches and spread over ranks does not change its gradient.
@@ -47,7 +47,7 @@ def train(
     asked: Callable[[], Ask] = lambda: Ask.NOTHING,
     clock: Callable[[], float] = time.perf_counter,
 ) -> History:
-    """Train to the end, from the newest checkpoint if there is one; return the metrics of every logged step.
+    """Train to the last step, from the newest checkpoint if there is one; return the metrics of every logged step.
 
     Timing is reported but not returned: the same training gives the same history, byte for byte. `asked` says at every
     step boundary whether to save or to stop now, the same on every rank.

@@ -1,11 +1,11 @@
-"""The filters of documents, as datatrove blocks. `document_filters` lists them; each step of it keeps an account.
+"""The filters of documents, as datatrove blocks. `document_filters` lists them, in steps that the ledger counts.
 
 To add one: a field in `config/curate.py`, a `BaseFilter` here whose `filter` returns True or (False, reason), and its
-line in `document_filters`. The ledger, the metrics and the samples of what it drops follow from that.
+place in `document_filters`. The ledger, the metrics and the samples of what it drops follow from that.
 
-datatrove's own language filter downloads a model and its bad-word list comes from the internet, so those two are ours.
-Its Gopher, C4 and FineWeb filters are used as they are. They look words up through one cache, so a document is split
-once; with spaCy that split would take nearly all of the time.
+datatrove's own language filter downloads a model and its bad-word list comes from the internet, so those two are
+written here. Its Gopher, C4 and FineWeb filters are used as they are. They look words up through one cache, so a
+document is split once; with spaCy that split would take nearly all of the time.
 """
 
 import re
@@ -54,7 +54,7 @@ class SimplifiedTokenizer(RegexWordTokenizer):
 
 
 class DropRecorder:
-    """Takes the place of datatrove's `exclusion_writer`: what a filter drops goes into the account, not onto disk."""
+    """Takes the place of datatrove's `exclusion_writer`: what a filter drops goes into the ledger, not to disk."""
 
     def __init__(self, step: Step, samples: int, planted: dict[str, str]) -> None:
         self._step, self._samples, self._planted = step, samples, planted
@@ -73,7 +73,7 @@ class DropRecorder:
 
 
 class Accounted(PipelineStep):
-    """Runs filters one after another as one step of the account, which counts both ends and every rewritten byte.
+    """Runs filters one after another as one step of the ledger, which counts what enters, stays and is rewritten.
 
     `planted` receives, by id, which `step/reason` dropped a planted document.
     """
