@@ -41,7 +41,7 @@ def verb_of(stage: Stage) -> Verb:
         case Stage.RESPOND:
             from stages.respond import run
         case Stage.RATE:
-            raise AssertionError("people rate, and Airflow publishes their answers: no job does")
+            raise AssertionError("stage `rate` has no job: people rate, and an Airflow task publishes their answers")
     return run
 
 

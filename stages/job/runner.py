@@ -42,7 +42,7 @@ logger = logging.getLogger("athanor")
 
 _HISTORY = "history.jsonl"
 _WAITING_SHOWN_SECONDS = 10.0
-_VERSIONED = ("torch", "transformers", "ray", "mlflow", "datatrove", "tokenizers", "athanor")
+_RECORDED_PACKAGES = ("torch", "transformers", "ray", "mlflow", "datatrove", "tokenizers", "athanor")
 
 
 def run_stage(config_uri: str, verb_of: VerbOf) -> int:
@@ -207,7 +207,7 @@ def _history(store: Store, manifest: Manifest) -> str:
 
 def _versions() -> dict[str, str]:
     installed = {}
-    for name in _VERSIONED:
+    for name in _RECORDED_PACKAGES:
         try:
             installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -140,9 +140,9 @@ def _accumulate(
     observed: list[Tensor] = []
     for (_, counts), out in zip(batches, outputs, strict=True):
         # The loss has no weight of its own: its denominator is `units`.
-        pairs = out.metrics | {"train/loss": torch.stack([out.loss_sum, out.loss_sum.new_tensor(0.0)])}
-        for name, pair in pairs.items():
-            sums[name] = sums.get(name, 0) + counts * pair
+        with_weights = out.metrics | {"train/loss": torch.stack([out.loss_sum, out.loss_sum.new_tensor(0.0)])}
+        for name, sum_and_weight in with_weights.items():
+            sums[name] = sums.get(name, 0) + counts * sum_and_weight
         if out.counts is not None:
             observed.append(counts * out.counts)
     # Every rank ran a micro-batch, so every rank has the same names, and one collective in name order adds all of them.

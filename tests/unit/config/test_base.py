@@ -1,6 +1,6 @@
 """The fields of a stage's config may grow and move; artifacts, requests and overrides of before keep working."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import pytest
 from pydantic import Field, ValidationError
@@ -13,7 +13,7 @@ from stages.config.pipeline import PipelineConfig, stored_identity
 from stages.config.recipes import tiny
 from stages.config.request import ArtifactRef
 from stages.config.resolve import _ordered, _set_dotted, resolve
-from stages.config.train import DPOConfig, SigmoidLoss
+from stages.config.train import DPOConfig, PreferenceLoss, SigmoidLoss
 
 
 class Inner(Config):
@@ -186,3 +186,11 @@ def test_a_stored_config_stands_for_what_it_says_and_not_for_defaults_of_today()
     del identity["max_source_epochs"]
     assert stored_identity(Stage.DPO, shorter) == identity
     assert stored_identity(Stage.DPO, stored | {"no field": 1}) == stored | {"no field": 1}
+
+
+def test_every_preference_loss_has_fingerprints_of_its_own() -> None:
+    """Two losses with the same fields must differ by their `kind`, which only the first member may leave out."""
+    members = get_args(get_args(PreferenceLoss)[0]) if get_args(PreferenceLoss) else (PreferenceLoss,)
+    kinds = [member.model_fields["kind"] for member in members]
+    left_out = [kind.default for kind in kinds if any(isinstance(mark, AddedLater) for mark in kind.metadata)]
+    assert left_out == ["sigmoid"]
