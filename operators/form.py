@@ -16,6 +16,7 @@ from stages.config.estimate import model_size
 from stages.config.execution import ExecutionConfig
 from stages.config.forms import PipelineParams
 from stages.config.graph import Stage, trained_stages
+from stages.config.help import field_help
 from stages.config.pipeline import PipelineConfig
 from stages.config.recipes import RECIPES
 from stages.config.text import compact
@@ -50,9 +51,14 @@ def form_of(model: type[Config], *, section: str) -> ParamsDict:
 
 def _form(model: type[Config], sections: Mapping[str, Sequence[str]]) -> ParamsDict:
     schema = model.model_json_schema()
-    definitions = schema.get("$defs", {})
+    definitions, texts = schema.get("$defs", {}), field_help(model)
     form = {
-        name: _param(model.model_fields[name], _resolved(schema["properties"][name], definitions), section=section)
+        name: _param(
+            model.model_fields[name],
+            _resolved(schema["properties"][name], definitions),
+            section=section,
+            text=texts[name],
+        )
         for section, names in sections.items()
         for name in names
     }
@@ -66,11 +72,11 @@ def form_values(params: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in params.items() if value is not None}
 
 
-def _param(field: FieldInfo, schema: dict[str, Any], *, section: str) -> Param:
+def _param(field: FieldInfo, schema: dict[str, Any], *, section: str, text: str) -> Param:
     default = field.get_default(call_default_factory=True, validated_data={})
     kind = schema["type"]
     settings = {key: value for key, value in schema.items() if key not in ("default", "description", "examples")}
-    settings |= {"title": field.title, "section": section, "description_md": _help(field)}
+    settings |= {"title": field.title, "section": section, "description_md": _help(field, text)}
     if kind in _EMPTY_ALLOWED and not default:
         # Airflow's form requires a value unless null is allowed.
         settings["type"] = [kind, "null"]
@@ -119,12 +125,11 @@ def _workers(execution: ExecutionConfig) -> str:
     )
 
 
-def _help(field: FieldInfo) -> str:
+def _help(field: FieldInfo, text: str) -> str:
     """The field's docstring, with its examples if it is a list: as `examples` in the schema, they would be an enum.
 
     Bold instead of code: the form draws code in boxes that are taller than a line and hide the neighbouring lines.
     """
-    text = field.description or ""
     if field.examples and field.annotation is not str:
         text += f" Examples: {', '.join(f'`{example}`' for example in field.examples)}."
     return re.sub("`([^`]+)`", lambda code: f"**{plain(code[1])}**", text)

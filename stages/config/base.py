@@ -34,7 +34,7 @@ class AddedLater:
 class Config(BaseModel):
     """Immutable, strict about unknown fields; derive a changed copy with `model_copy(update=...)`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     moved: ClassVar[Mapping[str, str]] = {}
     """Earlier names of fields of this class, each with the current path `group.field`."""

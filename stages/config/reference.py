@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 import stages.config
 from stages.config.base import Config
+from stages.config.help import field_help
 from stages.config.pipeline import PipelineConfig
 
 _RECORDS = "stages.config.request"
@@ -105,12 +106,13 @@ def _section(cls: type[Config], paths: dict[type[Config], list[str]] | None = No
     if fields:
         lines += ["", "| field | type | default | allowed | meaning |", "|---|---|---|---|---|"]
         schemas = cls.model_json_schema()["properties"]
-        lines += [_row(name, field, schemas[name]) for name, field in fields.items()]
+        texts = field_help(cls)
+        lines += [_row(name, field, schemas[name], texts[name]) for name, field in fields.items()]
     return "\n".join(lines)
 
 
-def _row(name: str, field: FieldInfo, schema: Mapping[str, Any]) -> str:
-    cells = (f"`{name}`", _offered(field, schema), _default(field), _allowed(field), _escaped(field.description or ""))
+def _row(name: str, field: FieldInfo, schema: Mapping[str, Any], text: str) -> str:
+    cells = (f"`{name}`", _offered(field, schema), _default(field), _allowed(field), _escaped(text))
     return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
 
 

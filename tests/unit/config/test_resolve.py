@@ -160,13 +160,14 @@ def test_each_alignment_selects_its_stages() -> None:
 def test_every_field_is_documented() -> None:
     """The text under a field is its help everywhere."""
     from stages.config.base import Config
+    from stages.config.help import field_help
 
     def undocumented(model: type[Config], path: str = "") -> list[str]:
         missing = []
         for name, field in model.model_fields.items():
             if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
                 missing += undocumented(field.annotation, f"{path}{name}.")
-            elif not field.description:
+            elif not field_help(model)[name]:
                 missing.append(f"{path}{name}")
         return missing
 

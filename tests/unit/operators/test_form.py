@@ -10,6 +10,7 @@ from jsonschema import Draft7Validator
 from operators.form import _form, form_values, trigger_form
 from stages.config.forms import PipelineParams, RunOutline
 from stages.config.graph import Alignment, pipeline_stages
+from stages.config.help import field_help
 from stages.config.pipeline import PipelineConfig
 from stages.config.recipes import RECIPES
 from stages.config.resolve import parse_params, resolve
@@ -27,7 +28,7 @@ def test_every_field_has_title_help_section_and_a_valid_default(name: str):
     field, shown = PipelineParams.model_fields[name], param(name)
     Draft7Validator.check_schema(shown.schema)
     assert shown.schema["title"] == field.title
-    assert words(shown.schema["description_md"]).startswith(words(field.description or "no docstring"))
+    assert words(shown.schema["description_md"]).startswith(words(field_help(PipelineParams)[name] or "no docstring"))
     assert shown.schema["section"]
     assert shown.resolve() == shown.value
 
@@ -63,7 +64,7 @@ def test_the_fields_that_the_configuration_keeps_are_documented_once():
     for name in RunOutline.model_fields:
         assert name not in PipelineParams.__annotations__
         assert name not in PipelineConfig.__annotations__
-        assert PipelineConfig.model_fields[name].description == PipelineParams.model_fields[name].description
+        assert field_help(PipelineConfig)[name] == field_help(PipelineParams)[name] != ""
 
 
 def test_the_untouched_form_is_the_default_run():

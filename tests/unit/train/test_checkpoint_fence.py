@@ -58,7 +58,7 @@ def test_a_worker_uploads_while_its_job_holds_the_lease_and_not_after(tmp_path: 
         "fingerprint": IDENTITY,
         "sources": [],
         "fence": lease.fence.model_dump(),
-        "body": f"{__name__}:write_a_model",
+        "functions": [f"{__name__}:write_a_model"],
     }
     sent = _on_worker(arguments)
     assert sent is not None
