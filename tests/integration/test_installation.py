@@ -26,8 +26,8 @@ import dags, operators
 from airflow.dag_processing.dagbag import DagBag
 from airflow.serialization.serialized_objects import DagSerialization
 
-modules = [f"{package.__name__}.{found.name}" for package in (operators, dags)
-           for found in pkgutil.iter_modules(package.__path__)]
+modules = [found.name for package in (operators, dags)
+           for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.") if not found.ispkg]
 for name in modules:
     import_module(name)
 bag = DagBag(dags.__path__[0])
@@ -111,13 +111,13 @@ def test_every_operator_module_and_every_dag_can_be_imported_from_the_wheel(
     probe: dict[str, Any], elsewhere: Elsewhere
 ) -> None:
     assert all(path.startswith(str(elsewhere.venv)) for path in probe["where"]), "not the checkout's"
-    expected = {f"{file.parent.name}.{file.stem}" for name in ("operators", "dags") for file in package_files(name)}
-    assert set(probe["modules"]) == expected
+    assert set(probe["modules"]) == {module for name in ("operators", "dags") for module in modules_of(name)}
     assert probe["import_errors"] == {}
 
 
-def package_files(name: str) -> list[Path]:
-    return [file for file in (REPOSITORY / name).glob("*.py") if file.stem != "__init__"]
+def modules_of(name: str) -> list[str]:
+    files = [file for file in (REPOSITORY / name).rglob("*.py") if file.stem != "__init__"]
+    return [".".join(file.relative_to(REPOSITORY).with_suffix("").parts) for file in files]
 
 
 def test_the_dags_survive_serialisation_with_operators_and_links(probe: dict[str, Any]) -> None:
