@@ -380,7 +380,7 @@ LOOK = """
 import sys, threading, time
 from stages.artifacts.lease import LeaseTimes, acquire
 from stages.artifacts.retention import Policy, find
-from stages.artifacts.store import open_store
+from stages.artifacts.addresses import open_store
 from tests.unit.artifacts.test_lease import IDENTITY, KIND, owner
 time.sleep = threading.Event().wait  # libfaketime refuses the moments until which Python sleeps
 store = open_store(sys.argv[1])

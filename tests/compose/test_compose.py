@@ -21,7 +21,7 @@ ONE_SHOTS = {"setup-databases", "setup-bucket", "setup-airflow", "setup-mlflow",
 
 MANIFESTS = """
 import json, os
-from stages.artifacts.store import open_store
+from stages.artifacts.addresses import open_store
 store = open_store(os.environ["ARTIFACT_STORE"])
 keys = [entry.key for entry in store.listing()]
 manifests = {key: json.loads(store.read_bytes(key)) for key in keys if key.endswith("/manifest.json")}
