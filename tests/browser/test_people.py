@@ -56,7 +56,7 @@ def test_the_form_explains_every_field_in_sections(page: Page, live: LiveStack) 
     dialog.get_by_role("cell", name="2.61 M parameters: 5 layers of 192").wait_for()  # what the recipe's defaults are
     assert {option.get_attribute("value") for option in dialog.locator("datalist option").all()} >= {"demo", "tiny"}
     assert unfold(dialog, "Data", "documents").evaluate("field => field.tagName") == "TEXTAREA"
-    dialog.get_by_text("one source a line").first.wait_for()
+    dialog.get_by_text("one source per line").first.wait_for()
     unfold(dialog, "Model and alignment", "alignment").get_by_text("Both, side by side").wait_for()
     assert unfold(dialog, "Course of the run", "dry_run").count() == 1
     unfold(dialog, "Changes to the recipe", "overrides")
