@@ -227,7 +227,7 @@ def no_memory(world: World) -> Struck:
     drill.row.finish()
     assert drill.row.statuses() == ["FAILED", "SUCCEEDED"]
     assert "a training worker died" in drill.told()
-    assert "want of memory (`dmesg`)" in drill.told()
+    assert "check with `dmesg` whether the kernel" in drill.told()
     return drill, since
 
 
