@@ -128,7 +128,7 @@ def test_a_run_from_the_form_to_an_approved_champion(page: Page, live: LiveStack
     page.goto(task_page(live.record.airflow_url, PIPELINE, run_id, "approve", "/required_actions"))
     page.get_by_text("Answers side by side").wait_for()
     headings = [cell.inner_text() for cell in page.get_by_role("table").first.get_by_role("columnheader").all()]
-    assert headings == ["", "base", "SFT", "DPO"]
+    assert headings == ["", "Base", "SFT", "DPO"]
     page.locator("[id=element_comment]").fill("reads well")
     page.get_by_role("button", name="Approve").click()
 
