@@ -169,6 +169,16 @@ def _format(table: _Table, formats: type[Shape], fitting: Callable[[Any], list[S
     )
 
 
+def _entered(table: _Table) -> Iterator[tuple[str, Row | _Outcome]]:
+    """Count every row; one that cannot be read comes as its outcome."""
+    for key, record in table.rows:
+        if isinstance(record, BadRecord):
+            yield key, _unreadable(key, record, table.account)
+        else:
+            table.account.unreadable.entered.add(record.size)
+            yield key, record
+
+
 def _instructions(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
     source, account = table.source, table.account
     shape = _format(table, InstructionFormat, instructions.fitting_formats)
@@ -177,12 +187,11 @@ def _instructions(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
     if shape is InstructionFormat.OASST:
         yield from _joined(table, config)
         return
-    for key, record in table.rows:
-        if isinstance(record, BadRecord) or shape is None:
-            assert isinstance(record, BadRecord)
-            yield _unreadable(key, record, account)
+    for key, record in _entered(table):
+        if isinstance(record, _Outcome):
+            yield record
             continue
-        account.unreadable.entered.add(record.size)
+        assert shape is not None  # a table without a format has no readable row
         try:
             made = instructions.to_conversation(shape, record.values)
         except Unusable as error:
@@ -194,11 +203,10 @@ def _instructions(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
 def _joined(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
     """A table of messages is read whole, because a reply may come before the message that it answers."""
     rows: dict[str, Row] = {}
-    for key, record in table.rows:
-        if isinstance(record, BadRecord):
-            yield _unreadable(key, record, table.account)
+    for key, record in _entered(table):
+        if isinstance(record, _Outcome):
+            yield record
         else:
-            table.account.unreadable.entered.add(record.size)
             rows[key] = record
     for made in conversations_of([(key, row.values) for key, row in rows.items()]):
         row, size = rows[made.key], rows[made.key].size
@@ -220,12 +228,11 @@ def _preferences(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
     shape = _format(table, PreferenceFormat, preferences.fitting_formats)
     if shape:
         account.formats.add(shape)
-    for key, record in table.rows:
-        if isinstance(record, BadRecord) or shape is None:
-            assert isinstance(record, BadRecord)
-            yield _unreadable(key, record, account)
+    for key, record in _entered(table):
+        if isinstance(record, _Outcome):
+            yield record
             continue
-        account.unreadable.entered.add(record.size)
+        assert shape is not None  # a table without a format has no readable row
         try:
             found = preferences.to_preferences(shape, record.values)
         except Unusable as error:
