@@ -46,25 +46,13 @@ from stages.config.graph import Stage
 from stages.config.request import ArtifactRef, RunInfo
 from stages.config.resolve import resolve
 from tests.servers import RayServer
+from tests.task_state import Memory
 
 pytestmark = pytest.mark.integration
 
 STAND_IN = Path(__file__).with_name("stage_stand_in.py")
 KEY = TaskKey("llm_pipeline", "run", "tokenize")
 CURATED = ArtifactRef(kind="curated", uri="file:///curated", fingerprint="f", digest="d")
-
-
-class Memory:
-    """Task state store and XComs as Airflow keeps them between the processes of one task instance."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.values.get(key, default)
-
-    def set(self, key: str, value: Any, **retention: Any) -> None:
-        self.values[key] = json.loads(json.dumps(value))
 
 
 class TaskInstance:

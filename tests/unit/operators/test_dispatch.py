@@ -17,6 +17,7 @@ from stages.config.errors import Category
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef, Failure, RunInfo, StageResult
+from tests.task_state import Memory
 
 # As the operator and its trigger left it in Airflow's database before `Carried` was a class.
 OLD_CARRY: dict[str, Any] = {
@@ -53,19 +54,6 @@ OLD_EVENT: dict[str, Any] = {
     "carry": OLD_CARRY,
 }
 MODEL = ArtifactRef(kind="sft-model", uri="file:///store/artifacts/sft-model/f", fingerprint="f", digest="d")
-
-
-class Memory:
-    """Airflow's task state store."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.values.get(key, default)
-
-    def set(self, key: str, value: Any, **retention: Any) -> None:
-        self.values[key] = json.loads(json.dumps(value))
 
 
 class TaskInstance:
