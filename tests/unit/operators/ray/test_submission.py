@@ -1,8 +1,6 @@
 """Exactly one job per attempt, whatever dies in between; against a server with the behaviour of Ray's."""
 
 import json
-from datetime import timedelta
-from typing import Any
 
 import pytest
 
@@ -10,21 +8,9 @@ from operators.ray.hook import RayJobHook
 from operators.ray.jobs import RayUnreachableError
 from operators.ray.submission import STATE_KEY, Attached, Submission, SubmissionLog, TaskKey, attach_or_submit
 from tests.ray_stand_in import StandInRay
+from tests.task_state import Memory
 
 KEY = TaskKey("llm_pipeline", "manual__2026-01-01T00:00:00+00:00", "sft")
-
-
-class Memory:
-    """The task state store, surviving attempts."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.values.get(key, default)
-
-    def set(self, key: str, value: Any, *, retention: timedelta | None = None) -> None:
-        self.values[key] = json.loads(json.dumps(value))
 
 
 class Crash(BaseException):
