@@ -59,6 +59,15 @@ def signature_record(config: CurateConfig) -> np.dtype:
     return np.dtype([("signature", f"S{size}"), ("index", "<u4")])
 
 
+def _among(signatures: np.ndarray, published: np.ndarray) -> np.ndarray:
+    """Which signatures are in a published bucket. It is sorted, so there is no need to sort it again for every shard,
+    as `np.isin` would: that took hundreds of times as long with a million earlier documents."""
+    if not len(published):
+        return np.zeros(len(signatures), dtype=bool)
+    places = np.searchsorted(published, signatures)
+    return published[np.minimum(places, len(published) - 1)] == signatures
+
+
 def match_seen(bucket: int, planted: list[np.ndarray], bench: Workbench) -> list[np.ndarray]:
     """By shard, the documents that agree with earlier ones in this bucket; publishes the bucket of before and now.
 
@@ -75,7 +84,7 @@ def match_seen(bucket: int, planted: list[np.ndarray], bench: Workbench) -> list
         shard = int(path.name.partition(".")[0])
         records = np.fromfile(path, dtype=record)
         records = records[~planted[shard][records["index"]]]
-        found[shard][records["index"]] = np.isin(records["signature"], before)
+        found[shard][records["index"]] = _among(records["signature"], before)
         now.append(records["signature"])
     # Sorted and unique, so the file does not depend on the order of shards or of increments.
     bench.publish_bytes(name, np.unique(np.concatenate(now)).tobytes())
