@@ -59,6 +59,7 @@ def build_pairs(units: int, bench: Workbench) -> PairsAccount:
     else:
         asked.rows = given.given_instructions(config.instruction_sources, config, asked.steps, asked.given)
     prepared.run(asked, answer=_answers, limit=config.max_instructions)
+    _publish(asked, bench)  # before preferences are read: a useless source of instructions is told at once
 
     paired = _Kind("preferences", config.preferences, carried_pairs(bench.previous, "preferences"))
     if paired.is_derived:
@@ -67,13 +68,9 @@ def build_pairs(units: int, bench: Workbench) -> PairsAccount:
     else:
         paired.rows = given.given_preferences(config.preference_sources, config, paired.steps, paired.given)
     prepared.run(paired, answer=lambda row: row["chosen"], limit=config.max_preferences)
+    _publish(paired, bench)
 
     kinds = (asked, paired)
-    for kind in kinds:
-        _verify(kind)
-        for split, rows in _by_split(kind.published).items():
-            shown = ({key: value for key, value in row.items() if key != "heldout"} for row in rows)
-            bench.publish(f"{kind.name}/{split}", shown)
     return PairsAccount(
         instructions=asked.steps,
         preferences=paired.steps,
@@ -83,6 +80,13 @@ def build_pairs(units: int, bench: Workbench) -> PairsAccount:
         carried=_sizes({kind.name: kind.carried for kind in kinds}),
         sources={kind.name: kind.given for kind in kinds},
     )
+
+
+def _publish(kind: _Kind, bench: Workbench) -> None:
+    _verify(kind)
+    for split, rows in _by_split(kind.published).items():
+        shown = ({key: value for key, value in row.items() if key != "heldout"} for row in rows)
+        bench.publish(f"{kind.name}/{split}", shown)
 
 
 def _symbols(units: int, bench: Workbench) -> Iterator[Symbol]:

@@ -169,14 +169,28 @@ def _format(table: _Table, formats: type[Shape], fitting: Callable[[Any], list[S
     )
 
 
-def _entered(table: _Table) -> Iterator[tuple[str, Row | _Outcome]]:
-    """Count every row; one that cannot be read comes as its outcome."""
+def _entered(table: _Table, shape: Shape | None) -> Iterator[tuple[str, Row | _Outcome]]:
+    """Count every row; one that cannot be read comes as its outcome.
+
+    Raises DataError at a readable row of a table whose format is not known, because its first rows are unreadable.
+    """
     for key, record in table.rows:
         if isinstance(record, BadRecord):
             yield key, _unreadable(key, record, table.account)
+        elif shape is None:
+            uri = table.source.uri
+            raise DataError(
+                f"source {uri!r}: none of the first {_LOOKED_AT} rows of {table.name} can be read "
+                f"({_first_reason(table)}), so the format of the later ones is not known",
+                advice=f"Check the file, or name the format after the source: {uri}#format=...",
+            )
         else:
             table.account.unreadable.entered.add(record.size)
             yield key, record
+
+
+def _first_reason(table: _Table) -> str:
+    return next((record.reason for _, record in table.head if isinstance(record, BadRecord)), "nothing")
 
 
 def _instructions(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
@@ -187,11 +201,11 @@ def _instructions(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
     if shape is InstructionFormat.OASST:
         yield from _joined(table, config)
         return
-    for key, record in _entered(table):
+    for key, record in _entered(table, shape):
         if isinstance(record, _Outcome):
             yield record
             continue
-        assert shape is not None  # a table without a format has no readable row
+        assert shape is not None
         try:
             made = instructions.to_conversation(shape, record.values)
         except Unusable as error:
@@ -203,7 +217,7 @@ def _instructions(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
 def _joined(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
     """A table of messages is read whole, because a reply may come before the message that it answers."""
     rows: dict[str, Row] = {}
-    for key, record in _entered(table):
+    for key, record in _entered(table, InstructionFormat.OASST):
         if isinstance(record, _Outcome):
             yield record
         else:
@@ -228,11 +242,11 @@ def _preferences(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
     shape = _format(table, PreferenceFormat, preferences.fitting_formats)
     if shape:
         account.formats.add(shape)
-    for key, record in _entered(table):
+    for key, record in _entered(table, shape):
         if isinstance(record, _Outcome):
             yield record
             continue
-        assert shape is not None  # a table without a format has no readable row
+        assert shape is not None
         try:
             found = preferences.to_preferences(shape, record.values)
         except Unusable as error:

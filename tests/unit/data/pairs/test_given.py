@@ -1,4 +1,4 @@
-"""Rows that users bring: the common shapes are told by their fields, adapted, and everything else has a reason."""
+"""Rows that users bring: common shapes are detected from their fields and adapted; everything else has a reason."""
 
 import json
 from pathlib import Path
@@ -336,6 +336,14 @@ def test_conversations_that_start_alike_are_held_out_together(tmp_path: Path) ->
     halves = [row["heldout"] for row in rows]
     assert halves[:40] == halves[40:]
     assert 5 < sum(halves[:40]) < 35
+
+
+def test_a_table_whose_first_rows_are_unreadable_has_no_format_for_the_later_ones(tmp_path: Path) -> None:
+    source = tmp_path / "damaged.jsonl"
+    source.write_text("x\n" * 100 + json.dumps({"instruction": "a", "response": "b"}) + "\n")
+    with pytest.raises(DataError, match=r"none of the first 100 rows of .* can be read") as refused:
+        load(str(source))
+    assert "#format=" in refused.value.advice
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="../shared/data is not there")
