@@ -68,6 +68,8 @@ def _asked(subject: str, url: str, variable: str, ask: Callable[[str], Iterable[
 
 def _unreachable(url: str, error: Exception, variable: str) -> tuple[str, str]:
     """What is wrong and what to do, from the cause behind httpx's error, whose class alone does not say."""
+    if isinstance(error, (httpx.InvalidURL, httpx.UnsupportedProtocol)):
+        return f"{url!r} is no address", f"Set {variable} to something like http://host:port."
     host = urlsplit(url).netloc
     match _first_cause(error):
         case ssl.SSLError():
@@ -75,8 +77,6 @@ def _unreachable(url: str, error: Exception, variable: str) -> tuple[str, str]:
                 f"the certificate of {host} is not trusted",
                 "Set SSL_CERT_FILE, and REQUESTS_CA_BUNDLE for MLflow's client, to the certificate of its authority.",
             )
-        case httpx.InvalidURL() | httpx.UnsupportedProtocol():
-            return f"{url!r} is no address", f"Set {variable} to something like http://host:port."
         case socket.gaierror() | UnicodeError():
             return f"the name in {url} does not resolve", f"Correct {variable}, or run this inside its network."
         case _ if isinstance(error, httpx.TimeoutException):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import cache
@@ -66,7 +67,7 @@ class Health:
                     return None
                 case name:
                     return self._heartbeat(HEARTBEATS[name], since=program.started_at)
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, json.JSONDecodeError) as error:
             return f"does not answer yet ({type(error).__name__})"
 
     def _airflow_reports(self) -> dict[str, Any]:

@@ -155,6 +155,8 @@ def mlflow() -> None:
             if time.monotonic() > deadline:
                 raise SetupFailed(f"MLflow has not answered for {PATIENCE_SECONDS:.0f} s: {error}") from error
             time.sleep(2)
+        except httpx.InvalidURL as error:
+            raise SetupFailed(f"MLFLOW_TRACKING_URI or NO_PROXY holds no valid address: {error}") from error
     if status != 200 and "RESOURCE_ALREADY_EXISTS" in text:
         status, text = _as_mlflow_admin("PATCH", "users/update-password", {"username": user, "password": password})
     if status != 200:

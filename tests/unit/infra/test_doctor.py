@@ -286,6 +286,14 @@ def test_a_stranger_a_closed_port_and_a_name_without_address_are_told_apart(file
     assert "is not a server" in about({**base, "MLFLOW_TRACKING_URI": "sqlite:///x.db"}, "MLflow").what
 
 
+@pytest.mark.parametrize("address", ["http://127.0.0.1:50a0", "nohttp", "http://:8080", "http://ray:None"])
+def test_what_is_no_address_is_told(file_store: str, address: str) -> None:
+    found = about({"ARTIFACT_STORE": file_store, "RAY_JOBS_URL": address}, "Ray")
+    assert found.verdict is Verdict.WRONG
+    assert "is no address" in found.what
+    assert "http://host:port" in found.advice
+
+
 def test_a_server_that_listens_and_never_answers_is_told(file_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infra.doctor.TIMEOUT_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
