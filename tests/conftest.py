@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from stages.config.graph import StageSpec
 from tests.live_stack import PIPELINE, LiveStack, live_stack
 from tests.s3 import S3Server, best_kind, missing_of_ceph
 from tests.s3 import s3_server as start_s3
@@ -119,3 +120,12 @@ def every_store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 def every_server(request: pytest.FixtureRequest) -> S3Server:
     """Each real S3 server."""
     return request.getfixturevalue(f"{request.param}_server")
+
+
+@pytest.fixture
+def imaginary_stage() -> Iterator[StageSpec]:
+    """A trained stage that stands in the graph for the length of a test."""
+    from tests.imaginary import imaginary
+
+    with imaginary() as spec:
+        yield spec

@@ -1,9 +1,12 @@
 """A trained stage that does not exist, for tests that what knows stages learns of a new one from the graph alone."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from stages.artifacts.addresses import artifact_uri
 from stages.artifacts.manifests import publish, read_manifest
@@ -16,8 +19,25 @@ from stages.config.request import ArtifactRef, Manifest, StageRequest, StageResu
 from stages.config.train import DPOConfig
 
 
-def add_imaginary_stage(monkeypatch: pytest.MonkeyPatch) -> StageSpec:
-    """Put a second kind of DPO, `ipo`, into the graph for the length of a test, with settings in every recipe."""
+@contextmanager
+def imaginary(*models: type[BaseModel]) -> Iterator[StageSpec]:
+    """Put a second kind of DPO, `ipo`, into the graph, with settings in every recipe; afterwards all is as it was.
+
+    Pydantic remembers the members of an enum from when a class is made: `models` are further ones with a stage in them.
+    """
+    remembering = (StageRequest, Manifest, StageResult, *models)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            spec = _add(patch)
+            for model in remembering:
+                model.model_rebuild(force=True)
+            yield spec
+    finally:
+        for model in remembering:
+            model.model_rebuild(force=True)
+
+
+def _add(monkeypatch: pytest.MonkeyPatch) -> StageSpec:
     stage = str.__new__(Stage, "ipo")
     stage._name_, stage._value_, stage.label = "IPO", "ipo", "IPO: aligned by imagination"
     members: Any = Stage
@@ -32,8 +52,6 @@ def add_imaginary_stage(monkeypatch: pytest.MonkeyPatch) -> StageSpec:
     for key, facts in graph.items():
         monkeypatch.setitem(GRAPH, key, facts)
     _give_settings(monkeypatch, stage)
-    for model in (StageRequest, Manifest, StageResult):
-        model.model_rebuild(force=True)  # pydantic remembers the members of an enum from when a class is made
     return spec
 
 

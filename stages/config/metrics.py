@@ -41,5 +41,3 @@ EVALUATION_METRICS: tuple[EvaluationMetric, ...] = (
     EvaluationMetric("eval/kl", "KL to SFT (nats)"),
     EvaluationMetric("eval/response_length", "response length (tokens)"),
 )
-
-BY_KEY: dict[str, EvaluationMetric] = {metric.key: metric for metric in EVALUATION_METRICS}

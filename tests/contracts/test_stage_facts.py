@@ -6,10 +6,12 @@ in place by tests/imaginary.py; no other module is told of it.
 
 import re
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from rich.console import Console
 
 from infra.run_state import Row, Snapshot, task_order
@@ -34,7 +36,7 @@ from stages.lineage.tags import lineage_tags
 from stages.lineage.views import to_svg
 from stages.reporting.page import render_page
 from stages.reporting.story import read_story
-from tests.imaginary import add_imaginary_stage
+from tests.imaginary import imaginary
 from tests.pipeline_records import EVALUATION, context_for, publish_run, refs_for, request_for, run_info
 from tests.places import REPOSITORY
 
@@ -42,12 +44,10 @@ RUN = RunInfo(run_id="r", name="n")
 
 
 @pytest.fixture
-def ipo(monkeypatch: pytest.MonkeyPatch) -> Stage:
+def ipo() -> Iterator[Stage]:
     """The imaginary stage, in the graph behind DPO."""
-    stage = add_imaginary_stage(monkeypatch).stage
-    for model in (StagePlan, Plan):
-        model.model_rebuild(force=True)
-    return stage
+    with imaginary(StagePlan, Plan) as spec:
+        yield spec.stage
 
 
 def test_the_form_offers_it_and_the_recipes_say_how_much_it_trains(ipo: Stage) -> None:
@@ -173,5 +173,11 @@ def test_promotion_registers_it(ipo: Stage, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_afterwards_everything_is_as_it_was() -> None:
-    assert "ipo" not in {stage.value for stage in GRAPH}
+    result = {"stage": "ipo", "hit": True, "artifact": {"kind": "k", "uri": "u", "fingerprint": "f", "digest": "d"}}
+    before = list(GRAPH)
+    with imaginary(StagePlan, Plan):
+        StageResult.model_validate(result)
+    assert list(GRAPH) == before
     assert "ipo" not in task_order()
+    with pytest.raises(ValidationError, match="stage"):
+        StageResult.model_validate(result)

@@ -10,12 +10,11 @@ import pytest
 
 from stages import evaluate
 from stages.config.closing import EvaluateConfig
-from stages.config.graph import GRAPH, Stage
-from stages.config.metrics import BY_KEY
+from stages.config.graph import GRAPH, Stage, StageSpec
+from stages.config.metrics import EVALUATION_METRICS
 from stages.config.request import ArtifactRef
 from stages.data.tokens.ragged import Ragged, RaggedWriter
 from stages.data.tokens.views import Split, TokensArtifact
-from tests.imaginary import add_imaginary_stage
 from tests.small_world import make_context, make_models, make_tokens
 
 Inputs = dict[str, ArtifactRef]
@@ -38,10 +37,10 @@ def measured(home: Path, inputs: Inputs) -> dict[str, Any]:
 
 
 def test_an_aligned_stage_that_joins_the_graph_is_measured_against_its_reference(
-    made: tuple[Path, Inputs], monkeypatch: pytest.MonkeyPatch
+    made: tuple[Path, Inputs], imaginary_stage: StageSpec
 ) -> None:
     home, inputs = made
-    role = add_imaginary_stage(monkeypatch).role
+    role = imaginary_stage.role
     report = measured(home, inputs | {role: inputs["sft"]})
     assert list(report["models"]) == ["base", "sft", role]
     assert report["models"][role]["eval/kl"] == pytest.approx(0.0, abs=1e-5)  # it is its reference
@@ -60,7 +59,7 @@ def test_every_metric_of_a_model_is_in_the_list_that_report_and_approval_read(ma
     home, inputs = made
     report = measured(home, inputs | {"dpo": inputs["sft"]})
     measured_keys = {key for metrics in report["models"].values() for key in metrics}
-    assert measured_keys == BY_KEY.keys()
+    assert measured_keys == {metric.key for metric in EVALUATION_METRICS}
 
 
 def test_tokens_are_counted_over_all_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

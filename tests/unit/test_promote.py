@@ -9,10 +9,10 @@ from infra.ports import any_free
 from stages.artifacts.manifests import settings_digest
 from stages.config.closing import PromoteConfig
 from stages.config.errors import Category, ConfigError, StageError
-from stages.config.graph import Stage
+from stages.config.graph import Stage, StageSpec
 from stages.promote import read_evaluation, run
 from stages.tracking.client import connect
-from tests.imaginary import add_imaginary_stage, publish_imaginary
+from tests.imaginary import publish_imaginary
 from tests.pipeline_records import EVALUATION, context_for, publish_artifact, publish_run, refs_for, request_for
 
 AUTO = PromoteConfig(run_name="demo")
@@ -50,8 +50,9 @@ def test_no_tracking_uri_is_a_mistake_in_the_configuration(tmp_path: Path, monke
 
 
 @pytest.mark.slow
-def test_a_stage_that_only_the_graph_knows_is_registered_and_may_become_champion(tmp_path: Path, monkeypatch) -> None:
-    imaginary = add_imaginary_stage(monkeypatch)
+def test_a_stage_that_only_the_graph_knows_is_registered_and_may_become_champion(
+    tmp_path: Path, monkeypatch, imaginary_stage: StageSpec
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     models = {**EVALUATION["models"], "ipo": {"eval/win_rate": 0.99, "eval/score_mean": 0.5}}
     store, made = publish_run(tmp_path, without=frozenset({Stage.PPO}), evaluation={**EVALUATION, "models": models})
@@ -62,7 +63,7 @@ def test_a_stage_that_only_the_graph_knows_is_registered_and_may_become_champion
     record = json.loads((context.output_dir / "promotion.json").read_text())
     assert (record["chosen"], record["promoted"]) == ("ipo", True)
     registered = next(model for model in record["models"] if model["role"] == "ipo")
-    assert registered["name"] == f"demo-{imaginary.registered_as}"
+    assert registered["name"] == f"demo-{imaginary_stage.registered_as}"
     client = connect()
     assert client.get_registered_model("demo-aligned").aliases["champion"] == int(registered["version"])
     assert client.get_model_version("demo-aligned", registered["version"]).tags["alignment"] == "ipo"

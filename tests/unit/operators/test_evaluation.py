@@ -14,8 +14,8 @@ from stages.artifacts.manifests import read_manifest, settings_digest
 from stages.config.decision import Champion, Conditions
 from stages.config.errors import ConfigError
 from stages.config.forms import EvaluationParams
-from stages.config.graph import Stage
-from tests.imaginary import add_imaginary_stage, publish_imaginary
+from stages.config.graph import Stage, StageSpec
+from tests.imaginary import publish_imaginary
 from tests.pipeline_records import EVALUATION, publish_run
 from tests.unit.operators.test_given import RUN, House
 
@@ -47,11 +47,10 @@ def test_somebody_elses_model_is_left_to_the_job(house: House):
     assert (request.source_uris, request.inputs) == (("/models/llama",), {"tokens": house.tokens})
 
 
-def test_a_model_that_only_the_graph_knows_is_measured_beside_its_reference(house: House, monkeypatch):
-    imaginary = add_imaginary_stage(monkeypatch)
+def test_a_model_that_only_the_graph_knows_is_measured_beside_its_reference(house: House, imaginary_stage: StageSpec):
     model = publish_imaginary(house.store, house.dpo)
     config = evaluation_config(EvaluationParams(model=model.uri, recipe="tiny"))
-    assert config.given == {imaginary.role: model, "sft": house.sft, "tokens": house.tokens}
+    assert config.given == {imaginary_stage.role: model, "sft": house.sft, "tokens": house.tokens}
 
 
 class Version(BaseHTTPRequestHandler):

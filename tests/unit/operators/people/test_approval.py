@@ -19,7 +19,6 @@ from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import PipelineConfig, stage_config_from_json
 from stages.config.request import ArtifactRef, RunInfo
 from stages.config.resolve import resolve
-from tests.imaginary import add_imaginary_stage
 from tests.pipeline_records import EVALUATION, SAMPLES, publish_run, run_info
 
 ANSWERED = datetime(2026, 11, 24, 9, 30, 15, 123, tzinfo=UTC)
@@ -54,10 +53,8 @@ def test_the_question_shows_every_model_side_by_side_and_proposes_the_one_that_p
     assert "proposed: **PPO**, the aligned model with the highest win rate against SFT." in body
 
 
-def test_a_model_that_only_the_graph_knows_is_in_the_table_and_may_be_proposed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    add_imaginary_stage(monkeypatch)
+@pytest.mark.usefixtures("imaginary_stage")
+def test_a_model_that_only_the_graph_knows_is_in_the_table_and_may_be_proposed(tmp_path: Path) -> None:
     models = {**EVALUATION["models"], "ipo": {"eval/win_rate": 0.99}}
     _, made = publish_run(tmp_path, evaluation={**EVALUATION, "models": models})
     subject, body = question(run_info(), config(), made[Stage.EVALUATE])
