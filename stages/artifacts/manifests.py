@@ -64,9 +64,12 @@ def load_manifest(store: Store, key: str) -> Manifest:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         wrong = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+        is_newer = first["loc"] == ("manifest_version",)
         raise DamagedArtifactError(
             f"{store.root_uri}/{key}/{MANIFEST} is not a valid manifest: {wrong}",
-            advice="Do not use this artifact unless you know who wrote it.",
+            advice="The artifact may be intact: update Athanor, Airflow's and Ray's images together."
+            if is_newer
+            else "Do not use this artifact unless you know who wrote it.",
         ) from None
 
 

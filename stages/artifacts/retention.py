@@ -111,7 +111,7 @@ class Picture:
                 except DamagedArtifactError as error:
                     raise DataError(
                         error.message,
-                        advice="Nothing was deleted. Restore this object from a backup, or delete it by hand.",
+                        advice=f"Nothing was deleted. {error.advice} A damaged object can be restored from a backup.",
                     ) from None
         return found
 

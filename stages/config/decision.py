@@ -30,7 +30,8 @@ class Conditions:
     """Over version and configuration of the evaluation."""
 
     def tags(self) -> dict[str, str]:
-        """As tags of a model version; an unknown condition is an empty tag, which replaces an older value."""
+        """As tags of a model version; an unknown condition is an empty tag, with which `evaluate_model` replaces an
+        older value. `promote` leaves empty tags out."""
         return {f"evaluation.{name}": value for name, value in asdict(self).items()}
 
     @staticmethod

@@ -171,14 +171,23 @@ def _selected_to_train(config: PipelineConfig) -> list[Stage]:
 
 def _ordered(overrides: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Overrides by today's paths; those that choose a `kind` first, because it says which fields there are."""
-    pairs = [(PipelineConfig.current_path(path), value) for path, value in dotted(overrides).items()]
+    given: dict[str, str] = {}
+    pairs = []
+    for path, value in dotted(overrides).items():
+        current = PipelineConfig.current_path(path)
+        if current in given:
+            raise ConfigError(
+                f"overrides: {given[current]!r} and {path!r} are two names of one field", advice="Give one of them."
+            )
+        given[current] = path
+        pairs.append((current, value))
     return sorted(pairs, key=lambda pair: not pair[0].endswith(".kind"))
 
 
 def _choose_kind(group: dict[str, Any], path: str, kind: Any) -> None:
     """Put the defaults of another kind in a group's place: kinds share no settings, even of the same name."""
     members = PipelineConfig.members(path.removesuffix(".kind"))
-    if kind not in members:
+    if not isinstance(kind, str) or kind not in members:
         raise ConfigError(
             f"overrides: {path}={kind!r} does not exist", advice=f"Allowed: {', '.join(sorted(members))}."
         )

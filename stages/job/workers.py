@@ -133,7 +133,6 @@ def _on_worker(arguments: dict[str, Any]) -> dict[str, Any] | None:
     request = StageRequest.model_validate(arguments["request"])
     rank = int(os.environ.get("RANK", "0"))
     log_for_request(request, rank=rank)
-    body, *functions = map(_function, arguments["functions"])
     with opened_context(
         request,
         open_store(request.store_uri),
@@ -143,6 +142,8 @@ def _on_worker(arguments: dict[str, Any]) -> dict[str, Any] | None:
         rank=rank,
     ) as context:
         logger.info("rank %d trains in process %d on %s", rank, os.getpid(), platform.node())
+        # Inside the context, because importing a training library may hang, and its watchdog runs from here on.
+        body, *functions = map(_function, arguments["functions"])
         outcome: StageOutcome = body(context, *functions)
         if rank:
             return None

@@ -1,4 +1,4 @@
-"""Lineage has one author, the manifest: its tags for MLflow, and ancestors and descendants by walking manifests.
+"""Ancestors and descendants, by walking manifests, which are the one author of lineage.
 
 `python -m stages.lineage ancestors|descendants <artifact uri | models:/name@alias | digest or uri of raw data>`.
 MLflow holds copies of these edges for people to browse. What a takedown must reach is answered from the store, which
@@ -14,8 +14,7 @@ from stages.artifacts.manifests import MANIFEST, load_manifest, read_manifest
 from stages.artifacts.store import Store
 from stages.config.errors import ConfigError
 from stages.config.graph import GRAPH
-from stages.config.pipeline import BASE_MODEL
-from stages.config.request import Manifest, SourceKind
+from stages.config.request import BASE_MODEL, Manifest, SourceKind
 
 SOURCE_KIND = "raw data"
 GIVEN_KIND = "given model"

@@ -160,6 +160,13 @@ def test_a_kind_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"dpo.loss.kind='sigmoyd' does not exist") as caught:
         resolve({"recipe": "tiny", "overrides": {"dpo.loss.kind": "sigmoyd"}})
     assert "sigmoid" in caught.value.advice
+    with pytest.raises(ConfigError, match=r"dpo.loss.kind=\['a'\] does not exist"):
+        resolve({"recipe": "tiny", "overrides": {"dpo.loss.kind": ["a"]}})
+
+
+def test_two_names_of_one_field_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'dpo.loss.beta' and 'dpo.beta' are two names of one field"):
+        resolve({"recipe": "tiny", "overrides": {"dpo.loss.beta": 0.3, "dpo.beta": 0.2}})
 
 
 def test_another_kind_brings_its_own_settings_and_is_chosen_before_they_are_set(

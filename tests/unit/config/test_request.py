@@ -148,8 +148,9 @@ def test_a_manifest_of_a_newer_version_names_the_version(tmp_path):
     newer = {**OLD_SFT, "sources": [], "manifest_version": MANIFEST_VERSION + 1}
     key = artifact_key("sft-model", OLD_SFT["fingerprint"])
     store.write_bytes(f"{key}/manifest.json", json.dumps(newer).encode())
-    with pytest.raises(DamagedArtifactError, match=r"manifest_version: .*3 is newer than 2"):
+    with pytest.raises(DamagedArtifactError, match=r"manifest_version: .*3 is newer than 2") as refused:
         load_manifest(store, key)
+    assert "may be intact: update Athanor" in refused.value.advice
 
 
 def test_a_manifest_with_a_wrong_field_names_the_field(tmp_path):
