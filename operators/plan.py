@@ -15,8 +15,9 @@ from pydantic import ValidationError
 
 from operators.prepare import build_request, input_stages, selection
 from stages.artifacts.addresses import artifact_uri
-from stages.artifacts.explain import BY_JOB, NEW, Builds, differences, identity_fields
-from stages.artifacts.manifests import DOUBT, find_manifest, fingerprint, is_doubted, verify
+from stages.artifacts.explain import BY_JOB, NEW, Builds, identity_fields
+from stages.artifacts.hits import other_content
+from stages.artifacts.manifests import DOUBT, find_manifest, fingerprint, input_identity, is_doubted, verify
 from stages.artifacts.store import Store
 from stages.config.base import Config
 from stages.config.errors import DamagedArtifactError
@@ -114,7 +115,7 @@ class _Walk:
         wanted = identity_fields(
             stage,
             request.config,
-            inputs={role: ref.fingerprint for role, ref in request.inputs.items()},
+            inputs={role: self._named(ref) for role, ref in request.inputs.items()},
             sources=dict.fromkeys(request.source_uris, BY_JOB),
         )
         if any(self._refs[source] is None for source in before):
@@ -149,19 +150,28 @@ class _Walk:
         """Look for the artifact and remember it, existing or not, for the stages after it."""
         stage, kind = request.stage, GRAPH[request.stage].kind
         stage_config = stage_config_from_json(stage, request.config)
-        identity = fingerprint(stage, stage_config, inputs=request.inputs, sources=digests)
+        asked: dict[str, Any] = {"inputs": request.inputs, "sources": digests, "store_uri": self._store.root_uri}
+        identity, differs = fingerprint(stage, stage_config, **asked), list[str]()
+        manifest, damage = self._intact(kind, identity)
+        if manifest is not None and (differs := other_content(manifest, request.inputs)):
+            identity = fingerprint(stage, stage_config, **asked, with_content=True)
+            manifest, damage = self._intact(kind, identity)
         uri = artifact_uri(self._store, kind, identity)
-        self._refs[stage] = ArtifactRef(kind=kind, uri=uri, fingerprint=identity, digest="")
-        return self._intact(kind, identity)
+        digest = manifest.digest if manifest else ""
+        self._refs[stage] = ArtifactRef(kind=kind, uri=uri, fingerprint=identity, digest=digest)
+        return manifest, damage or ("; ".join(differs) if manifest is None else "")
+
+    def _named(self, ref: ArtifactRef) -> str:
+        return NEW if ref.fingerprint == NEW else input_identity(ref, self._store.root_uri)
 
     def _intact(self, kind: str, identity: str) -> tuple[Manifest | None, str]:
-        manifest = find_manifest(self._store, kind, identity)
         if is_doubted(self._store, kind, identity):
             return (
                 None,
                 f"damaged: a reader found other content than its manifest records; {DOUBT} beside it tells where",
             )
         try:
+            manifest = find_manifest(self._store, kind, identity)
             if manifest is not None:
                 verify(self._store, manifest)
         except DamagedArtifactError as error:
@@ -252,7 +262,9 @@ def _explain(builds: Builds, wanted: dict[str, Any]) -> str:
     nearest = builds.nearest(wanted)
     if nearest is None:
         return "never built in this store"
-    found = differences(nearest, wanted)
+    found = builds.differences(nearest, wanted)
+    if not found:
+        return f"unlike {nearest.fingerprint[:12]}, whose inputs had other content or lay elsewhere"
     more = f" and {len(found) - _MAX_DIFFERENCES} more" if len(found) > _MAX_DIFFERENCES else ""
     return f"unlike {nearest.fingerprint[:12]}: {'; '.join(found[:_MAX_DIFFERENCES])}{more}"
 

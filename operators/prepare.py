@@ -4,14 +4,15 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from stages.artifacts import hits
 from stages.artifacts.addresses import artifact_uri, run_key
-from stages.artifacts.manifests import find_intact, fingerprint, is_doubted
 from stages.artifacts.store import Store, write_json
 from stages.config.closing import Approval, Promotion
 from stages.config.curate import NEW_BYTES, NEW_PAIRS
 from stages.config.errors import ConfigError
 from stages.config.graph import GRAPH, Alignment, Stage
 from stages.config.pipeline import PREVIOUS, PipelineConfig, stage_config_from_json
+from stages.config.records import parse_record
 from stages.config.request import ArtifactRef, RunInfo, StageRequest, StageResult
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def load_config(store: Store, run: RunInfo) -> PipelineConfig:
     """Read what `resolve` stored for this run."""
     key = pipeline_key(run.run_id)
     try:
-        config = PipelineConfig.model_validate_json(store.read_bytes(key))
+        config = parse_record(PipelineConfig, store.read_bytes(key), f"{store.root_uri}/{key}")
     except FileNotFoundError:
         raise ConfigError(
             f"{store.root_uri}/{key} does not exist", advice="Clear the task `resolve`; it writes the file."
@@ -38,7 +39,8 @@ def load_config(store: Store, run: RunInfo) -> PipelineConfig:
     result = run_key(run.run_id, Stage.CURATE, "result.json")
     if PREVIOUS not in config.given or not store.exists(result):
         return config
-    return as_far_as_there_is_new_data(config, StageResult.model_validate_json(store.read_bytes(result)).metrics)
+    curated = parse_record(StageResult, store.read_bytes(result), f"{store.root_uri}/{result}")
+    return as_far_as_there_is_new_data(config, curated.metrics)
 
 
 def as_far_as_there_is_new_data(config: PipelineConfig, curated: Mapping[str, float]) -> PipelineConfig:
@@ -125,13 +127,11 @@ def find_hit(store: Store, request: StageRequest) -> StageResult | None:
     if request.sources:
         return None
     stage = request.stage
-    identity = fingerprint(stage, stage_config_from_json(stage, request.config), inputs=request.inputs)
-    if is_doubted(store, GRAPH[stage].kind, identity):
+    config = stage_config_from_json(stage, request.config)
+    found = hits.find_hit(store, stage, config, inputs=request.inputs, unless_doubted=True)
+    if (manifest := found.manifest) is None:
         return None
-    manifest = find_intact(store, GRAPH[stage].kind, identity)
-    if manifest is None:
-        return None
-    ref = manifest.ref(artifact_uri(store, manifest.kind, identity))
+    ref = manifest.ref(artifact_uri(store, manifest.kind, found.fingerprint))
     result = StageResult(stage=stage, hit=True, artifact=ref, metrics=manifest.metrics)
     write_json(store, run_key(request.run.run_id, stage, "result.json"), result.model_dump(mode="json"))
     return result

@@ -108,7 +108,7 @@ def make_context(
     output_dir = work_dir / "output"
     output_dir.mkdir(parents=True, exist_ok=True)
     progress = Progress(store, "test", stage, record=None)
-    identity = fingerprint(stage, config, inputs=request.inputs)
+    identity = fingerprint(stage, config, inputs=request.inputs, store_uri=store.root_uri)
     return StageContext(request, config, identity, (), store, work_dir, output_dir, NullTracker(), progress)
 
 

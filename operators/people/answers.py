@@ -13,16 +13,8 @@ from typing import Any
 from operators.failures import StageDataFailed
 from operators.people.rating import LABELS, Outcome, read_responses
 from stages.artifacts.addresses import artifact_uri
-from stages.artifacts.manifests import (
-    canonical_json,
-    content_digest,
-    find_intact,
-    fingerprint,
-    publish,
-    read_manifest,
-    upload_files,
-    utc_now,
-)
+from stages.artifacts.hits import find_hit
+from stages.artifacts.manifests import canonical_json, content_digest, publish, read_manifest, upload_files, utc_now
 from stages.artifacts.store import Store
 from stages.config.collect import RateConfig
 from stages.config.graph import GRAPH, Stage
@@ -85,10 +77,10 @@ def publish_preferences(
         )
     digest = hashlib.sha256(canonical_json([dict(answer) for answer in answers])).hexdigest()
     config, spec = RateConfig(answers_digest=digest), GRAPH[Stage.RATE]
-    identity = fingerprint(Stage.RATE, config, inputs={"responses": responses})
-    where = artifact_uri(store, spec.kind, identity)
-    if existing := find_intact(store, spec.kind, identity):
-        return existing.ref(where), existing
+    found = find_hit(store, Stage.RATE, config, inputs={"responses": responses})
+    identity = found.fingerprint
+    if existing := found.manifest:
+        return existing.ref(artifact_uri(store, spec.kind, identity)), existing
     with tempfile.TemporaryDirectory() as scratch:
         lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
         (Path(scratch) / PREFERENCES_FILE).write_text(lines, encoding="utf-8")

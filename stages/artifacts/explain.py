@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from stages.artifacts.manifests import MANIFEST, load_manifest
+from stages.artifacts.manifests import MANIFEST, input_identity, load_manifest
 from stages.artifacts.store import Store
 from stages.config.errors import DamagedArtifactError
 from stages.config.graph import GRAPH, Stage
@@ -26,6 +26,7 @@ class Builds:
 
     def __init__(self, store: Store, stage: Stage) -> None:
         keys = [key for key in store.list(f"artifacts/{GRAPH[stage].kind}") if key.endswith(f"/{MANIFEST}")]
+        self.store_uri = store.root_uri
         self.complete = len(keys) <= MAX_BUILDS
         """Whether every build was compared."""
         if not self.complete:
@@ -36,17 +37,26 @@ class Builds:
 
     def nearest(self, wanted: Mapping[str, Any]) -> Manifest | None:
         """Return the build that differs in the fewest fields, the newest of those."""
-        return min(self.manifests, key=lambda manifest: len(differences(manifest, wanted)), default=None)
+        return min(self.manifests, key=lambda manifest: len(self.differences(manifest, wanted)), default=None)
 
     def known_sources(self, identity: Mapping[str, Any], uris: tuple[str, ...]) -> Manifest | None:
         """Return the newest build of the same version, config and inputs that read exactly these outside sources."""
         same = {name: value for name, value in identity.items() if not name.startswith("source ")}
         for manifest in self.manifests:
-            fields = identity_of(manifest)
+            fields = identity_of(manifest, store_uri=self.store_uri, wanted=identity)
             own = {name: value for name, value in fields.items() if not name.startswith("source ")}
             if own == same and {source.uri for source in manifest.sources} == set(uris):
                 return manifest
         return None
+
+    def differences(self, manifest: Manifest, wanted: Mapping[str, Any]) -> list[str]:
+        """Say what differs: `optimizer.learning_rate: 0.001 -> 0.0002`; fingerprints and digests are shortened."""
+        before, found = identity_of(manifest, store_uri=self.store_uri, wanted=wanted), []
+        for name in sorted(before.keys() | wanted.keys()):
+            old, new = before.get(name, "absent"), wanted.get(name, "absent")
+            if old != new:
+                found.append(f"{name}: {_short(name, old)} -> {_short(name, new)}")
+        return found
 
 
 def _readable(store: Store, key: str) -> Manifest | None:
@@ -76,23 +86,21 @@ def identity_fields(
     }
 
 
-def identity_of(manifest: Manifest) -> dict[str, Any]:
-    inputs = {entry.role: entry.fingerprint for entry in manifest.inputs}
+def identity_of(manifest: Manifest, *, store_uri: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an earlier build in the store at `store_uri`, to be compared with those of `wanted`."""
+    # A store that was moved holds manifests with the addresses of before: either name of an input is its name.
+    inputs = {
+        entry.role: asked
+        if (asked := wanted.get(f"input {entry.role}")) in (entry.fingerprint, f"content:{entry.digest}")
+        else input_identity(entry, store_uri)
+        for entry in manifest.inputs
+    }
     return identity_fields(
         manifest.stage, manifest.config, inputs=inputs, sources=digests_of(manifest.sources), version=manifest.version
     )
 
 
-def differences(manifest: Manifest, wanted: Mapping[str, Any]) -> list[str]:
-    """Say what differs: `optimizer.learning_rate: 0.001 -> 0.0002`; fingerprints and digests are shortened."""
-    before, found = identity_of(manifest), []
-    for name in sorted(before.keys() | wanted.keys()):
-        old, new = before.get(name, "absent"), wanted.get(name, "absent")
-        if old != new:
-            found.append(f"{name}: {_short(name, old)} -> {_short(name, new)}")
-    return found
-
-
 def _short(name: str, value: Any) -> str:
     text = str(value)
+    text = text.removeprefix("content:")
     return text[:12] if name.startswith(("input ", "source ")) and text not in ("absent", NEW, BY_JOB) else text

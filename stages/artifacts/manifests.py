@@ -1,6 +1,7 @@
 """Artifacts: identity by fingerprint, publication with the manifest last, and verified reading.
 
-An artifact exists when its manifest exists. Everything that reads starts from the manifest.
+An artifact exists when its manifest exists. Everything that reads starts from the manifest, and a manifest is believed
+only about the artifact at whose key it lies.
 """
 
 import hashlib
@@ -18,10 +19,11 @@ from pydantic import ValidationError
 from stages.artifacts.addresses import artifact_key, artifact_uri, split_artifact_uri
 from stages.artifacts.store import Store, write_json
 from stages.config.base import Config
-from stages.config.errors import DamagedArtifactError
+from stages.config.errors import BadManifestError, DamagedArtifactError, NewerManifestError
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import stored_identity
-from stages.config.request import ArtifactRef, FileEntry, Manifest
+from stages.config.records import first_error, without_non_finite
+from stages.config.request import ArtifactRef, FileEntry, InputEntry, Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -33,21 +35,42 @@ _CHUNK = 1 << 20
 
 
 def fingerprint(
-    stage: Stage, config: Config, *, inputs: Mapping[str, ArtifactRef], sources: Mapping[str, str] | None = None
+    stage: Stage,
+    config: Config,
+    *,
+    inputs: Mapping[str, ArtifactRef],
+    store_uri: str,
+    sources: Mapping[str, str] | None = None,
+    with_content: bool = False,
 ) -> str:
     """Identity of what a stage will produce: sha256 over stage, version, config, inputs and outside data.
 
     Resources, storage location, log cadence and code version are absent by construction: they are in ExecutionConfig
-    and RunInfo, which this function never sees.
+    and RunInfo, which this function never sees. `store_uri` is the root of the store that will hold the result; see
+    `input_identity`. `with_content` gives the second identity of a stage: `stages.artifacts.hits` says when it is used.
     """
     identity = {
         "stage": stage.value,
         "version": GRAPH[stage].version,
         "config": config.identity(),
-        "inputs": {role: ref.fingerprint for role, ref in inputs.items()},
+        "inputs": {
+            role: input_identity(ref, store_uri) + (f" content:{ref.digest}" if with_content else "")
+            for role, ref in inputs.items()
+        },
         "sources": dict(sources or {}),
     }
     return hashlib.sha256(canonical_json(identity)).hexdigest()
+
+
+def input_identity(ref: ArtifactRef | InputEntry, store_uri: str) -> str:
+    """What stands for an input in the fingerprint of what is made from it.
+
+    For an artifact at its own key of the result's own store, that is its fingerprint. Any other place can hold whatever
+    its owner likes under a copied fingerprint, so from there only the content counts, whose digest is verified when it
+    is read.
+    """
+    is_own = ref.uri.rstrip("/") == f"{store_uri}/{artifact_key(ref.kind, ref.fingerprint)}"
+    return ref.fingerprint if is_own else f"content:{ref.digest}"
 
 
 def canonical_json(value: Any) -> bytes:
@@ -56,32 +79,60 @@ def canonical_json(value: Any) -> bytes:
 
 
 def load_manifest(store: Store, key: str) -> Manifest:
-    """Read the manifest of the artifact at `key`; FileNotFoundError when there is none, DamagedArtifactError that
-    names the first wrong field when it is not valid."""
+    """Read the manifest of the artifact at `key`; FileNotFoundError when there is none, BadManifestError that names the
+    first wrong field when it is not valid or not this artifact's."""
     data = store.read_bytes(f"{key}/{MANIFEST}")
     try:
-        return Manifest.model_validate_json(data)
+        manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        wrong = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
-        is_newer = first["loc"] == ("manifest_version",)
-        raise DamagedArtifactError(
-            f"{store.root_uri}/{key}/{MANIFEST} is not a valid manifest: {wrong}",
+        is_newer = error.errors(include_url=False)[0]["loc"] == ("manifest_version",)
+        raise (NewerManifestError if is_newer else BadManifestError)(
+            f"{store.root_uri}/{key}/{MANIFEST} is not a valid manifest: {first_error(error)}",
             advice="The artifact may be intact: update Athanor, Airflow's and Ray's images together."
             if is_newer
             else "Do not use this artifact unless you know who wrote it.",
         ) from None
+    says = f"{artifact_key(manifest.kind, manifest.fingerprint)}, made by {manifest.stage.value}"
+    if key != artifact_key(manifest.kind, manifest.fingerprint) or GRAPH[manifest.stage].kind != manifest.kind:
+        raise BadManifestError(
+            f"{store.root_uri}/{key}/{MANIFEST} is not this artifact's manifest: it describes {says}",
+            advice="Something copied it there. Use the artifact at its own address.",
+        )
+    return manifest
 
 
 def find_manifest(store: Store, kind: str, fingerprint: str) -> Manifest | None:
     """Return the manifest of a complete artifact, or None."""
-    key = artifact_key(kind, fingerprint)
-    return load_manifest(store, key) if store.exists(f"{key}/{MANIFEST}") else None
+    try:
+        return load_manifest(store, artifact_key(kind, fingerprint))
+    except FileNotFoundError:
+        return None
 
 
 def read_manifest(ref: ArtifactRef | str) -> Manifest:
-    """Read the manifest behind a reference or an artifact URI; raises as `load_manifest` does."""
-    return load_manifest(*split_artifact_uri(ref if isinstance(ref, str) else ref.uri))
+    """Read the manifest behind a reference or an artifact URI; raises as `load_manifest` does, and
+    DamagedArtifactError when the content is not the one that the reference names."""
+    manifest = load_manifest(*split_artifact_uri(ref if isinstance(ref, str) else ref.uri))
+    if isinstance(ref, ArtifactRef) and ref.digest != manifest.digest:
+        raise _replaced(ref, manifest.digest)
+    return manifest
+
+
+def _replaced(ref: ArtifactRef, found: str) -> DamagedArtifactError:
+    return DamagedArtifactError(
+        f"{ref.uri} has content {found[:12]}, the run expects {ref.digest[:12]}",
+        advice="Something replaced the artifact after it was built; clear the stage that produced it.",
+    )
+
+
+def _listed_in(manifest: Manifest, uri: str) -> tuple[FileEntry, ...]:
+    """The files of a manifest, whose digest covers them."""
+    if (listed := content_digest(manifest.files)) != manifest.digest:
+        raise BadManifestError(
+            f"{uri} lists files of digest {listed[:12]}, the run expects those of {manifest.digest[:12]}",
+            advice="Something changed its manifest after it was built; clear the stage that produced it.",
+        )
+    return manifest.files
 
 
 def hash_file(path: Path) -> str:
@@ -100,14 +151,14 @@ def content_digest(files: tuple[FileEntry, ...]) -> str:
 
 def settings_digest(manifest: Manifest) -> str:
     """Hash over how an artifact was made, whatever it was made from: stage version and config."""
-    config = stored_identity(manifest.stage, manifest.config)
+    config, _ = without_non_finite(stored_identity(manifest.stage, manifest.config))
     return hashlib.sha256(canonical_json({"version": manifest.version, "config": config})).hexdigest()
 
 
 def read_file(ref: ArtifactRef | str, name: str) -> bytes:
     """Return one small file of an artifact, verified against the manifest; FileNotFoundError if it has no such file."""
     uri = ref if isinstance(ref, str) else ref.uri
-    entry = next((entry for entry in read_manifest(uri).files if entry.path == name), None)
+    entry = next((entry for entry in _listed_in(read_manifest(ref), uri) if entry.path == name), None)
     if entry is None:
         raise FileNotFoundError(f"{uri} has no file {name!r}")
     store, key = split_artifact_uri(uri)
@@ -150,31 +201,37 @@ def verify(store: Store, manifest: Manifest, *, hashes: bool = False) -> None:
             found = "is missing" if size is None else f"has {size} bytes"
             raise DamagedArtifactError(
                 f"{store.root_uri}/{key}/{entry.path} {found}, its manifest says {entry.size} bytes",
-                advice="The artifact is set aside and its stage runs again.",
+                advice="Clear the stage that produced it; it will be built again.",
             )
         if hashes:
             with tempfile.TemporaryDirectory() as scratch:
                 _verified_file(store, key, entry, Path(scratch))
 
 
-def discard(store: Store, manifest: Manifest) -> None:
+def discard(store: Store, kind: str, fingerprint: str) -> None:
     """Remove a damaged artifact, manifest first, so that no reader finds it half deleted."""
-    key = artifact_key(manifest.kind, manifest.fingerprint)
+    key = artifact_key(kind, fingerprint)
     store.delete(f"{key}/{MANIFEST}")
     store.delete(key)
 
 
 def find_intact(store: Store, kind: str, fingerprint: str) -> Manifest | None:
-    """Return the manifest of an artifact that exists and is whole; a damaged one is named and discarded."""
-    manifest = find_manifest(store, kind, fingerprint)
-    if manifest is None:
-        return None
-    doubted = is_doubted(store, kind, fingerprint)
+    """Return the manifest of an artifact that exists and is whole; a damaged one is named and discarded.
+
+    What a newer version published is not damaged: NewerManifestError.
+    """
+    doubted = False
     try:
+        manifest = find_manifest(store, kind, fingerprint)
+        if manifest is None:
+            return None
+        doubted = is_doubted(store, kind, fingerprint)
         verify(store, manifest, hashes=doubted)
+    except NewerManifestError:
+        raise
     except DamagedArtifactError as error:
-        logger.warning("Damaged artifact: %s %s", error.message, error.advice)
-        discard(store, manifest)
+        logger.warning("Damaged artifact: %s It is set aside and built again.", error.message)
+        discard(store, kind, fingerprint)
         return None
     if doubted:
         store.delete(f"{artifact_key(kind, fingerprint)}/{DOUBT}")
@@ -193,16 +250,10 @@ def fetch(ref: ArtifactRef, cache_dir: Path) -> Path:
     """
     store, key = split_artifact_uri(ref.uri)
     manifest = read_manifest(ref)
-    listed = content_digest(manifest.files)
-    if not ref.digest == manifest.digest == listed:
-        raise DamagedArtifactError(
-            f"{ref.uri} has digest {manifest.digest[:12]} and lists files of {listed[:12]}, the run expects "
-            f"{ref.digest[:12]}",
-            advice="Something replaced the artifact after it was built; clear the stage that produced it.",
-        )
+    files = _listed_in(manifest, ref.uri)
     target = cache_dir / manifest.kind / manifest.digest
     with ThreadPoolExecutor(max_workers=4) as pool:
-        list(pool.map(lambda entry: _verified_file(store, key, entry, target), manifest.files))
+        list(pool.map(lambda entry: _verified_file(store, key, entry, target), files))
     return store.local_path(key) or target
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stages.config.errors import ConfigError
+from stages.config.records import parse_object
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,9 @@ def check_key(key: str, root_uri: str) -> str:
     return key
 
 
-def read_json(store: Store, key: str) -> Any:
-    return json.loads(store.read_bytes(key))
+def read_json(store: Store, key: str) -> dict[str, Any]:
+    """Read a JSON object; DataError with its address when it is none."""
+    return parse_object(store.read_bytes(key), f"{store.root_uri}/{key}")
 
 
 def write_json(store: Store, key: str, value: Any) -> None:

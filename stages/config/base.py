@@ -32,9 +32,12 @@ class AddedLater:
 
 
 class Config(BaseModel):
-    """Immutable, strict about unknown fields; derive a changed copy with `model_copy(update=...)`."""
+    """Immutable, strict about unknown fields, without NaN and infinities, which JSON does not have.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    Derive a changed copy with `model_copy(update=...)`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     moved: ClassVar[Mapping[str, str]] = {}
     """Earlier names of fields of this class, each with the current path `group.field`."""

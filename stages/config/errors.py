@@ -86,3 +86,15 @@ class DamagedArtifactError(StageError):
     """A stored object is missing or differs from its manifest; the stage must be rebuilt."""
 
     category = Category.INFRASTRUCTURE
+
+
+class BadManifestError(DamagedArtifactError):
+    """A manifest is malformed, or describes another artifact than the one that it lies with."""
+
+    category = Category.DATA
+
+
+class NewerManifestError(BadManifestError):
+    """A manifest was written by a newer version; the artifact may be intact."""
+
+    category = Category.CONFIG

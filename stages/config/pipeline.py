@@ -9,9 +9,11 @@ from stages.config.base import Config
 from stages.config.closing import EvaluateConfig, PromoteConfig, ReportConfig
 from stages.config.collect import RateConfig, RespondConfig
 from stages.config.curate import CurateConfig
+from stages.config.errors import ConfigError
 from stages.config.execution import ExecutionConfig
 from stages.config.forms import RunOutline
 from stages.config.graph import GRAPH, Stage
+from stages.config.records import first_error
 from stages.config.request import BASE_MODEL, PREVIOUS, ArtifactRef, Source, SourceKind
 from stages.config.tokens import TokenizeConfig
 from stages.config.train import DPOConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig
@@ -135,8 +137,14 @@ class PipelineConfig(RunOutline):
 
 
 def stage_config_from_json(stage: Stage, data: dict[str, Any]) -> Config:
-    """Validate a stage's config again where its JSON arrives."""
-    return CONFIG_CLASSES[stage].model_validate(data)
+    """Validate a stage's config again where its JSON arrives; ConfigError for what this version does not allow."""
+    try:
+        return CONFIG_CLASSES[stage].model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(
+            f"the stored configuration of {stage.value} is not valid: {first_error(error)}",
+            advice="Trigger the run again, with one version of Athanor in Airflow and on the cluster.",
+        ) from None
 
 
 def stored_identity(stage: Stage, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,11 +4,12 @@ Stores outlive the code that wrote them, so records of earlier versions are stil
 their sources, which had no kind, into today's form. It is the only place that knows the old form.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from stages.config.base import Choice, Config
 from stages.config.execution import ExecutionConfig
@@ -90,6 +91,21 @@ def _sources_with_kinds(data: Any) -> Any:
             return data
     role, kind = ("source", SourceKind.DATA) if data.get("stage") == Stage.CURATE else (BASE_MODEL, SourceKind.MODEL)
     return {**data, "sources": [{"role": role, "kind": kind, **source} for source in bare]}
+
+
+def _finite(metrics: Any) -> Any:
+    """Leave out metrics that are no numbers: earlier versions stored NaN and infinities, as such or as null."""
+    if not isinstance(metrics, Mapping):
+        return metrics
+    return {
+        name: value
+        for name, value in metrics.items()
+        if value is not None and not (isinstance(value, float) and not math.isfinite(value))
+    }
+
+
+Metrics = Annotated[dict[str, float], BeforeValidator(_finite)]
+"""Finite numbers by name."""
 
 
 class ArtifactRef(Config):
@@ -203,7 +219,7 @@ class Manifest(Config):
     config: dict[str, Any]
     execution: dict[str, Any]
     """Resources, world size, git commit, library versions, submission id: what does not change the result."""
-    metrics: dict[str, float] = Field(default_factory=dict)
+    metrics: Metrics = Field(default_factory=dict)
     ledger: dict[str, Any] = Field(default_factory=dict)
     """What came in, what left, and the reason for every loss."""
     cost: Cost = Cost()
@@ -239,7 +255,7 @@ class StageResult(Config):
     hit: bool
     """True when the artifact existed and nothing was executed."""
     artifact: ArtifactRef
-    metrics: dict[str, float] = Field(default_factory=dict)
+    metrics: Metrics = Field(default_factory=dict)
     wall_seconds: float = 0.0
     """Of this job; 0 for a hit found without a job."""
     cost: Cost | None = None

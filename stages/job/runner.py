@@ -12,14 +12,16 @@ import time
 from collections.abc import Callable
 
 from stages.artifacts.addresses import artifact_key, artifact_uri, open_store, run_key
+from stages.artifacts.hits import find_hit
 from stages.artifacts.lease import Fence, Owner, acquire
-from stages.artifacts.manifests import content_digest, find_intact, fingerprint, publish, upload_files, utc_now
+from stages.artifacts.manifests import content_digest, publish, upload_files, utc_now
 from stages.artifacts.store import Store, write_json
 from stages.config.base import Config
 from stages.config.curate import CurateConfig
 from stages.config.errors import EXIT_CODES, ConfigError, ExitCode, StageError
 from stages.config.graph import GRAPH
 from stages.config.pipeline import stage_config_from_json
+from stages.config.records import parse_record, without_non_finite
 from stages.config.request import (
     InputEntry,
     Manifest,
@@ -42,6 +44,7 @@ logger = logging.getLogger("athanor")
 
 _HISTORY = "history.jsonl"
 _WAITING_SHOWN_SECONDS = 10.0
+_LOOK_AGAIN_SECONDS, _LONGEST_PAUSE_SECONDS = 0.05, 30.0
 _RECORDED_PACKAGES = ("torch", "transformers", "ray", "mlflow", "datatrove", "tokenizers", "athanor")
 
 
@@ -80,7 +83,7 @@ def load_request(config_uri: str) -> tuple[StageRequest, Store]:
             f"config uri {config_uri!r} does not exist",
             advice="Check that Airflow and the Ray cluster see the same ARTIFACT_STORE.",
         ) from None
-    return StageRequest.model_validate_json(data), store
+    return parse_record(StageRequest, data, config_uri), store
 
 
 def execute(request: StageRequest, store: Store, verb_of: VerbOf) -> StageResult:
@@ -89,12 +92,13 @@ def execute(request: StageRequest, store: Store, verb_of: VerbOf) -> StageResult
     config = stage_config_from_json(request.stage, request.config)
     sources = identify_sources(request, config)
     kind = GRAPH[request.stage].kind
-    identity = fingerprint(request.stage, config, inputs=request.inputs, sources=digests_of(sources))
     # `acquire` waits while another run builds the artifact and returns None once it exists. It is then looked for
-    # again, because it may be damaged: `find_intact` discards it, and this process builds it.
+    # again, because it may be damaged, which discards it, or made from something else: then this process builds it.
+    pause = _LOOK_AGAIN_SECONDS
     while True:
-        manifest = find_intact(store, kind, identity)
-        if manifest is not None:
+        found = find_hit(store, request.stage, config, inputs=request.inputs, sources=digests_of(sources))
+        identity = found.fingerprint
+        if (manifest := found.manifest) is not None:
             ref = manifest.ref(artifact_uri(store, manifest.kind, identity))
             record_hit(request, ref)
             return StageResult(stage=request.stage, hit=True, artifact=ref, metrics=manifest.metrics)
@@ -103,6 +107,9 @@ def execute(request: StageRequest, store: Store, verb_of: VerbOf) -> StageResult
         )
         if lease is not None:
             break
+        # Usually the next look finds it. A store that says two things about it is not asked hundreds of times a second.
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
     with lease:
         verb = verb_of(request.stage)
         manifest = _build(verb, request, store, sources=sources, identity=identity, fence=lease.fence)
@@ -170,6 +177,12 @@ def _manifest(context: StageContext, outcome: StageOutcome) -> Manifest:
     request, spec = context.request, GRAPH[context.request.stage]
     written = upload_files(context.store, context.output_dir, kind=spec.kind, fingerprint=context.fingerprint)
     files = (*outcome.files, *written)
+    # JSON has no NaN, and null is no metric: it is left out, and the ledger says what it was.
+    metrics, not_finite = without_non_finite(outcome.metrics)
+    ledger, lost = without_non_finite(outcome.ledger)
+    if not_finite or lost:
+        logger.warning("not finite and so not recorded: %s", {**not_finite, **lost})
+        ledger = {**ledger, "not_finite": {**not_finite, **lost}}
     return Manifest(
         kind=spec.kind,
         stage=spec.stage,
@@ -191,8 +204,8 @@ def _manifest(context: StageContext, outcome: StageOutcome) -> Manifest:
             "python": platform.python_version(),
             "versions": _versions(),
         },
-        metrics=outcome.metrics,
-        ledger=outcome.ledger,
+        metrics=metrics,
+        ledger=ledger,
         cost=context.progress.cost(),
         created_at=utc_now(),
     )

@@ -73,7 +73,8 @@ def test_hits_stay_hits(store: Store, stage: Stage) -> None:
     request, manifest = request_of(store, stage), manifest_of(store, stage)
     config = stage_config_from_json(stage, request.config)
     digests = {source.uri: source.digest for source in manifest.sources}
-    assert fingerprint(stage, config, inputs=request.inputs, sources=digests) == manifest.fingerprint
+    identity = fingerprint(stage, config, inputs=request.inputs, sources=digests, store_uri=store.root_uri)
+    assert identity == manifest.fingerprint
     if not request.sources:
         hit = find_hit(store, request)
         assert hit is not None
@@ -87,7 +88,8 @@ def test_a_run_that_is_configured_the_same_way_today_hits_too(store: Store) -> N
     for stage in pipeline_stages():
         request, manifest = request_of(store, stage), manifest_of(store, stage)
         digests = {source.uri: source.digest for source in manifest.sources}
-        today = fingerprint(stage, config.stage_config(stage), inputs=request.inputs, sources=digests)
+        settings = config.stage_config(stage)
+        today = fingerprint(stage, settings, inputs=request.inputs, sources=digests, store_uri=store.root_uri)
         assert today == manifest.fingerprint, stage
 
 

@@ -29,7 +29,9 @@ def build(request: StageRequest, store: Store) -> None:
     """Publish an artifact of small files, and the result."""
     config, spec = stage_config_from_json(request.stage, request.config), GRAPH[request.stage]
     sources = tuple(source.identified("digest") for source in request.sources)
-    identity = fingerprint(request.stage, config, inputs=request.inputs, sources=digests_of(sources))
+    identity = fingerprint(
+        request.stage, config, inputs=request.inputs, sources=digests_of(sources), store_uri=store.root_uri
+    )
     folder = Path(tempfile.mkdtemp())
     for name, text in content(request, identity).items():
         (folder / name).write_text(text)

@@ -255,8 +255,8 @@ def test_a_changed_setting_changes_its_stage_and_what_descends_from_it_alone() -
         refs: dict[Stage, ArtifactRef] = {}
         for stage in pipeline_stages():
             inputs = {role: refs[source] for role, source in GRAPH[stage].inputs}
-            identity = fingerprint(stage, config.stage_config(stage), inputs=inputs)
-            refs[stage] = ArtifactRef(kind="x", uri="x", fingerprint=identity, digest="x")
+            identity = fingerprint(stage, config.stage_config(stage), inputs=inputs, store_uri="s")
+            refs[stage] = ArtifactRef(kind="x", uri=f"s/artifacts/x/{identity}", fingerprint=identity, digest="x")
         return {stage: ref.fingerprint for stage, ref in refs.items()}
 
     before = identities()

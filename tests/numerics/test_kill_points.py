@@ -86,7 +86,7 @@ class Attempts:
             execution=ExecutionConfig(micro_batch_size=4, checkpoint_every=checkpoint_every),
             inputs=inputs[stage],
         )
-        self.identity = fingerprint(stage, self._config, inputs=inputs[stage])
+        self.identity = fingerprint(stage, self._config, inputs=inputs[stage], store_uri=self._store.root_uri)
         self._count = 0
 
     def run(self, kill: Kill | None = None) -> int:

@@ -6,6 +6,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,7 @@ from stages.config.errors import ConfigError, DamagedArtifactError
 from stages.config.graph import Stage, pipeline_stages
 from stages.config.recipes import tiny
 from stages.config.request import ArtifactRef, Manifest
+from stages.config.train import SFTConfig
 
 
 def manifest(files: tuple, *, identity: str = "f" * 64) -> Manifest:
@@ -60,35 +62,53 @@ def store(every_store: str) -> Store:
     return open_store(every_store)
 
 
-REF = ArtifactRef(kind="tokens", uri="file:///x/artifacts/tokens/a", fingerprint="a" * 64, digest="d" * 64)
+REF = ArtifactRef(kind="tokens", uri=f"file:///x/artifacts/tokens/{'a' * 64}", fingerprint="a" * 64, digest="d" * 64)
+SOURCES = {"hf://x": "1"}
+
+
+def sft(settings: SFTConfig | None = None, *, stage: Stage = Stage.SFT, **asked: Any) -> str:
+    return fingerprint(stage, settings or tiny().sft, **{"inputs": {"tokens": REF}, "store_uri": "file:///x", **asked})
 
 
 def test_the_same_settings_have_the_same_fingerprint() -> None:
-    assert fingerprint(Stage.SFT, tiny().sft, inputs={"tokens": REF}) == fingerprint(
-        Stage.SFT, tiny().sft, inputs={"tokens": REF}
-    )
+    assert sft() == sft()
 
 
 def test_a_setting_an_input_and_a_source_each_change_the_fingerprint() -> None:
-    base = fingerprint(Stage.SFT, tiny().sft, inputs={"tokens": REF})
-    other_setting = tiny().sft.model_copy(update={"num_epochs": 3.0})
-    other_input = REF.model_copy(update={"fingerprint": "b" * 64})
+    other = "b" * 64
+    other_input = REF.model_copy(update={"fingerprint": other, "uri": f"file:///x/artifacts/tokens/{other}"})
     variants = {
-        fingerprint(Stage.SFT, other_setting, inputs={"tokens": REF}),
-        fingerprint(Stage.SFT, tiny().sft, inputs={"tokens": other_input}),
-        fingerprint(Stage.SFT, tiny().sft, inputs={"model": REF}),
-        fingerprint(Stage.SFT, tiny().sft, inputs={"tokens": REF}, sources={"hf://x": "1"}),
-        fingerprint(Stage.DPO, tiny().sft, inputs={"tokens": REF}),
+        sft(tiny().sft.model_copy(update={"num_epochs": 3.0})),
+        sft(inputs={"tokens": other_input}),
+        sft(inputs={"model": REF}),
+        sft(sources=SOURCES),
+        sft(stage=Stage.DPO),
+        sft(with_content=True),
     }
-    assert len(variants) == 5
-    assert base not in variants
+    assert len(variants) == 6
+    assert sft() not in variants
 
 
-def test_where_an_input_lies_does_not_matter() -> None:
-    moved = REF.model_copy(update={"uri": "s3://elsewhere/artifacts/tokens/a", "mlflow_run_id": "1"})
-    assert fingerprint(Stage.SFT, tiny().sft, inputs={"tokens": REF}) == fingerprint(
-        Stage.SFT, tiny().sft, inputs={"tokens": moved}
-    )
+def test_where_the_store_lies_does_not_matter() -> None:
+    moved = REF.model_copy(update={"uri": f"s3://elsewhere/artifacts/tokens/{'a' * 64}", "mlflow_run_id": "1"})
+    assert sft() == sft(inputs={"tokens": moved}, store_uri="s3://elsewhere")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        f"s3://elsewhere/artifacts/tokens/{'a' * 64}",
+        f"file:///x/runs/r/artifacts/tokens/{'a' * 64}",
+        f"file:///x/artifacts/curated/{'a' * 64}",
+        f"file:///x/artifacts/tokens/{'b' * 64}",
+    ],
+)
+def test_an_artifact_from_elsewhere_counts_by_its_content_and_not_by_the_fingerprint_that_it_claims(uri: str) -> None:
+    claims = REF.model_copy(update={"uri": uri})
+    renamed = claims.model_copy(update={"fingerprint": "e" * 64})
+    assert sft(inputs={"tokens": claims}) == sft(inputs={"tokens": renamed}) != sft()
+    forged = claims.model_copy(update={"digest": "e" * 64})
+    assert sft(inputs={"tokens": forged}) != sft(inputs={"tokens": claims})
 
 
 def test_no_execution_setting_is_in_a_stage_config() -> None:

@@ -41,7 +41,7 @@ class Now(Config):
 
 
 def of(config: Config) -> str:
-    return fingerprint(Stage.SFT, config, inputs={})
+    return fingerprint(Stage.SFT, config, inputs={}, store_uri="")
 
 
 def test_a_field_added_later_changes_no_fingerprint_while_it_says_what_held_before() -> None:
@@ -123,15 +123,15 @@ _DPO = "01272d69e2842d2b6bf3f14f05546333e94723eb139202aa2849ddfa58c65509"
 
 
 def _ref(fingerprint: str) -> ArtifactRef:
-    return ArtifactRef(kind="", uri="", fingerprint=fingerprint, digest="")
+    return ArtifactRef(kind="x", uri=f"s/artifacts/x/{fingerprint}", fingerprint=fingerprint, digest="")
 
 
 def test_dpo_finds_the_models_of_before_its_loss_had_kinds() -> None:
     inputs = {"tokens": _ref(_TOKENS), "model": _ref(_SFT)}
     config = resolve({"recipe": "tiny", "seed": 0}).dpo
-    assert fingerprint(Stage.DPO, config, inputs=inputs) == _DPO
+    assert fingerprint(Stage.DPO, config, inputs=inputs, store_uri="s") == _DPO
     for changed in (SigmoidLoss(beta=0.2), SigmoidLoss(label_smoothing=0.1)):
-        assert fingerprint(Stage.DPO, config.model_copy(update={"loss": changed}), inputs=inputs) != _DPO
+        assert fingerprint(Stage.DPO, config.model_copy(update={"loss": changed}), inputs=inputs, store_uri="s") != _DPO
 
 
 def test_a_stored_dpo_config_with_flat_fields_is_still_read() -> None:

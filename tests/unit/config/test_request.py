@@ -89,7 +89,7 @@ def test_an_old_manifest_of_raw_data_is_read_and_its_source_is_data():
     assert digests_of(manifest.sources) == OLD_CURATED["sources"]
     assert lineage_tags(manifest, "uri")["lineage.dataset.source.installed-docs"] == source.digest
     assert [node.kind for node in ancestors_of_unpublished(manifest, "uri").nodes] == [SOURCE_KIND, "curated"]
-    assert identity_of(manifest)["source installed-docs"] == source.digest
+    assert identity_of(manifest, store_uri="", wanted={})["source installed-docs"] == source.digest
 
 
 @pytest.mark.parametrize("stage", ["tokenize", "pretrain", "sft", "evaluate"])
@@ -138,9 +138,13 @@ def test_kinds_and_roles_do_not_enter_the_fingerprint():
     old = StageRequest.model_validate(old_request("curate", ["installed-docs"], config.model_dump(mode="json")))
     sources = tuple(source.identified("5eed") for source in old.sources)
     identity = fingerprint(
-        Stage.CURATE, stage_config_from_json(Stage.CURATE, old.config), inputs={}, sources=digests_of(sources)
+        Stage.CURATE,
+        stage_config_from_json(Stage.CURATE, old.config),
+        inputs={},
+        sources=digests_of(sources),
+        store_uri="",
     )
-    assert identity == fingerprint(Stage.CURATE, config, inputs={}, sources={"installed-docs": "5eed"})
+    assert identity == fingerprint(Stage.CURATE, config, inputs={}, sources={"installed-docs": "5eed"}, store_uri="")
 
 
 def test_a_manifest_of_a_newer_version_names_the_version(tmp_path):

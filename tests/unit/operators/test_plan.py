@@ -46,7 +46,9 @@ def build(store: Store, config: PipelineConfig, tmp_path: Path, *, until: Stage 
         request = build_request(stage, run=RUN, store=store, config=config, upstream=upstream)
         sources = tuple(given.identified(source) for given in request.sources)
         stage_config = stage_config_from_json(stage, request.config)
-        identity = fingerprint(stage, stage_config, inputs=request.inputs, sources=digests_of(sources))
+        identity = fingerprint(
+            stage, stage_config, inputs=request.inputs, sources=digests_of(sources), store_uri=store.root_uri
+        )
         kind = GRAPH[stage].kind
         if store.exists(f"artifacts/{kind}/{identity}/manifest.json"):
             hits.add(stage)

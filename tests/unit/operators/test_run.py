@@ -152,7 +152,9 @@ def test_an_input_that_is_missing_is_named(tmp_path: Path):
 def test_an_artifact_that_a_reader_found_damaged_is_left_to_the_job_which_reads_all_of_it(tmp_path: Path):
     store, stage, upstream = open_store(tmp_path.as_uri()), Stage.TOKENIZE, {Stage.CURATE: ref(Stage.CURATE)}
     request = build_request(stage, run=RUN, store=store, config=resolve({"recipe": "tiny"}), upstream=upstream)
-    identity = fingerprint(stage, stage_config_from_json(stage, request.config), inputs=request.inputs)
+    identity = fingerprint(
+        stage, stage_config_from_json(stage, request.config), inputs=request.inputs, store_uri=store.root_uri
+    )
     publish_empty(store, identity)
     assert find_hit(store, request) is not None
     write_json(store, f"{artifact_key(GRAPH[stage].kind, identity)}/{DOUBT}", {})

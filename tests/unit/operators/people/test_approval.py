@@ -169,7 +169,7 @@ def test_the_decision_is_part_of_what_promote_is_asked_to_do_and_of_its_fingerpr
         assert isinstance(asked, PromoteConfig)
         assert asked.approval is not None
         assert asked.approval.verdict == verdict
-        prints.add(fingerprint(Stage.PROMOTE, asked, inputs=request.inputs))
+        prints.add(fingerprint(Stage.PROMOTE, asked, inputs=request.inputs, store_uri=request.store_uri))
     assert len(prints) == 3
 
 
