@@ -8,15 +8,14 @@ from operators.form import form_values
 from operators.given import data_of, find_version, given_artifact, is_ours
 from operators.mlflow import MlflowServer, MlflowUnavailableError
 from operators.run import finish_run, open_run
-from stages.artifacts.addresses import split_artifact_uri
-from stages.artifacts.manifests import read_manifest, settings_digest
-from stages.artifacts.store import read_json
+from stages.artifacts.manifests import read_file, read_manifest, settings_digest
 from stages.config.decision import Evaluation
 from stages.config.errors import ConfigError, StageError
 from stages.config.forms import EvaluationParams
 from stages.config.graph import GRAPH, Stage, spec_of_kind, trained_stages
 from stages.config.mlflow import tracking_server
 from stages.config.pipeline import PipelineConfig
+from stages.config.records import parse_object
 from stages.config.request import ArtifactRef
 from stages.config.resolve import resolve, validated
 
@@ -70,8 +69,7 @@ def _family(model: ArtifactRef) -> dict[str, ArtifactRef]:
         wanted = {GRAPH[stage].kind: GRAPH[stage].role for stage in (Stage.SFT, Stage.REWARD)}
         for entry in read_manifest(model).inputs:
             if entry.kind in wanted:
-                ref = ArtifactRef(kind=entry.kind, uri=entry.uri, fingerprint=entry.fingerprint, digest=entry.digest)
-                family[wanted[entry.kind]] = ref
+                family[wanted[entry.kind]] = entry.ref()
     return family
 
 
@@ -87,8 +85,7 @@ def conclude(context: Any, evaluation: dict[str, Any] | None) -> None:
 def tag_version(address: str, evaluation: ArtifactRef) -> None:
     """Put the evaluation on the version that was measured, as the tags by which `promote` compares champions."""
     manifest = read_manifest(evaluation)
-    store, key = split_artifact_uri(evaluation.uri)
-    report = read_json(store, f"{key}/metrics.json")
+    report = parse_object(read_file(evaluation, "metrics.json"), f"{evaluation.uri}/metrics.json")
     measured = {entry.fingerprint: entry.role for entry in manifest.inputs}
     version = find_version(address)
     role = measured.get(version.tags.get("lineage.fingerprint", "")) if version else None

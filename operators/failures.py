@@ -119,8 +119,10 @@ _RAY_CONFIG_ERRORS = ("RUNTIME_ENV_SETUP_FAILURE", "JOB_ENTRYPOINT_COMMAND_START
 _STAGE_ERROR = re.compile(r"^\S+ \S+ ERROR +athanor: (.+)$", re.MULTILINE)
 
 
-def stage_failure(failure: Failure, *, max_retries: int | None = None) -> StageFailed:
-    """Turn the job's own report (`failure.json`) into the exception of its category."""
+def stage_failure(failure: Failure, *, max_retries: int | None = None) -> StageFailed | None:
+    """Turn the job's own report (`failure.json`) into the exception of its category; None for an unknown category."""
+    if failure.category not in set(Category):
+        return None
     exception = EXCEPTIONS[Category(failure.category)]
     return exception(failure.message, advice=failure.advice, max_retries=max_retries)
 

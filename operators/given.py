@@ -7,8 +7,9 @@ stage of the run must start from the same thing.
 import os
 
 from operators.mlflow import MlflowServer, MlflowUnavailableError, ModelVersion
+from stages.artifacts.addresses import split_artifact_uri
 from stages.artifacts.manifests import read_manifest
-from stages.config.errors import ConfigError, StageError, without_logins
+from stages.config.errors import ConfigError, DamagedArtifactError, StageError, without_logins
 from stages.config.graph import GRAPH, Stage, language_models
 from stages.config.mlflow import tracking_server
 from stages.config.pipeline import BASE_MODEL, PREVIOUS, PipelineConfig
@@ -50,28 +51,42 @@ def given_artifact(address: str, *, field: str) -> ArtifactRef:
             advice="Give <store>/artifacts/<kind>/<fingerprint>, models:/name@alias or models:/name/version.",
         )
     uri = artifact_of_model(address, field=field) if address.startswith("models:/") else address.rstrip("/")
-    return _manifest(uri, f"{field}={address!r}").ref(uri)
+    store, key = split_artifact_uri(uri)
+    # Spelled as its store spells it, because the spelling decides whether it counts as an artifact of the run's own.
+    return _manifest(uri, f"{field}={address!r}").ref(f"{store.root_uri}/{key}")
 
 
 def data_of(address: str, *, kind: str, field: str) -> ArtifactRef:
-    """Return the `curated` or `tokens` artifact at an address, or the one that the artifact there was made from."""
+    """Return the `curated` or `tokens` artifact at an address, or the one that the artifact there was made from.
+
+    Where an input lies is what a manifest says; it counts only if the content there is the one that was used.
+    """
+    what = f"{field}={address!r}"
     start = given_artifact(address, field=field)
     waiting, seen = [start], set[str]()
+    replaced: list[str] = []
     while waiting:
         ref = waiting.pop(0)
-        if ref.kind == kind:
-            return ref
-        seen.add(ref.fingerprint)
+        if ref.uri in seen:
+            continue
+        seen.add(ref.uri)
+        try:
+            manifest = _manifest(ref, what)
+        except DamagedArtifactError as error:
+            replaced.append(error.message)
+            continue
+        if manifest.kind == kind:
+            return manifest.ref(ref.uri)
         # A run's own tokens stand among the inputs of each of its models; the models before it come later.
-        inputs = _manifest(ref.uri, f"{field}={address!r}").inputs
-        nearest = sorted(inputs, key=lambda entry: (entry.kind != kind, entry.kind != _TOKENS))
-        waiting += [
-            ArtifactRef(kind=entry.kind, uri=entry.uri, fingerprint=entry.fingerprint, digest=entry.digest)
-            for entry in nearest
-            if entry.fingerprint not in seen
-        ]
+        nearest = sorted(manifest.inputs, key=lambda entry: (entry.kind != kind, entry.kind != _TOKENS))
+        waiting += [entry.ref() for entry in nearest]
+    if replaced:
+        raise ConfigError(
+            f"{what}: the {kind!r} artifact that it was made from is not what it was: {'; '.join(replaced)}",
+            advice=f"Give the URI of a {kind!r} artifact.",
+        )
     raise ConfigError(
-        f"{field}={address!r} ({start.kind}) was made from no {kind!r} artifact",
+        f"{what} ({start.kind}) was made from no {kind!r} artifact",
         advice=f"Give the URI of a {kind!r} artifact, or of a model that a whole run made.",
     )
 
@@ -120,10 +135,11 @@ def find_version(address: str) -> ModelVersion | None:
         raise StageError(f"{address!r} could not be looked up: {error}", advice="The task is retried.") from None
 
 
-def _manifest(uri: str, what: str) -> Manifest:
+def _manifest(ref: ArtifactRef | str, what: str) -> Manifest:
     try:
-        return read_manifest(uri)
+        return read_manifest(ref)
     except FileNotFoundError:
+        uri = ref if isinstance(ref, str) else ref.uri
         raise ConfigError(
             f"{what}: there is no artifact at {uri!r}", advice="Check the address and that Airflow sees that store."
         ) from None

@@ -1,5 +1,7 @@
 """What a Ray job left in the store: its result, or the reason why there is none."""
 
+import logging
+
 from operators.failures import (
     StageFailed,
     StageInfrastructureFailed,
@@ -13,15 +15,19 @@ from operators.ray.jobs import JobStatus
 from operators.ray.watch import Outcome
 from stages.artifacts.addresses import run_key
 from stages.artifacts.store import Store
+from stages.config.errors import Category, DataError
 from stages.config.graph import Stage
+from stages.config.records import parse_record
 from stages.config.request import Failure, RunInfo, StageResult
+
+logger = logging.getLogger(__name__)
 
 
 def read_result(stage: Stage, *, run: RunInfo, store: Store, outcome: Outcome, max_retries: int | None) -> StageResult:
     """Read `result.json` of a job that succeeded."""
     key = run_key(run.run_id, stage, "result.json")
     try:
-        return StageResult.model_validate_json(store.read_bytes(key))
+        return parse_record(StageResult, store.read_bytes(key), f"{store.root_uri}/{key}")
     except FileNotFoundError:
         raise StageInfrastructureFailed(
             f"Ray job {outcome.submission_id} succeeded, but {store.root_uri}/{key} does not exist.",
@@ -67,7 +73,27 @@ def explain_failure(
                 max_retries=max_retries,
             )
         case _:
-            key = run_key(run.run_id, stage, "failure.json")
-            if store.exists(key):
-                return stage_failure(Failure.model_validate_json(store.read_bytes(key)), max_retries=max_retries)
-            return job_failure(outcome.job, stage, max_retries=max_retries)
+            told = _told_failure(store, run_key(run.run_id, stage, "failure.json"), max_retries=max_retries)
+            return told or job_failure(outcome.job, stage, max_retries=max_retries)
+
+
+def _told_failure(store: Store, key: str, *, max_retries: int | None) -> StageFailed | None:
+    """What the job wrote about its failure. None when it wrote nothing that can be read: its exit code also tells."""
+    try:
+        failure = parse_record(Failure, store.read_bytes(key), f"{store.root_uri}/{key}")
+    except FileNotFoundError:
+        return None
+    except DataError as error:
+        logger.warning("%s The job's exit code decides.", error.message)
+        return None
+    if (told := stage_failure(failure, max_retries=max_retries)) is None:
+        known = ", ".join(Category)
+        logger.warning(
+            "%s/%s: category=%r is unknown (allowed: %s), the job's exit code decides; it says: %s",
+            store.root_uri,
+            key,
+            failure.category,
+            known,
+            failure.message,
+        )
+    return told

@@ -73,8 +73,9 @@ def _give_settings(monkeypatch: pytest.MonkeyPatch, stage: Stage) -> None:
 
 
 def publish_imaginary(store: Store, like: ArtifactRef) -> ArtifactRef:
-    """Publish a manifest without files that only differs from another model's in kind and fingerprint."""
+    """Publish a manifest without files that only differs from another model's in stage, kind and fingerprint."""
     fingerprint = "1b0" + "0" * 61
-    manifest = read_manifest(like).model_copy(update={"kind": "ipo-model", "fingerprint": fingerprint, "files": ()})
+    changes = {"stage": Stage("ipo"), "kind": "ipo-model", "fingerprint": fingerprint, "files": ()}
+    manifest = read_manifest(like).model_copy(update=changes)
     publish(store, manifest)
     return manifest.ref(artifact_uri(store, manifest.kind, fingerprint))

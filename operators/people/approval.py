@@ -5,7 +5,6 @@ own ApprovalOperator, a rejection skips nothing: `promote` registers the rejecte
 decision in their tags, and the report is made. No answer in time is a rejection that says so.
 """
 
-import json
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -25,6 +24,7 @@ from stages.config.graph import Stage, aligned_models, registered_name, spec_of_
 from stages.config.metrics import EVALUATION_METRICS
 from stages.config.mlflow import is_http, tracking_server
 from stages.config.pipeline import PipelineConfig
+from stages.config.records import parse_json, parse_object
 from stages.config.request import ArtifactRef, RunInfo
 
 _NUM_SAMPLES = 4
@@ -95,8 +95,8 @@ def read_answer(answer: Mapping[str, Any], *, timed_out: bool) -> Approval:
 
 def question(run: RunInfo, config: PipelineConfig, evaluated: ArtifactRef) -> tuple[str, str]:
     """Return subject and Markdown body: the numbers of every model, some answers side by side, and where to look."""
-    report = json.loads(read_file(evaluated, "metrics.json"))
-    samples = json.loads(read_file(evaluated, "samples.json"))
+    report = parse_object(read_file(evaluated, "metrics.json"), f"{evaluated.uri}/metrics.json")
+    samples = parse_json(read_file(evaluated, "samples.json"), f"{evaluated.uri}/samples.json")
     evaluation = Evaluation.from_report(report, settings_digest=settings_digest(read_manifest(evaluated)))
     models: dict[str, Mapping[str, Any]] = {
         spec.role: report["models"][spec.role]

@@ -21,6 +21,7 @@ from stages.config.collect import RespondConfig
 from stages.config.errors import ConfigError
 from stages.config.forms import CollectParams
 from stages.config.graph import Stage, language_models
+from stages.config.records import parse_record
 from stages.config.request import ArtifactRef, RunInfo, StageRequest, safe_run_id
 from stages.config.resolve import resolve, validated
 
@@ -44,7 +45,7 @@ class RespondOperator(StageOperator):
     def _request(self, context: Any, *, run: RunInfo, store: Store) -> StageRequest:
         key = request_key(run.run_id)
         try:
-            request = StageRequest.model_validate_json(store.read_bytes(key))
+            request = parse_record(StageRequest, store.read_bytes(key), f"{store.root_uri}/{key}")
         except FileNotFoundError:
             raise ConfigError(
                 f"{store.root_uri}/{key} does not exist", advice="Clear the task `resolve`; it writes the file."
@@ -114,7 +115,7 @@ def find_model(uri: str) -> tuple[ArtifactRef, ArtifactRef]:
     tokens = next((entry for entry in manifest.inputs if entry.role == "tokens"), None)
     if tokens is None:
         raise ConfigError(f"model={uri!r} does not say which tokens it was trained with", advice=advice)
-    return manifest.ref(where), ArtifactRef(**tokens.model_dump(exclude={"role"}))
+    return manifest.ref(where), tokens.ref()
 
 
 def _registered_artifact(uri: str) -> str:
@@ -131,7 +132,8 @@ def _registered_artifact(uri: str) -> str:
 
 def make_questions(responses: Mapping[str, Any], store: Store, run: RunInfo) -> list[dict[str, Any]]:
     """One question per prompt, small enough for XCom: the place of its responses and the order of showing them."""
-    request = StageRequest.model_validate_json(store.read_bytes(request_key(run.run_id)))
+    key = request_key(run.run_id)
+    request = parse_record(StageRequest, store.read_bytes(key), f"{store.root_uri}/{key}")
     return [
         {
             "index": index,

@@ -4,7 +4,6 @@ Asked on Airflow's page of required actions. Every possible answer is an option,
 rejects anything else, and no free text has to be parsed.
 """
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -20,6 +19,7 @@ from operators.markdown import block
 from operators.people.asking import ask_once
 from stages.artifacts.manifests import read_file
 from stages.config.graph import Stage
+from stages.config.records import parse_object
 from stages.config.request import ArtifactRef
 
 LABELS = "ABCD"
@@ -101,7 +101,8 @@ def shown_order(num_responses: int, *, seed: int, prompt_id: str) -> list[int]:
 
 def read_responses(responses: ArtifactRef) -> list[dict[str, Any]]:
     """The rows of a `responses` artifact."""
-    return [json.loads(line) for line in read_file(responses, "responses.jsonl").decode().splitlines()]
+    name = f"{responses.uri}/responses.jsonl"
+    return [parse_object(line, name) for line in read_file(responses, "responses.jsonl").splitlines()]
 
 
 def body(row: Mapping[str, Any], order: Sequence[int]) -> str:

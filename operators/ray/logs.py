@@ -129,7 +129,8 @@ class LogRelay:
 
     def _take_progress(self, line: str) -> None:
         progress = _json_after(PROGRESS, line)
-        if progress is None or not {"done", "total"} <= progress.keys():
+        numbers = [] if progress is None else [progress.get("done"), progress.get("total")]
+        if progress is None or not all(isinstance(number, int | float) for number in numbers):
             self._show(line[:MAX_LINE])
             return
         self.progress = progress
@@ -182,6 +183,6 @@ def _json_after(marker: str, line: str) -> dict[str, Any] | None:
 def _object(text: str) -> dict[str, Any] | None:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

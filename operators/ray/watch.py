@@ -10,12 +10,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from pydantic import Field
+
 from operators.ray.client import RayJobClient
 from operators.ray.jobs import JobInfo, JobStatus, RayRefusedError, RayUnreachableError
 from operators.ray.logs import LogRelay
 from stages.artifacts.addresses import open_store
-from stages.artifacts.store import Store, read_json, write_json
-from stages.config.errors import StageError
+from stages.artifacts.store import Store, write_json
+from stages.config.base import Config
+from stages.config.errors import DataError, StageError
+from stages.config.records import parse_record
 
 # A head behind a proxy may answer 404 for a moment while it starts; only a lost job table answers so every time.
 _ABSENT_POLLS = 3
@@ -253,6 +257,13 @@ class JobWatcher:
             self._relay.finish(whole)
 
 
+class _Shown(Config):
+    """What a LogCursor keeps."""
+
+    submission_id: str
+    lines: int = Field(ge=0)
+
+
 class LogCursor:
     """How many lines of a job's log have been shown, kept where the next triggerer finds it."""
 
@@ -269,8 +280,11 @@ class LogCursor:
         store = self._store()
         if not store.exists(self._key):
             return 0
-        kept = read_json(store, self._key)
-        self._saved = int(kept["lines"]) if kept["submission_id"] == self._submission_id else 0
+        try:
+            kept = parse_record(_Shown, store.read_bytes(self._key), self._key)
+        except DataError:
+            return 0  # showing lines twice is better than never
+        self._saved = kept.lines if kept.submission_id == self._submission_id else 0
         return self._saved
 
     def save(self, lines: int) -> None:

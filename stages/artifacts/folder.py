@@ -6,6 +6,7 @@ Objects are written aside under a hidden name, synced and then renamed, so that 
 import os
 import re
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from stages.artifacts.store import Listed, Unfinished, check_key
 from stages.config.errors import ConfigError
 
+_LONGEST_NAME = 255
 _ASIDE = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}")
 
 
@@ -26,10 +28,17 @@ class FileStore:
         self.root_uri = root.as_uri()
 
     def _path(self, key: str) -> Path:
-        path = (self.root / check_key(key, self.root_uri)).resolve()
-        if not path.is_relative_to(self.root.resolve()):
+        """The file of a key. A link on the way is refused, even to elsewhere in the store: what is done to one object
+        must not happen to another."""
+        path = self.root.resolve() / check_key(key, self.root_uri)
+        if any(len(part.encode(errors="replace")) > _LONGEST_NAME for part in path.parts):
             raise ConfigError(
-                f"key={key!r} leaves the store {self.root_uri} through a link",
+                f"key={key[:80]!r}... has a part of more than {_LONGEST_NAME} bytes, which no folder can hold",
+                advice="Use shorter names; this one may have been written to do harm.",
+            )
+        if path.resolve() != path:
+            raise ConfigError(
+                f"key={key!r} leads elsewhere in or out of the store {self.root_uri} through a link",
                 advice="Put the files themselves into the store.",
             )
         return path
@@ -42,7 +51,21 @@ class FileStore:
         return path.stat().st_size if path.is_file() else None
 
     def read_bytes(self, key: str) -> bytes:
-        return self._path(key).read_bytes()
+        path = self._path(key)
+        try:
+            opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for its writer
+        except NotADirectoryError:
+            raise FileNotFoundError(f"{self.root_uri}/{key} does not exist: its folder is a file") from None
+        mode = os.fstat(opened).st_mode
+        if stat.S_ISREG(mode):
+            with open(opened, "rb") as file:
+                return file.read()
+        os.close(opened)
+        if stat.S_ISDIR(mode):
+            raise FileNotFoundError(f"{self.root_uri}/{key} is a folder, not an object")
+        raise ConfigError(
+            f"key={key!r} is not a regular file in the store {self.root_uri}", advice="Remove it; see who made it."
+        )
 
     def write_bytes(self, key: str, data: bytes) -> None:
         aside = self._write_aside(key, data)
@@ -87,7 +110,7 @@ class FileStore:
         if not folder.is_dir():
             return
         for path in sorted(folder.rglob("*")):
-            if path.is_file() and not path.name.startswith("."):
+            if path.is_file() and not path.is_symlink() and not path.name.startswith("."):
                 yield path.relative_to(self.root.resolve()).as_posix()
 
     def listing(self) -> Iterator[Listed]:
@@ -99,9 +122,11 @@ class FileStore:
                 if name.startswith("."):
                     continue
                 try:
-                    found = path.stat()
+                    found = path.lstat()
                 except FileNotFoundError:
                     continue  # removed since the directory was read
+                if not stat.S_ISREG(found.st_mode):
+                    continue  # a link or a device is no object
                 modified = datetime.fromtimestamp(found.st_mtime, UTC)
                 yield Listed(path.relative_to(root).as_posix(), found.st_size, str(found.st_mtime_ns), modified)
 

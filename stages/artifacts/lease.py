@@ -27,9 +27,10 @@ from types import TracebackType
 
 from stages.artifacts.addresses import artifact_key
 from stages.artifacts.manifests import MANIFEST, utc_now
-from stages.artifacts.store import Store, read_json, write_json
+from stages.artifacts.store import Store, write_json
 from stages.config.base import Config
-from stages.config.errors import Category, StageError
+from stages.config.errors import Category, DataError, StageError
+from stages.config.records import parse_record
 from stages.config.request import StageRequest
 
 logger = logging.getLogger("athanor")
@@ -97,6 +98,13 @@ class Generation(Config):
     """The holder ended without an artifact; the next builder need not wait."""
 
 
+_UNKNOWN = Owner(
+    run_id="unknown", run_name="", airflow_url="", submission_id="", host="unknown", pid=0, since="an unknown time"
+)
+_DAMAGED = Generation(token="", owner=_UNKNOWN)
+"""Stands for a record that cannot be read. Its holder may be alive, and then its heartbeat says so."""
+
+
 class Fence(Config):
     """Lets a process check that it is still the holder; small enough to be sent to worker processes."""
 
@@ -113,9 +121,12 @@ class Fence(Config):
         """
         if store.exists(f"{artifact_key(self.kind, self.fingerprint)}/{MANIFEST}"):
             raise self._lost("has been published by another process")
-        newer, own = _read(store, self.fingerprint, self.number + 1), _read(store, self.fingerprint, self.number)
+        newer = read_generation(store, self.fingerprint, self.number + 1)
         if newer is not None:
             raise self._lost(f"is being built by {newer.owner}")
+        own = read_generation(store, self.fingerprint, self.number)
+        if own is _DAMAGED and _beats(store, self.fingerprint, self.number, self.token):
+            return
         if own is None or own.token != self.token:
             raise self._lost("is no longer leased to this process")
 
@@ -160,7 +171,7 @@ class Lease:
         if built:
             self._store.delete(f"leases/{fingerprint}")
             return
-        own = _read(self._store, fingerprint, number)
+        own = read_generation(self._store, fingerprint, number)
         if own is not None and own.token == self.fence.token:
             released = Generation(token=own.token, owner=self._owner, released=True)
             write_json(self._store, _record_key(fingerprint, number), released.model_dump(mode="json"))
@@ -195,7 +206,7 @@ def acquire(
     """
     times, token = times or LeaseTimes(), uuid.uuid4().hex
     manifest_key = f"{artifact_key(kind, fingerprint)}/{MANIFEST}"
-    watch, started = _Watch(times.beat_seconds), time.monotonic()
+    watch, started, tried = _Watch(times.beat_seconds), time.monotonic(), False
     while True:
         if store.exists(manifest_key):
             return None
@@ -208,8 +219,11 @@ def acquire(
             time.sleep(times.poll_seconds)
             continue
         mine = Generation(token=token, owner=owner)
+        if tried:
+            time.sleep(times.poll_seconds)  # another process was faster, or the store says two things about one record
+        tried = True
         if store.put_if_absent(_record_key(fingerprint, number + 1), mine.model_dump_json(indent=1).encode()):
-            written = _read(store, fingerprint, number + 1)
+            written = read_generation(store, fingerprint, number + 1)
             if written is None or written.token != token:
                 continue  # a server whose put-if-absent is not atomic let another process write as well
             if newest is not None:
@@ -270,16 +284,29 @@ def _may_take_over(newest: Generation | None, owner: Owner, silent_seconds: floa
 def _newest(store: Store, fingerprint: str) -> tuple[int, Generation | None]:
     """Read upwards from 1 instead of listing, because listings of some stores lag behind."""
     number, newest = 0, None
-    while (found := _read(store, fingerprint, number + 1)) is not None:
+    while (found := read_generation(store, fingerprint, number + 1)) is not None:
         number, newest = number + 1, found
     return number, newest
 
 
-def _read(store: Store, fingerprint: str, number: int) -> Generation | None:
+def read_generation(store: Store, fingerprint: str, number: int) -> Generation | None:
+    """Return one record of a series, None when there is none; a damaged one stands for a holder without a name."""
+    key = _record_key(fingerprint, number)
     try:
-        return Generation.model_validate(read_json(store, _record_key(fingerprint, number)))
+        return parse_record(Generation, store.read_bytes(key), f"{store.root_uri}/{key}")
     except FileNotFoundError:
         return None
+    except DataError as error:
+        logger.warning("%s Its holder counts as alive while its heartbeat changes.", error.message)
+        return _DAMAGED
+
+
+def _beats(store: Store, fingerprint: str, number: int, token: str) -> bool:
+    """Whether the last heartbeat came from the process with this token."""
+    try:
+        return store.read_bytes(_beat_key(fingerprint, number)).startswith(f"{token} ".encode())
+    except FileNotFoundError:
+        return False
 
 
 def _record_key(fingerprint: str, number: int) -> str:

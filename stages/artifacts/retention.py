@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from stages.artifacts.lease import Generation, Owner
+from stages.artifacts.lease import Owner, read_generation
 from stages.artifacts.manifests import MANIFEST, load_manifest
-from stages.artifacts.store import Listed, Store, Unfinished, read_json
+from stages.artifacts.store import Listed, Store, Unfinished
 from stages.config.errors import DamagedArtifactError, DataError
 from stages.config.graph import GRAPH, Stage, spec_of_kind
 from stages.config.request import Manifest
@@ -93,11 +93,9 @@ class Picture:
         self.generations[key.split("/")[1]] = max(numbers, default=0)
         if not numbers or folder.newest is None or (self.now - folder.newest).total_seconds() > LIVE_SECONDS:
             return None
-        try:
-            newest = Generation.model_validate(read_json(self.store, f"{key}/{max(numbers)}.json"))
-        except FileNotFoundError:
-            return None  # the build ended after the listing
-        return None if newest.released else newest.owner
+        newest = read_generation(self.store, key.split("/")[1], max(numbers))
+        # None: the build ended after the listing
+        return None if newest is None or newest.released else newest.owner
 
     def manifests(self) -> dict[str, Manifest]:
         """By key of the artifact; DataError for one that cannot be read, since what it needs is then unknown."""

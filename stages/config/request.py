@@ -186,6 +186,10 @@ class InputEntry(Config):
     fingerprint: str
     digest: str
 
+    def ref(self) -> ArtifactRef:
+        """The artifact as the manifest says that it was; reading it by this reference checks the content."""
+        return ArtifactRef(kind=self.kind, uri=self.uri, fingerprint=self.fingerprint, digest=self.digest)
+
 
 class Cost(Config):
     """What a stage spent, all attempts together."""

@@ -11,6 +11,7 @@ from stages.artifacts.addresses import run_key
 from stages.artifacts.store import Store, write_json
 from stages.config.errors import EXIT_CODES, Category, StageError, without_logins
 from stages.config.graph import Stage
+from stages.config.records import parse_record
 from stages.config.request import Failure, StageRequest
 from stages.job.attempt import scratch_home
 
@@ -36,7 +37,8 @@ def record_failure(store: Store, request: StageRequest, error: BaseException) ->
     try:
         if failure.category == Category.LOST and store.exists(key):
             # The worker that ended has written why; this process only sees that the worker is gone.
-            failure = Failure.model_validate_json(store.read_bytes(key))
+            told = parse_record(Failure, store.read_bytes(key), f"{store.root_uri}/{key}")
+            failure = told if told.category in set(Category) else failure
         write_json(store, key, failure.model_dump(mode="json"))
     except Exception as problem:  # noqa: BLE001 - whatever the store's client raises; the exit code still tells the category
         logger.error("failure.json was not written: %s", problem)

@@ -10,12 +10,15 @@ import logging
 import resource
 import threading
 import time
-from typing import Any
+
+from pydantic import ConfigDict, Field
 
 from stages.artifacts.addresses import run_key
-from stages.artifacts.store import Store, read_json, write_json
-from stages.config.errors import EXIT_CODES, Category
+from stages.artifacts.store import Store, write_json
+from stages.config.base import Config
+from stages.config.errors import EXIT_CODES, Category, ConfigError, DataError
 from stages.config.graph import Stage
+from stages.config.records import parse_record
 from stages.config.request import Cost, Failure
 from stages.job.watchdog import Watchdog
 
@@ -34,14 +37,38 @@ def worker_record(rank: int) -> str:
     return f"{_WORKERS}/{rank}.json"
 
 
-def read_progress(store: Store, run_id: str, stage: Stage) -> dict[str, Any]:
+class Record(Config):
+    """What is read of `progress.json` and `workers/<rank>.json`; the rest of it is for people."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    done: float | None = None
+    total: float = 0.0
+    unit: str = "step"
+    reached: dict[str, float] = Field(default_factory=dict)
+    """How far any attempt has come, by phase."""
+    cost: Cost | None = None
+
+
+def read_record(store: Store, key: str) -> Record:
+    """Read one record; empty when there is none. A damaged one is named and counts as none: the work continues."""
+    try:
+        return parse_record(Record, store.read_bytes(key), f"{store.root_uri}/{key}")
+    except FileNotFoundError:
+        return Record()
+    except (ConfigError, DataError) as error:  # the key holds a run id, which another record may have made up
+        logger.warning("%s What it says about progress and cost is ignored.", error.message)
+        return Record()
+
+
+def read_progress(store: Store, run_id: str, stage: Stage) -> Record:
     """Return the latest report of the process that does the work: the first worker, else the job; empty before there is
     one."""
     for name in (worker_record(0), JOB_RECORD):
-        key = run_key(run_id, stage, name)
-        if store.exists(key) and "done" in (found := read_json(store, key)):
+        found = read_record(store, run_key(run_id, stage, name))
+        if found.done is not None:
             return found
-    return {}
+    return Record()
 
 
 class Progress:
@@ -62,9 +89,10 @@ class Progress:
         self._failure_key = run_key(run_id, stage, "failure.json")
         self.watchdog = Watchdog(stall_seconds, on_stall=self._record_stall)
         self._num_gpus = num_gpus
-        earlier = self._earlier_attempts()
-        self._before = Cost.model_validate(earlier.get("cost", {"attempts": 0}))
-        self._reached: dict[str, float] = earlier.get("reached", {})
+        # as the previous attempt left it
+        earlier = read_record(store, self._key) if record else Record()
+        self._before = earlier.cost or Cost(attempts=0)
+        self._reached = earlier.reached
         self._productive = 0.0
         self._started = self._advanced_at = time.monotonic()
         self._latest: dict[str, object] = {}
@@ -108,8 +136,8 @@ class Progress:
         """Return what all attempts have spent so far, training workers included."""
         job = self._own_cost()
         records = self._store.list(run_key(self._run_id, self._stage, _WORKERS))
-        workers = [Cost.model_validate(read_json(self._store, key)["cost"]) for key in records]
-        processes = (job, *workers)
+        workers = [read_record(self._store, key).cost for key in records]
+        processes = (job, *filter(None, workers))
         return job.model_copy(
             update={
                 "productive_seconds": round(sum(cost.productive_seconds for cost in processes), 3),
@@ -147,12 +175,6 @@ class Progress:
         self._stop.set()
         self._thread.join(timeout=10)
         self._write()
-
-    def _earlier_attempts(self) -> dict[str, Any]:
-        """The record as the previous attempt left it."""
-        if not self._record or not self._store.exists(self._key):
-            return {}
-        return read_json(self._store, self._key)
 
     @property
     def _key(self) -> str:

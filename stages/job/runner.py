@@ -151,8 +151,13 @@ def _waiting(request: StageRequest, store: Store) -> Callable[[Owner, float], No
             return
         shown_at = seconds
         latest = read_progress(store, holder.run_id, request.stage)
-        done, total, unit = latest.get("done", 0), latest.get("total", 0), latest.get("unit", "step")
-        progress(done, total, unit, waiting_for=f"run {holder.run_id}, which builds it", waited_seconds=seconds)
+        progress(
+            latest.done or 0.0,
+            latest.total,
+            latest.unit,
+            waiting_for=f"run {holder.run_id}, which builds it",
+            waited_seconds=seconds,
+        )
 
     return show
 

@@ -9,15 +9,20 @@ import pytest
 
 from operators.dispatch import job_command
 from operators.operator import ENTRYPOINT
+from operators.prepare import load_config
 from stages.artifacts.addresses import open_store
 from stages.artifacts.folder import FileStore
 from stages.artifacts.manifests import fetch, read_manifest, upload_files
 from stages.artifacts.s3 import S3Store
-from stages.artifacts.store import Store
-from stages.config.errors import ConfigError, DamagedArtifactError
-from stages.config.request import FileEntry, safe_run_id
+from stages.artifacts.store import Store, read_json, write_json
+from stages.config.errors import ConfigError, DamagedArtifactError, DataError, ExitCode
+from stages.config.graph import Stage
+from stages.config.recipes import tiny
+from stages.config.request import FileEntry, RunInfo, safe_run_id
 from stages.config.resolve import resolve
 from stages.job.attempt import scratch_folder
+from stages.job.runner import run_stage
+from tests.pipeline_records import request_for
 from tests.unit.artifacts.test_manifests import make_artifact
 
 OUTSIDE = ["../x", "a/../../x", "/etc/passwd", "a//etc/passwd", "a/..", ".", "", "a/./b", "a\0b", "artifacts/"]
@@ -61,6 +66,99 @@ def test_no_link_leads_out_of_a_folder_store(tmp_path: Path) -> None:
             with pytest.raises(ConfigError, match="through a link"):
                 reach(key)
     assert (tmp_path / "outside" / "secret").read_text() == "theirs"
+
+
+def test_no_link_makes_one_object_stand_for_another(tmp_path: Path) -> None:
+    """Otherwise deleting the one, because it is damaged, deletes the other."""
+    store = open_store((tmp_path / "store").as_uri())
+    store.write_bytes("artifacts/tokens/a/x", b"theirs")
+    (tmp_path / "store" / "artifacts" / "tokens" / "b").symlink_to(tmp_path / "store" / "artifacts" / "tokens" / "a")
+    (tmp_path / "store" / "artifacts" / "tokens" / "a" / "y").symlink_to(tmp_path / "store/artifacts/tokens/a/x")
+    for key in ("artifacts/tokens/b", "artifacts/tokens/b/x", "artifacts/tokens/a/y"):
+        with pytest.raises(ConfigError, match="through a link"):
+            store.delete(key)
+    assert list(store.list("artifacts")) == ["artifacts/tokens/a/x"]
+    assert [entry.key for entry in store.listing()] == ["artifacts/tokens/a/x"]
+
+
+def test_what_is_no_regular_file_is_no_object(tmp_path: Path) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    (tmp_path / "store" / "runs" / "folder").mkdir(parents=True)
+    (tmp_path / "store" / "runs" / "file").write_text("x")
+    os.mkfifo(tmp_path / "store" / "runs" / "pipe")
+    with pytest.raises(ConfigError, match="not a regular file"):  # it would wait for a writer for ever
+        store.read_bytes("runs/pipe")
+    for key in ("runs/folder", "runs/file/x", "runs/nothing"):
+        with pytest.raises(FileNotFoundError):
+            store.read_bytes(key)
+    assert list(store.list("runs")) == ["runs/file"]
+    assert [entry.key for entry in store.listing()] == ["runs/file"]
+    with pytest.raises(ConfigError, match="more than 255 bytes"):
+        store.read_bytes(f"runs/{'x' * 300}")
+
+
+NO_RECORDS = [
+    b"",
+    b"{",
+    b"[]",
+    b"7",
+    b"{}",
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
+    b'{"seed": ' + b"1" * 5000 + b"}",
+    b'{"stage": "sft", "sources": [[]], "inputs": []}',
+    b'{"stage": "gremlins"}',
+]
+
+
+@pytest.mark.parametrize("record", NO_RECORDS)
+def test_a_request_that_is_none_ends_its_job_as_data_and_is_named(
+    tmp_path: Path, record: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(tmp_path.as_uri())
+    store.write_bytes("runs/r/sft/config.json", record)
+    uri = f"{store.root_uri}/runs/r/sft/config.json"
+    assert run_stage(uri, lambda stage: pytest.fail("nothing to run")) == ExitCode.DATA
+    assert f"{uri} is not a valid StageRequest" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seed": "x"}, {"gremlin": 1}, {"optimizer": {"learning_rate": "Infinity"}}, {"loss": 7}]
+)
+def test_settings_that_no_stage_has_end_its_job_as_config(
+    tmp_path: Path, changes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(tmp_path.as_uri())
+    request = request_for(Stage.DPO, store, {}, tiny().dpo).model_dump(mode="json")
+    request["config"] |= changes
+    write_json(store, "runs/manual-1/dpo/config.json", request)
+    uri = f"{store.root_uri}/runs/manual-1/dpo/config.json"
+    assert run_stage(uri, lambda stage: pytest.fail("nothing to run")) == ExitCode.CONFIG
+    assert "the stored configuration of dpo is not valid: " in caplog.text
+
+
+@pytest.mark.parametrize("record", NO_RECORDS)
+def test_a_configuration_of_a_run_that_is_none_is_named_and_not_retried(tmp_path: Path, record: bytes) -> None:
+    store = open_store(tmp_path.as_uri())
+    store.write_bytes("runs/r/pipeline.json", record)
+    with pytest.raises(DataError, match=r"runs/r/pipeline\.json is not a valid PipelineConfig"):
+        load_config(store, RunInfo(run_id="r", name="n"))
+
+
+@pytest.mark.parametrize("record", [record for record in NO_RECORDS if not record.endswith(b"}")])
+def test_json_that_is_none_is_named(tmp_path: Path, record: bytes) -> None:
+    store = open_store(tmp_path.as_uri())
+    store.write_bytes("retrain/n.json", record)
+    with pytest.raises(DataError, match=r"retrain/n\.json "):
+        read_json(store, "retrain/n.json")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), "Infinity", "-inf", "1e999", 1e999])
+@pytest.mark.parametrize("path", ["sft.optimizer.learning_rate", "dpo.beta", "execution.sft.stall_seconds"])
+def test_no_setting_is_infinite(path: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=path.rpartition(".")[2]):
+        resolve({"recipe": "tiny", "overrides": {path: value}})
 
 
 def tampered(store: FileStore, uri: str, **changes: Any) -> None:

@@ -20,7 +20,7 @@ from stages.artifacts.store import Store, read_json
 from stages.config.errors import Category
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
-from stages.config.request import Manifest, RunInfo, StageRequest
+from stages.config.request import InputEntry, Manifest, RunInfo, StageRequest
 from tests.pipeline_records import request_for
 
 KIND, IDENTITY = "tokens", "ab" * 32
@@ -40,7 +40,7 @@ def owner(run: str, *, job: str = "athanor-{run}-1") -> Owner:
     return Owner.of(request.model_copy(update={"submission_id": job.format(run=run)}))
 
 
-def publish_empty(store: Store, identity: str = IDENTITY) -> None:
+def publish_empty(store: Store, identity: str = IDENTITY, *inputs: InputEntry) -> None:
     publish(
         store,
         Manifest(
@@ -50,7 +50,7 @@ def publish_empty(store: Store, identity: str = IDENTITY) -> None:
             fingerprint=identity,
             digest=content_digest(()),
             files=(),
-            inputs=(),
+            inputs=inputs,
             config={},
             execution={},
             created_at=utc_now(),
@@ -231,6 +231,61 @@ def test_a_late_release_of_a_sleeper_leaves_the_new_holder_alone(store: Store):
         sleeper.check()
     second.check()
     assert read_json(store, f"leases/{IDENTITY}/2.json")["released"] is False
+
+
+DAMAGED = [b"", b"{", b"[]", b"{}", b"\xff", b"[" * 100_000, b'{"token": ' + b"1" * 5000 + b"}"]
+
+
+@pytest.mark.parametrize("record", DAMAGED)
+def test_a_damaged_lease_blocks_nobody_for_ever(store: Store, record: bytes):
+    held(store, "run-1")  # and dies
+    store.write_bytes(f"leases/{IDENTITY}/1.json", record)
+    started = time.monotonic()
+    with held(store, "run-2") as second:
+        assert second.fence.number == 2
+        publish_empty(store)
+    assert time.monotonic() - started >= QUICK.stale_seconds - QUICK.beat_seconds
+
+
+def test_a_damaged_lease_is_not_stolen_from_a_living_holder_who_keeps_it(store: Store):
+    with ThreadPoolExecutor(1) as threads:
+        with held(store, "run-1") as lease:
+            while not store.exists(f"leases/{IDENTITY}/1.beat"):
+                time.sleep(0.01)
+            store.write_bytes(f"leases/{IDENTITY}/1.json", b"{")
+            waiter = threads.submit(take, store, "run-2")
+            time.sleep(3 * QUICK.stale_seconds)
+            assert not waiter.done()
+            lease.check()
+            publish_empty(store)
+        assert waiter.result() is None
+
+
+def test_whoever_lost_the_lease_does_not_get_it_back_by_damaging_the_record(store: Store):
+    sleeper = held(store, "run-1")
+    store.write_bytes(f"leases/{IDENTITY}/1.json", b"{")
+    store.write_bytes(f"leases/{IDENTITY}/1.beat", b"somebody 1")
+    with pytest.raises(LeaseLostError, match="is no longer leased to this process"):
+        sleeper.check()
+
+
+def test_two_that_create_one_generation_again_and_again_do_not_do_so_hundreds_of_times_a_second(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    """A server that refuses the record and shows none."""
+    tried: list[str] = []
+
+    def refuse(self: Store, key: str, data: bytes) -> bool:
+        tried.append(key)
+        if len(tried) > 50:
+            raise TimeoutError
+        return False
+
+    monkeypatch.setattr(type(store), "put_if_absent", refuse)
+    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        take(store, "run-1")
+    assert time.monotonic() - started >= 50 * QUICK.poll_seconds
 
 
 def test_an_artifact_that_appears_between_look_and_lease_is_a_hit(store: Store, monkeypatch: pytest.MonkeyPatch):

@@ -84,13 +84,13 @@ def test_the_job_s_cost_has_that_of_its_workers(store: Store, monkeypatch: pytes
 
 
 def test_others_read_the_first_worker_s_report_where_there_are_workers(store: Store):
-    assert read_progress(store, "r", Stage.PRETRAIN) == {}
+    assert read_progress(store, "r", Stage.PRETRAIN).done is None
     job = Progress(store, "r", Stage.PRETRAIN)
     worker = Progress(store, "r", Stage.PRETRAIN, record=worker_record(0))
     worker(3, 10)
     worker.close()
     job.close()
-    assert read_progress(store, "r", Stage.PRETRAIN)["done"] == 3
+    assert read_progress(store, "r", Stage.PRETRAIN).done == 3
 
 
 def test_only_printed_leaves_nothing_in_the_store(store: Store, capsys: pytest.CaptureFixture[str]):
@@ -100,3 +100,35 @@ def test_only_printed_leaves_nothing_in_the_store(store: Store, capsys: pytest.C
     progress.close()
     assert not list(store.listing())
     assert '"done": 1' in capsys.readouterr().out
+
+
+RECORDS = [
+    b"",
+    b"{",
+    b"[]",
+    b"\xff",
+    b"[" * 100_000,
+    b'{"done": "three", "total": 10}',
+    b'{"done": 1, "total": ' + b"1" * 5000 + b"}",
+    b'{"done": 3, "total": NaN}',
+    b'{"cost": {"wall_seconds": "long"}, "reached": {"step": []}}',
+    b'{"cost": 3, "reached": 4, "done": 5}',
+]
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_a_damaged_record_of_a_job_or_a_worker_ends_no_work(
+    store: Store, record: bytes, caplog: pytest.LogCaptureFixture
+):
+    for name in (JOB_RECORD, worker_record(0), worker_record(1)):
+        store.write_bytes(run_key("r", Stage.PRETRAIN, name), record)
+    assert read_progress(store, "r", Stage.PRETRAIN).done is None
+    progress = Progress(store, "r", Stage.PRETRAIN)
+    progress(1, 2)
+    assert progress.cost().attempts == 1
+    progress.close()
+    assert f"runs/r/pretrain/{JOB_RECORD}" in caplog.text
+
+
+def test_a_run_id_that_another_record_made_up_leads_nowhere(store: Store):
+    assert read_progress(store, "../../x", Stage.PRETRAIN).done is None

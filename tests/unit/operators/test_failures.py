@@ -1,6 +1,7 @@
 """Category -> exception -> retry."""
 
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from airflow.sdk.definitions.retry_policy import RetryAction
@@ -22,10 +23,14 @@ from operators.failures import (
     stage_failure,
 )
 from operators.ray.jobs import JobInfo, JobStatus, RayRefusedError, RayUnreachableError
+from operators.ray.watch import Outcome
+from operators.results import explain_failure, read_result
+from stages.artifacts.addresses import open_store, run_key
 from stages.config.errors import Category, ConfigError, DataError
 from stages.config.graph import Stage
-from stages.config.request import Failure
+from stages.config.request import Failure, RunInfo
 
+RUN = RunInfo(run_id="r", name="n")
 POLICY = StageRetryPolicy()
 
 
@@ -72,6 +77,42 @@ def test_the_delay_doubles_up_to_a_limit():
 def test_an_exception_without_category_is_retried_twice():
     decisions = [POLICY.evaluate(ValueError("bug"), attempt, MAX_RETRIES).action for attempt in (1, 2, 3)]
     assert decisions == [RetryAction.RETRY, RetryAction.RETRY, RetryAction.FAIL]
+
+
+FAILURES = [
+    b"",
+    b"{",
+    b"[]",
+    b"\xff",
+    b"[" * 100_000,
+    b'{"category": "gremlins", "message": "no"}',
+    b'{"category": 3, "message": "no"}',
+    b'{"category": "lost"}',
+]
+
+
+@pytest.mark.parametrize("written", FAILURES)
+@pytest.mark.parametrize(("code", "category"), [(2, Category.CONFIG), (3, Category.DATA), (1, Category.INFRASTRUCTURE)])
+def test_where_failure_json_cannot_be_read_the_exit_code_decides(
+    tmp_path: Path, written: bytes, code: int, category: Category
+):
+    store = open_store(tmp_path.as_uri())
+    store.write_bytes(run_key(RUN.run_id, Stage.SFT, "failure.json"), written)
+    outcome = Outcome("athanor-1", "FAILED", "the job's last words", None, code)
+    error = explain_failure(Stage.SFT, run=RUN, store=store, outcome=outcome, max_retries=3)
+    assert error.category is category
+
+
+@pytest.mark.parametrize("written", [b"", b"{", b"{}", b"\xff", b"[" * 100_000, b'{"hit": ' + b"1" * 5000 + b"}"])
+def test_a_result_that_cannot_be_read_is_named_and_not_retried(tmp_path: Path, written: bytes):
+    store = open_store(tmp_path.as_uri())
+    store.write_bytes(run_key(RUN.run_id, Stage.SFT, "result.json"), written)
+    outcome = Outcome("athanor-1", "SUCCEEDED", "", None, 0)
+    with (
+        pytest.raises(StageDataFailed, match=r"runs/r/sft/result\.json is not a valid StageResult"),
+        as_stage_failures(),
+    ):
+        read_result(Stage.SFT, run=RUN, store=store, outcome=outcome, max_retries=3)
 
 
 def test_the_last_words_are_message_and_advice():

@@ -140,6 +140,32 @@ def test_previous_data_is_what_the_lineage_of_a_model_leads_to(house: House, of:
     assert given_artifacts(config)[PREVIOUS] == house.curated
 
 
+def test_an_address_is_spelled_as_its_store_spells_it(house: House):
+    sloppy = house.dpo.uri.replace("/artifacts/", "//artifacts/").replace("file:///", "file://localhost/") + "/"
+    config = resolve({"recipe": "tiny", "base_model": sloppy})
+    assert given_artifacts(config)[BASE_MODEL] == house.dpo
+
+
+def test_data_that_was_replaced_since_is_not_the_data_that_a_model_was_made_from(house: House):
+    key = f"{house.curated.uri.removeprefix(house.store.root_uri + '/')}/manifest.json"
+    replaced = {**json.loads(house.store.read_bytes(key)), "digest": "e" * 64}
+    house.store.write_bytes(key, json.dumps(replaced).encode())
+    config = resolve({"recipe": "tiny", "documents": ["/new"], "previous_data": house.dpo.uri})
+    with pytest.raises(ConfigError, match=r"is not what it was: .*/artifacts/curated/.* has content eeeeeeeeeeee"):
+        given_artifacts(config)
+    named = resolve({"recipe": "tiny", "documents": ["/new"], "previous_data": house.curated.uri})
+    assert given_artifacts(named)[PREVIOUS].digest == "e" * 64
+
+
+def test_an_input_that_a_manifest_only_claims_is_not_followed(house: House, tmp_path: Path):
+    """Tokens in another folder that name the curated data of this store, with content that it never had."""
+    elsewhere = open_store((tmp_path / "theirs").as_uri())
+    forged = put(elsewhere, Stage.TOKENIZE, "x", curated=house.curated.model_copy(update={"digest": "e" * 64}))
+    config = resolve({"recipe": "tiny", "documents": ["/new"], "previous_data": forged.uri})
+    with pytest.raises(ConfigError, match="is not what it was"):
+        given_artifacts(config)
+
+
 @pytest.mark.parametrize(
     ("params", "says"),
     [

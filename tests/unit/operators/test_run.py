@@ -16,7 +16,7 @@ from stages.artifacts.store import write_json
 from stages.config.errors import ConfigError
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import PipelineConfig, stage_config_from_json
-from stages.config.request import ArtifactRef, RunInfo, safe_run_id
+from stages.config.request import ArtifactRef, InputEntry, RunInfo, safe_run_id
 from stages.config.resolve import resolve
 from tests.unit.artifacts.test_lease import publish_empty
 
@@ -155,7 +155,11 @@ def test_an_artifact_that_a_reader_found_damaged_is_left_to_the_job_which_reads_
     identity = fingerprint(
         stage, stage_config_from_json(stage, request.config), inputs=request.inputs, store_uri=store.root_uri
     )
-    publish_empty(store, identity)
+    given = request.inputs["curated"]
+    curated = InputEntry(
+        role="curated", kind=given.kind, uri=given.uri, fingerprint=given.fingerprint, digest=given.digest
+    )
+    publish_empty(store, identity, curated)
     assert find_hit(store, request) is not None
     write_json(store, f"{artifact_key(GRAPH[stage].kind, identity)}/{DOUBT}", {})
     assert find_hit(store, request) is None
