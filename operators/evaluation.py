@@ -86,9 +86,10 @@ def tag_version(address: str, evaluation: ArtifactRef) -> None:
     """Put the evaluation on the version that was measured, as the tags by which `promote` compares champions."""
     manifest = read_manifest(evaluation)
     report = parse_object(read_file(evaluation, "metrics.json"), f"{evaluation.uri}/metrics.json")
-    measured = {entry.fingerprint: entry.role for entry in manifest.inputs}
     version = find_version(address)
-    role = measured.get(version.tags.get("lineage.fingerprint", "")) if version else None
+    tags = version.tags if version else {}
+    measured = [entry for entry in manifest.inputs if entry.fingerprint == tags.get("lineage.fingerprint")]
+    role = next((entry.role for entry in measured if entry.digest == tags.get("lineage.digest", entry.digest)), None)
     if version is None or role is None:
         raise ConfigError(
             f"model={address!r} is no longer the model that was evaluated", advice="Name a version instead of an alias."

@@ -50,10 +50,17 @@ def given_artifact(address: str, *, field: str) -> ArtifactRef:
             f"{field}={address!r} is not the address of an artifact",
             advice="Give <store>/artifacts/<kind>/<fingerprint>, models:/name@alias or models:/name/version.",
         )
-    uri = artifact_of_model(address, field=field) if address.startswith("models:/") else address.rstrip("/")
+    version = _registered(address, field=field) if address.startswith("models:/") else None
+    uri = (version.tags["artifact.uri"] if version else address).rstrip("/")
+    manifest = _manifest(uri, f"{field}={address!r}")
+    if version and (registered := version.tags.get("lineage.digest", manifest.digest)) != manifest.digest:
+        raise ConfigError(
+            f"{field}={address!r} was registered with content {registered[:12]}, and {uri} has {manifest.digest[:12]}",
+            advice="The artifact was replaced or built again. Register it anew, or give its address to use what is there.",
+        )
     store, key = split_artifact_uri(uri)
     # Spelled as its store spells it, because the spelling decides whether it counts as an artifact of the run's own.
-    return _manifest(uri, f"{field}={address!r}").ref(f"{store.root_uri}/{key}")
+    return manifest.ref(f"{store.root_uri}/{key}")
 
 
 def data_of(address: str, *, kind: str, field: str) -> ArtifactRef:
@@ -91,8 +98,8 @@ def data_of(address: str, *, kind: str, field: str) -> ArtifactRef:
     )
 
 
-def artifact_of_model(address: str, *, field: str) -> str:
-    """Return where the weights of `models:/name@alias` or `models:/name/version` lie; asks MLflow by REST.
+def _registered(address: str, *, field: str) -> ModelVersion:
+    """Return the version behind `models:/name@alias` or `models:/name/version`, with the tag `artifact.uri`.
 
     Raises ConfigError when there is no such version or Athanor did not register it, StageError when MLflow is away.
     """
@@ -102,12 +109,12 @@ def artifact_of_model(address: str, *, field: str) -> str:
             f"{field}={address!r} is not registered in MLflow",
             advice="Use models:/<name>@<alias> or models:/<name>/<version> of a registered model.",
         )
-    if not (uri := version.tags.get("artifact.uri")):
+    if not version.tags.get("artifact.uri"):
         raise ConfigError(
             f"{field}={address!r} has no tag artifact.uri: Athanor did not register it",
             advice="Name a model that Athanor registered, or the folder or URI of its weights.",
         )
-    return uri.rstrip("/")
+    return version
 
 
 def find_version(address: str) -> ModelVersion | None:

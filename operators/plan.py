@@ -115,7 +115,7 @@ class _Walk:
         wanted = identity_fields(
             stage,
             request.config,
-            inputs={role: self._named(ref) for role, ref in request.inputs.items()},
+            inputs={role: self._stands_for(ref) for role, ref in request.inputs.items()},
             sources=dict.fromkeys(request.source_uris, BY_JOB),
         )
         if any(self._refs[source] is None for source in before):
@@ -127,6 +127,9 @@ class _Walk:
             return Verdict.RUN, _explain(builds, wanted), None
         digests = digests_of(seen.sources) if seen else {}
         assumed = [self._unchanged[source] for source in GRAPH if source in before & self._unchanged.keys()]
+        # Stages that run, although what was made from them is there: it is a hit only if they make the same again.
+        again = [source for source in GRAPH if source in before and (ref := self._refs[source]) and not ref.digest]
+        assumed += [f"{source.value} makes the same again" for source in again]
         if seen:
             assumed.append(f"{_named(request.source_uris)} is as it was {seen.created_at[:16]} (its job will see)")
         if assumed:
@@ -161,7 +164,7 @@ class _Walk:
         self._refs[stage] = ArtifactRef(kind=kind, uri=uri, fingerprint=identity, digest=digest)
         return manifest, damage or ("; ".join(differs) if manifest is None else "")
 
-    def _named(self, ref: ArtifactRef) -> str:
+    def _stands_for(self, ref: ArtifactRef) -> str:
         return NEW if ref.fingerprint == NEW else input_identity(ref, self._store.root_uri)
 
     def _intact(self, kind: str, identity: str) -> tuple[Manifest | None, str]:

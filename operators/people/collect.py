@@ -14,7 +14,7 @@ from operators.operator import StageOperator
 from operators.people.answers import complete, publish_preferences
 from operators.people.rating import read_responses, shown_order
 from operators.prepare import pipeline_key
-from stages.artifacts.addresses import open_default_store
+from stages.artifacts.addresses import open_default_store, split_artifact_uri
 from stages.artifacts.manifests import read_manifest
 from stages.artifacts.store import Store, write_json
 from stages.config.collect import RespondConfig
@@ -115,7 +115,8 @@ def find_model(uri: str) -> tuple[ArtifactRef, ArtifactRef]:
     tokens = next((entry for entry in manifest.inputs if entry.role == "tokens"), None)
     if tokens is None:
         raise ConfigError(f"model={uri!r} does not say which tokens it was trained with", advice=advice)
-    return manifest.ref(where), tokens.ref()
+    store, key = split_artifact_uri(where)
+    return manifest.ref(f"{store.root_uri}/{key}"), tokens.ref()
 
 
 def _registered_artifact(uri: str) -> str:

@@ -7,6 +7,8 @@ only about the artifact at whose key it lies.
 import hashlib
 import json
 import logging
+import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -244,9 +246,10 @@ def is_doubted(store: Store, kind: str, fingerprint: str) -> bool:
 
 
 def fetch(ref: ArtifactRef, cache_dir: Path) -> Path:
-    """Return a local folder with the artifact's files, contents verified against the manifest.
+    """Return a local folder with the artifact's files, contents verified against the manifest, and no others.
 
-    A `file://` store is read in place; an `s3://` store is copied once into `cache_dir`.
+    A `file://` store is read in place, unless something else lies there too; an `s3://` store is copied once into
+    `cache_dir`.
     """
     store, key = split_artifact_uri(ref.uri)
     manifest = read_manifest(ref)
@@ -254,7 +257,33 @@ def fetch(ref: ArtifactRef, cache_dir: Path) -> Path:
     target = cache_dir / manifest.kind / manifest.digest
     with ThreadPoolExecutor(max_workers=4) as pool:
         list(pool.map(lambda entry: _verified_file(store, key, entry, target), files))
-    return store.local_path(key) or target
+    folder = store.local_path(key)
+    if folder is None:
+        return target
+    if not (others := _unlisted(folder, files)):
+        return folder
+    logger.warning("%s has files that its manifest does not list; they are not used: %s", ref.uri, others[:5])
+    for entry in files:
+        _linked(folder / entry.path, target / entry.path, entry)
+    return target
+
+
+def _unlisted(folder: Path, files: tuple[FileEntry, ...]) -> list[str]:
+    """What else lies in an artifact's folder: left by an attempt that died, or put there to be read."""
+    known = {entry.path for entry in files} | {MANIFEST, DOUBT}
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(name for path in found if (name := path.relative_to(folder).as_posix()) not in known)
+
+
+def _linked(path: Path, copy: Path, entry: FileEntry) -> None:
+    if _matches(copy, entry):
+        return
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.unlink(missing_ok=True)
+    try:
+        os.link(path, copy)
+    except OSError:  # another disk
+        shutil.copyfile(path, copy)
 
 
 def _verified_file(store: Store, key: str, entry: FileEntry, target: Path) -> None:

@@ -12,9 +12,18 @@ from stages.artifacts import lease as lease_module
 from stages.artifacts.addresses import open_store
 from stages.artifacts.folder import FileStore
 from stages.artifacts.lease import LeaseTimes
-from stages.artifacts.manifests import content_digest, find_intact, find_manifest, publish, upload_files
+from stages.artifacts.manifests import (
+    content_digest,
+    fetch,
+    find_intact,
+    find_manifest,
+    publish,
+    read_file,
+    read_manifest,
+    upload_files,
+)
 from stages.artifacts.store import Store
-from stages.config.errors import BadManifestError, Category
+from stages.config.errors import BadManifestError, Category, DamagedArtifactError
 from stages.config.graph import GRAPH, Stage
 from stages.config.recipes import tiny
 from stages.config.request import ArtifactRef, StageRequest, StageResult
@@ -237,3 +246,35 @@ def test_publishing_touches_nothing_outside_the_artifact(store: Store, tmp_path:
     assert found is not None
     publish(store, found.model_copy(update={"fingerprint": "9" * 64, "digest": content_digest(files)}))
     assert {key.rsplit("/", 1)[0] for key in set(store.list("artifacts")) - before} == {f"artifacts/tokens/{'9' * 64}"}
+
+
+def test_a_file_that_no_manifest_lists_is_not_read_with_the_others(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever may write to the folder would otherwise add documents, or weights, that no digest covers."""
+    ref = tokens(store, tmp_path / "made", HONEST)
+    key = ref.uri.removeprefix(f"{store.root_uri}/")
+    assert fetch(ref, tmp_path / "cache") == store.local_path(key)
+    store.write_bytes(f"{key}/more.txt", b"theirs")
+    (tmp_path / "store" / key / ".hidden.txt").write_text("theirs")
+    for _ in range(2):
+        found = fetch(ref, tmp_path / "cache")
+        assert [path.name for path in found.rglob("*")] == ["pairs.txt"]
+        assert (found / "pairs.txt").read_text() == HONEST
+    assert "has files that its manifest does not list; they are not used: ['.hidden.txt', 'more.txt']" in caplog.text
+
+
+def test_a_small_file_is_read_only_from_the_artifact_that_is_meant(store: Store, tmp_path: Path) -> None:
+    """The report and the page for approval read numbers this way."""
+    ref = tokens(store, tmp_path / "made", HONEST)
+    key = ref.uri.removeprefix(f"{store.root_uri}/")
+    assert read_file(ref, "pairs.txt").decode() == HONEST
+    store.delete(key)
+    tokens(store, tmp_path / "made", SWAPPED)
+    for read in (lambda: read_manifest(ref), lambda: read_file(ref, "pairs.txt")):
+        with pytest.raises(DamagedArtifactError, match="the run expects"):
+            read()
+    manifest = json.loads(store.read_bytes(f"{key}/manifest.json")) | {"digest": ref.digest}
+    store.write_bytes(f"{key}/manifest.json", json.dumps(manifest).encode())
+    with pytest.raises(BadManifestError, match="lists files of digest"):
+        read_file(ref, "pairs.txt")

@@ -92,6 +92,20 @@ def test_a_version_measured_without_a_judge_no_longer_compares_with_what_one_sco
     assert not judged.allow_comparison(after.conditions)
 
 
+def test_numbers_of_other_content_are_not_written_on_a_version_with_the_same_fingerprint(tmp_path: Path, monkeypatch):
+    _, made = publish_run(tmp_path)
+    registered = {"lineage.fingerprint": made[Stage.SFT].fingerprint, "lineage.digest": "e" * 64}
+    monkeypatch.setattr(Version, "tags", dict(registered))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Version)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+    with pytest.raises(ConfigError, match="is no longer the model that was evaluated"):
+        tag_version("models:/n-sft/3", made[Stage.EVALUATE])
+    server.shutdown()
+    server.server_close()
+    assert Version.tags == registered
+
+
 @pytest.mark.parametrize(
     ("params", "says"),
     [

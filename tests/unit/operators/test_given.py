@@ -52,6 +52,7 @@ class House:
 
     def __init__(self, root: Path) -> None:
         self.store = open_store(root.as_uri())
+        self.registered_digest = ""
         self.curated = put(self.store, Stage.CURATE, "c")
         self.tokens = put(self.store, Stage.TOKENIZE, "t", curated=self.curated)
         self.base = put(self.store, Stage.PRETRAIN, "b", tokens=self.tokens)
@@ -70,6 +71,7 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
             known = {("n-aligned", "champion"): house.dpo.uri, ("stranger", "champion"): ""}
             uri = known.get((query["name"], query.get("alias") or query["version"]))
             tags = [{"key": "artifact.uri", "value": uri}] if uri else []
+            tags += [{"key": "lineage.digest", "value": house.registered_digest}] if house.registered_digest else []
             answer = {"model_version": {"tags": tags}} if uri is not None else {"error_code": "RESOURCE_DOES_NOT_EXIST"}
             self.send_response(200 if uri is not None else 404)
             self.end_headers()
@@ -155,6 +157,15 @@ def test_data_that_was_replaced_since_is_not_the_data_that_a_model_was_made_from
         given_artifacts(config)
     named = resolve({"recipe": "tiny", "documents": ["/new"], "previous_data": house.curated.uri})
     assert given_artifacts(named)[PREVIOUS].digest == "e" * 64
+
+
+def test_a_registered_model_whose_weights_were_replaced_is_not_that_model_any_more(house: House):
+    config = resolve({"recipe": "tiny", "base_model": "models:/n-aligned@champion"})
+    house.registered_digest = house.dpo.digest
+    assert given_artifacts(config)[BASE_MODEL] == house.dpo
+    house.registered_digest = "e" * 64
+    with pytest.raises(ConfigError, match="was registered with content eeeeeeeeeeee, and "):
+        given_artifacts(config)
 
 
 def test_an_input_that_a_manifest_only_claims_is_not_followed(house: House, tmp_path: Path):

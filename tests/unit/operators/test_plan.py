@@ -157,6 +157,30 @@ def test_a_damaged_artifact_runs_again_and_the_plan_leaves_it_where_it_is(store:
     assert store.exists(key.replace("model.safetensors", "manifest.json"))
 
 
+def test_what_was_made_from_a_damaged_artifact_is_a_hit_only_if_the_same_is_made_again(store: Store, tmp_path: Path):
+    build(store, CONFIG, tmp_path)
+    (key,) = (key for key in store.list("artifacts/sft-model") if key.endswith(MANIFEST))
+    store.write_bytes(key, b"{")
+    plan = make_plan(CONFIG, run=RUN, store=store)
+    assert plan.of(Stage.SFT).verdict is Verdict.RUN
+    assert "damaged: " in plan.of(Stage.SFT).why
+    assert plan.of(Stage.DPO).verdict is Verdict.HIT_IF_UNCHANGED
+    assert "sft makes the same again" in plan.of(Stage.DPO).why
+
+
+def test_what_was_made_from_other_content_runs_and_says_so(store: Store, tmp_path: Path):
+    build(store, CONFIG, tmp_path)
+    (key,) = (key for key in store.list("artifacts/sft-model") if key.endswith(MANIFEST))
+    rebuilt = json.loads(store.read_bytes(key)) | {"digest": "e" * 64}  # as a GPU may build it after damage
+    store.write_bytes(key, json.dumps(rebuilt).encode())
+    plan = make_plan(CONFIG, run=RUN, store=store)
+    assert plan.of(Stage.SFT).verdict is Verdict.HIT_IF_UNCHANGED
+    for stage in (Stage.REWARD, Stage.DPO):
+        assert plan.of(stage).verdict is Verdict.RUN
+        assert "content of model: " in plan.of(stage).why
+        assert "-> eeeeeeeeeeee" in plan.of(stage).why
+
+
 def test_an_artifact_that_a_reader_found_damaged_is_looked_at_by_its_job(store: Store, tmp_path: Path):
     build(store, CONFIG, tmp_path)
     (key,) = (key for key in store.list("artifacts/sft-model") if key.endswith(MANIFEST))
