@@ -56,7 +56,7 @@ def given_artifact(address: str, *, field: str) -> ArtifactRef:
     if version and (registered := version.tags.get("lineage.digest", manifest.digest)) != manifest.digest:
         raise ConfigError(
             f"{field}={address!r} was registered with content {registered[:12]}, and {uri} has {manifest.digest[:12]}",
-            advice="The artifact was replaced or built again. Register it anew, or give its address to use what is there.",
+            advice="The artifact was replaced or built again. Register it anew, or give its own address.",
         )
     store, key = split_artifact_uri(uri)
     # Spelled as its store spells it, because the spelling decides whether it counts as an artifact of the run's own.
