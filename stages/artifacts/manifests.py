@@ -87,7 +87,11 @@ def load_manifest(store: Store, key: str) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
-        is_newer = error.errors(include_url=False)[0]["loc"] == ("manifest_version",)
+        first = error.errors(include_url=False)[0]
+        is_newer = (first["loc"], first["type"]) == (
+            ("manifest_version",),
+            "value_error",
+        )  # what is no number is damage
         raise (NewerManifestError if is_newer else BadManifestError)(
             f"{store.root_uri}/{key}/{MANIFEST} is not a valid manifest: {first_error(error)}",
             advice="The artifact may be intact: update Athanor, Airflow's and Ray's images together."

@@ -23,7 +23,7 @@ from stages.artifacts.manifests import (
     upload_files,
 )
 from stages.artifacts.store import Store
-from stages.config.errors import BadManifestError, Category, DamagedArtifactError
+from stages.config.errors import BadManifestError, Category, DamagedArtifactError, NewerManifestError
 from stages.config.graph import GRAPH, Stage
 from stages.config.recipes import tiny
 from stages.config.request import ArtifactRef, StageRequest, StageResult
@@ -170,7 +170,10 @@ def test_key_kind_stage_and_fingerprint_of_a_manifest_agree(store: Store, tmp_pa
     assert refused.value.category is Category.DATA
 
 
-@pytest.mark.parametrize("manifest", [b"", b"{", b"[]", b"{}", b"[" * 100_000, b'{"version": ' + b"1" * 5000 + b"}"])
+@pytest.mark.parametrize(
+    "manifest",
+    [b"", b"{", b"[]", b"{}", b"[" * 100_000, b'{"version": ' + b"1" * 5000 + b"}", b'{"manifest_version": "x"}'],
+)
 def test_an_artifact_whose_manifest_is_garbage_is_built_again(store: Store, tmp_path: Path, manifest: bytes) -> None:
     given = tokens(store, tmp_path / "made", HONEST)
     first = train(store, given)
@@ -278,3 +281,15 @@ def test_a_small_file_is_read_only_from_the_artifact_that_is_meant(store: Store,
     store.write_bytes(f"{key}/manifest.json", json.dumps(manifest).encode())
     with pytest.raises(BadManifestError, match="lists files of digest"):
         read_file(ref, "pairs.txt")
+
+
+def test_what_a_newer_version_published_is_neither_used_nor_removed(store: Store, tmp_path: Path) -> None:
+    given = tokens(store, tmp_path / "made", HONEST)
+    first = train(store, given)
+    key = first.artifact.uri.removeprefix(f"{store.root_uri}/")
+    newer = json.loads(store.read_bytes(f"{key}/manifest.json")) | {"manifest_version": 99}
+    store.write_bytes(f"{key}/manifest.json", json.dumps(newer).encode())
+    with pytest.raises(NewerManifestError, match="99 is newer than") as refused:
+        train(store, given)
+    assert refused.value.category is Category.CONFIG
+    assert store.exists(f"{key}/model.safetensors")
