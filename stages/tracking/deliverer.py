@@ -108,8 +108,8 @@ class Deliverer(threading.Thread):
     def _attach(self, session: MlflowSession, delivery: Delivery) -> str | None:
         """Deliver the start event, then what earlier attempts left, before anything of this attempt."""
         problem = delivery.deliver(self._spool.next_events(limit=1), self._spool.acknowledge)
-        if problem:
-            return problem
+        if problem or session.run_id is None:
+            return problem or "the start of this stage could not be read from the spool"
         ids = {"run_id": session.run_id, "experiment_id": session.experiment_id}
         print(MLFLOW_RUN_MARKER, json.dumps(ids), flush=True)  # noqa: T201 - the job's log is the channel to Airflow
         self._take_up_leftovers(session, delivery.origin.store)

@@ -214,7 +214,7 @@ def replay(store: Store, run_id: str, *, run: RunInfo | None = None) -> list[str
 def _replay_one(store: Store, key: str, run: RunInfo | None) -> str | None:
     left = read_spool(store, key)
     request = left.request.model_copy(update={"run": run or left.request.run})
-    delivery = Delivery(MlflowSession(request, connect()), request, LeftBy(store))
+    delivery = Delivery(MlflowSession(request, connect(), is_live=False), request, LeftBy(store))
     problem = delivery.deliver(numbered(left.events))
     if problem is not None:
         return problem

@@ -135,12 +135,14 @@ def first_problem(error: ValidationError) -> str:
 
 
 def _spelled(value: Any) -> Any:
-    """Spell numbers that JSON does not have as strings, which pydantic reads back as numbers."""
+    """Spell numbers that JSON does not have as strings, which pydantic reads back, and text that is no Unicode."""
     match value:
         case float() if not math.isfinite(value):
             return str(value)
+        case str():
+            return value if value.isascii() else value.encode("utf-8", "replace").decode()  # half a surrogate pair
         case Mapping():
-            return {key: _spelled(item) for key, item in value.items()}
+            return {_spelled(key): _spelled(item) for key, item in value.items()}
         case list():
             return [_spelled(item) for item in value]
         case _:

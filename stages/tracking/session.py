@@ -70,8 +70,10 @@ class _Logged:
 class MlflowSession:
     """The MLflow side of one stage: `attach` first, then metrics and files, then `finish` or `fail`."""
 
-    def __init__(self, request: StageRequest, client: "MlflowClient") -> None:
+    def __init__(self, request: StageRequest, client: "MlflowClient", *, is_live: bool = True) -> None:
+        """`is_live=False` where the stage is over and only its records are delivered: its run is not RUNNING again."""
         self._request, self._client = request, client
+        self._is_live = is_live
         self._writer = Writer(client)
         self._logged = _Logged()
         self._fingerprint = ""
@@ -101,7 +103,8 @@ class MlflowSession:
             known_params: dict[str, str] = {}
         else:
             known_params = run.data.params
-            self._client.update_run(run.info.run_id, status="RUNNING")
+            if self._is_live:
+                self._client.update_run(run.info.run_id, status="RUNNING")
             self._log_batch(run.info.run_id, tags=all_tags)
             self._remember(run.info.run_id, run.data.metrics)
         run_id = run.info.run_id
