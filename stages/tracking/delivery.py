@@ -172,8 +172,8 @@ def _log_lineage(session: MlflowSession, manifest: Manifest, uri: str) -> None:
     """Draw where the artifact came from, on the pipeline run; so a run that stops early has its graph, too."""
     try:
         graph = ancestors_of_unpublished(manifest, uri)
-    except StageError as error:
-        logger.warning("no lineage graph of %s: %s", uri, error.message)
+    except (StageError, OSError, ValueError) as error:
+        logger.warning("no lineage graph of %s: %s", uri, explain(error))
         return
     with tempfile.TemporaryDirectory() as scratch:
         for ending, text in (("svg", to_svg(graph)), ("json", to_json(graph)), ("md", to_markdown(graph))):
