@@ -176,9 +176,12 @@ class MlflowServer:
         import httpx
 
         # As `auth` and not as a header: httpx would put a login in the address itself over a header.
-        self._http = httpx.Client(
-            base_url=tracking_uri.rstrip("/"), timeout=_TIMEOUT_SECONDS, auth=_log_in if authorization() else None
-        )
+        login = _log_in if authorization() else None
+        try:
+            self._http = httpx.Client(base_url=tracking_uri.rstrip("/"), timeout=_TIMEOUT_SECONDS, auth=login)
+        except httpx.InvalidURL as error:
+            address = without_logins(tracking_uri)
+            raise MlflowRefusedError(f"MLFLOW_TRACKING_URI={address!r} is not an address: {error}") from None
 
     def __enter__(self) -> "MlflowServer":
         return self

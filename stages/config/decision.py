@@ -55,16 +55,18 @@ class Evaluation:
 
         Raises DataError when it names no models.
         """
-        if not isinstance(report.get("models"), dict):
+        models = report.get("models") if isinstance(report, Mapping) else None
+        if not isinstance(models, dict) or not all(isinstance(numbers, dict) for numbers in models.values()):
             raise DataError(
-                "metrics.json of the evaluation has no object `models`",
+                "metrics.json of the evaluation has no object `models` with the numbers of each model",
                 advice="Clear the evaluate task to build it again.",
             )
-        measured = {**report["models"], GRAPH[Stage.REWARD].role: report.get("reward") or {}}
+        quality, data = (report.get(key) if isinstance(report.get(key), dict) else {} for key in ("reward", "data"))
+        measured = {**models, GRAPH[Stage.REWARD].role: quality}
         return Evaluation(
             metrics={role: _finite(values) for role, values in measured.items()},
             conditions=Conditions(
-                data_digest=str((report.get("data") or {}).get("digest") or ""),
+                data_digest=str(data.get("digest") or ""),
                 reward_fingerprint=str(report.get("reward_fingerprint") or ""),
                 settings_digest=settings_digest,
             ),
