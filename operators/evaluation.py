@@ -6,9 +6,10 @@ from typing import Any
 from operators.failures import as_stage_failures
 from operators.form import form_values
 from operators.given import data_of, find_version, given_artifact, is_ours
-from operators.mlflow import MlflowServer, MlflowUnavailableError
+from operators.mlflow import MlflowRefusedError, MlflowServer, MlflowUnavailableError
 from operators.run import finish_run, open_run
 from stages.artifacts.manifests import read_file, read_manifest, settings_digest
+from stages.config import mlflow_limits as limits
 from stages.config.decision import Evaluation
 from stages.config.errors import ConfigError, StageError
 from stages.config.forms import EvaluationParams
@@ -94,12 +95,15 @@ def tag_version(address: str, evaluation: ArtifactRef) -> None:
         raise ConfigError(
             f"model={address!r} is no longer the model that was evaluated", advice="Name a version instead of an alias."
         )
-    conditions = Evaluation.from_report(report, settings_digest=settings_digest(manifest)).conditions
-    tags = conditions.tags() | {key: repr(value) for key, value in report["models"][role].items()}
+    measured_now = Evaluation.from_report(report, settings_digest=settings_digest(manifest))
+    numbers = measured_now.of(role)
+    tags = measured_now.conditions.tags() | {limits.key(key): repr(value) for key, value in numbers.items()}
     try:
         with MlflowServer(tracking_server()) as server:
             for name, value in tags.items():
-                server.set_version_tag(version, name, value)
+                server.set_version_tag(version, name, limits.shortened(value, limits.TAG_VALUE))
+    except MlflowRefusedError as error:
+        raise ConfigError(f"{address!r} was not tagged: {error}", advice="Then clear the task.") from None
     except MlflowUnavailableError as error:
         raise StageError(f"{address!r} was not tagged: {error}", advice="The task is retried.") from None
-    logger.info("%s: %s", version.address, report["models"][role])
+    logger.info("%s: %s", version.address, numbers)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from operators.links import mlflow_artifact_page
-from stages.config.errors import without_logins
+from stages.config import mlflow_limits as limits
+from stages.config.errors import ConfigError, without_logins
 from stages.config.mlflow import authorization, tracking_server
 from stages.config.request import ArtifactRef, RunInfo
 
@@ -38,8 +39,16 @@ class MlflowUnavailableError(Exception):
     """MLflow gave no usable answer."""
 
 
+class MlflowRefusedError(MlflowUnavailableError):
+    """MLflow answers and refuses, and will refuse again until a person has changed something."""
+
+
 def open_parent_run(run: RunInfo) -> str | None:
-    """Find or create the parent run, set it RUNNING and return its id; None without an MLflow that answers."""
+    """Find or create the parent run, set it RUNNING and return its id; None without an MLflow that answers.
+
+    Raises ConfigError when the experiment was deleted: no stage of the run could write there, and `promote` would fail
+    after everything was trained.
+    """
     tracking_uri = tracking_server()
     if not tracking_uri:
         given = os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -115,10 +124,10 @@ def log_plan(run: RunInfo, *, page: str, data: str, summary: str, dry_run: bool)
         return
     try:
         with MlflowServer(tracking_uri) as server:
-            server.set_tag(run.parent_run_id, _PLAN_TAG, summary)
+            server.set_tag(run.parent_run_id, _PLAN_TAG, limits.shortened(summary, limits.TAG_VALUE))
             if dry_run:
                 server.set_tag(run.parent_run_id, DRY_RUN_TAG, "true")
-                server.set_tag(run.parent_run_id, "mlflow.note.content", page)
+                server.set_tag(run.parent_run_id, "mlflow.note.content", limits.shortened(page, limits.DESCRIPTION))
             for name, text in (("plan.md", page), ("plan.json", data)):
                 server.log_text(run.parent_run_id, name, text)
     except MlflowUnavailableError as error:
@@ -167,9 +176,12 @@ class MlflowServer:
         import httpx
 
         # As `auth` and not as a header: httpx would put a login in the address itself over a header.
-        self._http = httpx.Client(
-            base_url=tracking_uri.rstrip("/"), timeout=_TIMEOUT_SECONDS, auth=_log_in if authorization() else None
-        )
+        login = _log_in if authorization() else None
+        try:
+            self._http = httpx.Client(base_url=tracking_uri.rstrip("/"), timeout=_TIMEOUT_SECONDS, auth=login)
+        except httpx.InvalidURL as error:
+            address = without_logins(tracking_uri)
+            raise MlflowRefusedError(f"MLFLOW_TRACKING_URI={address!r} is not an address: {error}") from None
 
     def __enter__(self) -> "MlflowServer":
         return self
@@ -192,9 +204,11 @@ class MlflowServer:
         }
         body = {
             "experiment_id": experiment_id,
-            "run_name": run.name,
+            "run_name": limits.shortened(run.name, limits.RUN_NAME),
             "start_time": _now_ms(),
-            "tags": [{"key": key, "value": value} for key, value in tags.items() if value],
+            "tags": [
+                {"key": key, "value": limits.shortened(value, limits.TAG_VALUE)} for key, value in tags.items() if value
+            ],
         }
         return self._call("POST", "runs/create", body)["run"]["info"]["run_id"]
 
@@ -253,20 +267,19 @@ class MlflowServer:
 
     def log_text(self, run_id: str, name: str, text: str) -> None:
         """Store a small file with a run, through the tracking server's own artifact service."""
-        import httpx
-
         root = urlsplit(self._call("GET", "runs/get", {"run_id": run_id})["run"]["info"]["artifact_uri"])
         if root.scheme != "mlflow-artifacts":
             raise MlflowUnavailableError(f"this server does not serve artifacts itself; they are in {root.scheme}://")
         where = f"/api/2.0/mlflow-artifacts/artifacts{root.path}/{name}"
         try:
             answer = self._http.put(where, content=text.encode())
-        except httpx.HTTPError as error:
-            raise MlflowUnavailableError(f"MLflow {name}: {type(error).__name__}: {error}") from None
+        except _no_answer() as error:
+            raise MlflowUnavailableError(f"MLflow {name}: {_reason(error)}") from None
         if answer.status_code >= 400:
-            raise MlflowUnavailableError(f"MLflow {name}: HTTP {answer.status_code}: {answer.text[:300]}")
+            raise _refused(name, answer.status_code, answer.text)
 
     def _experiment(self, name: str) -> str:
+        name = limits.shortened(name, limits.EXPERIMENT_NAME)
         query = {"experiment_name": name}
         found = self._call("GET", "experiments/get-by-name", query, absent_ok=True)
         if found is None:
@@ -274,7 +287,14 @@ class MlflowServer:
             if created is not None:
                 return created["experiment_id"]
             found = self._call("GET", "experiments/get-by-name", query)
-        return found["experiment"]["experiment_id"]
+        experiment = found["experiment"]
+        if experiment.get("lifecycle_stage") == "deleted":
+            number = experiment["experiment_id"]
+            raise ConfigError(
+                f"MLflow's experiment {name!r} (id {number}) was deleted",
+                advice=f"Restore it (`mlflow experiments restore --experiment-id {number}`) or name another one.",
+            )
+        return experiment["experiment_id"]
 
     def _search(self, experiment_id: str, run: RunInfo) -> str | None:
         body = {
@@ -291,23 +311,58 @@ class MlflowServer:
     def _call(
         self, method: str, path: str, values: Mapping[str, Any], *, absent_ok: bool = False, exists_ok: bool = False
     ) -> Any:
-        import httpx
-
         where = f"/api/2.0/mlflow/{path}"
         try:
             if method == "GET":
                 answer = self._http.get(where, params=dict(values))
             else:
                 answer = self._http.post(where, json=dict(values))
-        except httpx.HTTPError as error:
-            raise MlflowUnavailableError(f"MLflow {path}: {type(error).__name__}: {error}") from None
+        except _no_answer() as error:
+            raise MlflowUnavailableError(f"MLflow {path}: {_reason(error)}") from None
         if absent_ok and (answer.status_code == 404 or _says_absent(answer.text)):
             return None
         if exists_ok and "RESOURCE_ALREADY_EXISTS" in answer.text:
             return None
         if answer.status_code >= 400:
-            raise MlflowUnavailableError(f"MLflow {path}: HTTP {answer.status_code}: {answer.text[:300]}")
-        return answer.json()
+            raise _refused(path, answer.status_code, answer.text)
+        try:
+            found = json.loads(answer.text)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise MlflowRefusedError(f"MLflow {path}: {answer.url.host} answers, but is not an MLflow server")
+        return found
+
+
+def _no_answer() -> tuple[type[Exception], ...]:
+    """What httpx raises when there is no answer; an address that is none is not among its own errors."""
+    import httpx
+
+    return (httpx.HTTPError, httpx.InvalidURL)
+
+
+def _reason(error: Exception) -> str:
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return f"its certificate is not accepted; set SSL_CERT_FILE to the file of its authority ({error})"
+    return f"{type(error).__name__}: {error}"
+
+
+def _refused(path: str, status: int, text: str) -> MlflowUnavailableError:
+    """Say what an error's status means: an outage is retried elsewhere, the others need a person."""
+    if status == 401:
+        return MlflowRefusedError(
+            f"MLflow {path}: the login is not accepted (HTTP 401); correct MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in Airflow's environment"
+        )
+    if status == 403 and "host header" in text.lower():
+        return MlflowRefusedError(
+            f"MLflow {path}: the server does not accept this host name (HTTP 403); add it to its MLFLOW_HOSTS"
+        )
+    if status == 403:
+        return MlflowRefusedError(f"MLflow {path}: the account may not do this (HTTP 403); give it the permission")
+    if status < 500 and status not in (408, 429):
+        return MlflowRefusedError(f"MLflow {path}: HTTP {status}: {text[:300]}")
+    return MlflowUnavailableError(f"MLflow {path}: HTTP {status}: {text[:300]}")
 
 
 def _says_absent(text: str) -> bool:

@@ -51,7 +51,8 @@ def open_run(context: Any, config: "PipelineConfig", values: dict[str, Any]) -> 
         airflow_url=ti.log_url.split("/tasks/")[0],
         experiment=config.experiment,
     )
-    run = run.model_copy(update={"parent_run_id": open_parent_run(run)})
+    with as_stage_failures():
+        run = run.model_copy(update={"parent_run_id": open_parent_run(run)})
     logger.info(
         "Run %s: recipe %s, alignment %s, until %s.", run_id, config.recipe, config.alignment, config.last_stage
     )

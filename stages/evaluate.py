@@ -8,6 +8,7 @@ Shape legend: N targets, S segments, P pairs.
 """
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from stages.config.closing import SCORE, WIN_RATE, EvaluateConfig
+from stages.config.errors import DataError
 from stages.config.graph import GRAPH, aligned_models, language_models, spec_of_role, trained_stages
 from stages.data.tokens.packing import (
     Packed,
@@ -42,6 +44,8 @@ from stages.models.forward import next_token_loss_sum, segment_logprobs, segment
 from stages.models.generation import Sampling
 from stages.models.precision import autocast
 from stages.train.next_token import DocumentRows
+
+logger = logging.getLogger(__name__)
 
 _TOKENS_AT_ONCE = 1 << 24
 """Of the training data, when its tokens are counted: 128 MiB as int64."""
@@ -71,6 +75,7 @@ def measure_models(context: StageContext) -> StageOutcome:
     assert isinstance(config, EvaluateConfig)
     torch.set_num_threads(max(1, int(context.execution.cpus_per_worker)))
     bench = Bench(config, TokensArtifact(context.input_dir("tokens")), max_rows=context.execution.micro_batch_size)
+    left_out = bench.left_out()
     folders = _model_folders(context)
     judge = context.inputs.get(scorer_role())
     reward = bench.reward_model(context.input_dir(scorer_role())) if judge else None
@@ -80,19 +85,30 @@ def measure_models(context: StageContext) -> StageOutcome:
         model = reference if role == reference_role() and reference is not None else bench.language_model(folder)
         relative_to = reference if spec_of_role(role).aligned else None
         measured[role] = bench.measure(model, reference=relative_to, reward=reward)
-        context.progress(position + 1, len(folders), "model", perplexity=measured[role].metrics["eval/perplexity"])
+        found = measured[role].metrics.get("eval/perplexity")
+        shown = {} if found is None else {"perplexity": found}
+        context.progress(position + 1, len(folders), "model", **shown)
     _add_win_rates(measured)
+    numbers = {role: result.metrics for role, result in measured.items()}
+    unigram = bench.unigram_perplexity()
+    quality = bench.reward_quality(reward) if reward is not None else {}
+    for name, values in {**numbers, scorer_role(): quality}.items():
+        left_out |= _without_infinite(name, values)
     report = {
-        "models": {role: result.metrics for role, result in measured.items()},
-        "unigram_perplexity": bench.unigram_perplexity(),
-        "reward": bench.reward_quality(reward) if reward is not None else {},
+        "models": numbers,
+        **({} if unigram is None else {"unigram_perplexity": unigram}),
+        "reward": quality,
+        **({"left_out": left_out} if left_out else {}),
         "data": bench.describe(context),
         "reward_fingerprint": judge.fingerprint if judge else None,
     }
-    (context.output_dir / "metrics.json").write_text(json.dumps(report, indent=1))
+    (context.output_dir / "metrics.json").write_text(json.dumps(report, indent=1, allow_nan=False))
     samples = bench.samples(measured)
     (context.output_dir / "samples.json").write_text(json.dumps(samples, indent=1, ensure_ascii=False))
-    return StageOutcome(metrics=_flat(report), ledger={"data": report["data"]})
+    for what, reason in left_out.items():
+        logger.warning("not measured: %s: %s", what, reason)
+    ledger = {"data": report["data"], **({"left_out": left_out} if left_out else {})}
+    return StageOutcome(metrics=_flat(report), ledger=ledger)
 
 
 def _model_folders(context: StageContext) -> dict[str, Path]:
@@ -134,6 +150,25 @@ class Bench:
         texts = json.loads((tokens.folder / "prompts" / Split.HELDOUT / "texts.json").read_text())
         self._prompt_texts = [texts[int(index)] for index in chosen]
 
+    def left_out(self) -> dict[str, str]:
+        """Return what cannot be measured, by what is missing, and why; raises DataError when nothing can be."""
+        documents = self._tokens.documents(Split.HELDOUT).num_items
+        missing = {
+            "documents": ""
+            if len(self._rows)
+            else f"the held-out documents have {documents} tokens together, a row has {self._tokens.sequence_length}",
+            "responses": "" if len(self._conversations) else "there are no held-out conversations",
+            "preferences": "" if len(self._pairs) else "there are no held-out preference pairs",
+            "prompts": "" if self._prompts else "there are no held-out prompts",
+        }
+        left_out = {what: reason for what, reason in missing.items() if reason}
+        if left_out == missing:
+            raise DataError(
+                f"there is nothing to evaluate on: {'; '.join(missing.values())}",
+                advice="Bring more data, or hold out a larger share of it (curate.heldout_fraction).",
+            )
+        return left_out
+
     def language_model(self, folder: Path) -> nn.Module:
         return self._placed(load_causal_lm(folder, self._tokens))
 
@@ -149,7 +184,8 @@ class Bench:
         if reference is not None:
             metrics |= self._preference(model, reference)
         answers = self._answerer(model, temperature=self._config.temperature).answers(self._prompts)
-        metrics["eval/response_length"] = float(np.mean([len(answer) for answer in answers])) if answers else 0.0
+        if answers:
+            metrics["eval/response_length"] = float(np.mean([len(answer) for answer in answers]))
         scores = self._scores(reward, answers) if reward is not None else np.empty(0)
         if len(scores):
             metrics |= {SCORE: float(scores.mean()), "eval/score_std": float(scores.std())}
@@ -221,8 +257,9 @@ class Bench:
             result[f"reward/accuracy_{kind}"] = _accuracy(margins_P[torch.from_numpy(kinds == kind)])
         return result
 
-    def unigram_perplexity(self) -> float:
-        """Perplexity on the held-out tokens of a unigram model of the training tokens (add-one smoothing)."""
+    def unigram_perplexity(self) -> float | None:
+        """Perplexity on the held-out tokens of a unigram model of the training tokens (add-one smoothing); None without
+        a held-out row."""
         counts = count_tokens(self._tokens.documents(Split.TRAIN), vocab_size=self._tokens.vocab_size) + 1.0
         logprobs = np.log(counts / counts.sum())  # what a model knows that only counts: the mark to beat
         total = targets = 0.0
@@ -230,7 +267,7 @@ class Bench:
             ids = batch.input_ids_BT[batch.loss_mask_BT == 1].numpy()
             total -= float(logprobs[ids].sum())
             targets += len(ids)
-        return perplexity(total / targets) if targets else math.inf
+        return perplexity(total / targets) if targets else None
 
     def describe(self, context: StageContext) -> dict[str, Any]:
         return {
@@ -327,6 +364,16 @@ def _add_win_rates(measured: dict[str, Measured]) -> None:
             result.metrics[WIN_RATE] = float(pair_accuracy(torch.from_numpy(result.scores), base)) / len(base)
 
 
+def _without_infinite(name: str, values: dict[str, float]) -> dict[str, str]:
+    """Take numbers that are not finite out of `values`, which JSON does not have and no reader can compare; return why,
+    by their names."""
+    odd = {key: value for key, value in values.items() if not math.isfinite(value)}
+    for key in odd:
+        del values[key]
+    return {f"{name} {key}": f"the result is not a finite number: {value}" for key, value in odd.items()}
+
+
 def _flat(report: dict[str, Any]) -> dict[str, float]:
     flat = {f"{role}/{name}": value for role, metrics in report["models"].items() for name, value in metrics.items()}
-    return flat | report["reward"] | {"eval/unigram_perplexity": report["unigram_perplexity"]}
+    unigram = report.get("unigram_perplexity")
+    return flat | report["reward"] | ({} if unigram is None else {"eval/unigram_perplexity": unigram})

@@ -96,6 +96,7 @@ class PPOObjective:
         self.num_steps, self.tokens_per_step = config.num_rollouts * self._steps_per_rollout, 0
         # Responses depend on the weights, so only the order of prompts can be promised; one epoch's stands for all.
         self.order = order_digest([shuffled(len(prompts), seed=config.seed, epoch=0)])
+        self.num_heldout = min(len(heldout), config.eval_items)
         self._rollout = 0
         self._inner = 0
         """Optimizer steps of the present rollout that are done."""

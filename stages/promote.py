@@ -24,6 +24,7 @@ from stages.config.decision import (
     choose_aligned,
     decide,
 )
+from stages.config.errors import DataError
 from stages.config.graph import aligned_models, trained_stages
 from stages.config.request import Manifest
 from stages.job.context import StageContext, StageOutcome
@@ -76,7 +77,13 @@ def run(context: StageContext) -> StageOutcome:
 
 def read_evaluation(folder: Path, manifest: Manifest) -> Evaluation:
     """Read metrics.json of an evaluation artifact."""
-    report = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    try:
+        report = json.loads((folder / "metrics.json").read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"metrics.json of the evaluation cannot be read: {type(error).__name__}: {str(error)[:200]}",
+            advice="Clear the evaluate task to build it again.",
+        ) from None
     return Evaluation.from_report(report, settings_digest=settings_digest(manifest))
 
 

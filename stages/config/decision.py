@@ -55,16 +55,17 @@ class Evaluation:
 
         Raises DataError when it names no models.
         """
-        if not isinstance(report.get("models"), dict):
+        models = report.get("models") if isinstance(report, Mapping) else None
+        if not isinstance(models, dict) or not all(isinstance(numbers, dict) for numbers in models.values()):
             raise DataError(
-                "metrics.json of the evaluation has no object `models`",
+                "metrics.json of the evaluation has no object `models` with the numbers of each model",
                 advice="Clear the evaluate task to build it again.",
             )
-        measured = {**report["models"], GRAPH[Stage.REWARD].role: report.get("reward") or {}}
+        measured = {**models, GRAPH[Stage.REWARD].role: _object(report, "reward")}
         return Evaluation(
             metrics={role: _finite(values) for role, values in measured.items()},
             conditions=Conditions(
-                data_digest=str((report.get("data") or {}).get("digest") or ""),
+                data_digest=str(_object(report, "data").get("digest") or ""),
                 reward_fingerprint=str(report.get("reward_fingerprint") or ""),
                 settings_digest=settings_digest,
             ),
@@ -184,6 +185,11 @@ def _decide_by_numbers(candidate: Candidate, champion: Champion | None, *, min_w
     relation = "reaches" if wins else "is below"
     reason = f"{why}; win rate {win_rate:.3f} against its own SFT model {relation} min_win_rate={min_win_rate:g}"
     return Decision(wins, reason, "win_rate")
+
+
+def _object(report: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = report.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, float]:

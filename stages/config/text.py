@@ -1,4 +1,27 @@
-"""Numbers as people read them: counts, sizes in bytes, durations. One spelling of each, for logs, pages and screens."""
+"""What people read: counts, sizes and durations, in one spelling each, and text of unknown origin, made harmless.
+
+Escaping for HTML or Markdown comes on top, where a page is written.
+"""
+
+import re
+
+# Control characters, which terminals obey and XML forbids, and marks that turn the direction of the text after them.
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
+
+
+def printable(text: str) -> str:
+    """Return text whose control characters are spelled out as in JSON (`\\u001b`), line breaks and tabs excepted."""
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def one_line(text: str, *, at_most: int = 0) -> str:
+    """Return text of unknown origin for one line: breaks become spaces, the rest as `printable`; says what it cut."""
+    line = printable(" ".join(text.split()))
+    if not at_most or len(line) <= at_most:
+        return line
+    return f"{line[:at_most]}… ({len(line) - at_most} more characters)"
 
 
 def compact(number: float) -> str:

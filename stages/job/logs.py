@@ -13,8 +13,10 @@ from datetime import UTC, datetime
 
 from stages.config.errors import ConfigError
 from stages.config.request import StageRequest
+from stages.config.text import printable
 
 FORMAT = "ATHANOR_LOG_FORMAT"
+_MARKED = "ATHANOR_"
 _CONSOLE = "console"
 """Name of the handler, the same as Ray Train's, because there must be one at a time."""
 _TEXT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
@@ -43,6 +45,11 @@ class TextFormatter(logging.Formatter):
         first, *rest = super().formatMessage(record).split("\n")
         return "\n".join([f"{first} [{self._origin}]", *rest])
 
+    def format(self, record: logging.LogRecord) -> str:
+        # Messages quote names and texts of other people. A line of theirs must not look like one of the marked lines
+        # that Airflow reads (ATHANOR_PROGRESS, ATHANOR_MLFLOW_RUN), nor move the cursor of a terminal.
+        return printable(super().format(record)).replace(f"\n{_MARKED}", f"\n {_MARKED}")
+
 
 class JsonFormatter(logging.Formatter):
     """One object a line: time (UTC, ISO 8601), level, logger, message, exception if any, and the origin."""
@@ -61,7 +68,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        return printable(json.dumps(line, ensure_ascii=False))
 
 
 def log_for_uri(config_uri: str) -> None:

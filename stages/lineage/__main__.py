@@ -6,6 +6,7 @@ import sys
 
 from stages.artifacts.addresses import open_store
 from stages.config.errors import ConfigError, StageError
+from stages.config.text import printable
 from stages.lineage.graph import Graph, ancestors, descendants
 from stages.lineage.tags import is_model
 from stages.lineage.views import to_json, to_markdown, to_svg
@@ -37,12 +38,19 @@ def main(arguments: list[str]) -> int:
         else:
             graph = descendants(open_store(options.store or _store_of(target)), target)
     except StageError as error:
-        sys.stderr.write(f"error: {error.message}\n{error.advice}\n")
-        return 2
+        return _fail(error)
     sys.stdout.write(render(graph))
     if options.direction == "descendants" and options.format == "markdown":
-        sys.stdout.write(_registered_versions(graph))
+        try:
+            sys.stdout.write(printable(_registered_versions(graph)))
+        except StageError as error:
+            return _fail(error)
     return 0
+
+
+def _fail(error: StageError) -> int:
+    sys.stderr.write(printable(f"error: {error.message}\n{error.advice}\n"))
+    return 2
 
 
 def _store_of(target: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from stages.artifacts.addresses import artifact_uri
 from stages.artifacts.manifests import MANIFEST, load_manifest, read_manifest
 from stages.artifacts.store import Store
-from stages.config.errors import ConfigError
+from stages.config.errors import ConfigError, DataError
 from stages.config.graph import GRAPH
 from stages.config.request import BASE_MODEL, Manifest, SourceKind
 
@@ -172,13 +172,30 @@ class _GraphBuilder:
         nodes = sorted(kept.values(), key=lambda node: (order.get(node.stage, -1), node.created_at, node.id))
         place = {node.id: position for position, node in enumerate(nodes)}
         edges.sort(key=lambda edge: (place[edge.source], place[edge.target], edge.role))
+        _check_no_cycle(edges)
         return Graph(roots=tuple(dict.fromkeys(roots)), nodes=tuple(nodes), edges=tuple(edges))
+
+
+def _check_no_cycle(edges: Iterable[Edge]) -> None:
+    """Raise DataError when something was made from itself, which only a manifest that was changed can say."""
+    made_from: dict[str, set[str]] = {}
+    for edge in edges:
+        made_from.setdefault(edge.target, set()).add(edge.source)
+    while made_from:
+        ready = [node for node, sources in made_from.items() if not sources & made_from.keys()]
+        if not ready:
+            raise DataError(
+                f"{sorted(made_from)[0]} was made from itself, as the manifests of {len(made_from)} artifacts say",
+                advice="Somebody has changed a manifest in the store; find out which, and build its stage again.",
+            )
+        for node in ready:
+            del made_from[node]
 
 
 def _read(uri: str) -> Manifest:
     try:
         return read_manifest(uri)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
             f"there is no artifact at {uri!r} (its manifest is missing)",
             advice="Check the uri; if the artifact was removed, what was made from it can still be listed by digest.",

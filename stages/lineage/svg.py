@@ -5,9 +5,12 @@ Colours are CSS variables with fallbacks, so the same drawing stands alone (MLfl
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from html import escape
+from html import escape as escape_html
+
+from stages.config.text import one_line
 
 _WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 176, 56, 40, 40, 12
+_LONGEST_TEXT = 1000
 _ARC = 34
 """How far an edge that skips layers bends around the boxes between, for each layer."""
 
@@ -65,6 +68,11 @@ def draw_graph(boxes: Iterable[Box], edges: Iterable[tuple[str, str, str]]) -> s
         "</svg>",
     ]
     return "\n".join(parts)
+
+
+def escape(text: str) -> str:
+    """Text of unknown origin inside the drawing: XML forbids control characters, and nothing may be obeyed."""
+    return escape_html(one_line(text, at_most=_LONGEST_TEXT))
 
 
 def _layers(names: list[str], edges: list[tuple[str, str, str]]) -> dict[str, int]:
@@ -126,6 +134,10 @@ def _draw_edge(
     return _DrawnEdge(f'<path class="long" d="{path}" marker-end="url(#lg-arrow)">{title}', reach)
 
 
+def _tooltip(box: Box) -> str:
+    return "\n".join(escape(line) for line in (box.tooltip or box.title).split("\n"))
+
+
 def _draw_box(box: Box, x: float, y: float) -> str:
     root = " root" if box.emphasised else ""
     lines = "".join(
@@ -133,7 +145,7 @@ def _draw_box(box: Box, x: float, y: float) -> str:
         for row, line in enumerate(box.lines[:2])
     )
     return (
-        f"<g><title>{escape(box.tooltip or box.title)}</title>"
+        f"<g><title>{_tooltip(box)}</title>"
         f'<rect class="{escape(box.group)}{root}" x="{x:.0f}" y="{y:.0f}" width="{_WIDTH}" height="{_HEIGHT}" rx="7"/>'
         f'<text x="{x + 10:.0f}" y="{y + 20:.0f}" font-weight="600">{escape(box.title)}</text>{lines}</g>'
     )

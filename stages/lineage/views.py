@@ -1,16 +1,21 @@
 """The lineage graph as JSON, Markdown and SVG."""
 
 import json
+import re
 from dataclasses import asdict
 
 from stages.config.graph import spec_of_kind
+from stages.config.text import one_line, printable
 from stages.lineage.graph import GIVEN_KIND, SOURCE_KIND, Edge, Graph, Node
 from stages.lineage.svg import Box, draw_graph
 from stages.lineage.tags import is_dataset, is_model
 
+_LONGEST_TEXT = 2000
+
 
 def to_json(graph: Graph) -> str:
-    return json.dumps(asdict(graph), indent=1, ensure_ascii=False)
+    # JSON needs no escape for some characters that terminals obey.
+    return printable(json.dumps(asdict(graph), indent=1, ensure_ascii=False))
 
 
 def to_markdown(graph: Graph) -> str:
@@ -18,14 +23,25 @@ def to_markdown(graph: Graph) -> str:
     incoming: dict[str, list[Edge]] = {}
     for edge in graph.edges:
         incoming.setdefault(edge.target, []).append(edge)
-    names = {node.id: f"{node.kind} `{_short(node)}`" for node in graph.nodes}
+    names = {node.id: f"{_cell(node.kind)} {_code(_short(node))}" for node in graph.nodes}
     lines = ["| what | digest | made from | where |", "|---|---|---|---|"]
     for node in graph.nodes:
-        origin = ", ".join(f"{edge.role}: {names[edge.source]}" for edge in incoming.get(node.id, ())) or "outside"
+        edges = incoming.get(node.id, ())
+        origin = ", ".join(f"{_cell(edge.role)}: {names[edge.source]}" for edge in edges) or "outside"
         mark = "**" if node.id in graph.roots else ""
-        cells = (f"{mark}{names[node.id]}{mark}", f"`{node.digest}`", origin, node.uri)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        cells = (f"{mark}{names[node.id]}{mark}", _code(node.digest), origin, _cell(node.uri))
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text of unknown origin in a table: shown as it is, never obeyed as mark-up, nor by a terminal."""
+    shown = one_line(text, at_most=_LONGEST_TEXT).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", shown)
+
+
+def _code(text: str) -> str:
+    return f"`{one_line(text, at_most=_LONGEST_TEXT).replace('`', chr(39)).replace('|', '/')}`"
 
 
 def to_svg(graph: Graph) -> str:
@@ -35,7 +51,7 @@ def to_svg(graph: Graph) -> str:
             id=node.id,
             title=node.kind,
             lines=tuple(filter(None, (_short(node), _headline(node)))),
-            tooltip=f"{node.uri}\ndigest {node.digest}",
+            tooltip=f"{one_line(node.uri)}\ndigest {node.digest}",
             group=_group(node),
             emphasised=node.id in graph.roots,
         )

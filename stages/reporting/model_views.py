@@ -1,5 +1,6 @@
 """What the report says about models: facts, learning curves, evaluation, aligned models side by side, samples."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,7 +180,10 @@ def evaluation_table(story: Story) -> Table | None:
                 blank[position] = num(unigram)
         rows.append((text("Unigram model"), *blank))
     prompts = (story.evaluation.get("data") or {}).get("num_prompts")
-    note = f"Scores and win rates on {prompts} held-out prompts." if prompts else ""
+    notes = [f"Scores and win rates on {prompts} held-out prompts."] if prompts else []
+    left_out: Mapping[str, str] = story.evaluation.get("left_out") or {}
+    notes += [f"Not measured: {what}, because {reason}." for what, reason in left_out.items()]
+    note = " ".join(notes)
     return Table("Evaluation on held-out data", ("model", *(head for _, head, _ in columns)), tuple(rows), note)
 
 

@@ -4,15 +4,69 @@ Only the small files are read. Fetching a model as a whole would copy gigabytes 
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from stages.artifacts.manifests import read_file, read_manifest
+from stages.config.base import Config
+from stages.config.errors import DataError, StageError
 from stages.config.graph import trained_stages
 from stages.config.request import ArtifactRef, Manifest, RunInfo
 from stages.lineage.graph import Graph, ancestors
 from stages.lineage.tags import is_model
+
+logger = logging.getLogger(__name__)
+
+_HISTORY = "history.jsonl"
+
+
+def _with_step(row: dict[str, float | None]) -> dict[str, float | None]:
+    if row.get("step") is None:
+        raise ValueError("a line without a step")
+    return row
+
+
+class _Shape(Config):
+    """What the page needs of a record; the rest is not looked at."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=True)
+
+
+class _Evaluation(_Shape):
+    models: dict[str, dict[str, float | None]] = Field(default_factory=dict)
+    reward: dict[str, float | None] = Field(default_factory=dict)
+    unigram_perplexity: float | None = None
+    data: dict[str, Any] = Field(default_factory=dict)
+    left_out: dict[str, str] = Field(default_factory=dict)
+
+
+class _Sample(_Shape):
+    prompt: str = ""
+    responses: dict[str, str] = Field(default_factory=dict)
+    scores: dict[str, float | None] = Field(default_factory=dict)
+
+
+class _Registered(_Shape):
+    name: str
+    version: Annotated[str, AfterValidator(float)]
+    role: str
+    model_id: str
+    is_new: bool
+
+
+class _Promotion(_Shape):
+    promoted: bool = False
+    reason: str = ""
+    chosen: str | None = None
+    models: tuple[_Registered, ...] = ()
+
+
+_EVALUATION, _SAMPLES = TypeAdapter(_Evaluation), TypeAdapter(list[_Sample])
+_PROMOTION, _ROW = TypeAdapter(_Promotion), TypeAdapter(Annotated[dict[str, float | None], AfterValidator(_with_step)])
 
 
 @dataclass(frozen=True)
@@ -38,10 +92,10 @@ def read_story(inputs: Mapping[str, ArtifactRef], run: RunInfo, *, title: str, m
     """Read what the report needs; every file is checked against its manifest."""
     manifests = {role: read_manifest(ref) for role, ref in inputs.items()}
 
-    def read(role: str, name: str, default: Any) -> Any:
+    def read(role: str, name: str, shape: TypeAdapter[Any], default: Any) -> Any:
         if role not in inputs or not _has(manifests[role], name):
             return default
-        return json.loads(read_file(inputs[role], name))
+        return _parsed(read_file(inputs[role], name), inputs[role], name, shape)
 
     return Story(
         title=title,
@@ -53,9 +107,9 @@ def read_story(inputs: Mapping[str, ArtifactRef], run: RunInfo, *, title: str, m
             for spec in trained_stages()
             if spec.role in inputs
         },
-        evaluation=read("evaluation", "metrics.json", {}),
-        samples=read("evaluation", "samples.json", [])[:max_samples],
-        promotion=read("promotion", "promotion.json", {}),
+        evaluation=read("evaluation", "metrics.json", _EVALUATION, {}),
+        samples=read("evaluation", "samples.json", _SAMPLES, [])[:max_samples],
+        promotion=read("promotion", "promotion.json", _PROMOTION, {}),
         lineage=_whole_lineage(inputs),
     )
 
@@ -64,15 +118,39 @@ def _whole_lineage(inputs: Mapping[str, ArtifactRef]) -> Graph | None:
     """The lineage of everything; its roots are the artifacts that nothing else was made from."""
     if not inputs:
         return None
-    graph = ancestors(ref.uri for ref in inputs.values())
+    try:
+        graph = ancestors(ref.uri for ref in inputs.values())
+    except StageError as error:  # an ancestor that was removed, or whose manifest was changed
+        logger.warning("the report has no lineage graph: %s", error.message)
+        return None
     used = {edge.source for edge in graph.edges}
     return replace(graph, roots=tuple(root for root in graph.roots if root not in used))
 
 
 def _history(ref: ArtifactRef, manifest: Manifest) -> list[dict[str, Any]]:
-    if not is_model(manifest.kind) or not _has(manifest, "history.jsonl"):
+    if not is_model(manifest.kind) or not _has(manifest, _HISTORY):
         return []
-    return [json.loads(line) for line in read_file(ref, "history.jsonl").splitlines()]
+    return [_parsed(line, ref, _HISTORY, _ROW) for line in read_file(ref, _HISTORY).splitlines()]
+
+
+def _parsed(data: bytes, ref: ArtifactRef, name: str, shape: TypeAdapter[Any]) -> Any:
+    """Return the content as it is, once it is known to have the shape that the page shows."""
+    try:
+        shape.validate_json(data)
+        return json.loads(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise _damaged(ref, name, f"{where}: {first['msg']}"[:300]) from None
+    except (ValueError, RecursionError) as error:
+        raise _damaged(ref, name, f"{type(error).__name__}: {error}"[:300]) from None
+
+
+def _damaged(ref: ArtifactRef, name: str, reason: str) -> DataError:
+    return DataError(
+        f"{ref.uri}/{name} cannot be read: {reason}",
+        advice="Remove the artifact and clear the task of its stage to build it again.",
+    )
 
 
 def _has(manifest: Manifest, name: str) -> bool:

@@ -7,7 +7,15 @@ import sys
 
 from stages.artifacts.addresses import open_store
 from stages.config.errors import ConfigError, StageError
+from stages.config.text import printable
 from stages.tracking.delivery import replay
+
+
+class _Plain(logging.Formatter):
+    """What a spool says is shown to a person and must not move the cursor."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def main(arguments: list[str]) -> int:
@@ -18,7 +26,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("run_id", help="run id as it is spelled under runs/ in the store")
     parser.add_argument("--store", default=os.environ.get("ARTIFACT_STORE", ""), help="root of the object store")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)-7s %(message)s", stream=sys.stdout)
+    console = logging.StreamHandler(sys.stdout)
+    console.setFormatter(_Plain("%(levelname)-7s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[console])
     try:
         if not options.store:
             raise ConfigError(
@@ -26,7 +36,7 @@ def main(arguments: list[str]) -> int:
             )
         return 1 if replay(open_store(options.store), options.run_id) else 0
     except StageError as error:
-        sys.stderr.write(f"error: {error.message}\n{error.advice}\n")
+        sys.stderr.write(printable(f"error: {error.message}\n{error.advice}\n"))
         return 2
 
 

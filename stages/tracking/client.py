@@ -16,22 +16,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.config.errors import ConfigError, StageError, without_logins
+from stages.config import mlflow_limits as limits
+from stages.config.errors import ConfigError
 from stages.config.request import Manifest
 from stages.lineage.tags import lineage_tags
+from stages.tracking.trouble import ABSENT, as_stage_error, deleted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
 
 MLFLOW_RUN_MARKER = "ATHANOR_MLFLOW_RUN"
-REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "INVALID_STATE"})
-"""MLflow error codes for which a retry cannot help; others may: an outage, an expired token, a full disk."""
-_ABSENT = REFUSALS | {"RESOURCE_DOES_NOT_EXIST"}
 _TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}
-_DIGEST_LENGTH = 32  # MLflow's column holds 36 characters
 _SOURCE_TYPES = {"s3": "s3", "file": "local", "hf": "hugging_face", "http": "http", "https": "http"}
-_VALUE_LENGTH = 5000  # below MLflow's limits for params (6000) and tags (8000)
 
 
 def connect() -> "MlflowClient":
@@ -67,9 +64,13 @@ def tag_filter(tags: Mapping[str, str]) -> str:
 
 
 def find_or_create_experiment(client: "MlflowClient", name: str) -> str:
-    """Return the experiment's id, and mark it as model training so that MLflow shows runs and charts."""
+    """Return the experiment's id, and mark it as model training so that MLflow shows runs and charts.
+
+    Raises ConfigError when the experiment was deleted: MLflow keeps the name and refuses every new run.
+    """
     from mlflow.exceptions import MlflowException
 
+    name = limits.shortened(name, limits.EXPERIMENT_NAME)
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
@@ -78,6 +79,9 @@ def find_or_create_experiment(client: "MlflowClient", name: str) -> str:
             found = client.get_experiment_by_name(name)
             if found is None or error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+    if found.lifecycle_stage == "deleted":
+        problem, _, way_out = deleted("experiment", found.experiment_id, label=name).partition("; ")
+        raise ConfigError(problem, advice=f"{way_out[0].upper()}{way_out[1:]}.")
     for key, value in _TRAINING_VIEW.items():
         if key not in found.tags:
             client.set_experiment_tag(found.experiment_id, key, value)
@@ -124,7 +128,8 @@ def _existing_run(client: "MlflowClient", run_id: str | None) -> str | None:
     if run_id is None:
         return None
     try:
-        return client.get_run(run_id).info.run_id
+        info = client.get_run(run_id).info
+        return info.run_id if info.lifecycle_stage == "active" else None
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return None
@@ -140,18 +145,21 @@ def dataset_input(name: str, uri: str, digest: str, *, context: str) -> Any:
 
     scheme = uri.partition("://")[0] if "://" in uri else ""
     dataset = Dataset(
-        name=name,
+        name=limits.shortened(name, limits.DATASET_NAME),
         digest=short_digest(digest),
         source_type=_SOURCE_TYPES.get(scheme, "external"),
-        source=json.dumps({"uri": uri}),
+        # A longer address would no longer be JSON if the whole text were cut; \uXXXX takes six characters.
+        source=json.dumps({"uri": limits.shortened(uri, limits.DATASET_SOURCE // 6 - 10)}),
     )
     tags = {"mlflow.data.context": context, "digest.sha256": digest, "artifact.uri": uri}
-    return DatasetInput(dataset, [InputTag(key, value) for key, value in tags.items()])
+    return DatasetInput(
+        dataset, [InputTag(key, limits.shortened(value, limits.INPUT_TAG_VALUE)) for key, value in tags.items()]
+    )
 
 
 def short_digest(digest: str) -> str:
     """The part of a digest that fits MLflow's column."""
-    return digest.removeprefix("sha256:")[:_DIGEST_LENGTH]
+    return digest.removeprefix("sha256:")[: limits.DATASET_DIGEST]
 
 
 def log_file(client: "MlflowClient", run_id: str, path: Path, name: str) -> None:
@@ -166,14 +174,9 @@ def log_file(client: "MlflowClient", run_id: str, path: Path, name: str) -> None
         client.log_artifact(run_id, str(renamed), folder or None)
 
 
-def metric_key(key: str) -> str:
-    """Replace what MLflow refuses in metric keys; some keys contain kinds of preference pairs, which users name."""
-    return re.sub(r"[^A-Za-z0-9_\-. /:]", "-", key)
-
-
 def model_name(run_name: str, role: str) -> str:
     """LoggedModel names allow fewer characters than run names."""
-    return f"{run_name.replace('.', '-')}-{role}"
+    return limits.shortened(f"{re.sub(r'[^A-Za-z0-9_-]', '-', run_name)}-{role}", limits.KEY)
 
 
 def artifact_uri_of_model(uri: str) -> str:
@@ -192,8 +195,8 @@ def artifact_uri_of_model(uri: str) -> str:
             version = client.get_model_version(*name.rsplit("/", 1))
     except (MlflowException, TypeError) as error:
         advice = "Use models:/<name>@<alias> or models:/<name>/<version> of a registered model."
-        if isinstance(error, MlflowException) and error.error_code not in _ABSENT:
-            raise StageError(f"{uri!r} could not be looked up in MLflow: {explain(error)}", advice="") from error
+        if isinstance(error, MlflowException) and error.error_code not in ABSENT:
+            raise as_stage_error(error, f"{uri!r} could not be looked up in MLflow") from error
         raise ConfigError(f"{uri!r} is not registered in MLflow: {error}", advice=advice) from error
     if not (artifact := version.tags.get("artifact.uri")):
         raise ConfigError(
@@ -204,13 +207,19 @@ def artifact_uri_of_model(uri: str) -> str:
 
 
 def registered_versions(fingerprints: Iterable[str]) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Return (name, version, aliases) of every registered version of these artifacts."""
+    """Return (name, version, aliases) of every registered version of these artifacts; StageError when MLflow does not
+    answer."""
+    from mlflow.exceptions import MlflowException
+
     client = connect()
     found = []
-    for fingerprint in fingerprints:
-        for version in client.search_model_versions(tag_filter({"lineage.fingerprint": fingerprint})):
-            aliases = client.get_model_version(version.name, version.version).aliases
-            found.append((version.name, str(version.version), tuple(aliases)))
+    try:
+        for fingerprint in fingerprints:
+            for version in client.search_model_versions(tag_filter({"lineage.fingerprint": fingerprint})):
+                aliases = client.get_model_version(version.name, version.version).aliases
+                found.append((version.name, str(version.version), tuple(aliases)))
+    except MlflowException as error:
+        raise as_stage_error(error, "registered versions could not be listed") from error
     return sorted(found)
 
 
@@ -224,7 +233,7 @@ def all_registered() -> set[str]:
             page = client.search_model_versions(max_results=500, page_token=token)
         except MlflowException as error:
             advice = "Start MLflow and set MLFLOW_TRACKING_URI: only it knows which models are registered."
-            raise StageError(f"registered models could not be listed: {explain(error)}", advice=advice) from error
+            raise as_stage_error(error, "registered models could not be listed", advice=advice) from error
         for version in page:
             uri = version.tags.get("artifact.uri", "")
             found |= {version.tags.get("lineage.fingerprint", ""), uri.rstrip("/").rsplit("/", 1)[-1]} - {""}
@@ -232,26 +241,13 @@ def all_registered() -> set[str]:
             return found
 
 
-def explain(error: Exception) -> str:
-    """Return a short reason for a failed call; mlflow's own message of a refused connection fills half a screen."""
-    cause = error.__cause__ or error.__context__
-    if isinstance(cause, OSError):  # the exceptions of requests are OSErrors
-        return f"{without_logins(os.environ.get('MLFLOW_TRACKING_URI', ''))} does not answer ({type(cause).__name__})"
-    return without_logins(str(error))[:300]
-
-
 def now_ms() -> int:
     return int(time.time() * 1000)
 
 
 def clean_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    """Leave out empty tags, which MLflow would show as facts."""
-    return {key: cut(value) for key, value in tags.items() if value}
-
-
-def cut(value: str) -> str:
-    """Shorten a param or tag to the length that every version of MLflow accepts."""
-    return value[:_VALUE_LENGTH]
+    """Make tags fit, and leave out empty ones, which MLflow would show as facts."""
+    return {limits.key(key): limits.shortened(value, limits.TAG_VALUE) for key, value in tags.items() if value}
 
 
 def _quoted(value: str) -> str:

@@ -1,174 +1,162 @@
-"""From the spool to MLflow: the background thread of a stage, and the later delivery of what it had to leave."""
+"""From records to MLflow: what becomes of each event, and the later delivery of what a stage had to leave."""
 
 import base64
-import json
 import logging
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from stages.artifacts.addresses import artifact_uri, open_store, run_key
+from stages.artifacts.addresses import artifact_key, artifact_uri
+from stages.artifacts.manifests import load_manifest
 from stages.artifacts.store import Store
-from stages.config.errors import StageError
+from stages.config import mlflow_limits as limits
+from stages.config.errors import ConfigError, DamagedArtifactError, DataError, StageError
 from stages.config.graph import GRAPH
-from stages.config.request import Manifest, StageRequest
+from stages.config.request import Manifest, RunInfo, StageRequest
 from stages.lineage.graph import ancestors_of_unpublished
 from stages.lineage.views import to_json, to_markdown, to_svg
-from stages.tracking.client import MLFLOW_RUN_MARKER, REFUSALS, connect, explain, metric_key
+from stages.tracking.client import connect
+from stages.tracking.events import Event, FailEvent, FileEvent, FinishEvent, MetricsEvent, StartEvent, to_line
 from stages.tracking.session import MlflowSession, Point
-from stages.tracking.spool import SPOOL_NAME, Event, Spool, read_spool
-
-_FLUSH_SECONDS = 2.0
-_IMPORT_GRACE_SECONDS = 15.0
-_MAX_BACKOFF_SECONDS = 30.0
+from stages.tracking.spool import (
+    SPOOL_NAME,
+    Refused,
+    attached,
+    leave_spool,
+    read_spool,
+    set_aside,
+    set_aside_whole,
+)
+from stages.tracking.trouble import Trouble, explain, is_unreachable, trouble_of
 
 logger = logging.getLogger(__name__)
 
 
-class Deliverer(threading.Thread):
-    """Takes events from the spool to MLflow, in order, until the process ends."""
+@dataclass(frozen=True)
+class LeftBy:
+    """Where events come from: the spool of this process, or one that lies in the store, which others can write to."""
 
-    def __init__(self, request: StageRequest, spool: Spool) -> None:
-        super().__init__(name="mlflow", daemon=True)
-        self._request, self._spool = request, spool
-        self._wake = threading.Event()
-        self._delivered = threading.Condition()
-        self._is_draining = self._is_abandoned = False
-        self.may_import = threading.Event()
-        self.attached = threading.Event()
-        self.session: MlflowSession | None = None
-        self.problem = ""
+    store: Store
+    folder: Path | None = None
+    """Of this process's spool, with its attachments; None for a spool in the store."""
 
-    def run(self) -> None:
-        try:
-            spec = GRAPH[self._request.stage]
-            if spec.trains or spec.frozen_models:  # its libraries are loading; MLflow's would slow them down
-                self.may_import.wait(_IMPORT_GRACE_SECONDS)
-            # one warning of ours instead of one from urllib3 for every attempt
-            logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-            self.session = MlflowSession(self._request, connect())
-            self._deliver_until_abandoned(self.session)
-        except Exception as error:  # a bug in tracking must not end a stage that works; its traceback is logged
-            self.problem = f"{type(error).__name__}: {error}"
-            logger.exception("tracking in MLflow stopped; the stage continues")
 
-    def drain(self, seconds: float) -> bool:
-        """Wait until everything is delivered; False when it is not within `seconds` or the thread has died."""
-        self._is_draining = True
-        self.may_import.set()
-        self._wake.set()
-        deadline = time.monotonic() + seconds
-        with self._delivered:
-            while not self._is_done and self.is_alive() and time.monotonic() < deadline:
-                self._delivered.wait(min(0.2, max(0.0, deadline - time.monotonic())))
-        self._is_draining = False
-        return self._is_done
+class Delivery:
+    """Events of one stage on their way to MLflow, and what MLflow did not take of them."""
 
-    @property
-    def _is_done(self) -> bool:
-        return self._spool.is_delivered and self.attached.is_set()
+    def __init__(self, session: MlflowSession, request: StageRequest, origin: LeftBy) -> None:
+        self._session, self._request, self.origin = session, request, origin
+        self._refused: list[Refused] = []
+        self._fingerprint = ""
+        self.problem_lasts = False
+        """The last problem is one that a person must solve; waiting for it is in vain."""
+        self.postponed: list[FileEvent] = []
+        """Files that MLflow's storage did not take while MLflow itself answers."""
 
-    def abandon(self) -> None:
-        """Deliver nothing more: what is left is delivered from the spool in the store."""
-        self._is_abandoned = True
-        self._wake.set()
+    def refused(self) -> list[Refused]:
+        """Return what MLflow did not take, each once."""
+        taken = [*self._refused, *self._session.refused]
+        self._refused.clear()
+        self._session.refused.clear()
+        return taken
 
-    def _deliver_until_abandoned(self, session: MlflowSession) -> None:
-        backoff = delay = 0.0
-        while True:
-            self._wake.wait(delay)
-            self._wake.clear()
-            if self._is_abandoned:
-                return
-            delay = _FLUSH_SECONDS
-            if self._spool.is_delivered:
-                continue
-            if self.attached.is_set():
-                problem = deliver(session, self._request, self._spool.next_events(), self._spool.acknowledge)
-            else:
-                problem = self._attach(session)
-                delay = 0.0
-            if problem:
-                backoff = min(max(1.0, 2 * backoff), _MAX_BACKOFF_SECONDS)
-                delay = 1.0 if self._is_draining else backoff
-                self._report_outage(problem)
-            else:
-                backoff = 0.0
-                self._report_recovery()
-                with self._delivered:
-                    self._delivered.notify_all()
-                if self._is_draining and not self._spool.is_delivered:
-                    delay = 0.0
+    def deliver(
+        self, events: Iterable[tuple[Event, int]], acknowledge: Callable[[int], None] = lambda position: None
+    ) -> str | None:
+        """Deliver events in order, metrics together; return the problem when MLflow takes none at present.
 
-    def _attach(self, session: MlflowSession) -> str | None:
-        """Deliver the start event, then what earlier attempts left, before anything of this attempt."""
-        problem = deliver(session, self._request, self._spool.next_events(limit=1), self._spool.acknowledge)
-        if problem:
-            return problem
-        ids = {"run_id": session.run_id, "experiment_id": session.experiment_id}
-        print(MLFLOW_RUN_MARKER, json.dumps(ids), flush=True)  # noqa: T201 - the job's log is the channel to Airflow
-        self._take_up_leftovers(session)
-        self.attached.set()
+        What MLflow refuses for good is left out and told, so that it does not hold up the rest.
+        """
+        from mlflow.exceptions import MlflowException
+
+        for group in _grouped(events):
+            event = group[0][0]
+            try:
+                self._deliver_group([event for event, _ in group])
+            except (MlflowException, OSError, ConfigError) as error:
+                trouble = trouble_of(error)
+                self.problem_lasts = trouble is Trouble.LASTING
+                if trouble is not Trouble.REFUSAL or isinstance(event, StartEvent):
+                    return explain(error)
+                self._refuse(event, explain(error))
+                if isinstance(event, FinishEvent):
+                    self._session.end(time_ms=event.time)
+            except DataError as error:  # the record itself is wrong
+                self._refuse(event, error.message)
+            acknowledge(group[-1][1])
         return None
 
-    def _report_outage(self, problem: str) -> None:
-        if not self.problem:
-            logger.warning("MLflow does not answer; metrics wait in a spool file, the stage goes on: %s", problem)
-        self.problem = problem
+    def _refuse(self, event: Event, reason: str) -> None:
+        logger.error("MLflow does not get an event of type %s: %s", event.type, reason)
+        self._refused.append(Refused(to_line(event).decode(), reason))
 
-    def _report_recovery(self) -> None:
-        if self.problem:
-            logger.info("MLflow answers again; waiting events were delivered")
-        self.problem = ""
+    def _deliver_group(self, group: list[Event]) -> None:
+        event, session = group[0], self._session
+        if session.run_id is None and not isinstance(event, StartEvent):
+            raise DataError(f"an event of type {event.type} came before the start of its stage")
+        match event:
+            case StartEvent():
+                self._fingerprint = event.fingerprint
+                session.attach(fingerprint=event.fingerprint, params=event.params, tags=event.tags, time_ms=event.time)
+            case MetricsEvent():
+                session.log_points(
+                    Point(limits.key(key), value, one.step, one.time)
+                    for one in group
+                    if isinstance(one, MetricsEvent)
+                    for key, value in one.values.items()
+                )
+            case FileEvent():
+                self._deliver_file(event)
+            case FinishEvent():
+                manifest, uri = self._finished(event.manifest)
+                session.finish(manifest, uri=uri, history=event.history, time_ms=event.time)
+                _log_lineage(session, manifest, uri)
+            case FailEvent():
+                session.fail(event.message, time_ms=event.time)
 
-    def _take_up_leftovers(self, session: MlflowSession) -> None:
-        """Deliver what earlier attempts left in the store; closing stages, which run alone, do so for the whole run."""
-        store, run_id = open_store(self._request.store_uri), self._request.run.run_id
-        own = run_key(run_id, self._request.stage, SPOOL_NAME)
-        if store.exists(own):
-            _, events = read_spool(store, own)
-            measured = [event for event in events if event["type"] in ("metrics", "file")]
-            if deliver(session, self._request, _numbered(measured)) is None:
-                store.delete(own)
-        if GRAPH[self._request.stage].closing:
-            replay(store, run_id)
+    def _deliver_file(self, event: FileEvent) -> None:
+        content = attached(event, self.origin.folder)
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "content"
+            path.write_bytes(content)
+            try:
+                self._session.log_file(path, event.name, parent=event.parent)
+            except Exception as error:
+                if is_unreachable(error):
+                    raise
+                logger.error("MLflow's storage did not take %s, the rest is logged: %s", event.name, explain(error))
+                kept = base64.b64encode(content).decode()
+                self.postponed.append(event.model_copy(update={"attachment": None, "content": kept}))
 
+    def _finished(self, manifest: Manifest) -> tuple[Manifest, str]:
+        """Return the manifest to tell of, and its address.
 
-def deliver(
-    session: MlflowSession,
-    request: StageRequest,
-    events: Iterable[tuple[Event, int]],
-    acknowledge: Callable[[int], None] = lambda position: None,
-) -> str | None:
-    """Deliver events in order, metrics together; return the problem when MLflow is not reachable.
-
-    What MLflow refuses for good is dropped with an error in the log, so that it does not hold up the rest.
-    """
-    from mlflow.exceptions import MlflowException
-
-    for group in _grouped(events):
-        event = group[0][0]
+        A process knows what it made. Of a spool in the store only the name of the artifact is believed: what it is
+        stands in the store, where it was published after the event was written.
+        """
+        spec, store = GRAPH[self._request.stage], self.origin.store
+        uri = artifact_uri(store, spec.kind, manifest.fingerprint)
+        if self.origin.folder is not None:
+            return manifest, uri
+        if (manifest.stage, manifest.kind, manifest.fingerprint) != (spec.stage, spec.kind, self._fingerprint):
+            raise DataError(f"the stage that began did not make {manifest.kind}/{manifest.fingerprint}")
         try:
-            _deliver_group(session, request, [event for event, _ in group])
-        except MlflowException as error:
-            if error.error_code not in REFUSALS or event["type"] == "start":
-                return explain(error)
-            logger.error("MLflow refused an event of type %s, it is dropped: %s", event["type"], error)
-            if event["type"] == "finish":
-                session.end(time_ms=event["time"])
-        except OSError as error:
-            return f"{type(error).__name__}: {error}"
-        acknowledge(group[-1][1])
-    return None
+            published = load_manifest(store, artifact_key(spec.kind, manifest.fingerprint))
+        except FileNotFoundError:
+            raise DataError(f"{uri} was never published, or it was removed") from None
+        except DamagedArtifactError as error:
+            raise DataError(error.message) from None
+        if published.digest != manifest.digest:
+            raise DataError(f"{uri} was published by another attempt, with other content")
+        return published, uri
 
 
 def _grouped(events: Iterable[tuple[Event, int]]) -> Iterator[list[tuple[Event, int]]]:
     """Neighbouring metrics in one group, everything else alone."""
     group: list[tuple[Event, int]] = []
     for event, position in events:
-        if group and (event["type"] != "metrics" or group[-1][0]["type"] != "metrics"):
+        if group and not (isinstance(event, MetricsEvent) and isinstance(group[-1][0], MetricsEvent)):
             yield group
             group = []
         group.append((event, position))
@@ -176,65 +164,64 @@ def _grouped(events: Iterable[tuple[Event, int]]) -> Iterator[list[tuple[Event, 
         yield group
 
 
-def _numbered(events: Iterable[Event]) -> list[tuple[Event, int]]:
+def numbered(events: Iterable[Event]) -> list[tuple[Event, int]]:
     return [(event, number) for number, event in enumerate(events)]
-
-
-def _deliver_group(session: MlflowSession, request: StageRequest, group: list[Event]) -> None:
-    event = group[0]
-    match event["type"]:
-        case "start":
-            session.attach(
-                fingerprint=event["fingerprint"], params=event["params"], tags=event["tags"], time_ms=event["time"]
-            )
-        case "metrics":
-            session.log_points(
-                Point(metric_key(key), value, event["step"], event["time"])
-                for event in group
-                for key, value in event["values"].items()
-            )
-        case "file" if "content" in event:
-            with tempfile.TemporaryDirectory() as scratch:
-                path = Path(scratch) / "content"
-                path.write_bytes(base64.b64decode(event["content"]))
-                session.log_file(path, event["name"], parent=event["parent"])
-        case "file":
-            session.log_file(Path(event["path"]), event["name"], parent=event["parent"])
-        case "finish":
-            manifest = Manifest.model_validate(event["manifest"])
-            uri = artifact_uri(open_store(request.store_uri), manifest.kind, manifest.fingerprint)
-            session.finish(manifest, uri=uri, history=event["history"], time_ms=event["time"])
-            _log_lineage(session, manifest, uri)
-        case "fail":
-            session.fail(event["message"], time_ms=event["time"])
-        case other:
-            raise AssertionError(f"unknown event {other!r} in the spool")
 
 
 def _log_lineage(session: MlflowSession, manifest: Manifest, uri: str) -> None:
     """Draw where the artifact came from, on the pipeline run; so a run that stops early has its graph, too."""
     try:
         graph = ancestors_of_unpublished(manifest, uri)
-    except StageError as error:
-        logger.warning("no lineage graph of %s: %s", uri, error.message)
+    except (StageError, OSError, ValueError) as error:
+        logger.warning("no lineage graph of %s: %s", uri, explain(error))
         return
     with tempfile.TemporaryDirectory() as scratch:
         for ending, text in (("svg", to_svg(graph)), ("json", to_json(graph)), ("md", to_markdown(graph))):
             path = Path(scratch) / f"{manifest.stage.value}.{ending}"
             path.write_text(text, encoding="utf-8")
-            session.log_file(path, f"lineage/{path.name}", parent=True)
+            try:
+                session.log_file(path, f"lineage/{path.name}", parent=True)
+            except Exception as error:
+                if is_unreachable(error):
+                    raise
+                logger.warning("the lineage graph of %s is not in MLflow: %s", uri, explain(error))
+                return
 
 
-def replay(store: Store, run_id: str) -> list[str]:
-    """Deliver what stages of a run left undelivered; return the keys that are still waiting."""
+def replay(store: Store, run_id: str, *, run: RunInfo | None = None) -> list[str]:
+    """Deliver what stages of a run left undelivered; return the keys that are still waiting.
+
+    `run` is what Airflow says of the run, where it is known; otherwise each spool says it. One spool that cannot be
+    delivered does not hold up the others.
+    """
     waiting = []
     for key in [key for key in store.list(f"runs/{run_id}") if key.endswith(f"/{SPOOL_NAME}")]:
-        request, events = read_spool(store, key)
-        problem = deliver(MlflowSession(request, connect()), request, _numbered(events))
+        try:
+            problem = _replay_one(store, key, run)
+        except DataError as error:
+            set_aside_whole(store, key, error.message)
+            continue
+        except OSError as error:
+            problem = explain(error)
         if problem is None:
-            store.delete(key)
             logger.info("%s was delivered to MLflow", key)
         else:
             waiting.append(key)
             logger.warning("%s waits for MLflow: %s", key, problem)
     return waiting
+
+
+def _replay_one(store: Store, key: str, run: RunInfo | None) -> str | None:
+    left = read_spool(store, key)
+    request = left.request.model_copy(update={"run": run or left.request.run})
+    delivery = Delivery(MlflowSession(request, connect(), is_live=False), request, LeftBy(store))
+    problem = delivery.deliver(numbered(left.events))
+    if problem is not None:
+        return problem
+    set_aside(store, key, [*left.refused, *delivery.refused()])
+    store.delete(key)
+    if delivery.postponed:
+        start = [event for event in left.events if isinstance(event, StartEvent)][-1:]
+        leave_spool(store, key, left.request, [*start, *delivery.postponed])
+        return f"{len(delivery.postponed)} files were not taken by MLflow's storage"
+    return None

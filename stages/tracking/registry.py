@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from stages.artifacts.manifests import read_manifest
 from stages.config.closing import Approval
 from stages.config.decision import CHAMPION, Champion, Evaluation
-from stages.config.errors import StageError
 from stages.config.graph import registered_name, spec_of_role
 from stages.config.request import ArtifactRef, Manifest
 from stages.lineage.graph import started_from
@@ -22,12 +21,12 @@ from stages.tracking.client import (
     clean_tags,
     connect,
     dataset_input,
-    explain,
     find_or_create_experiment,
     find_or_create_model,
     short_digest,
     tag_filter,
 )
+from stages.tracking.trouble import as_stage_error
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -173,13 +172,14 @@ class Registry:
 
 @contextmanager
 def outage_is_infrastructure() -> Iterator[None]:
-    """Give MLflow's errors the category that Airflow retries."""
+    """Give MLflow's errors a category: an outage is retried, what a person must change is `config`."""
     from mlflow.exceptions import MlflowException
 
     try:
         yield
     except MlflowException as error:
-        raise StageError(
-            f"models were not registered in MLflow: {explain(error)}",
+        raise as_stage_error(
+            error,
+            "models were not registered in MLflow",
             advice="Check that the MLflow server runs and is reachable from the Ray cluster; the task is retried.",
         ) from error

@@ -1,32 +1,36 @@
 """What MLflow learns about one stage, synchronously; `stages.tracking.tracker` runs it in a thread of its own.
 
 Surprising on purpose: every method may be repeated after a lost answer. What exists is looked up first, and metric
-points carry the time at which they were measured, by which MLflow recognises a repeated one.
+points carry the time at which they were measured, by which MLflow recognises a repeated one. What MLflow refuses for
+good is left out alone and listed in `refused`: one bad value never costs the others.
 """
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stages.config import mlflow_limits as limits
 from stages.config.graph import GRAPH
 from stages.config.request import ArtifactRef, Manifest, StageRequest
 from stages.lineage.tags import input_tags, is_dataset, is_model, lineage_tags, slug
 from stages.tracking.client import (
     clean_tags,
-    cut,
     dataset_input,
     find_model,
     find_or_create_experiment,
     log_file,
-    metric_key,
     model_name,
     stage_tag,
     tag_filter,
 )
+from stages.tracking.spool import Refused
+from stages.tracking.trouble import Trouble, explain, trouble_of
+from stages.tracking.writer import Writer
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,8 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PARAMS_PER_CALL = 100
-_METRICS_PER_CALL = 1000
+_PARENT_TAG = "mlflow.parentRunId"
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,11 @@ class _Logged:
 class MlflowSession:
     """The MLflow side of one stage: `attach` first, then metrics and files, then `finish` or `fail`."""
 
-    def __init__(self, request: StageRequest, client: "MlflowClient") -> None:
+    def __init__(self, request: StageRequest, client: "MlflowClient", *, is_live: bool = True) -> None:
+        """`is_live=False` where the stage is over and only its records are delivered: its run is not RUNNING again."""
         self._request, self._client = request, client
+        self._is_live = is_live
+        self._writer = Writer(client)
         self._logged = _Logged()
         self._fingerprint = ""
         self.experiment_id = ""
@@ -80,10 +86,10 @@ class MlflowSession:
         """Find this stage's child run or create it; retries of the stage share one run, told apart by try number."""
         request, self._fingerprint = self._request, fingerprint
         self.experiment_id = find_or_create_experiment(self._client, request.run.experiment)
-        self.parent_run_id = request.run.parent_run_id or self._find_or_create_parent(time_ms)
+        self.parent_run_id = self._claimed_parent() or self._find_or_create_parent(time_ms)
         edges = input_tags(request.inputs, ())
         identity = {"lineage.stage": request.stage.value, "lineage.fingerprint": fingerprint}
-        all_tags = clean_tags({**edges, **tags, **identity, "athanor.run_id": request.run.run_id})
+        all_tags = self._writer.fitting({**edges, **tags, **identity, "athanor.run_id": request.run.run_id})
         if commit := tags.get("git.commit"):
             all_tags["mlflow.source.git.commit"] = commit
         run = self._find_run(identity)
@@ -92,26 +98,33 @@ class MlflowSession:
                 self.experiment_id,
                 start_time=time_ms,
                 run_name=request.stage.value,
-                tags={**all_tags, "mlflow.parentRunId": self.parent_run_id},
+                tags={**all_tags, _PARENT_TAG: self.parent_run_id},
             )
             known_params: dict[str, str] = {}
         else:
             known_params = run.data.params
-            self._client.update_run(run.info.run_id, status="RUNNING")
+            if self._is_live:
+                self._client.update_run(run.info.run_id, status="RUNNING")
             self._log_batch(run.info.run_id, tags=all_tags)
             self._remember(run.info.run_id, run.data.metrics)
         run_id = run.info.run_id
         self._log_params(run_id, params, known_params)
         self._log_inputs(run_id)
         if GRAPH[request.stage].trains:
-            self.model_id = self._find_or_create_model(run_id, all_tags).model_id
+            with self._writer.attempt("the model of this run"):
+                self.model_id = self._find_or_create_model(run_id, all_tags).model_id
         self.run_id = run_id
+
+    @property
+    def refused(self) -> list[Refused]:
+        """What MLflow did not take so far; whoever keeps it elsewhere clears the list."""
+        return self._writer.refused
 
     def log_points(self, points: Iterable[Point]) -> None:
         """Log the points that MLflow does not have yet."""
         new = [point for point in points if not self._logged.has(point)]
-        for start in range(0, len(new), _METRICS_PER_CALL):
-            part = new[start : start + _METRICS_PER_CALL]
+        for start in range(0, len(new), limits.METRICS_PER_CALL):
+            part = new[start : start + limits.METRICS_PER_CALL]
             self._log_batch(self._known_run(), points=part)
             for point in part:
                 self._logged.add(point)
@@ -130,7 +143,7 @@ class MlflowSession:
         but not delivered.
         """
         run_id = self._known_run()
-        self._log_batch(run_id, tags=clean_tags(lineage_tags(manifest, uri)))
+        self._log_batch(run_id, tags=self._writer.fitting(lineage_tags(manifest, uri)))
         self._log_source_inputs(run_id, manifest)
         self._fill_in(history, time_ms)
         final = self._final_points(manifest)
@@ -138,10 +151,12 @@ class MlflowSession:
             self._finish_model(manifest, uri, final)
         else:
             self._log_batch(run_id, points=final)
+        self._writer.keep_shortened(run_id)
         self.end(time_ms=time_ms)
         if self.parent_run_id:
             record = {"hit": False, "uri": uri, "fingerprint": manifest.fingerprint, "mlflow_run_id": run_id}
-            self._client.set_tag(self.parent_run_id, stage_tag(manifest.stage.value), json.dumps(record))
+            with self._writer.attempt("the entry on the pipeline run", even_lasting=True):
+                self._client.set_tag(self.parent_run_id, stage_tag(manifest.stage.value), json.dumps(record))
 
     def end(self, *, time_ms: int) -> None:
         """Set the run FINISHED, whatever else MLflow refused."""
@@ -151,14 +166,39 @@ class MlflowSession:
         """End the run FAILED; the next attempt sets it RUNNING again."""
         run_id = self._known_run()
         self._client.set_terminated(run_id, "FAILED", end_time=time_ms)
-        self._log_batch(run_id, tags=clean_tags({"athanor.failure": message}))
+        self._log_batch(run_id, tags=self._writer.fitting({"athanor.failure": message}))
+        self._writer.keep_shortened(run_id)
         if self.model_id:
-            self._client.finalize_logged_model(self.model_id, "FAILED")
+            with self._writer.attempt("the end of the model"):
+                self._client.finalize_logged_model(self.model_id, "FAILED")
 
     def _known_run(self) -> str:
         if self.run_id is None:
             raise AssertionError("the MLflow session was used before attach")
         return self.run_id
+
+    def _claimed_parent(self) -> str | None:
+        """Return the pipeline run that the request names, if it is there and is of this run: what a request in the
+        store says may have been written to reach another run."""
+        from mlflow.exceptions import MlflowException
+
+        run = self._request.run
+        if run.parent_run_id is None:
+            return None
+        try:
+            found = self._client.get_run(run.parent_run_id)
+        except MlflowException as error:
+            if trouble_of(error) is Trouble.OUTAGE:
+                raise
+            logger.warning("MLflow's run %s, the pipeline run, is not used: %s", run.parent_run_id, explain(error))
+            return None
+        is_ours = found.data.tags.get("athanor.run_id") == run.run_id and _PARENT_TAG not in found.data.tags
+        if is_ours and found.info.experiment_id == self.experiment_id and found.info.lifecycle_stage == "active":
+            return run.parent_run_id
+        logger.warning(
+            "MLflow's run %s is not the pipeline run of %s, or it was deleted", run.parent_run_id, run.run_id
+        )
+        return None
 
     def _find_run(self, tags: Mapping[str, str]) -> "Run | None":
         wanted = {**tags, "athanor.run_id": self._request.run.run_id}
@@ -189,13 +229,11 @@ class MlflowSession:
         """Params in MLflow are immutable, so an attempt adds missing ones only and logs what differs."""
         from mlflow.entities import Param
 
-        given = {key: cut(value) for key, value in params.items()}
+        given = self._writer.fitting_params(params)
         for key in sorted(given.keys() & known.keys()):
             if given[key] != known[key]:
                 logger.info("MLflow keeps the first attempt's %s=%s, this attempt has %s", key, known[key], given[key])
-        missing = [Param(key, value) for key, value in given.items() if key not in known]
-        for start in range(0, len(missing), _PARAMS_PER_CALL):
-            self._client.log_batch(run_id, params=missing[start : start + _PARAMS_PER_CALL])
+        self._writer.log_items(run_id, [Param(key, value) for key, value in given.items() if key not in known])
 
     def _log_inputs(self, run_id: str) -> None:
         from mlflow.entities import LoggedModelInput
@@ -207,20 +245,17 @@ class MlflowSession:
         ]
         model_ids = dict.fromkeys(self._model_id_of(ref) for ref in self._request.inputs.values() if is_model(ref.kind))
         models = [LoggedModelInput(model_id) for model_id in model_ids if model_id]
-        if datasets or models:
-            self._client.log_inputs(run_id, datasets=datasets, models=models)
+        self._writer.log_inputs(run_id, [*datasets, *models])
 
     def _model_id_of(self, ref: ArtifactRef) -> str | None:
         model = find_model(self._client, self.experiment_id, ref.fingerprint)
         return model.model_id if model else ref.mlflow_model_id
 
     def _log_source_inputs(self, run_id: str, manifest: Manifest) -> None:
-        if manifest.sources:
-            datasets = [
-                dataset_input(slug(source.uri), source.uri, source.digest, context="source")
-                for source in manifest.sources
-            ]
-            self._client.log_inputs(run_id, datasets=datasets, models=[])
+        sources = [
+            dataset_input(slug(source.uri), source.uri, source.digest, context="source") for source in manifest.sources
+        ]
+        self._writer.log_inputs(run_id, sources)
 
     def _find_or_create_model(self, run_id: str, tags: Mapping[str, str]) -> "LoggedModel":
         found = find_model(self._client, self.experiment_id, self._fingerprint, source_run_id=run_id)
@@ -235,10 +270,14 @@ class MlflowSession:
     def _fill_in(self, history: str, time_ms: int) -> None:
         points = []
         for line in history.splitlines():
-            values = json.loads(line)
-            step = int(values.pop("step"))
+            try:
+                values = json.loads(line)
+                step = int(values.pop("step"))
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                self._writer.refuse(line, f"not a line of a history: {type(error).__name__}")
+                continue
             points.extend(
-                Point(metric_key(key), float(value), step, time_ms)
+                Point(limits.key(key), float(value), step, time_ms)
                 for key, value in values.items()
                 if _is_number(value)
             )
@@ -253,25 +292,29 @@ class MlflowSession:
         cost = {f"cost/{key}": float(value) for key, value in manifest.cost.model_dump().items()}
         points = []
         for name, value in {**manifest.metrics, **cost}.items():
-            key = metric_key(name)
+            key = limits.key(name)
             latest = self._logged.latest.get(key)
-            points.append(latest if latest and latest.value == value else Point(key, value, step, made))
+            points.append(latest if latest and _same(latest.value, value) else Point(key, value, step, made))
         return points
 
     def _finish_model(self, manifest: Manifest, uri: str, final: list[Point]) -> None:
         from mlflow.entities import LoggedModelOutput
 
         run_id, model_id = self._known_run(), self.model_id
-        if model_id is None:
-            raise AssertionError(f"no LoggedModel was made for stage {manifest.stage.value}")
-        self._client.set_logged_model_tags(model_id, clean_tags(lineage_tags(manifest, uri)))
+        if model_id is None:  # MLflow refused to make it, which is noted; the run has its numbers all the same
+            self._log_batch(run_id, points=final)
+            return
+        with self._writer.attempt("the tags of the model"):
+            self._client.set_logged_model_tags(model_id, self._writer.fitting(lineage_tags(manifest, uri)))
         self._log_batch(run_id, points=final, model_id=model_id)
-        self._client.finalize_logged_model(model_id, "READY")
+        with self._writer.attempt("the end of the model"):
+            self._client.finalize_logged_model(model_id, "READY")
         outputs = self._client.get_run(run_id).outputs
         # A second log_outputs of the same model is refused by MLflow, so a re-attached run looks first.
         if not outputs or model_id not in [output.model_id for output in outputs.model_outputs]:
             step = max((point.step for point in final), default=0)
-            self._client.log_outputs(run_id, [LoggedModelOutput(model_id, step)])
+            with self._writer.attempt("the model as output of the run"):
+                self._client.log_outputs(run_id, [LoggedModelOutput(model_id, step)])
 
     def _log_batch(
         self,
@@ -294,10 +337,12 @@ class MlflowSession:
             )
             for point in points
         ]
-        run_tags = [RunTag(key, value) for key, value in (tags or {}).items()]
-        if metrics or run_tags:
-            self._client.log_batch(run_id, metrics=metrics, tags=run_tags)
+        self._writer.log_items(run_id, [*metrics, *(RunTag(key, value) for key, value in (tags or {}).items())])
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _same(one: float, other: float) -> bool:
+    return one == other or (math.isnan(one) and math.isnan(other))

@@ -1,7 +1,8 @@
 """The queue between a stage and MLflow, as a file of JSON lines.
 
 One thread appends, another reads. What the job could not deliver is left in the store as `mlflow-spool.jsonl`, whose
-first line is the stage's request, so that another process can deliver it later.
+first line is the stage's request, so that another process can deliver it later. That process believes the file no more
+than it must: a line that is no record of its run is set aside in `mlflow-spool.refused.jsonl`, with the reason.
 """
 
 import base64
@@ -10,19 +11,39 @@ import logging
 import sys
 import threading
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from pydantic import ValidationError
+
+from stages.artifacts.addresses import run_key
 from stages.artifacts.store import Store
+from stages.config.errors import DataError
 from stages.config.request import StageRequest
+from stages.tracking.events import Event, FileEvent, first_problem, from_line, to_line
 
 SPOOL_NAME = "mlflow-spool.jsonl"
+REFUSED_NAME = "mlflow-spool.refused.jsonl"
 _EVENTS_PER_READ = 500
 
-Event = dict[str, Any]
-"""`type` is start, metrics, file, finish or fail; `time` is in milliseconds since the epoch."""
-
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """What MLflow will not get: a line of a spool, or one value of an event, and the reason."""
+
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class LeftSpool:
+    """A spool in the store, as far as it can be believed."""
+
+    request: StageRequest
+    events: tuple[Event, ...]
+    refused: tuple[Refused, ...]
 
 
 class Spool:
@@ -35,9 +56,14 @@ class Spool:
         self._file = path.open("ab")
         self._end = self._read = self._file.tell()
 
+    @property
+    def folder(self) -> Path:
+        """Where the attachments of its events lie."""
+        return self._path.parent
+
     def append(self, event: Event) -> None:
         """Append; a full disk loses the event and never stops training."""
-        line = json.dumps(event).encode() + b"\n"
+        line = to_line(event) + b"\n"
         try:
             with self._lock:
                 self._file.write(line)
@@ -61,7 +87,10 @@ class Spool:
             while position < end and len(events) < limit:
                 line = file.readline()
                 position += len(line)
-                events.append((json.loads(line), position))
+                try:
+                    events.append((from_line(line), position))
+                except DataError as error:  # a disk that was full in the middle of a line
+                    logger.error("an event for MLflow is lost, it cannot be read: %s", error.message)
         return events
 
     def acknowledge(self, position: int) -> None:
@@ -72,18 +101,99 @@ class Spool:
         return [event for event, _ in self.next_events(limit=sys.maxsize)]
 
 
-def leave_spool(store: Store, key: str, request: StageRequest, events: Iterable[Event]) -> None:
+def attached(event: FileEvent, folder: Path | None) -> bytes:
+    """Return the content of a file event; `folder` is that of the spool on this worker, None for one in the store.
+
+    Raises DataError when it names a file and there is no folder, or when the file is not a plain one.
+    """
+    if event.content is not None:
+        return base64.b64decode(event.content)
+    path = folder / str(event.attachment) if folder else None
+    if path is None or path.is_symlink() or not path.is_file():
+        raise DataError(f"the file {event.name!r} is not there: a spool in the store has the content in the line")
+    return path.read_bytes()
+
+
+def leave_spool(
+    store: Store, key: str, request: StageRequest, events: Iterable[Event], *, folder: Path | None = None
+) -> None:
     """Write undelivered events to the store, attachments included, after those of earlier attempts."""
-    lines = store.read_bytes(key).splitlines() if store.exists(key) else [request.model_dump_json().encode()]
+    lines = [request.model_dump_json().encode()]
+    if store.exists(key):
+        before = store.read_bytes(key).splitlines()
+        try:
+            _owner(store, key, before[0] if before else b"")
+            lines = before
+        except DataError as error:
+            set_aside(store, key, [Refused(_text(line), error.message) for line in before])
     for event in events:
-        if "path" in event:
-            content = base64.b64encode(Path(event["path"]).read_bytes()).decode()
-            event = {name: value for name, value in event.items() if name != "path"} | {"content": content}
-        lines.append(json.dumps(event).encode())
+        if isinstance(event, FileEvent) and event.content is None:
+            try:
+                content = base64.b64encode(attached(event, folder)).decode()
+            except (DataError, OSError) as error:
+                logger.error("the file %s for MLflow is lost: %s", event.name, error)
+                continue
+            event = event.model_copy(update={"attachment": None, "content": content})
+        lines.append(to_line(event))
     store.write_bytes(key, b"\n".join(lines) + b"\n")
 
 
-def read_spool(store: Store, key: str) -> tuple[StageRequest, list[Event]]:
-    """Return what `leave_spool` wrote."""
-    first, *rest = store.read_bytes(key).splitlines()
-    return StageRequest.model_validate_json(first), [json.loads(line) for line in rest]
+def read_spool(store: Store, key: str) -> LeftSpool:
+    """Return what `leave_spool` wrote; raises DataError when it is not the spool of the stage whose folder it is in."""
+    first, *rest = store.read_bytes(key).splitlines() or [b""]
+    request = _owner(store, key, first)
+    events: list[Event] = []
+    refused: list[Refused] = []
+    for line in rest:
+        try:
+            event = from_line(line)
+            if isinstance(event, FileEvent) and event.content is None:
+                raise DataError(f"the file {event.name!r} has no content; a spool in the store names no other files")
+            events.append(event)
+        except DataError as error:
+            refused.append(Refused(_text(line), error.message))
+    return LeftSpool(request, tuple(events), tuple(refused))
+
+
+def set_aside(store: Store, key: str, refused: Iterable[Refused]) -> None:
+    """Keep what MLflow does not get next to the spool `key`, with the reasons, and say so in the log."""
+    lines = [json.dumps({"reason": entry.reason, "what": entry.what}).encode() for entry in refused]
+    if not lines:
+        return
+    aside = f"{key.rpartition('/')[0]}/{REFUSED_NAME}"
+    before = store.read_bytes(aside).splitlines() if store.exists(aside) else []
+    store.write_bytes(aside, b"\n".join([*before, *lines]) + b"\n")
+    first = json.loads(lines[0])["reason"]
+    logger.error(
+        "MLflow does not get %d records or values of %s; they are kept in %s/%s. The first reason: %s",
+        len(lines),
+        key,
+        store.root_uri,
+        aside,
+        first,
+    )
+
+
+def set_aside_whole(store: Store, key: str, reason: str) -> None:
+    """Set every line of a spool aside and remove it."""
+    set_aside(store, key, [Refused(_text(line), reason) for line in store.read_bytes(key).splitlines()])
+    store.delete(key)
+
+
+def _owner(store: Store, key: str, first: bytes) -> StageRequest:
+    """Return the request on a spool's first line, which must be of the run and the stage whose folder it lies in."""
+    where = f"{store.root_uri}/{key}"
+    try:
+        request = StageRequest.model_validate_json(first)
+    except ValidationError as error:
+        raise DataError(f"the first line of {where} is not the request of a stage: {first_problem(error)}") from None
+    if run_key(request.run.run_id, request.stage, SPOOL_NAME) != key:
+        raise DataError(
+            f"{where} says that it is of stage {request.stage.value} of run {request.run.run_id!r}, which has another "
+            "folder"
+        )
+    return request
+
+
+def _text(line: bytes) -> str:
+    return line.decode("utf-8", "replace")

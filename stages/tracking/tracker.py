@@ -9,20 +9,23 @@ Surprising on purpose:
   run, or `python -m stages.tracking <run id>` delivers it.
 """
 
+import http.client
 import json
 import logging
 import os
 import shutil
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 from stages.artifacts.addresses import open_store, run_key
 from stages.config.mlflow import authorization, tracking_server
 from stages.config.request import ArtifactRef, Manifest, StageRequest
 from stages.tracking.client import now_ms, stage_tag
-from stages.tracking.delivery import Deliverer
-from stages.tracking.spool import SPOOL_NAME, Event, Spool, leave_spool
+from stages.tracking.deliverer import Deliverer
+from stages.tracking.events import FailEvent, FileEvent, FinishEvent, MetricsEvent, StartEvent
+from stages.tracking.spool import SPOOL_NAME, Spool, leave_spool, set_aside
 
 _FINISH_SECONDS = 30.0
 _FAIL_SECONDS = 10.0
@@ -53,7 +56,7 @@ class Tracker:
     def __init__(self, request: StageRequest, spool_dir: Path) -> None:
         self._request, self._spool_dir = request, spool_dir
         self._spool = Spool(spool_dir / SPOOL_NAME)
-        self._start: Event = {}
+        self._start: StartEvent | None = None
         self._deliverer: Deliverer | None = None
 
     def start(self, *, fingerprint: str, params: dict[str, str], tags: dict[str, str]) -> None:
@@ -63,7 +66,7 @@ class Tracker:
                 "MLFLOW_TRACKING_URI is not set: stage %s is not tracked in MLflow", self._request.stage.value
             )
             return
-        self._start = {"type": "start", "fingerprint": fingerprint, "params": params, "tags": tags, "time": now_ms()}
+        self._start = StartEvent(fingerprint=fingerprint, params=params, tags=tags, time=now_ms())
         self._spool.append(self._start)
         self._deliverer = Deliverer(self._request, self._spool)
         self._deliverer.start()
@@ -72,25 +75,27 @@ class Tracker:
         """Queue the metrics of one optimizer step; they reach MLflow in batches, two seconds later at most."""
         if self._deliverer:
             values = {key: float(value) for key, value in metrics.items()}
-            self._spool.append({"type": "metrics", "step": step, "values": values, "time": now_ms()})
+            self._spool.append(MetricsEvent(step=step, values=values, time=now_ms()))
             self._deliverer.may_import.set()
 
     def log_artifact(self, path: Path, name: str, *, parent: bool = False) -> None:
         """Queue a copy of `path` as artifact `name` of this run, or of the pipeline run."""
-        if self._deliverer:
-            copy = self._new_attachment()
-            shutil.copyfile(path, copy)
-            self._spool.append({"type": "file", "path": str(copy), "name": name, "parent": parent})
+        self._attach_file(lambda copy: shutil.copyfile(path, copy), name, parent=parent)
 
     def log_text(self, text: str, name: str, *, parent: bool = False) -> None:
         """Queue `text` as artifact `name` of this run, or of the pipeline run."""
-        if self._deliverer:
-            copy = self._new_attachment()
-            copy.write_text(text, encoding="utf-8")
-            self._spool.append({"type": "file", "path": str(copy), "name": name, "parent": parent})
+        self._attach_file(lambda copy: copy.write_text(text, encoding="utf-8"), name, parent=parent)
 
-    def _new_attachment(self) -> Path:
-        return self._spool_dir / f"attachment-{time.monotonic_ns()}"
+    def _attach_file(self, write: Callable[[Path], object], name: str, *, parent: bool) -> None:
+        if self._deliverer is None:
+            return
+        copy = self._spool_dir / f"attachment-{time.monotonic_ns()}"
+        try:
+            write(copy)
+        except OSError as error:  # a full disk costs tracking and not the stage
+            logger.error("the file %s for MLflow is lost: %s", name, error)
+            return
+        self._spool.append(FileEvent(name=name, parent=parent, attachment=copy.name))
 
     def wait_run_id(self, timeout: float) -> str | None:
         """Return the child run's id as soon as it exists, None when it does not within `timeout` seconds."""
@@ -109,9 +114,7 @@ class Tracker:
         """
         if self._deliverer is None:
             return None, None
-        self._spool.append(
-            {"type": "finish", "manifest": manifest.model_dump(mode="json"), "history": history, "time": now_ms()}
-        )
+        self._spool.append(FinishEvent(manifest=manifest, history=history, time=now_ms()))
         self._deliver_or_leave(_FINISH_SECONDS)
         session = self._deliverer.session
         return (session.run_id, session.model_id) if session else (None, None)
@@ -119,7 +122,7 @@ class Tracker:
     def fail(self, message: str) -> None:
         """End the run FAILED; a later attempt of the stage continues it."""
         if self._deliverer:
-            self._spool.append({"type": "fail", "message": message, "time": now_ms()})
+            self._spool.append(FailEvent(message=message, time=now_ms()))
             self._deliver_or_leave(_FAIL_SECONDS)
 
     def close(self) -> None:
@@ -128,23 +131,32 @@ class Tracker:
             self._deliver_or_leave(_FAIL_SECONDS)
 
     def _deliver_or_leave(self, seconds: float) -> None:
-        if self._deliverer is None or self._deliverer.drain(seconds):
+        if self._deliverer is None or self._start is None:
             return
-        self._deliverer.abandon()
-        left = self._spool.undelivered()
-        if not left:
+        if not self._deliverer.drain(seconds):
+            self._deliverer.abandon()
+        delivery, files = self._deliverer.delivery, list(self._deliverer.taken_up)
+        refused = delivery.refused() if delivery else []
+        if delivery:
+            files += delivery.postponed
+            delivery.postponed = []
+        left = [*files, *self._spool.undelivered()]
+        if not left and not refused:
             return
-        if left[0]["type"] != "start":
-            left.insert(0, self._start)
         store, run_id = open_store(self._request.store_uri), self._request.run.run_id
         key = run_key(run_id, self._request.stage, SPOOL_NAME)
-        leave_spool(store, key, self._request, left)
+        set_aside(store, key, refused)
+        if not left:
+            return
+        if not isinstance(left[0], StartEvent):
+            left.insert(0, self._start)
+        leave_spool(store, key, self._request, left, folder=self._spool.folder)
         logger.warning(
             "MLflow did not take %d events within %.0f s (%s); they wait in %s/%s and are delivered by the next "
             "attempt, a closing stage of this run, or `python -m stages.tracking %s`",
             len(left),
             seconds,
-            self._deliverer.problem or "no answer yet",
+            self._deliverer.problem or ("its storage took no files" if files else "no answer yet"),
             store.root_uri,
             key,
             run_id,
@@ -176,5 +188,5 @@ def record_hit(request: StageRequest, artifact: ArtifactRef) -> None:
     try:
         with urllib.request.urlopen(call, timeout=5):
             pass
-    except OSError as error:  # URLError and HTTPError are OSErrors
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and HTTPError are OSErrors
         logger.warning("MLflow was not told that stage %s hit: %s", request.stage.value, error)

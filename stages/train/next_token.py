@@ -100,6 +100,7 @@ class NextTokenObjective:
         self._balancing = Balancing(policy=extras.routing)
         self._cursor = 0
         self.num_steps, self.tokens_per_step = len(self._steps), tokens_per_step
+        self.num_heldout = min(len(heldout), eval_items)
         self.order = order_digest(batches(order, global_batch_size))
 
     def steps(self, engine: Engine) -> Iterator[Step]:

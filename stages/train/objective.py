@@ -42,6 +42,8 @@ class Objective(Protocol):
     """Optimizer steps of the whole training, also those before a resume."""
     tokens_per_step: int
     """Laid-out tokens of every full step; 0 where steps differ in it."""
+    num_heldout: int
+    """Items that an evaluation measures; without any it measures nothing."""
     order: str
     """Digest of which items train in which step: a checkpoint is only valid for the same order."""
 

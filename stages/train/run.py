@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.config.errors import ConfigError
+from stages.config.errors import ConfigError, DataError
 from stages.config.graph import GRAPH
 from stages.config.train import TrainConfig
 from stages.data.tokens.views import TokensArtifact
@@ -64,6 +64,7 @@ def train_on_worker(context: StageContext, prepare: Prepare) -> StageOutcome:
     engine = make_engine(prepared.parts, config, execution)
     objective = prepared.objective(engine)
     _check_size(objective, context)
+    unmeasured = _unmeasured(objective, config)
     checkpointer = Checkpointer(
         context.store,
         context.fingerprint,
@@ -92,7 +93,7 @@ def train_on_worker(context: StageContext, prepare: Prepare) -> StageOutcome:
     final = {name: value for name, value in chosen.items() if name != "step"}
     return StageOutcome(
         metrics=final,
-        ledger=prepared.ledger | {"steps": objective.num_steps},
+        ledger=prepared.ledger | {"steps": objective.num_steps} | unmeasured,
         execution={"device": engine.device.type, "compute_dtype": str(dtype).removeprefix("torch.")},
     )
 
@@ -121,6 +122,21 @@ def _check_size(objective: Objective, context: StageContext) -> None:
             f"{context.request.stage.value} has nothing to train on: 0 optimizer steps",
             advice="Bring more data, or train longer.",
         )
+
+
+def _unmeasured(objective: Objective, config: TrainConfig) -> dict[str, str]:
+    """Return a ledger entry when there is nothing to evaluate on; raises DataError, before the first step, when the
+    best weights could then not be chosen."""
+    if objective.num_heldout:
+        return {}
+    reason = "there are no held-out items for this stage, so nothing under eval/ is measured"
+    if config.best_metric:
+        raise DataError(
+            f"best_metric={config.best_metric!r} cannot be measured: {reason}",
+            advice="Hold out a larger share of the data, bring more of it, or leave best_metric empty.",
+        )
+    logger.warning("%s", reason)
+    return {"not_evaluated": reason}
 
 
 def _reporter(context: StageContext, engine: Engine) -> Callable[..., None]:

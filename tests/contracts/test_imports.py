@@ -11,7 +11,7 @@ import pytest
 PACKAGES = ("dags", "operators", "stages", "infra")
 SPLIT_ROOMS = ("stages", "stages.data", "operators", "infra")
 """Packages whose folders are rooms of their own; deeper folders belong to their room."""
-FOR_AIRFLOW = ("stages.config", "stages.artifacts", "stages.tracking.spool")
+FOR_AIRFLOW = ("stages.config", "stages.artifacts", "stages.tracking.spool", "stages.tracking.events")
 """All that Airflow's side may import of the stages."""
 
 Graph = Mapping[str, frozenset[str]]

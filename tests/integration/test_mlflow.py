@@ -229,7 +229,7 @@ def test_finishing_the_same_stage_again_adds_nothing(tracked: Tracked) -> None:
     assert tracked.points(after.mlflow_run_id, "eval/loss") == [(0, 2.0)]
 
 
-def test_what_mlflow_refuses_for_good_holds_up_nothing_and_the_run_still_ends(tracked: Tracked, caplog) -> None:
+def test_keys_that_mlflow_would_refuse_are_made_to_fit(tracked: Tracked) -> None:
     tracker = tracked.tracker(Stage.CURATE)
     tracker.log({"k" * 300: 1.0}, 1)  # longer than MLflow's limit
     tracker.log_text("hello", "note.txt")
@@ -237,10 +237,22 @@ def test_what_mlflow_refuses_for_good_holds_up_nothing_and_the_run_still_ends(tr
     run = tracked.client.get_run(run_id)
     assert run.info.status == "FINISHED"
     assert "note.txt" in [entry.path for entry in tracked.client.list_artifacts(run_id)]
-    assert caplog.text.count("MLflow refused an event") == 2
-    tracker = tracked.tracker(Stage.TOKENIZE)
-    run_id, _ = tracked.finish(Stage.TOKENIZE, tracker, metrics={"reward/accuracy_odd?kind": 0.5})
-    assert tracked.points(run_id, "reward/accuracy_odd-kind") == [(0, 0.5)]
+    assert len([key for key in run.data.metrics if key.startswith("kkk")]) == 1
+    assert tracked.points(run_id, "reward/accuracy_odd-kind") == [(1, 0.5)]
+
+
+def test_what_mlflow_refuses_for_good_costs_nothing_else_and_is_kept(tracked: Tracked, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("stages.config.mlflow_limits.KEY", 400)  # as if this MLflow allowed less than it should
+    monkeypatch.setattr("stages.config.mlflow_limits.key", lambda name: name)
+    tracker = tracked.tracker(Stage.CURATE)
+    tracker.log({"k" * 300: 1.0, "train/loss": 2.0}, 1)
+    run_id, _ = tracked.finish(Stage.CURATE, tracker, metrics={"eval/loss": 0.5, "odd?key": 1.0})
+    run = tracked.client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert (run.data.metrics["train/loss"], run.data.metrics["eval/loss"]) == (2.0, 0.5)
+    assert caplog.text.count("the rest is logged") == 2
+    kept = tracked.store.read_bytes(f"runs/{tracked.run.run_id}/curate/mlflow-spool.refused.jsonl").splitlines()
+    assert len(kept) == 2
 
 
 def test_what_a_killed_attempt_did_not_deliver_comes_from_the_history(tracked: Tracked) -> None:

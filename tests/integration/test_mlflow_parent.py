@@ -3,7 +3,8 @@
 import httpx
 import pytest
 
-from operators.mlflow import RUN_TAG, end_parent_run, end_stage_runs, open_parent_run, parent_artifact_page
+from operators.mlflow import RUN_TAG, end_parent_run, end_stage_runs, log_plan, open_parent_run, parent_artifact_page
+from stages.config.errors import ConfigError
 from stages.config.request import RunInfo
 
 pytestmark = pytest.mark.integration
@@ -78,3 +79,27 @@ def test_child_runs_without_an_end_are_ended_and_the_others_left_alone(tracking_
     assert (status(sft), status(ppo), status(parent)) == ("FAILED", "RUNNING", "RUNNING")
     end_stage_runs(RUN, killed=True)
     assert (status(sft), status(ppo), status(parent)) == ("FAILED", "KILLED", "RUNNING")
+
+
+def test_a_deleted_experiment_is_told_with_the_way_out_before_anything_is_trained(tracking_uri: str):
+    run = RUN.model_copy(update={"experiment": "deleted"})
+    parent = open_parent_run(run)
+    assert parent is not None
+    experiment = get(tracking_uri, parent)["info"]["experiment_id"]
+    httpx.post(f"{tracking_uri}/api/2.0/mlflow/experiments/delete", json={"experiment_id": experiment}, timeout=10)
+    with pytest.raises(ConfigError, match=r"experiment 'deleted' \(id \d+\) was deleted") as caught:
+        open_parent_run(run)
+    assert f"mlflow experiments restore --experiment-id {experiment}" in caught.value.advice
+    end_parent_run(run, succeeded=True)  # nothing to end, and no failure
+    end_stage_runs(run, killed=True)
+
+
+def test_a_plan_longer_than_a_description_may_be_is_cut_there_and_whole_as_a_file(tracking_uri: str):
+    parent = open_parent_run(RUN.model_copy(update={"run_id": "planned"}))
+    page = "x" * 20_000
+    log_plan(RUN.model_copy(update={"parent_run_id": parent}), page=page, data="{}", summary="s", dry_run=True)
+    run = get(tracking_uri, str(parent))
+    note = next(tag["value"] for tag in run["data"]["tags"] if tag["key"] == "mlflow.note.content")
+    assert "cut: 20000 characters" in note
+    where = run["info"]["artifact_uri"].removeprefix("mlflow-artifacts:")
+    assert httpx.get(f"{tracking_uri}/api/2.0/mlflow-artifacts/artifacts{where}/plan.md", timeout=10).text == page

@@ -12,7 +12,7 @@ from stages.config.errors import Category, ConfigError, DataError, StageError
 from stages.config.graph import Stage
 from stages.job.failures import describe_failure
 from stages.job.stopping import Stopped
-from stages.tracking.client import explain
+from stages.tracking.trouble import explain
 
 
 class ActorDiedError(Exception):

@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from operators.mlflow import MlflowServer, MlflowUnavailableError
+from operators.mlflow import MlflowRefusedError, MlflowServer, MlflowUnavailableError
 from operators.people.collect import find_model
 from stages.config.errors import ConfigError
 
@@ -20,6 +20,12 @@ ANSWERS = {
         {"error_code": "INVALID_PARAMETER_VALUE", "message": "Registered model alias candidate not found."},
     ),
     "gone": (404, {"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "Registered Model with name=x not found"}),
+    "no-login": (401, "You are not authenticated."),
+    "forbidden": (403, "Permission denied"),
+    "odd-host": (403, "Invalid Host header - possible DNS rebinding attack detected"),
+    "page": (200, "<html>welcome</html>"),
+    "list": (200, []),
+    "down": (503, "try later"),
     "broken": (400, {"error_code": "INVALID_PARAMETER_VALUE", "message": "Invalid value for parameter 'name'"}),
 }
 
@@ -33,7 +39,7 @@ class _Registry(BaseHTTPRequestHandler):
         self.logins.append(self.headers["Authorization"])
         alias = parse_qs(urlsplit(self.path).query)["alias"][0]
         status, body = ANSWERS[alias]
-        data = json.dumps(body).encode()
+        data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -84,3 +90,28 @@ def test_raters_are_told_which_model_is_missing_and_how_to_get_it(registry: str,
     assert "until promote" in caught.value.advice
     with pytest.raises(ConfigError, match="no artifact of Athanor"):
         find_model("/models/llama")
+
+
+@pytest.mark.parametrize(
+    ("alias", "says"),
+    [
+        ("no-login", "MLFLOW_TRACKING_PASSWORD"),
+        ("forbidden", "may not do this"),
+        ("odd-host", "MLFLOW_HOSTS"),
+        ("page", "not an MLflow server"),
+        ("list", "not an MLflow server"),
+        ("broken", "Invalid value"),
+    ],
+)
+def test_what_a_person_must_mend_is_told_apart_from_an_outage(registry: str, alias: str, says: str) -> None:
+    with MlflowServer(registry) as server, pytest.raises(MlflowRefusedError, match=says):
+        server.model_version("x", alias=alias)
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "http://no host:5000", "http://[::1", "http://host:port"])
+def test_an_outage_and_an_address_that_is_none_are_no_traceback(address: str, registry: str) -> None:
+    with MlflowServer(registry) as server, pytest.raises(MlflowUnavailableError) as caught:
+        server.model_version("x", alias="down")
+    assert not isinstance(caught.value, MlflowRefusedError)
+    with pytest.raises(MlflowUnavailableError), MlflowServer(address) as server:
+        server.model_version("x", alias="champion")

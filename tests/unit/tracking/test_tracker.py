@@ -7,15 +7,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from infra.ports import any_free
+from stages.artifacts.addresses import run_key
 from stages.artifacts.manifests import read_manifest
 from stages.config.graph import Stage
 from stages.tracking.__main__ import main
+from stages.tracking.events import Event, FailEvent, FileEvent, MetricsEvent, StartEvent
 from stages.tracking.spool import SPOOL_NAME, Spool, leave_spool, read_spool
 from stages.tracking.tracker import NullTracker, Tracker, record_hit
 from tests.pipeline_records import fingerprint_of, publish_run, refs_for, request_for, run_info
@@ -27,32 +30,42 @@ def test_importing_the_tracker_imports_neither_mlflow_nor_anything_heavy() -> No
     assert not {"mlflow", "numpy", "pandas", "torch", "matplotlib", "boto3", "jinja2"} & set(loaded)
 
 
+def measured(step: int, **values: float) -> MetricsEvent:
+    return MetricsEvent(step=step, values=values, time=1)
+
+
+def steps(events: Iterable[Event]) -> list[int]:
+    return [event.step for event in events if isinstance(event, MetricsEvent)]
+
+
 def test_the_spool_hands_out_events_in_order_until_they_are_acknowledged(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool.jsonl")
     for step in range(5):
-        spool.append({"type": "metrics", "step": step})
+        spool.append(measured(step))
     first = spool.next_events(limit=2)
-    assert [event["step"] for event, _ in first] == [0, 1]
-    assert [event["step"] for event, _ in spool.next_events(limit=2)] == [0, 1]
+    assert steps(event for event, _ in first) == [0, 1]
+    assert steps(event for event, _ in spool.next_events(limit=2)) == [0, 1]
     spool.acknowledge(first[0][1])
-    assert [event["step"] for event in spool.undelivered()] == [1, 2, 3, 4]
+    assert steps(spool.undelivered()) == [1, 2, 3, 4]
     assert not spool.is_delivered
     spool.acknowledge(spool.next_events()[-1][1])
     assert spool.is_delivered
     assert spool.undelivered() == []
 
 
-def test_the_spool_keeps_text_beyond_ascii_and_values_that_are_not_finite(tmp_path: Path) -> None:
+def test_the_spool_is_valid_json_and_keeps_text_beyond_ascii_and_values_that_are_not_finite(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool.jsonl")
-    spool.append({"type": "metrics", "note": "Grüße 🜂\nline", "values": {"a": math.inf, "b": math.nan}})
-    spool.append({"type": "next"})
+    spool.append(FailEvent(message="Grüße 🜂\nline", time=1))
+    spool.append(measured(1, a=math.inf, b=math.nan))
     (first, position), (second, _) = spool.next_events()
-    assert first["note"] == "Grüße 🜂\nline"
-    assert first["values"]["a"] == math.inf
-    assert math.isnan(first["values"]["b"])
-    assert second == {"type": "next"}
+    assert first == FailEvent(message="Grüße 🜂\nline", time=1)
+    assert isinstance(second, MetricsEvent)
+    assert second.values["a"] == math.inf
+    assert math.isnan(second.values["b"])
+    for line in (tmp_path / "spool.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda token: pytest.fail(f"{token} is not JSON"))
     spool.acknowledge(position)
-    assert spool.undelivered() == [{"type": "next"}]
+    assert steps(spool.undelivered()) == [1]
 
 
 def test_no_event_is_lost_or_doubled_while_one_thread_writes_and_one_reads(tmp_path: Path) -> None:
@@ -60,30 +73,30 @@ def test_no_event_is_lost_or_doubled_while_one_thread_writes_and_one_reads(tmp_p
 
     def write() -> None:
         for step in range(2000):
-            spool.append({"step": step})
+            spool.append(measured(step))
 
     writer = threading.Thread(target=write)
     writer.start()
     while writer.is_alive() or not spool.is_delivered:
         for event, position in spool.next_events(limit=50):
-            seen.append(event["step"])
+            seen.append(event)
             spool.acknowledge(position)
-    assert seen == list(range(2000))
+    assert steps(seen) == list(range(2000))
 
 
 def test_a_left_spool_carries_its_attachments_and_adds_to_an_earlier_one(tmp_path: Path) -> None:
     store, made = publish_run(tmp_path)
     request = request_for(Stage.SFT, store, refs_for(Stage.SFT, made))
+    key = run_key(request.run.run_id, Stage.SFT, SPOOL_NAME)
     attachment = tmp_path / "note.txt"
     attachment.write_text("hello")
-    leave_spool(store, "runs/r/sft/s.jsonl", request, [{"type": "start"}])
-    leave_spool(store, "runs/r/sft/s.jsonl", request, [{"type": "file", "path": str(attachment), "name": "note.txt"}])
+    leave_spool(store, key, request, [StartEvent(fingerprint="f", time=1)])
+    leave_spool(store, key, request, [FileEvent(name="note.txt", attachment="note.txt")], folder=tmp_path)
     attachment.unlink()
-    found, events = read_spool(store, "runs/r/sft/s.jsonl")
-    assert found == request
-    assert [event["type"] for event in events] == ["start", "file"]
-    assert events[1]["content"] == "aGVsbG8="
-    assert "path" not in events[1]
+    left = read_spool(store, key)
+    assert left.request == request
+    assert left.events == (StartEvent(fingerprint="f", time=1), FileEvent(name="note.txt", content="aGVsbG8="))
+    assert left.refused == ()
 
 
 def test_without_a_tracking_uri_nothing_is_tracked_and_that_is_said(tmp_path: Path, monkeypatch, caplog) -> None:
@@ -115,8 +128,8 @@ def test_a_dead_server_never_blocks_and_leaves_everything_in_the_store(tmp_path:
         assert tracker.finish(read_manifest(made[Stage.SFT])) == (None, None)
     assert time.monotonic() - started < 20.0
     assert "python -m stages.tracking manual-1" in caplog.text
-    _, events = read_spool(store, f"runs/{request.run.run_id}/sft/{SPOOL_NAME}")
-    assert [event["type"] for event in events] == ["start", *["metrics"] * 100, "file", "finish"]
+    events = read_spool(store, f"runs/{request.run.run_id}/sft/{SPOOL_NAME}").events
+    assert [event.type for event in events] == ["start", *["metrics"] * 100, "file", "finish"]
 
 
 def test_a_full_disk_costs_tracking_and_not_training(tmp_path: Path, caplog) -> None:
@@ -124,7 +137,7 @@ def test_a_full_disk_costs_tracking_and_not_training(tmp_path: Path, caplog) -> 
     spool._file.close()
     spool._file = cast(Any, Path("/dev/full").open("ab", buffering=0))  # noqa: SIM115 - the device that is always full
     with caplog.at_level(logging.ERROR):
-        spool.append({"type": "metrics"})
+        spool.append(measured(1))
     assert "is lost" in caplog.text
     assert spool.is_delivered
 
