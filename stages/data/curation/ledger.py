@@ -42,6 +42,8 @@ class Step:
     entered: Amount = field(default_factory=Amount)
     kept: Amount = field(default_factory=Amount)
     rewritten: int = 0
+    lost: int = 0
+    """Bytes of files, or of the rest of files, that could not be read; part of what entered."""
     dropped: dict[str, Amount] = field(default_factory=dict)
     samples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
 
@@ -57,6 +59,7 @@ class Step:
         self.entered.merge(other.entered)
         self.kept.merge(other.kept)
         self.rewritten += other.rewritten
+        self.lost += other.lost
         for reason, amount in other.dropped.items():
             self.dropped.setdefault(reason, Amount()).merge(amount)
         for reason, rows in other.samples.items():
