@@ -49,7 +49,8 @@ class Places:
 def places() -> Places:
     """The folders that this process's environment opens and closes; raises ConfigError for a root that is none."""
     home = _home()
-    own = [_CHECKOUT / ".athanor", *(Path(os.environ[name]) for name in ("ATHANOR_HOME",) if os.environ.get(name))]
+    # The local stack keeps its state in the checkout, or where ATHANOR_HOME says.
+    own = [_CHECKOUT / ".athanor", Path(os.environ.get("ATHANOR_HOME") or _CHECKOUT).expanduser() / ".athanor"]
     airflow = os.environ.get("AIRFLOW_HOME") or f"{home}/airflow"
     # Databases and secrets are closed; what the pipeline and people made is a source like any other.
     artifacts = [str(folder / "store" / "artifacts") for folder in own]
