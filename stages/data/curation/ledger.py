@@ -42,10 +42,10 @@ class Step:
     entered: Amount = field(default_factory=Amount)
     kept: Amount = field(default_factory=Amount)
     rewritten: int = 0
-    lost: int = 0
-    """Bytes of files, or of the rest of files, that could not be read; part of what entered."""
     dropped: dict[str, Amount] = field(default_factory=dict)
     samples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    lost: int = 0
+    """Bytes of files, or of the rest of files, that could not be read; part of what entered."""
 
     def drop(self, reason: str, identity: str, text: str, size: int | None = None, *, samples: int) -> None:
         """Count a dropped document and keep it as a sample while there is room; personal data never gets in."""

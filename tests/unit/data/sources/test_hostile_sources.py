@@ -1,6 +1,7 @@
 """Sources that lead elsewhere, hang, lie about their end or their size: read what is good, name and count the rest."""
 
 import gzip
+import io
 import json
 import os
 import socket
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from botocore.response import StreamingBody
 
 from stages.config.curate import CurateConfig
 from stages.config.errors import ConfigError, DataError
@@ -550,3 +552,77 @@ def test_inputs_from_the_field_have_their_right_values(tmp_path: Path) -> None:
     lines = {**whole, "instructions": (str(WORLD / "04_lines_in_json.json"),)}
     _, output = curated(tmp_path, name="lines", documents=(str(tmp_path / "text.txt"),), **lines)
     assert len(rows_of(output / "instructions" / "train.jsonl.gz")) == 20
+
+
+# Objects in S3, told by a client that holds them in memory
+
+
+class _Bucket:
+    """What reading asks of boto3's client; bodies are boto3's own."""
+
+    def __init__(self, objects: dict[str, bytes]) -> None:
+        self.objects = objects
+
+    def get_paginator(self, name: str) -> "_Bucket":
+        assert name == "list_objects_v2"
+        return self
+
+    def paginate(self, *, Bucket: str, Prefix: str) -> list[dict[str, Any]]:
+        found = {key: data for key, data in self.objects.items() if key.startswith(Prefix)}
+        return [{"Contents": [{"Key": key, "Size": len(data), "ETag": f'"{key}"'} for key, data in found.items()]}]
+
+    def get_object(self, *, Bucket: str, Key: str) -> dict[str, Any]:
+        return {"Body": StreamingBody(io.BytesIO(self.objects[Key]), len(self.objects[Key]))}
+
+
+def _in_s3(objects: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = _Bucket(objects)
+    for module in ("storage", "streams"):
+        monkeypatch.setattr(f"stages.data.sources.{module}.s3_client", lambda: bucket, raising=False)
+
+
+def test_hidden_objects_are_passed_over_as_in_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("a.jsonl", "._a.jsonl", ".hidden/b.txt", ".ipynb_checkpoints/a-checkpoint.jsonl")
+    _in_s3({f"corpus/{name}": b'{"text": "one"}\n' for name in names}, monkeypatch)
+    assert _read("s3://bucket/corpus") == (["one"], {})
+    found = readers.survey(CurateConfig(documents=("s3://bucket/corpus",)))
+    assert [(entry.reason, entry.name) for entry in found.unread["s3://bucket/corpus"]] == [
+        ("hidden", name) for name in names[1:]
+    ]
+
+
+def test_lines_of_an_object_are_not_read_byte_by_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = b"".join(json.dumps({"text": "word " * 20 + str(number)}).encode() + b"\n" for number in range(6000))
+    _in_s3({"x.jsonl": lines, "y.jsonl.gz": gzip.compress(lines), "z.parquet": b"", "v.txt": b"v"}, monkeypatch)
+    config = CurateConfig(documents=("s3://bucket/x.jsonl",))
+    reads = 0
+    whole = StreamingBody.read
+
+    def counted(self: StreamingBody, amt: int | None = None) -> bytes:
+        nonlocal reads
+        reads += 1
+        return whole(self, amt)
+
+    monkeypatch.setattr(StreamingBody, "read", counted)
+    records = [record for unit in readers.plan(config) for record in readers.read(unit, config)]
+    assert len(records) == 6000
+    assert reads < 10
+    assert _read("s3://bucket/y.jsonl.gz")[1] == {}
+    assert _read("s3://bucket/z.parquet")[1] == {"unreadable_parquet": 1}
+    assert _read("s3://bucket/v.txt") == (["v"], {})
+
+
+@pytest.mark.parametrize("name", ["", "Bad Bucket", "\u00fc", "x:y", "."])
+def test_what_is_no_bucket_is_refused_before_anything_is_sent(name: str) -> None:
+    with pytest.raises(ConfigError):
+        readers.plan(CurateConfig(documents=(f"s3://{name}",)))
+
+
+def test_a_word_list_that_is_damaged_is_named(tmp_path: Path) -> None:
+    (tmp_path / "words.txt.gz").write_bytes(b"no gzip")
+    (tmp_path / "a.txt").write_text(prose(1))
+    settings: dict[str, Any] = {**PLAIN, "toxicity": "word-list", "toxicity_word_list": str(tmp_path / "words.txt.gz")}
+    with pytest.raises(
+        DataError, match=r"toxicity_word_list='.*words\.txt\.gz' cannot be read \(damaged_compression\)"
+    ):
+        curated(tmp_path, documents=(str(tmp_path / "a.txt"),), **settings)
