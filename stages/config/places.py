@@ -94,7 +94,11 @@ def _real(folders: Iterable[str]) -> tuple[str, ...]:
 def real_path(path: str | Path) -> str:
     """The place behind all links, whether or not there is anything. POSIX lets `//etc` be another root; Linux does
     not."""
-    return "/" + os.path.realpath(path).lstrip("/")
+    try:
+        place = os.path.realpath(path)
+    except OSError:  # a link that this account may not look at, such as /proc/1/root; nothing can be read through it
+        place = os.path.abspath(path)
+    return "/" + place.lstrip("/")
 
 
 def is_within(place: str, folder: str) -> bool:

@@ -125,3 +125,14 @@ def test_file_addresses_keep_every_character() -> None:
     assert local_path("file:///data/a#b?c=d") == Path("/data/a#b?c=d")
     assert local_path("file://localhost/data") == Path("/data")
     assert local_path(Path("/data/ü %41").as_uri()) == Path("/data/ü %41")
+
+
+def test_a_link_that_may_not_be_looked_at_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As /proc/1/root is to everybody but the owner of that process."""
+
+    def denied(path: object) -> str:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os.path, "realpath", denied)
+    assert not _is_open("/proc/1/root/etc")
+    assert _is_open("/data/x")

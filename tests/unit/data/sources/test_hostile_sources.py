@@ -15,6 +15,7 @@ import pytest
 import zstandard
 from botocore.response import StreamingBody
 
+from operators.given import given_artifact
 from stages.config.curate import CurateConfig
 from stages.config.errors import ConfigError, DataError
 from stages.config.resolve import resolve
@@ -626,3 +627,21 @@ def test_a_word_list_that_is_damaged_is_named(tmp_path: Path) -> None:
         DataError, match=r"toxicity_word_list='.*words\.txt\.gz' cannot be read \(damaged_compression\)"
     ):
         curated(tmp_path, documents=(str(tmp_path / "a.txt"),), **settings)
+
+
+def test_the_job_asks_again_where_a_model_lies(tmp_path: Path) -> None:
+    from stages.models.given import base_model_dir, snapshot_base_model
+
+    (tmp_path / "model").symlink_to("/etc")
+    for address in ("/etc", "file:///etc", str(tmp_path / "model"), "file:///etc/artifacts/sft-model/f"):
+        with pytest.raises(ConfigError, match=r"base_model=.*not open to sources"):
+            snapshot_base_model(address)
+        with pytest.raises(ConfigError, match=r"base_model=.*not open to sources"):
+            base_model_dir(address, tmp_path / "cache")
+
+
+def test_artifacts_by_address_lie_in_open_places() -> None:
+    with pytest.raises(ConfigError, match=r"previous_data=.*not open to sources"):
+        resolve({"recipe": "tiny", "previous_data": "file:///var/log/artifacts/curated/f"})
+    with pytest.raises(ConfigError, match=r"model=.*not open to sources"):
+        given_artifact("file:///proc/1/root/etc/artifacts/sft-model/f", field="model")
