@@ -13,6 +13,7 @@ from stages.config.errors import ConfigError, DamagedArtifactError, StageError, 
 from stages.config.graph import GRAPH, Stage, language_models
 from stages.config.mlflow import tracking_server
 from stages.config.pipeline import BASE_MODEL, PREVIOUS, PipelineConfig
+from stages.config.places import check_source
 from stages.config.request import ArtifactRef, Manifest
 
 _CURATED, _TOKENS = GRAPH[Stage.CURATE].kind, GRAPH[Stage.TOKENIZE].kind
@@ -45,6 +46,8 @@ def is_ours(address: str) -> bool:
 
 def given_artifact(address: str, *, field: str) -> ArtifactRef:
     """Return the artifact at an address; raises ConfigError that names the field when there is none."""
+    if not address.startswith("models:/"):
+        check_source(address, field=field)
     if not is_ours(address):
         raise ConfigError(
             f"{field}={address!r} is not the address of an artifact",

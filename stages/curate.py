@@ -6,6 +6,7 @@
 from collections.abc import Callable, Iterator
 
 from stages.config.curate import CurateConfig
+from stages.config.errors import DataError
 from stages.config.pipeline import PREVIOUS
 from stages.data.curation import account, acts
 from stages.data.curation.findings import Curation
@@ -13,7 +14,7 @@ from stages.data.curation.pool import num_processes, process_pool
 from stages.data.curation.workbench import Workbench
 from stages.data.pairs.build import build_pairs
 from stages.data.sources import readers
-from stages.data.sources.storage import open_decompressed
+from stages.data.sources.streams import MAX_RECORD_BYTES, Damaged, read_whole
 from stages.job.context import StageContext, StageOutcome
 
 Act = Callable[[Curation], None]
@@ -68,6 +69,11 @@ def _conclude(curation: Curation, *, previous: str) -> StageOutcome:
 def _word_list(config: CurateConfig) -> tuple[str, ...]:
     if config.toxicity != "word-list":
         return ()
-    entries = readers.data_files(config.toxicity_word_list, ("",))
-    with open_decompressed(entries[0].uri) as stream:
-        return tuple(stream.read().decode("utf-8-sig", "replace").splitlines())
+    files = readers.data_files(config.toxicity_word_list, ("",)).files
+    try:
+        return tuple(read_whole(files[0], MAX_RECORD_BYTES).decode("utf-8-sig", "replace").splitlines())
+    except Damaged as error:
+        raise DataError(
+            f"toxicity_word_list={config.toxicity_word_list!r} cannot be read ({error.reason}): {error}",
+            advice="Repair it: a text file with one word or phrase a line, also with .gz or .zst.",
+        ) from None

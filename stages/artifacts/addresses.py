@@ -1,30 +1,30 @@
 """Addresses: which store a URI names, and under which keys artifacts and runs lie in it."""
 
 import os
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from stages.artifacts.folder import FileStore
 from stages.artifacts.store import Store
-from stages.config.errors import ConfigError
+from stages.config.errors import ConfigError, without_logins
 from stages.config.graph import Stage
+from stages.config.places import bucket_and_key, local_path
 
 
 def open_store(root_uri: str) -> Store:
-    """Open a store by its root; raises ConfigError for a scheme that is neither `file` nor `s3`."""
-    parts = urlsplit(root_uri)
-    match parts.scheme:
-        case "file":
-            return FileStore(Path(unquote(parts.path)))
-        case "s3" if parts.netloc:
-            from stages.artifacts.s3 import S3Store
+    """Open a store by its root; raises ConfigError for what is neither file:///folder nor s3://bucket/prefix."""
+    # Not by urlsplit: '?' and '#' may be in names of folders and prefixes, and it would cut them off.
+    if root_uri.isprintable() and root_uri.startswith("file://"):
+        return FileStore(local_path(root_uri, field="ARTIFACT_STORE"))
+    if root_uri.isprintable() and root_uri.startswith("s3://"):
+        from stages.artifacts.s3 import S3Store
 
-            return S3Store(parts.netloc, parts.path.strip("/"))
-        case _:
-            raise ConfigError(
-                f"ARTIFACT_STORE={root_uri!r} is not a store; allowed: file:///folder or s3://bucket/prefix",
-                advice="Set ARTIFACT_STORE to one of these forms.",
-            )
+        bucket, prefix = bucket_and_key(root_uri, field="ARTIFACT_STORE")
+        prefix = prefix.strip("/")
+        if not {".", ".."}.intersection(prefix.split("/")):
+            return S3Store(bucket, prefix)
+    raise ConfigError(
+        f"ARTIFACT_STORE={without_logins(root_uri)!r} is not a store; allowed: file:///folder or s3://bucket/prefix",
+        advice="Set ARTIFACT_STORE to one of these forms.",
+    )
 
 
 def open_default_store(root_uri: str = "") -> Store:

@@ -205,6 +205,13 @@ class CurateConfig(Config):
             raise ValueError("toxicity='word-list' needs toxicity_word_list; give a file or use 'classifier' or 'none'")
         if not math.isclose(sum(self.preference_mix), 1.0, abs_tol=1e-6) or min(self.preference_mix) < 0:
             raise ValueError(f"preference_mix={self.preference_mix} must be four shares >= 0 that add up to 1")
+        lines = {"documents": self.documents, "instructions": tuple(source.uri for source in self.instruction_sources)}
+        for name, uris in {**lines, "preferences": tuple(source.uri for source in self.preference_sources)}.items():
+            if blank := [uri for uri in uris if not uri.strip()]:
+                # An empty path would be the folder in which the job works.
+                raise ValueError(
+                    f"{name}={list(uris)} holds a blank source {blank[0]!r}; leave it out, or name a source"
+                )
         outside = sorted(set(self.heldout_packages) - set(self.packages)) if self.packages else []
         if outside:
             raise ValueError(f"heldout_packages={outside} are not among packages; add them there or hold out others")

@@ -14,6 +14,7 @@ from stages.config.forms import PipelineParams, RunOutline
 from stages.config.graph import GRAPH, Stage, pipeline_stages, trained_stages
 from stages.config.nested import dotted
 from stages.config.pipeline import PipelineConfig
+from stages.config.places import check_source
 from stages.config.recipes import RECIPES
 from stages.config.sources import take_weights
 from stages.config.train import TrainConfig
@@ -42,6 +43,7 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     _apply_seed(tree, params)
     _place_weights(tree)
     config = validated(type(template), tree)
+    _refuse_closed_places(config)
     _refuse_underivable(config)
     _refuse_uncuttable(config)
     _refuse_float16(config)
@@ -67,8 +69,8 @@ def _apply_form(tree: dict[str, Any], params: PipelineParams) -> None:
     for name in RunOutline.model_fields:
         tree[name] = getattr(params, name)
     for name in ("documents", "instructions", "preferences"):
-        if given := getattr(params, name):
-            tree["curate"][name] = list(given)
+        if given := [line for line in getattr(params, name) if line.strip()]:
+            tree["curate"][name] = given
     tree["tokenize"]["base_model"] = params.base_model
     tree["promote"] |= {"run_name": params.run_name, "promotion": params.promotion}
     tree["report"]["title"] = params.run_name
@@ -112,6 +114,17 @@ def _refuse_impossible_end(params: PipelineParams) -> None:
             f"and base_model={params.base_model!r}; allowed: {names}",
             advice="Choose another last stage or another alignment.",
         )
+
+
+def _refuse_closed_places(config: PipelineConfig) -> None:
+    """Jobs check again: they run where the data is, and their environment may open other folders."""
+    for address, field in config.curate.outside_sources.items():
+        if address != INSTALLED_DOCS:
+            check_source(address, field=field)
+    for field in ("base_model", "previous_data"):
+        address = getattr(config, field)
+        if address and not address.startswith("models:/"):
+            check_source(address, field=field)
 
 
 def _refuse_underivable(config: PipelineConfig) -> None:

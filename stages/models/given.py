@@ -6,6 +6,7 @@ from pathlib import Path
 
 from stages.artifacts.manifests import canonical_json, fetch, hash_file, read_manifest
 from stages.config.errors import ConfigError
+from stages.config.places import check_source, local_path
 from stages.models.foreign_code import brings_code, code_files, may_run_code
 from stages.tracking.client import artifact_uri_of_model
 
@@ -18,7 +19,7 @@ def snapshot_base_model(uri: str) -> str:
     uri = _resolved(uri)
     if _is_artifact(uri):
         return _manifest_of(uri).digest
-    folder = Path(uri.removeprefix("file://"))
+    folder = local_path(uri, field="base_model")
     if folder.is_dir():
         import hashlib
 
@@ -39,7 +40,7 @@ def base_model_dir(uri: str, cache_dir: Path) -> Path:
     uri = _resolved(uri)
     if _is_artifact(uri):
         return fetch(_manifest_of(uri).ref(uri), cache_dir)
-    folder = Path(uri.removeprefix("file://"))
+    folder = local_path(uri, field="base_model")
     if not folder.is_dir():
         if not _HUB_ID.fullmatch(uri):
             raise _not_there(uri)
@@ -63,8 +64,11 @@ def _manifest_of(uri: str):
 
 
 def _resolved(uri: str) -> str:
-    """Follow `models:/name@alias` or `models:/name/version` to the artifact that the version was registered from."""
-    return artifact_uri_of_model(uri) if uri.startswith("models:/") else uri
+    """Follow `models:/name@alias` or `models:/name/version` to the artifact that the version was registered from;
+    ConfigError for a place that is closed to sources."""
+    found = artifact_uri_of_model(uri) if uri.startswith("models:/") else uri
+    check_source(found, field="base_model")
+    return found
 
 
 def _model_files(folder: Path) -> list[Path]:

@@ -57,6 +57,7 @@ def ledger(curation: Curation, pairs: PairsAccount, found: PlantedScore, *, prev
     return {
         "documents": {
             "sources": _by_source(curation.units),
+            **({"unread": curation.unread} if curation.unread else {}),
             "steps": [step.to_dict() for step in curation.steps],
             "dropped": dropped_by_reason(curation.steps),
             "published": {split: amount.to_dict() for split, amount in curation.published.items()},

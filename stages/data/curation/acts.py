@@ -19,6 +19,7 @@ from stages.data.curation.passes import PassResult, Shard, count_published, filt
 from stages.data.curation.workbench import SPLITS
 from stages.data.sources import readers
 from stages.data.sources.records import SourceDocument, stable_hash
+from stages.data.sources.storage import unread_by_reason
 
 # Shards depend on the sources alone, so the published files do not depend on the number of processes.
 _SHARD_BYTES = 2_000_000
@@ -36,7 +37,9 @@ def read(curation: Curation) -> None:
     """Read all sources, a process a unit; refuse sources that are mostly unreadable."""
     config, size = curation.bench.config, 0
     with curation.timed("read"):
-        tasks = [(unit, number, curation.bench) for number, unit in enumerate(readers.plan(config))]
+        found = readers.survey(config)
+        curation.unread = {source: unread_by_reason(unread) for source, unread in found.unread.items()}
+        tasks = [(unit, number, curation.bench) for number, unit in enumerate(found.units)]
 
         def report(done: int, result: Extracted) -> None:
             nonlocal size

@@ -40,6 +40,7 @@ def extract(unit: Unit, number: int, bench: Workbench) -> Extracted:
         size = record.size if isinstance(record, BadRecord) else utf8_size(record.text)
         step.entered.add(size)
         if isinstance(record, BadRecord):
+            step.lost += record.lost
             step.drop(record.reason, record.id, record.sample, size, samples=bench.config.samples_per_reason)
         else:
             step.kept.add(size)
@@ -71,14 +72,21 @@ def refuse_bad_sources(results: Sequence[Extracted], config: CurateConfig) -> No
 
 
 def refuse_bad_share(source: str, step: Step, config: CurateConfig) -> None:
-    """Raise DataError when more than `max_bad_fraction` of what came in could not be read."""
+    """Raise DataError when more than `max_bad_fraction` of what came in could not be read.
+
+    By records; and a file that is lost, which counts as one of them, also by its bytes.
+    """
     bad = {reason: amount.documents for reason, amount in step.dropped.items() if reason not in HARMLESS}
-    # By records and not by bytes: how many bytes of a damaged file were lost is unknown.
     share = sum(bad.values()) / max(1, step.entered.documents)
-    if share > config.max_bad_fraction:
-        samples = "; ".join(f"{reason}: {rows[0]['id']}" for reason, rows in sorted(step.samples.items()) if rows)
-        raise DataError(
-            f"source {source!r}: {sum(bad.values())} of {step.entered.documents} records ({share:.1%}) are unreadable "
-            f"{dict(sorted(bad.items()))}, allowed are max_bad_fraction={config.max_bad_fraction:.1%}. {samples}",
-            advice="Repair the source, or raise curate.max_bad_fraction.",
-        )
+    share_lost = step.lost / max(1, step.entered.bytes)
+    if max(share, share_lost) <= config.max_bad_fraction:
+        return
+    samples = "; ".join(f"{reason}: {rows[0]['id']}" for reason, rows in sorted(step.samples.items()) if rows)
+    what = f"{sum(bad.values())} of {step.entered.documents} records ({share:.1%}) are unreadable"
+    if share <= config.max_bad_fraction:
+        what = f"{step.lost} of {step.entered.bytes} bytes ({share_lost:.1%}) are in files that cannot be read"
+    raise DataError(
+        f"source {source!r}: {what} {dict(sorted(bad.items()))}, "
+        f"allowed are max_bad_fraction={config.max_bad_fraction:.1%}. {samples}",
+        advice="Repair the source, or raise curate.max_bad_fraction.",
+    )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,8 @@ class Curation:
     seen: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=KEY))
     """Keys of what earlier increments have judged."""
     units: list[Extracted] = field(default_factory=list)
+    unread: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By document source: what was passed over, how many and which, by reason."""
     marks: list[np.ndarray] = field(default_factory=list)
     """By unit: why a document must be dropped (see `marks.Mark`)."""
     planted: list[Planted] = field(default_factory=list)

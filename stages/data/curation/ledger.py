@@ -44,6 +44,8 @@ class Step:
     rewritten: int = 0
     dropped: dict[str, Amount] = field(default_factory=dict)
     samples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    lost: int = 0
+    """Bytes of files, or of the rest of files, that could not be read; part of what entered."""
 
     def drop(self, reason: str, identity: str, text: str, size: int | None = None, *, samples: int) -> None:
         """Count a dropped document and keep it as a sample while there is room; personal data never gets in."""
@@ -57,6 +59,7 @@ class Step:
         self.entered.merge(other.entered)
         self.kept.merge(other.kept)
         self.rewritten += other.rewritten
+        self.lost += other.lost
         for reason, amount in other.dropped.items():
             self.dropped.setdefault(reason, Amount()).merge(amount)
         for reason, rows in other.samples.items():

@@ -14,9 +14,11 @@ from stages.data.curation.ledger import Step
 from stages.data.pairs import instructions, preferences
 from stages.data.pairs.trees import conversations_of
 from stages.data.pairs.turns import Conversation, Unusable, opening
+from stages.data.sources.hub import read_hub
 from stages.data.sources.readers import data_files
 from stages.data.sources.records import BadRecord, is_drawn
-from stages.data.sources.rows import ROW_SUFFIXES, Row, read_hub, read_rows
+from stages.data.sources.rows import Row, read_rows
+from stages.data.sources.storage import ROW_SUFFIXES, Unread, unread_by_reason
 
 _LOOKED_AT = 100
 """The format of a file is detected from the fields of this many rows."""
@@ -33,6 +35,8 @@ class SourceAccount:
     unreadable: Step = field(default_factory=lambda: Step("read"))
     formats: set[str] = field(default_factory=set)
     changes: Counter[str] = field(default_factory=Counter)
+    unread: tuple[Unread, ...] = ()
+    """Its files that were passed over."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -41,6 +45,7 @@ class SourceAccount:
             "kept": self.step.kept.documents,
             "dropped": {reason: amount.documents for reason, amount in sorted(self.step.dropped.items())},
             "changed": dict(sorted(self.changes.items())),
+            **({"unread": unread_by_reason(self.unread)} if self.unread else {}),
         }
 
 
@@ -111,8 +116,9 @@ def _tables(source: Source, number: int, account: SourceAccount) -> Iterator[_Ta
     if source.uri.startswith("hf://"):
         named = [(source.uri, "", read_hub(source.uri))]
     else:
-        files = data_files(source.uri, ROW_SUFFIXES)
-        named = ((stored.name, stored.name, read_rows(stored.uri, stored.name)) for stored in files)
+        found = data_files(source.uri, ROW_SUFFIXES)
+        account.unread = found.unread
+        named = ((stored.name, stored.name, read_rows(stored)) for stored in found.files)
     for name, prefix, rows in named:
         records = _with_ids(rows, prefix, number)
         head = list(islice(records, _LOOKED_AT))
@@ -137,6 +143,7 @@ def _counted(outcome: _Outcome, account: SourceAccount, config: CurateConfig) ->
 
 def _unreadable(key: str, record: BadRecord, account: SourceAccount) -> _Outcome:
     account.unreadable.entered.add(record.size)
+    account.unreadable.lost += record.lost
     account.unreadable.drop(record.reason, key, record.sample, record.size, samples=1)
     return _Outcome(key, record.size, None, record.reason, record.sample)
 

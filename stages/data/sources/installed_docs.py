@@ -183,7 +183,7 @@ def _read_module(data: bytes, package: Package, *, identity: str, path: str, hel
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(data)
-    except (SyntaxError, ValueError) as error:  # ValueError: NUL bytes
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # NUL bytes; nested too deeply
         yield BadRecord(identity, "unparseable_source", len(data), str(error))
         return
     module, group = module_name(path), package.group

@@ -3,6 +3,7 @@
 The units depend on the sources alone, never on the number of processes, so the result does not either.
 """
 
+import dataclasses
 import hashlib
 import platform
 from collections.abc import Iterator
@@ -11,12 +12,24 @@ from dataclasses import dataclass
 from stages.artifacts.manifests import MANIFEST
 from stages.config.curate import INSTALLED_DOCS, CurateConfig
 from stages.config.errors import ConfigError
-from stages.data.sources import installed_docs
+from stages.config.places import check_source
+from stages.data.sources import installed_docs, streams
+from stages.data.sources.hub import parse_hub, read_hub
 from stages.data.sources.records import BadRecord, Record, SourceDocument, is_drawn
-from stages.data.sources.rows import ROW_SUFFIXES, Row, parse_hub, plain_name, read_hub, read_line_bytes, read_rows
-from stages.data.sources.storage import Stored, identity, list_objects
+from stages.data.sources.rows import Row, lost, read_rows
+from stages.data.sources.storage import (
+    ROW_SUFFIXES,
+    TEXT_SUFFIXES,
+    Listing,
+    Unread,
+    identity,
+    list_objects,
+    unread_by_reason,
+)
+from stages.data.sources.streams import Damaged, Stored, plain_name, read_whole
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst")
+_NUL_SHARE = 100
+"""A file with a NUL in so many bytes is no text."""
 
 
 @dataclass(frozen=True)
@@ -30,33 +43,56 @@ class Unit:
     stored: Stored | None = None
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What there is to read, in a fixed order, and by source what is there and not read."""
+
+    units: list[Unit]
+    unread: dict[str, tuple[Unread, ...]]
+
+
 def plan(config: CurateConfig) -> list[Unit]:
     """All units of all document sources, in a fixed order; raises ConfigError for a source that is not there."""
+    return survey(config).units
+
+
+def survey(config: CurateConfig) -> Survey:
+    """As `plan`, with what is not read."""
     units: list[Unit] = []
+    unread: dict[str, tuple[Unread, ...]] = {}
     for number, source in enumerate(config.documents):
         if source == INSTALLED_DOCS:
             units += [Unit(source, number, package=part) for part in installed_docs.plan(config)]
         elif source.startswith("hf://"):
             parse_hub(source)
+            check_source(source, field="documents")
             units.append(Unit(source, number))
         else:
-            units += [
-                Unit(source, number, stored=entry) for entry in data_files(source, (*TEXT_SUFFIXES, *ROW_SUFFIXES))
-            ]
-    return units
+            found = data_files(source, (*TEXT_SUFFIXES, *ROW_SUFFIXES))
+            units += [Unit(source, number, stored=entry) for entry in found.files]
+            if found.unread:
+                unread[source] = found.unread
+    return Survey(units, unread)
 
 
-def data_files(source: str, suffixes: tuple[str, ...]) -> list[Stored]:
+def data_files(source: str, suffixes: tuple[str, ...]) -> Listing:
     """The files of a source that have one of these suffixes (before .gz or .zst), without an artifact's manifest."""
-    files = [entry for entry in list_objects(source) if plain_name(entry.name).endswith(suffixes)]
-    if "/artifacts/" in source:
-        files = [entry for entry in files if entry.name != MANIFEST]
+    found = list_objects(source)
+    files, unread = [], list(found.unread)
+    for entry in found.files:
+        if "/artifacts/" in source and entry.name == MANIFEST:
+            continue
+        if plain_name(entry.name).endswith(suffixes):
+            files.append(entry)
+        else:
+            unread.append(Unread("unknown_suffix", entry.name))
     if not files:
+        passed_over = f"; not read: {unread_by_reason(unread)}" if unread else ""
         raise ConfigError(
-            f"source {source!r} holds no file that can be read",
+            f"source {source!r} holds no file that can be read{passed_over}",
             advice=f"Allowed are {' '.join(suffixes)}, also with .gz or .zst.",
         )
-    return files
+    return Listing(tuple(files), tuple(unread))
 
 
 def read(unit: Unit, config: CurateConfig) -> Iterator[Record]:
@@ -66,7 +102,7 @@ def read(unit: Unit, config: CurateConfig) -> Iterator[Record]:
     elif unit.stored is not None and plain_name(unit.stored.name).endswith(TEXT_SUFFIXES):
         yield from _read_text(unit, unit.stored, config)
     elif unit.stored is not None:
-        rows = read_rows(unit.stored.uri, unit.stored.name)
+        rows = read_rows(unit.stored)
         yield from _documents(unit, unit.stored.name, rows, config.text_field, config)
     else:
         field = parse_hub(unit.source).text or config.text_field
@@ -76,17 +112,14 @@ def read(unit: Unit, config: CurateConfig) -> Iterator[Record]:
 def _read_text(unit: Unit, stored: Stored, config: CurateConfig) -> Iterator[Record]:
     """A whole text file is one document; one that is damaged or not UTF-8 is dropped, because half a text misleads."""
     key = f"{unit.number}/{stored.name}"
-    parts: list[bytes] = []
-    for _, line in read_line_bytes(stored.uri, stored.name):
-        if isinstance(line, BadRecord):
-            yield BadRecord(key, line.reason, sum(map(len, parts)), line.sample)
-            return
-        parts.append(line)
-    data = b"".join(parts)
     try:
+        data = read_whole(stored, streams.MAX_RECORD_BYTES)
         text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        yield BadRecord(key, "invalid_utf8", len(data), str(error))
+        if data.count(0) * _NUL_SHARE > len(data):
+            raise Damaged("not_text", "full of NUL bytes: UTF-16, or no text at all")
+    except (Damaged, UnicodeDecodeError) as error:
+        damage = error if isinstance(error, Damaged) else Damaged("invalid_utf8", str(error))
+        yield dataclasses.replace(lost(stored, damage, number=0), id=key)
         return
     yield _document(unit, key, stored.name, text, size=len(data), config=config)
 
@@ -96,7 +129,7 @@ def _documents(
 ) -> Iterator[Record]:
     for row in rows:
         if isinstance(row, BadRecord):
-            yield BadRecord(f"{unit.number}/{row.id}", row.reason, row.size, row.sample)
+            yield dataclasses.replace(row, id=f"{unit.number}/{row.id}")
             continue
         key = f"{unit.number}/{name}:{row.number}"
         text = row.values.get(field)
@@ -113,6 +146,8 @@ def _document(unit: Unit, key: str, path: str, text: str, *, size: int, config: 
         return BadRecord(key, "invalid_utf8", size, "the text holds a lone surrogate")
     if not text.strip():
         return BadRecord(key, "empty_text", size)
+    if "\r" in text:  # the filters count lines, and the same page must not depend on where it was written
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
     heldout = is_drawn(config.heldout_fraction, config.seed, "heldout", key)
     return SourceDocument(key, text, unit.source, unit.source, path, heldout=heldout)
 
@@ -123,11 +158,13 @@ def snapshot_source(uri: str, config: CurateConfig) -> str:
     Installed docs are identified by their distributions' versions, files by name, size and sha256,
     S3 objects by key, size and etag, hub datasets by name and revision.
     """
+    field = config.outside_sources.get(uri, "source")
     if uri == INSTALLED_DOCS:
         lines = [package.group for package in installed_docs.chosen_packages(config)]
         lines.append(f"python=={platform.python_version()}")
     elif uri.startswith("hf://"):
+        check_source(uri, field=field)
         lines = [str(parse_hub(uri))]
     else:
-        lines = [identity(entry) for entry in list_objects(uri)]
+        lines = [identity(entry) for entry in list_objects(uri, field=field).files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

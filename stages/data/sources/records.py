@@ -31,6 +31,8 @@ class BadRecord:
     reason: str
     size: int
     sample: str = ""
+    lost: int = 0
+    """Bytes of its file that could not be read, when it stands for more than one record."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,23 +1,24 @@
-"""Rows from JSONL, JSON and Parquet, compressed or not, and from Hugging Face datasets.
+"""Rows from JSONL, JSON and Parquet, compressed or not.
 
 A row that cannot be read becomes a BadRecord with its reason; reading continues after it wherever the format allows.
 """
 
-import gzip
+import io
 import json
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from typing import IO, Any
 
-from stages.config.errors import ConfigError
+from stages.data.sources import streams
 from stages.data.sources.records import BadRecord
-from stages.data.sources.storage import open_decompressed, open_seekable
+from stages.data.sources.streams import Damaged, Stored, TooLong, open_raw, plain_name, read_whole
 
-JSON_LINES = (".jsonl", ".ndjson")
-ROW_SUFFIXES = (*JSON_LINES, ".json", ".parquet")
 _SAMPLE_BYTES = 200
+_MAX_DEPTH = 100
+"""Deeper rows may be read here and then break what shows them: Python's own limit counts from where it stands."""
+_MAX_DIGITS = 4300
+"""Python refuses to read longer integers, because that takes time by the square of their length."""
+_LINES_LOOKED_AT = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,80 +30,117 @@ class Row:
     size: int
 
 
-def plain_name(name: str) -> str:
-    """A file name without the suffix of its compression."""
-    return name.removesuffix(".gz").removesuffix(".zst")
-
-
-def read_rows(uri: str, name: str) -> Iterator[Row | BadRecord]:
+def read_rows(stored: Stored) -> Iterator[Row | BadRecord]:
     """Rows of one file, by its suffix."""
-    if plain_name(name).endswith(".parquet"):
-        yield from _read_parquet(uri, name)
-    elif plain_name(name).endswith(".json"):
-        yield from _read_json(uri, name)
+    kind = plain_name(stored.name)
+    if kind.endswith(".parquet"):
+        yield from _read_parquet(stored)
+    elif kind.endswith(".json"):
+        yield from _read_json(stored)
     else:
-        for number, line in read_line_bytes(uri, name):
-            if isinstance(line, BadRecord):
-                yield line
-            elif line.strip():
-                yield parse_row(line, number, f"{name}:{number}")
+        yield from _read_json_lines(stored)
 
 
-def read_line_bytes(uri: str, name: str) -> Iterator[tuple[int, bytes | BadRecord]]:
-    """Lines with their numbers from 1; a damaged stream ends in one BadRecord instead of its unfinished line."""
+def lost(stored: Stored, error: Damaged, *, number: int) -> BadRecord:
+    """The record that stands for a damaged file, or for what follows its row `number`."""
+    # How much was behind the point where a cut stream ends is unknown; what lies behind a damaged place is lost.
+    size = max(0, stored.size - error.position) if number else stored.size
+    identity = f"{stored.name}:{number + 1}" if number else stored.name
+    return BadRecord(identity, error.reason, size, str(error)[:_SAMPLE_BYTES], lost=size)
+
+
+def _read_json_lines(stored: Stored) -> Iterator[Row | BadRecord]:
     number = 0
-    with open_decompressed(uri) as stream:
-        while True:
-            try:
-                line = stream.readline()
-            except (EOFError, gzip.BadGzipFile, zlib.error, *_zstd_errors()) as error:
-                yield number + 1, BadRecord(f"{name}:{number + 1}", _stream_reason(error), 0, str(error))
-                return
-            if not line:
-                return
+    try:
+        for line in streams.read_lines(stored):
             number += 1
-            yield number, line
+            if isinstance(line, TooLong):
+                yield _too_long(f"{stored.name}:{number}", line)
+            elif line.strip():
+                yield parse_row(line, number, f"{stored.name}:{number}")
+    except Damaged as error:
+        yield lost(stored, error, number=number)
 
 
-def _zstd_errors() -> tuple[type[Exception], ...]:
-    import zstandard
-
-    return (zstandard.ZstdError,)
-
-
-def _stream_reason(error: Exception) -> str:
-    return "truncated_gzip" if isinstance(error, EOFError) else "damaged_compression"
+def _too_long(identity: str, line: TooLong) -> BadRecord:
+    why = f"more than {streams.MAX_RECORD_BYTES} bytes in one line"
+    return BadRecord(identity, "record_too_large", line.size, why)
 
 
 def parse_row(line: bytes, number: int, identity: str) -> Row | BadRecord:
     """One JSON object, or a BadRecord that says why it is not one."""
     try:
-        values = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        values = _parse(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError:
         return BadRecord(identity, "invalid_utf8", len(line), repr(line[:_SAMPLE_BYTES]))
-    except (json.JSONDecodeError, RecursionError):
-        return BadRecord(identity, "invalid_json", len(line), line[:_SAMPLE_BYTES].decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return BadRecord(identity, "invalid_json", len(line), _shown(line))
     if not isinstance(values, dict):
-        return BadRecord(identity, "not_an_object", len(line), line[:_SAMPLE_BYTES].decode("utf-8", "replace"))
+        return BadRecord(identity, "not_an_object", len(line), _shown(line))
+    if line.count(b"[") + line.count(b"{") > _MAX_DEPTH and _is_too_deep(values):
+        return BadRecord(identity, "invalid_json", len(line), f"nested deeper than {_MAX_DEPTH}: {_shown(line)}")
     return Row(number, values, len(line))
 
 
-def _read_json(uri: str, name: str) -> Iterator[Row | BadRecord]:
-    """A .json file: one array of objects."""
+def _shown(line: bytes) -> str:
+    return line[:_SAMPLE_BYTES].decode("utf-8", "replace")
+
+
+def _parse(text: str | bytes) -> Any:
+    """As json.loads, but an integer that Python does not read becomes a floating-point number."""
     try:
-        with open_decompressed(uri) as stream:
-            data = stream.read()
-        rows = json.loads(data)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        yield BadRecord(name, _stream_reason(error), 0, str(error))
+        return json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError:
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < _MAX_DIGITS else float(digits))
+
+
+def _is_too_deep(value: Any) -> bool:
+    level: list[Any] = [value]
+    for _ in range(_MAX_DEPTH):
+        below: list[Any] = []
+        for entry in level:
+            below += entry.values() if isinstance(entry, dict) else entry if isinstance(entry, list) else ()
+        level = [entry for entry in below if isinstance(entry, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _read_json(stored: Stored) -> Iterator[Row | BadRecord]:
+    """A .json file: one array of objects, one object, or JSON lines under the wrong name."""
+    try:
+        data = read_whole(stored, streams.MAX_FILE_BYTES)
+    except Damaged as error:
+        yield lost(stored, error, number=0)
         return
+    try:
+        rows = _parse(data)
     except UnicodeDecodeError as error:
-        yield BadRecord(name, "invalid_utf8", 0, str(error))
+        yield lost(stored, Damaged("invalid_utf8", str(error)), number=0)
         return
-    except json.JSONDecodeError as error:
-        yield BadRecord(name, "invalid_json", 0, str(error))
+    except (ValueError, RecursionError) as error:
+        lines = [(number, line) for number, line in enumerate(data.splitlines(), 1) if line.strip()]
+        if _are_rows(lines[:_LINES_LOOKED_AT]):
+            for number, line in lines:
+                yield parse_row(line, number, f"{stored.name}:{number}")
+        else:
+            yield lost(stored, Damaged("invalid_json", str(error)), number=0)
         return
-    for number, values in enumerate(rows if isinstance(rows, list) else [rows], 1):
+    yield from _rows_of(rows if isinstance(rows, list) else [rows], stored.name)
+
+
+def _are_rows(lines: list[tuple[int, bytes]]) -> bool:
+    """Whether most of some lines are objects of their own; those of a damaged array end in commas."""
+    return sum(isinstance(parse_row(line, number, ""), Row) for number, line in lines) * 2 > len(lines)
+
+
+def _rows_of(rows: Iterable[Any], name: str) -> Iterator[Row | BadRecord]:
+    for number, values in enumerate(rows, 1):
+        if _is_too_deep(values):
+            yield BadRecord(f"{name}:{number}", "invalid_json", 0, f"nested deeper than {_MAX_DEPTH}")
+            continue
         size = len(json.dumps(values))
         if isinstance(values, dict):
             yield Row(number, values, size)
@@ -110,58 +148,44 @@ def _read_json(uri: str, name: str) -> Iterator[Row | BadRecord]:
             yield BadRecord(f"{name}:{number}", "not_an_object", size, str(values)[:_SAMPLE_BYTES])
 
 
-def _read_parquet(uri: str, name: str) -> Iterator[Row | BadRecord]:
+def _read_parquet(stored: Stored) -> Iterator[Row | BadRecord]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
+    number, total = 0, 0
+    # What breaks while values are decoded has many types: dates beyond Python's years, text that is no UTF-8, ...
+    broken = (pa.ArrowException, OSError, ValueError, TypeError, ArithmeticError, LookupError)
     try:
-        with open_seekable(uri) as stream:
-            for batch in pq.ParquetFile(stream).iter_batches():
-                for values in batch.to_pylist():
-                    number += 1
-                    yield Row(number, values, len(str(values)))
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        yield BadRecord(f"{name}:{number + 1}", "unreadable_parquet", 0, str(error)[:_SAMPLE_BYTES])
+        with _open_seekable(stored) as stream:
+            try:
+                table = pq.ParquetFile(stream)
+                total = table.metadata.num_rows
+                _refuse_bomb(table, stored)
+                for batch in table.iter_batches():
+                    for values in batch.to_pylist():
+                        number += 1
+                        yield Row(number, values, len(str(values)))
+            except broken as error:
+                raise Damaged("unreadable_parquet", str(error)) from None
+    except Damaged as error:
+        size = stored.size * max(0, total - number) // total if number and total else stored.size
+        yield BadRecord(f"{stored.name}:{number + 1}", error.reason, size, str(error)[:_SAMPLE_BYTES], lost=size)
 
 
-@dataclass(frozen=True)
-class HubDataset:
-    """What an hf:// address says."""
-
-    name: str
-    config: str | None
-    split: str
-    text: str | None
-    revision: str | None
-
-
-def parse_hub(uri: str) -> HubDataset:
-    """Read `hf://name?split=train&config=..&text=..&revision=..`; raises ConfigError for anything else."""
-    parts = urlsplit(uri)
-    query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
-    unknown = sorted(set(query) - {"split", "config", "text", "revision"})
-    name = f"{parts.netloc}{parts.path}"
-    if not name or unknown:
-        raise ConfigError(
-            f"source {uri!r} is not understood" + (f": unknown {unknown}" if unknown else ": it names no dataset"),
-            advice="Write hf://name?split=train&config=..&text=..&revision=..; only these four are known.",
-        )
-    return HubDataset(name, query.get("config"), query.get("split", "train"), query.get("text"), query.get("revision"))
+def _open_seekable(stored: Stored) -> IO[bytes]:
+    """The object's bytes, unpacked, with random access; S3 objects and compressed files are read into memory."""
+    if stored.name != plain_name(stored.name):
+        return io.BytesIO(read_whole(stored, streams.MAX_FILE_BYTES))
+    raw = open_raw(stored)
+    if not stored.uri.startswith("s3://"):
+        return raw
+    with raw:
+        return io.BytesIO(raw.read())
 
 
-def read_hub(uri: str) -> Iterator[Row | BadRecord]:
-    """Rows of a Hugging Face dataset, streamed."""
-    wanted = parse_hub(uri)
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        rows = load_dataset(wanted.name, wanted.config, split=wanted.split, revision=wanted.revision, streaming=True)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise ConfigError(
-            f"source {uri!r} cannot be loaded: {error}",
-            advice="Check name, config and split, and that the machine of the Ray job reaches the hub.",
-        ) from error
-    for number, values in enumerate(rows, 1):
-        yield Row(number, dict(values), len(str(values)))
+def _refuse_bomb(table: Any, stored: Stored) -> None:
+    """By what the file says of itself; a dictionary of few large values that is named many times is not noticed."""
+    groups = (table.metadata.row_group(number) for number in range(table.metadata.num_row_groups))
+    largest = max((group.total_byte_size for group in groups), default=0)
+    if largest > max(streams.UNPACKED_AT_LEAST, streams.UNPACKED_RATIO * stored.size):
+        raise Damaged("unpacks_too_large", f"a group of rows unpacks to {largest} bytes")

@@ -135,3 +135,18 @@ def test_generated_clients_and_tests_are_left_out() -> None:
     files = [path for unit in plan(CurateConfig(packages=("numpy",))) for path in unit.files]
     assert any(path == "numpy/__init__.py" for path in files)
     assert not [path for path in files if "/tests/" in path]
+
+
+def test_modules_that_the_parser_does_not_survive_are_counted(tmp_path: Path) -> None:
+    sources = {
+        "deep.py": "x = " + "-" * 100_000 + "1",
+        "nul.py": "x = '\0'",
+        "cut.py": "def f(",
+        "good.py": '"""Docs."""',
+    }
+    for name, text in sources.items():
+        (tmp_path / name).write_text(text)
+    unit = PackageFiles(Package("odd", "1", str(tmp_path)), tuple(sorted(sources)), heldout=False)
+    records = list(read(unit, CurateConfig()))
+    reasons = [record.reason for record in records if isinstance(record, BadRecord)]
+    assert reasons == ["unparseable_source"] * 3

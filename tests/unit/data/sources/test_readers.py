@@ -160,6 +160,8 @@ def test_an_s3_prefix_is_read_like_the_folder_it_came_from(tmp_path: Path, s3_st
     for path in tmp_path.iterdir():
         s3_client().upload_file(str(path), bucket, f"{prefix}/{path.name}")
     s3_client().put_object(Bucket=bucket, Key=f"{prefix}-2/other.txt", Body=b"a neighbour")
+    for hidden in ("._a.jsonl", ".hidden/b.txt", ".ipynb_checkpoints/a-checkpoint.jsonl"):
+        s3_client().put_object(Bucket=bucket, Key=f"{prefix}/{hidden}", Body=b'{"text": "no source"}')
     uri = f"s3://{bucket}/{prefix}"
     expected = ["document 0", "document 1", "document 2", "plain", "columns"]
     for source in (uri, f"{uri}/"):

@@ -1,0 +1,82 @@
+"""Rows of Hugging Face data sets. A data set is read within itself, whatever files its card names: the card is data,
+written by whoever may push to the data set."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+from urllib.parse import parse_qs
+
+from stages.config.errors import ConfigError
+from stages.config.places import check_source, is_within, real_path
+from stages.data.sources.records import BadRecord
+from stages.data.sources.rows import Row
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """What an hf:// address says."""
+
+    name: str
+    config: str | None
+    split: str
+    text: str | None
+    revision: str | None
+
+
+def parse_hub(uri: str) -> HubDataset:
+    """Read `hf://name?split=train&config=..&text=..&revision=..`; raises ConfigError for anything else."""
+    name, _, options = uri.removeprefix("hf://").partition("?")  # not urlsplit: it would cut off what follows a '#'
+    query = {key: values[-1] for key, values in parse_qs(options).items()}
+    unknown = sorted(set(query) - {"split", "config", "text", "revision"})
+    if not name or "#" in uri or unknown:
+        why = f"unknown {unknown}" if unknown else "'#' is no part of it" if "#" in uri else "it names no dataset"
+        raise ConfigError(
+            f"source {uri!r} is not understood: {why}",
+            advice="Write hf://name?split=train&config=..&text=..&revision=..; only these four are known.",
+        )
+    return HubDataset(name, query.get("config"), query.get("split", "train"), query.get("text"), query.get("revision"))
+
+
+def read_hub(uri: str) -> Iterator[Row | BadRecord]:
+    """Rows of a Hugging Face dataset, streamed."""
+    wanted = parse_hub(uri)
+    check_source(uri)
+    from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetsError
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    if wanted.name in _PACKAGED_DATASETS_MODULES:
+        raise ConfigError(
+            f"source {uri!r} names a file format, which would read the job's working folder",
+            advice="Give the name of a dataset; files and folders are sources by their path.",
+        )
+    try:
+        builder = load_dataset_builder(wanted.name, wanted.config, revision=wanted.revision)
+        _refuse_files_elsewhere(builder, wanted.name, uri)
+        rows = builder.as_streaming_dataset(split=wanted.split)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ConfigError(
+            f"source {uri!r} cannot be loaded: {error}",
+            advice="Check name, config and split, and that the machine of the Ray job reaches the hub.",
+        ) from error
+    number = 0
+    try:
+        for values in rows:
+            number += 1
+            yield Row(number, dict(cast(Any, values)), len(str(values)))
+    except (ValueError, TypeError, LookupError, RecursionError, DatasetsError) as error:
+        # A library's error in the middle of its files; what follows cannot be reached. Outages are OSErrors.
+        yield BadRecord(f"{wanted.name}:{number + 1}", "unreadable_row", 0, str(error)[:200])
+
+
+def _refuse_files_elsewhere(builder: Any, name: str, uri: str) -> None:
+    """Raise ConfigError for a data set that names files outside itself: of this machine, or of any web server."""
+    root = real_path(name)
+    for files in (builder.config.data_files or {}).values():
+        for file in files:
+            inside = str(file).startswith("hf://") or ("://" not in file and is_within(real_path(file), root))
+            if not inside:
+                raise ConfigError(
+                    f"source {uri!r} names a file outside the data set: {str(file)!r}",
+                    advice="Correct data_files in the data set's README.md, or give its files as a folder.",
+                )
