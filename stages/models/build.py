@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -194,8 +193,7 @@ def grow_embeddings(model: PreTrainedModel, tokens: TokensArtifact) -> None:
     """Add rows for tokens that were added to the vocabulary. They start as the mean of all others, so that at first
     none is likelier than a token on average (Hewitt 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html)."""
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr, operator]
-    backend = Tokenizer.from_file(str(tokens.tokenizer_dir / "tokenizer.json"))
-    missing = check_growth(backend, rows=rows)  # type: ignore[arg-type]
+    missing = check_growth(tokens.tokenizer(), rows=rows)  # type: ignore[arg-type]
     if not missing:
         return
     model.resize_token_embeddings(rows + missing, mean_resizing=False)  # type: ignore[operator]

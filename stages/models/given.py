@@ -6,7 +6,7 @@ from pathlib import Path
 
 from stages.artifacts.manifests import canonical_json, fetch, hash_file, read_manifest
 from stages.config.errors import ConfigError
-from stages.models.folder import COVERED, check_folder
+from stages.models.folder import COVERED, check_folder, read_settings
 from stages.models.foreign_code import brings_code, code_files, may_run_code
 from stages.tracking.client import artifact_uri_of_model
 
@@ -25,6 +25,8 @@ def snapshot_base_model(uri: str) -> str:
         files = [(path.name, hash_file(path)) for path in check_folder(folder)]
         if brings_code(folder):
             files += [(path.relative_to(folder).as_posix(), hash_file(path)) for path in code_files(folder)]
+        if _was_read_wrongly(folder / "tokenizer.json"):
+            files.append(("tokenizer.json without limits, all ids whole", ""))
         return hashlib.sha256(canonical_json(files)).hexdigest()
     if _HUB_ID.fullmatch(uri):
         from huggingface_hub import HfApi
@@ -35,6 +37,21 @@ def snapshot_base_model(uri: str) -> str:
         except (HFValidationError, RepositoryNotFoundError) as error:
             raise _not_there(uri) from error
     raise _not_there(uri)
+
+
+def _was_read_wrongly(path: Path) -> bool:
+    """Whether earlier versions cut texts by limits in this tokenizer.json, or stored its ids in too few bits.
+
+    The digest of such a folder is another one than theirs, so that what they made of it is no hit.
+    """
+    if not path.is_file():
+        return False
+    settings = read_settings(path)
+    model = settings.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    was_narrow = len(ids) <= 1 << 16 and any(isinstance(number, int) and number >= 1 << 16 for number in ids)
+    return bool(settings.get("truncation") or settings.get("padding")) or was_narrow
 
 
 def base_model_dir(uri: str, cache_dir: Path, *, revision: str | None = None) -> Path:

@@ -1,5 +1,6 @@
 """Whatever a model's folder says, only the files of its digest are opened; a broken one is `config` by name."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,13 +15,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from stages.config.errors import ConfigError
+from stages.artifacts.manifests import canonical_json, hash_file
+from stages.config.errors import ConfigError, DataError
 from stages.config.tokens import TokenizeConfig
 from stages.data.tokens.tokenizer import train_tokenizer
+from stages.data.tokens.views import TokensArtifact
 from stages.models.build import _load
 from stages.models.given import base_model_dir, snapshot_base_model
 from stages.models.given_tokenizer import given_tokenizer
-from tests.unit.models.test_given import save
+from tests.unit.models.test_given import save, tokens_of
 
 Change = Callable[[Path], None]
 INDEX = "model.safetensors.index.json"
@@ -327,3 +330,43 @@ def test_a_broken_file_of_a_tokenizer_is_config_with_its_name(name: str, content
         assert "athanor-tokenizer-" not in refused.message  # where it was staged says nothing to anybody
         assert refused.advice
         assert name in refused.message or not isinstance(content, str)
+
+
+def test_the_digest_of_a_folder_is_over_its_files_and_moves_where_earlier_versions_read_them_wrongly(
+    folder: Path,
+) -> None:
+    """Otherwise tokens that were cut, or stored in too few bits, would be found again under the same fingerprint."""
+
+    def of_files() -> str:
+        files = [(path.name, hash_file(path)) for path in sorted(folder.iterdir())]
+        return hashlib.sha256(canonical_json(files)).hexdigest()
+
+    assert snapshot_base_model(str(folder)) == of_files()
+    limit = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+    change(folder, "tokenizer.json", truncation=limit)
+    assert snapshot_base_model(str(folder)) != of_files()
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    change(folder, "tokenizer.json", truncation=None, model={**model, "vocab": {**model["vocab"], "W": 70_000}})
+    assert snapshot_base_model(str(folder)) != of_files()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("meta.json", "{"),
+        ("meta.json", "[" * 100_000),
+        ("meta.json", "[]"),
+        ("meta.json", '{"sequence_length": 64}'),
+        ("meta.json", '{"sequence_length": 64, "vocab_size": "x", "pad_id": 0, "eos_id": 0, "bos_id": 0}'),
+        ("tokenizer/tokenizer.json", "{"),
+        ("tokenizer/tokenizer.json", "[]"),
+    ],
+    ids=shown,
+)
+def test_a_broken_file_of_a_tokens_artifact_is_data_with_its_name(
+    name: str, content: str, folder: Path, tmp_path: Path
+) -> None:
+    tokens_of(given_tokenizer(folder), tmp_path / "tokens")
+    (tmp_path / "tokens" / name).write_text(content)
+    with pytest.raises(DataError, match=name):
+        TokensArtifact(tmp_path / "tokens").tokenizer()
