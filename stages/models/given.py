@@ -3,6 +3,7 @@ id."""
 
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 from stages.artifacts.manifests import canonical_json, fetch, hash_file, read_manifest
 from stages.config.errors import ConfigError
@@ -18,7 +19,7 @@ def snapshot_base_model(uri: str) -> str:
     uri = _resolved(uri)
     if _is_artifact(uri):
         return _manifest_of(uri).digest
-    folder = Path(uri.removeprefix("file://"))
+    folder = _folder(uri)
     if folder.is_dir():
         import hashlib
 
@@ -60,7 +61,7 @@ def base_model_dir(uri: str, cache_dir: Path, *, revision: str | None = None) ->
     uri = _resolved(uri)
     if _is_artifact(uri):
         return fetch(_manifest_of(uri).ref(uri), cache_dir)
-    folder = Path(uri.removeprefix("file://"))
+    folder = _folder(uri)
     if not folder.is_dir():
         if not _HUB_ID.fullmatch(uri):
             raise _not_there(uri)
@@ -70,6 +71,12 @@ def base_model_dir(uri: str, cache_dir: Path, *, revision: str | None = None) ->
     check_folder(folder)
     may_run_code(folder)
     return folder
+
+
+def _folder(uri: str) -> Path:
+    """The folder that a path or a file:// address means; addresses of stores spell a space as %20."""
+    literal = Path(uri.removeprefix("file://"))
+    return Path(unquote(str(literal))) if uri.startswith("file://") and not literal.exists() else literal
 
 
 def _is_artifact(uri: str) -> bool:

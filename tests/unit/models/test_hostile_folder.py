@@ -183,6 +183,14 @@ def test_the_hubs_cache_with_its_links_is_a_folder_of_its_own(folder: Path, tmp_
     assert snapshot_base_model(str(snapshot))
 
 
+@pytest.mark.parametrize("name", ["with a space", "100%", "a%20b", "'quoted\"", "café"])
+def test_a_models_folder_may_have_any_name(name: str, folder: Path) -> None:
+    folder = folder.rename(folder.parent / name)
+    for uri in (str(folder), f"file://{folder}", folder.as_uri()):
+        assert base_model_dir(uri, folder.parent) == folder
+        assert snapshot_base_model(uri) == snapshot_base_model(str(folder))
+
+
 def test_templates_below_the_folder_are_not_read_because_the_digest_does_not_cover_them(folder: Path) -> None:
     before = given_tokenizer(folder).chat_template
     (folder / "additional_chat_templates").mkdir()

@@ -1,18 +1,24 @@
 """What a tokenizer.json brings along (limits of a batch, holes between ids, unmarked control tokens) spoils no ids."""
 
+import gzip
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from stages import tokenize
 from stages.config.errors import ConfigError
+from stages.config.tokens import TokenizeConfig
 from stages.data.tokens.ragged import RaggedWriter
 from stages.data.tokens.tokenizer import LoadedTokenizer
+from stages.data.tokens.views import Split, TokensArtifact
 from stages.models.given_tokenizer import given_tokenizer
+from tests.small_world import write_curated
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -97,6 +103,26 @@ def test_the_width_of_stored_ids_follows_the_largest_id_and_not_the_number_of_en
     assert made.vocab_size == 70_001
     (ids,) = made.encode_texts(["W"])
     assert ids.tolist() == [70_000, made.eos_id]
+
+
+def test_the_tokenize_stage_stores_an_id_of_more_than_16_bits_whole(tmp_path: Path) -> None:
+    given(tmp_path / "model", with_controls(with_hole(trained(), token="W", number=70_000)))
+    curated = write_curated(tmp_path / "curated", num_documents=8)
+    with gzip.open(curated / "documents/train/part-00000.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(json.dumps({"id": "w", "text": "W"}) + "\n")
+    context = SimpleNamespace(
+        config=TokenizeConfig(chat_template="infer"),
+        input_dir=lambda role: curated,
+        output_dir=tmp_path / "out",
+        has_base_model=True,
+        base_model_dir=lambda: tmp_path / "model",
+        progress=lambda done, total, unit="", **numbers: None,
+    )
+    context.output_dir.mkdir()
+    tokenize.run(cast(Any, context))
+    tokens = TokensArtifact(context.output_dir)
+    assert tokens.meta["dtype"] == "uint32"
+    assert tokens.documents(Split.TRAIN)[0].tolist()[0] == 70_000
 
 
 def test_a_stand_in_for_a_control_token_takes_no_id_that_a_piece_has(tmp_path: Path) -> None:
