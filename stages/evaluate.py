@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import nn
 
 from stages.config.closing import SCORE, WIN_RATE, EvaluateConfig
@@ -137,7 +136,7 @@ class Bench:
         self._config, self._tokens = config, tokens
         self._budget = RowBudget(row_length=tokens.sequence_length, max_rows=max_rows)
         self._device = local_device()
-        self._tokenizer = Tokenizer.from_file(str(tokens.tokenizer_dir / "tokenizer.json"))
+        self._tokenizer = tokens.tokenizer()
         documents = tokens.documents(Split.HELDOUT)
         self._document_rows = DocumentRows(documents, tokens.sequence_length)
         num_rows = max(1, config.max_documents_tokens // tokens.sequence_length)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from stages.config.collect import RespondConfig
 from stages.data.tokens.tokenizer import LoadedTokenizer
@@ -52,7 +51,7 @@ def sample_responses(context: StageContext) -> StageOutcome:
     require(len(prompts), "prompts to respond to", advice=f"Give prompts of one short turn; dropped: {dict(account)}.")
     model = load_causal_lm(context.input_dir("model"), tokens).eval()
     torch.nn.Module.to(model, local_device())  # transformers types its own `to` by keywords only
-    tokenizer = Tokenizer.from_file(str(tokens.tokenizer_dir / "tokenizer.json"))
+    tokenizer = tokens.tokenizer()
     answerer = Answerer(
         InProcess(model, local_device()),
         Sampling(config.max_response_length, tokens.eos_id, tokens.pad_id, config.temperature),

@@ -35,7 +35,7 @@ def run(context: StageContext) -> StageOutcome:
     chat = tokenizer.chat()
     turn_end_id = chat.check()
     tokenizer.save(context.output_dir / "tokenizer")
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)  # by the largest id
     ledger: dict[str, Any] = {}
     for split in Split:
         parts = _SplitWriter(

@@ -83,7 +83,8 @@ class StageContext:
             return self.input_dir(BASE_MODEL)
         from stages.models.given import base_model_dir  # heavy, and few stages need it
 
-        return base_model_dir(self._outside_model.uri, self.work_dir.parent / "cache")
+        model = self._outside_model
+        return base_model_dir(model.uri, self.work_dir.parent / "cache", revision=model.digest)
 
     @property
     def _outside_model(self) -> SourceEntry | None:

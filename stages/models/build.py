@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -28,6 +27,7 @@ from stages.config.errors import ConfigError
 from stages.config.train import LoRAConfig, ModelConfig
 from stages.data.tokens.views import TokensArtifact
 from stages.models.attention import attend_within_documents
+from stages.models.folder import check_folder, is_malformed, read_settings, told
 from stages.models.foreign_code import brings_code, copy_code, may_run_code
 from stages.models.given_tokenizer import check_growth
 from stages.models.lora import has_adapter, merged_weights, quantized_loading, save_adapter
@@ -90,43 +90,39 @@ def load_causal_lm(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig = _
 
 
 def _load(auto_class: Any, folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """Load without unpickling anything; code from the folder runs only where it is allowed."""
-    _refuse_other_weights(folder)
+    """Load the files of a checked folder and nothing else; code from it runs only where it is allowed.
+
+    Raises ConfigError for a folder whose files are malformed, or make no such model.
+    """
+    check_folder(folder)
     try:
         return auto_class.from_pretrained(
             folder,
             dtype=torch.float32,
             output_loading_info=True,
             use_safetensors=True,
+            local_files_only=True,
             trust_remote_code=may_run_code(folder),
             **options,
         )
-    except (ImportError, ValueError) as error:
-        if not brings_code(folder):
+    except BaseException as error:
+        if not is_malformed(error):
             raise
+        if brings_code(folder):
+            raise ConfigError(
+                f"the code that {folder} brings makes no {auto_class.__name__}: {told(error)}",
+                advice="auto_map in its config.json must name a class for that, and what it imports must be installed.",
+            ) from error
         raise ConfigError(
-            f"the code that {folder} brings makes no {auto_class.__name__}: {error}",
-            advice="auto_map in its config.json must name a class for that, and what it imports must be installed.",
+            f"the files of {folder} make no {auto_class.__name__}: {told(error)}",
+            advice="config.json and *.safetensors must be those of one model; save it again with save_pretrained.",
         ) from error
-
-
-def _refuse_other_weights(folder: Path) -> None:
-    """Check the index of a sharded model: transformers opens whatever files it names, also with `use_safetensors`."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    names = set(json.loads(index.read_text())["weight_map"].values())
-    if wrong := sorted(name for name in names if "/" in name or not name.endswith(".safetensors")):
-        raise ConfigError(
-            f"{index} names {wrong}; allowed are *.safetensors in the same folder, because other formats may run code",
-            advice="Save the model again with save_pretrained.",
-        )
 
 
 def load_reward_model(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig = _NO_ADAPTER) -> PreTrainedModel:
     """Load a sequence classifier with one output; a language model's folder gives a head of zeros, so training starts
     at ln 2."""
-    fresh = "ForSequenceClassification" not in (folder / "config.json").read_text()
+    fresh = "ForSequenceClassification" not in json.dumps(read_settings(folder / "config.json"))
     model, loading = _load(
         AutoModelForSequenceClassification,
         folder,
@@ -197,8 +193,7 @@ def grow_embeddings(model: PreTrainedModel, tokens: TokensArtifact) -> None:
     """Add rows for tokens that were added to the vocabulary. They start as the mean of all others, so that at first
     none is likelier than a token on average (Hewitt 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html)."""
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr, operator]
-    backend = Tokenizer.from_file(str(tokens.tokenizer_dir / "tokenizer.json"))
-    missing = check_growth(backend, rows=rows)  # type: ignore[arg-type]
+    missing = check_growth(tokens.tokenizer(), rows=rows)  # type: ignore[arg-type]
     if not missing:
         return
     model.resize_token_embeddings(rows + missing, mean_resizing=False)  # type: ignore[operator]
@@ -211,7 +206,7 @@ def grow_embeddings(model: PreTrainedModel, tokens: TokensArtifact) -> None:
 
 def _check_positions(model: PreTrainedModel, tokens: TokensArtifact) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and limit < tokens.sequence_length:
+    if isinstance(limit, int) and limit < tokens.sequence_length:
         raise ConfigError(
             f"tokenize.sequence_length={tokens.sequence_length} but the model has only {limit} positions",
             advice=f"Set tokenize.sequence_length to at most {limit}.",

@@ -6,7 +6,6 @@ in a folder, in an artifact made from that model. Who triggers a run cannot set 
 """
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from stages.artifacts.manifests import canonical_json, hash_file
 from stages.config.errors import ConfigError
+from stages.models.folder import read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,8 @@ def brings_code(folder: Path) -> bool:
         CONFIG_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
     )
 
-    config = json.loads((folder / "config.json").read_text())
-    return bool(config.get("auto_map")) and config.get("model_type") not in CONFIG_MAPPING_NAMES
+    config = read_settings(folder / "config.json")
+    return bool(config.get("auto_map")) and str(config.get("model_type")) not in CONFIG_MAPPING_NAMES
 
 
 def may_run_code(folder: Path) -> bool:
@@ -38,7 +38,12 @@ def may_run_code(folder: Path) -> bool:
     if not brings_code(folder):
         return False
     allowed, digest = _allowed(), code_digest(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_settings(folder / "config.json")
+    if not isinstance(config["auto_map"], dict):
+        raise ConfigError(
+            f"{folder / 'config.json'}: auto_map={config['auto_map']!r} is no object of classes and their code",
+            advice="Write it as save_pretrained does: the name of an Auto class, and `file.Class`.",
+        )
     elsewhere = sorted(name for name in config["auto_map"].values() if "--" in str(name))
     if elsewhere:
         raise ConfigError(

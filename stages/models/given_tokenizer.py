@@ -1,5 +1,7 @@
-"""The tokenizer of a given model."""
+"""The tokenizer of a given model: its files as they lie in the folder, without what they say about other files."""
 
+import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,12 @@ from tokenizers import Tokenizer
 from stages.config.errors import ConfigError
 from stages.config.tokens import INFER, OWN
 from stages.data.tokens.tokenizer import PLAIN_TEMPLATE, LoadedTokenizer, marked_template
+from stages.models.folder import check_folder, is_malformed, read_settings, told
 from stages.models.foreign_code import may_run_code
+
+_SETTINGS = "tokenizer_config.json"
+_LARGEST_ID = 1 << 24
+"""No vocabulary is near it; tables that are as long as the largest id must fit into memory."""
 
 
 def given_tokenizer(folder: Path, *, chat_template: str = OWN) -> LoadedTokenizer:
@@ -17,51 +24,121 @@ def given_tokenizer(folder: Path, *, chat_template: str = OWN) -> LoadedTokenize
 
     Where plain encoding starts with a begin token and the chat template writes none, the template gets it in front.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # a tokenizer's code never runs
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"base_model: no tokenizer in {folder}: {error}",
-            advice="Save the model's tokenizer files next to its weights.",
-        ) from error
+    loaded = _loaded(folder)
     if not getattr(loaded, "is_fast", False):
         raise ConfigError(
             f"base_model: the tokenizer in {folder} is not a fast tokenizer", advice="Provide its tokenizer.json."
         )
     if not loaded.eos_token:
         raise ConfigError(f"base_model: the tokenizer in {folder} has no end token", advice="Set its eos_token.")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=may_run_code(folder))
-    check_growth(loaded.backend_tokenizer, rows=config.vocab_size)
+    backend: Tokenizer = loaded.backend_tokenizer
+    # Some tokenizer.json were saved with the limits of one batch; documents and conversations are cut elsewhere.
+    backend.no_truncation()
+    backend.no_padding()
+    check_growth(backend, rows=_rows(folder))
     special = {
         "bos_token": loaded.bos_token or "",
         "eos_token": loaded.eos_token,
         "pad_token": loaded.pad_token or loaded.eos_token,
     }
-    template = marked_template(chat_template, _own_template(loaded) or PLAIN_TEMPLATE)
+    own = _own_template(loaded, folder)
+    template = marked_template(chat_template, own or PLAIN_TEMPLATE)
     made = LoadedTokenizer(
-        loaded.backend_tokenizer,
+        backend,
         template,
         special,
-        max_length=int(loaded.model_max_length),
+        max_length=_max_length(loaded, folder),
         infer_spans=chat_template == INFER,
+        template_origin=str(folder) if template == own else "",
     )
     if _adds_bos(made) and not made.chat().begins_with(special["bos_token"]):
         made = replace(made, chat_template="{{ bos_token }}" + template)
     return made
 
 
-def _own_template(loaded: Any) -> str:
+def _loaded(folder: Path) -> Any:
+    """The tokenizer by transformers, from a copy of the covered files alone."""
+    from transformers import AutoTokenizer
+
+    files = check_folder(folder)
+    with tempfile.TemporaryDirectory(prefix="athanor-tokenizer-") as scratch:
+        for path in files:
+            if path.suffix != ".safetensors":
+                (Path(scratch) / path.name).symlink_to(path.resolve())
+        _stage_settings(folder / _SETTINGS, Path(scratch) / _SETTINGS)
+        try:
+            # A tokenizer's code never runs.
+            return AutoTokenizer.from_pretrained(scratch, local_files_only=True, trust_remote_code=False)
+        except BaseException as error:
+            if not is_malformed(error):
+                raise
+            for path in files:
+                if path.suffix == ".json":
+                    read_settings(path)  # names the file where it is no JSON at all
+            raise ConfigError(
+                f"base_model: no tokenizer in {folder}: {told(error).replace(scratch, str(folder))}",
+                advice="Save the model's tokenizer files next to its weights.",
+            ) from error
+
+
+def _stage_settings(source: Path, target: Path) -> None:
+    """Copy tokenizer_config.json without its names of files, which are paths of the machine that it was saved on."""
+    if not source.is_file():
+        return
+    kept = {key: value for key, value in read_settings(source).items() if not key.endswith(("_file", "_files"))}
+    target.unlink()
+    target.write_text(json.dumps(kept))
+
+
+def _rows(folder: Path) -> int:
+    """How many tokens the model embeds, by its config.json."""
+    from transformers import AutoConfig
+
+    try:
+        found = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=may_run_code(folder)
+        ).vocab_size
+    except BaseException as error:
+        if not is_malformed(error):
+            raise
+        raise ConfigError(
+            f"base_model: {folder / 'config.json'} is no configuration of a language model: {told(error)}",
+            advice="Save the model again with save_pretrained.",
+        ) from error
+    if not isinstance(found, int) or found < 1:
+        raise ConfigError(
+            f"base_model: {folder / 'config.json'} has vocab_size={found!r}, which is no number of tokens",
+            advice="Save the model again with save_pretrained.",
+        )
+    return found
+
+
+def _max_length(loaded: Any, folder: Path) -> int:
+    try:
+        return int(loaded.model_max_length)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"base_model: {folder / _SETTINGS} has model_max_length={loaded.model_max_length!r}",
+            advice="Set it to a number of tokens, or remove it.",
+        ) from error
+
+
+def _own_template(loaded: Any, folder: Path) -> str:
     """A tokenizer's chat template; of several named ones the one called `default`."""
     template = loaded.chat_template or ""
     if isinstance(template, dict):
         if "default" not in template:
             raise ConfigError(
-                f"base_model: the tokenizer has the chat templates {sorted(template)} and none called 'default'",
+                f"base_model: the tokenizer has the chat templates {sorted(map(str, template))} and none called "
+                "'default'",
                 advice="Give the text of the one to use as tokenize.chat_template.",
             )
         template = template["default"]
+    if not isinstance(template, str):
+        raise ConfigError(
+            f"base_model: {folder / _SETTINGS} has chat_template={template!r}, which is no text",
+            advice="Give the text of the template, there or as tokenize.chat_template.",
+        )
     return template
 
 
@@ -84,4 +161,10 @@ def check_growth(backend: Tokenizer, *, rows: int) -> int:
             f"base_model: the tokenizer has {backend.get_vocab_size()} entries, the model embeds {rows}; not a pair",
             advice="Use the tokenizer that the model was trained with; only tokens added to it may be new.",
         )
-    return max(without, default=rows - 1) + 1 - rows
+    missing = max(without, default=rows - 1) + 1 - rows
+    if rows + missing > _LARGEST_ID:
+        raise ConfigError(
+            f"base_model: the tokenizer and the model have ids up to {rows + missing - 1}; at most {_LARGEST_ID - 1}",
+            advice="Check vocab_size in config.json and the ids in tokenizer.json.",
+        )
+    return missing

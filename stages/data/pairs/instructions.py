@@ -101,7 +101,11 @@ def _exchange(values: Mapping[str, Any], question: str, *context: str, answers: 
 def _history(pairs: object) -> list[Message]:
     """Earlier turns of an Alpaca row: a list of [question, answer]."""
     messages: list[Message] = []
-    for pair in pairs if isinstance(pairs, Sequence) and not isinstance(pairs, str) else ():
+    if not pairs:
+        return messages
+    if not isinstance(pairs, Sequence) or isinstance(pairs, str):
+        raise Unusable("malformed_turn")
+    for pair in pairs:
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise Unusable("malformed_turn")
         turns = zip(("user", "assistant"), pair, strict=True)

@@ -77,7 +77,8 @@ def _transcript(text: object) -> _Side:
     if not isinstance(text, str) or not text.strip():
         raise Unusable("side_missing")
     turns = split_transcript(text)
-    if len(turns) < 2 or turns[0]["role"] != "user":
+    head = 1 if turns and turns[0]["role"] == "system" else 0
+    if len(turns) < head + 2 or turns[head]["role"] != "user":
         raise Unusable("no_prompt")
     if turns[-1]["role"] != "assistant":
         raise Unusable("no_response")
@@ -85,13 +86,20 @@ def _transcript(text: object) -> _Side:
 
 
 def split_transcript(text: str) -> list[Message]:
-    """Turns of an hh-rlhf transcript of `Human:` and `Assistant:`; empty when it is not a transcript."""
+    """Turns of an hh-rlhf transcript of `Human:` and `Assistant:`; empty when it is not a transcript.
+
+    Text before the first of them is what the assistant was told, so it is the system message.
+    """
     body = "\n\n" + text.lstrip("\n")
     places = sorted((start, role, mark) for mark, role in _TURNS for start in _starts(body, mark))
     starts = [start for start, _, _ in places]
+    preamble = body[: starts[0]].strip() if places else ""
     return [
-        {"role": role, "content": body[start + len(mark) : end].strip()}
-        for (start, role, mark), end in zip(places, [*starts[1:], len(body)], strict=False)
+        *([{"role": "system", "content": preamble}] if preamble else []),
+        *(
+            {"role": role, "content": body[start + len(mark) : end].strip()}
+            for (start, role, mark), end in zip(places, [*starts[1:], len(body)], strict=False)
+        ),
     ]
 
 
@@ -103,14 +111,15 @@ def _starts(text: str, mark: str) -> Iterator[int]:
 
 
 def _common_prompt(sides: Sequence[_Side], values: Mapping[str, Any]) -> list[Message]:
-    """The turns before both responses: those of the dialogues, which must be the same, or the row's own prompt."""
+    """The turns before both responses: those of the dialogues, which must be the same, or the row's own prompt.
+    The row's own system message comes first in either case."""
     asked = _asked(values)
     before = list(sides[0].before)
     if list(sides[1].before) != before:
         raise Unusable("prompts_differ")
     if before and asked and asked[-1]["content"] != before[-1]["content"]:
         raise Unusable("prompts_differ")
-    return before or asked
+    return with_system(before or asked, values)
 
 
 def _asked(values: Mapping[str, Any]) -> list[Message]:
@@ -122,11 +131,13 @@ def _asked(values: Mapping[str, Any]) -> list[Message]:
         messages = read_turns(prompt, role="role", text="content")
     else:
         text = plain_text(prompt)
-        messages = split_transcript(text) if text.startswith("Human:") else []
+        # With text in front, only the place left for the answer tells a transcript from a question that quotes one.
+        is_transcript = text.startswith("Human:") or ("\n\nHuman:" in text and text.endswith("\n\nAssistant:"))
+        messages = split_transcript(text) if is_transcript else []
         if messages and messages[-1] == {"role": "assistant", "content": ""}:
             messages = messages[:-1]
         messages = messages or ([{"role": "user", "content": text}] if text else [])
-    return with_system(messages, values)
+    return messages
 
 
 def _paired(prompt: Sequence[Message], chosen: str, rejected: str) -> Preference | str:
@@ -150,7 +161,7 @@ def _ranked(values: Mapping[str, Any]) -> Iterator[Preference | str]:
         raise Unusable("one_response")
     ranks = _ranks(values, responses)
     texts = [plain_text(_named(entry, _TEXTS) if isinstance(entry, Mapping) else entry) for entry in responses]
-    prompt = _asked(values)
+    prompt = with_system(_asked(values), values)
     order = sorted(range(len(texts)), key=lambda place: ranks[place])
     for better, worse in combinations(order, 2):
         yield "tie" if ranks[better] == ranks[worse] else _paired(prompt, texts[better], texts[worse])
@@ -164,7 +175,7 @@ def _ranks(values: Mapping[str, Any], responses: Sequence[Any]) -> list[float]:
     """
     count = len(responses)
     if (ranking := values.get("ranking")) is not None:
-        if not isinstance(ranking, list) or sorted(ranking) != list(range(count)):
+        if not isinstance(ranking, list) or not all(map(_is_number, ranking)) or sorted(ranking) != list(range(count)):
             raise Unusable("malformed_ranking")
         return [float(ranking.index(place)) for place in range(count)]
     inside = [entry if isinstance(entry, Mapping) else {} for entry in responses]
@@ -175,7 +186,7 @@ def _ranks(values: Mapping[str, Any], responses: Sequence[Any]) -> list[float]:
         ([_named(entry, _SCORES) for entry in inside], -1.0),
     ):
         if isinstance(found, list) and len(found) == count:
-            numbers = [sign * value for value in found if _is_number(value)]
+            numbers = [value if sign > 0 else -value for value in found if _is_number(value)]
             if len(numbers) == count:
                 return numbers
     raise Unusable("no_ranking")

@@ -49,7 +49,10 @@ def best_path(root: Node) -> list[Node]:
 
 def nested_conversation(values: Mapping[str, Any]) -> Conversation:
     """The best-ranked path of a row that holds a whole tree under `prompt`, with `replies` inside each other."""
-    root = _nested(values.get("prompt"))
+    try:
+        root = _nested(values.get("prompt"))
+    except RecursionError:  # hundreds of messages deep
+        raise Unusable("malformed_turn") from None
     if root is None:
         raise Unusable("deleted")
     return as_conversation([node.message for node in best_path(root)])
@@ -61,8 +64,10 @@ def _nested(values: object) -> Node | None:
     if _gone(values):
         return None
     node = _node("", values)
-    replies = (_nested(reply) for reply in values.get("replies") or ())
-    node.replies = [reply for reply in replies if reply is not None]
+    replies = values.get("replies") or []
+    if not isinstance(replies, list):
+        raise Unusable("malformed_turn")
+    node.replies = [reply for reply in map(_nested, replies) if reply is not None]
     return node
 
 
@@ -118,7 +123,7 @@ def _linked(
         node, parent = nodes[values["message_id"]], values.get("parent_id")
         if not parent:
             roots.append(node)
-        elif parent in nodes:
+        elif isinstance(parent, str) and parent in nodes:
             nodes[parent].replies.append(node)
     return roots
 

@@ -60,7 +60,8 @@ def _message(turn: object, role_field: str, text_field: str) -> Message:
         raise Unusable("unknown_role")
     if turn.get("tool_calls") or turn.get("function_call"):
         raise Unusable("tool_call")
-    if turn.get("weight") == 0:  # OpenAI excludes a turn from training like this; here every assistant turn is trained
+    # OpenAI excludes a turn from training like this; here every assistant turn is trained, and no other turn is.
+    if ROLES[name] == "assistant" and turn.get("weight") == 0:
         raise Unusable("untrained_turn")
     return {"role": ROLES[name], "content": plain_text(turn.get(text_field))}
 
@@ -84,8 +85,10 @@ def plain_text(content: object) -> str:
 
 
 def with_system(messages: list[Message], values: Mapping[str, Any]) -> list[Message]:
-    """Put a row's own `system` or `system_prompt` in front."""
-    system = plain_text(values.get("system", values.get("system_prompt")))
+    """Put a row's own `system` or `system_prompt` in front, unless the messages begin with the same."""
+    system = plain_text(values.get("system")) or plain_text(values.get("system_prompt"))
+    if messages[:1] == [{"role": "system", "content": system}]:
+        return messages
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 

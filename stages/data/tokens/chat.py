@@ -9,18 +9,19 @@ template wrote is replaced by a stand-in, the messages are put in, and the whole
 tokenizer that knows the stand-ins and takes control tokens for plain text.
 """
 
-import json
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 
 from stages.config.errors import ConfigError
 from stages.data.pairs.turns import Message, Unusable
+from stages.data.tokens.bounded import Endless, bounded, computes_powers
+from stages.data.tokens.controls import RESERVED, control_tokens, copy_with_stand_ins, encodable
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -30,7 +31,6 @@ CHAT_TEMPLATE = (
 )
 """The template of tokenizers that we train: everything around a message's text is a special token."""
 
-_RESERVED = "\ue000"
 _PLACEHOLDER = re.compile("(\u2003?)\ue000(\\d+)\ue001(\u2003?)")
 """A placeholder for a message. The wide spaces around it are missing where the template trims."""
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -74,14 +74,19 @@ class ChatEncoder:
         special_tokens: Mapping[str, str],
         *,
         infer_spans: bool = False,
+        origin: str = "",
     ) -> None:
         """With `infer_spans`, an assistant's turn reaches from the generation prompt to the control token after its
-        text; otherwise the template's {% generation %} markers delimit it."""
+        text; otherwise the template's {% generation %} markers delimit it. `origin` says in errors where the template
+        comes from."""
         self._template, self._special_tokens, self._infer = chat_template, dict(special_tokens), infer_spans
+        self._name = f"the chat template of {origin}" if origin else "the chat template"
+        if computes_powers(chat_template):
+            raise ConfigError(f"{self._name} computes powers, which nothing limits", advice=_ADVICE)
         self._skeletons: dict[tuple[tuple[str, ...], bool], tuple[_Piece, ...]] = {}
         named = set(self._special_tokens.values())
-        self._controls = _control_tokens(tokenizer, self._written(), named)
-        self._copy, self._stand_ins, self._real_ids = _with_stand_ins(tokenizer, self._controls)
+        self._controls = control_tokens(tokenizer, self._written(), named)
+        self._copy, self._stand_ins, self._real_ids = copy_with_stand_ins(tokenizer, self._controls)
         # Longest first, so that a token is never matched as the beginning of a longer one.
         names = sorted((token.content for token in self._controls.values()), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, names)) or r"(?!)")
@@ -90,7 +95,7 @@ class ChatEncoder:
         """Encode a whole conversation; raises Unusable for one that the template cannot hold."""
         if not self._infer and not _MARKERS.search(self._template):
             raise ConfigError(
-                "the chat template has no {% generation %} markers, so nothing says which tokens the assistant wrote",
+                f"{self._name} has no {{% generation %}} markers, so nothing says which tokens the assistant wrote",
                 advice="Set tokenize.chat_template='infer' to take each assistant turn up to the token that ends it, "
                 "or give a template with {% generation %} ... {% endgeneration %} around the assistant's text.",
             )
@@ -103,29 +108,27 @@ class ChatEncoder:
     def check(self) -> int:
         """Return the id that ends an assistant's turn; raises ConfigError for a template that would train wrongly."""
         if "strftime_now" in self._template and "date_string" not in self._template:
-            raise ConfigError(
-                "the chat template prints today's date: tokens would differ from day to day", advice=_ADVICE
-            )
+            raise ConfigError(f"{self._name} prints today's date: tokens would differ from day to day", advice=_ADVICE)
         turns = [{"role": role, "content": text} for role, text in zip(_PROBE_ROLES, _PROBE_TEXTS, strict=True)]
         try:
             whole = self.encode(turns)
             prompts = [self.encode_prompt(turns[:length]) for length in (1, 3)]
         except Unusable as error:
             raise ConfigError(
-                f"the chat template cannot hold a question and an answer twice: {error.reason}", advice=_ADVICE
+                f"{self._name} cannot hold a question and an answer twice: {_why(error)}", advice=_ADVICE
             ) from error
         ends = [int(whole.ids[stop - 1]) for _, stop in _runs(whole.loss_mask)]
         if len(ends) != 2 or ends[0] != ends[1] or ends[0] not in self._controls:
             shown = self._copy.decode(whole.ids[whole.loss_mask == 1].tolist(), skip_special_tokens=False)
             raise ConfigError(
-                "the chat template does not train each assistant turn with the token that ends it: of two turns it "
+                f"{self._name} does not train each assistant turn with the token that ends it: of two turns it "
                 f"trains {len(ends)}, together {shown!r}",
                 advice=_ADVICE,
             )
         for prompt, (start, _) in zip(prompts, _runs(whole.loss_mask), strict=True):
             if len(prompt) != start or not np.array_equal(whole.ids[:start], prompt):
                 raise ConfigError(
-                    "the chat template's generation prompt differs from what precedes the assistant's turn in a "
+                    f"{self._name}: its generation prompt differs from what precedes the assistant's turn in a "
                     f"conversation: {self._copy.decode(prompt.tolist(), skip_special_tokens=False)!r}",
                     advice="A model would be prompted in another way than it was trained; " + _ADVICE,
                 )
@@ -136,11 +139,16 @@ class ChatEncoder:
         bos = self._copy.token_to_id(self._special_tokens.get("bos_token") or "")
         count = int((ids == bos).sum()) if bos is not None and bos != end else 0
         if count > 1 or (count == 1 and ids[0] != bos):
-            raise ConfigError(f"the chat template writes the begin token {count} times", advice=_ADVICE)
+            raise ConfigError(f"{self._name} writes the begin token {count} times", advice=_ADVICE)
 
     def begins_with(self, token: str) -> bool:
         """Whether the template writes this token first."""
         return self._written().startswith(token)
+
+    @property
+    def control_ids(self) -> Collection[int]:
+        """Ids of the tokens that control the model; text that spells one out is ordinary text."""
+        return self._controls.keys()
 
     def _written(self) -> str:
         """All that the template writes around two questions and answers, and around the next answer."""
@@ -150,7 +158,7 @@ class ChatEncoder:
                 texts.append(self._render(roles, add_generation_prompt=prompted)[0])
             except Unusable as error:
                 raise ConfigError(
-                    f"the chat template cannot hold a question and an answer twice: {error.reason}", advice=_ADVICE
+                    f"{self._name} cannot hold a question and an answer twice: {_why(error)}", advice=_ADVICE
                 ) from error
         return "".join(texts)
 
@@ -162,11 +170,12 @@ class ChatEncoder:
         for piece in pieces:
             text = piece.filled(messages)
             # A stand-in inside a message would become a control token, which is what this class rules out.
-            if piece.message is not None and _RESERVED in text:
+            if piece.message is not None and RESERVED in text:
                 raise Unusable("reserved_character")
             texts.append(text)
             trained.append(np.full(len(text), piece.trained))
-        encoding = self._copy.encode("".join(texts), add_special_tokens=False)
+        with encodable():
+            encoding = self._copy.encode("".join(texts), add_special_tokens=False)
         ids = self._real_ids[np.asarray(encoding.ids, dtype=np.int64)]
         # before[i] counts the trained characters before character i, so a token is trained when its range of
         # characters holds at least one of them: that decides for tokens which cross the border of a piece.
@@ -185,20 +194,24 @@ class ChatEncoder:
         return self._skeletons[key]
 
     def _render(self, roles: Sequence[str], *, add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         marked = [{"role": role, "content": f"\u2003\ue000{i}\ue001\u2003"} for i, role in enumerate(roles)]
         names: dict[str, Any] = {**self._special_tokens, "date_string": _DATE}
         try:
-            answer: Any = render_jinja_template(
-                conversations=[marked],
-                chat_template=self._template,
-                return_assistant_tokens_mask=bool(_MARKERS.search(self._template)),
-                add_generation_prompt=add_generation_prompt,
-                **names,
+            answer: Any = bounded(
+                lambda: render_jinja_template(
+                    conversations=[marked],
+                    chat_template=self._template,
+                    return_assistant_tokens_mask=bool(_MARKERS.search(self._template)),
+                    add_generation_prompt=add_generation_prompt,
+                    **names,
+                )
             )
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        except (Endless, RecursionError, MemoryError) as error:
+            reason = str(error) or "it needs too much memory"
+            raise ConfigError(f"{self._name} does not end: {reason}", advice=_ADVICE) from error
+        except Exception as error:
             raise Unusable("refused_by_template") from error
         (text,), marked_spans = answer
         spans = marked_spans[0] if marked_spans else []
@@ -234,50 +247,14 @@ class ChatEncoder:
                 position = match.end()
 
 
+def _why(error: Unusable) -> str:
+    """The ledger's reason, with what the template itself said."""
+    return f"{error.reason} ({error.__cause__})" if error.__cause__ else error.reason
+
+
 _PROBE_ROLES = ("user", "assistant", "user", "assistant")
 _PROBE_TEXTS = ("first question", "first answer", "second question", "second answer")
 _ADVICE = "fix the template and give its text as tokenize.chat_template, or set that to 'plain'."
-
-
-def _control_tokens(tokenizer: Tokenizer, written: str, named: Container[str]) -> dict[int, AddedToken]:
-    """By id: all special tokens, and of the other added ones those that have a role or that the template writes."""
-    return {
-        number: token
-        for number, token in tokenizer.get_added_tokens_decoder().items()
-        if token.special or token.content in named or (token.content in written and token.content.strip())
-    }
-
-
-def _with_stand_ins(
-    tokenizer: Tokenizer, controls: Mapping[int, AddedToken]
-) -> tuple[Tokenizer, dict[str, str], np.ndarray]:
-    """A copy that encodes control tokens as plain text and stand-ins as control tokens; the stand-in of each; and the
-    real id of each id of the copy."""
-    data = json.loads(tokenizer.to_str())
-    data["post_processor"] = None  # it adds tokens that only the template may add, and trims offsets
-    for entry in data["added_tokens"]:
-        entry["special"] = entry["special"] or entry["id"] in controls
-    copy = Tokenizer.from_str(json.dumps(data))
-    copy.encode_special_tokens = True
-    names = {token.content: f"{_RESERVED}{chr(0xE100 + place)}" for place, token in enumerate(controls.values())}
-    copy.add_tokens(
-        [
-            AddedToken(
-                names[token.content],
-                single_word=token.single_word,
-                lstrip=token.lstrip,
-                rstrip=token.rstrip,
-                normalized=False,
-            )
-            for token in controls.values()
-        ]
-    )
-    made = {number: copy.token_to_id(names[token.content]) for number, token in controls.items()}
-    # Ids of the copy are those of the tokenizer, with the stand-ins after them; this maps stand-ins back.
-    real_ids = np.arange(max(copy.get_vocab(with_added_tokens=True).values()) + 1, dtype=np.int64)
-    for number, stand_in in made.items():
-        real_ids[stand_in] = number
-    return copy, names, real_ids
 
 
 def _runs(mask: np.ndarray) -> list[tuple[int, int]]:

@@ -24,7 +24,10 @@ class RaggedWriter:
         # An array is never cut by `append`; one that is longer than a shard makes a longer shard.
         if self._num_pending and self._num_pending + len(values) > self._shard_items:
             self._flush()
-        self._pending.append(np.asarray(values, dtype=self._dtype))
+        stored = np.asarray(values, dtype=self._dtype)
+        # numpy would wrap a value that needs more bits into another one.
+        assert np.array_equal(stored, values), f"{self._name} holds values that do not fit into {self._dtype}"
+        self._pending.append(stored)
         self._num_pending += len(values)
         self._lengths.append(len(values))
 

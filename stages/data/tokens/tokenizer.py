@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from stages.config.errors import ConfigError
 from stages.config.tokens import INFER, OWN, PLAIN, TokenizeConfig
 from stages.data.tokens.chat import CHAT_TEMPLATE, ChatEncoder
+from stages.data.tokens.controls import encodable, plain_text_copy
 
 _BOS, _EOS, _PAD = "<|bos|>", "<|end|>", "<|pad|>"
 _SPECIAL_TOKENS = [_BOS, _EOS, _PAD, "<|system|>", "<|user|>", "<|assistant|>"]
@@ -34,13 +36,22 @@ class LoadedTokenizer:
     max_length: int
     infer_spans: bool = False
     """Whether the assistant's text is inferred from the rendered template instead of marked in it."""
+    template_origin: str = ""
+    """The folder that the template comes from, for errors; empty where it is ours or the user's."""
 
     def chat(self) -> ChatEncoder:
-        return ChatEncoder(self.backend, self.chat_template, self.special_tokens, infer_spans=self.infer_spans)
+        return ChatEncoder(
+            self.backend,
+            self.chat_template,
+            self.special_tokens,
+            infer_spans=self.infer_spans,
+            origin=self.template_origin,
+        )
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        return self.backend.get_vocab_size(with_added_tokens=True)
+        """One more than the largest id: ids may have holes, so the number of entries says nothing about their width."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @property
     def bos_id(self) -> int:
@@ -60,13 +71,16 @@ class LoadedTokenizer:
         return -1 if found is None else found
 
     def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encode documents: begin token, text without special tokens, end token."""
-        self.backend.encode_special_tokens = True  # despite its name: text that looks special is ordinary text
+        """Encode documents: begin token, text without control tokens, end token."""
         head = [] if self.bos_id < 0 else [self.bos_id]
-        return [
-            np.asarray([*head, *encoding.ids, self.eos_id], dtype=np.int64)
-            for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)
-        ]
+        with encodable():
+            encodings = self._for_text.encode_batch(list(texts), add_special_tokens=False)
+        return [np.asarray([*head, *encoding.ids, self.eos_id], dtype=np.int64) for encoding in encodings]
+
+    @cached_property
+    def _for_text(self) -> Tokenizer:
+        """Encodes control tokens that a text spells out as ordinary text, also those that are not marked as special."""
+        return plain_text_copy(self.backend, self.chat().control_ids)
 
     def save(self, folder: Path) -> None:
         """Write the Hugging Face files; plain transformers then gives the same ids."""

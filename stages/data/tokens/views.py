@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from stages.config.errors import DataError
 from stages.data.tokens.packing import TokenSequence
@@ -41,7 +42,7 @@ class TokensArtifact:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+        self.meta = _meta(folder / "meta.json")
         self.sequence_length: int = self.meta["sequence_length"]
         self.vocab_size: int = self.meta["vocab_size"]
         self.pad_id: int = self.meta["pad_id"]
@@ -52,6 +53,17 @@ class TokensArtifact:
     @property
     def tokenizer_dir(self) -> Path:
         return self.folder / "tokenizer"
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer as it was published; raises DataError when its file is none."""
+        path = self.tokenizer_dir / "tokenizer.json"
+        try:
+            return Tokenizer.from_file(str(path))
+        except BaseException as error:
+            # The library raises Exception itself for what it cannot read, and a class of its own when it panics.
+            if type(error) is not Exception and type(error).__name__ != "PanicException":
+                raise
+            raise DataError(f"{path} is no tokenizer: {error}", advice="Run `tokenize` again.") from error
 
     def documents(self, split: Split) -> Ragged:
         return self._ragged("documents", split, "tokens")
@@ -91,6 +103,19 @@ class TokensArtifact:
 
     def _ragged(self, part: str, split: Split, name: str) -> Ragged:
         return Ragged(self.folder / part / split, name)
+
+
+def _meta(path: Path) -> dict[str, Any]:
+    names = ("sequence_length", "vocab_size", "pad_id", "eos_id", "bos_id")
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read: {error}", advice="Run `tokenize` again.") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is no JSON object", advice="Run `tokenize` again.")
+    if wrong := [name for name in names if not isinstance(found.get(name), int)]:
+        raise DataError(f"{path} has no whole number as {', '.join(wrong)}", advice="Run `tokenize` again.")
+    return found
 
 
 class SequenceView:

@@ -327,6 +327,114 @@ def test_a_transcript_is_read_turn_by_turn() -> None:
     assert split_transcript("no transcript") == []
 
 
+def weighted(role: str, text: str, weight: float) -> dict[str, Any]:
+    return {"from": role, "value": text, "weight": weight}
+
+
+def test_a_weight_of_zero_counts_only_where_a_turn_would_be_trained() -> None:
+    turns = [weighted("system", "s", 0), weighted("human", "a", 0), weighted("gpt", "b", 1)]
+    assert adapted({"conversations": turns}) == Conversation((system("s"), user("a"), assistant("b")))
+    turns[-1]["weight"] = 0
+    assert adapted({"conversations": turns}) == "untrained_turn"
+
+
+PREAMBLE = "You are a librarian.\n\nHuman: Q\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"chosen": PREAMBLE + " good", "rejected": PREAMBLE + " bad"},
+        {"prompt": PREAMBLE, "chosen": " good", "rejected": " bad"},
+        {"prompt": "\n\n" + PREAMBLE + "\n", "chosen": "good", "rejected": "bad"},
+    ],
+)
+def test_text_before_the_first_human_is_the_system_message(values: dict[str, Any]) -> None:
+    (shape,) = preferences.fitting_formats(values)
+    assert to_preferences(shape, values) == [Preference((system("You are a librarian."), user("Q")), "good", "bad")]
+
+
+def test_different_preambles_are_different_prompts() -> None:
+    values = {"chosen": PREAMBLE + " good", "rejected": PREAMBLE.replace("librarian", "cook") + " bad"}
+    with pytest.raises(Unusable, match="prompts_differ"):
+        to_preferences(PreferenceFormat.TRANSCRIPTS, values)
+
+
+def test_a_preamble_before_an_answer_is_counted_and_a_quoted_transcript_stays_a_question() -> None:
+    sides = {"chosen": "Hello.\n\nAssistant: good", "rejected": "Hello.\n\nAssistant: bad"}
+    with pytest.raises(Unusable, match="no_prompt"):
+        to_preferences(PreferenceFormat.TRANSCRIPTS, sides)
+    quoted = "Who speaks here?\n\nHuman: hi\n\nAssistant: hello"
+    values = {"prompt": quoted, "chosen": "good", "rejected": "bad"}
+    assert to_preferences(PreferenceFormat.PAIR, values) == [Preference((user(quoted),), "good", "bad")]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"system": "s", "chosen": [user("Q"), assistant("good")], "rejected": [user("Q"), assistant("bad")]},
+        {"system": "s", "prompt": "Q", "chosen": [user("Q"), assistant("good")],
+         "rejected": [user("Q"), assistant("bad")]},
+        {"system_prompt": "s", "chosen": "Human: Q\n\nAssistant: good", "rejected": "Human: Q\n\nAssistant: bad"},
+        {"system": "", "system_prompt": "s", "prompt": "Q", "chosen": "good", "rejected": "bad"},
+        {"system": "s", "prompt": "Q", "chosen": [system("s"), user("Q"), assistant("good")],
+         "rejected": [system("s"), user("Q"), assistant("bad")]},
+    ],
+)  # fmt: skip
+def test_a_rows_system_message_does_not_vanish_behind_the_sides_own_turns(values: dict[str, Any]) -> None:
+    (shape,) = preferences.fitting_formats(values)
+    assert to_preferences(shape, values) == [Preference((system("s"), user("Q")), "good", "bad")]
+
+
+@pytest.mark.parametrize("history", ["earlier", {"q": "a"}, 7])
+def test_a_history_that_is_no_list_is_counted(history: object) -> None:
+    row = {"instruction": "Add.", "output": "3", "history": history}
+    assert adapted(row) == "malformed_turn"
+    assert adapted({**row, "history": None}) == Conversation((user("Add."), assistant("3")))
+
+
+def deep_tree(levels: int) -> dict[str, Any]:
+    tree: dict[str, Any] = {"role": "assistant", "text": "x", "replies": []}
+    for level in range(levels):
+        tree = {"role": ("prompter", "assistant")[level % 2], "text": "x", "replies": [tree]}
+    return tree
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"role": "prompter", "text": "x", "replies": 7},
+        {"role": "prompter", "text": "x", "replies": {"a": 1}},
+        deep_tree(5000),
+    ],
+    ids=["replies are a number", "replies are an object", "5000 levels"],
+)
+def test_a_tree_that_is_none_is_counted(tree: dict[str, Any]) -> None:
+    with pytest.raises(Unusable, match="malformed_turn"):
+        to_conversation(InstructionFormat.OASST_TREE, {"prompt": tree})
+
+
+def test_a_parent_that_is_no_name_is_missing(tmp_path: Path) -> None:
+    rows = [{"message_id": "a", "parent_id": ["b"], "role": "prompter", "text": "x"}]
+    made, step, _ = load(write(tmp_path / "trees.jsonl", rows))
+    assert made == []
+    assert dropped(step) == {"parent_missing": 1}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "reason"),
+    [({"ranking": [0, "1"]}, "malformed_ranking"), ({"ranking": [0, None]}, "malformed_ranking")],
+)
+def test_a_ranking_of_no_numbers_is_counted(ranks: dict[str, Any], reason: str) -> None:
+    with pytest.raises(Unusable, match=reason):
+        to_preferences(PreferenceFormat.RANKED, {"prompt": "Q", "responses": ["a", "b"], **ranks})
+
+
+def test_scores_may_be_larger_than_any_float() -> None:
+    values = {"prompt": "Q", "responses": ["a", "b"], "scores": [1, 10**400]}
+    assert to_preferences(PreferenceFormat.RANKED, values) == [Preference((user("Q"),), "b", "a")]
+
+
 def test_conversations_that_start_alike_are_held_out_together(tmp_path: Path) -> None:
     openings = [f"question {number}" for number in range(40)]
     one = write(tmp_path / "1.jsonl", [{"prompt": text, "response": "x"} for text in openings])
