@@ -4,6 +4,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from stages.artifacts.addresses import artifact_uri, run_key
 from stages.artifacts.manifests import find_intact, fingerprint, is_doubted
 from stages.artifacts.store import Store, write_json
@@ -29,12 +31,14 @@ def params_key(run_id: str) -> str:
 def load_config(store: Store, run: RunInfo) -> PipelineConfig:
     """Read what `resolve` stored for this run."""
     key = pipeline_key(run.run_id)
+    advice = "Clear the task `resolve`; it writes the file."
     try:
         config = PipelineConfig.model_validate_json(store.read_bytes(key))
     except FileNotFoundError:
-        raise ConfigError(
-            f"{store.root_uri}/{key} does not exist", advice="Clear the task `resolve`; it writes the file."
-        ) from None
+        raise ConfigError(f"{store.root_uri}/{key} does not exist", advice=advice) from None
+    except ValidationError as error:
+        what = error.errors()[0]["msg"]
+        raise ConfigError(f"{store.root_uri}/{key} is damaged or was changed: {what}", advice=advice) from None
     result = run_key(run.run_id, Stage.CURATE, "result.json")
     if PREVIOUS not in config.given or not store.exists(result):
         return config

@@ -171,6 +171,14 @@ def test_a_configuration_that_is_gone_is_named(tmp_path: Path):
         load_config(open_store(tmp_path.as_uri()), RUN)
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"recipe": "tiny"}', "\xff"])
+def test_a_configuration_that_is_damaged_is_named(tmp_path: Path, text: str):
+    store = open_store(tmp_path.as_uri())
+    store.write_bytes("runs/r/pipeline.json", text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"runs/r/pipeline\.json is damaged or was changed"):
+        load_config(store, RUN)
+
+
 def test_links_take_the_address_that_browsers_know(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ATHANOR_MLFLOW_URL", "https://mlflow.example.org/")
     assert mlflow_run_page("http://mlflow:5000", "r1") == "https://mlflow.example.org/#/runs/r1"
