@@ -15,7 +15,7 @@ from stages.artifacts.manifests import fetch, read_manifest, upload_files
 from stages.artifacts.s3 import S3Store
 from stages.artifacts.store import Store
 from stages.config.errors import ConfigError, DamagedArtifactError
-from stages.config.request import FileEntry, safe_run_id
+from stages.config.request import FileEntry, run_folder
 from stages.config.resolve import resolve
 from stages.job.attempt import scratch_folder
 from tests.unit.artifacts.test_manifests import make_artifact
@@ -152,7 +152,7 @@ def test_an_override_sets_fields_of_the_configuration_and_nothing_else(path: str
 @pytest.mark.parametrize("name", ["..", ".", "...", "../../x", "a/../b", "a b", "$(x)", "a'b"])
 def test_a_run_id_is_one_folder(name: str) -> None:
     """Airflow's own rule for run ids, which an administrator may change, allows dots."""
-    made = safe_run_id(name)
+    made = run_folder(name, name)
     assert "/" not in made
     assert set(made) - {"."}
     assert not set(made) & set(" $()'")
