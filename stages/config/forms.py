@@ -145,6 +145,10 @@ class RetrainParams(Config):
     """Maximum number of times that continued pretraining sees each new token."""
     overrides: dict[str, Any] = Field(default_factory=dict, title="Overrides")
     """Changes to the settings of the champion's run, by dotted path."""
+    take_back: bool = Field(default=False, title="Take back")
+    """Check again the preference data that was set aside because it could not be used, and use what can be used now."""
+    forget: Lines = Field(default_factory=list, title="Forget")
+    """Preference data, pending or set aside, that no retraining shall use."""
     force: bool = Field(default=False, title="Force")
     """Retrain even if the documents are those of the last retraining."""
 
