@@ -1,6 +1,7 @@
 """From the champion to its successor, when there is new data.
 
-    decide ─ train (a run of llm_pipeline) ─ remember
+    decide ─ train (a run of llm_pipeline) ─┬─ remember
+                                            └─ set_aside (only after a failure)
 
 Runs on a cron schedule, when raw text comes into the watched prefix, and when preference data is published
 (docs/RETRAINING.md names the variables). `decide` looks at the data and not at what triggered the run: if there is
@@ -12,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
-from airflow.sdk import DAG, chain, get_current_context, task
+from airflow.sdk import DAG, TriggerRule, chain, get_current_context, task
 from airflow.sdk.exceptions import AirflowSkipException
 
 from operators.defaults import default_args
@@ -41,7 +42,7 @@ with DAG(
         """Find the champion and what is new; skip the rest when there is nothing to do, and say why."""
         from operators.failures import as_stage_failures
         from operators.form import form_values
-        from operators.retrain import Skip, announced_data
+        from operators.retrain import Skip, announced_data, tell
         from operators.retrain import decide as decide_by
         from stages.config.resolve import validated
 
@@ -49,6 +50,7 @@ with DAG(
         with as_stage_failures():
             params = validated(RetrainParams, form_values(context["params"]))
             verdict = decide_by(params, announced=announced_data(context["triggering_asset_events"], PREFERENCES))
+        tell(verdict.set_aside, context)
         if isinstance(verdict, Skip):
             raise AirflowSkipException(verdict.reason)
         print(f"Retraining: {verdict.reason}")  # noqa: T201 - a task's output is its log
@@ -67,6 +69,18 @@ with DAG(
         with as_stage_failures():
             record(decided["run_name"], decided["watermark"])
 
+    @task(trigger_rule=TriggerRule.ONE_FAILED)
+    def set_aside() -> dict:
+        """When the run failed over preference data, set that data aside, so that it does not fail the next one too."""
+        from operators.failures import as_stage_failures
+        from operators.retrain import set_aside_failed, tell
+
+        context: Any = get_current_context()
+        with as_stage_failures():
+            faults = set_aside_failed(context["ti"].xcom_pull(task_ids="decide"), context["ti"].run_id)
+        tell(faults, context)
+        return faults
+
     decided: Any = decide()
     train = TriggerDagRunOperator(
         task_id="train",
@@ -81,4 +95,4 @@ with DAG(
         retries=0,
         execution_timeout=None,
     )
-    chain(decided, train, remember(decided))
+    chain(decided, train, [remember(decided), set_aside()])

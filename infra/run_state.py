@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from infra.airflow_api import AirflowApi, AirflowApiError, TaskState
 from stages.config.graph import GRAPH, Stage, pipeline_stages
-from stages.config.request import Failure, StageResult, safe_run_id
+from stages.config.request import Failure, StageResult, run_folder
 from stages.job.progress import JOB_RECORD, worker_record
 
 DAG_ID = "llm_pipeline"
@@ -99,7 +99,7 @@ class RunWatch:
         self.api = api
         self.run_id = run_id
         self._store = store
-        self._folder = f"runs/{safe_run_id(run_id)}"
+        self._folder = f"runs/{run_folder(DAG_ID, run_id)}"
         self._results: dict[str, StageResult] = {}
 
     def snapshot(self) -> Snapshot:

@@ -140,7 +140,7 @@ def job_command(entrypoint: str, config_uri: str) -> str:
 def submission_log(context: Any) -> SubmissionLog:
     """The submissions of this task instance, over all its attempts."""
     ti = context["ti"]
-    key = TaskKey(ti.dag_id, ti.run_id, ti.task_id, _map_index(ti))
+    key = TaskKey(ti.dag_id, ti.run_id, ti.task_id, _map_index(ti), airflow=airflow_id())
     return SubmissionLog(context["task_state_store"], key, retention=NEVER_EXPIRE)
 
 

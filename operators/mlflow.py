@@ -303,8 +303,11 @@ class MlflowServer:
             "max_results": 100,
         }
         for found in self._call("POST", "runs/search", body).get("runs", ()):
-            tags = {tag["key"] for tag in found["data"].get("tags", ())}
-            if _STAGE_TAG not in tags:
+            tags = {tag["key"]: tag["value"] for tag in found["data"].get("tags", ())}
+            # Before folders had names of their own, runs of other DAGs and with similar ids shared RUN_TAG.
+            known = {"airflow.dag_id": run.dag_id, "airflow.run_id": run.airflow_run_id}
+            agree = all(tags.get(key, value) == value for key, value in known.items() if value)
+            if _STAGE_TAG not in tags and agree:
                 return found["info"]["run_id"]
         return None
 

@@ -71,6 +71,11 @@ def report_late(hours: float, context: Any = None) -> None:
     post({"event": "late", "deadline_hours": hours, **_about(context or {})})
 
 
+def notify(event: str, context: Any, **details: Any) -> None:
+    """Post something else that people should know about a run."""
+    post({"event": event, **_about(context), **details})
+
+
 def post(message: dict[str, Any]) -> None:
     """Post a message to the webhook that is configured, if any."""
     import httpx

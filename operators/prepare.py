@@ -9,7 +9,7 @@ from stages.artifacts.addresses import artifact_uri, run_key
 from stages.artifacts.store import Store, write_json
 from stages.config.closing import Approval, Promotion
 from stages.config.curate import NEW_BYTES, NEW_PAIRS
-from stages.config.errors import ConfigError
+from stages.config.errors import ConfigError, DataError
 from stages.config.graph import GRAPH, Alignment, Stage
 from stages.config.pipeline import PREVIOUS, PipelineConfig, stage_config_from_json
 from stages.config.records import parse_record
@@ -30,12 +30,13 @@ def params_key(run_id: str) -> str:
 def load_config(store: Store, run: RunInfo) -> PipelineConfig:
     """Read what `resolve` stored for this run."""
     key = pipeline_key(run.run_id)
+    advice = "Clear the task `resolve`; it writes the file."
     try:
         config = parse_record(PipelineConfig, store.read_bytes(key), f"{store.root_uri}/{key}")
     except FileNotFoundError:
-        raise ConfigError(
-            f"{store.root_uri}/{key} does not exist", advice="Clear the task `resolve`; it writes the file."
-        ) from None
+        raise ConfigError(f"{store.root_uri}/{key} does not exist", advice=advice) from None
+    except DataError as error:
+        raise DataError(error.message, advice=advice) from None
     result = run_key(run.run_id, Stage.CURATE, "result.json")
     if PREVIOUS not in config.given or not store.exists(result):
         return config

@@ -1,35 +1,41 @@
 """Decides whether to retrain and on which data: compares the watched prefix with what the last retraining saw.
 
-The watermark is `retrain/<run name>.json` in the artifact store: the digest of the listing and the preference data of
-the last successful retraining, and preference data that has been announced since.
+The watermark says that, and which preference data waits (`operators.pending`).
 """
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from operators.folders import RunOwner, find_folder, owners_of_before
 from operators.given import find_version
 from operators.mlflow import ModelVersion
+from operators.pending import (
+    Watermark,
+    as_sentence,
+    fault_in,
+    put_aside,
+    read_watermark,
+    sort_out,
+    write_watermark,
+)
 from operators.prepare import params_key
 from operators.watcher import Listing, list_prefix
-from stages.artifacts.addresses import open_default_store
-from stages.artifacts.store import Store, read_json, write_json
-from stages.config.base import Config
+from stages.artifacts.addresses import open_default_store, run_key
+from stages.artifacts.store import Store, read_json
 from stages.config.errors import ConfigError
 from stages.config.forms import RetrainParams
-from stages.config.request import safe_run_id
+from stages.config.graph import pipeline_stages
+from stages.config.nested import dotted_once
+from stages.config.pipeline import PipelineConfig
+from stages.config.request import run_folder, safe_run_id
+from stages.config.resolve import filled_by, resolve
 
+logger = logging.getLogger(__name__)
 
-class Watermark(Config):
-    """What retraining has seen."""
-
-    documents: str = ""
-    """Digest of the listing."""
-    preferences: tuple[str, ...] = ()
-    """Preference data that a retraining has used."""
-    pending: tuple[str, ...] = ()
-    """Announced preference data that no retraining has used yet."""
+_PIPELINE = "llm_pipeline"
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Skip:
     """No retraining, and why."""
 
     reason: str
+    set_aside: dict[str, str] = field(default_factory=dict)
+    """Preference data that has just been found unusable, and why."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class Go:
     conf: dict[str, Any]
     watermark: Watermark
     reason: str
+    set_aside: dict[str, str] = field(default_factory=dict)
 
 
 def decide(params: RetrainParams, *, announced: Sequence[str] = ()) -> Skip | Go:
@@ -62,25 +71,59 @@ def decide(params: RetrainParams, *, announced: Sequence[str] = ()) -> Skip | Go
             advice="Give documents as file:///folder or s3://bucket/prefix.",
         )
     before = read_watermark(store, params.run_name)
-    fresh = [uri for uri in dict.fromkeys((*before.pending, *announced, *params.preferences))]
-    fresh = [uri for uri in fresh if uri not in before.preferences]
-    if tuple(fresh) != before.pending:  # kept until a retraining succeeds, because an event comes only once
-        before = before.model_copy(update={"pending": tuple(fresh)})
-        _write_watermark(store, params.run_name, before)
+    found = sort_out(
+        before, announced=announced, given=params.preferences, take_back=params.take_back, forget=params.forget
+    )
+    if found.watermark != before:  # kept until a retraining succeeds, because an event comes only once
+        write_watermark(store, params.run_name, found.watermark)
     address = f"models:/{params.run_name}-aligned@champion"
     champion = find_version(address)
     if champion is None:
-        return Skip(f"{address} does not exist: nothing to retrain. Run llm_pipeline until it promotes a model.")
+        why = f"{address} does not exist: nothing to retrain. Run llm_pipeline until it promotes a model."
+        return _skip(why, found.watermark, found.set_aside)
     listing = list_prefix(prefix)
     if not listing.num_objects:
-        return Skip(f"{prefix} is empty.")
-    if listing.digest == before.documents and not fresh and not params.force:
-        return Skip(f"Nothing new: {prefix} is as the last retraining saw it, and no preference data came.")
+        return _skip(f"{prefix} is empty.", found.watermark, found.set_aside)
+    conf = _conf(params, champion, prefix, found.watermark.pending, store)
+    refused = _refused(conf)
+    after, set_aside = put_aside(found.watermark, refused), {**found.set_aside, **refused}
+    if refused:
+        write_watermark(store, params.run_name, after)
+    fresh = after.pending
+    if listing.digest == after.documents and not fresh and not params.force:
+        why = f"Nothing new: {prefix} is as the last retraining saw it, and no preference data came."
+        return _skip(why, after, set_aside)
     return Go(
-        conf=_conf(params, champion, prefix, fresh, store),
-        watermark=Watermark(documents=listing.digest, preferences=(*before.preferences, *fresh)),
-        reason=_reason(prefix, listing, before, fresh),
+        conf={**conf, "preferences": list(fresh)},
+        watermark=Watermark(documents=listing.digest, preferences=(*after.preferences, *fresh)),
+        reason=" ".join(filter(None, (_reason(prefix, listing, after, fresh), as_sentence(after.set_aside)))),
+        set_aside=set_aside,
     )
+
+
+def _skip(why: str, watermark: Watermark, set_aside: Mapping[str, str]) -> Skip:
+    return Skip(" ".join(filter(None, (why, as_sentence(watermark.set_aside)))), dict(set_aside))
+
+
+def _refused(conf: Mapping[str, Any]) -> dict[str, str]:
+    """Return the preference data that `resolve` would refuse in the run; raises ConfigError when it is not the data."""
+    try:
+        resolve(conf)
+    except ConfigError as error:
+        resolve({**conf, "preferences": []})
+        refused = {uri: reason for uri in conf["preferences"] if (reason := _refusal({**conf, "preferences": [uri]}))}
+        if not refused:
+            raise error from None
+        return refused
+    return {}
+
+
+def _refusal(conf: Mapping[str, Any]) -> str:
+    try:
+        resolve(conf)
+    except ConfigError as error:
+        return error.message
+    return ""
 
 
 def _conf(
@@ -90,8 +133,9 @@ def _conf(
 
     The version is given instead of the alias, which may move before the pipeline starts.
     """
+    params_of = _params_of(champion, store)
     return {
-        **_params_of(champion, store),
+        **params_of,
         "run_name": params.run_name,
         "base_model": champion.address,
         "continue_pretraining": True,
@@ -100,22 +144,47 @@ def _conf(
         "instructions": [],
         "preferences": list(preferences),
         "overrides": {
-            **_params_of(champion, store).get("overrides", {}),
+            **_settings_of(params_of.get("overrides") or {}),
             "pretrain.max_epochs": params.max_epochs,
-            **params.overrides,
+            **_by_path(params.overrides),
         },
     }
 
 
+def _by_path(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides in one spelling, so that later ones replace earlier ones."""
+    return {PipelineConfig.current_path(path): value for path, value in dotted_once(overrides, "overrides").items()}
+
+
+def _settings_of(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The overrides of the champion's run, without what earlier versions let them set and Athanor fills."""
+    return {path: value for path, value in _by_path(overrides).items() if not filled_by(path)}
+
+
 def _params_of(champion: ModelVersion, store: Store) -> dict[str, Any]:
-    run_id = safe_run_id(champion.tags.get("airflow.run_id", ""))
+    dag_id = champion.tags.get("airflow.dag_id", _PIPELINE)
+    run_id = champion.tags.get("airflow.run_id", "")
+    key = params_key(run_folder(dag_id, run_id))
+    before = safe_run_id(run_id)
+    if before and not store.exists(key):
+        # Whose a folder of before is, its requests say; they may be gone already.
+        others = owners_of_before(store, before) - {RunOwner(dag_id=dag_id, airflow_run_id=run_id)}
+        key = key if others else params_key(before)
     try:
-        return read_json(store, params_key(run_id))
+        params = read_json(store, key)
     except FileNotFoundError:
         raise ConfigError(
-            f"{champion.address} was made by run {run_id!r}, which left no {params_key(run_id)} in {store.root_uri}",
+            f"{champion.address} was made by run {run_id!r}, which left no {key} in {store.root_uri}",
             advice="The champion must come from llm_pipeline with this store; run it once more with this version.",
         ) from None
+    except (ValueError, RecursionError):
+        params = None
+    if not isinstance(params, dict) or not isinstance(params.get("overrides") or {}, dict):
+        raise ConfigError(
+            f"{store.root_uri}/{key} is damaged; {champion.address} was made with it",
+            advice="Restore it, or run llm_pipeline once more until it promotes a model.",
+        )
+    return params
 
 
 def _reason(prefix: str, listing: Listing, before: Watermark, preferences: Sequence[str]) -> str:
@@ -127,33 +196,56 @@ def _reason(prefix: str, listing: Listing, before: Watermark, preferences: Seque
     return "; ".join(parts) or "asked for by `force`"
 
 
-def read_watermark(store: Store, run_name: str) -> Watermark:
-    key = _watermark_key(run_name)
-    return Watermark.model_validate(read_json(store, key)) if store.exists(key) else Watermark()
-
-
 def record(run_name: str, watermark: Mapping[str, Any]) -> None:
     """Record what a successful retraining has used. Data announced in the meantime stays pending."""
     store = open_default_store()
-    done = Watermark.model_validate(watermark)
-    pending = tuple(uri for uri in read_watermark(store, run_name).pending if uri not in done.preferences)
-    _write_watermark(store, run_name, done.model_copy(update={"pending": pending}))
+    done, now = Watermark.model_validate(watermark), read_watermark(store, run_name)
+    pending = tuple(uri for uri in now.pending if uri not in done.preferences)
+    update = {"pending": pending, "set_aside": now.set_aside}
+    write_watermark(store, run_name, done.model_copy(update=update))
 
 
-def _write_watermark(store: Store, run_name: str, watermark: Watermark) -> None:
-    write_json(store, _watermark_key(run_name), watermark.model_dump(mode="json"))
+def set_aside_failed(decided: Mapping[str, Any] | None, airflow_run_id: str) -> dict[str, str]:
+    """Set aside the preference data that a failed retraining blames; return it with the reason.
+
+    Only a stage that failed with category `config` or `data` and names the source says that it is the source's fault.
+    """
+    if decided is None:
+        return {}
+    store, run_name = open_default_store(), decided["run_name"]
+    folder, now = find_folder(store, _PIPELINE, pipeline_run_id(airflow_run_id)), read_watermark(store, run_name)
+    used = set(Watermark.model_validate(decided["watermark"]).preferences) & set(now.pending)
+    faults: dict[str, str] = {}
+    for stage in pipeline_stages():
+        key = run_key(folder, stage, "failure.json")
+        if used and store.exists(key) and (blamed := fault_in(store.read_bytes(key), used)):
+            faults[blamed[0]] = blamed[1]
+    if faults:
+        write_watermark(store, run_name, put_aside(now, faults))
+        logger.warning("The run failed over its preference data. %s", as_sentence(faults))
+    return faults
 
 
-def _watermark_key(run_name: str) -> str:
-    return f"retrain/{run_name}.json"
+def pipeline_run_id(airflow_run_id: str) -> str:
+    """Id of the pipeline run that a run of `retrain` triggers."""
+    return f"retrain__{airflow_run_id}"
+
+
+def tell(set_aside: Mapping[str, str], context: Any) -> None:
+    """Log what has been set aside, and notify whoever is to know of runs that end."""
+    from operators.notify import notify
+
+    for uri, reason in set_aside.items():
+        logger.warning("Set aside until a person looks at it: %s %s", uri, reason)
+    if set_aside:
+        notify("set_aside", context, sources=dict(set_aside))
 
 
 def announced_data(events: Mapping[Any, Sequence[Any]], asset_name: str) -> list[str]:
-    """Addresses in the extra of the asset's events that started this run."""
-    return [
-        event.extra["uri"]
-        for asset, found in events.items()
-        if asset.name == asset_name
-        for event in found
-        if (event.extra or {}).get("uri")
-    ]
+    """Addresses in the extra of the asset's events that started this run; any user may write an event."""
+    extras = [event.extra for asset, found in events.items() if asset.name == asset_name for event in found]
+    found = [extra.get("uri") if isinstance(extra, Mapping) else None for extra in extras]
+    addresses = [uri.strip() for uri in found if isinstance(uri, str) and uri.strip()]
+    if len(addresses) < len(extras):
+        logger.warning("%d of %d events of %s name no address.", len(extras) - len(addresses), len(extras), asset_name)
+    return addresses

@@ -9,6 +9,7 @@ from typing import Any
 from airflow.sdk import Asset
 
 from operators.failures import RunIncomplete, StageConfigFailed, as_stage_failures
+from operators.folders import claim_folder
 from operators.form import form_values
 from operators.operator import StageOperator
 from operators.people.answers import complete, publish_preferences
@@ -22,7 +23,7 @@ from stages.config.errors import ConfigError
 from stages.config.forms import CollectParams
 from stages.config.graph import Stage, language_models
 from stages.config.records import parse_record
-from stages.config.request import ArtifactRef, RunInfo, StageRequest, safe_run_id
+from stages.config.request import ArtifactRef, RunInfo, StageRequest
 from stages.config.resolve import resolve, validated
 
 PREFERENCES = Asset(name="llm/preferences", group="llm")
@@ -64,7 +65,7 @@ def start_collection(context: Any) -> dict[str, Any]:
         pipeline = resolve({"recipe": params.recipe, "run_name": params.run_name, "overrides": params.overrides})
         model, tokens = find_model(params.model or f"models:/{params.run_name}-aligned@candidate")
         store = open_default_store()
-        run_id = safe_run_id(ti.run_id)
+        run_id = claim_folder(store, ti.dag_id, ti.run_id)
         run = RunInfo(
             run_id=run_id,
             name=params.run_name,

@@ -40,10 +40,12 @@ class TaskKey:
     run_id: str
     task_id: str
     map_index: int = -1
+    airflow: str = ""
+    """Name of this Airflow, see `operators.ray.ownership`: DAGs and scheduled runs of others have the same ids."""
 
     def submission_id(self, generation: int) -> str:
         """`athanor-sft-1f0c2a9d4be7-1`: readable, and the same in every process that computes it."""
-        identity = json.dumps([self.dag_id, self.run_id, self.task_id, self.map_index])
+        identity = json.dumps([self.airflow, self.dag_id, self.run_id, self.task_id, self.map_index])
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
         task = re.sub(r"[^A-Za-z0-9_-]+", "-", self.task_id)[:40]
         return f"athanor-{task}-{digest}-{generation}"

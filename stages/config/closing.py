@@ -5,8 +5,11 @@ from enum import StrEnum
 from pydantic import Field
 
 from stages.config.base import Choice, Config
+from stages.config.names import RunName
 
 WIN_RATE, SCORE = "eval/win_rate", "eval/score_mean"
+LONGEST_WAIT_HOURS = 10 * 365 * 24.0
+"""For a person's answer; beyond some thousand years no calendar can tell when the wait is over."""
 
 
 class EvaluateConfig(Config):
@@ -62,14 +65,14 @@ class Approval(Config):
 class PromoteConfig(Config):
     """Registration in MLflow."""
 
-    run_name: str = Field(default="athanor", min_length=1)
+    run_name: RunName = "athanor"
     """Prefix of the registered model names."""
     promotion: Promotion = Promotion.AUTO
     """`auto` moves the alias `champion` when the aligned model wins, `approval`: a person decides in Airflow, `never`
     registers candidates only."""
     min_win_rate: float = Field(default=0.5, ge=0, le=1)
     """Win rate against SFT that an aligned model needs to become champion; a person may decide otherwise."""
-    approval_timeout_hours: float = Field(default=168.0, gt=0)
+    approval_timeout_hours: float = Field(default=168.0, gt=0, le=LONGEST_WAIT_HOURS)
     """Hours that `promotion=approval` waits for a person; after them the model counts as rejected, nothing is lost."""
     approval: Approval | None = None
     """The person's answer, filled in by the pipeline; not to be set by hand."""

@@ -2,28 +2,15 @@
 
 The fields that the form of `llm_pipeline` shares with the run's configuration stand in `RunOutline`, for both."""
 
-import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, GetPydanticSchema, model_validator
+from pydantic import Field, GetPydanticSchema, model_validator
 
 from stages.config.base import Config
-from stages.config.closing import Promotion
+from stages.config.closing import LONGEST_WAIT_HOURS, Promotion
 from stages.config.graph import Alignment, Stage, pipeline_stages
+from stages.config.names import Lines, ModelAddress, RunName
 from stages.config.selection import selected_stages
-
-
-def _safe_run_name(value: str) -> str:
-    """A run's name becomes part of model names, of keys in the object store and of lines in logs."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
-        raise ValueError(
-            f"run_name={value!r} may hold letters, digits, '.', '_' and '-' only and starts with a letter or digit"
-        )
-    return value
-
-
-RunName = Annotated[str, AfterValidator(_safe_run_name)]
-"""A run's name, harmless wherever it is put."""
 
 PipelineStage = Annotated[
     Stage,
@@ -40,14 +27,18 @@ PipelineStage = Annotated[
 class RunOutline(Config):
     """Name, start and end of a run: the fields of the form that the configuration keeps as they are."""
 
-    run_name: RunName = Field(default="athanor", title="Run name", min_length=1, max_length=64)
+    run_name: RunName = Field(default="athanor", title="Run name")
     """Prefix of the models (`<name>-base`, `-sft`, `-reward`, `-aligned`): letters, digits, `.`, `_`, `-`."""
-    base_model: str = Field(default="", title="Base model", examples=["models:/athanor-base@champion", "/models/llama"])
+    base_model: ModelAddress = Field(
+        default="", title="Base model", examples=["models:/athanor-base@champion", "/models/llama"]
+    )
     """Model to start from instead of pretraining: an artifact URI, `models:/name@alias` or a Hugging Face directory.
     Empty: pretrain from scratch."""
     continue_pretraining: bool = Field(default=False, title="Continue pretraining")
     """With a base model: pretrain it further on the documents before SFT."""
-    previous_data: str = Field(default="", title="Previous data", examples=["models:/athanor-aligned@champion"])
+    previous_data: ModelAddress = Field(
+        default="", title="Previous data", examples=["models:/athanor-aligned@champion"]
+    )
     """Curate only what this data has not seen: the URI of a `curated` artifact, or `models:/name@alias` for the data
     that a model was made from. Its held-out text and its pairs are taken over. Empty: curate everything."""
     alignment: Alignment = Field(default=Alignment.BOTH, title="Alignment")
@@ -78,12 +69,10 @@ class PipelineParams(RunOutline):
     recipe: str = Field(default="demo", title="Recipe")
     """Complete configuration to start from. `demo`: a small model on two CPU cores. `tiny`: seconds per
     stage, for tests. `llama_1b`: a billion parameters on GPUs."""
-    documents: list[str] = Field(
-        default_factory=list, title="Documents", examples=["installed-docs", "s3://bucket/prefix"]
-    )
+    documents: Lines = Field(default_factory=list, title="Documents", examples=["installed-docs", "s3://bucket/prefix"])
     """Raw text, one source per line: `installed-docs`, a folder, an `s3://` prefix (text, JSONL, Parquet) or
     `hf://dataset?split=train`. Empty: those of the recipe."""
-    instructions: list[str] = Field(
+    instructions: Lines = Field(
         default_factory=list,
         title="Instructions",
         examples=["derived", "s3://bucket/sft.jsonl", "s3://bucket/math.jsonl#weight=0.3"],
@@ -91,7 +80,7 @@ class PipelineParams(RunOutline):
     """Conversations, one source per line; `derived` makes pairs from the documents. After a source, `#weight=0.3` gives
     it 30 % of the training, and `#format=sharegpt` names the format if the fields do not show it. Empty: those of the
     recipe."""
-    preferences: list[str] = Field(
+    preferences: Lines = Field(
         default_factory=list, title="Preferences", examples=["derived", "s3://bucket/pairs.jsonl"]
     )
     """Preference pairs, one source per line, with `#weight=` and `#format=` as above; `derived` makes pairs from the
@@ -118,12 +107,12 @@ class PipelineParams(RunOutline):
 class CollectParams(Config):
     """What one run of `collect_preferences` is asked to do."""
 
-    run_name: RunName = Field(default="athanor", title="Run name", min_length=1, max_length=64)
+    run_name: RunName = Field(default="athanor", title="Run name")
     """Whose candidate is rated when no model is named: `<run name>-aligned`, alias `candidate`."""
-    model: str = Field(default="", title="Model", examples=["models:/athanor-aligned@candidate"])
+    model: ModelAddress = Field(default="", title="Model", examples=["models:/athanor-aligned@candidate"])
     """Model whose responses are rated: `models:/name@alias`, `models:/name/version` or the URI of an artifact. Empty:
     the candidate of the run name."""
-    prompts: list[str] = Field(default_factory=list, title="Prompts", examples=["What does sorted do?"])
+    prompts: Lines = Field(default_factory=list, title="Prompts", examples=["What does sorted do?"])
     """One prompt per line. Empty: held-out prompts of the data that the model was trained with."""
     num_prompts: int = Field(default=20, title="Number of prompts", ge=1, le=1000)
     """Prompts to show to raters; with two responses each, also the largest possible number of pairs."""
@@ -133,7 +122,7 @@ class CollectParams(Config):
     """Sampling temperature; low values give responses that hardly differ."""
     max_response_length: int = Field(default=48, title="Longest response", ge=1)
     """Maximum tokens per response."""
-    answer_hours: float = Field(default=168.0, title="Hours to answer", gt=0)
+    answer_hours: float = Field(default=168.0, title="Hours to answer", gt=0, le=LONGEST_WAIT_HOURS)
     """Questions without an answer by then count as unanswered; the other answers are published."""
     seed: int = Field(default=0, title="Seed", ge=0, le=2**31 - 1)
     """Sampling and the order in which responses are shown follow from it."""
@@ -146,16 +135,20 @@ class CollectParams(Config):
 class RetrainParams(Config):
     """What one run of `retrain` is asked to do; everything else comes from the run that made the champion."""
 
-    run_name: RunName = Field(default="athanor", title="Run name", min_length=1)
+    run_name: RunName = Field(default="athanor", title="Run name")
     """Whose champion is retrained: `<name>-aligned@champion`. The candidate gets the same name."""
     documents: str = Field(default="", title="Documents")
     """Prefix of raw text, `file://` or `s3://`. Empty: the value of `ATHANOR_RETRAIN_WATCH`."""
-    preferences: list[str] = Field(default_factory=list, title="Preferences")
+    preferences: Lines = Field(default_factory=list, title="Preferences")
     """New preference data, in addition to what the asset `llm/preferences` announced."""
     max_epochs: float = Field(default=4.0, title="Epochs", gt=0)
     """Maximum number of times that continued pretraining sees each new token."""
     overrides: dict[str, Any] = Field(default_factory=dict, title="Overrides")
     """Changes to the settings of the champion's run, by dotted path."""
+    take_back: bool = Field(default=False, title="Take back")
+    """Check again the preference data that was set aside because it could not be used, and use what can be used now."""
+    forget: Lines = Field(default_factory=list, title="Forget")
+    """Preference data, pending or set aside, that no retraining shall use."""
     force: bool = Field(default=False, title="Force")
     """Retrain even if the documents are those of the last retraining."""
 
@@ -163,14 +156,14 @@ class RetrainParams(Config):
 class EvaluationParams(Config):
     """What one run of `evaluate_model` measures, on which data, with which reward model."""
 
-    model: str = Field(
+    model: ModelAddress = Field(
         default="models:/athanor-aligned@champion", title="Model", min_length=1, examples=["models:/athanor-sft/3"]
     )
     """Model to evaluate: `models:/name@alias`, an artifact URI, or a Hugging Face directory."""
-    data: str = Field(default="", title="Data")
+    data: ModelAddress = Field(default="", title="Data")
     """Held-out data: a `tokens` artifact, or a model or anything else that was made from one. Empty: that of the
     model's own run."""
-    reward: str = Field(default="", title="Reward model", examples=["models:/athanor-reward@candidate"])
+    reward: ModelAddress = Field(default="", title="Reward model", examples=["models:/athanor-reward@candidate"])
     """Reward model that scores the answers. Empty: the one that the model was trained with, if any."""
     recipe: str = Field(default="demo", title="Recipe")
     """Recipe whose evaluation settings and resources apply."""

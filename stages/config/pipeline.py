@@ -13,6 +13,7 @@ from stages.config.errors import ConfigError
 from stages.config.execution import ExecutionConfig
 from stages.config.forms import RunOutline
 from stages.config.graph import GRAPH, Stage
+from stages.config.names import ExperimentName
 from stages.config.records import first_error
 from stages.config.request import BASE_MODEL, PREVIOUS, ArtifactRef, Source, SourceKind
 from stages.config.tokens import TokenizeConfig
@@ -75,7 +76,7 @@ class PipelineConfig(RunOutline):
     """The artifacts behind `base_model` and `previous_data`, by role, fixed when the run starts; filled by Athanor."""
     only: Stage | None = None
     """Run this stage alone, on given artifacts (re-evaluation); filled by Athanor."""
-    experiment: str = Field(default="athanor", min_length=1)
+    experiment: ExperimentName = "athanor"
     """MLflow experiment."""
     curate: CurateConfig
     tokenize: TokenizeConfig

@@ -4,6 +4,8 @@ Stores outlive the code that wrote them, so records of earlier versions are stil
 their sources, which had no kind, into today's form. It is the only place that knows the old form.
 """
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -30,9 +32,28 @@ def _one_name(name: str) -> str:
 
 
 def safe_run_id(airflow_run_id: str) -> str:
-    """The key under `runs/`: everything outside [A-Za-z0-9_.-] replaced by `-`, and dots that would be a path too."""
+    """Everything outside [A-Za-z0-9_.-] replaced by `-`, and dots that would be a path too.
+
+    The whole name of a folder under `runs/` in stores of before `run_folder`; different run ids may share it.
+    """
     return re.sub(r"[^A-Za-z0-9_.-]|^\.+$", "-", airflow_run_id)
 
+
+def run_folder(dag_id: str, airflow_run_id: str) -> str:
+    """The folder under `runs/` of one run of one DAG: a part that people recognise, and a hash over the exact pair."""
+    digest = hashlib.sha256(json.dumps([dag_id, airflow_run_id]).encode()).hexdigest()[:12]
+    readable = re.sub("^[^A-Za-z0-9]+", "", safe_run_id(airflow_run_id))[:_LONGEST_READABLE]
+    return f"{readable or 'run'}-{digest}"
+
+
+def _run_folder_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or not name.strip("."):
+        raise ValueError(f"run_id={name!r} is not a folder under runs/; allowed are letters, digits, '.', '_' and '-'")
+    return name
+
+
+_LONGEST_READABLE = 100
+"""Airflow allows 250 characters, most file systems 255 bytes for the whole name."""
 
 FolderName = Annotated[str, AfterValidator(_one_name)]
 """One part of a path, which cannot lead anywhere else."""
@@ -128,8 +149,8 @@ class ArtifactRef(Config):
 class RunInfo(Config):
     """The pipeline execution that a stage belongs to."""
 
-    run_id: str
-    """`safe_run_id` of Airflow's; the key under `runs/`."""
+    run_id: Annotated[str, AfterValidator(_run_folder_name)]
+    """The folder under `runs/`, and the run's name in MLflow's tags: `run_folder` of DAG id and Airflow's run id."""
     name: str
     """Name shown to people; also the prefix of registered model names."""
     dag_id: str = ""

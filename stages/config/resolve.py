@@ -12,7 +12,7 @@ from stages.config.errors import ConfigError
 from stages.config.execution import Engine
 from stages.config.forms import PipelineParams, RunOutline
 from stages.config.graph import GRAPH, Stage, pipeline_stages, trained_stages
-from stages.config.nested import dotted
+from stages.config.nested import dotted, dotted_once
 from stages.config.pipeline import PipelineConfig
 from stages.config.places import check_source
 from stages.config.recipes import RECIPES
@@ -21,13 +21,27 @@ from stages.config.train import TrainConfig
 
 Model = TypeVar("Model", bound=BaseModel)
 
+_FILLED = {
+    "run_name": "Set the field run_name of the form.",
+    "recipe": "Set the field recipe of the form.",
+    "promote.run_name": "It is the field run_name of the form.",
+    "tokenize.base_model": "It is the field base_model of the form.",
+    "given": "Athanor fills it when the run starts, with what base_model and previous_data of the form name.",
+    "only": "The DAG evaluate_model fills it; trigger that one to measure a model again.",
+    "promote.approval": "The task approve fills it, with the answer of the person whom promotion=approval asks.",
+}
+"""What `overrides` must not set, and who does: names would no longer agree, or a person's decision would be made up."""
+_OF_THE_FORM = RunOutline.model_fields.keys() - _FILLED.keys()
+"""Fields of the form under the same name in the configuration: an override replaces what the form says, and then the
+form's rules apply to it. (The field `overrides` of `retrain` is how to change them there.)"""
+
 
 def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     """Turn the trigger form's values into a validated PipelineConfig.
 
     Raises ConfigError that names the field, the value, what is allowed and what to do.
     """
-    params = parse_params(values)
+    params = _with_outline(parse_params(values))
     recipe = RECIPES.get(params.recipe)
     if recipe is None:
         raise ConfigError(
@@ -53,6 +67,20 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
 def parse_params(values: Mapping[str, Any]) -> PipelineParams:
     """Validate the form's fields alone."""
     return validated(PipelineParams, dict(values))
+
+
+def filled_by(path: str) -> str:
+    """Return who fills a field, as a sentence; empty when overrides may set it."""
+    return next((who for name, who in _FILLED.items() if f"{path}.".startswith(f"{name}.")), "")
+
+
+def _with_outline(params: PipelineParams) -> PipelineParams:
+    """Take fields of the form out of the overrides and into the form."""
+    overrides = dotted_once(params.overrides, "overrides")
+    outline = {path: overrides.pop(path) for path in _OF_THE_FORM & overrides.keys()}
+    if not outline:
+        return params
+    return parse_params({**params.model_dump(), **outline, "overrides": overrides})
 
 
 def validated(model: type[Model], data: Mapping[str, Any]) -> Model:
@@ -186,8 +214,10 @@ def _ordered(overrides: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Overrides by today's paths; those that choose a `kind` first, because it says which fields there are."""
     given: dict[str, str] = {}
     pairs = []
-    for path, value in dotted(overrides).items():
+    for path, value in dotted_once(overrides, "overrides").items():
         current = PipelineConfig.current_path(path)
+        if who := filled_by(current):
+            raise ConfigError(f"overrides: {path!r} cannot be set; got {value!r}", advice=who)
         if current in given:
             raise ConfigError(
                 f"overrides: {given[current]!r} and {path!r} are two names of one field", advice="Give one of them."

@@ -211,10 +211,13 @@ class MlflowSession:
         """For a pipeline run that started while MLflow was down: the first stage that reaches it makes the parent."""
         run = self._request.run
         found = self._client.search_runs([self.experiment_id], tag_filter({"athanor.run_id": run.run_id}))
+        airflow = clean_tags({"airflow.dag_id": run.dag_id, "airflow.run_id": run.airflow_run_id})
         for candidate in found:
-            if "lineage.stage" not in candidate.data.tags:
+            known = candidate.data.tags
+            # Before folders had names of their own, runs of other DAGs and with similar ids shared the first tag.
+            if "lineage.stage" not in known and all(known.get(key, value) == value for key, value in airflow.items()):
                 return candidate.info.run_id
-        tags = {"athanor.run_id": run.run_id, "airflow.dag_id": run.dag_id, "airflow.run_id": run.airflow_run_id}
+        tags = {"athanor.run_id": run.run_id, **airflow}
         created = self._client.create_run(
             self.experiment_id, start_time=time_ms, run_name=run.name, tags=clean_tags(tags)
         )

@@ -20,7 +20,7 @@ from stages.artifacts.addresses import open_store, run_key, split_artifact_uri
 from stages.artifacts.manifests import find_manifest, read_file, verify
 from stages.artifacts.store import Store
 from stages.config.graph import GRAPH, Stage
-from stages.config.request import ArtifactRef, StageResult, safe_run_id
+from stages.config.request import ArtifactRef, StageResult, run_folder
 from tests.chaos.proxy import Proxy
 from tests.chaos.stack import ChaosStack, Row, chaos_stack
 from tests.s3 import S3Server
@@ -88,7 +88,7 @@ class Drill:
         return psutil.Process(int(re.findall(r"\(RayTrainWorker pid=(\d+)\)", self.job_log())[-1]))
 
     def result(self) -> StageResult:
-        run_id = safe_run_id(self.row.run_id)
+        run_id = run_folder(self.row.dag_id, self.row.run_id)
         return StageResult.model_validate_json(self.store.read_bytes(run_key(run_id, Stage.PRETRAIN, "result.json")))
 
     def digest(self) -> str:

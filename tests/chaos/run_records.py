@@ -9,12 +9,12 @@ from stages.artifacts.addresses import artifact_key, run_key
 from stages.artifacts.manifests import MANIFEST, find_intact
 from stages.artifacts.store import Store, read_json
 from stages.config.graph import GRAPH, Stage
-from stages.config.request import Manifest, StageResult, safe_run_id
+from stages.config.request import Manifest, StageResult, run_folder
 from tests.chaos.stack import Row
 
 
 def key_of(row: Row, stage: Stage, name: str) -> str:
-    return run_key(safe_run_id(row.run_id), stage, name)
+    return run_key(run_folder(row.dag_id, row.run_id), stage, name)
 
 
 def manifest_of(row: Row, stage: Stage) -> Manifest:

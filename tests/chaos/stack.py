@@ -27,7 +27,7 @@ from infra.ports import any_free
 from stages.artifacts.addresses import open_store, run_key
 from stages.artifacts.store import Store, read_json
 from stages.config.graph import Stage
-from stages.config.request import safe_run_id
+from stages.config.request import run_folder
 from tests.chaos.proxy import Proxy
 from tests.places import REPOSITORY
 from tests.servers import RayServer, ray_server, running
@@ -229,7 +229,7 @@ class Row:
 
     def process(self, role: str, submission_id: str) -> psutil.Process:
         """The job's driver or its worker."""
-        key = run_key(safe_run_id(self.run_id), Stage(self.stage), f"{role}-{submission_id}.json")
+        key = run_key(run_folder(self.dag_id, self.run_id), Stage(self.stage), f"{role}-{submission_id}.json")
         self.stack.wait(f"{role} of {self.name}", lambda: self.stack.store.exists(key), seconds=240)
         return psutil.Process(read_json(self.stack.store, key)["pid"])
 

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from infra.layout import Layout
-from stages.config.request import safe_run_id
+from stages.config.request import run_folder
 from tests.canaries import Search, airflow_answers, as_text
 from tests.live_stack import PIPELINE, LiveStack
 
@@ -67,7 +67,8 @@ def test_the_search_finds_what_is_there(live: LiveStack, first_run: str, failed_
 
 def test_what_a_form_holds_is_read_and_never_obeyed(live: LiveStack, failed_run: str) -> None:
     """The folder arrives at the job as it was typed, is not found, and is named in the failure."""
-    failure = json.loads((live.home / f".athanor/store/runs/{safe_run_id(failed_run)}/curate/failure.json").read_text())
+    folder = live.home / ".athanor/store/runs" / run_folder(PIPELINE, failed_run)
+    failure = json.loads((folder / "curate/failure.json").read_text())
     assert f"'/nowhere/{HOSTILE}' does not exist" in failure["message"].replace("\\'", "'").replace('"', "'")
     assert not list(live.home.rglob("athanor-ran"))
     assert live.runs(PIPELINE)

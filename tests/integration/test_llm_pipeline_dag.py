@@ -17,6 +17,7 @@ from operators.operator import StageOperator
 from operators.ray.hook import RayJobHook
 from stages.config.forms import PipelineParams
 from stages.config.graph import pipeline_stages
+from stages.config.request import run_folder
 from tests.servers import RayServer
 
 pytestmark = pytest.mark.integration
@@ -73,7 +74,7 @@ def parent_status(mlflow_server: str, run: Run) -> str:
 
 
 def parent_run(mlflow_server: str, run: Run) -> dict[str, Any]:
-    tag = run.run_id.replace(":", "-").replace("+", "-")
+    tag = run_folder(llm_pipeline.dag_id, run.run_id)
     experiment = httpx.get(
         f"{mlflow_server}/api/2.0/mlflow/experiments/get-by-name", params={"experiment_name": "athanor"}, timeout=10
     ).json()["experiment"]["experiment_id"]

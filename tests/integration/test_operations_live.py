@@ -21,7 +21,7 @@ from infra.supervisor import Supervisor
 from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import find_manifest, verify
 from stages.config.graph import Stage
-from stages.config.request import ArtifactRef, safe_run_id
+from stages.config.request import ArtifactRef, run_folder
 from tests.listening import Listener, listeners
 from tests.live_stack import PIPELINE, REPOSITORY, LiveStack
 
@@ -141,7 +141,7 @@ def test_garbage_collection_takes_what_was_abandoned_and_nothing_else(
         path.parent.mkdir(parents=True)
         path.write_bytes(b"somebody was killed here")
     age([folder_of(root, ref) for ref in (*kept, *gone)], days=40)
-    age([root / "runs" / safe_run_id(run_id) for run_id in (first_run, abandoned)], days=40)
+    age([root / "runs" / run_folder(PIPELINE, run_id) for run_id in (first_run, abandoned)], days=40)
     age([unfinished.parent, half.parent], days=2)
 
     status, listed = infra(live, "gc")

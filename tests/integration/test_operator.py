@@ -144,7 +144,7 @@ def world(hook: RayJobHook, file_store: str, monkeypatch: pytest.MonkeyPatch, re
 
 
 def our_jobs(hook: RayJobHook) -> dict[str, JobStatus]:
-    mine = TaskKey(KEY.dag_id, TaskInstance.run_id, KEY.task_id).submission_id(1)[:-1]
+    mine = TaskKey(KEY.dag_id, TaskInstance.run_id, KEY.task_id, airflow=airflow_id()).submission_id(1)[:-1]
     found = {job.submission_id: job.status for job in hook.list_jobs() if job.submission_id.startswith(mine)}
     return dict(sorted(found.items()))
 

@@ -22,7 +22,7 @@ from stages.artifacts.addresses import open_store, run_key
 from stages.artifacts.manifests import fetch, read_manifest
 from stages.config.forms import PipelineParams, RetrainParams
 from stages.config.graph import Stage
-from stages.config.request import StageResult
+from stages.config.request import StageResult, run_folder
 from stages.lineage.graph import ancestors
 from tests.raw_text import a_document_of, jsonl, prose
 from tests.servers import ray_server
@@ -56,7 +56,7 @@ def store_uri(
 def play(store_uri: str, **params: Any) -> dict[Stage, StageResult]:
     dag_run = llm_pipeline.test(run_conf={**DEFAULTS, **params})
     assert str(dag_run.state) == "success", {ti.task_id: ti.state for ti in dag_run.get_task_instances()}
-    store, run_id = open_store(store_uri), dag_run.run_id.replace(":", "-").replace("+", "-")
+    store, run_id = open_store(store_uri), run_folder(llm_pipeline.dag_id, dag_run.run_id)
     keys = {stage: run_key(run_id, stage, "result.json") for stage in Stage}
     return {s: StageResult.model_validate_json(store.read_bytes(key)) for s, key in keys.items() if store.exists(key)}
 

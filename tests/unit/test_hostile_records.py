@@ -18,7 +18,7 @@ from stages.artifacts.store import Store, read_json, write_json
 from stages.config.errors import ConfigError, DamagedArtifactError, DataError, ExitCode
 from stages.config.graph import Stage
 from stages.config.recipes import tiny
-from stages.config.request import FileEntry, RunInfo, safe_run_id
+from stages.config.request import FileEntry, RunInfo, run_folder
 from stages.config.resolve import resolve
 from stages.job.attempt import scratch_folder
 from stages.job.runner import run_stage
@@ -250,7 +250,7 @@ def test_an_override_sets_fields_of_the_configuration_and_nothing_else(path: str
 @pytest.mark.parametrize("name", ["..", ".", "...", "../../x", "a/../b", "a b", "$(x)", "a'b"])
 def test_a_run_id_is_one_folder(name: str) -> None:
     """Airflow's own rule for run ids, which an administrator may change, allows dots."""
-    made = safe_run_id(name)
+    made = run_folder(name, name)
     assert "/" not in made
     assert set(made) - {"."}
     assert not set(made) & set(" $()'")

@@ -51,7 +51,8 @@ def test_a_scheduled_run_needs_no_form_and_the_dag_round_trips(monkeypatch: pyte
 def test_one_at_a_time_without_catching_up(retrain):
     assert (retrain.max_active_runs, retrain.catchup) == (1, False)
     edges = {(up.task_id, down) for up in retrain.tasks for down in up.downstream_task_ids}
-    assert edges == {("decide", "train"), ("decide", "remember"), ("train", "remember")}
+    assert edges == {("decide", "train"), ("decide", "remember"), ("train", "remember"), ("train", "set_aside")}
+    assert retrain.task_dict["set_aside"].trigger_rule == "one_failed"
     train = retrain.task_dict["train"]
     assert (train.trigger_dag_id, train.wait_for_completion, train.deferrable) == ("llm_pipeline", True, True)
     assert train.retries == 0  # a red pipeline run is cleared by somebody who knows why
@@ -59,5 +60,5 @@ def test_one_at_a_time_without_catching_up(retrain):
     for task in retrain.tasks:
         assert task.owner == "athanor"
         assert isinstance(task.retry_policy, StageRetryPolicy)
-    for name in ("decide", "remember"):
+    for name in ("decide", "remember", "set_aside"):
         assert retrain.task_dict[name].execution_timeout is not None

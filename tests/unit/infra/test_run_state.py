@@ -16,9 +16,10 @@ from infra.demo import follow, read_samples, reasons
 from infra.run_state import RunWatch
 from infra.screen import PlainScreen, samples_panels, summary_table
 from stages.artifacts.folder import FileStore
+from stages.config.request import run_folder
 
 RUN = "manual__2026-11-23T09:00:00+00:00"
-KEY = "manual__2026-11-23T09-00-00-00-00"
+KEY = run_folder("llm_pipeline", RUN)
 
 
 class Airflow:

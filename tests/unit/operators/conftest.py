@@ -6,6 +6,7 @@ import pytest
 
 import tests.airflow_home  # noqa: F401
 from tests.ray_stand_in import StandInRay
+from tests.retrain_world import world  # noqa: F401 - a fixture
 
 
 @pytest.fixture

@@ -129,3 +129,13 @@ def test_the_micro_batch_is_halved_for_each_failure_and_never_below_one(context:
 def test_instances_of_a_mapped_task_have_folders_of_their_own():
     run = RunInfo(run_id="r", name="n")
     assert [of_mapped(run, index).run_id for index in (None, -1, 0, 3)] == ["r", "r", "r.0", "r.3"]
+
+
+def test_two_airflows_that_share_a_cluster_never_ask_for_the_same_job(monkeypatch: pytest.MonkeyPatch):
+    """Their scheduled runs have the same ids; get-or-create would give one of them the other's job."""
+    asked = set()
+    for name in ("staging", "production"):
+        monkeypatch.setenv("ATHANOR_AIRFLOW_ID", name)
+        context = {"ti": TaskInstance(), "task_state_store": Memory()}
+        asked.add(submission_log(context).open(1, 1).submission_id)
+    assert len(asked) == 2

@@ -18,7 +18,7 @@ from operators.operator import StageOperator
 from operators.prepare import pipeline_key
 from operators.ray.hook import RayJobHook
 from stages.config.graph import GRAPH, Stage
-from stages.config.request import safe_run_id
+from stages.config.request import run_folder
 
 INFO = get_provider_info()
 
@@ -102,6 +102,6 @@ def test_an_unknown_stage_is_refused_when_the_dag_is_read():
 
 
 def test_run_ids_are_safe_as_keys():
-    run_id = safe_run_id("manual__2026-01-01T00:00:00+00:00/../x")
-    assert run_id == "manual__2026-01-01T00-00-00-00-00-..-x"
+    run_id = run_folder("d", "manual__2026-01-01T00:00:00+00:00/../x")
+    assert run_id == "manual__2026-01-01T00-00-00-00-00-..-x-ccd2ec00d514"
     assert pipeline_key(run_id) == f"runs/{run_id}/pipeline.json"

@@ -13,14 +13,15 @@ from operators.run import finish_run, start_run
 from stages.artifacts.addresses import artifact_key, open_store
 from stages.artifacts.manifests import DOUBT, fingerprint
 from stages.artifacts.store import write_json
-from stages.config.errors import ConfigError
+from stages.config.errors import ConfigError, DataError
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import PipelineConfig, stage_config_from_json
-from stages.config.request import ArtifactRef, InputEntry, RunInfo, safe_run_id
+from stages.config.request import ArtifactRef, InputEntry, RunInfo, run_folder
 from stages.config.resolve import resolve
 from tests.unit.artifacts.test_lease import publish_empty
 
 RUN_ID = "manual__2026-01-01T00:00:00+00:00"
+FOLDER = run_folder("llm_pipeline", RUN_ID)
 RUN = RunInfo(run_id="r", name="n")
 
 
@@ -85,7 +86,7 @@ def test_the_configuration_is_stored_and_the_run_told_even_when_mlflow_is_away(t
     run = RunInfo.model_validate(start(recipe="tiny", seed=5, base_model=None))
     stored = PipelineConfig.model_validate_json((tmp_path / "runs" / run.run_id / "pipeline.json").read_text())
     assert stored == resolve({"recipe": "tiny", "seed": 5}) == load_config(open_store(tmp_path.as_uri()), run)
-    assert (run.run_id, run.airflow_run_id) == ("manual__2026-01-01T00-00-00-00-00", RUN_ID)
+    assert (run.run_id, run.airflow_run_id) == (FOLDER, RUN_ID)
     assert run.airflow_url == "http://airflow/dags/llm_pipeline/runs/x"
     assert run.parent_run_id is None
     assert "No MLflow parent run yet" in caplog.text
@@ -114,12 +115,12 @@ def test_a_run_is_red_when_something_that_was_asked_for_is_missing(state: str):
 def test_what_mlflow_does_not_have_at_the_end_is_said_with_what_to_do(tmp_path: Path, caplog):
     finish({**DONE, **SKIPPED})
     assert "stages.tracking.tracker" not in caplog.text
-    spool = tmp_path / "runs" / safe_run_id(RUN_ID) / "pretrain" / "mlflow-spool.jsonl"
+    spool = tmp_path / "runs" / FOLDER / "pretrain" / "mlflow-spool.jsonl"
     spool.parent.mkdir()
     spool.write_text("{}\n")
     finish({**DONE, **SKIPPED})
-    assert f"waits in {tmp_path.as_uri()} under runs/{safe_run_id(RUN_ID)}/pretrain/mlflow-spool.jsonl" in caplog.text
-    assert f"python -m stages.tracking {safe_run_id(RUN_ID)}" in caplog.text
+    assert f"waits in {tmp_path.as_uri()} under runs/{FOLDER}/pretrain/mlflow-spool.jsonl" in caplog.text
+    assert f"python -m stages.tracking {FOLDER}" in caplog.text
 
 
 def test_a_run_that_never_started_is_red():
@@ -175,6 +176,15 @@ def test_a_stage_with_outside_sources_is_never_a_hit_without_its_job(tmp_path: P
 def test_a_configuration_that_is_gone_is_named(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"runs/r/pipeline\.json does not exist"):
         load_config(open_store(tmp_path.as_uri()), RUN)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"recipe": "tiny"}', "\xff"])
+def test_a_configuration_that_is_damaged_is_named(tmp_path: Path, text: str):
+    store = open_store(tmp_path.as_uri())
+    store.write_bytes("runs/r/pipeline.json", text.encode("latin-1"))
+    with pytest.raises(DataError, match=r"runs/r/pipeline\.json is not a valid PipelineConfig") as raised:
+        load_config(store, RUN)
+    assert raised.value.advice == "Clear the task `resolve`; it writes the file."
 
 
 def test_links_take_the_address_that_browsers_know(monkeypatch: pytest.MonkeyPatch):

@@ -74,8 +74,9 @@ def test_ids_are_readable_stable_and_differ_by_task_instance_and_generation():
         TaskKey(KEY.dag_id, "other", "sft").submission_id(1),
         TaskKey("other", KEY.run_id, "sft").submission_id(1),
         TaskKey(KEY.dag_id, KEY.run_id, "group.sft/x").submission_id(1),
+        TaskKey(KEY.dag_id, KEY.run_id, "sft", airflow="staging").submission_id(1),
     ]
-    assert len({KEY.submission_id(1), *others}) == 6
+    assert len({KEY.submission_id(1), *others}) == 7
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-_") for name in others)
 
 
