@@ -12,7 +12,7 @@ from stages.artifacts.store import Store, write_json
 from stages.config.errors import EXIT_CODES, Category, StageError, without_logins
 from stages.config.graph import Stage
 from stages.config.request import Failure, StageRequest
-from stages.job.attempt import scratch_home
+from stages.job.scratch import scratch_home
 
 logger = logging.getLogger("athanor")
 

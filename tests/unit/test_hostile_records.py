@@ -17,7 +17,7 @@ from stages.artifacts.store import Store
 from stages.config.errors import ConfigError, DamagedArtifactError
 from stages.config.request import FileEntry, safe_run_id
 from stages.config.resolve import resolve
-from stages.job.attempt import scratch_folder
+from stages.job.scratch import scratch_folder
 from tests.unit.artifacts.test_manifests import make_artifact
 
 OUTSIDE = ["../x", "a/../../x", "/etc/passwd", "a//etc/passwd", "a/..", ".", "", "a/./b", "a\0b", "artifacts/"]
