@@ -71,7 +71,7 @@ def test_a_link_of_ours_to_another_users_folder_is_refused(home: Path, tmp_path:
     (tmp_path / "theirs").mkdir()
     os.chown(tmp_path / "theirs", 65534, 65534)
     home.symlink_to(tmp_path / "theirs")
-    with pytest.raises(ConfigError, match="leads to .*theirs, which belongs to user 65534"), scratch_folder():
+    with pytest.raises(ConfigError, match=r"leads to .*theirs, which belongs to user 65534"), scratch_folder():
         pass
 
 
