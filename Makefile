@@ -1,11 +1,25 @@
-# `make help` lists the commands. Everything they create is in .venv/ and .athanor/.
+# `make help` lists the commands. Everything they create is in .venv/ and .athanor/ of this checkout, or of the folder that
+# ATHANOR_HOME names when the checkout is read-only. Recipes get paths from their environment, not from make, because make
+# and shells would read spaces, quotes and $ in them. So no rule has a file as target or prerequisite outside the checkout.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: doctor gc backup restore audit sbom compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-stores test-exact test-chaos test-live test-browser bench test-compose check format reference lock screenshots clean
+.PHONY: setup-peers setup-browser doctor gc backup restore audit sbom compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-stores test-exact test-chaos test-live test-browser bench test-compose check format reference lock screenshots clean
 
-VENV   := .venv
-PYTHON := $(CURDIR)/$(VENV)/bin/python
-STAMP  := $(VENV)/.athanor-setup
+ifeq ($(value ATHANOR_HOME),)
+export ATHANOR_VENV := $(CURDIR)/.venv
+else
+export ATHANOR_VENV := $(value ATHANOR_HOME)/.venv
+# caches of the tools that `make check` and `make test` call
+export RUFF_CACHE_DIR := $(value ATHANOR_HOME)/.athanor/cache/ruff
+export HYPOTHESIS_STORAGE_DIRECTORY := $(value ATHANOR_HOME)/.athanor/cache/hypothesis
+export PYTEST_ADDOPTS := -p no:cacheprovider $(value PYTEST_ADDOPTS)
+LINT_IMPORTS := --no-cache
+endif
+export PATH := $(ATHANOR_VENV)/bin:$(value PATH)
+
+PYTHON := "$$ATHANOR_VENV"/bin/python
+STATE  := "$${ATHANOR_HOME:-.}"/.athanor
+STAMP  := "$$ATHANOR_VENV"/.athanor-setup
 # the Python that makes the virtual environment; override with `make setup PYTHON3=python3.12`
 PYTHON3 ?= python3
 RECIPE  ?= demo
@@ -17,7 +31,7 @@ BENCH   ?=
 GC      ?=
 # folder of backup and restore
 BACKUP  ?=
-PEERS   := .athanor/bench-venv
+PEERS   := $(STATE)/bench-venv
 CYCLONEDX := cyclonedx-bom==7.5.0
 # what `make test` runs; `make test TESTS=tests/unit`
 TESTS   ?= tests
@@ -28,86 +42,91 @@ STORE_TESTS := tests/unit/artifacts/test_manifests.py tests/unit/artifacts/test_
 PYTEST_PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
 # through the environment, so that quotes in JSON survive the shell
 export RECIPE PARAMS BACKUP
-export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 COMPOSE = ATHANOR_GIT_COMMIT=$$(git rev-parse HEAD 2>/dev/null || echo unknown) docker compose
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-setup: $(STAMP) ## create the virtual environment, from constraints.txt
+setup: ## create the virtual environment, from constraints.txt
+	@if [ -e $(STAMP) ] && ! [ pyproject.toml -nt $(STAMP) ] && ! [ constraints.txt -nt $(STAMP) ]; then exit 0; fi; \
+	set -e; \
+	command -v $(PYTHON3) >/dev/null || { \
+	  echo "error: $(PYTHON3) is not on PATH; install Python 3.11 or newer, or name it: make setup PYTHON3=/path/to/python3" >&2; exit 1; }; \
+	$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $$($(PYTHON3) --version) is too old; Athanor needs Python 3.11 or newer. Name one: make setup PYTHON3=python3.12" >&2; exit 1; }; \
+	[ -x $(PYTHON) ] || $(PYTHON3) -m venv "$$ATHANOR_VENV" || { \
+	  echo "error: $(PYTHON3) -m venv failed; on Debian and Ubuntu install the package python3-venv" >&2; exit 1; }; \
+	$(PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m ensurepip --upgrade; \
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check 'uv>=0.9'; \
+	$(PYTHON) -m uv pip install --python $(PYTHON) --compile-bytecode --constraint constraints.txt \
+	  $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} --editable '.[airflow,train,deepspeed,stack,dev]'; \
+	touch $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
-	@command -v $(PYTHON3) >/dev/null || { \
-	  echo "error: $(PYTHON3) is not on PATH; install Python 3.11 or newer, or name it: make setup PYTHON3=/path/to/python3" >&2; exit 1; }
-	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "error: $$($(PYTHON3) --version) is too old; Athanor needs Python 3.11 or newer. Name one: make setup PYTHON3=python3.12" >&2; exit 1; }
-	@[ -x $(VENV)/bin/python ] || $(PYTHON3) -m venv $(VENV) || { \
-	  echo "error: $(PYTHON3) -m venv failed; on Debian and Ubuntu install the package python3-venv" >&2; exit 1; }
-	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(VENV)/bin/python -m ensurepip --upgrade
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'
-	$(VENV)/bin/uv pip install --python $(VENV)/bin/python --compile-bytecode --constraint constraints.txt $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} \
-	  --editable '.[airflow,train,deepspeed,stack,dev]'
-	@touch $(STAMP)
-
-up: $(STAMP) ## start Airflow, Ray and MLflow on this machine; print URLs and login
+up: setup ## start Airflow, Ray and MLflow on this machine; print URLs and login
 	@$(PYTHON) -m infra up
 
 down: ## stop exactly what `make up` started
-	@if [ -x $(PYTHON) ]; then $(PYTHON) -m infra down; else echo "nothing to stop: there is no $(VENV)"; fi
+	@if [ -x $(PYTHON) ]; then $(PYTHON) -m infra down; \
+	elif [ -e $(STATE)/stack.json ]; then \
+	  echo "error: a stack was started here, but $$ATHANOR_VENV is gone; run make setup, then make down" >&2; exit 1; \
+	else echo "nothing to stop: there is no $$ATHANOR_VENV"; fi
 
-status: $(STAMP) ## show what runs, since when, and its memory
+status: setup ## show what runs, since when, and its memory
 	@$(PYTHON) -m infra status
 
-logs: $(STAMP) ## follow the logs of the stack; `make logs COMPONENT=scheduler` for one
+logs: setup ## follow the logs of the stack; `make logs COMPONENT=scheduler` for one
 	@$(PYTHON) -m infra logs $(COMPONENT)
 
-doctor: $(STAMP) ## check object store, Airflow, Ray and MLflow; say what is wrong and what to do
+doctor: setup ## check object store, Airflow, Ray and MLflow; say what is wrong and what to do
 	@$(PYTHON) -m infra doctor
 
-gc: $(STAMP) ## list what nothing in the store needs any more; GC='--delete --keep-days 14' deletes it
+gc: setup ## list what nothing in the store needs any more; GC='--delete --keep-days 14' deletes it
 	@$(PYTHON) -m infra gc $(GC)
 
-backup: $(STAMP) ## copy databases, keys and artifact store to a folder: make backup BACKUP=/folder
+backup: setup ## copy databases, keys and artifact store to a folder: make backup BACKUP=/folder
 	@$(PYTHON) -m infra backup "$${BACKUP:?name a folder: make backup BACKUP=/folder}"
 
-restore: $(STAMP) ## restore a backup, with the stack stopped: make restore BACKUP=/folder
+restore: setup ## restore a backup, with the stack stopped: make restore BACKUP=/folder
 	@$(PYTHON) -m infra restore "$${BACKUP:?name a folder: make restore BACKUP=/folder}"
 
-demo: $(STAMP) ## run llm_pipeline from raw text to aligned model, shown live; setup and up if needed
+demo: setup ## run llm_pipeline from raw text to aligned model, shown live; setup and up if needed
 	@$(PYTHON) -m infra demo --recipe "$$RECIPE" --params "$$PARAMS"
 
-test: $(STAMP) ## all tests except test-exact, test-chaos, test-live and test-compose
+test: setup ## all tests except test-exact, test-chaos, test-live and test-compose
 	$(PYTHON) -m pytest $(PYTEST_PARALLEL) -m 'not exact and not chaos and not live and not compose' $(TESTS)
 
-test-stores: $(STAMP) ## test the artifact store on a folder, on Ceph (if installed) and on Swift; 3 minutes
+test-stores: setup ## test the artifact store on a folder, on Ceph (if installed) and on Swift; 3 minutes
 	$(PYTHON) -m pytest $(STORE_TESTS)
 
-test-exact: $(STAMP) ## test exact resume of every objective at random kill points (KILLS=4 each), and other world sizes
+test-exact: setup ## test exact resume of every objective at random kill points (KILLS=4 each), and other world sizes
 	$(PYTHON) -m pytest -m exact tests/numerics
 
-test-chaos: $(STAMP) ## kill parts of a real Airflow and a real Ray: the rows of docs/DRILLS.md; 41 minutes
+test-chaos: setup ## kill parts of a real Airflow and a real Ray: the rows of docs/DRILLS.md; 41 minutes
 	$(PYTHON) -m pytest -m chaos tests/chaos
 
-test-live: $(STAMP) $(STAMP)-browser ## test a whole live stack: people, retraining, browser, an installed wheel; many minutes
+test-live: setup setup-browser ## test a whole live stack: people, retraining, browser, an installed wheel; many minutes
 	$(PYTHON) -m pytest -m live tests/browser tests/integration
 
-test-browser: $(STAMP) $(STAMP)-browser ## of test-live, the user interfaces in headless Chromium (needs chromium)
+test-browser: setup setup-browser ## of test-live, the user interfaces in headless Chromium (needs chromium)
 	$(PYTHON) -m pytest -m browser tests/browser
 
-bench: $(STAMP) $(PEERS)/.ready ## compare training speed with Trainer and TRL; writes docs/PERFORMANCE.md; half an hour
+bench: setup setup-peers ## compare training speed with Trainer and TRL; writes docs/PERFORMANCE.md; half an hour
 	$(PYTHON) -m tests.bench $(BENCH)
 
 # Hugging Face's trainers, in a separate environment with the same versions of shared packages
-$(PEERS)/.ready: constraints.txt | $(STAMP)
-	uv venv --quiet --clear --python $(PYTHON) $(PEERS)
+setup-peers: setup
+	@if [ -e $(PEERS)/.ready ] && ! [ constraints.txt -nt $(PEERS)/.ready ]; then exit 0; fi; set -e; \
+	uv venv --quiet --clear --python $(PYTHON) $(PEERS); \
 	uv pip install --quiet --python $(PEERS)/bin/python --constraint constraints.txt \
-	  $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} torch transformers accelerate datasets 'trl==1.16.0'
-	@touch $@
+	  $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} torch transformers accelerate datasets 'trl==1.16.0'; \
+	touch $(PEERS)/.ready
 
-$(STAMP)-browser: $(STAMP)
-	@$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --constraint constraints.txt $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} playwright
-	@touch $@
+setup-browser: setup
+	@if [ -e $(STAMP)-browser ] && ! [ $(STAMP) -nt $(STAMP)-browser ]; then exit 0; fi; set -e; \
+	uv pip install --quiet --python $(PYTHON) --constraint constraints.txt \
+	  $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} playwright; \
+	touch $(STAMP)-browser
 
 compose-env: ## write secrets and settings of docker-compose.yml to .env; existing values are kept
 	@python3 -m infra.deploy.environment write
@@ -124,40 +143,40 @@ compose-down: ## stop the containers; volumes stay (`docker compose down --volum
 compose-demo: ## run a recipe on the containers, shown live; RECIPE and PARAMS as for make demo
 	@$(COMPOSE) --profile demo run --rm --no-deps demo --recipe "$$RECIPE" --params "$$PARAMS"
 
-test-compose: $(STAMP) ## run recipe tiny on all of docker-compose.yml, on a real Docker engine; ten minutes
+test-compose: setup ## run recipe tiny on all of docker-compose.yml, on a real Docker engine; ten minutes
 	$(PYTHON) -m pytest -s -m compose tests/compose
 
-check: $(STAMP) ## format, lint, types, import order, fast tests, known vulnerabilities (if online)
+check: setup ## format, lint, types, import order, fast tests, known vulnerabilities (if online)
 	ruff format --check .
 	ruff check .
 	pyright --threads
-	lint-imports
+	lint-imports $(LINT_IMPORTS)
 	$(PYTHON) -m pytest -q $(PYTEST_PARALLEL) -m 'not slow and not integration' tests/unit tests/contracts/test_imports.py
 	$(PYTHON) -m infra.audit || [ $$? -eq 2 ] # 2: no advisory service answered, which is not a finding
 
-audit: $(STAMP) ## look up known vulnerabilities of the installed packages; needs the network
+audit: setup ## look up known vulnerabilities of the installed packages; needs the network
 	@$(PYTHON) -m infra.audit
 
-sbom: $(STAMP) ## list installed packages as CycloneDX: .athanor/sbom.cdx.json
-	@mkdir -p .athanor
+sbom: setup ## list installed packages as CycloneDX: .athanor/sbom.cdx.json
+	@mkdir -p -m 700 $(STATE)
 	@uv tool run --from $(CYCLONEDX) cyclonedx-py environment --pyproject pyproject.toml --mc-type application \
-	  --output-reproducible --of JSON -o .athanor/sbom.cdx.json $(PYTHON)
-	@echo "wrote .athanor/sbom.cdx.json"
+	  --output-reproducible --of JSON -o $(STATE)/sbom.cdx.json $(PYTHON)
+	@echo "wrote "$(STATE)/sbom.cdx.json
 
-format: $(STAMP) ## format the code
+format: setup ## format the code
 	ruff format .
 	ruff check --fix .
 
-reference: $(STAMP) ## write docs/CONFIGURATION.md from the docstrings of the configuration fields
+reference: setup ## write docs/CONFIGURATION.md from the docstrings of the configuration fields
 	$(PYTHON) -m stages.config.reference > docs/CONFIGURATION.md
 
-lock: $(STAMP) ## resolve constraints.txt again
+lock: setup ## resolve constraints.txt again
 	{ head -2 constraints.txt; env -u PIP_FIND_LINKS uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
 	  --no-annotate --no-header --quiet; } > constraints.txt.new
 	mv constraints.txt.new constraints.txt
 
-screenshots: $(STAMP) $(STAMP)-browser ## take the pictures in docs/images from the running stack (needs chromium)
+screenshots: setup setup-browser ## take the pictures in docs/images from the running stack (needs chromium)
 	$(PYTHON) -m tests.browser.screenshots
 
 clean: down ## stop the stack and remove .venv and .athanor, including all artifacts
-	rm -rf $(VENV) .athanor
+	rm -rf "$$ATHANOR_VENV" $(STATE)

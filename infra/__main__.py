@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import shlex
+import sqlite3
 import subprocess
 import sys
 import time
@@ -13,14 +15,14 @@ from pathlib import Path
 
 from infra.doctor import doctor
 from infra.environment import client_environment
-from infra.layout import CHECKOUT, Layout, StackSecrets
+from infra.layout import Layout, StackSecrets
 from infra.stack import Stack, StackError, login_lines
 from stages.config.text import byte_size
 
 
 def main() -> int:
     arguments = _parser().parse_args()
-    stack = Stack(Layout(CHECKOUT), say=lambda line: print(f"  {line}", flush=True))
+    stack = Stack(Layout.of_environment(), say=lambda line: print(f"  {line}", flush=True))
     try:
         match arguments.command:
             case "up":
@@ -51,9 +53,29 @@ def main() -> int:
     except BrokenPipeError:  # the reader has closed the pipe, as in `make status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        print("interrupted; `make up` continues from here, `make down` stops what runs", file=sys.stderr)
+        return 130
+    except sqlite3.Error as error:
+        print(f"error: a database in {stack.layout.home}: {error}; is its disk full?", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {_in_words(error)}", file=sys.stderr)
+        return 1
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _in_words(error: OSError) -> str:
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    match error.errno:
+        case errno.EROFS | errno.EACCES | errno.EPERM:
+            return f"{what}; set ATHANOR_HOME to a folder that you may write to"
+        case errno.ENOSPC | errno.EDQUOT:
+            return f"{what}; make room, or set ATHANOR_HOME to a folder on another disk"
+        case _:
+            return what
 
 
 def _parser() -> argparse.ArgumentParser:

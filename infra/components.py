@@ -41,17 +41,23 @@ QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX"
 PATIENT = {"AIRFLOW__DATABASE__SQL_ALCHEMY_CONNECT_ARGS": "infra.loopback.PATIENT_SQLITE"}
 
 
-def airflow_components(*, port: int) -> list[Component]:
+def installed(name: str, *words: str, programs: Path = BIN) -> tuple[str, ...]:
+    """A command of the virtual environment. By its Python, for the first line of a script holds the environment's path,
+    which a shell reads."""
+    return (str(programs / "python"), str(programs / name), *words)
+
+
+def airflow_components(*, port: int, programs: Path = BIN) -> list[Component]:
     """The four processes of Airflow. Not `airflow standalone`: SIGTERM to it leaves its children behind.
 
     Logs are not served over HTTP: those servers listen on all interfaces, and here every component sees the files.
     """
-    airflow = str(BIN / "airflow")
+    airflow = installed("airflow", programs=programs)
     return [
-        Component("api-server", (airflow, "api-server", "--host", "127.0.0.1", "--port", str(port)), QUIET),
-        Component("scheduler", (airflow, "scheduler", "--skip-serve-logs"), {**QUIET, **PATIENT}),
-        Component("dag-processor", (airflow, "dag-processor"), {**QUIET, **PATIENT}),
-        Component("triggerer", (airflow, "triggerer", "--skip-serve-logs"), {**QUIET, **PATIENT}),
+        Component("api-server", (*airflow, "api-server", "--host", "127.0.0.1", "--port", str(port)), QUIET),
+        Component("scheduler", (*airflow, "scheduler", "--skip-serve-logs"), {**QUIET, **PATIENT}),
+        Component("dag-processor", (*airflow, "dag-processor"), {**QUIET, **PATIENT}),
+        Component("triggerer", (*airflow, "triggerer", "--skip-serve-logs"), {**QUIET, **PATIENT}),
     ]
 
 
@@ -62,6 +68,7 @@ def ray_head(
     num_cpus: int,
     object_store_bytes: int = 256 * MIB,
     address: str = RAY_ADDRESS,
+    programs: Path = BIN,
 ) -> Component:
     """A Ray head that listens on `address`, which is loopback unless other machines join. `ports` names ray_gcs,
     ray_dashboard and ray_agent_http; the rest are random, so that two heads fit on one machine. It must find
@@ -79,7 +86,8 @@ def ray_head(
         "--object-store-memory": object_store_bytes,
         "--temp-dir": session_root,
     }
-    command = [str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--no-monitor"]
+    switches = ("--head", "--block", "--disable-usage-stats", "--no-monitor")
+    command = installed("ray", "start", *switches, programs=programs)
     return Component(
         "ray",
         (*command, *(f"{name}={value}" for name, value in options.items())),
@@ -98,14 +106,15 @@ def ray_head(
     )
 
 
-def mlflow_server(*, port: int, home: Path) -> Component:
+def mlflow_server(*, port: int, home: Path, programs: Path = BIN) -> Component:
     """A tracking server with SQLite and proxied artifacts under `home`. Its job runner is off: it starts seven more
     processes and 1.8 GB for features nothing here uses."""
     hosts = ",".join(f"{host}:{port}" for host in ("127.0.0.1", "localhost"))
     return Component(
         "mlflow",
         (
-            *(str(BIN / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+            *installed("mlflow", "server", "--host", "127.0.0.1", "--port", str(port), programs=programs),
+            *("--workers", "1"),
             *("--backend-store-uri", f"sqlite:///{home}/mlflow.db"),
             *("--artifacts-destination", (home / "artifacts").as_uri()),
             *("--allowed-hosts", hosts),

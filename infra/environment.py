@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from infra.components import BIN, RAY_ON_LOOPBACK
@@ -26,16 +27,19 @@ DROPPED = (
 POOL = "gpu"
 
 
-def stack_environment(layout: Layout, record: StackRecord, secrets: StackSecrets) -> dict[str, str]:
-    """Everything a component inherits, the user's environment included."""
+def stack_environment(
+    layout: Layout, record: StackRecord, secrets: StackSecrets, *, programs: Path = BIN
+) -> dict[str, str]:
+    """Everything a component inherits, the user's environment included. Airflow expands `$` in its settings, and paths
+    are parts of URLs and search paths, so `layout` and `programs` are plain (infra/plain_paths.py)."""
     inherited = {name: value for name, value in os.environ.items() if name not in DROPPED}
     return {
         **inherited,
         **_loopback_without_proxy(inherited),
         **client_environment(record, secrets),
         **_airflow(layout, record, secrets),
-        **marking(record.stack_id),
-        "PATH": f"{BIN}{os.pathsep}{inherited.get('PATH', os.defpath)}",
+        **marking(record.stack_id, record.home),
+        "PATH": f"{programs}{os.pathsep}{inherited.get('PATH', os.defpath)}",
         "PYTHONPATH": str(layout.checkout),
         "PYTHONUNBUFFERED": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -81,6 +85,7 @@ def _airflow(layout: Layout, record: StackRecord, secrets: StackSecrets) -> dict
             "executor": "LocalExecutor",
             "parallelism": 4,  # as many task processes at most; the default of 32 is for servers
             "dags_folder": layout.checkout / "dags",
+            "plugins_folder": layout.airflow / "plugins",  # airflow.cfg keeps the path that was true when it was made
             "load_examples": False,
             "dags_are_paused_at_creation": False,
             "fernet_key": secrets.fernet_key,

@@ -1,5 +1,5 @@
-"""Paths of the local stack: everything is under `.athanor/` of the checkout, except that Unix sockets move to a short
-directory under the system's temporary one when the checkout's path is too long for them."""
+"""Paths of the local stack: everything is under `.athanor/` of the checkout or of ATHANOR_HOME. Only Unix sockets move
+to a short directory under the system's temporary one when that path is too long for them or has odd characters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from infra.plain_paths import is_plain, plain
+from infra.ports import PREFERRED
+from infra.private import close, make_private, write_private
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -25,10 +29,18 @@ class Layout:
     """Paths of one local stack; a path is not created by asking for it."""
 
     checkout: Path
+    state: Path | None = None
+    "Folder that holds `.athanor` when it is not the checkout, which may be read-only."
+
+    @classmethod
+    def of_environment(cls) -> Self:
+        """This checkout, with its state where ATHANOR_HOME says."""
+        named = os.environ.get("ATHANOR_HOME")
+        return cls(CHECKOUT, Path(named).expanduser().absolute() if named else None)
 
     @property
     def home(self) -> Path:
-        return self.checkout / ".athanor"
+        return (self.state or self.checkout) / ".athanor"
 
     @property
     def record(self) -> Path:
@@ -65,13 +77,41 @@ class Layout:
     def log_of(self, component: str) -> Path:
         return self.logs / f"{component}.log"
 
+    def close_to_others(self) -> None:
+        """Make the folder, and take from others the rights that older versions, or a copy, left them.
+
+        Only what lies at the top and what holds secrets: below a closed folder nothing can be reached.
+        """
+        make_private(self.home)
+        files = (self.record, self.secrets, self.airflow_passwords, self.supervisor_config, *self.databases)
+        for path in (self.airflow, self.mlflow, self.logs, *files):
+            if path.exists() and not path.is_symlink():
+                close(path)
+
+    @property
+    def databases(self) -> tuple[Path, Path]:
+        return self.airflow / "airflow.db", self.mlflow / "mlflow.db"
+
+    def through_links(self, links: Path) -> Self:
+        """The same folders under plain names, for the programs of the stack."""
+        state = None if self.state is None else plain(self.state, links=links, name="state")
+        return type(self)(plain(self.checkout, links=links, name="code"), state)
+
+
+class DamagedStateError(RuntimeError):
+    """A file of the stack holds something else than the stack wrote."""
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(f"{what}. {advice}")
+        self.what = what
+
 
 class StackRecord(BaseModel):
     """The decisions of one start of the stack; written before the first process starts."""
 
     model_config = ConfigDict(frozen=True)
 
-    stack_id: str
+    stack_id: str = Field(min_length=1)
     "Marks every process of this stack in its environment, so that none is mistaken and none is left."
     ports: dict[str, int]
     runtime_dir: str
@@ -79,6 +119,17 @@ class StackRecord(BaseModel):
     artifact_store: str
     airflow_version: str = ""
     "Version whose database migration has run; empty before the first one."
+    home: str = ""
+    "The `.athanor` that this record was written into; a copy of a checkout has the record of the original."
+    checkout: str = ""
+    "Whose code runs: checkouts may share an ATHANOR_HOME by mistake."
+
+    @field_validator("ports")
+    @classmethod
+    def _all_ports(cls, value: dict[str, int]) -> dict[str, int]:
+        if missing := PREFERRED.keys() - value.keys():
+            raise ValueError(f"no port for {', '.join(sorted(missing))}")
+        return value
 
     @property
     def airflow_url(self) -> str:
@@ -102,11 +153,16 @@ class StackRecord(BaseModel):
 
     @classmethod
     def load(cls, layout: Layout) -> Self | None:
-        """The record of the last start; None when there is none or the file is damaged."""
+        """The record of the last start; None when there is none. Raises DamagedStateError."""
         try:
-            return cls.model_validate_json(layout.record.read_text())
-        except (FileNotFoundError, ValueError):
+            return cls.model_validate_json(layout.record.read_bytes())
+        except FileNotFoundError:
             return None
+        except ValidationError as error:
+            raise DamagedStateError(
+                f"{layout.record} is damaged ({error.errors()[0]['msg']})",
+                "`make down` finds and ends what runs all the same; then `make up` writes a new one",
+            ) from None
 
     def save(self, layout: Layout) -> None:
         write_private(layout.record, self.model_dump_json(indent=2) + "\n")
@@ -125,8 +181,16 @@ class StackSecrets(BaseModel):
 
     @classmethod
     def load_or_generate(cls, layout: Layout) -> Self:
+        """Raises DamagedStateError: new secrets in the place of lost ones would make databases unreadable unasked."""
         try:
-            return cls.model_validate_json(layout.secrets.read_text())
+            return cls.model_validate_json(layout.secrets.read_bytes())
+        except ValidationError as error:
+            raise DamagedStateError(
+                f"{layout.secrets} is damaged ({error.errors()[0]['msg']})",
+                "It holds the login, and the key that encrypts Airflow's connections. Put it back from a backup "
+                "(secrets.json there), or run `make down`, delete it and run `make up`: that makes a new password, and "
+                "connections made in Airflow have to be entered again",
+            ) from None
         except FileNotFoundError:
             made = cls(
                 admin_password=secrets.token_urlsafe(12),
@@ -139,15 +203,6 @@ class StackSecrets(BaseModel):
             return made
 
 
-def write_private(path: Path, text: str) -> None:
-    """Replace `path` in one step with a file only its owner may read."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp makes it 0600
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    os.replace(temporary, path)
-
-
 def write_airflow_passwords(layout: Layout, admin_password: str) -> None:
     write_private(layout.airflow_passwords, json.dumps({"admin": admin_password}) + "\n")
 
@@ -155,17 +210,17 @@ def write_airflow_passwords(layout: Layout, admin_password: str) -> None:
 def choose_runtime_dir(layout: Layout, recorded: str | None) -> Path:
     """A directory of our own, short enough for Unix sockets; the recorded one while it is still there and ours."""
     near = layout.home / "run"
-    if len(str(near)) <= LONGEST_SOCKET_ROOT:
-        near.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if len(str(near)) <= LONGEST_SOCKET_ROOT and is_plain(near):
+        make_private(near)
         return near
     if recorded and is_ours(Path(recorded)):
         return Path(recorded)
     shared = (tempfile.gettempdir(), "/tmp")  # noqa: S108 - mkdtemp below makes a folder of our own there
-    base = next((d for d in shared if len(d) <= LONGEST_SOCKET_ROOT - 18), None)
+    base = next((d for d in shared if len(d) <= LONGEST_SOCKET_ROOT - 18 and is_plain(Path(d))), None)
     if base is None:
         raise RuntimeError(
             f"no directory short enough for Unix sockets: {near} has {len(str(near))} characters, at most "
-            f"{LONGEST_SOCKET_ROOT} are possible; set TMPDIR to a short path"
+            f"{LONGEST_SOCKET_ROOT} plain ones are possible; set TMPDIR to a short path"
         )
     return Path(tempfile.mkdtemp(prefix="athanor-", dir=base))
 

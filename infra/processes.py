@@ -12,12 +12,28 @@ from pathlib import Path
 import psutil
 
 MARKER = "ATHANOR_STACK"
+HOME_MARKER = "ATHANOR_STACK_HOME"
 
 
-def marking(stack_id: str) -> dict[str, str]:
-    """The environment that marks a process and all it starts. SPT_NOENV keeps the marker readable: processes that
-    retitle themselves, as Airflow's and Ray's do, would otherwise write the title over their environment."""
-    return {MARKER: stack_id, "SPT_NOENV": "1"}
+def marking(stack_id: str, home: str = "") -> dict[str, str]:
+    """The environment that marks a process and all it starts; `home` is where the stack keeps its state. SPT_NOENV
+    keeps it readable: processes that retitle themselves, as Airflow's and Ray's do, would write the title over it."""
+    return {MARKER: stack_id, HOME_MARKER: home, "SPT_NOENV": "1"}
+
+
+def stacks_at(home: Path) -> set[str]:
+    """The marks of all processes whose stack keeps its state in `home`: what runs is found without its record, too."""
+    found = set()
+    for process in psutil.process_iter():
+        try:
+            environment = process.environ()
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+        # stacks that an older version started have the marker alone, and Airflow's home in every process
+        places = (environment.get(HOME_MARKER), environment.get("AIRFLOW_HOME", "").removesuffix("/airflow"))
+        if environment.get(MARKER) and str(home) in places:
+            found.add(environment[MARKER])
+    return found
 
 
 def marked(stack_id: str) -> list[psutil.Process]:

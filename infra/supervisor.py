@@ -6,18 +6,20 @@ from __future__ import annotations
 
 import http.client
 import os
+import shlex
 import socket
 import subprocess
 import time
 import xmlrpc.client
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.components import BIN, MIB, Component
+from infra.components import BIN, MIB, Component, installed
 from infra.layout import Layout, StackRecord
+from infra.private import write_private
 
 _ANSWER_SECONDS = 60.0
 RUNNING_STATES = ("STARTING", "RUNNING", "BACKOFF")
@@ -66,18 +68,18 @@ class Supervisor:
         """Whether our supervisord runs; one of another stack on a re-used socket does not count."""
         try:
             return self._ask("getIdentification") == self._identifier
-        except (OSError, http.client.HTTPException):
-            return False
+        except (OSError, http.client.HTTPException, xmlrpc.client.Error):
+            return False  # the last while it shuts down
 
     @property
     def _identifier(self) -> str:
         return f"athanor-{self._record.stack_id}"
 
-    def launch(self, components: Sequence[Component], environment: Mapping[str, str]) -> None:
+    def launch(self, components: Sequence[Component], environment: Mapping[str, str], *, programs: Path = BIN) -> None:
         """Write the configuration and start supervisord as a daemon; no program runs yet."""
-        self._layout.supervisor_config.write_text(self._configuration(components))
+        write_private(self._layout.supervisor_config, self._configuration(components))
         done = subprocess.run(
-            [str(BIN / "supervisord"), "-c", str(self._layout.supervisor_config)],
+            installed("supervisord", "-c", str(self._layout.supervisor_config), programs=programs),
             env=dict(environment),
             capture_output=True,
             text=True,
@@ -102,9 +104,10 @@ class Supervisor:
                 raise RuntimeError(f"supervisord cannot start {name}: {fault.faultString}") from fault
 
     def stop_everything(self) -> None:
-        """Stop all programs at once, then supervisord itself."""
-        self._ask("stopAllProcesses", True)
-        self._ask("shutdown")
+        """Stop all programs at once, then supervisord itself; if it hangs or dies meanwhile, the caller ends it all."""
+        with suppress(OSError, http.client.HTTPException, xmlrpc.client.Error):
+            self._ask("stopAllProcesses", True)
+            self._ask("shutdown")
 
     def wait_gone(self, *, seconds: float) -> None:
         """Wait until supervisord no longer answers; the caller ends what lives longer."""
@@ -139,7 +142,7 @@ class Supervisor:
 
     def _program(self, component: Component) -> dict[str, object]:
         return {
-            "command": " ".join(f'"{word}"' for word in component.command),
+            "command": shlex.join(component.command),
             "directory": self._layout.home,
             "environment": ",".join(f'{name}="{value}"' for name, value in component.environment.items()),
             "autostart": "false",

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from infra.deploy.probe import Unhealthy, check_store
+from infra.deploy.roles import for_import
 from stages.artifacts.s3_client import s3_client
 
 PATIENCE_SECONDS = 180.0
@@ -38,10 +39,12 @@ def main(arguments: list[str]) -> int:
                 bucket()
             case ["airflow"]:
                 airflow()
+            case ["roles"]:
+                roles()
             case ["mlflow"]:
                 mlflow()
             case _:
-                print("usage: python -m infra.deploy.setup databases|bucket|airflow|mlflow", file=sys.stderr)
+                print("usage: python -m infra.deploy.setup databases|bucket|airflow|roles|mlflow", file=sys.stderr)
                 return 2
     except SetupFailed as error:
         print(f"error: {error}", file=sys.stderr)
@@ -104,7 +107,7 @@ def bucket() -> None:
 
 
 def airflow() -> None:
-    """Schema, first user, the connection to Ray and the pool of heavy stages."""
+    """Schema, first user, the role of raters, the connection to Ray and the pool of heavy stages."""
     _airflow("db", "migrate")
     password = required("AIRFLOW_ADMIN_PASSWORD")
     _airflow(
@@ -117,8 +120,17 @@ def airflow() -> None:
         file.touch(mode=0o600)
         file.write_text(json.dumps({CONNECTION: ray_connection()}))
         _airflow("connections", "import", "--overwrite", str(file))
+    roles()
     if not _airflow("pools", "get", POOL, may_fail=True):
         _airflow("pools", "set", POOL, "1", "heavy stages, as many at a time as there are slots", "--include-deferred")
+
+
+def roles() -> None:
+    """The role of people who rate answers and approve promotions; one that exists stays as it is."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "roles.json"
+        file.write_text(json.dumps(for_import()))
+        _airflow("roles", "import", str(file))
 
 
 def ray_connection() -> dict[str, object]:

@@ -4,9 +4,7 @@ The job's process and each of its training workers open a context of their own, 
 """
 
 import os
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +12,13 @@ from pathlib import Path
 from stages.artifacts.lease import Fence
 from stages.artifacts.store import Store
 from stages.config.base import Config
-from stages.config.errors import ConfigError, without_logins
+from stages.config.errors import without_logins
 from stages.config.nested import dotted
 from stages.config.pipeline import stage_config_from_json
 from stages.config.request import SourceEntry, StageRequest
 from stages.job.context import StageContext
 from stages.job.progress import JOB_RECORD, Progress, worker_record
+from stages.job.scratch import scratch_folder
 from stages.tracking.tracker import NullTracker, Tracker
 
 
@@ -100,24 +99,3 @@ def run_tags(request: StageRequest) -> dict[str, str]:
 
 def flat_params(config: Config) -> dict[str, str]:
     return {path: str(value) for path, value in dotted(config).items()}
-
-
-def scratch_home() -> Path:
-    return Path(os.environ.get("ATHANOR_SCRATCH") or Path(tempfile.gettempdir()) / f"athanor-{os.getuid()}")
-
-
-@contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """A folder of this attempt; downloads go next to it and stay for the next stage on the same machine."""
-    home = scratch_home()
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if home.stat().st_uid != os.getuid():
-        raise ConfigError(
-            f"the scratch folder {home} belongs to user {home.stat().st_uid}, who could change what is trained",
-            advice="Remove it, or set ATHANOR_SCRATCH to a folder of the user that Ray runs as.",
-        )
-    work_dir = Path(tempfile.mkdtemp(dir=home, prefix="stage-"))
-    try:
-        yield work_dir
-    finally:
-        shutil.rmtree(work_dir, ignore_errors=True)

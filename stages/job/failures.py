@@ -13,7 +13,7 @@ from stages.config.errors import EXIT_CODES, Category, StageError, without_login
 from stages.config.graph import Stage
 from stages.config.records import parse_record
 from stages.config.request import Failure, StageRequest
-from stages.job.attempt import scratch_home
+from stages.job.scratch import scratch_home
 
 logger = logging.getLogger("athanor")
 

@@ -106,7 +106,10 @@ def test_airflow_and_ray_refuse_who_has_no_key(deployed: Deployment, run_id: str
 def test_programs_run_as_nobody_in_particular(deployed: Deployment) -> None:
     for container in deployed.containers():
         labels = container["Config"]["Labels"]
-        if labels["com.docker.compose.service"] in ("postgres", "s3"):
+        assert container["HostConfig"]["CapDrop"] == ["ALL"], container["Name"]
+        if (service := labels["com.docker.compose.service"]) in ("postgres", "s3"):
+            assert container["Config"]["User"] == {"postgres": "999:999", "s3": "1000:1000"}[service]
+            assert container["HostConfig"]["ReadonlyRootfs"] is True
             continue
         assert container["Config"]["User"] == "10001:10001", container["Name"]
         assert labels["org.opencontainers.image.revision"] == deployed.commit

@@ -20,8 +20,8 @@ from stages.config.graph import Stage
 from stages.config.recipes import tiny
 from stages.config.request import FileEntry, RunInfo, run_folder
 from stages.config.resolve import resolve
-from stages.job.attempt import scratch_folder
 from stages.job.runner import run_stage
+from stages.job.scratch import scratch_folder
 from tests.pipeline_records import request_for
 from tests.unit.artifacts.test_manifests import make_artifact
 

@@ -113,11 +113,27 @@ def test_servers_are_probed_restarted_and_bounded_in_memory(env_file: Path) -> N
             assert service["healthcheck"]["test"], name
 
 
-def test_our_containers_have_no_privileges(env_file: Path) -> None:
-    for name, service in read(env_file)["services"].items():
+@pytest.mark.parametrize("files", [(), (REPOSITORY / "docker-compose.yml", LOCAL_IMAGES)], ids=["official", "local"])
+def test_no_container_has_privileges_and_none_runs_as_root(files: tuple[Path, ...], env_file: Path) -> None:
+    """The images of our own name their user themselves; see tests/compose."""
+    for name, service in read(env_file, *files)["services"].items():
         assert "no-new-privileges:true" in service["security_opt"], name
-        if service["image"].startswith("athanor/"):
-            assert service["cap_drop"] == ["ALL"], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert not service.get("cap_add"), name
+        assert not service.get("privileged"), name
+        if name in ("postgres", "s3"):
+            assert service["user"] in ("999:999", "1000:1000"), name
+            assert service["read_only"] is True, name
+
+
+def test_of_the_object_store_only_what_asks_for_a_key_is_on_the_network(env_file: Path) -> None:
+    """SeaweedFS's master, volume server and filer read and write everything without one."""
+    words = read(env_file)["services"]["s3"]["command"]
+    flags = dict(word.removeprefix("-").partition("=")[::2] for word in words[1:])
+    assert flags["ip.bind"] == "127.0.0.1"
+    assert flags["s3.ip.bind"] == "0.0.0.0"
+    assert (flags["s3.port.iceberg"], flags["s3.port.lance"]) == ("0", "0")
+    assert not {"webdav", "iam", "sftp", "mq.broker", "debug", "metricsPort"} & flags.keys()
 
 
 def test_each_program_holds_only_the_secrets_it_needs(env_file: Path) -> None:
