@@ -16,12 +16,12 @@ from airflow.sdk.exceptions import AirflowSkipException
 
 from operators.failures import StageConfigFailed, as_stage_failures
 from operators.links import mlflow_run_page
-from operators.markdown import block, plain, table
 from operators.people.asking import ask_once
 from stages.artifacts.manifests import read_file, read_manifest, settings_digest
 from stages.config.closing import SCORE, WIN_RATE, Approval, Verdict
 from stages.config.decision import CHAMPION, Champion, Conditions, Evaluation, choose_aligned
 from stages.config.graph import Stage, aligned_models, registered_name, spec_of_role, trained_stages
+from stages.config.markdown import block, plain, table
 from stages.config.metrics import EVALUATION_METRICS
 from stages.config.mlflow import is_http, tracking_server
 from stages.config.pipeline import PipelineConfig

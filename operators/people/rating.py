@@ -16,10 +16,10 @@ from airflow.providers.standard.operators.hitl import HITLOperator
 from airflow.sdk import Param
 
 from operators.failures import as_stage_failures
-from operators.markdown import block
 from operators.people.asking import ask_once
 from stages.artifacts.manifests import read_file
 from stages.config.graph import Stage
+from stages.config.markdown import block
 from stages.config.request import ArtifactRef
 
 LABELS = "ABCD"
