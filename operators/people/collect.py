@@ -21,6 +21,7 @@ from stages.config.collect import RespondConfig
 from stages.config.errors import ConfigError
 from stages.config.forms import CollectParams
 from stages.config.graph import Stage, language_models
+from stages.config.markdown import visible
 from stages.config.request import ArtifactRef, RunInfo, StageRequest, safe_run_id
 from stages.config.resolve import resolve, validated
 
@@ -135,7 +136,7 @@ def make_questions(responses: Mapping[str, Any], store: Store, run: RunInfo) -> 
     return [
         {
             "index": index,
-            "title": " ".join(row["prompt"].split())[:_TITLE_LENGTH],
+            "title": visible(" ".join(row["prompt"].split()))[:_TITLE_LENGTH],
             "order": shown_order(len(row["responses"]), seed=request.config["seed"], prompt_id=row["id"]),
         }
         for index, row in enumerate(read_responses(ArtifactRef.model_validate(responses)))

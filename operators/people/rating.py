@@ -100,8 +100,8 @@ def shown_order(num_responses: int, *, seed: int, prompt_id: str) -> list[int]:
 
 
 def read_responses(responses: ArtifactRef) -> list[dict[str, Any]]:
-    """The rows of a `responses` artifact."""
-    return [json.loads(line) for line in read_file(responses, "responses.jsonl").decode().splitlines()]
+    """The rows of a `responses` artifact; of bytes, because texts may hold what ends a line only in Unicode."""
+    return [json.loads(line) for line in read_file(responses, "responses.jsonl").splitlines()]
 
 
 def body(row: Mapping[str, Any], order: Sequence[int]) -> str:

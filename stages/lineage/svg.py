@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 
+from stages.config.markdown import visible
+
 _WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 176, 56, 40, 40, 12
 _ARC = 34
 """How far an edge that skips layers bends around the boxes between, for each layer."""
@@ -64,7 +66,7 @@ def draw_graph(boxes: Iterable[Box], edges: Iterable[tuple[str, str, str]]) -> s
         *(_draw_box(box, *places[box.id]) for box in boxes),
         "</svg>",
     ]
-    return "\n".join(parts)
+    return visible("\n".join(parts))  # a control character would make it no XML
 
 
 def _layers(names: list[str], edges: list[tuple[str, str, str]]) -> dict[str, int]:

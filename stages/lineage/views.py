@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 
 from stages.config.graph import spec_of_kind
+from stages.config.markdown import code, plain, table
 from stages.lineage.graph import GIVEN_KIND, SOURCE_KIND, Edge, Graph, Node
 from stages.lineage.svg import Box, draw_graph
 from stages.lineage.tags import is_dataset, is_model
@@ -14,18 +15,17 @@ def to_json(graph: Graph) -> str:
 
 
 def to_markdown(graph: Graph) -> str:
-    """A table of nodes and, under each, where it came from."""
+    """A table of nodes and where each came from; roles and addresses are what others wrote, kinds are names."""
     incoming: dict[str, list[Edge]] = {}
     for edge in graph.edges:
         incoming.setdefault(edge.target, []).append(edge)
-    names = {node.id: f"{node.kind} `{_short(node)}`" for node in graph.nodes}
-    lines = ["| what | digest | made from | where |", "|---|---|---|---|"]
+    names = {node.id: f"{node.kind} {code(_short(node))}" for node in graph.nodes}
+    rows = []
     for node in graph.nodes:
-        origin = ", ".join(f"{edge.role}: {names[edge.source]}" for edge in incoming.get(node.id, ())) or "outside"
+        origin = ", ".join(f"{plain(edge.role)}: {names[edge.source]}" for edge in incoming.get(node.id, ()))
         mark = "**" if node.id in graph.roots else ""
-        cells = (f"{mark}{names[node.id]}{mark}", f"`{node.digest}`", origin, node.uri)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append((f"{mark}{names[node.id]}{mark}", code(node.digest), origin or "outside", code(node.uri)))
+    return table(("what", "digest", "made from", "where"), rows) + "\n"
 
 
 def to_svg(graph: Graph) -> str:
