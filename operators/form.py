@@ -10,13 +10,13 @@ from typing import Any
 from airflow.sdk.definitions.param import Param, ParamsDict
 from pydantic.fields import FieldInfo
 
-from operators.markdown import plain
 from stages.config.base import Choice, Config
 from stages.config.estimate import model_size
 from stages.config.execution import ExecutionConfig
 from stages.config.forms import PipelineParams
 from stages.config.graph import Stage, trained_stages
 from stages.config.help import field_help
+from stages.config.markdown import plain
 from stages.config.pipeline import PipelineConfig
 from stages.config.recipes import RECIPES
 from stages.config.text import compact

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from operators.plan import Plan, StagePlan, Verdict
+from stages.config.markdown import plain, table
 from stages.config.text import byte_size, compact, duration
 
 _HEADINGS = ("stage", "plan", "parameters", "tokens", "FLOPs", "memory a worker", "time", "cost")
@@ -20,11 +21,12 @@ def as_table(plan: Plan) -> list[str]:
 
 
 def as_markdown(plan: Plan) -> str:
-    """Return a page."""
-    header, *rows = _rows(plan)
-    table = [_markdown_row(header), "|" + "---|" * len(header), *map(_markdown_row, rows)]
-    notes = [f"- {line}" for stage in plan.stages for line in _notes(stage)]
-    return "\n".join([f"# {_title(plan)}", "", *table, "", total(plan), "", "## Why", "", *notes, ""])
+    """Return a page; reasons name settings and addresses, which whoever triggers a run may choose."""
+    header, *rows = ([plain(cell) for cell in row] for row in _rows(plan))
+    notes = [f"- {plain(line)}" for stage in plan.stages for line in _notes(stage)]
+    return "\n".join(
+        [f"# {plain(_title(plan))}", "", table(header, rows), "", total(plan), "", "## Why", "", *notes, ""]
+    )
 
 
 def _title(plan: Plan) -> str:
@@ -68,7 +70,3 @@ def total(plan: Plan) -> str:
     costs = [stage.estimate.cost for stage in running if stage.estimate and stage.estimate.cost is not None]
     price = f", cost {sum(costs):.2f}" if costs else ""
     return f"{len(running)} of {len(plan.stages)} stages run: {duration(sum(known))}{missing}{price}."
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

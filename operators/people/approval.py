@@ -15,17 +15,18 @@ from airflow.sdk.exceptions import AirflowSkipException
 
 from operators.failures import StageConfigFailed, as_stage_failures
 from operators.links import mlflow_run_page
-from operators.markdown import block, plain, table
 from operators.people.asking import ask_once
 from stages.artifacts.manifests import read_file, read_manifest, settings_digest
 from stages.config.closing import SCORE, WIN_RATE, Approval, Verdict
 from stages.config.decision import CHAMPION, Champion, Conditions, Evaluation, choose_aligned
 from stages.config.graph import Stage, aligned_models, registered_name, spec_of_role, trained_stages
+from stages.config.markdown import block, code, link, plain, table
 from stages.config.metrics import EVALUATION_METRICS
 from stages.config.mlflow import is_http, tracking_server
 from stages.config.pipeline import PipelineConfig
 from stages.config.records import parse_json, parse_object
 from stages.config.request import ArtifactRef, RunInfo
+from stages.config.text import one_line
 
 _NUM_SAMPLES = 4
 _LONGEST_PROMPT, _LONGEST_ANSWER = 2_000, 4_000
@@ -120,7 +121,7 @@ def question(run: RunInfo, config: PipelineConfig, evaluated: ArtifactRef) -> tu
         "### Evidence",
         _links(run, evaluated),
     ]
-    subject = f"{run.name}: promote the {proposed or 'aligned'} model to champion?"
+    subject = f"{one_line(run.name)}: promote the {proposed or 'aligned'} model to champion?"
     return subject, "\n\n".join(part for part in parts if part)
 
 
@@ -153,7 +154,7 @@ def _champion(run_name: str, measured: Conditions) -> tuple[Champion | None, str
     champion = Champion.from_tags(found.version, found.tags)
     compares = measured.allow_comparison(champion.conditions)
     how = "in the same way, so the numbers compare" if compares else "**in another way, so its scores do not compare**"
-    return champion, f"The champion (version {found.version} of {plain(name)}) was measured {how}."
+    return champion, f"The champion (version {plain(found.version)} of {plain(name)}) was measured {how}."
 
 
 def _metrics_table(models: Mapping[str, Mapping[str, Any]], champion: Champion | None) -> str:
@@ -197,14 +198,14 @@ def _sample(sample: Mapping[str, Any], roles: list[str]) -> str:
 
 
 def _links(run: RunInfo, evaluation: ArtifactRef) -> str:
-    lines = [f"- evaluation artifact: `{evaluation.uri}`"]
+    lines = [f"- evaluation artifact: {code(evaluation.uri)}"]
     if tracking_uri := tracking_server():
         if run.parent_run_id:
-            lines.append(
-                f"- [this run in MLflow]({mlflow_run_page(tracking_uri, run.parent_run_id)}), every stage below it"
-            )
+            page = mlflow_run_page(tracking_uri, run.parent_run_id)
+            lines.append(f"- {link('this run in MLflow', page)}, every stage below it")
         if evaluation.mlflow_run_id:
-            lines.append(f"- [the evaluation in MLflow]({mlflow_run_page(tracking_uri, evaluation.mlflow_run_id)})")
+            page = mlflow_run_page(tracking_uri, evaluation.mlflow_run_id)
+            lines.append(f"- {link('the evaluation in MLflow', page)}")
     if is_http(run.airflow_url):
-        lines.append(f"- [this run in Airflow]({run.airflow_url})")
+        lines.append(f"- {link('this run in Airflow', run.airflow_url)}")
     return "\n".join([*lines, "- the report follows your decision, whichever it is"])

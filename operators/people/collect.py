@@ -25,6 +25,7 @@ from stages.config.graph import Stage, language_models
 from stages.config.records import parse_record
 from stages.config.request import ArtifactRef, RunInfo, StageRequest
 from stages.config.resolve import resolve, validated
+from stages.config.text import one_line
 
 PREFERENCES = Asset(name="llm/preferences", group="llm")
 _TITLE_LENGTH = 60
@@ -139,7 +140,7 @@ def make_questions(responses: Mapping[str, Any], store: Store, run: RunInfo) -> 
     return [
         {
             "index": index,
-            "title": " ".join(row["prompt"].split())[:_TITLE_LENGTH],
+            "title": one_line(row["prompt"])[:_TITLE_LENGTH],
             "order": shown_order(len(row["responses"]), seed=request.config["seed"], prompt_id=row["id"]),
         }
         for index, row in enumerate(read_responses(ArtifactRef.model_validate(responses)))

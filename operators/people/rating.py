@@ -15,10 +15,10 @@ from airflow.providers.standard.operators.hitl import HITLOperator
 from airflow.sdk import Param
 
 from operators.failures import as_stage_failures
-from operators.markdown import block
 from operators.people.asking import ask_once
 from stages.artifacts.manifests import read_file
 from stages.config.graph import Stage
+from stages.config.markdown import block
 from stages.config.records import parse_object
 from stages.config.request import ArtifactRef
 
@@ -100,7 +100,7 @@ def shown_order(num_responses: int, *, seed: int, prompt_id: str) -> list[int]:
 
 
 def read_responses(responses: ArtifactRef) -> list[dict[str, Any]]:
-    """The rows of a `responses` artifact."""
+    """The rows of a `responses` artifact; of bytes, because texts may hold what ends a line only in Unicode."""
     name = f"{responses.uri}/responses.jsonl"
     return [parse_object(line, name) for line in read_file(responses, "responses.jsonl").splitlines()]
 

@@ -5,9 +5,10 @@ Escaping for HTML or Markdown comes on top, where a page is written.
 
 import re
 
-# Control characters, which terminals obey and XML forbids, and marks that turn the direction of the text after them.
+# Control characters, which terminals obey, XML forbids and PostgreSQL (NUL) cannot store; halves of characters, which
+# UTF-8 does not have; marks that turn the direction of writing and would let a text reach over what stands around it.
 _CONTROLS = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]|\r(?!\n)"
 )
 
 

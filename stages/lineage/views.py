@@ -1,10 +1,10 @@
 """The lineage graph as JSON, Markdown and SVG."""
 
 import json
-import re
 from dataclasses import asdict
 
 from stages.config.graph import spec_of_kind
+from stages.config.markdown import code, plain, table
 from stages.config.text import one_line, printable
 from stages.lineage.graph import GIVEN_KIND, SOURCE_KIND, Edge, Graph, Node
 from stages.lineage.svg import Box, draw_graph
@@ -19,29 +19,18 @@ def to_json(graph: Graph) -> str:
 
 
 def to_markdown(graph: Graph) -> str:
-    """A table of nodes and, under each, where it came from."""
+    """A table of nodes and where each came from; roles and addresses are what others wrote, kinds are names."""
     incoming: dict[str, list[Edge]] = {}
     for edge in graph.edges:
         incoming.setdefault(edge.target, []).append(edge)
-    names = {node.id: f"{_cell(node.kind)} {_code(_short(node))}" for node in graph.nodes}
-    lines = ["| what | digest | made from | where |", "|---|---|---|---|"]
+    names = {node.id: f"{plain(node.kind)} {code(_short(node))}" for node in graph.nodes}
+    rows = []
     for node in graph.nodes:
         edges = incoming.get(node.id, ())
-        origin = ", ".join(f"{_cell(edge.role)}: {names[edge.source]}" for edge in edges) or "outside"
+        origin = ", ".join(f"{plain(edge.role, at_most=_LONGEST_TEXT)}: {names[edge.source]}" for edge in edges)
         mark = "**" if node.id in graph.roots else ""
-        cells = (f"{mark}{names[node.id]}{mark}", _code(node.digest), origin, _cell(node.uri))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    """Text of unknown origin in a table: shown as it is, never obeyed as mark-up, nor by a terminal."""
-    shown = one_line(text, at_most=_LONGEST_TEXT).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", shown)
-
-
-def _code(text: str) -> str:
-    return f"`{one_line(text, at_most=_LONGEST_TEXT).replace('`', chr(39)).replace('|', '/')}`"
+        rows.append((f"{mark}{names[node.id]}{mark}", code(node.digest), origin or "outside", code(node.uri)))
+    return table(("what", "digest", "made from", "where"), rows) + "\n"
 
 
 def to_svg(graph: Graph) -> str:

@@ -4,6 +4,7 @@ from importlib.resources import files
 
 from stages.artifacts.manifests import utc_now
 from stages.config.mlflow import is_http
+from stages.config.text import printable
 from stages.lineage.views import to_svg
 from stages.reporting import data_views, mixture_views, model_views
 from stages.reporting.story import Story
@@ -17,7 +18,7 @@ def render_page(story: Story) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("stages.reporting").joinpath("report.html.jinja").read_text("utf-8"))
     commit = next((manifest.execution.get("git_commit", "") for manifest in story.manifests.values()), "")
-    return template.render(
+    page = template.render(
         title=story.title,
         run=story.run,
         made_at=utc_now(),
@@ -46,6 +47,7 @@ def render_page(story: Story) -> str:
         settings=data_views.settings(story),
         lineage=Markup(to_svg(story.lineage)) if story.lineage else "",  # noqa: S704 - as above
     )
+    return printable(page)
 
 
 def verdict(story: Story) -> str:

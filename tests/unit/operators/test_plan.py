@@ -1,13 +1,14 @@
 """The plan says what the run then does."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from operators.failures import RunIncomplete
-from operators.plan import Verdict, make_plan
+from operators.plan import Plan, StagePlan, Verdict, make_plan
 from operators.plan_page import as_markdown, as_table
 from operators.plan_task import devices_from_environment, plan_run
 from operators.prepare import build_request, find_hit, input_stages, selection
@@ -17,7 +18,9 @@ from stages.artifacts.folder import FileStore
 from stages.artifacts.manifests import DOUBT, MANIFEST, content_digest, fingerprint, publish, upload_files
 from stages.artifacts.store import Store, write_json
 from stages.config.errors import Category
+from stages.config.estimate import Estimate
 from stages.config.graph import GRAPH, Stage
+from stages.config.markdown import plain
 from stages.config.pipeline import PipelineConfig, stage_config_from_json
 from stages.config.request import ArtifactRef, Cost, InputEntry, Manifest, RunInfo, digests_of
 from stages.config.resolve import resolve
@@ -214,8 +217,8 @@ def test_the_page_and_the_log_hold_every_stage_its_reason_and_the_total(store: S
     build(store, CONFIG, tmp_path, until=Stage.SFT)
     plan = make_plan(CONFIG, run=RUN, store=store)
     log, page = "\n".join(as_table(plan)), as_markdown(plan)
-    for text in (log, page):
-        assert all(stage.stage in text and stage.why in text for stage in plan.stages)
+    for text, spelled in ((log, str), (page, plain)):
+        assert all(spelled(stage.stage) in text and spelled(stage.why) in text for stage in plan.stages)
         assert "5 of 9 stages run: " in text
         assert "cost" not in text
     assert "| stage | plan | parameters |" in page
@@ -279,3 +282,18 @@ def test_speed_and_prices_come_from_the_environment_and_a_wrong_one_is_named(
     devices = devices_from_environment()
     assert (devices.gpu_flops, devices.gpu_hour_price, devices.cpu_hour_price) == (400e12, 2.5, None)
     assert "ATHANOR_CPU_HOUR_PRICE='cheap' is not a usable number" in caplog.text
+
+
+def test_what_a_reason_quotes_is_no_mark_up_on_the_page():
+    """MLflow loads the images of a description, and whoever triggers a run chooses addresses of sources."""
+    why = "unlike 0123: documents: a -> ['s3://b/![x](http://evil.example/leak)<img src=//evil.example>']"
+    took = Estimate(basis=("as in [x](javascript:alert(1))",))
+    page = as_markdown(
+        Plan(
+            recipe="tiny",
+            dry_run=True,
+            stages=(StagePlan(stage=Stage.CURATE, verdict=Verdict.RUN, why=why, estimate=took),),
+        )
+    )
+    assert not re.search(r"(?<!\\)\]\(|<img", page)
+    assert f"- {plain(f'curate: run, {why} (as in [x](javascript:alert(1)))')}\n" in page

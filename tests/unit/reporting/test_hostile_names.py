@@ -185,6 +185,11 @@ def test_a_log_line_of_theirs_is_no_marked_line_and_moves_no_cursor() -> None:
 
 def test_text_for_people_keeps_what_is_readable() -> None:
     assert printable("Grüße 🜂\n\tعربي") == "Grüße 🜂\n\tعربي"
+    assert (
+        printable("a\x7fb\x85\u202ec\ud800\ufffe\u2028\r\n\r")
+        == "a\\u007fb\\u0085\\u202ec\\ud800\\ufffe\\u2028\r\n\\u000d"
+    )
+    assert printable("é 字 שלום \u200f 👩\u200d👧") == "é 字 שלום \u200f 👩\u200d👧"
     assert printable("\x1b[31m") == "\\u001b[31m"
     assert one_line("a\r\n b\tc") == "a b c"
     assert one_line("abcdef", at_most=3) == "abc… (3 more characters)"

@@ -19,6 +19,7 @@ from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import PipelineConfig, stage_config_from_json
 from stages.config.request import ArtifactRef, RunInfo
 from stages.config.resolve import resolve
+from tests import pipeline_records
 from tests.pipeline_records import EVALUATION, SAMPLES, publish_run, run_info
 
 ANSWERED = datetime(2026, 11, 24, 9, 30, 15, 123, tzinfo=UTC)
@@ -48,8 +49,8 @@ def test_the_question_shows_every_model_side_by_side_and_proposes_the_one_that_p
     subject, body = question(asked[0], config(), asked[1])
     assert subject == "demo: promote the PPO model to champion?"
     assert "|  | Base | SFT | PPO | DPO |" in body
-    assert "| eval\\/win\\_rate ↑ | – | – | 0.71 | 0.64 |" in body
-    assert body.index("win\\_rate ↑ | –") < body.index("eval\\/perplexity ↓")
+    assert "| eval/win\\_rate ↑ | – | – | 0.71 | 0.64 |" in body
+    assert body.index("win\\_rate ↑ | –") < body.index("eval/perplexity ↓")
     assert "proposed: **PPO**, the aligned model with the highest win rate against SFT." in body
 
 
@@ -60,7 +61,7 @@ def test_a_model_that_only_the_graph_knows_is_in_the_table_and_may_be_proposed(t
     subject, body = question(run_info(), config(), made[Stage.EVALUATE])
     assert subject == "demo: promote the Imaginary PO model to champion?"
     assert "|  | Base | SFT | PPO | DPO | Imaginary PO |" in body
-    assert "| eval\\/win\\_rate ↑ | – | – | 0.71 | 0.64 | 0.99 |" in body
+    assert "| eval/win\\_rate ↑ | – | – | 0.71 | 0.64 | 0.99 |" in body
 
 
 def test_the_question_says_what_each_answer_and_silence_mean(asked) -> None:
@@ -74,7 +75,7 @@ def test_what_models_wrote_is_shown_and_not_obeyed(asked) -> None:
     _, body = question(asked[0], config(), asked[1])
     assert SAMPLES[0]["prompt"] in body
     assert "<script>" not in body
-    assert "\\<\\/p\\>\\<script\\>x\\(\\)" in body
+    assert "&lt;/p&gt;&lt;script&gt;x\\(\\)" in body
     assert "PPO (0.9)" in body
     assert "*(empty)*" in body
 
@@ -177,3 +178,27 @@ def test_promote_does_not_start_without_the_decision_it_needs(tmp_path: Path) ->
     with pytest.raises(ConfigError, match="left no decision"):
         promotion_request(tmp_path / "a", None)
     assert promotion_request(tmp_path / "b", None, promotion="auto").config["approval"] is None
+
+
+def test_the_question_can_be_stored_and_encoded_whatever_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL refuses NUL in a text, and UTF-8 has no half characters."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    sample = {"prompt": "a\x00\ud800", "responses": {"sft": "b\x00\udfff", "ppo": "c\x1b"}}
+    monkeypatch.setattr(pipeline_records, "SAMPLES", [sample])
+    _, made = publish_run(tmp_path)
+    _, body = question(run_info(), config(), made[Stage.EVALUATE])
+    assert b"\0" not in body.encode()
+    assert "a\\u0000\\ud800" in body
+    assert "| b\\\\u0000\\\\udfff | c\\\\u001b |" in body
+
+
+def test_no_answer_of_a_model_becomes_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Airflow links bare addresses after it has undone the escapes."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    sample = {"prompt": "Where?", "responses": {"sft": "http://evil.example/login", "ppo": "www.evil.example"}}
+    monkeypatch.setattr(pipeline_records, "SAMPLES", [sample])
+    _, made = publish_run(tmp_path)
+    _, body = question(run_info(), config(), made[Stage.EVALUATE])
+    assert "| http<!---->\\://evil\\.example/login | www<!---->\\.evil\\.example |" in body

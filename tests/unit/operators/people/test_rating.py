@@ -15,7 +15,7 @@ import pytest
 from operators.failures import StageDataFailed
 from operators.people.answers import complete, pairs_of, publish_preferences
 from operators.people.collect import make_questions, request_key
-from operators.people.rating import SKIP, TIE, Outcome, body, options, read_answer, shown_order
+from operators.people.rating import SKIP, TIE, Outcome, body, options, read_answer, read_responses, shown_order
 from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import read_file, read_manifest
 from stages.artifacts.store import Store, write_json
@@ -204,3 +204,28 @@ def test_every_pair_arrives_in_the_tokens_that_the_reward_stage_trains_on(tmp_pa
     tokenize.run(tokenizing)
     tokens = TokensArtifact(tokenizing.output_dir)
     assert sum(len(tokens.pairs(split)) for split in Split) == 18
+
+
+def test_a_response_may_hold_what_ends_a_line_only_in_unicode(tmp_path: Path) -> None:
+    store, _, rows = respond(tmp_path / "a")
+    rows[0]["responses"][0] = "one\u2028two\x85three"
+    folder = tmp_path / "b"
+    folder.mkdir()
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)  # as the stage writes it
+    (folder / "responses.jsonl").write_text(lines, encoding="utf-8")
+    ref, _ = publish_artifact(store, Stage.RESPOND, {}, folder, salt="b")
+    assert read_responses(ref) == rows
+
+
+def test_a_question_can_be_stored_and_encoded_whatever_was_written(tmp_path: Path) -> None:
+    """PostgreSQL refuses NUL in a text, and UTF-8 has no half characters."""
+    store, _, rows = respond(tmp_path / "a")
+    rows[0] |= {"prompt": "a\x00b\ud800", "responses": ["c\x00", "\udfffd"]}
+    folder = tmp_path / "b"
+    folder.mkdir()
+    (folder / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ref, _ = publish_artifact(store, Stage.RESPOND, {}, folder, salt="b")
+    titles = [question["title"] for question in make_questions(ref.model_dump(), store, run_info())]
+    for text in (titles[0], body(rows[0], [0, 1])):
+        assert b"\0" not in text.encode()
+    assert titles[0] == "a\\u0000b\\ud800"

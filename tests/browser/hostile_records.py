@@ -1,0 +1,136 @@
+"""What the pipeline shows to people, made from records in which every text is hostile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import cycle, islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from operators.people.approval import question
+from operators.people.rating import body
+from operators.plan import Plan, StagePlan
+from operators.plan import Verdict as PlanVerdict
+from operators.plan_page import as_markdown
+from stages.config.estimate import Estimate
+from stages.config.graph import Stage
+from stages.config.resolve import resolve
+from stages.lineage.graph import Edge, Graph, Node
+from stages.reporting.story import Story, read_story
+from tests import pipeline_records
+from tests.browser.hostile import RUN, TEXTS
+from tests.pipeline_records import EVALUATION, publish_run, refs_for, run_info
+
+ENCODABLE = [text for text in TEXTS.values() if text.encode(errors="ignore").decode() == text]
+"""Texts that a manifest can hold: its JSON has no half characters."""
+
+
+def samples_of(texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Every text once as a prompt and once as a response of each model."""
+    roles = ("base", "sft", "ppo", "dpo")
+    shifted = [list(islice(cycle(texts), place, place + len(texts))) for place in range(1, 5)]
+    return [
+        {"prompt": prompt, "responses": dict(zip(roles, answers, strict=True)), "scores": dict.fromkeys(roles, 0.5)}
+        for prompt, *answers in zip(texts, *shifted, strict=True)
+    ]
+
+
+def hostile_graph(texts: Sequence[str]) -> Graph:
+    """A chain of nodes whose address, digest and role are the texts."""
+    nodes = tuple(
+        Node(id=f"{place:064x}", kind=("raw data", "base-model")[place % 2], uri=f"file:///data/{text}", digest=text)
+        for place, text in enumerate(texts)
+    )
+    few = nodes[:12]  # an edge to each later layer makes the drawing wide
+    edges = tuple(Edge(a.id, b.id, b.digest) for a, b in pairwise(few))
+    return Graph(roots=(nodes[0].id,), nodes=nodes, edges=edges)
+
+
+def hostile_story(root: Path) -> Story:
+    """A run whose records say nothing but hostile texts, wherever a record may hold a text."""
+    _, made = publish_run(root)
+    story = read_story(refs_for(Stage.REPORT, made), run_info(), title="t", max_samples=1)
+    texts = list(TEXTS.values())
+    everything = " ".join(texts)
+    account = {"formats": texts, "in": 2, "kept": 1, "dropped": dict.fromkeys(texts, 1), "changed": {}}
+    step = {
+        "step": everything,
+        "in": {"documents": len(texts), "bytes": 9},
+        "kept": {"documents": 0, "bytes": 0},
+        "dropped": {text: {"documents": 1, "bytes": 9} for text in texts},
+        "samples": {text: [{"id": text, "text": text}] for text in texts},
+    }
+    planted = {text: {"planted": 1, "found": 1, "missed": 0, "dropped_elsewhere": 0} for text in texts}
+    ledger = {
+        "documents": {"steps": [step]},
+        "instructions": {"sources": dict.fromkeys(texts, account)},
+        "planted": planted,
+        "train": {text: {"in": 1, "kept": 1, f"dropped.{text}": 1} for text in texts},
+        "mixture": {
+            "unit": everything,
+            "sources": {
+                text: {"asked": 0.5, "realised": 0.5, "examples": 1, "distinct": 1, "epochs": 1, "target_tokens": 1}
+                for text in texts
+            },
+        },
+    }
+    changes = {
+        "config": dict(zip(texts, reversed(texts), strict=True)),
+        "execution": {"git_commit": "<b data-planted>"},
+        "ledger": ledger,
+        "digest": "<b data-planted>",
+        "mlflow_run_id": everything,
+    }
+    rewards = {f"reward/{text}": 0.5 for text in texts}
+    return replace(
+        story,
+        title=everything,
+        run=run_info(airflow_url=f'https://127.0.0.1/"><script data-planted>{RUN}</script>').model_copy(
+            update={"airflow_run_id": everything}
+        ),
+        manifests={role: manifest.model_copy(update=changes) for role, manifest in story.manifests.items()},
+        uris=dict.fromkeys(story.uris, everything),
+        samples=samples_of(texts),
+        evaluation={**story.evaluation, "reward": {**story.evaluation["reward"], **rewards}},
+        promotion={
+            "promoted": False,
+            "chosen": "ppo",
+            "reason": everything,
+            "models": [{"name": text, "version": 1, "role": text, "is_new": True, "model_id": text} for text in texts],
+        },
+        lineage=hostile_graph(texts),
+    )
+
+
+def approval_bodies(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Approval pages that show every text as prompt, response and name of a metric between them."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config, bodies = resolve({"recipe": "tiny", "promotion": "approval"}), []
+    samples = samples_of(list(TEXTS.values()))
+    models = {role: {**metrics, **dict.fromkeys(TEXTS.values(), 0.5)} for role, metrics in EVALUATION["models"].items()}
+    for start in range(0, len(samples), 4):
+        monkeypatch.setattr(pipeline_records, "SAMPLES", samples[start : start + 4])
+        _, made = publish_run(root / str(start), evaluation={**EVALUATION, "models": models})
+        run = run_info().model_copy(update={"name": " ".join(TEXTS.values())})
+        bodies.append(question(run, config, made[Stage.EVALUATE])[1])
+    return bodies
+
+
+def rating_bodies() -> list[str]:
+    """A question for every text, as prompt and as both responses."""
+    return [
+        body({"prompt": sample["prompt"], "responses": list(sample["responses"].values())[:2]}, [1, 0])
+        for sample in samples_of(list(TEXTS.values()))
+    ]
+
+
+def plan_page() -> str:
+    """A plan whose reasons are the texts, as when they are settings or addresses of sources."""
+    stages = tuple(
+        StagePlan(stage=Stage.CURATE, verdict=PlanVerdict.RUN, why=text, estimate=Estimate(basis=(text,)))
+        for text in ENCODABLE
+    )
+    return as_markdown(Plan(recipe="tiny", dry_run=True, stages=stages))
