@@ -3,15 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stages.config.errors import ConfigError
 from stages.config.nested import dotted
 from stages.config.pipeline import PipelineConfig
-from stages.config.recipes import RECIPES, tiny
-from stages.config.request import FolderName
+from stages.config.recipes import tiny
 from stages.config.resolve import resolve
 from tests.fuzz.cases import cases, confined, damaged_values, outcome
 
@@ -56,7 +54,8 @@ def _check(values: Any, tmp_path: Path) -> None:
     assert isinstance(config, PipelineConfig)
     text = config.model_dump_json()
     assert PipelineConfig.model_validate_json(text) == config
-    assert "/" not in config.run_name and config.run_name.strip(".")
+    assert "/" not in config.run_name
+    assert config.run_name.strip(".")
 
 
 @cases
