@@ -24,7 +24,7 @@ cases = settings(
     deadline=None,
     database=None,
     derandomize=os.environ.get("FUZZ_SEED") != "random",
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=(HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture),
     phases=(Phase.explicit, Phase.generate, Phase.shrink),
 )
 """For the tests of this folder; a `tmp_path` is shared by all cases of one test."""
