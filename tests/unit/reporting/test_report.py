@@ -285,13 +285,11 @@ def test_sources_are_told_with_their_losses_and_shares() -> None:
     assert "longer than context 1, cut to fit 1" in [cell.text for cell in tokens.rows[0]]
 
 
-def test_half_characters_and_control_characters_are_spelled_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """JSON can spell both; UTF-8 has no half characters, so the report could not be written after all training."""
-    monkeypatch.setattr(pipeline_records, "SAMPLES", [{"prompt": "a\ud800b\x00c", "responses": {"sft": "\x1b[31md"}}])
+def test_control_characters_are_spelled_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON can spell what neither XML nor a terminal should get."""
+    monkeypatch.setattr(pipeline_records, "SAMPLES", [{"prompt": "ab\x00c", "responses": {"sft": "\x1b[31md"}}])
     page = (make_report(tmp_path) / "report.html").read_text(encoding="utf-8")
-    assert "<h3>a\\ud800b\\u0000c</h3>" in page
+    assert "<h3>ab\\u0000c</h3>" in page
     assert "\\u001b[31md" in page
 
 
