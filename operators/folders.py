@@ -7,11 +7,10 @@ which was cleared after an upgrade finds what it had done; other runs get a new 
 
 import json
 
-from pydantic import ValidationError
-
 from stages.artifacts.store import Store
 from stages.config.base import Config
-from stages.config.errors import ConfigError
+from stages.config.errors import ConfigError, DataError
+from stages.config.records import parse_record
 from stages.config.request import run_folder, safe_run_id
 
 _OWNER, _CONFIGURATION = "owner.json", "pipeline.json"
@@ -30,7 +29,8 @@ class RunOwner(Config):
 
 
 def claim_folder(store: Store, dag_id: str, airflow_run_id: str) -> str:
-    """Return the run's folder, marked as its own; raises ConfigError when another run's records are in it."""
+    """Return the run's folder, marked as its own; raises ConfigError when another run's records are in it, DataError
+    when its record is damaged."""
     mine = RunOwner(dag_id=dag_id, airflow_run_id=airflow_run_id)
     folder = find_folder(store, dag_id, airflow_run_id)
     key = f"runs/{folder}/{_OWNER}"
@@ -52,14 +52,14 @@ def find_folder(store: Store, dag_id: str, airflow_run_id: str) -> str:
     if not before or not store.exists(f"runs/{before}/{_CONFIGURATION}"):
         return folder
     mine = RunOwner(dag_id=dag_id, airflow_run_id=airflow_run_id)
-    return before if owners_of_before(store, before) == {mine} else folder
+    owners = owners_of_before(store, before)
+    return before if owners and all(owner == mine for owner in owners) else folder
 
 
-def owners_of_before(store: Store, folder: str) -> set[RunOwner | None]:
-    """Return the runs whose requests lie in a folder; None for a request that does not say."""
-    return {
-        _named_in(store.read_bytes(key)) for key in store.list(f"runs/{folder}") if key.rsplit("/", 1)[-1] in _REQUESTS
-    }
+def owners_of_before(store: Store, folder: str) -> list[RunOwner | None]:
+    """Return whose each request in a folder is; None for one that does not say."""
+    keys = store.list(f"runs/{folder}")
+    return [_named_in(store.read_bytes(key)) for key in keys if key.rsplit("/", 1)[-1] in _REQUESTS]
 
 
 def _named_in(request: bytes) -> RunOwner | None:
@@ -72,9 +72,9 @@ def _named_in(request: bytes) -> RunOwner | None:
 
 def _owner(store: Store, key: str) -> RunOwner:
     try:
-        return RunOwner.model_validate_json(store.read_bytes(key))
-    except (ValidationError, FileNotFoundError):
-        raise ConfigError(
+        return parse_record(RunOwner, store.read_bytes(key), f"{store.root_uri}/{key}")
+    except (DataError, FileNotFoundError):
+        raise DataError(
             f"{store.root_uri}/{key} does not say whose records these are",
             advice="It is damaged, or not written by Athanor; delete it when no other run uses the folder.",
         ) from None

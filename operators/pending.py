@@ -5,7 +5,6 @@ pending until a retraining with it succeeds. One that can never succeed would ho
 the reason, when it is announced or by the run that fails over it. What may be a passing fault never sets it aside.
 """
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +17,8 @@ from pydantic import Field, ValidationError
 from stages.artifacts.store import Store, write_json
 from stages.config.base import Config
 from stages.config.curate import DERIVED
-from stages.config.errors import Category, ConfigError, StageError
+from stages.config.errors import Category, ConfigError, DataError, StageError
+from stages.config.records import parse_record
 from stages.config.request import Failure
 from stages.config.sources import PreferenceFormat, parse_source, parse_sources
 
@@ -153,15 +153,15 @@ def as_sentence(set_aside: Mapping[str, str]) -> str:
 
 
 def read_watermark(store: Store, run_name: str) -> Watermark:
-    """Read what the last retraining left; raises ConfigError when the record is damaged."""
+    """Read what the last retraining left; raises DataError when the record is damaged."""
     key = watermark_key(run_name)
     try:
-        return Watermark.model_validate(json.loads(store.read_bytes(key)))
+        return parse_record(Watermark, store.read_bytes(key), f"{store.root_uri}/{key}")
     except FileNotFoundError:
         return Watermark()
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{store.root_uri}/{key} is damaged: {str(error)[:300]}",
+    except DataError as error:
+        raise DataError(
+            error.message,
             advice="Repair it, or delete it: the next retraining then takes all documents for new, and pending "
             "preference data must be given again.",
         ) from None

@@ -25,7 +25,7 @@ from operators.prepare import params_key
 from operators.watcher import Listing, list_prefix
 from stages.artifacts.addresses import open_default_store, run_key
 from stages.artifacts.store import Store, read_json
-from stages.config.errors import ConfigError
+from stages.config.errors import ConfigError, DataError
 from stages.config.forms import RetrainParams
 from stages.config.graph import pipeline_stages
 from stages.config.nested import dotted_once
@@ -168,8 +168,8 @@ def _params_of(champion: ModelVersion, store: Store) -> dict[str, Any]:
     before = safe_run_id(run_id)
     if before and not store.exists(key):
         # Whose a folder of before is, its requests say; they may be gone already.
-        others = owners_of_before(store, before) - {RunOwner(dag_id=dag_id, airflow_run_id=run_id)}
-        key = key if others else params_key(before)
+        own = RunOwner(dag_id=dag_id, airflow_run_id=run_id)
+        key = params_key(before) if all(owner == own for owner in owners_of_before(store, before)) else key
     try:
         params = read_json(store, key)
     except FileNotFoundError:
@@ -177,11 +177,9 @@ def _params_of(champion: ModelVersion, store: Store) -> dict[str, Any]:
             f"{champion.address} was made by run {run_id!r}, which left no {key} in {store.root_uri}",
             advice="The champion must come from llm_pipeline with this store; run it once more with this version.",
         ) from None
-    except (ValueError, RecursionError):
-        params = None
-    if not isinstance(params, dict) or not isinstance(params.get("overrides") or {}, dict):
-        raise ConfigError(
-            f"{store.root_uri}/{key} is damaged; {champion.address} was made with it",
+    if not isinstance(params.get("overrides") or {}, dict):
+        raise DataError(
+            f"{store.root_uri}/{key} holds overrides that are no object; {champion.address} was made with it",
             advice="Restore it, or run llm_pipeline once more until it promotes a model.",
         )
     return params

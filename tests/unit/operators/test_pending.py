@@ -10,7 +10,7 @@ from operators.pending import read_watermark
 from operators.retrain import Go, Skip, announced_data, decide, record, set_aside_failed, tell
 from stages.artifacts.addresses import open_store, run_key
 from stages.artifacts.store import write_json
-from stages.config.errors import ConfigError
+from stages.config.errors import ConfigError, DataError
 from stages.config.forms import RetrainParams
 from stages.config.graph import Stage
 from stages.config.request import run_folder
@@ -194,7 +194,7 @@ def test_the_form_forgets_what_waits_or_is_set_aside(world: World, there: str) -
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"pending": 3}', "[" * 100_000, '{"set_aside": ["x"]}'])
 def test_a_watermark_that_is_damaged_is_named(world: World, there: str, text: str) -> None:
     world.store.write_bytes("retrain/athanor.json", text.encode())
-    with pytest.raises(ConfigError, match=r"retrain/athanor\.json is damaged"):
+    with pytest.raises(DataError, match=r"retrain/athanor\.json is not a valid Watermark"):
         world.decide()
 
 
@@ -245,7 +245,7 @@ def test_the_settings_of_a_champion_come_from_its_own_run(world: World, there: s
 
 def test_a_champions_settings_that_are_damaged_are_named(world: World, there: str) -> None:
     world.store.write_bytes("runs/manual__2026-01-01T00-00-00-00-00/params.json", b"[1]")
-    with pytest.raises(ConfigError, match=r"params\.json is damaged"):
+    with pytest.raises(DataError, match=r"params\.json holds a JSON list"):
         world.decide()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from operators.dispatch import of_mapped
-from operators.failures import StageConfigFailed
+from operators.failures import StageConfigFailed, StageDataFailed
 from operators.mlflow import open_parent_run
 from operators.prepare import load_config, params_key, pipeline_key
 from operators.run import start_run
@@ -96,7 +96,7 @@ def test_records_of_another_run_are_not_overwritten(store: Store) -> None:
 def test_a_record_of_the_owner_that_cannot_be_read_is_named(store: Store, text: str) -> None:
     owner = f"runs/{start('a').run_id}/owner.json"
     store.write_bytes(owner, text.encode())
-    with pytest.raises(StageConfigFailed, match=rf"{owner} does not say whose records these are"):
+    with pytest.raises(StageDataFailed, match=rf"{owner} does not say whose records these are"):
         start("a")
 
 
