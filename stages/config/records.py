@@ -13,8 +13,10 @@ from pydantic import ValidationError
 
 from stages.config.base import Config
 from stages.config.errors import DataError
+from stages.config.text import one_line
 
 Record = TypeVar("Record", bound=Config)
+_LONGEST = 500
 _ADVICE = "Something else wrote it, or it was damaged. Delete it, or bring it back from a backup."
 
 
@@ -45,7 +47,7 @@ def parse_record(kind: type[Record], data: bytes | str, name: str) -> Record:
 def first_error(error: ValidationError) -> str:
     """Name the first wrong field and what is wrong with it."""
     first = error.errors(include_url=False)[0]
-    return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+    return one_line(": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"]))), at_most=_LONGEST)
 
 
 def without_non_finite(value: Any, path: str = "") -> tuple[Any, dict[str, str]]:

