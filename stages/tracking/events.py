@@ -16,11 +16,11 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 
 from stages.config.base import Config
 from stages.config.errors import DataError
+from stages.config.records import first_error
 from stages.config.request import FolderName, Manifest
 
 _ENDINGS = (".html", ".json", ".jsonl", ".md", ".svg", ".txt")
 _OURS = ("airflow.", "git.", "ray.")
-_REASON_LENGTH = 300
 
 
 def _artifact_name(name: str) -> str:
@@ -123,15 +123,7 @@ def from_line(line: bytes) -> Event:
     try:
         return _EVENT.validate_json(line)
     except ValidationError as error:
-        raise DataError(first_problem(error)) from None
-
-
-def first_problem(error: ValidationError) -> str:
-    """Return the first wrong field of a record and what is wrong with it, in one short line."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part) for part in found["loc"])
-    text = f"{where}: {found['msg']}" if where else found["msg"]
-    return text if len(text) <= _REASON_LENGTH else text[:_REASON_LENGTH] + "…"
+        raise DataError(first_error(error)) from None
 
 
 def _spelled(value: Any) -> Any:

@@ -19,8 +19,9 @@ from pydantic import ValidationError
 from stages.artifacts.addresses import run_key
 from stages.artifacts.store import Store
 from stages.config.errors import DataError
+from stages.config.records import first_error
 from stages.config.request import StageRequest
-from stages.tracking.events import Event, FileEvent, first_problem, from_line, to_line
+from stages.tracking.events import Event, FileEvent, from_line, to_line
 
 SPOOL_NAME = "mlflow-spool.jsonl"
 REFUSED_NAME = "mlflow-spool.refused.jsonl"
@@ -186,7 +187,7 @@ def _owner(store: Store, key: str, first: bytes) -> StageRequest:
     try:
         request = StageRequest.model_validate_json(first)
     except ValidationError as error:
-        raise DataError(f"the first line of {where} is not the request of a stage: {first_problem(error)}") from None
+        raise DataError(f"the first line of {where} is not the request of a stage: {first_error(error)}") from None
     if run_key(request.run.run_id, request.stage, SPOOL_NAME) != key:
         raise DataError(
             f"{where} says that it is of stage {request.stage.value} of run {request.run.run_id!r}, which has another "

@@ -13,6 +13,7 @@ from stages.artifacts.addresses import artifact_uri, open_store, split_artifact_
 from stages.artifacts.folder import FileStore
 from stages.artifacts.store import check_key
 from stages.config.errors import StageError
+from stages.config.request import RunInfo, run_folder
 from tests.fuzz.cases import cases, confined, outcome
 
 _ADDRESSES = st.one_of(
@@ -81,3 +82,16 @@ def test_no_key_leads_out_of_a_store(tmp_path: Path, key: str) -> None:
     if isinstance(outcome(lambda: check_key(key, root.as_uri())), StageError):
         return
     assert Path(os.path.normpath(root / key)).is_relative_to(root)
+
+
+@cases
+@given(st.lists(st.tuples(st.sampled_from(["llm_pipeline", "retrain", "a/b"]), st.text(max_size=300)), max_size=4))
+@example([("a", "nightly+2026"), ("a", "nightly:2026"), ("a", "nightly~2026"), ("b", "nightly-2026")])
+@example([("a", "b/c"), ("a/b", "c"), ("", ""), (".", "..")])
+def test_no_two_runs_share_a_folder(runs: list[tuple[str, str]]) -> None:
+    folders = {run: run_folder(*run) for run in runs}
+    assert len(set(map(str.casefold, folders.values()))) == len(set(runs))
+    for folder in folders.values():
+        check_key(f"runs/{folder}/owner.json", "file:///store")
+        assert RunInfo(run_id=folder, name="nightly").run_id == folder
+        assert len(os.fsencode(folder)) < 200

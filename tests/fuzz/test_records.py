@@ -1,5 +1,6 @@
 """Stored records that others may have written: read as what they are, or refused in a sentence."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from operators.given import data_of, given_artifact
 from operators.ray.jobs import JobStatus
 from operators.ray.watch import Outcome
 from operators.results import explain_failure, read_result
-from stages.artifacts.addresses import open_store
+from stages.artifacts.addresses import open_store, run_key
 from stages.artifacts.folder import FileStore
 from stages.artifacts.lease import Generation, LeaseTimes, Owner, acquire
 from stages.artifacts.manifests import fetch, find_intact, load_manifest, read_file
@@ -25,6 +26,8 @@ from stages.config.request import ArtifactRef, Cost, Failure, Manifest, RunInfo,
 from stages.job.context import Verb
 from stages.job.progress import JOB_RECORD, Progress, read_progress
 from stages.job.runner import run_stage
+from stages.tracking.events import FailEvent, FileEvent, MetricsEvent, StartEvent, to_line
+from stages.tracking.spool import SPOOL_NAME, attached, read_spool
 from tests.fuzz.cases import cases, confined, damaged_records, outcome
 from tests.unit.artifacts.test_manifests import make_artifact
 
@@ -166,6 +169,36 @@ def test_any_progress_record_lets_a_stage_go_on(store: FileStore, tmp_path: Path
             progress(1, 2)
             assert progress.cost().wall_seconds >= 0
             progress.close()
+
+    check()
+
+
+def test_any_spool_is_believed_line_by_line(store: FileStore, tmp_path: Path) -> None:
+    request = StageRequest(
+        stage=Stage.TOKENIZE, run=_RUN, store_uri=store.root_uri, config={}, execution=ExecutionConfig()
+    )
+    events = (
+        StartEvent(fingerprint=_IDENTITY, params={"a": "b"}, tags={"git.commit": "c0ffee"}, time=1),
+        MetricsEvent(step=3, values={"loss": 1.5}, time=1),
+        FileEvent(name="a.json", content=base64.b64encode(b"{}").decode()),
+        FailEvent(message="no text", time=1),
+    )
+    key = run_key("run", Stage.TOKENIZE, SPOOL_NAME)
+    lines = st.one_of(*(damaged_records(json.loads(to_line(event))) for event in events))
+
+    @cases
+    @given(st.one_of(st.just(request.model_dump_json().encode()), damaged_records(_document(request))), lines)
+    def check(first: bytes, line: bytes) -> None:
+        _put(store, key, b"\n".join([first, line, to_line(events[1])]))
+        with confined(tmp_path / "inside"):
+            left = outcome(lambda: read_spool(store, key))
+            if isinstance(left, DataError):
+                return
+            assert left.request.run.run_id == "run"
+            assert left.events[-1] == events[1]
+            for event in left.events:
+                if isinstance(event, FileEvent):
+                    assert isinstance(outcome(lambda event=event: attached(event, None)), bytes)
 
     check()
 
