@@ -274,6 +274,15 @@ def test_the_helm_values_are_yaml_and_name_the_release_of_the_images() -> None:
     assert values["defaultAirflowTag"].startswith(bundle["tracking_ref"].removeprefix("v"))
 
 
+def test_airflow_and_rays_workers_have_the_same_store_and_the_same_open_folders() -> None:
+    values = yaml.safe_load((KUBERNETES / "helm" / "airflow-values.yaml").read_text())
+    airflow = {entry["name"]: entry["value"] for entry in values["env"]}
+    lines = (KUBERNETES / "base" / "athanor.env").read_text().splitlines()
+    ray = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
+    for name in ("ARTIFACT_STORE", "ATHANOR_SOURCE_ROOTS", "AWS_REGION", "MLFLOW_TRACKING_URI"):
+        assert airflow[name] == ray[name], name
+
+
 def test_every_metric_of_a_stage_gets_its_name_in_prometheus_and_the_dashboard_knows_no_other() -> None:
     """As the StatsD exporter reads globs: a `*` stands for what lies between two dots."""
     values = yaml.safe_load((KUBERNETES / "helm" / "airflow-values.yaml").read_text())
