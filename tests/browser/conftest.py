@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import tests.airflow_home  # noqa: F401 - Airflow gets its temporary home before a test module imports it
 from tests.browser.pages import BrowserMissing, login_airflow, open_browser
 from tests.live_stack import LiveStack
 
