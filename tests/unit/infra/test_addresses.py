@@ -78,7 +78,8 @@ def test_airflow_asks_ray_at_the_address_of_the_environment(
     monkeypatch.setenv("RAY_URL", "http://localhost:8265")
     made = setup.ray_connection()
     fields: Any = {"conn_id": "r", "port": None, "schema": None, **made, "extra_dejson": json.loads(str(made["extra"]))}
-    assert RayEndpoint.from_connection(SimpleNamespace(**fields)).base_url == asked
+    connection: Any = SimpleNamespace(**fields)
+    assert RayEndpoint.from_connection(connection).base_url == asked
 
 
 @pytest.mark.parametrize(
