@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote
 
 import httpx
 from rich.console import Console
@@ -21,6 +21,7 @@ from infra.screen import open_screen, samples_panels, summary_table
 from infra.stack import Stack, relative
 from stages.artifacts.addresses import open_store
 from stages.config.graph import Stage
+from stages.config.places import local_path
 
 POLL_SECONDS = 2.0
 # an Airflow that restarts, or is busy for a moment, must not end a run of hours
@@ -140,9 +141,8 @@ def addresses(watch: RunWatch, snapshot: Snapshot, deployment: Deployment, *, pa
     if reported:
         link = watch.links(Stage.REPORT).get("Report")
         lines += [f"report   {link}"] if link else []
-        parts = urlsplit(reported.artifact.uri)
-        if parts.scheme == "file":
-            lines.append(f"         {relative(Path(unquote(parts.path)) / 'report.html')}")
+        if reported.artifact.uri.startswith("file://"):
+            lines.append(f"         {relative(local_path(reported.artifact.uri) / 'report.html')}")
     return lines
 
 

@@ -11,12 +11,15 @@ import json
 import socket
 import ssl
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import httpx
 
 from infra.store_probe import Finding, Verdict, examine, ok, warning, wrong
+from operators.ray.jobs import RayEndpoint, RayRefusedError
+from stages.config.errors import without_logins
 
 TIMEOUT_SECONDS = 10.0
 _MARKS = {Verdict.OK: "ok     ", Verdict.WARNING: "warning", Verdict.WRONG: "WRONG  ", Verdict.NOT_ASKED: "-      "}
@@ -26,7 +29,7 @@ def doctor(settings: Mapping[str, str], say: Callable[[str], None]) -> int:
     """Check everything, print all findings, and return the exit status."""
     worst = 0
     for finding in findings(settings):
-        say(f"{_MARKS[finding.verdict]} {finding.subject:<16} {finding.what}")
+        say(without_logins(f"{_MARKS[finding.verdict]} {finding.subject:<16} {finding.what}"))
         if finding.advice:
             say(f"{'':<24} -> {finding.advice}")
         worst += finding.verdict is Verdict.WRONG
@@ -46,8 +49,12 @@ def findings(settings: Mapping[str, str]) -> Iterator[Finding]:
             "Run `make up`, or set ARTIFACT_STORE to file:///folder or s3://bucket/prefix.",
         )
     yield from _asked("Airflow", _airflow_url(settings), "AIRFLOW_API_URL", _airflow)
-    ray, token = _ray_of(settings)
-    yield from _asked("Ray", ray, "AIRFLOW_CONN_RAY_DEFAULT or RAY_JOBS_URL", lambda url: _ray(url, token))
+    try:
+        ray, token = _ray_of(settings)
+    except RayRefusedError as error:
+        yield wrong("Ray", str(error), error.advice)
+    else:
+        yield from _asked("Ray", ray, "AIRFLOW_CONN_RAY_DEFAULT or RAY_JOBS_URL", lambda url: _ray(url, token))
     yield from _asked(
         "MLflow", settings.get("MLFLOW_TRACKING_URI", ""), "MLFLOW_TRACKING_URI", lambda url: _mlflow(url, settings)
     )
@@ -70,7 +77,7 @@ def _unreachable(url: str, error: Exception, variable: str) -> tuple[str, str]:
     """What is wrong and what to do, from the cause behind httpx's error, whose class alone does not say."""
     if isinstance(error, (httpx.InvalidURL, httpx.UnsupportedProtocol)):
         return f"{url!r} is no address", f"Set {variable} to something like http://host:port."
-    host = urlsplit(url).netloc
+    host = httpx.URL(url).netloc.decode()
     match _first_cause(error):
         case ssl.SSLError():
             return (
@@ -95,7 +102,7 @@ def _first_cause(error: BaseException) -> BaseException:
 
 
 def _get(url: str, *, token: str = "", login: tuple[str, str] | None = None, **params: Any) -> httpx.Response:
-    loopback = urlsplit(url).hostname in ("127.0.0.1", "localhost")
+    loopback = httpx.URL(url).host in ("127.0.0.1", "localhost", "::1")
     return httpx.get(
         url,
         headers={"Authorization": f"Bearer {token}"} if token else {},
@@ -111,8 +118,8 @@ def _airflow_url(settings: Mapping[str, str]) -> str:
     """The API server's address, from either of the variables that may hold it."""
     if url := settings.get("AIRFLOW_API_URL"):
         return url
-    execution = urlsplit(settings.get("AIRFLOW__CORE__EXECUTION_API_SERVER_URL", ""))
-    return f"{execution.scheme}://{execution.netloc}" if execution.netloc else ""
+    scheme, separator, rest = settings.get("AIRFLOW__CORE__EXECUTION_API_SERVER_URL", "").partition("://")
+    return f"{scheme}://{rest.partition('/')[0]}" if separator else ""
 
 
 def _airflow(url: str) -> Iterator[Finding]:
@@ -137,12 +144,30 @@ def _ray_of(settings: Mapping[str, str]) -> tuple[str, str]:
     token = settings.get("RAY_AUTH_TOKEN") or settings.get("RAY_TOKEN", "")
     if not (text := settings.get("AIRFLOW_CONN_RAY_DEFAULT")):
         return settings.get("RAY_JOBS_URL") or settings.get("RAY_API_SERVER_ADDRESS", ""), token
-    if text.startswith("{"):
+    try:
+        connection = _connection(text)
+    except (AttributeError, TypeError, ValueError, RecursionError):
+        raise RayRefusedError(
+            "AIRFLOW_CONN_RAY_DEFAULT is neither a JSON object nor a URI that can be read",
+            advice="Write it as docs/ORCHESTRATION.md shows; an IPv6 address in a URI needs brackets.",
+        ) from None
+    return RayEndpoint.from_connection(connection).base_url, connection.password or token
+
+
+def _connection(text: str) -> Any:
+    """A connection as Airflow reads it from the environment; Airflow itself is not in every container."""
+    if text.lstrip().startswith(("{", "[")):
         found = json.loads(text)
-        scheme, host, port = found.get("schema") or "http", found.get("host"), found.get("port")
-        return f"{scheme}://{host}:{port}", found.get("password") or token
-    parts = urlsplit(text)
-    return f"http://{parts.hostname}:{parts.port}", parts.password or token
+        fields = {name: found.get(name) for name in ("host", "schema", "password")}
+        port, extra = int(found["port"]) if found.get("port") else None, found.get("extra") or {}
+        extra = json.loads(extra) if isinstance(extra, str) else extra
+    else:
+        parts = urlsplit(text)
+        extra, port = dict(parse_qsl(parts.query)), parts.port
+        extra = json.loads(extra["__extra__"]) if "__extra__" in extra else extra
+        given = {"host": parts.hostname, "schema": parts.path[1:], "password": parts.password}
+        fields = {name: unquote(value) if value else value for name, value in given.items()}
+    return SimpleNamespace(conn_id="ray_default", port=port, extra_dejson=extra, **fields)
 
 
 def _ray(url: str, token: str) -> Iterator[Finding]:
@@ -166,7 +191,7 @@ def _ray(url: str, token: str) -> Iterator[Finding]:
 
 
 def _mlflow(url: str, settings: Mapping[str, str]) -> Iterator[Finding]:
-    if urlsplit(url).scheme not in ("http", "https"):
+    if url.partition("://")[0] not in ("http", "https"):
         advice = "Set MLFLOW_TRACKING_URI to the URL of a server: stages on other machines cannot see this one."
         yield wrong("MLflow", f"{url!r} is not a server", advice)
         return

@@ -17,7 +17,6 @@ from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 from stages.artifacts.addresses import open_store
 from stages.artifacts.folder import FileStore
@@ -72,8 +71,7 @@ def examine(uri: str) -> Iterator[Finding]:
     try:
         store = open_store(uri)
         if isinstance(store, S3Store):
-            parts = urlsplit(uri)
-            store = S3Store(parts.netloc, parts.path.strip("/"), HASTY)
+            store = S3Store(store.bucket, store.prefix, HASTY)
             skew = _skew(store)
             store = S3Store(store.bucket, store.prefix, STEADY)
         else:

@@ -11,6 +11,7 @@ from urllib.parse import quote
 from airflow.sdk import BaseOperatorLink
 
 from stages.config.errors import without_logins
+from stages.config.servers import is_web_address
 
 
 class _KnownLink(BaseOperatorLink):
@@ -51,9 +52,11 @@ class ReportLink(_KnownLink):
 def mlflow_run_page(tracking_uri: str, run_id: str, experiment_id: str | None = None) -> str:
     """Page of an MLflow run; a user name or password in the tracking URI does not get into the link.
 
-    ATHANOR_MLFLOW_URL is MLflow's address for browsers, where it differs from the one for programs.
+    ATHANOR_MLFLOW_URL is MLflow's address for browsers, where it differs from the one for programs; what is no
+    http:// or https:// address is not taken.
     """
-    base = _base_address(os.environ.get("ATHANOR_MLFLOW_URL") or tracking_uri)
+    for_browsers = os.environ.get("ATHANOR_MLFLOW_URL", "")
+    base = _base_address(for_browsers if is_web_address(for_browsers) else tracking_uri)
     place = f"experiments/{quote(experiment_id)}/runs" if experiment_id else "runs"
     return f"{base}/#/{place}/{quote(run_id)}"
 
@@ -64,4 +67,5 @@ def mlflow_artifact_page(tracking_uri: str, run_id: str, path: str, experiment_i
 
 
 def _base_address(uri: str) -> str:
-    return without_logins(uri).rstrip("/")
+    """People copy the address of a page, so what follows '#' does not count."""
+    return without_logins(uri).partition("#")[0].rstrip("/")

@@ -19,6 +19,7 @@ from stages.config import mlflow_limits as limits
 from stages.config.errors import ConfigError, without_logins
 from stages.config.mlflow import authorization, tracking_server
 from stages.config.request import ArtifactRef, RunInfo
+from stages.config.servers import is_web_address
 
 if TYPE_CHECKING:
     import httpx
@@ -177,11 +178,14 @@ class MlflowServer:
 
         # As `auth` and not as a header: httpx would put a login in the address itself over a header.
         login = _log_in if authorization() else None
+        address = without_logins(tracking_uri)
+        if not is_web_address(tracking_uri):
+            raise MlflowRefusedError(f"MLFLOW_TRACKING_URI={address!r} is not an address; expected http://host:port")
         try:
             self._http = httpx.Client(base_url=tracking_uri.rstrip("/"), timeout=_TIMEOUT_SECONDS, auth=login)
         except httpx.InvalidURL as error:
-            address = without_logins(tracking_uri)
-            raise MlflowRefusedError(f"MLFLOW_TRACKING_URI={address!r} is not an address: {error}") from None
+            words = f"MLFLOW_TRACKING_URI={address!r} or an address in NO_PROXY is none: {error}"
+            raise MlflowRefusedError(words) from None
 
     def __enter__(self) -> "MlflowServer":
         return self

@@ -17,6 +17,8 @@ from airflow.sdk import BaseHook, BaseNotifier
 from airflow.sdk.definitions.callback import SyncCallback
 from airflow.sdk.definitions.deadline import DeadlineAlert, DeadlineReference
 
+from stages.config.servers import is_web_address
+
 logger = logging.getLogger(__name__)
 
 _TIMEOUT_SECONDS = 10.0
@@ -84,6 +86,10 @@ def post(message: dict[str, Any]) -> None:
         url, headers = _webhook()
         if not url:
             return
+        if not is_web_address(url):
+            where = "the webhook's address is not an http:// or https:// address"
+            logger.warning("No notice of %s: %s", message.get("event"), where)
+            return
         answer = httpx.post(url, json=message, headers=headers, timeout=_TIMEOUT_SECONDS)
         answer.raise_for_status()
     except Exception as error:  # noqa: BLE001 - a broken webhook must not fail the run, whatever the error
@@ -94,7 +100,7 @@ def _webhook() -> tuple[str, dict[str, str]]:
     if conn_id := os.environ.get("ATHANOR_NOTIFY_CONN_ID", ""):
         connection = BaseHook.get_connection(conn_id)
         token = connection.password
-        url = connection.extra_dejson.get("webhook_url") or connection.host or ""
+        url = str(connection.extra_dejson.get("webhook_url") or connection.host or "")
         return url, {"Authorization": f"Bearer {token}"} if token else {}
     return os.environ.get("ATHANOR_NOTIFY_URL", ""), {}
 

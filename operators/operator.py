@@ -5,7 +5,6 @@ One JSON document in the object store goes to Ray, and another one comes back.
 """
 
 import asyncio
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
@@ -26,6 +25,7 @@ from operators.links import ArtifactLink, MlflowRunLink, RayJobLink, ReportLink,
 from operators.ray.hook import DEFAULT_CONN_ID, RayJobHook
 from operators.ray.jobs import JobStatus
 from stages.config.graph import GRAPH, Stage
+from stages.config.mlflow import tracking_server
 from stages.config.request import RunInfo, StageRequest, StageResult
 
 if TYPE_CHECKING:
@@ -392,5 +392,5 @@ class StageOperator(BaseOperator):
         context["ti"].xcom_push(key=link.xcom_key, value=address)
 
     def _push_mlflow_link(self, context: Any, run_id: str, experiment_id: str | None) -> None:
-        if tracking_uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        if tracking_uri := tracking_server():
             self._push_link(context, MlflowRunLink(), mlflow_run_page(tracking_uri, run_id, experiment_id))

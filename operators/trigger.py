@@ -4,7 +4,6 @@ Airflow's database holds this module's path for every deferred task, so the clas
 """
 
 import asyncio
-import os
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Any
@@ -16,6 +15,7 @@ from operators.links import MlflowRunLink, mlflow_run_page
 from operators.ray.client import RayJobClient
 from operators.ray.jobs import RayEndpoint, RayUnreachableError
 from operators.ray.watch import LogCursor, Outcome, WatchSettings, watch_job
+from stages.config.mlflow import tracking_server
 
 _STOP_SECONDS = 25.0
 
@@ -100,7 +100,7 @@ class RayJobTrigger(BaseTrigger):
 
     async def _push_mlflow_link(self, run: dict[str, Any]) -> None:
         """Make the MLflow button work while the job runs. `dag.test()` has no task instance: there it appears later."""
-        ti, tracking_uri = self.task_instance, os.environ.get("MLFLOW_TRACKING_URI")
+        ti, tracking_uri = self.task_instance, tracking_server()
         if ti is None or not tracking_uri:
             return
         from airflow.sdk.execution_time.xcom import XCom

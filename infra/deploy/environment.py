@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 import base64
 import os
+import re
 import secrets
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from stages.config.servers import is_web_address
 
 FILE = ".env"
 SHORTEST = 16
@@ -94,6 +97,7 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "RAY_WORKER_CPUS": ("2", ""),
     "RAY_WORKER_MEMORY": ("8g", ""),
 }
+ADDRESSES = ("AIRFLOW_URL", "MLFLOW_URL", "RAY_URL", "S3_ENDPOINT")
 
 
 def parse(text: str) -> dict[str, str]:
@@ -102,12 +106,12 @@ def parse(text: str) -> dict[str, str]:
     for line in text.splitlines():
         name, separator, value = line.strip().partition("=")
         if separator and not name.startswith("#"):
-            found[name.strip()] = value.strip().strip("'\"")
+            found[name.strip()] = re.sub(r"\s#.*", "", value).strip().strip("'\"")
     return found
 
 
 def problems(values: Mapping[str, str]) -> list[str]:
-    """What is wrong with the secrets, one line each; empty when nothing is."""
+    """What is wrong with secrets and addresses, one line each; empty when nothing is."""
     found = []
     owners: dict[str, str] = {}
     for secret in SECRETS:
@@ -121,6 +125,10 @@ def problems(values: Mapping[str, str]) -> list[str]:
         elif other := owners.get(value):
             found.append(f"{secret.name} is the same as {other}")
         owners.setdefault(value, secret.name)
+    for name in ADDRESSES:
+        # Compose fills in variables, so what holds one is not known here.
+        if (value := values.get(name, "")) and "$" not in value and not is_web_address(value):
+            found.append(f"{name}={value!r} is not an address; expected http://host:port")
     return found
 
 

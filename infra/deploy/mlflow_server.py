@@ -6,10 +6,10 @@ MLflow takes the address of its account database from a file only, so `serve` wr
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 # on all interfaces of its container, behind a login; Compose and Kubernetes decide what is published
 HOST = "0.0.0.0"  # noqa: S104
@@ -25,8 +25,8 @@ authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 def account_database(backend: str) -> str:
     """`mlflow` -> `mlflow_auth` on the same server. Separate, because MLflow takes a database with other
     tables in it for an old one of its own."""
-    parts = urlsplit(backend)
-    return urlunsplit(parts._replace(path=f"{parts.path}_auth"))
+    # Not by urlsplit: a '#' or '?' may be in a password, which ends at the '@', or in a path of SQLite.
+    return re.sub(r"(?s)^([^:]+://(?:[^:/@]*(?::[^@]*)?@)?[^?]*)", r"\1_auth", backend)
 
 
 def write_config(folder: Path, backend: str) -> Path:

@@ -13,13 +13,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
 
 from infra.deploy.probe import Unhealthy, check_store
 from infra.deploy.roles import for_import
 from stages.artifacts.s3_client import s3_client
+from stages.config.errors import StageError, without_logins
+from stages.config.places import bucket_and_key
+from stages.config.servers import is_web_address
 
 PATIENCE_SECONDS = 180.0
 POOL = "gpu"
@@ -48,6 +50,9 @@ def main(arguments: list[str]) -> int:
                 return 2
     except SetupFailed as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except StageError as error:
+        print(f"error: {error.message} {error.advice}".rstrip(), file=sys.stderr)
         return 1
     return 0
 
@@ -88,7 +93,9 @@ def bucket() -> None:
     from botocore.exceptions import ClientError
 
     uri = required("ARTIFACT_STORE")
-    name = urlsplit(uri).netloc
+    if not uri.startswith("s3://"):
+        raise SetupFailed(f"ARTIFACT_STORE={without_logins(uri)!r} has no bucket; expected s3://bucket/prefix")
+    name, _ = bucket_and_key(uri, field="ARTIFACT_STORE")
     client = s3_client()
     try:
         client.head_bucket(Bucket=name)
@@ -134,14 +141,16 @@ def roles() -> None:
 
 
 def ray_connection() -> dict[str, object]:
-    ray = urlsplit(required("RAY_JOBS_URL"))
+    """The host is the whole address, since parts of it would lose a path and take port 8265 for 443."""
+    ray, dashboard = required("RAY_JOBS_URL"), os.environ.get("RAY_URL", "")
+    for name, address in (("RAY_JOBS_URL", ray), ("RAY_URL", dashboard)):
+        if address and not is_web_address(address):
+            raise SetupFailed(f"{name}={without_logins(address)!r} is not an address; expected http://host:port")
     return {
         "conn_type": "ray_jobs",
-        "schema": ray.scheme,
-        "host": ray.hostname,
-        "port": ray.port,
+        "host": ray,
         "password": required("RAY_TOKEN"),
-        "extra": json.dumps({"dashboard_url": os.environ.get("RAY_URL", "")}),
+        "extra": json.dumps({"dashboard_url": dashboard}),
     }
 
 

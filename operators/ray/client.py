@@ -1,12 +1,12 @@
 """Ray Jobs REST API for the triggerer: asynchronous, with the live log over a websocket."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any
 
 import aiohttp
 
-from operators.ray.jobs import JobInfo, RayEndpoint, RayUnreachableError, check_answer, total_resources
+from operators.ray.jobs import JobInfo, RayEndpoint, RayUnreachableError, check_answer, read_answer, total_resources
 
 
 class RayJobClient:
@@ -31,22 +31,28 @@ class RayJobClient:
 
     async def get_job(self, submission_id: str) -> JobInfo | None:
         """Return the job, or None when the cluster does not know it."""
-        data = await self._request("GET", f"/api/jobs/{submission_id}", what=f"show job {submission_id}")
-        return None if data is None else JobInfo.from_json(data)
+        what = f"show job {submission_id}"
+        return await self._request("GET", f"/api/jobs/{submission_id}", read=JobInfo.from_json, what=what)
 
     async def stop_job(self, submission_id: str) -> bool:
-        data = await self._request("POST", f"/api/jobs/{submission_id}/stop", what=f"stop job {submission_id}")
-        return bool(data and data.get("stopped"))
+        stopped = await self._request(
+            "POST",
+            f"/api/jobs/{submission_id}/stop",
+            read=lambda found: bool(found.get("stopped")),
+            what=f"stop job {submission_id}",
+        )
+        return bool(stopped)
 
     async def get_logs(self, submission_id: str) -> str:
         """Return the whole log so far."""
-        data = await self._request("GET", f"/api/jobs/{submission_id}/logs", what="send the log")
-        return str((data or {}).get("logs") or "")
+        path = f"/api/jobs/{submission_id}/logs"
+        log = await self._request("GET", path, read=lambda found: str(found.get("logs") or ""), what="send the log")
+        return log or ""
 
     async def cluster_resources(self) -> dict[str, float]:
         """Return the resources of all nodes together, used or not."""
         path = "/api/v0/nodes?detail=true&limit=10000"
-        return total_resources(await self._request("GET", path, what="list its nodes") or {})
+        return await self._request("GET", path, read=total_resources, what="list its nodes") or {}
 
     async def tail_logs(self, submission_id: str) -> AsyncIterator[str]:
         """Yield the log from its first byte on, as it grows.
@@ -64,14 +70,15 @@ class RayJobClient:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise RayUnreachableError(f"the log's websocket failed: {type(error).__name__}: {error}") from None
 
-    async def _request(self, method: str, path: str, *, what: str) -> Any:
+    async def _request(self, method: str, path: str, *, read: Callable[[Any], Any], what: str) -> Any:
+        """Return `read` of the answer's JSON, None for what is absent."""
         try:
             async with self._session.request(method, self._endpoint.url(path), timeout=self._timeout) as answer:
-                text = await answer.text()
+                text = await answer.text(errors="replace")
                 if answer.status == 404:
                     return None
                 check_answer(answer.status, text, what=what)
-                return await answer.json(content_type=None)
+                return read_answer(text, read, what=what)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise RayUnreachableError(
                 f"Ray at {self._endpoint.base_url} could not be asked to {what}: {type(error).__name__}: {error}"

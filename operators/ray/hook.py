@@ -4,14 +4,23 @@ httpx rather than requests, because Airflow's task process has already loaded it
 cost every task a tenth of a second.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from types import TracebackType
 from typing import Any
 
 from airflow.sdk import BaseHook
+from airflow.sdk.exceptions import AirflowNotFoundException
 
-from operators.ray.jobs import JobInfo, RayEndpoint, RayRefusedError, RayUnreachableError, check_answer, submission_body
+from operators.ray.jobs import (
+    JobInfo,
+    RayEndpoint,
+    RayRefusedError,
+    RayUnreachableError,
+    check_answer,
+    read_answer,
+    submission_body,
+)
 
 DEFAULT_CONN_ID = "ray_default"
 
@@ -30,7 +39,14 @@ class RayJobHook(BaseHook):
 
     @cached_property
     def endpoint(self) -> RayEndpoint:
-        return RayEndpoint.from_connection(self.get_connection(self.ray_conn_id))
+        try:
+            return RayEndpoint.from_connection(self.get_connection(self.ray_conn_id))
+        except AirflowNotFoundException:
+            # Airflow says the same of a URI that it cannot read, such as one with an IPv6 address without brackets.
+            raise RayRefusedError(
+                f"connection {self.ray_conn_id!r} is not defined, or Airflow cannot read it",
+                advice=f"Define it in Airflow, or as JSON in AIRFLOW_CONN_{self.ray_conn_id.upper()}.",
+            ) from None
 
     @cached_property
     def _http(self) -> Any:
@@ -58,7 +74,7 @@ class RayJobHook(BaseHook):
             del self.__dict__["_http"]
 
     def version(self) -> dict[str, Any]:
-        return self._request("GET", "/api/version", what="tell its version").json()
+        return self._request("GET", "/api/version", read=lambda found: {**found}, what="tell its version")
 
     def submit_job(
         self,
@@ -77,28 +93,44 @@ class RayJobHook(BaseHook):
             num_cpus=num_cpus,
             env_vars=env_vars or {},
         )
-        self._request("POST", "/api/jobs/", what=f"start job {submission_id}", json=body)
+        what = f"start job {submission_id}"
+        # The answer's content tells Ray from the page of a proxy, which starts nothing.
+        self._request("POST", "/api/jobs/", read=lambda found: {**found}, what=what, json=body)
 
     def get_job(self, submission_id: str) -> JobInfo | None:
         """Return the job, or None when the cluster does not know it."""
-        answer = self._request("GET", f"/api/jobs/{submission_id}", what=f"show job {submission_id}", absent_ok=True)
-        return None if answer is None else JobInfo.from_json(answer.json())
+        what = f"show job {submission_id}"
+        return self._request("GET", f"/api/jobs/{submission_id}", read=JobInfo.from_json, what=what, absent_ok=True)
 
     def list_jobs(self) -> list[JobInfo]:
         """Return the jobs that were submitted through the Jobs API."""
-        jobs = self._request("GET", "/api/jobs/", what="list jobs").json()
-        return [JobInfo.from_json(job) for job in jobs if job.get("submission_id")]
+        return self._request(
+            "GET",
+            "/api/jobs/",
+            read=lambda jobs: [JobInfo.from_json(job) for job in jobs if job.get("submission_id")],
+            what="list jobs",
+        )
 
     def stop_job(self, submission_id: str) -> bool:
         """Ask a job to stop; False when there was nothing to stop. Harmless to repeat."""
-        answer = self._request(
-            "POST", f"/api/jobs/{submission_id}/stop", what=f"stop job {submission_id}", absent_ok=True
+        stopped = self._request(
+            "POST",
+            f"/api/jobs/{submission_id}/stop",
+            read=lambda found: bool(found.get("stopped")),
+            what=f"stop job {submission_id}",
+            absent_ok=True,
         )
-        return False if answer is None else bool(answer.json().get("stopped"))
+        return bool(stopped)
 
     def get_logs(self, submission_id: str) -> str:
-        answer = self._request("GET", f"/api/jobs/{submission_id}/logs", what="send the log", absent_ok=True)
-        return "" if answer is None else str(answer.json().get("logs") or "")
+        log = self._request(
+            "GET",
+            f"/api/jobs/{submission_id}/logs",
+            read=lambda found: str(found.get("logs") or ""),
+            what="send the log",
+            absent_ok=True,
+        )
+        return log or ""
 
     def test_connection(self) -> tuple[bool, str]:
         """Airflow's "Test" button: reach the head, check the token, show the version."""
@@ -106,14 +138,24 @@ class RayJobHook(BaseHook):
             version = self.version()
             jobs = self.list_jobs()
         except RayRefusedError as error:
-            return False, f"{error} {error.advice}".strip()
+            return False, f"{str(error).rstrip('.')}. {error.advice}".strip()
         except RayUnreachableError as error:
             return False, str(error)
         finally:
             self.close()
         return True, f"Ray {version.get('ray_version', '?')} at {self.endpoint.base_url}, {len(jobs)} jobs known"
 
-    def _request(self, method: str, path: str, *, what: str, absent_ok: bool = False, json: Any = None) -> Any:
+    def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        read: Callable[[Any], Any],
+        what: str,
+        absent_ok: bool = False,
+        json: Any = None,
+    ) -> Any:
+        """Return `read` of the answer's JSON; None for what is absent, where that is allowed."""
         import httpx
 
         try:
@@ -122,7 +164,12 @@ class RayJobHook(BaseHook):
             raise RayUnreachableError(
                 f"Ray at {self.endpoint.base_url} could not be asked to {what}: {type(error).__name__}: {error}"
             ) from None
+        except httpx.InvalidURL as error:
+            raise RayRefusedError(
+                f"Ray at {self.endpoint.base_url} could not be asked to {what}: {error}",
+                advice="Correct the host of the connection, or NO_PROXY, which takes IPv6 addresses without brackets.",
+            ) from None
         if absent_ok and answer.status_code == 404:
             return None
         check_answer(answer.status_code, answer.text, what=what)
-        return answer
+        return read_answer(answer.text, read, what=what)

@@ -1,14 +1,20 @@
 """The Ray Jobs API as data, shared by the synchronous hook and the asynchronous client: endpoint, job, errors."""
 
 import json
+import math
+import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
+
+from stages.config.servers import AddressError, is_web_address, server_address
 
 DEFAULT_PORT = 8265
+LONGEST_TIMEOUT_SECONDS = 3600.0
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
 HEADERS_FIELD = "secret_headers"
 """Airflow's API and logs mask an extra field by its name, not by what the connection form says about it."""
 
@@ -100,35 +106,23 @@ class RayEndpoint:
     verify: bool = True
     ca_path: str = ""
     timeout_seconds: float = 15.0
+    conn_id: str = ""
 
     @classmethod
     def from_connection(cls, connection: ConnectionLike) -> "RayEndpoint":
         """Read a connection of type `ray_jobs`; raises RayRefusedError that names the connection and the field."""
         extra = connection.extra_dejson
-        if not connection.host:
-            raise RayRefusedError(
-                f"connection {connection.conn_id!r} has no host",
-                advice="Set it to the address of the Ray head, such as ray-head.example.org.",
-            )
+        if not isinstance(extra, Mapping):
+            raise _refused(connection, "extra is not a JSON object", 'Write it as {"field": "value"}.')
         base_url = _base_url(connection)
-        dashboard_url = str(extra.get("dashboard_url") or base_url).rstrip("/")
-        for name, url in (("host", base_url), ("dashboard_url", dashboard_url)):
-            if urlsplit(url).username is not None:
-                raise RayRefusedError(
-                    f"connection {connection.conn_id!r}: {name} holds a user name or password, which links and logs "
-                    "would show",
-                    advice=f'Put it into {HEADERS_FIELD} as {{"Authorization": "Basic ..."}}, or use the token.',
-                )
-        headers = {str(name): str(value) for name, value in _headers(connection, extra).items()}
-        if connection.password:
-            headers["Authorization"] = f"Bearer {connection.password}"
         return cls(
             base_url=base_url,
-            dashboard_url=dashboard_url,
-            headers=headers,
+            dashboard_url=_dashboard_url(connection, extra) or base_url,
+            headers=_headers(connection, extra),
             verify=bool(extra.get("verify", True)),
             ca_path=str(extra.get("ca_path") or ""),
-            timeout_seconds=float(extra.get("timeout_seconds") or 15.0),
+            timeout_seconds=_timeout(connection, extra),
+            conn_id=connection.conn_id,
         )
 
     def url(self, path: str) -> str:
@@ -140,36 +134,117 @@ class RayEndpoint:
 
     def ssl_context(self) -> ssl.SSLContext | bool:
         """What HTTP clients take for TLS: True = the system's authorities, False = no verification."""
-        if self.verify and self.ca_path:
+        if not (self.verify and self.ca_path):
+            return self.verify
+        try:
             return ssl.create_default_context(cafile=self.ca_path)
-        return self.verify
+        except (OSError, ValueError) as error:
+            why = (error.strerror if isinstance(error, OSError) else "") or error
+            raise RayRefusedError(
+                f"connection {self.conn_id!r}: extra field ca_path={self.ca_path!r} cannot be read: {why}",
+                advice="Give a PEM file with certificates that exists on the machines of Airflow.",
+            ) from None
+
+
+def _refused(connection: ConnectionLike, what: str, advice: str) -> RayRefusedError:
+    return RayRefusedError(f"connection {connection.conn_id!r}: {what}", advice=advice)
 
 
 def _base_url(connection: ConnectionLike) -> str:
-    host = (connection.host or "").rstrip("/")
-    if "://" in host:
-        return host
-    return f"{connection.schema or 'http'}://{host}:{connection.port or DEFAULT_PORT}"
+    host = str(connection.host or "").strip()
+    if not host:
+        raise RayRefusedError(
+            f"connection {connection.conn_id!r} has no host",
+            advice="Set it to the address of the Ray head, such as ray-head.example.org.",
+        )
+    _refuse_login(connection, "host", host)
+    try:
+        return server_address(host, scheme=connection.schema or "http", port=connection.port, default_port=DEFAULT_PORT)
+    except AddressError as error:
+        raise _refused(connection, str(error), error.advice) from None
 
 
-def _headers(connection: ConnectionLike, extra: Mapping[str, Any]) -> Mapping[str, Any]:
+def _dashboard_url(connection: ConnectionLike, extra: Mapping[str, Any]) -> str:
+    """Without what follows '#': people copy the address of a page of the dashboard."""
+    given = str(extra.get("dashboard_url") or "").strip()
+    _refuse_login(connection, "dashboard_url", given)
+    if given and (not is_web_address(given) or "?" in given):
+        shown = re.sub(r"(?s)[?].*", "?...", given)
+        raise _refused(
+            connection,
+            f"extra field dashboard_url={shown!r} is not the address of a server; allowed: http://... and https://...",
+            "Write it as browsers need it, such as https://ray.example.org, or leave it out.",
+        )
+    return given.partition("#")[0].rstrip("/")
+
+
+def _refuse_login(connection: ConnectionLike, name: str, address: str) -> None:
+    # Wherever the '@' is: a password with a '/' in it ends the host early.
+    if "@" in address:
+        raise _refused(
+            connection,
+            f"{name} holds a user name or password, which links and logs would show",
+            f'Put it into {HEADERS_FIELD} as {{"Authorization": "Basic ..."}}, or use the token.',
+        )
+
+
+def _timeout(connection: ConnectionLike, extra: Mapping[str, Any]) -> float:
+    given = extra.get("timeout_seconds")
+    if given in (None, ""):
+        return 15.0
+    try:
+        seconds = float(given)
+    except (TypeError, ValueError, OverflowError):
+        seconds = math.nan
+    if not 0 < seconds <= LONGEST_TIMEOUT_SECONDS:  # also not a number
+        raise _refused(
+            connection,
+            f"extra field timeout_seconds={given!r} is not allowed; "
+            f"allowed: above 0, up to {LONGEST_TIMEOUT_SECONDS:g}",
+            "Write the seconds to wait for one answer, such as 15.",
+        )
+    return seconds
+
+
+def _headers(connection: ConnectionLike, extra: Mapping[str, Any]) -> dict[str, str]:
+    """The extra headers and the token; refusals never repeat a value, because all of them are secrets."""
     if "headers" in extra:
-        raise RayRefusedError(
-            f"connection {connection.conn_id!r}: extra field headers is shown to all who may read connections",
-            advice=f"Name it {HEADERS_FIELD}: Airflow masks fields with `secret` in their name.",
+        raise _refused(
+            connection,
+            "extra field headers is shown to all who may read connections",
+            f"Name it {HEADERS_FIELD}: Airflow masks fields with `secret` in their name.",
         )
-    headers = extra.get(HEADERS_FIELD) or {}
-    if isinstance(headers, str):
+    given = extra.get(HEADERS_FIELD) or {}
+    if isinstance(given, str):
         try:
-            headers = json.loads(headers)
-        except ValueError:
-            headers = None
-    if not isinstance(headers, Mapping):
-        raise RayRefusedError(
-            f"connection {connection.conn_id!r}: extra field {HEADERS_FIELD} is not a JSON object",
-            advice='Write it as {"Header-Name": "value"}.',
+            given = json.loads(given)
+        except (ValueError, RecursionError):
+            given = None
+    if not isinstance(given, Mapping):
+        raise _refused(
+            connection, f"extra field {HEADERS_FIELD} is not a JSON object", 'Write it as {"Header-Name": "value"}.'
         )
+    headers = {str(name): str(value) for name, value in given.items()}
+    for name, value in headers.items():
+        if not _HEADER_NAME.fullmatch(name) or not _can_be_sent(value):
+            raise _refused(
+                connection,
+                f"extra field {HEADERS_FIELD} has a name or a value that no header can hold",
+                "Allowed are printable ASCII characters, without blanks or line breaks at the ends.",
+            )
+    if connection.password:
+        if not _can_be_sent(connection.password):
+            raise _refused(
+                connection,
+                "password has characters that no header can hold",
+                "Copy the cluster's token again, without blanks or line breaks at its ends.",
+            )
+        headers["Authorization"] = f"Bearer {connection.password}"
     return headers
+
+
+def _can_be_sent(value: str) -> bool:
+    return value.isascii() and value.isprintable() and value == value.strip()
 
 
 def submission_body(
@@ -189,6 +264,17 @@ def submission_body(
     return body
 
 
+def read_answer(text: str, read: Callable[[Any], Any], *, what: str) -> Any:
+    """Return `read` of an answer's JSON; raises RayRefusedError when something else than Ray has answered."""
+    try:
+        return read(json.loads(text))
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise RayRefusedError(
+            f"Ray could not {what}: the answer is not JSON as Ray sends it ({type(error).__name__})",
+            advice="Something else answers there, such as a proxy: correct host and port of the ray_jobs connection.",
+        ) from None
+
+
 def total_resources(nodes: Mapping[str, Any]) -> dict[str, float]:
     """Add up the resources of living nodes, from the answer of GET /api/v0/nodes?detail=true."""
     total: dict[str, float] = {}
@@ -201,8 +287,13 @@ def total_resources(nodes: Mapping[str, Any]) -> dict[str, float]:
 
 def check_answer(status: int, text: str, *, what: str) -> None:
     """Raise for every HTTP status that is not a success; callers interpret 404 themselves."""
-    if status < 400:
+    if status < 300:
         return
+    if status < 400:
+        raise RayRefusedError(
+            f"Ray could not {what}: HTTP {status}, the server leads to another address.",
+            advice="Correct scheme, host and port of the ray_jobs connection; a proxy may also ask for a login.",
+        )
     if status in (401, 403):
         raise RayRefusedError(
             f"Ray refused to {what}: HTTP {status}, the token is missing or wrong.",

@@ -112,7 +112,7 @@ def test_airflow_gets_ray_with_its_token_as_the_password(monkeypatch: pytest.Mon
     monkeypatch.setenv("RAY_TOKEN", "t" * 20)
     monkeypatch.setenv("RAY_URL", "http://localhost:8265")
     made = setup.ray_connection()
-    assert (made["conn_type"], made["host"], made["port"], made["password"]) == ("ray_jobs", "ray-head", 8265, "t" * 20)
+    assert (made["conn_type"], made["host"], made["password"]) == ("ray_jobs", "http://ray-head:8265", "t" * 20)
     assert json.loads(str(made["extra"])) == {"dashboard_url": "http://localhost:8265"}
 
 

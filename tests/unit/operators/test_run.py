@@ -192,6 +192,17 @@ def test_links_take_the_address_that_browsers_know(monkeypatch: pytest.MonkeyPat
     assert mlflow_run_page("http://mlflow:5000", "r1") == "https://mlflow.example.org/#/runs/r1"
 
 
+@pytest.mark.parametrize("address", ["mlflow.example.org", "javascript:alert(1)", "https://", "https://a b"])
+def test_links_never_take_an_address_that_is_none(monkeypatch: pytest.MonkeyPatch, address: str):
+    monkeypatch.setenv("ATHANOR_MLFLOW_URL", address)
+    assert mlflow_run_page("http://mlflow:5000", "r1") == "http://mlflow:5000/#/runs/r1"
+
+
+def test_an_address_for_browsers_may_be_copied_from_a_page(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ATHANOR_MLFLOW_URL", "https://mlflow.example.org/#/experiments")
+    assert mlflow_run_page("http://mlflow:5000", "r1") == "https://mlflow.example.org/#/runs/r1"
+
+
 def test_links_lead_to_mlflows_pages_and_tell_no_password():
     assert mlflow_run_page("http://me:secret@mlflow:5000/", "r1", "7") == "http://mlflow:5000/#/experiments/7/runs/r1"
     assert json.dumps(mlflow_artifact_page("https://m", "r1", "report.html", "7")) == (
