@@ -98,10 +98,17 @@ def refs_for(stage: Stage, made: Mapping[Stage, ArtifactRef]) -> dict[str, Artif
 
 
 def publish_artifact(
-    store: Store, stage: Stage, inputs: Mapping[str, ArtifactRef], folder: Path, *, salt: str = "", **fields: Any
+    store: Store,
+    stage: Stage,
+    inputs: Mapping[str, ArtifactRef],
+    folder: Path,
+    *,
+    salt: str = "",
+    fingerprint: str = "",
+    **fields: Any,
 ) -> tuple[ArtifactRef, Manifest]:
-    """Publish what lies in `folder` as this stage's artifact."""
-    fingerprint, kind = fingerprint_of(stage, salt), GRAPH[stage].kind
+    """Publish what lies in `folder` as this stage's artifact, under an invented fingerprint if none is given."""
+    fingerprint, kind = fingerprint or fingerprint_of(stage, salt), GRAPH[stage].kind
     files = upload_files(store, folder, kind=kind, fingerprint=fingerprint)
     values: dict[str, Any] = {
         "execution": {"git_commit": "c0ffee", "submission_id": f"athanor-{stage.value}"},
@@ -143,7 +150,7 @@ def publish_run(
             continue
         folder = root / f"content-{stage.value}{salt}"
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in _content(stage, evaluation, promotion or {}).items():
+        for name, text in content_of(stage, evaluation, promotion or {}).items():
             (folder / name).write_text(text + salt if name == "model.safetensors" else text, encoding="utf-8")
         own = salt if stage not in (Stage.CURATE, Stage.TOKENIZE) else ""
         sources = {"sources": (RAW_DATA,), "ledger": LEDGER} if stage is Stage.CURATE else {}
@@ -151,7 +158,8 @@ def publish_run(
     return store, made
 
 
-def _content(stage: Stage, evaluation: Mapping[str, Any], promotion: Mapping[str, Any]) -> dict[str, str]:
+def content_of(stage: Stage, evaluation: Mapping[str, Any], promotion: Mapping[str, Any]) -> dict[str, str]:
+    """Files of an artifact that are read as text, and something in place of a model's weights."""
     if GRAPH[stage].trains:
         rows = [{"step": step, "train/loss": 4.0 - step / 100, **_own_metrics(stage, step)} for step in range(1, 101)]
         return {"model.safetensors": stage.value, "history.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}
