@@ -126,6 +126,7 @@ def test_raters_read_hostile_prompts_and_responses(seen: Watch, live: LiveStack,
         assert_shown(page, [OPENINGS[place], *TOLD[place::4]])
         assert_quiet(seen)
         page.get_by_role("button", name="B", exact=True).click()
+        live.wait_state(COLLECT, run_id, "rate", "success", map_index=place)
     assert live.wait_end(COLLECT, run_id) == "success"
     for task, told in (("questions/xcom", "title"), ("rate", OPENINGS[2][:20])):
         page.goto(task_page(url, COLLECT, run_id, task))
