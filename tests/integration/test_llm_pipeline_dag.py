@@ -65,7 +65,7 @@ def play(
 def jobs_of(run: Run) -> int:
     """How many Ray jobs the run started."""
     hook = RayJobHook()
-    found = hook._request("GET", "/api/jobs/", what="list jobs").json()
+    found = hook._request("GET", "/api/jobs/", read=list, what="list jobs")
     return sum((job.get("metadata") or {}).get("airflow.run_id") == run.run_id for job in found)
 
 

@@ -103,7 +103,7 @@ def first(services: Services) -> Run:
 
 
 def jobs_of(run: Run) -> int:
-    found = RayJobHook()._request("GET", "/api/jobs/", what="list jobs").json()
+    found = RayJobHook()._request("GET", "/api/jobs/", read=list, what="list jobs")
     return sum((job.get("metadata") or {}).get("airflow.run_id") == run.run_id for job in found)
 
 
@@ -209,7 +209,7 @@ def searched(services: Services, needles: dict[str, str], mlflow_home: Path) -> 
     store = open_store(services.store_uri)
     for entry in store.listing():
         search.data(f"store {entry.key}", store.read_bytes(entry.key))
-    search.text("jobs ", RayJobHook()._request("GET", "/api/jobs/", what="list jobs").text)
+    search.text("jobs ", json.dumps(RayJobHook()._request("GET", "/api/jobs/", read=list, what="list jobs")))
     return search
 
 
@@ -236,7 +236,7 @@ def test_a_run_goes_on_from_a_registered_model_on_two_workers_of_ray(first: Run,
     assert manifest.execution["num_workers"] == 2
     assert manifest.metrics["train/loss"] < 10
     job = manifest.execution["submission_id"]
-    log = RayJobHook()._request("GET", f"/api/jobs/{job}/logs", what="log").json()["logs"]
+    log = RayJobHook()._request("GET", f"/api/jobs/{job}/logs", read=lambda found: str(found["logs"]), what="log")
     origin = rf"\[run={re.escape(run.run_id.replace(':', '-').replace('+', '-'))} stage=sft try=\d+"
     assert re.search(rf"sft built: .* {origin}\]", log), log[-3000:]
     assert re.search(rf"RayTrainWorker.* trains in process .* {origin} rank=[01]\]", log), log[-3000:]
