@@ -61,7 +61,7 @@ def changed(store: Store, key: str, change: Callable[[dict[str, Any]], None]) ->
 
 
 def test_a_configuration_that_somebody_changed_is_named_and_not_used(store: Store) -> None:
-    config = resolve({"recipe": "tiny", "documents": ["/data/corpus"], "promotion": "approval"})
+    config = resolve({"recipe": "tiny", "promotion": "approval"})
     run = RunInfo.model_validate(open_run({"ti": task("llm_pipeline")}, config, {}))
     assert load_config(store, run) == config
 

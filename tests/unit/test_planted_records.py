@@ -12,15 +12,16 @@ from infra.screen import samples_panels
 from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import read_manifest
 from stages.artifacts.s3 import S3Store
-from stages.config.closing import read_samples
+from stages.config.closing import ReportConfig, read_samples
 from stages.config.decision import Evaluation
 from stages.config.errors import BadManifestError, ConfigError, DataError, without_logins
 from stages.config.graph import Stage
 from stages.lineage.graph import started_from
+from stages.report import run as report
 from stages.tracking.session import MlflowSession
 from stages.train.checkpoint import Checkpointer, _digest
 from stages.train.ranks import Processes
-from tests.pipeline_records import publish_run
+from tests.pipeline_records import context_for, publish_run, refs_for, request_for
 from tests.unit.train.test_checkpoints import IDENTITY, saved
 
 HUGE = 10**400
@@ -38,7 +39,7 @@ def tampered(root: Path, uri: str, **changes: Any) -> None:
 def test_a_manifest_says_when_it_was_made(tmp_path: Path, moment: str) -> None:
     _, made = publish_run(tmp_path)
     tampered(tmp_path, made[Stage.SFT].uri, created_at=moment)
-    with pytest.raises(BadManifestError, match="created_at: .*is no date and time"):
+    with pytest.raises(BadManifestError, match=r"created_at: .*is no date and time"):
         read_manifest(made[Stage.SFT])
 
 
@@ -51,6 +52,28 @@ def test_a_model_that_was_started_from_itself_is_named(tmp_path: Path) -> None:
         tampered(tmp_path, ours.uri, inputs=[given])
     with pytest.raises(DataError, match="was made from itself"):
         started_from(read_manifest(dpo))
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        (Stage.CURATE, {"ledger": {"documents": 5}}),
+        (Stage.CURATE, {"ledger": {"documents": {"steps": [None]}}}),
+        (Stage.CURATE, {"ledger": {"planted": {"foreign": {"planted": 1, "found": "x"}}}}),
+        (Stage.DPO, {"config": {"optimizer": 5}}),
+        (Stage.SFT, {"cost": {"peak_memory_bytes": HUGE}}),
+    ],
+)
+def test_what_a_manifest_says_in_another_shape_ends_a_report_as_data(
+    tmp_path: Path, stage: Stage, changes: dict[str, Any]
+) -> None:
+    store, made = publish_run(tmp_path)
+    tampered(tmp_path, made[stage].uri, **changes)
+    request = request_for(Stage.REPORT, store, refs_for(Stage.REPORT, made), ReportConfig())
+    context = context_for(request, store, ReportConfig(), tmp_path)
+    with pytest.raises(DataError, match="are not as Athanor writes them"):
+        report(context)
+    context.progress.close()
 
 
 def test_names_in_a_bucket_that_no_key_can_have_are_no_objects(monkeypatch: pytest.MonkeyPatch) -> None:
