@@ -38,8 +38,8 @@ def _pages(story: Story) -> dict[str, str]:
             }
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise DataError(
-            f"ledger, settings or cost in a manifest of this run are not as Athanor writes them: {type(error).__name__}: "
-            f"{str(error)[:200]}",
+            "ledger, settings or cost in a manifest of this run are not as Athanor writes them: "
+            f"{type(error).__name__}: {str(error)[:200]}",
             advice=f"Look at manifest.json below {', '.join(story.uris.values())}; build a damaged one's stage again.",
         ) from error
     return written
