@@ -3,7 +3,6 @@ results. The run belongs to Airflow: ending this program does not end the run.""
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,11 @@ from infra.run_state import DAG_ID, Row, RunWatch, Snapshot
 from infra.screen import open_screen, samples_panels, summary_table
 from infra.stack import Stack, relative
 from stages.artifacts.addresses import open_store
+from stages.config.closing import read_samples as read_samples_of
+from stages.config.errors import StageError
 from stages.config.graph import Stage
 from stages.config.places import local_path
+from stages.config.text import printable
 
 POLL_SECONDS = 2.0
 # an Airflow that restarts, or is busy for a moment, must not end a run of hours
@@ -83,7 +85,7 @@ def run(deployment: Deployment, *, recipe: str, params: dict[str, Any], begin: f
 
 def say(console: Console, line: str, style: str | None = None) -> None:
     """Print a line without folding it, so that addresses and paths can be clicked and copied."""
-    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(line), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def follow(watch: RunWatch, console: Console) -> Snapshot:
@@ -125,9 +127,10 @@ def read_samples(snapshot: Snapshot) -> list[dict[str, Any]]:
     row = next((row for row in snapshot.rows if row.name == Stage.EVALUATE and row.result), None)
     if row is None or row.result is None:
         return []
+    uri = row.result.artifact.uri
     try:
-        return json.loads(open_store(row.result.artifact.uri).read_bytes("samples.json"))
-    except FileNotFoundError:
+        return [sample.model_dump() for sample in read_samples_of(open_store(uri).read_bytes("samples.json"), uri)]
+    except (FileNotFoundError, StageError):  # the report and the log of `evaluate` tell of damage
         return []
 
 

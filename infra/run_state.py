@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from infra.airflow_api import AirflowApi, AirflowApiError, TaskState
+from stages.config.errors import DataError
 from stages.config.graph import GRAPH, Stage, pipeline_stages
+from stages.config.records import Record, parse_object, parse_record
 from stages.config.request import Failure, StageResult, run_folder
 from stages.job.progress import JOB_RECORD, worker_record
 
 DAG_ID = "llm_pipeline"
+_NUMBERS = frozenset({"done", "total", "rate", "eta_seconds"})
+_LARGEST_SHOWN = 1e18
 ACTIVE = (
     "queued",
     "scheduled",
@@ -119,8 +122,8 @@ class RunWatch:
                 state = "hit" if result.hit else "built"
             elif state in ACTIVE:
                 progress = self._progress(task.task_id)
-            elif state == "failed" and (words := self._read(task.task_id, "failure.json")):
-                failure = Failure.model_validate(words)
+            elif state == "failed":
+                failure = self._record(Failure, task.task_id, "failure.json")
         return Row(
             task.task_id,
             state,
@@ -133,19 +136,35 @@ class RunWatch:
 
     def _progress(self, stage: str) -> dict[str, Any]:
         """What the first training worker reports, else the job."""
-        found = self._read(stage, worker_record(0)) or {}
-        return found if "done" in found else self._read(stage, JOB_RECORD) or {}
+        found = self._reported(stage, worker_record(0))
+        return found if "done" in found else self._reported(stage, JOB_RECORD)
+
+    def _reported(self, stage: str, name: str) -> dict[str, Any]:
+        """The numbers and words of a progress record; what is neither cannot be shown."""
+        data = self._read(stage, name)
+        try:
+            found = parse_object(data, name) if data is not None else {}
+        except DataError:
+            return {}
+        shown = {key: value for key, value in found.items() if isinstance(value, str) or _is_shown_number(value)}
+        return {key: value for key, value in shown.items() if key not in _NUMBERS or not isinstance(value, str)}
 
     def _result(self, stage: str) -> StageResult | None:
-        if stage not in self._results and (found := self._read(stage, "result.json")):
-            self._results[stage] = StageResult.model_validate(found)
+        if stage not in self._results and (found := self._record(StageResult, stage, "result.json")):
+            self._results[stage] = found
         return self._results.get(stage)
 
-    def _read(self, stage: str, name: str) -> Any:
-        """A record of the run, or None while there is none."""
-        key = f"{self._folder}/{stage}/{name}"
+    def _record(self, kind: type[Record], stage: str, name: str) -> Record | None:
+        """A record of the run; None while there is none, and for a damaged one, of which the task's log tells."""
+        data = self._read(stage, name)
         try:
-            return json.loads(self._store.read_bytes(key))
+            return None if data is None else parse_record(kind, data, name)
+        except DataError:
+            return None
+
+    def _read(self, stage: str, name: str) -> bytes | None:
+        try:
+            return self._store.read_bytes(f"{self._folder}/{stage}/{name}")
         except FileNotFoundError:
             return None
 
@@ -179,6 +198,10 @@ class RunWatch:
 
     def _path(self, task_id: str) -> str:
         return f"dags/{DAG_ID}/dagRuns/{self.run_id}/taskInstances/{task_id}"
+
+
+def _is_shown_number(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) <= _LARGEST_SHOWN  # NaN is not
 
 
 def _seconds(task: TaskState) -> float | None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from infra.run_state import Row, Snapshot
-from stages.config.text import duration
+from stages.config.text import duration, one_line
 
 PLAIN_EVERY_SECONDS = 15.0
 STYLES = {
@@ -182,5 +182,5 @@ def _prompt(prompt: Any) -> str:
 
 
 def _shortened(text: str, limit: int = 400) -> str:
-    text = " ".join(text.split())
+    text = one_line(text)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"

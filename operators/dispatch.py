@@ -17,10 +17,10 @@ from operators.ray.ownership import GENERATION, airflow_id, job_metadata
 from operators.ray.submission import Attached, Submission, SubmissionLog, TaskKey, attach_or_submit
 from operators.ray.watch import Outcome, WatchSettings
 from stages.artifacts.addresses import run_key
-from stages.artifacts.store import Store, write_json
+from stages.artifacts.store import Store
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
-from stages.config.request import RunInfo, StageRequest
+from stages.config.request import REQUEST_DIGEST, RunInfo, StageRequest, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Carried:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "run": self.run.model_dump(mode="json"),
+            "run": self.run.model_dump(mode="json", exclude={"records"}),  # the next attempt has them from `resolve`
             "submission": asdict(self.submission),
             "reattached": self.reattached,
             "max_retries": self.max_retries,
@@ -104,17 +104,23 @@ def attach(
     def key(name: str) -> str:
         return run_key(request.run.run_id, request.stage, name)
 
+    written: dict[str, str] = {}
+
     def prepare(submission: Submission) -> None:
         complete = request.model_copy(update={"submission_id": submission.submission_id})
         for stale in ("result.json", "failure.json"):
             store.delete(key(stale))
-        write_json(store, key("config.json"), complete.model_dump(mode="json"))
+        data = complete.model_dump_json(indent=1).encode()
+        store.write_bytes(key("config.json"), data)
+        written[submission.submission_id] = sha256_of(data)
 
     def post(submission: Submission) -> None:
         on_submit(submission.submission_id)
         hook.submit_job(
             submission_id=submission.submission_id,
-            entrypoint=job_command(entrypoint, f"{store.root_uri}/{key('config.json')}"),
+            entrypoint=job_command(
+                entrypoint, f"{store.root_uri}/{key('config.json')}", digest=written[submission.submission_id]
+            ),
             metadata={**metadata, GENERATION: str(submission.generation)},
             num_cpus=request.execution.entrypoint_cpus,
         )
@@ -131,9 +137,10 @@ def attach(
     )
 
 
-def job_command(entrypoint: str, config_uri: str) -> str:
-    """The shell command of the job; a URI from a form cannot break out of it."""
-    settings = " ".join(f"{name}={value}" for name, value in _JOB_ENVIRONMENT.items())
+def job_command(entrypoint: str, config_uri: str, *, digest: str) -> str:
+    """The shell command of the job; a URI from a form cannot break out of it. `digest` is that of the request: what the
+    job does is decided here, and not by whoever else may write to the store."""
+    settings = " ".join(f"{name}={value}" for name, value in {**_JOB_ENVIRONMENT, REQUEST_DIGEST: digest}.items())
     return f"env {settings} {entrypoint.format(config_uri=shlex.quote(config_uri))}"
 
 

@@ -13,13 +13,16 @@ from stages.config.errors import ConfigError, DataError
 from stages.config.graph import GRAPH, Alignment, Stage
 from stages.config.pipeline import PREVIOUS, PipelineConfig, stage_config_from_json
 from stages.config.records import parse_record
-from stages.config.request import ArtifactRef, RunInfo, StageRequest, StageResult
+from stages.config.request import ArtifactRef, RunInfo, StageRequest, StageResult, sha256_of
 
 logger = logging.getLogger(__name__)
 
 
+PIPELINE_RECORD = "pipeline.json"
+
+
 def pipeline_key(run_id: str) -> str:
-    return f"runs/{run_id}/pipeline.json"
+    return f"runs/{run_id}/{PIPELINE_RECORD}"
 
 
 def params_key(run_id: str) -> str:
@@ -27,12 +30,24 @@ def params_key(run_id: str) -> str:
     return f"runs/{run_id}/params.json"
 
 
+def read_own(store: Store, run: RunInfo, name: str) -> bytes:
+    """Read what the first task of a run stored; raises DataError when it is no longer what that task wrote."""
+    key = f"runs/{run.run_id}/{name}"
+    data = store.read_bytes(key)
+    if (written := run.records.get(name)) and sha256_of(data) != written:
+        raise DataError(
+            f"{store.root_uri}/{key} is not what the first task of the run wrote (sha256 {written[:12]})",
+            advice="Something changed it. Clear the task `resolve`, which writes it again; see who may write there.",
+        )
+    return data
+
+
 def load_config(store: Store, run: RunInfo) -> PipelineConfig:
     """Read what `resolve` stored for this run."""
     key = pipeline_key(run.run_id)
     advice = "Clear the task `resolve`; it writes the file."
     try:
-        config = parse_record(PipelineConfig, store.read_bytes(key), f"{store.root_uri}/{key}")
+        config = parse_record(PipelineConfig, read_own(store, run, PIPELINE_RECORD), f"{store.root_uri}/{key}")
     except FileNotFoundError:
         raise ConfigError(f"{store.root_uri}/{key} does not exist", advice=advice) from None
     except DataError as error:
@@ -41,6 +56,8 @@ def load_config(store: Store, run: RunInfo) -> PipelineConfig:
     if PREVIOUS not in config.given or not store.exists(result):
         return config
     curated = parse_record(StageResult, store.read_bytes(result), f"{store.root_uri}/{result}")
+    if missing := [name for name in (NEW_BYTES, NEW_PAIRS) if name not in curated.metrics]:
+        raise DataError(f"{store.root_uri}/{result} has no metric {missing[0]!r}", advice="Clear the task `curate`.")
     return as_far_as_there_is_new_data(config, curated.metrics)
 
 

@@ -13,10 +13,10 @@ from operators.failures import (
 )
 from operators.ray.jobs import JobStatus
 from operators.ray.watch import Outcome
-from stages.artifacts.addresses import run_key
+from stages.artifacts.addresses import artifact_uri, run_key
 from stages.artifacts.store import Store
 from stages.config.errors import Category, DataError
-from stages.config.graph import Stage
+from stages.config.graph import GRAPH, Stage
 from stages.config.records import parse_record
 from stages.config.request import Failure, RunInfo, StageResult
 
@@ -27,13 +27,22 @@ def read_result(stage: Stage, *, run: RunInfo, store: Store, outcome: Outcome, m
     """Read `result.json` of a job that succeeded."""
     key = run_key(run.run_id, stage, "result.json")
     try:
-        return parse_record(StageResult, store.read_bytes(key), f"{store.root_uri}/{key}")
+        result = parse_record(StageResult, store.read_bytes(key), f"{store.root_uri}/{key}")
     except FileNotFoundError:
         raise StageInfrastructureFailed(
             f"Ray job {outcome.submission_id} succeeded, but {store.root_uri}/{key} does not exist.",
             advice="Check that Airflow and the Ray cluster see the same ARTIFACT_STORE.",
             max_retries=max_retries,
         ) from None
+    artifact, kind = result.artifact, GRAPH[stage].kind
+    own = artifact_uri(store, kind, artifact.fingerprint)
+    if (result.stage, artifact.kind, artifact.uri) != (stage, kind, own):
+        raise DataError(
+            f"{store.root_uri}/{key} names {artifact.kind} {artifact.uri} as what {result.stage.value} made; what "
+            f"{stage.value} makes lies at {own}",
+            advice="Something else wrote it. Clear the task; see who may write to the store.",
+        )
+    return result
 
 
 def explain_failure(

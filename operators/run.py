@@ -7,7 +7,7 @@ from operators.failures import RunIncomplete, as_stage_failures
 from operators.form import form_values
 from operators.mlflow import end_parent_run, end_stage_runs, open_parent_run
 from stages.config.graph import Stage
-from stages.config.request import RunInfo
+from stages.config.request import RunInfo, sha256_of
 
 if TYPE_CHECKING:
     from stages.artifacts.store import Store
@@ -34,7 +34,7 @@ def start_run(context: Any) -> dict[str, Any]:
 def open_run(context: Any, config: "PipelineConfig", values: dict[str, Any]) -> dict[str, Any]:
     """Store a configuration and the form's values that it was made from, open the MLflow parent run."""
     from operators.folders import claim_folder
-    from operators.prepare import params_key, pipeline_key
+    from operators.prepare import PIPELINE_RECORD, params_key, pipeline_key
     from stages.artifacts.addresses import open_default_store
     from stages.artifacts.store import write_json
 
@@ -42,7 +42,8 @@ def open_run(context: Any, config: "PipelineConfig", values: dict[str, Any]) -> 
     with as_stage_failures():
         store = open_default_store()
         run_id = claim_folder(store, ti.dag_id, ti.run_id)
-        store.write_bytes(pipeline_key(run_id), config.model_dump_json(indent=1).encode())
+        stored = config.model_dump_json(indent=1).encode()
+        store.write_bytes(pipeline_key(run_id), stored)
         write_json(store, params_key(run_id), values)
     run = RunInfo(
         run_id=run_id,
@@ -51,6 +52,7 @@ def open_run(context: Any, config: "PipelineConfig", values: dict[str, Any]) -> 
         airflow_run_id=ti.run_id,
         airflow_url=ti.log_url.split("/tasks/")[0],
         experiment=config.experiment,
+        records={PIPELINE_RECORD: sha256_of(stored)},
     )
     with as_stage_failures():
         run = run.model_copy(update={"parent_run_id": open_parent_run(run)})

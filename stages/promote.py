@@ -24,8 +24,8 @@ from stages.config.decision import (
     choose_aligned,
     decide,
 )
-from stages.config.errors import DataError
 from stages.config.graph import aligned_models, trained_stages
+from stages.config.records import parse_object
 from stages.config.request import Manifest
 from stages.job.context import StageContext, StageOutcome
 from stages.tracking.registry import Registered, Registry, outage_is_infrastructure
@@ -77,13 +77,7 @@ def run(context: StageContext) -> StageOutcome:
 
 def read_evaluation(folder: Path, manifest: Manifest) -> Evaluation:
     """Read metrics.json of an evaluation artifact."""
-    try:
-        report = json.loads((folder / "metrics.json").read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"metrics.json of the evaluation cannot be read: {type(error).__name__}: {str(error)[:200]}",
-            advice="Clear the evaluate task to build it again.",
-        ) from None
+    report = parse_object((folder / "metrics.json").read_bytes(), "metrics.json of the evaluation")
     return Evaluation.from_report(report, settings_digest=settings_digest(manifest))
 
 

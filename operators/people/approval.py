@@ -17,14 +17,14 @@ from operators.failures import StageConfigFailed, as_stage_failures
 from operators.links import mlflow_run_page
 from operators.people.asking import ask_once
 from stages.artifacts.manifests import read_file, read_manifest, settings_digest
-from stages.config.closing import SCORE, WIN_RATE, Approval, Verdict
+from stages.config.closing import SCORE, WIN_RATE, Approval, Sample, Verdict, read_samples
 from stages.config.decision import CHAMPION, Champion, Conditions, Evaluation, choose_aligned
 from stages.config.graph import Stage, aligned_models, registered_name, spec_of_role, trained_stages
 from stages.config.markdown import block, code, link, plain, table
 from stages.config.metrics import EVALUATION_METRICS
 from stages.config.mlflow import is_http, tracking_server
 from stages.config.pipeline import PipelineConfig
-from stages.config.records import parse_json, parse_object
+from stages.config.records import parse_object
 from stages.config.request import ArtifactRef, RunInfo
 from stages.config.text import one_line
 
@@ -97,7 +97,7 @@ def read_answer(answer: Mapping[str, Any], *, timed_out: bool) -> Approval:
 def question(run: RunInfo, config: PipelineConfig, evaluated: ArtifactRef) -> tuple[str, str]:
     """Return subject and Markdown body: the numbers of every model, some answers side by side, and where to look."""
     report = parse_object(read_file(evaluated, "metrics.json"), f"{evaluated.uri}/metrics.json")
-    samples = parse_json(read_file(evaluated, "samples.json"), f"{evaluated.uri}/samples.json")
+    samples = read_samples(read_file(evaluated, "samples.json"), evaluated.uri)
     evaluation = Evaluation.from_report(report, settings_digest=settings_digest(read_manifest(evaluated)))
     models: dict[str, Mapping[str, Any]] = {
         spec.role: report["models"][spec.role]
@@ -181,17 +181,16 @@ def _importance(name: str) -> tuple[int, str]:
 def _number(value: Any) -> str:
     try:
         return f"{float(value):.4g}"
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return "–"
 
 
-def _sample(sample: Mapping[str, Any], roles: list[str]) -> str:
-    answers = [role for role in roles if role in sample["responses"]]
-    scores = sample.get("scores") or {}
+def _sample(sample: Sample, roles: list[str]) -> str:
+    answers, scores = [role for role in roles if role in sample.responses], sample.scores
     labels = {role: spec_of_role(role).label for role in answers}
     head = [f"{label} ({_number(scores[role])})" if role in scores else label for role, label in labels.items()]
-    texts = [plain(sample["responses"][role], at_most=_LONGEST_ANSWER) or "*(empty)*" for role in answers]
-    prompt = sample["prompt"]
+    texts = [plain(sample.responses[role], at_most=_LONGEST_ANSWER) or "*(empty)*" for role in answers]
+    prompt = sample.prompt
     if len(prompt) > _LONGEST_PROMPT:
         prompt = f"{prompt[:_LONGEST_PROMPT]}\n… {len(prompt) - _LONGEST_PROMPT} more characters"
     return f"{block(prompt)}\n\n{table(head, [texts])}"

@@ -14,16 +14,16 @@ from operators.form import form_values
 from operators.operator import StageOperator
 from operators.people.answers import complete, publish_preferences
 from operators.people.rating import read_responses, shown_order
-from operators.prepare import pipeline_key
+from operators.prepare import PIPELINE_RECORD, read_own
 from stages.artifacts.addresses import open_default_store, split_artifact_uri
 from stages.artifacts.manifests import read_manifest
-from stages.artifacts.store import Store, write_json
+from stages.artifacts.store import Store
 from stages.config.collect import RespondConfig
 from stages.config.errors import ConfigError
 from stages.config.forms import CollectParams
 from stages.config.graph import Stage, language_models
 from stages.config.records import parse_record
-from stages.config.request import ArtifactRef, RunInfo, StageRequest
+from stages.config.request import ArtifactRef, RunInfo, StageRequest, sha256_of
 from stages.config.resolve import resolve, validated
 from stages.config.text import one_line
 
@@ -33,8 +33,23 @@ _TITLE_LENGTH = 60
 logger = logging.getLogger(__name__)
 
 
+REQUEST_RECORD = "request.json"
+
+
 def request_key(run_id: str) -> str:
-    return f"runs/{run_id}/request.json"
+    return f"runs/{run_id}/{REQUEST_RECORD}"
+
+
+def load_request(store: Store, run: RunInfo) -> StageRequest:
+    """Read the request of `respond` that the task `resolve` stored for this run."""
+    key = request_key(run.run_id)
+    try:
+        request = parse_record(StageRequest, read_own(store, run, REQUEST_RECORD), f"{store.root_uri}/{key}")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{store.root_uri}/{key} does not exist", advice="Clear the task `resolve`; it writes the file."
+        ) from None
+    return request.model_copy(update={"run": run})
 
 
 class RespondOperator(StageOperator):
@@ -45,14 +60,7 @@ class RespondOperator(StageOperator):
         super().__init__(**kwargs)
 
     def _request(self, context: Any, *, run: RunInfo, store: Store) -> StageRequest:
-        key = request_key(run.run_id)
-        try:
-            request = parse_record(StageRequest, store.read_bytes(key), f"{store.root_uri}/{key}")
-        except FileNotFoundError:
-            raise ConfigError(
-                f"{store.root_uri}/{key} does not exist", advice="Clear the task `resolve`; it writes the file."
-            ) from None
-        ti = context["ti"]
+        request, ti = load_request(store, run), context["ti"]
         return request.model_copy(update={"task_id": ti.task_id, "try_number": ti.try_number})
 
 
@@ -92,8 +100,13 @@ def start_collection(context: Any) -> dict[str, Any]:
             inputs={"model": model, "tokens": tokens},
         )
         # The operator reads it after a timeout, for the retries that the stage may have.
-        store.write_bytes(pipeline_key(run_id), pipeline.model_dump_json(indent=1).encode())
-        write_json(store, request_key(run_id), request.model_dump(mode="json"))
+        stored = {
+            PIPELINE_RECORD: pipeline.model_dump_json(indent=1).encode(),
+            REQUEST_RECORD: request.model_dump_json(indent=1).encode(),
+        }
+        for name, data in stored.items():
+            store.write_bytes(f"runs/{run_id}/{name}", data)
+        run = run.model_copy(update={"records": {name: sha256_of(data) for name, data in stored.items()}})
     logger.info("Run %s: %d responses of %s to each prompt.", run_id, params.num_responses, model.uri)
     return run.model_dump(mode="json")
 
@@ -135,13 +148,12 @@ def _registered_artifact(uri: str) -> str:
 
 def make_questions(responses: Mapping[str, Any], store: Store, run: RunInfo) -> list[dict[str, Any]]:
     """One question per prompt, small enough for XCom: the place of its responses and the order of showing them."""
-    key = request_key(run.run_id)
-    request = parse_record(StageRequest, store.read_bytes(key), f"{store.root_uri}/{key}")
+    seed = RespondConfig.model_validate(load_request(store, run).config).seed
     return [
         {
             "index": index,
             "title": one_line(row["prompt"])[:_TITLE_LENGTH],
-            "order": shown_order(len(row["responses"]), seed=request.config["seed"], prompt_id=row["id"]),
+            "order": shown_order(len(row["responses"]), seed=seed, prompt_id=row["id"]),
         }
         for index, row in enumerate(read_responses(ArtifactRef.model_validate(responses)))
     ]

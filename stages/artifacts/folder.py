@@ -20,6 +20,14 @@ _LONGEST_NAME = 255
 _ASIDE = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}")
 
 
+def _led_to(path: Path) -> Path | None:
+    """Where a path leads; None when its links lead in a circle."""
+    try:
+        return path.resolve()
+    except RuntimeError:  # until Python 3.13
+        return None
+
+
 class FileStore:
     """The `Store` of a folder."""
 
@@ -36,7 +44,7 @@ class FileStore:
                 f"key={key[:80]!r}... has a part of more than {_LONGEST_NAME} bytes, which no folder can hold",
                 advice="Use shorter names; this one may have been written to do harm.",
             )
-        if path.resolve() != path:
+        if _led_to(path) != path:
             raise ConfigError(
                 f"key={key!r} leads elsewhere in or out of the store {self.root_uri} through a link",
                 advice="Put the files themselves into the store.",

@@ -29,7 +29,7 @@ from stages.artifacts.s3_client import (
     renew_keys,
     s3_client,
 )
-from stages.artifacts.store import Listed, Unfinished, check_key
+from stages.artifacts.store import Listed, Unfinished, check_key, is_key
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -148,13 +148,14 @@ class S3Store:
     def list(self, prefix: str) -> Iterator[str]:
         cut = len(self.prefix) + 1 if self.prefix else 0
         for entry in self._entries(self._key(prefix.rstrip("/")) + "/"):
-            yield entry["Key"][cut:]
+            if is_key(key := entry["Key"][cut:]):
+                yield key
 
     def listing(self) -> Iterator[Listed]:
         folder = f"{self.prefix}/" if self.prefix else ""
         for entry in self._entries(folder):
-            if not entry["Key"].endswith("/"):
-                yield Listed(entry["Key"][len(folder) :], entry["Size"], entry["ETag"], entry["LastModified"])
+            if is_key(key := entry["Key"][len(folder) :]):
+                yield Listed(key, entry["Size"], entry["ETag"], entry["LastModified"])
 
     def _entries(self, folder: str) -> Iterator[dict[str, Any]]:
         place: dict[str, str] = {"Bucket": self.bucket, "Prefix": folder}
@@ -188,7 +189,8 @@ class S3Store:
         while True:
             page = self._call(lambda s3: s3.list_multipart_uploads(**place))
             for upload in page.get("Uploads", ()):
-                yield Unfinished(upload["Key"][len(folder) :], upload["Initiated"], upload["UploadId"])
+                if is_key(key := upload["Key"][len(folder) :]):
+                    yield Unfinished(key, upload["Initiated"], upload["UploadId"])
             if not page.get("IsTruncated"):
                 return
             place.update(KeyMarker=page["NextKeyMarker"], UploadIdMarker=page["NextUploadIdMarker"])

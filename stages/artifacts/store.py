@@ -83,12 +83,17 @@ class Store(Protocol):
         ...
 
 
+def is_key(key: str) -> bool:
+    """Whether a name can be a key. A bucket may hold others, which somebody else made: they are no objects of ours."""
+    return "\0" not in key and not any(part in ("", ".", "..") for part in key.split("/"))
+
+
 def check_key(key: str, root_uri: str) -> str:
     """Return the key unchanged; raises ConfigError for one that is empty, absolute or leads out of the store.
 
     Keys are built from records that others may have written, such as the file names in a manifest.
     """
-    if any(part in ("", ".", "..") for part in key.split("/")) or "\0" in key:
+    if not is_key(key):
         raise ConfigError(
             f"key={key!r} leaves the store {root_uri}",
             advice="Use relative keys without empty parts, '.' and '..'; this one may have been written to do harm.",

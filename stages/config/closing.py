@@ -2,10 +2,12 @@
 
 from enum import StrEnum
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from stages.config.base import Choice, Config
+from stages.config.errors import DataError
 from stages.config.names import RunName
+from stages.config.records import first_error, parse_json
 
 WIN_RATE, SCORE = "eval/win_rate", "eval/score_mean"
 LONGEST_WAIT_HOURS = 10 * 365 * 24.0
@@ -31,6 +33,28 @@ class EvaluateConfig(Config):
     """Sampling temperature for scores and win rates; the samples that are shown are greedy."""
     seed: int = Field(default=0, ge=0)
     """Sampling follows from it."""
+
+
+class Sample(Config):
+    """One prompt of samples.json with the answers of the run's models; what else it holds is not looked at."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=True)
+
+    prompt: str = ""
+    responses: dict[str, str] = Field(default_factory=dict)
+    scores: dict[str, float | None] = Field(default_factory=dict)
+
+
+def read_samples(data: bytes, where: str) -> list[Sample]:
+    """Read samples.json of the evaluation at `where`; raises DataError when it is none."""
+    found = parse_json(data, f"{where}/samples.json")
+    try:
+        return TypeAdapter(list[Sample]).validate_python(found)
+    except ValidationError as error:
+        raise DataError(
+            f"{where}/samples.json does not hold prompts with answers: {first_error(error)}",
+            advice="Clear the evaluate task to build it again.",
+        ) from None
 
 
 class Promotion(Choice):

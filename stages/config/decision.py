@@ -197,7 +197,7 @@ def _finite(values: Mapping[str, Any]) -> dict[str, float]:
     for key, value in values.items():
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             continue  # the evaluation also holds tables and texts
         if math.isfinite(number):
             numbers[key] = number

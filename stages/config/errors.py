@@ -3,7 +3,7 @@
 import re
 from enum import IntEnum, StrEnum
 
-_LOGIN = re.compile(r"(?<=://)[^\s/@'\"]+@")
+_LOGIN = re.compile(r"(?<=://)[^\s/'\"]+@")  # up to the last @, which a password may hold as well
 
 
 def without_logins(text: str) -> str:

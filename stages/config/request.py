@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
@@ -29,6 +30,16 @@ def _one_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ValueError(f"{name!r} is not a folder name; allowed are letters, digits, '.', '_' and '-'")
     return name
+
+
+def _moment(text: str) -> str:
+    """MLflow is told it in milliseconds since 1970."""
+    try:
+        if datetime.fromisoformat(text).timestamp() >= 0:
+            return text
+    except (ValueError, OverflowError):
+        pass
+    raise ValueError(f"{text!r} is no date and time since 1970 in ISO 8601")
 
 
 def safe_run_id(airflow_run_id: str) -> str:
@@ -60,6 +71,9 @@ FolderName = Annotated[str, AfterValidator(_one_name)]
 
 BASE_MODEL, PREVIOUS = "base_model", "previous"
 """Roles of what a run is given: the model that it starts from, and the curated data that it adds to."""
+
+REQUEST_DIGEST = "ATHANOR_REQUEST_SHA256"
+"""Variable of a job's environment with the SHA-256 of its request; unset for a stage started by hand."""
 
 MANIFEST_VERSION = 2
 """1 had `sources: {uri: digest}`, without roles and kinds, and no version number."""
@@ -161,6 +175,13 @@ class RunInfo(Config):
     """MLflow experiment."""
     parent_run_id: str | None = None
     """MLflow parent run; None when the tracking server was not reachable when the run started."""
+    records: dict[str, str] = Field(default_factory=dict)
+    """SHA-256 of what the run's first task stored for the later ones, by file name. It travels through Airflow, so that
+    whoever may write to the store cannot change what a run does; empty for runs of earlier versions."""
+
+
+def sha256_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 class StageRequest(Config):
@@ -250,7 +271,7 @@ class Manifest(Config):
     cost: Cost = Cost()
     mlflow_run_id: str | None = None
     mlflow_model_id: str | None = None
-    created_at: str
+    created_at: Annotated[str, AfterValidator(_moment)]
     """UTC, ISO 8601."""
 
     _upgrade = model_validator(mode="before")(_sources_with_kinds)

@@ -6,6 +6,7 @@ Nothing heavy is imported before a verb is needed: a cache hit costs an interpre
 
 import importlib.metadata
 import logging
+import os
 import platform
 import signal
 import time
@@ -18,11 +19,12 @@ from stages.artifacts.manifests import content_digest, publish, upload_files, ut
 from stages.artifacts.store import Store, write_json
 from stages.config.base import Config
 from stages.config.curate import CurateConfig
-from stages.config.errors import EXIT_CODES, ConfigError, ExitCode, StageError
+from stages.config.errors import EXIT_CODES, ConfigError, DataError, ExitCode, StageError
 from stages.config.graph import GRAPH
 from stages.config.pipeline import stage_config_from_json
 from stages.config.records import parse_record, without_non_finite
 from stages.config.request import (
+    REQUEST_DIGEST,
     InputEntry,
     Manifest,
     Source,
@@ -31,6 +33,7 @@ from stages.config.request import (
     StageRequest,
     StageResult,
     digests_of,
+    sha256_of,
 )
 from stages.job.attempt import git_commit, opened_context
 from stages.job.context import StageContext, StageOutcome, Verb, VerbOf
@@ -83,6 +86,11 @@ def load_request(config_uri: str) -> tuple[StageRequest, Store]:
             f"config uri {config_uri!r} does not exist",
             advice="Check that Airflow and the Ray cluster see the same ARTIFACT_STORE.",
         ) from None
+    if (sent := os.environ.get(REQUEST_DIGEST)) and sha256_of(data) != sent:
+        raise DataError(
+            f"{config_uri} is not the request that Airflow wrote (sha256 {sent[:12]}): something changed it",
+            advice="Clear the task, which writes it again; see who may write to the store.",
+        )
     return parse_record(StageRequest, data, config_uri), store
 
 
@@ -220,7 +228,7 @@ def _history(store: Store, manifest: Manifest) -> str:
     """The metrics of every step, read from the store because a worker on another machine may have written them."""
     if not GRAPH[manifest.stage].trains or _HISTORY not in {entry.path for entry in manifest.files}:
         return ""
-    return store.read_bytes(f"{artifact_key(manifest.kind, manifest.fingerprint)}/{_HISTORY}").decode()
+    return store.read_bytes(f"{artifact_key(manifest.kind, manifest.fingerprint)}/{_HISTORY}").decode(errors="replace")
 
 
 def _versions() -> dict[str, str]:

@@ -58,6 +58,7 @@ class Graph:
 
 def started_from(manifest: Manifest) -> str:
     """Return the fingerprint of the model that the run of this one was given to start from, "" for none."""
+    seen = {manifest.fingerprint}
     while True:
         inputs = {entry.role: entry for entry in manifest.inputs}
         if BASE_MODEL in inputs:
@@ -65,6 +66,9 @@ def started_from(manifest: Manifest) -> str:
         if "model" not in inputs:
             return ""
         manifest = _read(inputs["model"].uri)
+        if manifest.fingerprint in seen:
+            raise _made_from_itself({manifest.fingerprint}, len(seen))
+        seen.add(manifest.fingerprint)
 
 
 def ancestors(uris: Iterable[str]) -> Graph:
@@ -184,12 +188,16 @@ def _check_no_cycle(edges: Iterable[Edge]) -> None:
     while made_from:
         ready = [node for node, sources in made_from.items() if not sources & made_from.keys()]
         if not ready:
-            raise DataError(
-                f"{sorted(made_from)[0]} was made from itself, as the manifests of {len(made_from)} artifacts say",
-                advice="Somebody has changed a manifest in the store; find out which, and build its stage again.",
-            )
+            raise _made_from_itself(made_from, len(made_from))
         for node in ready:
             del made_from[node]
+
+
+def _made_from_itself(nodes: Iterable[str], number: int) -> DataError:
+    return DataError(
+        f"{sorted(nodes)[0]} was made from itself, as the manifests of {number} artifacts say",
+        advice="Somebody has changed a manifest in the store; find out which, and build its stage again.",
+    )
 
 
 def _read(uri: str) -> Manifest:

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 
 from stages.artifacts.manifests import read_file, read_manifest
 from stages.config.base import Config
+from stages.config.closing import Sample
 from stages.config.errors import DataError, StageError
 from stages.config.graph import trained_stages
 from stages.config.request import ArtifactRef, Manifest, RunInfo
@@ -44,12 +45,6 @@ class _Evaluation(_Shape):
     left_out: dict[str, str] = Field(default_factory=dict)
 
 
-class _Sample(_Shape):
-    prompt: str = ""
-    responses: dict[str, str] = Field(default_factory=dict)
-    scores: dict[str, float | None] = Field(default_factory=dict)
-
-
 class _Registered(_Shape):
     name: str
     version: Annotated[str, AfterValidator(float)]
@@ -65,7 +60,7 @@ class _Promotion(_Shape):
     models: tuple[_Registered, ...] = ()
 
 
-_EVALUATION, _SAMPLES = TypeAdapter(_Evaluation), TypeAdapter(list[_Sample])
+_EVALUATION, _SAMPLES = TypeAdapter(_Evaluation), TypeAdapter(list[Sample])
 _PROMOTION, _ROW = TypeAdapter(_Promotion), TypeAdapter(Annotated[dict[str, float | None], AfterValidator(_with_step)])
 
 

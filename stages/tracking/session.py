@@ -276,14 +276,11 @@ class MlflowSession:
             try:
                 values = json.loads(line)
                 step = int(values.pop("step"))
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                numbers = {limits.key(key): float(value) for key, value in values.items() if _is_number(value)}
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
                 self._writer.refuse(line, f"not a line of a history: {type(error).__name__}")
                 continue
-            points.extend(
-                Point(limits.key(key), float(value), step, time_ms)
-                for key, value in values.items()
-                if _is_number(value)
-            )
+            points.extend(Point(key, value, step, time_ms) for key, value in numbers.items())
         missing = {point.key for point in points if not self._logged.has(point)}
         self._remember(self._known_run(), missing)  # a worker process may have logged to this run as well
         self.log_points(points)

@@ -14,12 +14,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from stages.artifacts.addresses import run_key
 from stages.artifacts.store import Store
 from stages.config.errors import DataError
-from stages.config.records import first_error
+from stages.config.records import parse_record
 from stages.config.request import StageRequest
 from stages.tracking.events import Event, FileEvent, from_line, to_line
 
@@ -184,10 +182,7 @@ def set_aside_whole(store: Store, key: str, reason: str) -> None:
 def _owner(store: Store, key: str, first: bytes) -> StageRequest:
     """Return the request on a spool's first line, which must be of the run and the stage whose folder it lies in."""
     where = f"{store.root_uri}/{key}"
-    try:
-        request = StageRequest.model_validate_json(first)
-    except ValidationError as error:
-        raise DataError(f"the first line of {where} is not the request of a stage: {first_error(error)}") from None
+    request = parse_record(StageRequest, first, f"the first line of {where}")
     if run_key(request.run.run_id, request.stage, SPOOL_NAME) != key:
         raise DataError(
             f"{where} says that it is of stage {request.stage.value} of run {request.run.run_id!r}, which has another "

@@ -9,6 +9,7 @@ the tensors and returns; a thread writes them while training continues.
 import hashlib
 import json
 import logging
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
@@ -18,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save, save_file
 
 from stages.artifacts.manifests import hash_file
 from stages.artifacts.store import Store, write_json
-from stages.config.errors import DataError, StageError
+from stages.config.errors import ConfigError, DataError, StageError
 from stages.train.best import BestBy
 from stages.train.objective import ObjectiveState
 from stages.train.ranks import Processes
@@ -32,6 +33,18 @@ from stages.train.shards import Box, Piece, Readable, SavedState, StoredPiece
 logger = logging.getLogger(__name__)
 
 _RECORD = "checkpoint.json"
+_STEP = re.compile(r"/step-([0-9]{8,15})/checkpoint\.json")
+_DAMAGE = (
+    ValueError,
+    LookupError,
+    OSError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    SafetensorError,
+    ConfigError,
+)
+"""What a malformed record or file raises; ConfigError, when it names a file outside its folder."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +132,8 @@ class Checkpointer:
             found = problem = None
             try:
                 found = self._read(step)
-            except (ValueError, KeyError, OSError) as error:
-                problem = str(error)
+            except _DAMAGE as error:
+                problem = str(error) or type(error).__name__
             # One process that cannot read its pieces is enough: all ranks resume from the same step.
             problems = [text for text in self._processes.gather(problem) if text is not None]
             if found is not None and not problems:
@@ -139,15 +152,15 @@ class Checkpointer:
             return None
         try:
             return self._read(step)
-        except (ValueError, KeyError, OSError) as error:
+        except _DAMAGE as error:
             raise DataError(
                 f"the best checkpoint, {self._prefix}/{_folder(step)}, is damaged: {error}",
                 advice=f"Delete {self._store.root_uri}/{self._prefix} to train anew.",
             ) from error
 
     def _steps(self) -> list[int]:
-        records = [key for key in self._store.list(self._prefix) if key.endswith(_RECORD)]
-        return sorted(int(key.split("/")[-2].removeprefix("step-")) for key in records)
+        found = (_STEP.fullmatch(key.removeprefix(self._prefix)) for key in self._store.list(self._prefix))
+        return sorted(int(step[1]) for step in found if step)
 
     def _write(self, checkpoint: Checkpoint) -> None:
         """Write this process's file; when all have, the main process writes the record."""
@@ -217,6 +230,8 @@ class Checkpointer:
         record = stored["record"]
         if _digest(record) != stored["sha256"]:
             raise ValueError(f"{_RECORD} does not have the sha256 that it names")
+        if record["step"] != step:
+            raise ValueError(f"{_RECORD} is of step {record['step']!r}")
         self._require_same_origin(record["trained_on"], folder)
         files = [_File(**entry) for entry in record["files"]]
         opened = _OpenedFiles(self._store, folder, {file.name: file.sha256 for file in files})

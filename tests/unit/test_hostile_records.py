@@ -261,5 +261,5 @@ def test_a_store_uri_is_one_word_of_the_jobs_command(root: str, tmp_path: Path) 
     import shlex
 
     uri = f"{root}/runs/r/sft/config.json"
-    command = job_command(ENTRYPOINT, uri)
+    command = job_command(ENTRYPOINT, uri, digest="f" * 64)
     assert shlex.split(command)[-4:] == ["python", "-m", "stages", uri]

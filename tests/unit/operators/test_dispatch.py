@@ -11,7 +11,7 @@ from operators.dispatch import Carried, of_mapped, submission_log, within_memory
 from operators.failures import StageOutOfMemory, StageOutOfMemoryForGood
 from operators.operator import StageOperator
 from operators.ray.submission import STATE_KEY, Submission
-from stages.artifacts.addresses import open_store, run_key
+from stages.artifacts.addresses import artifact_uri, open_store, run_key
 from stages.artifacts.store import Store, write_json
 from stages.config.errors import Category
 from stages.config.execution import ExecutionConfig
@@ -90,9 +90,10 @@ def resume(context: dict[str, Any], event: dict[str, Any]) -> Any:
 
 
 def test_a_task_that_an_earlier_version_deferred_resumes(store: Store, context: dict[str, Any]):
-    result = StageResult(stage=Stage.SFT, hit=False, artifact=MODEL, wall_seconds=1.0)
+    model = MODEL.model_copy(update={"uri": artifact_uri(store, MODEL.kind, MODEL.fingerprint)})
+    result = StageResult(stage=Stage.SFT, hit=False, artifact=model, wall_seconds=1.0)
     write_json(store, run_key("manual__1", Stage.SFT, "result.json"), result.model_dump(mode="json"))
-    assert resume(context, OLD_EVENT) == MODEL.model_dump(mode="json")
+    assert resume(context, OLD_EVENT) == model.model_dump(mode="json")
     record = context["task_state_store"].values[STATE_KEY]
     assert (record["submission_id"], record["consumed"], record["taken_in"]) == ("athanor-sft-1f0c2a9d4be7-1", True, 0)
 
