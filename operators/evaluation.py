@@ -76,10 +76,11 @@ def _family(model: ArtifactRef) -> dict[str, ArtifactRef]:
 
 def conclude(context: Any, evaluation: dict[str, Any] | None) -> None:
     """Write the numbers on the registered version and end the MLflow run."""
-    params = validated(EvaluationParams, form_values(context["params"]))
-    if evaluation is not None and params.model.startswith("models:/"):
+    if evaluation is not None:
         with as_stage_failures():
-            tag_version(params.model, ArtifactRef.model_validate(evaluation))
+            params = validated(EvaluationParams, form_values(context["params"]))
+            if params.model.startswith("models:/"):
+                tag_version(params.model, ArtifactRef.model_validate(evaluation))
     finish_run(context)
 
 

@@ -18,6 +18,7 @@ from stages.artifacts.store import Store, write_json
 from stages.config.base import Config
 from stages.config.curate import DERIVED
 from stages.config.errors import Category, ConfigError, DataError, StageError
+from stages.config.places import check_source
 from stages.config.records import parse_record
 from stages.config.request import Failure
 from stages.config.sources import PreferenceFormat, parse_source, parse_sources
@@ -92,7 +93,13 @@ def fault_of(uri: str) -> str:
         return f"is refused: {error}"
     if not source.uri.strip():
         return "is blank"
-    if source.uri == DERIVED or source.uri.startswith("hf://"):
+    if source.uri == DERIVED:
+        return ""
+    try:
+        check_source(source.uri)
+    except ConfigError as error:
+        return f"is refused: {error.message}"
+    if source.uri.startswith("hf://"):
         return ""
     return _missing_object(source.uri) if source.uri.startswith("s3://") else _missing_path(source.uri)
 

@@ -30,6 +30,7 @@ from stages.config.forms import RetrainParams
 from stages.config.graph import pipeline_stages
 from stages.config.nested import dotted_once
 from stages.config.pipeline import PipelineConfig
+from stages.config.places import check_source
 from stages.config.request import run_folder, safe_run_id
 from stages.config.resolve import filled_by, resolve
 
@@ -70,6 +71,7 @@ def decide(params: RetrainParams, *, announced: Sequence[str] = ()) -> Skip | Go
             "documents is empty and ATHANOR_RETRAIN_WATCH is not set: there is nothing to retrain on",
             advice="Give documents as file:///folder or s3://bucket/prefix.",
         )
+    check_source(prefix, field="documents")
     before = read_watermark(store, params.run_name)
     found = sort_out(
         before, announced=announced, given=params.preferences, take_back=params.take_back, forget=params.forget

@@ -15,7 +15,7 @@ from airflow.sdk.exceptions import AirflowSkipException
 
 from operators.failures import StageConfigFailed, as_stage_failures
 from operators.links import mlflow_run_page
-from operators.people.asking import ask_once
+from operators.people.asking import ask_once, comment_of, name_of, with_usable_fields
 from stages.artifacts.manifests import read_file, read_manifest, settings_digest
 from stages.config.closing import SCORE, WIN_RATE, Approval, Sample, Verdict, read_samples
 from stages.config.decision import CHAMPION, Champion, Conditions, Evaluation, choose_aligned
@@ -30,9 +30,6 @@ from stages.config.text import one_line
 
 _NUM_SAMPLES = 4
 _LONGEST_PROMPT, _LONGEST_ANSWER = 2_000, 4_000
-_COMMENT = Param(
-    "", source="task", type=["string", "null"], title="Comment", description="Why; it is kept with the decision."
-)
 _BETTER = {metric.key: metric.arrow for metric in EVALUATION_METRICS}
 """Which way is better; distances and lengths are neither."""
 
@@ -44,7 +41,7 @@ class PromotionApproval(ApprovalOperator):
 
     def __init__(self, *, resolve_task_id: str = "resolve", store_uri: str = "", **kwargs: Any) -> None:
         kwargs.setdefault("subject", "Promote the aligned model to champion?")
-        kwargs["params"] = {"comment": _COMMENT}  # in place of the DAG's, which Airflow passes here
+        kwargs["params"] = {"comment": _comment()}  # in place of the DAG's, which Airflow passes here
         kwargs.setdefault("response_timeout", timedelta(days=7))  # until the run's configuration is read
         super().__init__(defaults=self.REJECT, **kwargs)
         self.resolve_task_id = resolve_task_id
@@ -76,21 +73,25 @@ class PromotionApproval(ApprovalOperator):
     def execute_complete(self, context: Any, event: dict[str, Any]) -> dict[str, Any]:
         """Turn the answer into an Approval; past ApprovalOperator, which would skip `promote` after a rejection."""
         timed_out = bool(event.get("timedout"))
-        answer = HITLOperator.execute_complete(self, context, event)
+        answer = HITLOperator.execute_complete(self, context, with_usable_fields(self, event))
         approval = read_answer(answer, timed_out=timed_out)
-        self.log.info("%s by %s. %s", approval.verdict, approval.by or "no user", approval.comment)
+        self.log.info("%s by %s. %s", approval.verdict, approval.by or "no user", one_line(approval.comment))
         return approval.model_dump(mode="json")
+
+
+def _comment() -> Param:
+    text = "Why; it is kept with the decision."
+    return Param("", source="task", type=["string", "null"], title="Comment", description=text)
 
 
 def read_answer(answer: Mapping[str, Any], *, timed_out: bool) -> Approval:
     """Turn what Airflow returns into the part of `promote`'s configuration that says who decided what."""
-    user = answer.get("responded_by_user") or {}
     approved = answer["chosen_options"] == [ApprovalOperator.APPROVE]
     return Approval(
         verdict=Verdict.TIMED_OUT if timed_out else Verdict.APPROVED if approved else Verdict.REJECTED,
-        by="" if timed_out else str(user.get("name") or user.get("id") or ""),
+        by="" if timed_out else name_of(answer),
         at=answer["responded_at"].isoformat(timespec="seconds"),
-        comment=str((answer.get("params_input") or {}).get("comment") or "").strip(),
+        comment=comment_of(answer),
     )
 
 

@@ -22,6 +22,7 @@ from stages.config.collect import RespondConfig
 from stages.config.errors import ConfigError
 from stages.config.forms import CollectParams
 from stages.config.graph import Stage, language_models
+from stages.config.places import check_source
 from stages.config.records import parse_record
 from stages.config.request import ArtifactRef, RunInfo, StageRequest, sha256_of
 from stages.config.resolve import resolve, validated
@@ -117,6 +118,7 @@ def find_model(uri: str) -> tuple[ArtifactRef, ArtifactRef]:
     advice = "Give models:/name@alias, models:/name/version, or the URI of a base, SFT or aligned model's artifact."
     if "/artifacts/" not in where:
         raise ConfigError(f"model={uri!r} is no artifact of Athanor", advice=advice)
+    check_source(where, field="model")
     try:
         manifest = read_manifest(where)
     except FileNotFoundError:

@@ -15,7 +15,7 @@ from airflow.providers.standard.operators.hitl import HITLOperator
 from airflow.sdk import Param
 
 from operators.failures import as_stage_failures
-from operators.people.asking import ask_once
+from operators.people.asking import ask_once, comment_of, name_of, with_usable_fields
 from stages.artifacts.manifests import read_file
 from stages.config.graph import Stage
 from stages.config.markdown import block
@@ -81,7 +81,7 @@ class PreferenceRating(HITLOperator):
 
     def execute_complete(self, context: Any, event: dict[str, Any]) -> dict[str, Any]:
         self.options = options(len(self.question["order"]))
-        answer = super().execute_complete(context, event)
+        answer = super().execute_complete(context, with_usable_fields(self, event))
         return read_answer(self.question, answer, timed_out=bool(event.get("timedout")))
 
 
@@ -120,7 +120,7 @@ def body(row: Mapping[str, Any], order: Sequence[int]) -> str:
 def read_answer(question: Mapping[str, Any], answer: Mapping[str, Any], *, timed_out: bool) -> dict[str, Any]:
     """Return the outcome; `ranking` holds positions of responses in the artifact, best first, not the letters shown."""
     order, (chosen, *_) = question["order"], answer["chosen_options"]
-    fields, user = answer.get("params_input") or {}, answer.get("responded_by_user") or {}
+    fields = answer.get("params_input") or {}
     ranking: list[int] = []
     match chosen:
         case _ if timed_out:
@@ -138,8 +138,8 @@ def read_answer(question: Mapping[str, Any], answer: Mapping[str, Any], *, timed
         "order": list(order),
         "outcome": outcome.value,
         "ranking": ranking,
-        "reasons": list(fields.get("reasons") or []),
-        "comment": str(fields.get("comment") or "").strip(),
-        "by": "" if timed_out else str(user.get("name") or user.get("id") or ""),
+        "reasons": list(dict.fromkeys(fields.get("reasons") or [])),
+        "comment": comment_of(answer),
+        "by": "" if timed_out else name_of(answer),
         "at": answer["responded_at"].isoformat(timespec="seconds"),
     }

@@ -113,7 +113,10 @@ def local_path(address: str, *, field: str = "source") -> Path:
     host, slash, path = address.removeprefix("file://").partition("/")  # not urlsplit: '?' and '#' may be in a name
     if host not in ("", "localhost") or not slash:
         raise ConfigError(f"{field}={address!r} names no folder of this machine", advice="Write file:///folder.")
-    return Path("/" + unquote(path, errors="surrogateescape").lstrip("/"))
+    path = unquote(path, errors="surrogateescape").lstrip("/")
+    if "\0" in path:
+        raise ConfigError(f"{field}={address!r} holds %00, which is no part of a name", advice="Write file:///folder.")
+    return Path(f"/{path}")
 
 
 def bucket_and_key(address: str, *, field: str = "source") -> tuple[str, str]:

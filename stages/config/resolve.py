@@ -2,6 +2,8 @@
 here."""
 
 import difflib
+import json
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -12,7 +14,7 @@ from stages.config.errors import ConfigError
 from stages.config.execution import Engine
 from stages.config.forms import PipelineParams, RunOutline
 from stages.config.graph import GRAPH, Stage, pipeline_stages, trained_stages
-from stages.config.nested import dotted, dotted_once
+from stages.config.nested import dotted, dotted_once, leaves
 from stages.config.pipeline import PipelineConfig
 from stages.config.places import check_source
 from stages.config.recipes import RECIPES
@@ -21,6 +23,7 @@ from stages.config.text import one_line
 from stages.config.train import TrainConfig
 
 Model = TypeVar("Model", bound=BaseModel)
+_HALF = re.compile("[\ud800-\udfff]")
 
 _FILLED = {
     "run_name": "Set the field run_name of the form.",
@@ -87,12 +90,16 @@ def _with_outline(params: PipelineParams) -> PipelineParams:
 
 def validated(model: type[Model], data: Mapping[str, Any]) -> Model:
     """Validate and turn pydantic's report into one sentence a field."""
+    advice = "Correct the named fields and trigger the run again."
     try:
-        return model.model_validate(data)
+        found = model.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(
-            _explain(error, model), advice="Correct the named fields and trigger the run again."
-        ) from None
+        raise ConfigError(_explain(error, model), advice=advice) from None
+    if wrong := next(
+        (path for path, value in leaves(found) if _HALF.search(json.dumps(value, ensure_ascii=False, default=str))), ""
+    ):
+        raise ConfigError(f"{wrong}: it holds half a character (a surrogate), which no file can hold", advice=advice)
+    return found
 
 
 def _apply_form(tree: dict[str, Any], params: PipelineParams) -> None:

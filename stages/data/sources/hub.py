@@ -1,6 +1,7 @@
 """Rows of Hugging Face data sets. A data set is read within itself, whatever files its card names: the card is data,
 written by whoever may push to the data set."""
 
+import gzip
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -42,7 +43,6 @@ def read_hub(uri: str) -> Iterator[Row | BadRecord]:
     wanted = parse_hub(uri)
     check_source(uri)
     from datasets import load_dataset_builder
-    from datasets.exceptions import DatasetsError
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
     if wanted.name in _PACKAGED_DATASETS_MODULES:
@@ -53,8 +53,14 @@ def read_hub(uri: str) -> Iterator[Row | BadRecord]:
     try:
         builder = load_dataset_builder(wanted.name, wanted.config, revision=wanted.revision)
         _refuse_files_elsewhere(builder, wanted.name, uri)
-        rows = builder.as_streaming_dataset(split=wanted.split)
-    except (OSError, ValueError, DatasetsError) as error:
+        rows = cast(Any, builder.as_streaming_dataset(split=wanted.split))
+        if rows.features:
+            # Or the path in a row of an image or a sound would be opened, wherever it leads.
+            rows = rows.decode(False)
+    except (ConfigError, MemoryError):
+        raise
+    except Exception as error:
+        # What a card or a file breaks first has any type: YAML's own, RuntimeError for a script, ImportError, ...
         raise ConfigError(
             f"source {uri!r} cannot be loaded: {error}",
             advice="Check name, config and split, and that the machine of the Ray job reaches the hub.",
@@ -64,8 +70,10 @@ def read_hub(uri: str) -> Iterator[Row | BadRecord]:
         for values in rows:
             number += 1
             yield Row(number, dict(cast(Any, values)), len(str(values)))
-    except (ValueError, TypeError, LookupError, RecursionError, DatasetsError) as error:
+    except Exception as error:
         # A library's error in the middle of its files; what follows cannot be reached. Outages are OSErrors.
+        if isinstance(error, MemoryError | OSError) and not isinstance(error, gzip.BadGzipFile):
+            raise
         yield BadRecord(f"{wanted.name}:{number + 1}", "unreadable_row", 0, str(error)[:200])
 
 

@@ -136,3 +136,8 @@ def test_a_link_that_may_not_be_looked_at_is_no_reason_to_fail(monkeypatch: pyte
     monkeypatch.setattr(os.path, "realpath", denied)
     assert not _is_open("/proc/1/root/etc")
     assert _is_open("/data/x")
+
+
+def test_a_name_holds_no_nul_even_when_it_is_spelled_out() -> None:
+    with pytest.raises(ConfigError, match="%00"):
+        check_source("file:///data/%00")

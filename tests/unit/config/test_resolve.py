@@ -226,3 +226,10 @@ def test_what_is_wrong_with_a_source_is_said(values: dict[str, object], said: st
 def test_other_signs_in_names_are_no_options() -> None:
     config = resolve({"recipe": "tiny", "instructions": ["/data/c#.jsonl", "/data/a#1/b=2.jsonl"]})
     assert list(config.curate.outside_sources)[1:] == ["/data/c#.jsonl", "/data/a#1/b=2.jsonl"]
+
+
+def test_text_that_no_file_can_hold_is_refused_by_the_name_of_its_field() -> None:
+    with pytest.raises(ConfigError, match=r"report\.title: it holds half a character"):
+        resolve({"overrides": {"report.title": "\ud800"}})
+    with pytest.raises(ConfigError, match=r"curate\.exclude_packages: it holds half a character"):
+        resolve({"overrides": {"curate.exclude_packages": ["x", "\udfff"]}})

@@ -4,11 +4,13 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
-from operators.evaluation import evaluation_config, tag_version
+from operators.evaluation import conclude, evaluation_config, tag_version
+from operators.failures import RunIncomplete
 from operators.prepare import build_request, input_stages
 from stages.artifacts.manifests import read_manifest, settings_digest
 from stages.config.decision import Champion, Conditions
@@ -121,3 +123,9 @@ def test_what_cannot_be_measured_is_refused(house: House, params: dict[str, str]
         evaluation_config(
             EvaluationParams.model_validate({"recipe": "tiny"} | {k: places.get(v, v) for k, v in params.items()})
         )
+
+
+def test_the_end_of_a_run_that_never_started_says_so_whatever_stood_in_its_form():
+    context = {"params": {"model": "models:/", "bogus": 1}, "ti": SimpleNamespace(xcom_pull=lambda **_: None)}
+    with pytest.raises(RunIncomplete, match="never started"):
+        conclude(context, None)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from airflow.sdk import Asset
 
-from operators.pending import read_watermark
+from operators.pending import Watermark, read_watermark
 from operators.prepare import params_key
 from operators.retrain import Skip, announced_data, record
 from stages.config.errors import ConfigError, StageError
@@ -88,3 +88,25 @@ def test_addresses_come_from_the_events_of_the_asset():
         Asset("llm/raw-documents"): [SimpleNamespace(extra={"uri": "file:///raw"})],
     }
     assert announced_data(events, "llm/preferences") == ["file:///p/1"]
+
+
+@pytest.mark.parametrize("documents", ["file:///etc", "file:///proc/self/root/etc", "file:///%00"])
+def test_a_closed_folder_is_not_even_listed(world: World, documents: str):
+    with pytest.raises(ConfigError, match=f"documents='{documents}'"):
+        world.decide(documents=documents)
+    assert read_watermark(world.store, "athanor") == Watermark()
+
+
+def test_nothing_is_said_about_what_lies_in_a_closed_folder(world: World):
+    says = []
+    for name in ("hostname", "nosuchfile"):
+        with pytest.raises(ConfigError, match="not open to sources") as refused:
+            world.decide(preferences=[f"/etc/{name}"])
+        says.append(str(refused.value).replace(name, "X"))
+    assert says[0] == says[1]
+
+
+def test_an_announced_address_that_no_store_can_hold_is_set_aside(world: World):
+    (world.raw / "a.txt").write_text("text")
+    half = "s3://bucket/\ud800"
+    assert list(world.go(half).set_aside) == [half]

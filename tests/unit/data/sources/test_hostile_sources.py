@@ -20,7 +20,9 @@ from stages.config.curate import CurateConfig
 from stages.config.errors import ConfigError, DataError
 from stages.config.resolve import resolve
 from stages.data.sources import readers
+from stages.data.sources.hub import read_hub
 from stages.data.sources.records import BadRecord, SourceDocument
+from stages.data.sources.rows import Row
 from tests.curating import PLAIN, curated, prose, rows_of
 from tests.places import SHARED
 
@@ -645,3 +647,49 @@ def test_artifacts_by_address_lie_in_open_places() -> None:
         resolve({"recipe": "tiny", "previous_data": "file:///var/log/artifacts/curated/f"})
     with pytest.raises(ConfigError, match=r"model=.*not open to sources"):
         given_artifact("file:///proc/1/root/etc/artifacts/sft-model/f", field="model")
+
+
+IMAGE_CARD = "---\ndataset_info:\n  features:\n  - {name: text, dtype: string}\n  - {name: image, dtype: image}\n---\n"
+
+
+def test_a_row_of_a_data_set_opens_no_file_that_it_names(tmp_path: Path) -> None:
+    (tmp_path / "closed").write_text("no image: opening it would fail")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "README.md").write_text(IMAGE_CARD)
+    image = {"path": str(tmp_path / "closed"), "bytes": None}
+    (folder / "train.jsonl").write_text(json.dumps({"text": "a", "image": image}) + "\n")
+    (row,) = read_hub(f"hf://{folder}")
+    assert isinstance(row, Row)
+    assert row.values == {"text": "a", "image": image}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("set.py", "raise SystemExit"),
+        ("README.md", "---\n{bad: [yaml\n---\n"),
+        ("README.md", "---\ndataset_info:\n  features:\n  - 5\n---\n"),
+        ("README.md", "---\nconfigs:\n- data_files:\n  - {split: train, path: ['train.txt', null]}\n---\n"),
+        ("dataset_infos.json", "[]"),
+        ("train.tar", "no archive"),
+        ("train.h5", "no file of that format"),
+    ],
+)
+def test_a_data_set_that_cannot_be_loaded_is_the_fault_of_the_one_who_gave_it(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    if not name.startswith("train"):
+        (folder / "train.txt").write_text("text\n")
+    (folder / name).write_text(content)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        list(read_hub(f"hf://{folder}"))
+
+
+def test_a_damaged_file_of_a_data_set_is_a_bad_record(tmp_path: Path) -> None:
+    (tmp_path / "train.txt.gz").write_text("not packed")
+    (row,) = read_hub(f"hf://{tmp_path}")
+    assert isinstance(row, BadRecord)
+    assert row.reason == "unreadable_row"

@@ -11,6 +11,8 @@ from airflow.sdk.exceptions import TaskAwaitingInput, TaskDeferred
 
 from operators.people.approval import PromotionApproval
 from operators.people.asking import ask_once
+from operators.people.rating import PreferenceRating
+from stages.artifacts.manifests import canonical_json
 
 
 class Store:
@@ -80,3 +82,57 @@ def test_an_attempt_that_failed_before_it_asked_leaves_nothing_to_wait_for(opera
         ask_once(operator, attempt(store, try_number=1, max_tries=10), fail)
     with pytest.raises(TaskAwaitingInput):
         ask_once(operator, attempt(store, try_number=2, max_tries=10), ask)
+
+
+ODD_FIELDS = [
+    {"bogus": 1},
+    {"comment": {"a": 1}},
+    {"comment": ["x"], "reasons": "honest"},
+    {"reasons": ["evil"], "comment": "kept"},
+    {"reasons": {"honest": 1}},
+    {"reasons": [["honest"]]},
+    {"comment": "kept"},
+    ["a", "list"],
+]
+
+
+def answered(option: str, fields: Any) -> dict[str, Any]:
+    return {
+        "chosen_options": [option],
+        "params_input": fields,
+        "responded_at": datetime(2026, 11, 24, tzinfo=UTC),
+        "responded_by_user": {"id": "7", "name": "ada"},
+    }
+
+
+@pytest.mark.parametrize("fields", ODD_FIELDS)
+def test_a_choice_counts_whatever_stands_in_the_fields_next_to_it(operator: PromotionApproval, fields: Any) -> None:
+    rating = PreferenceRating(task_id="rate", question={"index": 0, "title": "t", "order": [1, 0]})
+    rated = rating.execute_complete({}, answered("A", fields))
+    assert (rated["outcome"], rated["ranking"], rated["reasons"]) == ("answered", [1, 0], [])
+    approved = operator.execute_complete({}, answered("Approve", fields))
+    assert (approved["verdict"], approved["by"]) == ("approved", "ada")
+    kept = fields.get("comment") if isinstance(fields, dict) and fields.get("comment") == "kept" else ""
+    assert (rated["comment"], approved["comment"]) == (kept, kept)
+
+
+def test_a_retry_does_not_end_over_the_fields_either(operator: PromotionApproval) -> None:
+    store = Store()
+    with pytest.raises(TaskAwaitingInput):
+        ask_once(operator, attempt(store, try_number=1, max_tries=10), Asker())
+    with pytest.raises(TaskDeferred) as waiting:
+        ask_once(operator, attempt(store, try_number=2, max_tries=10), Asker())
+    trigger = waiting.value.trigger
+    assert isinstance(trigger, HITLTrigger)
+    trigger.params["comment"] = {"a": 1}  # what the trigger does with an answer; a refusal would lose it
+
+
+def test_every_record_can_hold_what_a_person_wrote(operator: PromotionApproval) -> None:
+    given = answered("Approve", {"comment": "\ud800\x00\x1b[31m " + "x" * 100_000})
+    given["responded_by_user"]["name"] = "ada\n\x1b[2J\udfff"
+    approved = operator.execute_complete({}, given)
+    assert approved["comment"].startswith("\\ud800\\u0000\\u001b[31m xxx")
+    assert approved["comment"].endswith("more characters)")
+    assert len(approved["comment"]) < 5_000
+    assert approved["by"] == "ada \\u001b[2J\\udfff"
+    canonical_json(approved)

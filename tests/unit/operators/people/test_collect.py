@@ -53,3 +53,15 @@ def test_the_resources_do_not_change_what_is_asked(tmp_path: Path, model: str) -
     _, small = start(tmp_path, model=model)
     _, large = start(tmp_path, model=model, recipe="llama_1b")
     assert (small.config, small.inputs) == (large.config, large.inputs)
+
+
+@pytest.mark.parametrize("model", ["file:///etc/artifacts/sft-model/1", "file:///proc/self/root/etc/artifacts/x/1"])
+def test_no_model_is_looked_for_in_a_closed_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    monkeypatch.setenv("ARTIFACT_STORE", tmp_path.as_uri())
+    with pytest.raises(StageConfigFailed, match="not open to sources"):
+        start(tmp_path, model=model)
+
+
+def test_a_prompt_that_no_file_can_hold_is_refused(tmp_path: Path, model: str) -> None:
+    with pytest.raises(StageConfigFailed, match="prompts: it holds half a character"):
+        start(tmp_path, model=model, prompts=["What is \ud800?"])
