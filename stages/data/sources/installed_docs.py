@@ -95,7 +95,7 @@ def chosen_packages(config: CurateConfig) -> list[Package]:
 def _package(name: str) -> Package:
     try:
         distribution = metadata.distribution(name)
-    except metadata.PackageNotFoundError:
+    except (metadata.PackageNotFoundError, ValueError):  # ValueError: an empty name
         installed = sorted({normalised(entry.metadata["Name"] or "") for entry in metadata.distributions()})
         near = difflib.get_close_matches(normalised(name), installed, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -150,3 +150,8 @@ def test_modules_that_the_parser_does_not_survive_are_counted(tmp_path: Path) ->
     records = list(read(unit, CurateConfig()))
     reasons = [record.reason for record in records if isinstance(record, BadRecord)]
     assert reasons == ["unparseable_source"] * 3
+
+
+def test_a_package_without_a_name_is_not_installed() -> None:
+    with pytest.raises(ConfigError, match="packages: '' is not installed"):
+        chosen_packages(CurateConfig(packages=("",)))
