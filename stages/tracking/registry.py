@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from stages.artifacts.manifests import read_manifest
+from stages.config import mlflow_limits as limits
 from stages.config.closing import Approval
 from stages.config.decision import CHAMPION, Champion, Evaluation
 from stages.config.graph import registered_name, spec_of_role
@@ -155,7 +156,7 @@ class Registry:
         for model in models:
             metrics = [
                 Metric(
-                    key,
+                    limits.key(key),
                     value,
                     timestamp=made_ms,
                     step=0,
