@@ -20,7 +20,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from infra.layout import Layout
+from infra.layout import Layout, StackSecrets
+from infra.private import write_private
 from stages.artifacts.folder import FileStore
 from stages.artifacts.manifests import MANIFEST, hash_file
 from stages.artifacts.store import Store
@@ -92,11 +93,16 @@ def read_record(folder: Path) -> Record:
 
 def dump_local(folder: Path, layout: Layout) -> list[Path]:
     """Copy SQLite databases, MLflow's files and the secrets: without its key, Airflow's connections are lost."""
+    # before anything in the folder changes: it may hold the only good copy
+    for path in Place(layout).databases.values():
+        if not path.exists():
+            raise BackupError(f"{path} does not exist: nothing has run here yet, so there is nothing to back up")
+    if not layout.secrets.exists():
+        raise BackupError(f"{layout.secrets} does not exist; put it back from an earlier backup, or run `make up`")
+    StackSecrets.load_or_generate(layout)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     written = []
     for name, path in Place(layout).databases.items():
-        if not path.exists():
-            raise BackupError(f"{path} does not exist: nothing has run here yet, so there is nothing to back up")
         target = folder / name
         target.unlink(missing_ok=True)
         with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(target)) as copy:
@@ -110,18 +116,20 @@ def dump_local(folder: Path, layout: Layout) -> list[Path]:
 
 
 def restore_local(folder: Path, layout: Layout, store: Store, say: Say) -> None:
-    """Put everything back into a stack that is stopped and has no databases."""
-    read_record(folder)
-    for path in Place(layout).databases.values():
-        if path.exists():
-            raise BackupError(f"{path} exists and would be overwritten; move {layout.home} away first")
-    restore_store(folder, store, say)  # first: the databases name what is in it
+    """Put everything back into a stack that is stopped and has no databases. Repeat it after it was cut off."""
+    record = read_record(folder)
     for name, path in Place(layout).databases.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / name, path)
-    shutil.copyfile(folder / "secrets.json", layout.secrets)
-    layout.secrets.chmod(0o600)
+        if path.exists() and hash_file(path) != record.databases[name]:
+            raise BackupError(f"{path} exists and would be overwritten; move {layout.home} away first")
+    layout.close_to_others()
+    restore_store(folder, store, say)  # first: the databases name what is in it
+    write_private(layout.secrets, (folder / "secrets.json").read_text())
     shutil.copytree(folder / "mlflow-artifacts", layout.mlflow / "artifacts", dirs_exist_ok=True)
+    for name, path in Place(layout).databases.items():  # last, and each in one step: half a database would look whole
+        path.parent.mkdir(parents=True, exist_ok=True)
+        half = path.with_name(f"{path.name}.restoring")
+        shutil.copyfile(folder / name, half)
+        half.replace(path)
 
 
 def restore_store(folder: Path, store: Store, say: Say) -> None:

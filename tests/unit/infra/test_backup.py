@@ -20,7 +20,7 @@ from infra.backup import (
     restore_postgres,
     restore_store,
 )
-from infra.layout import Layout, StackSecrets
+from infra.layout import DamagedStateError, Layout, StackSecrets
 from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import fetch, read_manifest
 from stages.config.graph import Stage
@@ -151,3 +151,47 @@ def test_postgres_databases_come_back_as_they_were(postgres: None, tmp_path: Pat
     restore_postgres(backup)
     assert [sql("SELECT name FROM runs", name) for name in POSTGRES_DATABASES] == ["first"] * 3
     fetch(made[Stage.DPO], tmp_path / "cache")
+
+
+@pytest.mark.parametrize("damaged", ["", "{}"])
+def test_damaged_secrets_do_not_overwrite_the_good_ones_of_an_earlier_backup(
+    layout: Layout, tmp_path: Path, damaged: str
+) -> None:
+    store, _ = publish_run(tmp_path)
+    backup = tmp_path / "backup"
+    back_up(backup, store, dump_local(backup, layout), say)
+    layout.secrets.write_text(damaged)
+    with pytest.raises(DamagedStateError, match=r"secrets\.json is damaged"):
+        dump_local(backup, layout)
+    layout.secrets.unlink()
+    with pytest.raises(BackupError, match=r"secrets\.json does not exist"):
+        dump_local(backup, layout)
+    read_record(backup)
+
+
+@pytest.mark.parametrize("last", ["airflow.db", "mlflow.db"])
+def test_a_restore_that_was_cut_off_leaves_no_half_database_and_may_be_repeated(
+    layout: Layout, tmp_path: Path, last: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = publish_run(tmp_path)
+    backup = tmp_path / "backup"
+    back_up(backup, store, dump_local(backup, layout), say)
+    secrets = StackSecrets.load_or_generate(layout)
+    shutil.rmtree(layout.home)
+    whole = shutil.copyfile
+
+    def cut_off(source: Path, target: Path, *, follow_symlinks: bool = True) -> Path:
+        if Path(source) == backup / last:
+            Path(target).write_bytes(Path(source).read_bytes()[:100])
+            raise OSError(28, "No space left on device")
+        return whole(source, target, follow_symlinks=follow_symlinks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("infra.backup.shutil.copyfile", cut_off)
+        with pytest.raises(OSError, match="No space left"):
+            restore_local(backup, layout, store, say)
+    assert not (layout.home / last.removesuffix(".db") / last).exists()
+    assert StackSecrets.load_or_generate(layout) == secrets
+    assert layout.home.stat().st_mode & 0o077 == 0
+    restore_local(backup, layout, store, say)
+    assert rows(layout.airflow / "airflow.db") == rows(layout.mlflow / "mlflow.db") == ["first"]
