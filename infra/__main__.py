@@ -176,6 +176,11 @@ def garbage(arguments: argparse.Namespace) -> int:
     from infra.garbage import collect
     from stages.artifacts.retention import Policy
 
+    if not os.environ.get("ARTIFACT_STORE"):
+        raise StackError(
+            "ARTIFACT_STORE is not set and no local stack runs; run `make up`, or set ARTIFACT_STORE to file:///folder "
+            "or s3://bucket/prefix"
+        )
     policy = Policy(
         keep_days=arguments.keep_days,
         unfinished_hours=arguments.unfinished_hours,

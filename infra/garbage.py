@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 
@@ -29,7 +30,7 @@ def collect(policy: Policy, *, remove: bool, say: Callable[[str], None]) -> int:
             return 0
         gone = delete(store, found, all_registered, policy)
     except StageError as error:
-        say(f"error: {error.message}\n{error.advice}")
+        print(f"error: {error.message}\n{error.advice}", file=sys.stderr)
         return 1
     say(f"deleted: {_sum(gone)}")
     if kept := len(found) - len(gone):

@@ -188,3 +188,14 @@ def test_an_unwritable_place_is_told_with_the_way_out(
     monkeypatch.setattr("sys.argv", ["infra", "up"])
     assert main() == 1
     assert capsys.readouterr().err.startswith("error: /proc/athanor")
+
+
+def test_garbage_collection_without_a_stack_says_how_to_get_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ATHANOR_HOME", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["infra", "gc"])
+    assert main() == 1
+    said = capsys.readouterr()
+    assert not said.out
+    assert "ARTIFACT_STORE is not set and no local stack runs; run `make up`" in said.err
