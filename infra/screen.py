@@ -172,13 +172,8 @@ def samples_panels(samples: Sequence[Mapping[str, Any]], *, count: int = 3) -> l
         table.add_column(overflow="fold")
         for model, response in sample["responses"].items():
             table.add_row(str(model), Text(_shortened(str(response))))
-        panels.append(Panel(table, title=Text(_shortened(_prompt(sample["prompt"]), 200)), title_align="left"))
+        panels.append(Panel(table, title=Text(_shortened(sample["prompt"], 200)), title_align="left"))
     return panels
-
-
-def _prompt(prompt: Any) -> str:
-    """A prompt is a text or a list of chat messages."""
-    return str(prompt[-1]["content"]) if isinstance(prompt, list) else str(prompt)
 
 
 def _shortened(text: str, limit: int = 400) -> str:

@@ -39,7 +39,7 @@ def _moment(text: str) -> str:
             return text
     except (ValueError, OverflowError):
         pass
-    raise ValueError(f"{text!r} is no date and time since 1970 in ISO 8601")
+    raise ValueError(f"no date and time since 1970 in ISO 8601: {text[:40]!r}")
 
 
 def safe_run_id(airflow_run_id: str) -> str:

@@ -173,7 +173,8 @@ def test_a_stage_runs_as_a_ray_job_and_returns_its_artifact(world: World, hook: 
     log = capsys.readouterr().out
     assert log.count("attempt 1 of") == 1
     assert "tokenize 1/2 steps (50 %)" in log
-    assert "ATHANOR_" not in log
+    assert "ATHANOR_PROGRESS" not in log
+    assert "ATHANOR_MLFLOW_RUN" not in log
 
 
 def test_an_artifact_that_exists_is_returned_without_ray(world: World, hook: RayJobHook):

@@ -16,7 +16,7 @@ from stages.artifacts.addresses import open_store, run_key
 from stages.artifacts.manifests import fetch, read_manifest
 from stages.config.forms import PipelineParams
 from stages.config.graph import GRAPH, Stage, pipeline_stages
-from stages.config.request import ArtifactRef, StageResult
+from stages.config.request import ArtifactRef, StageResult, run_folder
 from tests.airflow_home import HOME
 from tests.canaries import Search, as_login, canary
 from tests.inbox import open_inbox
@@ -87,7 +87,7 @@ def services(airflow_db: None, mlflow_server: str, s3_server: S3Server) -> Itera
 
 def play(services: Services, **params: Any) -> Run:
     dag_run = llm_pipeline.test(run_conf={**DEFAULTS, "recipe": "tiny", "run_name": "tiny", **params})
-    store, run_id = open_store(services.store_uri), dag_run.run_id.replace(":", "-").replace("+", "-")
+    store, run_id = open_store(services.store_uri), run_folder(dag_run.dag_id, dag_run.run_id)
     results = {}
     for stage in pipeline_stages():
         key = run_key(run_id, stage, "result.json")

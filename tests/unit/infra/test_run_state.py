@@ -258,7 +258,7 @@ def test_samples_are_read_from_the_evaluation_and_shown_side_by_side(
 ) -> None:
     fake, url = airflow
     fake.tasks = {"evaluate": "success"}
-    samples = [{"prompt": [{"role": "user", "content": "What is x?"}], "responses": {"base": "b", "sft": "s" * 900}}]
+    samples = [{"prompt": "What is x?", "responses": {"base": "b", "sft": "s" * 900}, "scores": {}}]
     (tmp_path / "samples.json").write_text(json.dumps(samples))
     store = store_with(tmp_path, evaluate__result=result("evaluate", hit=False, uri=tmp_path.as_uri()))
     snapshot = RunWatch(client(url), store, RUN).snapshot()
