@@ -118,6 +118,17 @@ def test_a_start_on_a_full_disk_is_refused_in_words(stack: Stack, monkeypatch: p
     assert not stack.layout.record.exists()
 
 
+@pytest.mark.parametrize("free", [0, 10**9])
+def test_a_component_that_failed_on_a_full_disk_is_told_with_the_disk(
+    free: int, stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log is empty then."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - free, free))  # pyright: ignore
+    said = str(stack._broken("scheduler", "no heartbeat yet"))
+    assert said.startswith("scheduler failed: no heartbeat yet\n")
+    assert ("has 0 B left; make room, then run `make up` again" in said) == (free == 0)
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can mount")
 def test_a_disk_that_is_really_full_ends_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
