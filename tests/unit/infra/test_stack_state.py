@@ -210,3 +210,19 @@ def test_garbage_collection_without_a_stack_says_how_to_get_one(
     said = capsys.readouterr()
     assert not said.out
     assert "ARTIFACT_STORE is not set and no local stack runs; run `make up`" in said.err
+
+
+@pytest.mark.parametrize("command", ["up", "status", "gc"])
+def test_an_interrupted_command_speaks_of_the_stack_only_when_it_changes_it(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("ATHANOR_HOME", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["infra", command])
+    monkeypatch.setattr(Stack, "up" if command == "up" else "record", interrupted)
+    assert main() == 130
+    said = capsys.readouterr().err
+    assert said.startswith("interrupted")
+    assert ("`make up` continues" in said) == (command == "up")
