@@ -54,7 +54,8 @@ def main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("interrupted; `make up` continues from here, `make down` stops what runs", file=sys.stderr)
+        way_out = "; `make up` continues from here, `make down` stops what runs"
+        print(f"interrupted{way_out if arguments.command in ('up', 'down', 'demo') else ''}", file=sys.stderr)
         return 130
     except sqlite3.Error as error:
         print(f"error: a database in {stack.layout.home}: {error}; is its disk full?", file=sys.stderr)

@@ -27,6 +27,7 @@ from stages.artifacts.manifests import MANIFEST, hash_file
 from stages.artifacts.store import Store
 
 RECORD = "backup.json"
+UNFINISHED = "unfinished"
 POSTGRES_DATABASES = ("airflow", "mlflow", "mlflow_auth")
 # short-lived; a restored lease or probe would only be in the way
 _LEFT_OUT = ("leases/", "probe/")
@@ -61,9 +62,9 @@ class Place:
 
 
 def back_up(folder: Path, store: Store, databases: Iterable[Path], say: Say) -> Record:
-    """Copy the databases that `databases` has written into `folder`, and the store."""
-    (folder / RECORD).unlink(missing_ok=True)  # until all is there, this is no backup
-    hashes = {path.relative_to(folder).as_posix(): hash_file(path) for path in databases}
+    """Copy the store, next to the `databases` that `dump_local` or `dump_postgres` has made, and finish the backup."""
+    new = folder / UNFINISHED
+    hashes = {path.relative_to(new).as_posix(): hash_file(path) for path in databases}
     number = _copy(store, FileStore(folder.resolve() / "store"), say)
     record = Record(
         made_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -71,9 +72,31 @@ def back_up(folder: Path, store: Store, databases: Iterable[Path], say: Say) -> 
         databases=hashes,
         objects=number,
     )
-    (folder / RECORD).write_text(record.model_dump_json(indent=1))
+    (new / RECORD).write_text(record.model_dump_json(indent=1))
+    _replace_earlier(folder, new)
     say(f"{folder}: {len(hashes)} databases and files, {number} objects of {store.root_uri}")
     return record
+
+
+def _begin(folder: Path) -> Path:
+    """An empty folder for the new copies: until all are there, an earlier backup in `folder` stays what it is."""
+    new = folder / UNFINISHED
+    if new.exists():
+        shutil.rmtree(new)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    new.mkdir(mode=0o700)
+    return new
+
+
+def _replace_earlier(folder: Path, new: Path) -> None:
+    """Nothing is copied here, so it takes an instant; without its record, what is half replaced is no backup."""
+    (folder / RECORD).unlink(missing_ok=True)
+    for path in sorted(new.iterdir(), key=lambda path: path.name == RECORD):
+        target = folder / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    new.rmdir()
 
 
 def read_record(folder: Path) -> Record:
@@ -100,19 +123,17 @@ def dump_local(folder: Path, layout: Layout) -> list[Path]:
     if not layout.secrets.exists():
         raise BackupError(f"{layout.secrets} does not exist; put it back from an earlier backup, or run `make up`")
     StackSecrets.load_or_generate(layout)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    new = _begin(folder)
     written = []
     for name, path in Place(layout).databases.items():
-        target = folder / name
-        target.unlink(missing_ok=True)
+        target = new / name
         with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(target)) as copy:
             source.backup(copy)
         written.append(target)
-    shutil.copyfile(layout.secrets, folder / "secrets.json")
-    (folder / "secrets.json").chmod(0o600)
-    shutil.rmtree(folder / "mlflow-artifacts", ignore_errors=True)
-    shutil.copytree(layout.mlflow / "artifacts", folder / "mlflow-artifacts")
-    return [*written, folder / "secrets.json", *_files(folder / "mlflow-artifacts")]
+    shutil.copyfile(layout.secrets, new / "secrets.json")
+    (new / "secrets.json").chmod(0o600)
+    shutil.copytree(layout.mlflow / "artifacts", new / "mlflow-artifacts")
+    return [*written, new / "secrets.json", *_files(new / "mlflow-artifacts")]
 
 
 def restore_local(folder: Path, layout: Layout, store: Store, say: Say) -> None:
@@ -150,10 +171,10 @@ def _files(folder: Path) -> list[Path]:
 
 def dump_postgres(folder: Path) -> list[Path]:
     """Each database by `pg_dump`; libpq's variables (PGHOST, PGUSER, PGPASSWORD) name the server."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    new = _begin(folder)
     written = []
     for name in POSTGRES_DATABASES:
-        target = folder / f"{name}.dump"
+        target = new / f"{name}.dump"
         _postgres("pg_dump", "--format=custom", f"--file={target}", name)
         target.chmod(0o600)
         written.append(target)

@@ -25,6 +25,9 @@ DROPPED = (
 )
 
 POOL = "gpu"
+RUN_IDS = "^[A-Za-z0-9][A-Za-z0-9_.~:+-]{0,239}$"
+"""Run ids that Airflow takes: `run_id=<id>` is a folder of task logs, whose name may have 255 bytes, and no URL names a
+run `.`"""
 
 
 def stack_environment(
@@ -98,6 +101,7 @@ def _airflow(layout: Layout, record: StackRecord, secrets: StackSecrets) -> dict
         "database": {"sql_alchemy_conn": f"sqlite:///{layout.airflow}/airflow.db"},
         "api": {"base_url": record.airflow_url, "secret_key": secrets.api_secret, "workers": 1},
         "api_auth": {"jwt_secret": secrets.jwt_secret},
+        "scheduler": {"allowed_run_id_pattern": RUN_IDS},
         "workers": {"min_heartbeat_interval": 1},  # default 5 s: how late the end of a task may be noticed
         "dag_processor": {
             "dag_bundle_config_list": json.dumps([bundle]),

@@ -39,6 +39,7 @@ MOST_RESTARTS = 3
 KEPT_RAY_SESSIONS = 3
 KEPT_LOG_DAYS = 14
 LEAST_FREE_BYTES = 256 * 1024**2  # databases, logs and Ray's session of one start; a stage needs more
+FULL_BYTES = 16 * 1024**2  # with less, what failed has most likely failed for that, and could not log why
 
 Say = Callable[[str], None]
 
@@ -267,7 +268,11 @@ class Stack:
 
     def _broken(self, name: str, reason: str) -> StackError:
         log = self.layout.log_of(name)
-        return StackError(f"{name} failed: {reason}\nlast lines of {log}:\n{last_lines(log)}")
+        free = shutil.disk_usage(self.layout.home).free
+        full = f"the disk of {self.layout.home} has {byte_size(free)} left; make room, then run `make up` again\n"
+        return StackError(
+            f"{name} failed: {reason}\n{full if free < FULL_BYTES else ''}last lines of {log}:\n{last_lines(log)}"
+        )
 
     def _settle(self, record: StackRecord, secrets: StackSecrets) -> None:
         """The steps that need a running Airflow: create the pool that serialises heavy stages, check the DAGs."""

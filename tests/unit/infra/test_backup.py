@@ -195,3 +195,31 @@ def test_a_restore_that_was_cut_off_leaves_no_half_database_and_may_be_repeated(
     assert layout.home.stat().st_mode & 0o077 == 0
     restore_local(backup, layout, store, say)
     assert rows(layout.airflow / "airflow.db") == rows(layout.mlflow / "mlflow.db") == ["first"]
+
+
+@pytest.mark.parametrize("where", ["infra.backup.shutil.copytree", "infra.backup._copy", "infra.backup.Record"])
+def test_a_second_backup_that_was_cut_off_leaves_the_first(
+    layout: Layout, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = publish_run(tmp_path)
+    backup = tmp_path / "backup"
+    back_up(backup, store, dump_local(backup, layout), say)
+    with closing(sqlite3.connect(layout.airflow / "airflow.db")) as connection:
+        connection.execute("INSERT INTO runs VALUES ('second')")
+        connection.commit()
+
+    def cut_off(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, cut_off)
+        with pytest.raises(OSError, match="No space left"):
+            back_up(backup, store, dump_local(backup, layout), say)
+    shutil.copytree(backup, tmp_path / "first")
+    back_up(backup, store, dump_local(backup, layout), say)
+    assert not (backup / "unfinished").exists()
+    for folder, expected in ((tmp_path / "first", ["first"]), (backup, ["first", "second"])):
+        shutil.rmtree(layout.home)
+        restore_local(folder, layout, store, say)
+        assert rows(layout.airflow / "airflow.db") == expected
+        assert (layout.mlflow / "artifacts" / "1" / "report.html").read_text() == "story"

@@ -118,6 +118,17 @@ def test_a_start_on_a_full_disk_is_refused_in_words(stack: Stack, monkeypatch: p
     assert not stack.layout.record.exists()
 
 
+@pytest.mark.parametrize("free", [0, 10**9])
+def test_a_component_that_failed_on_a_full_disk_is_told_with_the_disk(
+    free: int, stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log is empty then."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - free, free))  # pyright: ignore
+    said = str(stack._broken("scheduler", "no heartbeat yet"))
+    assert said.startswith("scheduler failed: no heartbeat yet\n")
+    assert ("has 0 B left; make room, then run `make up` again" in said) == (free == 0)
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can mount")
 def test_a_disk_that_is_really_full_ends_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -199,3 +210,19 @@ def test_garbage_collection_without_a_stack_says_how_to_get_one(
     said = capsys.readouterr()
     assert not said.out
     assert "ARTIFACT_STORE is not set and no local stack runs; run `make up`" in said.err
+
+
+@pytest.mark.parametrize("command", ["up", "status", "gc"])
+def test_an_interrupted_command_speaks_of_the_stack_only_when_it_changes_it(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("ATHANOR_HOME", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["infra", command])
+    monkeypatch.setattr(Stack, "up" if command == "up" else "record", interrupted)
+    assert main() == 130
+    said = capsys.readouterr().err
+    assert said.startswith("interrupted")
+    assert ("`make up` continues" in said) == (command == "up")

@@ -1,6 +1,7 @@
 """The supervisord configuration says what we mean, for awkward paths too."""
 
 import configparser
+import re
 import shlex
 import socket
 import socketserver
@@ -13,12 +14,14 @@ from pathlib import Path
 from xmlrpc.server import SimpleXMLRPCDispatcher, SimpleXMLRPCRequestHandler
 
 import pytest
+import yaml
 
 from infra.components import Component, airflow_components, mlflow_server, ray_head
 from infra.environment import client_environment, stack_environment
 from infra.layout import Layout, StackRecord, StackSecrets
 from infra.ports import PREFERRED
 from infra.supervisor import Supervisor, last_lines
+from tests.places import REPOSITORY
 
 
 def stack(root: Path) -> tuple[Layout, StackRecord, StackSecrets]:
@@ -83,6 +86,19 @@ def test_the_users_object_store_and_credentials_reach_every_component(
     assert environment["NO_PROXY"] == "corp.example,127.0.0.1,localhost"
     assert environment["AIRFLOW__CORE__EXECUTOR"] == "LocalExecutor"
     assert environment.items() >= client_environment(record, secrets).items()
+
+
+@pytest.mark.parametrize("length", [0, 1, 240, 241, 250])
+def test_airflow_takes_no_run_id_whose_folder_of_task_logs_could_not_be_made(tmp_path: Path, length: int) -> None:
+    environment = stack_environment(*stack(tmp_path))
+    pattern = environment["AIRFLOW__SCHEDULER__ALLOWED_RUN_ID_PATTERN"]
+    assert bool(re.match(pattern, "n" * length)) == (1 <= length <= 240)
+    assert re.match(pattern, "nightly+2026:1.~_-")
+    assert not any(re.match(pattern, name) for name in (".", "..", "-x", "a/b", "a b", "ä"))
+    compose = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text())["x-airflow-environment"]
+    assert compose["AIRFLOW__SCHEDULER__ALLOWED_RUN_ID_PATTERN"] == pattern.replace("$", "$$")
+    values = yaml.safe_load((REPOSITORY / "infra" / "kubernetes" / "helm" / "airflow-values.yaml").read_text())
+    assert values["config"]["scheduler"]["allowed_run_id_pattern"] == pattern
 
 
 def test_a_programs_shell_gets_no_marker_that_would_end_it_with_the_stack(tmp_path: Path) -> None:
