@@ -202,7 +202,7 @@ def database_text(deployed: Deployment, name: str) -> str:
 
 def airflow_text(deployed: Deployment, run_id: str) -> str:
     connection = deployed.airflow.call("GET", "connections/ray_default")
-    assert connection["host"] == "ray-head"
+    assert connection["host"] == "http://ray-head:8265"
     return as_text([connection, *airflow_answers(deployed.airflow.call, "llm_pipeline", run_id)])
 
 
