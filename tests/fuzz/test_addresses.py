@@ -42,7 +42,7 @@ def test_any_address_is_a_store_or_a_sentence(tmp_path: Path, address: str) -> N
     with confined(tmp_path):
         store = outcome(lambda: open_store(address))
     if isinstance(store, StageError):
-        assert "hunter2" not in store.message
+        assert "://user:hunter2@" not in address or "hunter2" not in store.message
         return
     assert open_store(store.root_uri).root_uri == store.root_uri
     assert "hunter2" not in store.root_uri
