@@ -237,7 +237,7 @@ def test_a_run_goes_on_from_a_registered_model_on_two_workers_of_ray(first: Run,
     assert manifest.metrics["train/loss"] < 10
     job = manifest.execution["submission_id"]
     log = RayJobHook()._request("GET", f"/api/jobs/{job}/logs", read=lambda found: str(found["logs"]), what="log")
-    origin = rf"\[run={re.escape(run.run_id.replace(':', '-').replace('+', '-'))} stage=sft try=\d+"
+    origin = rf"\[run={re.escape(run_folder('llm_pipeline', run.run_id))} stage=sft try=\d+"
     assert re.search(rf"sft built: .* {origin}\]", log), log[-3000:]
     assert re.search(rf"RayTrainWorker.* trains in process .* {origin} rank=[01]\]", log), log[-3000:]
     assert losses_of(manifest.mlflow_run_id) == list(range(1, manifest.ledger["steps"] + 1))
