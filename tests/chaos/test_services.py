@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from stages.config.graph import Stage
+from stages.config.request import run_folder
 from stages.tracking.spool import SPOOL_NAME
 from tests.chaos.run_records import (
     forget,
@@ -172,7 +173,7 @@ def test_mlflow_is_away_until_the_run_has_ended(world: Services):
         row.finish(1200)
         assert row.run_state() == "success", states_of(row)
         assert manifest_of(row, Stage.PRETRAIN).metrics["train/loss"] > 0
-        command = f"python -m stages.tracking {row.run_id.replace(':', '-').replace('+', '-')}"
+        command = f"python -m stages.tracking {run_folder(row.dag_id, row.run_id)}"
         last = Row(world.stack, row.dag_id, row.run_id, "close")
         assert command in last.task_log()
     finally:
