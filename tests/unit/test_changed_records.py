@@ -66,7 +66,7 @@ def test_a_configuration_that_somebody_changed_is_named_and_not_used(store: Stor
     assert load_config(store, run) == config
 
     original = store.read_bytes(pipeline_key(run.run_id))
-    for group, values in (("curate", {"documents": ["file:///root/.aws"]}), ("promote", {"promotion": "auto"})):
+    for group, values in (("curate", {"documents": ["file:///home/ann/.aws"]}), ("promote", {"promotion": "auto"})):
         store.write_bytes(pipeline_key(run.run_id), original)
         changed(store, pipeline_key(run.run_id), lambda record: record[group].update(values))  # noqa: B023
         with pytest.raises(DataError, match=r"pipeline\.json is not what the first task of the run wrote") as raised:

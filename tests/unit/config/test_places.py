@@ -1,6 +1,7 @@
 """Where sources may lie: the innermost folder that is named open or closed decides."""
 
 import os
+import pwd
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_usual_places_are_open(place: str) -> None:
         "/var/log/auth.log",
         "/home/ann/.ssh/id_rsa",
         "/home/ann/.aws",
-        "/root/.netrc",
+        f"{pwd.getpwuid(0).pw_dir}/.netrc",
         "/Users/ann/.ssh",
         "//etc",
         "///etc/",
