@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.answering import answering
 
 
 @dataclass
@@ -38,11 +39,6 @@ def open_inbox() -> Iterator[Inbox]:
 
         def log_message(self, format: str, *args: object) -> None: ...
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Webhook)
-    inbox = Inbox(f"http://127.0.0.1:{server.server_port}/hook")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with answering(Webhook) as url:
+        inbox = Inbox(f"{url}/hook")
         yield inbox
-    finally:
-        server.shutdown()
-        server.server_close()

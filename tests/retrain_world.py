@@ -1,9 +1,8 @@
 """A champion, raw text and a store, as `retrain` meets them: real folders, a small server for the registry."""
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from operators.retrain import Go, Skip, decide
 from stages.artifacts.addresses import open_store
 from stages.artifacts.store import write_json
 from stages.config.forms import RetrainParams
+from tests.answering import answering
 
 CHAMPION_PARAMS = {"recipe": "tiny", "run_name": "athanor", "seed": 7, "overrides": {"sft.num_epochs": 1}}
 
@@ -53,11 +53,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
         def log_message(self, format: str, *args: object) -> None: ...
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Registry)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("ARTIFACT_STORE", world.store.root_uri)
     monkeypatch.setenv("ATHANOR_RETRAIN_WATCH", world.raw.as_uri())
-    yield world
-    server.shutdown()
-    server.server_close()
+    with answering(Registry) as url:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        yield world

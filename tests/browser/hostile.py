@@ -6,13 +6,14 @@ message that merely shows the text does not count. Elements that a text brings a
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
+
+from tests.answering import answering
 
 if TYPE_CHECKING:
     from playwright.sync_api import Frame, Page  # pyright: ignore[reportMissingImports]
@@ -191,10 +192,5 @@ def serve(documents: Mapping[str, Served]) -> Iterator[str]:
 
         def log_message(self, format: str, *args: object) -> None: ...
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Documents)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with answering(Documents) as url:
+        yield url

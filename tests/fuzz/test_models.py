@@ -44,6 +44,15 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
+def _written(folder: Path, files: dict[str, bytes]) -> Path:
+    """Make the folder with these files and no others."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
 def _hostile_file(files: dict[str, bytes]) -> st.SearchStrategy[tuple[str, bytes]]:
     def damaged(name: str) -> st.SearchStrategy[tuple[str, bytes]]:
         if name.endswith(".jinja"):
@@ -62,11 +71,7 @@ def test_any_tokenizer_of_a_folder_is_loaded_or_refused(tmp_path: Path, tokenize
     @cases
     @given(_hostile_file(files))
     def check(hostile: tuple[str, bytes]) -> None:
-        folder = inside / "model"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        for name, data in {**files, hostile[0]: hostile[1]}.items():
-            (folder / name).write_bytes(data)
+        folder = _written(inside / "model", {**files, hostile[0]: hostile[1]})
         with confined(inside):
             outcome(lambda: snapshot_base_model(str(folder)))
             loaded = outcome(lambda: given_tokenizer(base_model_dir(str(folder), inside / "cache")))
@@ -106,11 +111,7 @@ def test_any_weights_are_loaded_or_refused(tmp_path: Path, tokenizer: Tokenizer)
     @cases
     @given(files_to_damage)
     def check(hostile: tuple[str, bytes]) -> None:
-        folder = inside / "model"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        for name, data in {**files, hostile[0]: hostile[1]}.items():
-            (folder / name).write_bytes(data)
+        folder = _written(inside / "model", {**files, hostile[0]: hostile[1]})
         with confined(inside):
             outcome(lambda: load_causal_lm(base_model_dir(str(folder), inside / "cache"), tokens))
 

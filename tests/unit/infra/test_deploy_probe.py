@@ -2,10 +2,9 @@
 
 import base64
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 from infra.deploy import mlflow_server, setup
 from infra.deploy.demo import with_packages_of_the_image
 from infra.deploy.probe import Unhealthy, check_store, probe
+from tests.answering import answering
 
 
 @contextmanager
@@ -37,13 +37,8 @@ def serving(answers: dict[str, Any], seen: list[tuple[str, str, str]] | None = N
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with answering(Handler) as url:
+        yield url
 
 
 def report(status: str) -> dict[str, Any]:

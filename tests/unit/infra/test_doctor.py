@@ -2,7 +2,6 @@
 
 import http.server
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from infra.doctor import doctor, findings
 from infra.ports import any_free
 from infra.store_probe import ROUNDS, Finding, Verdict, examine
 from stages.artifacts.folder import FileStore
+from tests.answering import answering
 from tests.conftest import enter
 from tests.s3 import S3Server
 from tests.unit.infra.test_deploy_probe import serving
@@ -173,13 +173,8 @@ def in_front_of(
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=proxy.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{proxy.server_port}"
-    finally:
-        proxy.shutdown()
-        proxy.server_close()
+    with answering(Handler) as url:
+        yield url
 
 
 DENIED = (403, "<Error><Code>AccessDenied</Code><Message>no</Message></Error>", {"Content-Type": "application/xml"})

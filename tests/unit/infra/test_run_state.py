@@ -2,10 +2,9 @@
 
 import json
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from io import StringIO
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from infra.run_state import RunWatch
 from infra.screen import PlainScreen, samples_panels, summary_table
 from stages.artifacts.folder import FileStore
 from stages.config.request import run_folder
+from tests.answering import answering
 
 RUN = "manual__2026-11-23T09:00:00+00:00"
 KEY = run_folder("llm_pipeline", RUN)
@@ -102,11 +102,8 @@ def airflow() -> Iterator[tuple[Airflow, str]]:
         def log_message(self, format: str, *args: object) -> None:
             return None
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield fake, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with answering(Handler) as url:
+        yield fake, url
 
 
 def client(url: str, password: str = "right") -> AirflowApi:

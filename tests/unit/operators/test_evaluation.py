@@ -1,8 +1,7 @@
 """What `evaluate_model` looks up before it measures; the store is real, its artifacts have no files."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -17,6 +16,7 @@ from stages.config.decision import Champion, Conditions
 from stages.config.errors import ConfigError
 from stages.config.forms import EvaluationParams
 from stages.config.graph import Stage, StageSpec
+from tests.answering import answering
 from tests.imaginary import publish_imaginary
 from tests.pipeline_records import EVALUATION, publish_run
 from tests.unit.operators.test_given import RUN, House
@@ -82,12 +82,9 @@ def test_a_version_measured_without_a_judge_no_longer_compares_with_what_one_sco
     _, made = publish_run(tmp_path, evaluation=unjudged)
     judged = Conditions("d" * 64, "r" * 64, settings_digest(read_manifest(made[Stage.EVALUATE])))
     monkeypatch.setattr(Version, "tags", {"lineage.fingerprint": made[Stage.SFT].fingerprint, **judged.tags()})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Version)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
-    tag_version("models:/n-sft/3", made[Stage.EVALUATE])
-    server.shutdown()
-    server.server_close()
+    with answering(Version) as url:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        tag_version("models:/n-sft/3", made[Stage.EVALUATE])
     assert Version.tags["eval/perplexity"] == "70.0"
     after = Champion.from_tags("3", Version.tags)
     assert (after.conditions.data_digest, after.conditions.settings_digest) == ("d" * 64, judged.settings_digest)
@@ -98,13 +95,10 @@ def test_numbers_of_other_content_are_not_written_on_a_version_with_the_same_fin
     _, made = publish_run(tmp_path)
     registered = {"lineage.fingerprint": made[Stage.SFT].fingerprint, "lineage.digest": "e" * 64}
     monkeypatch.setattr(Version, "tags", dict(registered))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Version)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
-    with pytest.raises(ConfigError, match="is no longer the model that was evaluated"):
-        tag_version("models:/n-sft/3", made[Stage.EVALUATE])
-    server.shutdown()
-    server.server_close()
+    with answering(Version) as url:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        with pytest.raises(ConfigError, match="is no longer the model that was evaluated"):
+            tag_version("models:/n-sft/3", made[Stage.EVALUATE])
     assert Version.tags == registered
 
 

@@ -1,9 +1,8 @@
 """Addresses of base models and earlier data become artifacts when the run starts; MLflow's part is a small server."""
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -21,6 +20,7 @@ from stages.config.request import ArtifactRef, InputEntry, Manifest, RunInfo
 from stages.config.resolve import resolve
 from stages.lineage.graph import ancestors, started_from
 from stages.lineage.tags import lineage_tags
+from tests.answering import answering
 
 RUN = RunInfo(run_id="r", name="n")
 
@@ -79,12 +79,9 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
 
         def log_message(self, format: str, *args: object) -> None: ...
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Registry)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
-    yield house
-    server.shutdown()
-    server.server_close()
+    with answering(Registry) as url:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        yield house
 
 
 def test_a_champion_is_the_parent_of_what_is_pretrained_from_it(house: House):

@@ -2,8 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from http.server import BaseHTTPRequestHandler
 from typing import ClassVar
 from urllib.parse import parse_qs, urlsplit
 
@@ -12,6 +11,7 @@ import pytest
 from operators.mlflow import MlflowRefusedError, MlflowServer, MlflowUnavailableError
 from operators.people.collect import find_model
 from stages.config.errors import ConfigError
+from tests.answering import answering
 
 ANSWERS = {
     "champion": (200, {"model_version": {"version": "4", "tags": [{"key": "eval/loss", "value": "2.5"}]}}),
@@ -51,11 +51,8 @@ class _Registry(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def registry() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Registry)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with answering(_Registry) as url:
+        yield url
 
 
 def test_a_version_comes_with_its_tags_and_what_is_absent_is_none(registry: str) -> None:

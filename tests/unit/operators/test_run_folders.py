@@ -1,9 +1,8 @@
 """Every run has a folder of its own under `runs/`, whatever its id and its DAG are called, also across an upgrade."""
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +18,7 @@ from stages.artifacts.addresses import open_store, run_key
 from stages.artifacts.store import Store, write_json
 from stages.config.graph import Stage
 from stages.config.request import RunInfo, safe_run_id
+from tests.answering import answering
 from tests.places import SHARED
 
 COLLIDING = ("exp-1", "exp+1", "exp:1", "exp~1", "EXP-1")
@@ -167,12 +167,9 @@ def mlflow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mlflow]:
 
         def log_message(self, format: str, *args: object) -> None: ...
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
-    yield world
-    server.shutdown()
-    server.server_close()
+    with answering(Handler) as url:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        yield world
 
 
 def test_runs_whose_ids_look_alike_have_mlflow_runs_of_their_own(mlflow: Mlflow) -> None:
