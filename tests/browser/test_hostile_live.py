@@ -85,10 +85,13 @@ def assert_shown(place: Page | Frame, texts: Iterable[str]) -> None:
     assert [text for text, spelled in spellings.items() if not any(one in shown for one in spelled)] == []
 
 
-def assert_quiet(seen: Watch) -> None:
-    """Nothing of what a text may want has happened, and the watch would have noticed it on this very page."""
+def assert_quiet(seen: Watch, *, links_of_airflow: bool = False) -> None:
+    """Nothing of what a text may want has happened, and the watch would have noticed it on this very page.
+
+    Airflow's own view of a log makes a link of every address, which leads nowhere until somebody presses it.
+    """
     seen.page.wait_for_timeout(600)
-    assert seen.faults() == []
+    assert [fault for fault in seen.faults() if not (links_of_airflow and fault.startswith("A to http"))] == []
     assert noticed(seen, seen.page.main_frame) == {"ran", "outside", "element"}
 
 
@@ -139,7 +142,7 @@ def test_who_approves_reads_hostile_names_and_answers(seen: Watch, live: LiveSta
     live.wait_state(PIPELINE, run_id, "approve", "awaiting_input")
     page.goto(task_page(url, PIPELINE, run_id, "plan"))
     page.get_by_text("Plan of recipe tiny").first.wait_for()
-    assert_quiet(seen)
+    assert_quiet(seen, links_of_airflow=True)
     page.goto(task_page(url, PIPELINE, run_id, "approve", "/required_actions"))
     page.get_by_text("Answers side by side").wait_for()
     assert_shown(page, TOLD)
@@ -167,7 +170,10 @@ def test_mlflow_shows_a_hostile_report_and_obeys_none_of_it(seen: Watch, live: L
     report = frame_with(seen, ".sample h3")
     assert_shown(report, TOLD)
     assert_quiet(seen)
-    assert noticed(seen, report) == {"violations", "element"}, "its own policy stops what would run, and tells"
+    # Chromium announces a request before the policy stops it.
+    assert noticed(seen, report) == {"violations", "outside", "element"}, (
+        "its own policy stops what would run, and tells"
+    )
 
 
 def frame_with(seen: Watch, selector: str) -> Frame:
