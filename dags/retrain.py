@@ -42,7 +42,7 @@ with DAG(
         """Find the champion and what is new; skip the rest when there is nothing to do, and say why."""
         from operators.failures import as_stage_failures
         from operators.form import form_values
-        from operators.retrain import Skip, announced_data, tell
+        from operators.retrain import Skip, announced_data, pipeline_run_id, tell
         from operators.retrain import decide as decide_by
         from stages.config.resolve import validated
 
@@ -58,6 +58,7 @@ with DAG(
             "conf": verdict.conf,
             "run_name": params.run_name,
             "watermark": verdict.watermark.model_dump(mode="json"),
+            "run_id": pipeline_run_id(context["run_id"]),
         }
 
     @task
@@ -85,7 +86,7 @@ with DAG(
     train = TriggerDagRunOperator(
         task_id="train",
         trigger_dag_id="llm_pipeline",
-        trigger_run_id="retrain__{{ run_id }}",
+        trigger_run_id=decided["run_id"],
         conf=decided["conf"],
         reset_dag_run=True,
         fail_when_dag_is_paused=True,

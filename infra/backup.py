@@ -139,6 +139,8 @@ def dump_local(folder: Path, layout: Layout) -> list[Path]:
 def restore_local(folder: Path, layout: Layout, store: Store, say: Say) -> None:
     """Put everything back into a stack that is stopped and has no databases. Repeat it after it was cut off."""
     record = read_record(folder)
+    if missing := sorted(Place(layout).databases.keys() - record.databases.keys()):
+        raise BackupError(f"{folder} holds no {', '.join(missing)}; restore one that was made by --postgres with it")
     for name, path in Place(layout).databases.items():
         if path.exists() and hash_file(path) != record.databases[name]:
             raise BackupError(f"{path} exists and would be overwritten; move {layout.home} away first")

@@ -44,6 +44,7 @@ def stack_environment(
         **marking(record.stack_id, record.home),
         "PATH": f"{programs}{os.pathsep}{inherited.get('PATH', os.defpath)}",
         "PYTHONPATH": str(layout.checkout),
+        "ATHANOR_HOME": str(layout.home.parent),  # absolute, so that its place is closed to sources in every folder
         "PYTHONUNBUFFERED": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",

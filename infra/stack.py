@@ -155,7 +155,7 @@ class Stack:
         if free < LEAST_FREE_BYTES:
             raise StackError(
                 f"the disk of {layout.home} has {byte_size(free)} left, a start needs {byte_size(LEAST_FREE_BYTES)}; "
-                "make room (`make gc` lists what the store no longer needs), or set ATHANOR_HOME to another disk"
+                "make room, or set ATHANOR_HOME to another disk"
             )
         for directory in (layout.airflow, layout.mlflow / "artifacts", layout.store, layout.logs / "tasks"):
             directory.mkdir(parents=True, exist_ok=True)

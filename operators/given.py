@@ -6,7 +6,7 @@ stage of the run must start from the same thing.
 
 import os
 
-from operators.mlflow import MlflowServer, MlflowUnavailableError, ModelVersion
+from operators.mlflow import MlflowRefusedError, MlflowServer, MlflowUnavailableError, ModelVersion
 from stages.artifacts.addresses import split_artifact_uri
 from stages.artifacts.manifests import read_manifest
 from stages.config.errors import ConfigError, DamagedArtifactError, StageError, without_logins
@@ -123,7 +123,7 @@ def _registered(address: str, *, field: str) -> ModelVersion:
 def find_version(address: str) -> ModelVersion | None:
     """Return the registered version behind `models:/name@alias` or `models:/name/version`, None when there is none.
 
-    Raises ConfigError without an MLflow server, StageError when it is away.
+    Raises ConfigError without an MLflow server or when it refuses, StageError when it is away.
     """
     tracking_uri = tracking_server()
     if not tracking_uri:
@@ -141,6 +141,8 @@ def find_version(address: str) -> ModelVersion | None:
     try:
         with MlflowServer(tracking_uri) as server:
             return server.model_version(name, alias=alias, version=version)
+    except MlflowRefusedError as error:
+        raise ConfigError(f"{address!r} could not be looked up: {error}", advice="Then clear the task.") from None
     except MlflowUnavailableError as error:
         raise StageError(f"{address!r} could not be looked up: {error}", advice="The task is retried.") from None
 

@@ -4,6 +4,7 @@ Airflow asks every link for its address again when the task's process ends, and 
 So the operator remembers the addresses in `link_addresses`, also across a deferral, and the links answer from there.
 """
 
+import logging
 import os
 from typing import Any
 from urllib.parse import quote
@@ -12,6 +13,8 @@ from airflow.sdk import BaseOperatorLink
 
 from stages.config.errors import without_logins
 from stages.config.servers import is_web_address
+
+logger = logging.getLogger(__name__)
 
 
 class _KnownLink(BaseOperatorLink):
@@ -56,7 +59,10 @@ def mlflow_run_page(tracking_uri: str, run_id: str, experiment_id: str | None = 
     http:// or https:// address is not taken.
     """
     for_browsers = os.environ.get("ATHANOR_MLFLOW_URL", "")
-    base = _base_address(for_browsers if is_web_address(for_browsers) else tracking_uri)
+    if for_browsers and not is_web_address(for_browsers):
+        logger.warning("ATHANOR_MLFLOW_URL=%r is no http:// or https:// address: links use MLflow's own", for_browsers)
+        for_browsers = ""
+    base = _base_address(for_browsers or tracking_uri)
     place = f"experiments/{quote(experiment_id)}/runs" if experiment_id else "runs"
     return f"{base}/#/{place}/{quote(run_id)}"
 

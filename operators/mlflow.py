@@ -32,7 +32,7 @@ DRY_RUN_TAG = "athanor.dry_run"
 _PLAN_TAG = "athanor.plan"
 _STAGE_TAG = "lineage.stage"
 """Child runs have this tag, the parent run does not."""
-_HIT_TAG = "athanor.stage"
+_STAGE_ARTIFACT = "athanor.stage"
 """Followed by the stage; the tracker in the job writes the same tags for what it builds."""
 
 
@@ -97,22 +97,25 @@ def end_stage_runs(run: RunInfo, stage: str | None = None, *, killed: bool) -> N
         logger.warning("MLflow runs of %s may still say RUNNING: %s", stage or run.run_id, error)
 
 
-def note_hit(run: RunInfo, stage: str, artifact: ArtifactRef) -> None:
-    """Tag the parent run with an artifact that existed, so that its lineage is complete; warns when MLflow is away."""
+def note_artifact(run: RunInfo, stage: str, artifact: ArtifactRef, *, hit: bool) -> None:
+    """Tag the parent run with an artifact that no stage run stands for: one that existed, or that Airflow made itself.
+
+    So its lineage is complete. Warns when MLflow is away.
+    """
     tracking_uri = tracking_server()
     if run.parent_run_id is None or not tracking_uri:
         return
     record = {
-        "hit": True,
+        "hit": hit,
         "uri": artifact.uri,
         "fingerprint": artifact.fingerprint,
         "mlflow_run_id": artifact.mlflow_run_id,
     }
     try:
         with MlflowServer(tracking_uri) as server:
-            server.set_tag(run.parent_run_id, f"{_HIT_TAG}.{stage}", json.dumps(record))
+            server.set_tag(run.parent_run_id, f"{_STAGE_ARTIFACT}.{stage}", json.dumps(record))
     except MlflowUnavailableError as error:
-        logger.warning("The MLflow parent run does not record that %s hit: %s", stage, error)
+        logger.warning("The MLflow parent run does not record the artifact of %s: %s", stage, error)
 
 
 def log_plan(run: RunInfo, *, page: str, data: str, summary: str, dry_run: bool) -> None:
@@ -217,16 +220,16 @@ class MlflowServer:
         return self._call("POST", "runs/create", body)["run"]["info"]["run_id"]
 
     def find_parent_run(self, run: RunInfo) -> str | None:
-        found = self._call("GET", "experiments/get-by-name", {"experiment_name": run.experiment}, absent_ok=True)
-        return None if found is None else self._search(found["experiment"]["experiment_id"], run)
+        found = self._find_experiment(run.experiment)
+        return None if found is None else self._search(found["experiment_id"], run)
 
     def running_stage_runs(self, run: RunInfo, stage: str | None) -> list[str]:
         """Return the child runs of this pipeline run, of one stage or of all, that still say RUNNING."""
-        found = self._call("GET", "experiments/get-by-name", {"experiment_name": run.experiment}, absent_ok=True)
+        found = self._find_experiment(run.experiment)
         if found is None:
             return []
         body = {
-            "experiment_ids": [found["experiment"]["experiment_id"]],
+            "experiment_ids": [found["experiment_id"]],
             "filter": f"tags.`{RUN_TAG}` = '{run.run_id}' and attributes.status = 'RUNNING'",
             "max_results": 100,
         }
@@ -278,20 +281,25 @@ class MlflowServer:
         try:
             answer = self._http.put(where, content=text.encode())
         except _no_answer() as error:
-            raise MlflowUnavailableError(f"MLflow {name}: {_reason(error)}") from None
+            raise _no_use(name, error) from None
         if answer.status_code >= 400:
             raise _refused(name, answer.status_code, answer.text)
 
-    def _experiment(self, name: str) -> str:
-        name = limits.shortened(name, limits.EXPERIMENT_NAME)
-        query = {"experiment_name": name}
+    def _find_experiment(self, name: str) -> dict[str, Any] | None:
+        query = {"experiment_name": limits.shortened(name, limits.EXPERIMENT_NAME)}
         found = self._call("GET", "experiments/get-by-name", query, absent_ok=True)
-        if found is None:
-            created = self._call("POST", "experiments/create", {"name": name}, exists_ok=True)
+        return None if found is None else found["experiment"]
+
+    def _experiment(self, name: str) -> str:
+        experiment = self._find_experiment(name)
+        if experiment is None:
+            body = {"name": limits.shortened(name, limits.EXPERIMENT_NAME)}
+            created = self._call("POST", "experiments/create", body, exists_ok=True)
             if created is not None:
                 return created["experiment_id"]
-            found = self._call("GET", "experiments/get-by-name", query)
-        experiment = found["experiment"]
+            experiment = self._find_experiment(name)
+        if experiment is None:
+            raise MlflowUnavailableError(f"MLflow's experiment {name!r} exists and cannot be found")
         if experiment.get("lifecycle_stage") == "deleted":
             number = experiment["experiment_id"]
             raise ConfigError(
@@ -325,7 +333,7 @@ class MlflowServer:
             else:
                 answer = self._http.post(where, json=dict(values))
         except _no_answer() as error:
-            raise MlflowUnavailableError(f"MLflow {path}: {_reason(error)}") from None
+            raise _no_use(path, error) from None
         if absent_ok and (answer.status_code == 404 or _says_absent(answer.text)):
             return None
         if exists_ok and "RESOURCE_ALREADY_EXISTS" in answer.text:
@@ -348,10 +356,13 @@ def _no_answer() -> tuple[type[Exception], ...]:
     return (httpx.HTTPError, httpx.InvalidURL)
 
 
-def _reason(error: Exception) -> str:
+def _no_use(what: str, error: Exception) -> MlflowUnavailableError:
+    """Say why there was no answer: a certificate needs a person, all else may pass."""
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
-        return f"its certificate is not accepted; set SSL_CERT_FILE to the file of its authority ({error})"
-    return f"{type(error).__name__}: {error}"
+        return MlflowRefusedError(
+            f"MLflow {what}: its certificate is not accepted; set SSL_CERT_FILE to the file of its authority ({error})"
+        )
+    return MlflowUnavailableError(f"MLflow {what}: {type(error).__name__}: {error}")
 
 
 def _refused(path: str, status: int, text: str) -> MlflowUnavailableError:

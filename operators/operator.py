@@ -109,7 +109,7 @@ class StageOperator(BaseOperator):
 
     def _execute(self, context: Any) -> dict[str, Any]:
         from operators.dispatch import Carried, attach, outcome_of
-        from operators.mlflow import note_hit
+        from operators.mlflow import note_artifact
         from operators.prepare import find_hit
 
         with as_stage_failures():
@@ -118,7 +118,7 @@ class StageOperator(BaseOperator):
             run, max_retries = request.run, request.execution.max_retries
         with as_stage_failures(max_retries):
             if hit := find_hit(store, request):
-                note_hit(run, self.stage, hit.artifact)
+                note_artifact(run, self.stage, hit.artifact, hit=True)
                 return self._finish(context, run, hit)
             with RayJobHook(self.ray_conn_id) as hook:
                 attached = attach(

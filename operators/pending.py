@@ -9,8 +9,6 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from urllib.parse import unquote
 
 from pydantic import Field, ValidationError
 
@@ -18,7 +16,7 @@ from stages.artifacts.store import Store, write_json
 from stages.config.base import Config
 from stages.config.curate import DERIVED
 from stages.config.errors import Category, ConfigError, DataError, StageError
-from stages.config.places import check_source
+from stages.config.places import bucket_and_key, check_source, local_path
 from stages.config.records import parse_record
 from stages.config.request import Failure
 from stages.config.sources import PreferenceFormat, parse_source, parse_sources
@@ -106,7 +104,7 @@ def fault_of(uri: str) -> str:
 
 def _missing_path(uri: str) -> str:
     """A path is judged where Airflow sees the folder that it should be in; others may exist on the workers alone."""
-    path = Path(unquote(uri.removeprefix("file://")) if uri.startswith("file://") else uri)
+    path = local_path(uri)
     try:
         if path.is_absolute() and path.parent.is_dir() and not path.exists():
             return f"does not exist: there is no {path.name!r} in {path.parent}"
@@ -119,7 +117,7 @@ def _missing_object(uri: str) -> str:
     from stages.artifacts.s3 import S3Store
     from stages.artifacts.s3_client import HASTY
 
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    bucket, key = bucket_and_key(uri)
     store, key = S3Store(bucket, "", HASTY), key.rstrip("/")
     try:
         found = next(store.listing(), None) if not key else store.exists(key) or next(store.list(key), None)

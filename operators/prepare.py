@@ -47,9 +47,11 @@ def load_config(store: Store, run: RunInfo) -> PipelineConfig:
     key = pipeline_key(run.run_id)
     advice = "Clear the task `resolve`; it writes the file."
     try:
-        config = parse_record(PipelineConfig, read_own(store, run, PIPELINE_RECORD), f"{store.root_uri}/{key}")
+        data = read_own(store, run, PIPELINE_RECORD)
     except FileNotFoundError:
         raise ConfigError(f"{store.root_uri}/{key} does not exist", advice=advice) from None
+    try:
+        config = parse_record(PipelineConfig, data, f"{store.root_uri}/{key}")
     except DataError as error:
         raise DataError(error.message, advice=advice) from None
     result = run_key(run.run_id, Stage.CURATE, "result.json")

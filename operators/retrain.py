@@ -31,12 +31,13 @@ from stages.config.graph import pipeline_stages
 from stages.config.nested import dotted_once
 from stages.config.pipeline import PipelineConfig
 from stages.config.places import check_source
-from stages.config.request import run_folder, safe_run_id
+from stages.config.request import run_folder, safe_run_id, sha256_of
 from stages.config.resolve import filled_by, resolve
 
 logger = logging.getLogger(__name__)
 
 _PIPELINE = "llm_pipeline"
+_LONGEST_RUN_ID = 240  # what the deployments let Airflow take
 
 
 @dataclass(frozen=True)
@@ -227,8 +228,11 @@ def set_aside_failed(decided: Mapping[str, Any] | None, airflow_run_id: str) -> 
 
 
 def pipeline_run_id(airflow_run_id: str) -> str:
-    """Id of the pipeline run that a run of `retrain` triggers."""
-    return f"retrain__{airflow_run_id}"
+    """Id of the pipeline run that a run of `retrain` triggers; a long one is cut, and stays one of its own."""
+    whole = f"retrain__{airflow_run_id}"
+    if len(whole) <= _LONGEST_RUN_ID:
+        return whole
+    return f"{whole[: _LONGEST_RUN_ID - 13]}-{sha256_of(whole.encode())[:12]}"
 
 
 def tell(set_aside: Mapping[str, str], context: Any) -> None:

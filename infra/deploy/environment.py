@@ -106,7 +106,8 @@ def parse(text: str) -> dict[str, str]:
     for line in text.splitlines():
         name, separator, value = line.strip().partition("=")
         if separator and not name.startswith("#"):
-            found[name.strip()] = re.sub(r"\s#.*", "", value).strip().strip("'\"")
+            quoted = re.match(r"""\s*(["'])(.*?)\1\s*(#.*)?$""", value)  # in quotes, '#' belongs to the value
+            found[name.strip()] = quoted[2] if quoted else re.sub(r"\s#.*", "", value).strip().strip("'\"")
     return found
 
 

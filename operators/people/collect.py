@@ -1,8 +1,6 @@
 """What the tasks of `collect_preferences` do: find the model, ask the questions, publish the answers."""
 
-import json
 import logging
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,18 +9,19 @@ from airflow.sdk import Asset
 from operators.failures import RunIncomplete, StageConfigFailed, as_stage_failures
 from operators.folders import claim_folder
 from operators.form import form_values
+from operators.given import given_artifact
+from operators.mlflow import note_artifact
 from operators.operator import StageOperator
 from operators.people.answers import complete, publish_preferences
 from operators.people.rating import read_responses, shown_order
 from operators.prepare import PIPELINE_RECORD, read_own
-from stages.artifacts.addresses import open_default_store, split_artifact_uri
+from stages.artifacts.addresses import open_default_store
 from stages.artifacts.manifests import read_manifest
 from stages.artifacts.store import Store
 from stages.config.collect import RespondConfig
 from stages.config.errors import ConfigError
 from stages.config.forms import CollectParams
 from stages.config.graph import Stage, language_models
-from stages.config.places import check_source
 from stages.config.records import parse_record
 from stages.config.request import ArtifactRef, RunInfo, StageRequest, sha256_of
 from stages.config.resolve import resolve, validated
@@ -114,15 +113,9 @@ def start_collection(context: Any) -> dict[str, Any]:
 
 def find_model(uri: str) -> tuple[ArtifactRef, ArtifactRef]:
     """Return a language model and the tokens it was trained with; ConfigError when it is not one that Athanor made."""
-    where = _registered_artifact(uri) if uri.startswith("models:/") else uri
     advice = "Give models:/name@alias, models:/name/version, or the URI of a base, SFT or aligned model's artifact."
-    if "/artifacts/" not in where:
-        raise ConfigError(f"model={uri!r} is no artifact of Athanor", advice=advice)
-    check_source(where, field="model")
-    try:
-        manifest = read_manifest(where)
-    except FileNotFoundError:
-        raise ConfigError(f"model={uri!r}: {where} does not exist", advice=advice) from None
+    model = given_artifact(uri, field="model")
+    manifest = read_manifest(model)
     allowed = [spec.kind for spec in language_models()]
     if manifest.kind not in allowed:
         raise ConfigError(
@@ -132,20 +125,7 @@ def find_model(uri: str) -> tuple[ArtifactRef, ArtifactRef]:
     tokens = next((entry for entry in manifest.inputs if entry.role == "tokens"), None)
     if tokens is None:
         raise ConfigError(f"model={uri!r} does not say which tokens it was trained with", advice=advice)
-    store, key = split_artifact_uri(where)
-    return manifest.ref(f"{store.root_uri}/{key}"), tokens.ref()
-
-
-def _registered_artifact(uri: str) -> str:
-    from operators.given import find_version
-
-    found = find_version(uri)
-    if found is None or not (artifact := found.tags.get("artifact.uri")):
-        raise ConfigError(
-            f"model={uri!r} is not registered in MLflow, or not by Athanor",
-            advice="Run llm_pipeline until promote under this run name, or name another model.",
-        )
-    return artifact
+    return model, tokens.ref()
 
 
 def make_questions(responses: Mapping[str, Any], store: Store, run: RunInfo) -> list[dict[str, Any]]:
@@ -186,25 +166,11 @@ def publish_answers(context: Any) -> dict[str, Any]:
         ref, manifest = publish_preferences(
             open_default_store(), responses, complete(rows, answers, questions), run=run
         )
-    _note_on_parent(run, ref)
+    note_artifact(run, Stage.RATE.value, ref, hit=False)
     event = {**ref.model_dump(mode="json", exclude_none=True), "run_id": run.run_id, "pairs": manifest.ledger["pairs"]}
     context["outlet_events"][PREFERENCES].extra = event
     logger.info("Published %s: %s", ref.uri, manifest.ledger)
     return ref.model_dump(mode="json")
-
-
-def _note_on_parent(run: RunInfo, ref: ArtifactRef) -> None:
-    """Tag the parent run with the preferences of this run; an unreachable MLflow is a warning."""
-    from operators.mlflow import MlflowServer, MlflowUnavailableError
-
-    if run.parent_run_id is None:
-        return
-    try:
-        with MlflowServer(os.environ["MLFLOW_TRACKING_URI"]) as server:
-            told = {"hit": False, "uri": ref.uri, "fingerprint": ref.fingerprint}
-            server.set_tag(run.parent_run_id, f"athanor.stage.{Stage.RATE.value}", json.dumps(told))
-    except MlflowUnavailableError as error:
-        logger.warning("The MLflow parent run is not tagged with %s: %s", ref.uri, error)
 
 
 def finish_collection(context: Any) -> None:

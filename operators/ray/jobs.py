@@ -159,7 +159,9 @@ def _base_url(connection: ConnectionLike) -> str:
         )
     _refuse_login(connection, "host", host)
     try:
-        return server_address(host, scheme=connection.schema or "http", port=connection.port, default_port=DEFAULT_PORT)
+        return server_address(
+            host, scheme=str(connection.schema or "http"), port=connection.port, default_port=DEFAULT_PORT
+        )
     except AddressError as error:
         raise _refused(connection, str(error), error.advice) from None
 
@@ -232,14 +234,14 @@ def _headers(connection: ConnectionLike, extra: Mapping[str, Any]) -> dict[str, 
                 f"extra field {HEADERS_FIELD} has a name or a value that no header can hold",
                 "Allowed are printable ASCII characters, without blanks or line breaks at the ends.",
             )
-    if connection.password:
-        if not _can_be_sent(connection.password):
+    if token := str(connection.password or ""):
+        if not _can_be_sent(token):
             raise _refused(
                 connection,
                 "password has characters that no header can hold",
                 "Copy the cluster's token again, without blanks or line breaks at its ends.",
             )
-        headers["Authorization"] = f"Bearer {connection.password}"
+        headers["Authorization"] = f"Bearer {token}"
     return headers
 
 

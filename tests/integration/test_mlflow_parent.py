@@ -3,7 +3,15 @@
 import httpx
 import pytest
 
-from operators.mlflow import RUN_TAG, end_parent_run, end_stage_runs, log_plan, open_parent_run, parent_artifact_page
+from operators.mlflow import (
+    RUN_TAG,
+    MlflowServer,
+    end_parent_run,
+    end_stage_runs,
+    log_plan,
+    open_parent_run,
+    parent_artifact_page,
+)
 from stages.config.errors import ConfigError
 from stages.config.request import RunInfo
 
@@ -23,9 +31,9 @@ def get(tracking_uri: str, run_id: str) -> dict:
     return answer.json()["run"]
 
 
-def child_of(tracking_uri: str, parent: str, stage: str = "report") -> str:
+def child_of(tracking_uri: str, parent: str, stage: str = "report", run: RunInfo = RUN) -> str:
     experiment = get(tracking_uri, parent)["info"]["experiment_id"]
-    tags = {RUN_TAG: RUN.run_id, "lineage.stage": stage, "mlflow.parentRunId": parent}
+    tags = {RUN_TAG: run.run_id, "lineage.stage": stage, "mlflow.parentRunId": parent}
     body = {"experiment_id": experiment, "tags": [{"key": key, "value": value} for key, value in tags.items()]}
     answer = httpx.post(f"{tracking_uri}/api/2.0/mlflow/runs/create", json=body, timeout=10)
     return answer.json()["run"]["info"]["run_id"]
@@ -79,6 +87,17 @@ def test_child_runs_without_an_end_are_ended_and_the_others_left_alone(tracking_
     assert (status(sft), status(ppo), status(parent)) == ("FAILED", "RUNNING", "RUNNING")
     end_stage_runs(RUN, killed=True)
     assert (status(sft), status(ppo), status(parent)) == ("FAILED", "KILLED", "RUNNING")
+
+
+def test_the_runs_of_an_experiment_with_a_name_that_is_cut_are_found(tracking_uri: str):
+    run = RUN.model_copy(update={"experiment": "e" * 300, "run_id": "long-name"})
+    parent = open_parent_run(run)
+    assert parent is not None
+    child = child_of(tracking_uri, parent, "sft", run=run)
+    end_stage_runs(run, killed=True)
+    assert get(tracking_uri, child)["info"]["status"] == "KILLED"
+    with MlflowServer(tracking_uri) as server:
+        assert server.find_parent_run(run) == parent
 
 
 def test_a_deleted_experiment_is_told_with_the_way_out_before_anything_is_trained(tracking_uri: str):

@@ -1,5 +1,6 @@
 """A backup of the local stack that is destroyed and restored; and backups that must not be restored."""
 
+import json
 import shutil
 import sqlite3
 import subprocess
@@ -223,3 +224,13 @@ def test_a_second_backup_that_was_cut_off_leaves_the_first(
         restore_local(folder, layout, store, say)
         assert rows(layout.airflow / "airflow.db") == expected
         assert (layout.mlflow / "artifacts" / "1" / "report.html").read_text() == "story"
+
+
+def test_a_backup_of_a_server_is_not_restored_into_a_local_stack(layout: Layout, tmp_path: Path) -> None:
+    folder, store = tmp_path / "backup", open_store((tmp_path / "store").as_uri())
+    back_up(folder, store, dump_local(folder, layout), say)
+    record = json.loads((folder / "backup.json").read_text())
+    record["databases"] = {}
+    (folder / "backup.json").write_text(json.dumps(record))
+    with pytest.raises(BackupError, match=r"holds no airflow\.db, mlflow\.db"):
+        restore_local(folder, layout, store, say)

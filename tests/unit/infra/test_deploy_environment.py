@@ -64,6 +64,14 @@ def test_a_weak_secret_is_refused_by_name(tmp_path: Path, line: str, complaint: 
         check(file)
 
 
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [("A=x # y", "x"), ('A="x #y"', "x #y"), ("A='x #y' # z", "x #y"), ("A=x#y", "x#y"), ('A=""', ""), ('A="x', "x")],
+)
+def test_a_comment_ends_a_value_that_has_no_quotes(line: str, value: str) -> None:
+    assert parse(line) == {"A": value}
+
+
 def test_the_same_value_twice_is_refused(tmp_path: Path) -> None:
     file = tmp_path / ".env"
     write(file)

@@ -1,6 +1,7 @@
 """`make up` and `make down` on what they find: damaged records, copies, other users, full disks. Processes are real
 ones that only carry a stack's marks; no component is started."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -192,13 +193,20 @@ def test_a_lock_that_another_user_planted_keeps_nobody_waiting(
     assert said == []
 
 
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
 def test_an_unwritable_place_is_told_with_the_way_out(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("ATHANOR_HOME", "/proc/athanor")
+    def refuse(stack: Stack) -> None:
+        raise OSError(number, os.strerror(number), "/state/x")
+
+    monkeypatch.setenv("ATHANOR_HOME", str(tmp_path))
     monkeypatch.setattr("sys.argv", ["infra", "up"])
+    monkeypatch.setattr(Stack, "up", refuse)
     assert main() == 1
-    assert capsys.readouterr().err.startswith("error: /proc/athanor")
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: /state/x: {os.strerror(number)}; ")
+    assert "set ATHANOR_HOME to a folder" in said
 
 
 def test_garbage_collection_without_a_stack_says_how_to_get_one(

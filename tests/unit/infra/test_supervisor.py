@@ -88,6 +88,13 @@ def test_the_users_object_store_and_credentials_reach_every_component(
     assert environment.items() >= client_environment(record, secrets).items()
 
 
+def test_components_in_other_folders_know_the_same_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is closed to sources, so it must not mean another place in a job's working folder."""
+    layout, record, secrets = stack(tmp_path)
+    monkeypatch.setenv("ATHANOR_HOME", "state")
+    assert stack_environment(layout, record, secrets)["ATHANOR_HOME"] == str(layout.home.parent)
+
+
 @pytest.mark.parametrize("length", [0, 1, 240, 241, 250])
 def test_airflow_takes_no_run_id_whose_folder_of_task_logs_could_not_be_made(tmp_path: Path, length: int) -> None:
     environment = stack_environment(*stack(tmp_path))

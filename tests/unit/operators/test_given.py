@@ -9,6 +9,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from operators.given import given_artifacts
+from operators.people.collect import find_model
 from operators.prepare import as_far_as_there_is_new_data, build_request
 from stages.artifacts.addresses import artifact_uri, open_store
 from stages.artifacts.manifests import publish, read_manifest, utc_now
@@ -221,3 +222,10 @@ def test_a_run_goes_as_far_as_there_is_new_data(
     assert (Stage.PRETRAIN in left.selected) == pretrains
     if base_model and new_pairs and not pretrains:
         assert left.stage_given(Stage.SFT)[BASE_MODEL] == house.dpo
+
+
+def test_raters_get_no_model_whose_weights_were_replaced(house: House):
+    assert find_model("models:/n-aligned@champion")[0].uri == house.dpo.uri
+    house.registered_digest = "0" * 64
+    with pytest.raises(ConfigError, match="model='models:/n-aligned@champion' was registered with content 0000"):
+        find_model("models:/n-aligned@champion")

@@ -8,6 +8,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from operators.given import find_version
 from operators.mlflow import MlflowRefusedError, MlflowServer, MlflowUnavailableError
 from operators.people.collect import find_model
 from stages.config.errors import ConfigError
@@ -82,10 +83,10 @@ def test_the_login_of_the_environment_wins_over_one_in_the_address(registry: str
 
 def test_raters_are_told_which_model_is_missing_and_how_to_get_it(registry: str, monkeypatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
-    with pytest.raises(ConfigError, match="models:/x-aligned@candidate") as caught:
+    with pytest.raises(ConfigError, match="model='models:/x-aligned@candidate' is not registered in MLflow") as caught:
         find_model("models:/x-aligned@candidate")
-    assert "until promote" in caught.value.advice
-    with pytest.raises(ConfigError, match="no artifact of Athanor"):
+    assert "models:/<name>@<alias>" in caught.value.advice
+    with pytest.raises(ConfigError, match="model='/models/llama' is not the address of an artifact"):
         find_model("/models/llama")
 
 
@@ -100,9 +101,14 @@ def test_raters_are_told_which_model_is_missing_and_how_to_get_it(registry: str,
         ("broken", "Invalid value"),
     ],
 )
-def test_what_a_person_must_mend_is_told_apart_from_an_outage(registry: str, alias: str, says: str) -> None:
+def test_what_a_person_must_mend_is_told_apart_from_an_outage(
+    registry: str, alias: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with MlflowServer(registry) as server, pytest.raises(MlflowRefusedError, match=says):
         server.model_version("x", alias=alias)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
+    with pytest.raises(ConfigError, match=says):  # a retry would not help
+        find_version(f"models:/x@{alias}")
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9", "http://no host:5000", "http://[::1", "http://host:port"])

@@ -7,7 +7,7 @@ from airflow.sdk import Asset
 
 from operators.pending import Watermark, read_watermark
 from operators.prepare import params_key
-from operators.retrain import Skip, announced_data, record
+from operators.retrain import Skip, announced_data, pipeline_run_id, record
 from stages.config.errors import ConfigError, StageError
 from stages.config.resolve import resolve
 from tests.retrain_world import CHAMPION_PARAMS, World
@@ -110,3 +110,10 @@ def test_an_announced_address_that_no_store_can_hold_is_set_aside(world: World):
     (world.raw / "a.txt").write_text("text")
     half = "s3://bucket/\ud800"
     assert list(world.go(half).set_aside) == [half]
+
+
+def test_a_long_run_id_triggers_a_run_of_its_own_that_airflow_takes() -> None:
+    assert pipeline_run_id("manual__1") == "retrain__manual__1"
+    one, other = (pipeline_run_id("n" * 238 + end) for end in "ab")
+    assert one != other
+    assert len(one) == len(other) == 240
