@@ -6,7 +6,7 @@ digits, UnicodeDecodeError. None of these is worth a retry, and all of them woul
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -44,10 +44,12 @@ def parse_record(kind: type[Record], data: bytes | str, name: str) -> Record:
         raise DataError(f"{name} is not a valid {kind.__name__}: {first_error(error)}", advice=_ADVICE) from None
 
 
-def first_error(error: ValidationError) -> str:
-    """Name the first wrong field and what is wrong with it."""
-    first = error.errors(include_url=False)[0]
-    return one_line(": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"]))), at_most=_LONGEST)
+def first_error(error: ValidationError, among: Callable[[Mapping[str, Any]], bool] = lambda problem: True) -> str:
+    """Name the first wrong field and what is wrong with it; empty when no error is `among` those asked for."""
+    for problem in filter(among, error.errors(include_url=False)):
+        parts = (".".join(map(str, problem["loc"])), problem["msg"])
+        return one_line(": ".join(filter(None, parts)), at_most=_LONGEST)
+    return ""
 
 
 def without_non_finite(value: Any, path: str = "") -> tuple[Any, dict[str, str]]:

@@ -283,13 +283,25 @@ def test_a_small_file_is_read_only_from_the_artifact_that_is_meant(store: Store,
         read_file(ref, "pairs.txt")
 
 
-def test_what_a_newer_version_published_is_neither_used_nor_removed(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"manifest_version": 99}, "manifest_version: .*99 is newer than"),
+        ({"cost": {"energy_joules": 7.0}}, "energy_joules"),
+        ({"signature": "x"}, "signature"),
+        ({"created_at": "in the year 12000", "signature": "x"}, "signature"),
+    ],
+)
+def test_what_a_newer_version_published_is_neither_used_nor_removed(
+    store: Store, tmp_path: Path, changes: dict, says: str
+) -> None:
     given = tokens(store, tmp_path / "made", HONEST)
     first = train(store, given)
     key = first.artifact.uri.removeprefix(f"{store.root_uri}/")
-    newer = json.loads(store.read_bytes(f"{key}/manifest.json")) | {"manifest_version": 99}
+    newer = json.loads(store.read_bytes(f"{key}/manifest.json")) | changes
     store.write_bytes(f"{key}/manifest.json", json.dumps(newer).encode())
-    with pytest.raises(NewerManifestError, match="99 is newer than") as refused:
+    with pytest.raises(NewerManifestError, match=says) as refused:
         train(store, given)
     assert refused.value.category is Category.CONFIG
+    assert "update Athanor" in refused.value.advice
     assert store.exists(f"{key}/model.safetensors")

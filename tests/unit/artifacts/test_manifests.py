@@ -198,7 +198,7 @@ def test_a_damaged_local_copy_is_fetched_again(tmp_path: Path, monkeypatch: pyte
     assert (fetch(ref, tmp_path / "cache") / "a.txt").read_text() == "alpha"
 
 
-def test_a_damaged_artifact_is_no_hit_and_is_set_aside(
+def test_a_damaged_artifact_is_no_hit_and_is_removed(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_artifact(store, tmp_path)
@@ -206,6 +206,7 @@ def test_a_damaged_artifact_is_no_hit_and_is_set_aside(
     store.delete(f"artifacts/tokens/{'f' * 64}/a.txt")
     assert find_intact(store, "tokens", "f" * 64) is None
     assert "a.txt is missing" in caplog.text
+    assert "It is removed and built again." in caplog.text
     assert find_manifest(store, "tokens", "f" * 64) is None
 
 
