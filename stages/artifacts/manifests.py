@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -285,14 +286,19 @@ def _unlisted(folder: Path, files: tuple[FileEntry, ...]) -> list[str]:
 
 
 def _linked(path: Path, copy: Path, entry: FileEntry) -> None:
+    """Put a file where the cache has it. The workers of one machine share the cache and may do so at once."""
     if _matches(copy, entry):
         return
     copy.parent.mkdir(parents=True, exist_ok=True)
-    copy.unlink(missing_ok=True)
+    aside = copy.with_name(f".{uuid.uuid4().hex}")
     try:
-        os.link(path, copy)
-    except OSError:  # another disk
-        shutil.copyfile(path, copy)
+        try:
+            os.link(path, aside)
+        except OSError:  # another disk
+            shutil.copyfile(path, aside)
+        os.replace(aside, copy)
+    finally:
+        aside.unlink(missing_ok=True)  # it stays when both are links to one file
 
 
 def _verified_file(store: Store, key: str, entry: FileEntry, target: Path) -> None:
