@@ -237,7 +237,9 @@ DAMAGED = [b"", b"{", b"[]", b"{}", b"\xff", b"[" * 100_000, b'{"token": ' + b"1
 
 
 @pytest.mark.parametrize("record", DAMAGED)
-def test_a_damaged_lease_blocks_nobody_for_ever(store: Store, record: bytes):
+def test_a_damaged_lease_blocks_nobody_for_ever_and_is_told_once(
+    store: Store, record: bytes, caplog: pytest.LogCaptureFixture
+):
     held(store, "run-1")  # and dies
     store.write_bytes(f"leases/{IDENTITY}/1.json", record)
     started = time.monotonic()
@@ -245,6 +247,7 @@ def test_a_damaged_lease_blocks_nobody_for_ever(store: Store, record: bytes):
         assert second.fence.number == 2
         publish_empty(store)
     assert time.monotonic() - started >= QUICK.stale_seconds - QUICK.beat_seconds
+    assert caplog.text.count("Its holder counts as alive while its heartbeat changes.") == 1
 
 
 def test_a_damaged_lease_is_not_stolen_from_a_living_holder_who_keeps_it(store: Store):
