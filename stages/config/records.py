@@ -36,12 +36,12 @@ def parse_object(data: bytes | str, name: str) -> dict[str, Any]:
     return found
 
 
-def parse_record(kind: type[Record], data: bytes | str, name: str) -> Record:
+def parse_record(kind: type[Record], data: bytes | str, name: str, *, advice: str = _ADVICE) -> Record:
     """Parse and validate one of our records; the DataError names the first wrong field."""
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
-        raise DataError(f"{name} is not a valid {kind.__name__}: {first_error(error)}", advice=_ADVICE) from None
+        raise DataError(f"{name} is not a valid {kind.__name__}: {first_error(error)}", advice=advice) from None
 
 
 def first_error(error: ValidationError, among: Callable[[Mapping[str, Any]], bool] = lambda problem: True) -> str:

@@ -1,7 +1,9 @@
 """Keys, manifests and names that somebody made up to reach what is not theirs."""
 
+import contextlib
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,37 @@ def test_what_is_no_regular_file_is_no_object(tmp_path: Path) -> None:
         store.read_bytes(f"runs/{'x' * 300}")
 
 
+def test_a_socket_is_no_object(tmp_path: Path) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    (tmp_path / "store" / "runs").mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        with contextlib.chdir(tmp_path / "store" / "runs"):  # the address of a socket is short
+            listener.bind("socket")
+        with pytest.raises(ConfigError, match="not a regular file"):
+            store.read_bytes("runs/socket")
+
+
+@pytest.mark.parametrize("key", ["runs/" + "x" * 222, "runs/" + "ä" * 120, "runs/" + "/".join(["x" * 200] * 25)])
+def test_a_name_that_no_folder_can_hold_is_refused_before_anything_is_written(tmp_path: Path, key: str) -> None:
+    """While it is written, an object has a longer name."""
+    store = open_store((tmp_path / "store").as_uri())
+    (tmp_path / "x").write_text("x")
+    for write in (store.write_bytes, store.put_if_absent):
+        with pytest.raises(ConfigError, match=r"more than \d+ bytes"):
+            write(key, b"x")
+    with pytest.raises(ConfigError, match=r"more than \d+ bytes"):
+        store.upload(tmp_path / "x", key)
+    assert not (tmp_path / "store").exists()
+    store.write_bytes("runs/" + "x" * 221, b"x")
+
+
+def test_a_path_that_is_too_long_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    for read in (store.exists, store.size, store.read_bytes, store.delete):
+        with pytest.raises(ConfigError, match=r"more than \d+ bytes"):
+            read("runs/" + "/".join(["x" * 200] * 25))
+
+
 NO_RECORDS = [
     b"",
     b"{",
@@ -109,6 +142,7 @@ NO_RECORDS = [
     b'{"seed": ' + b"1" * 5000 + b"}",
     b'{"stage": "sft", "sources": [[]], "inputs": []}',
     b'{"stage": "gremlins"}',
+    b'{"field_of_another_version": 1}',
 ]
 
 
@@ -121,6 +155,8 @@ def test_a_request_that_is_none_ends_its_job_as_data_and_is_named(
     uri = f"{store.root_uri}/runs/r/sft/config.json"
     assert run_stage(uri, lambda stage: pytest.fail("nothing to run")) == ExitCode.DATA
     assert f"{uri} is not a valid StageRequest" in caplog.text
+    assert "one version of Athanor in Airflow and on the cluster" in caplog.text
+    assert "Delete it" not in caplog.text
 
 
 @pytest.mark.parametrize(
