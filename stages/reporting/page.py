@@ -46,6 +46,7 @@ def render_page(story: Story) -> str:
         artifacts=data_views.artifacts_table(story),
         settings=data_views.settings(story),
         lineage=Markup(to_svg(story.lineage)) if story.lineage else "",  # noqa: S704 - as above
+        no_lineage=story.no_lineage,
     )
     return printable(page)
 

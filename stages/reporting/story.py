@@ -14,7 +14,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from stages.artifacts.manifests import read_file, read_manifest
 from stages.config.base import Config
 from stages.config.closing import Sample
-from stages.config.errors import DataError, StageError
+from stages.config.errors import ConfigError, DamagedArtifactError, DataError
 from stages.config.graph import trained_stages
 from stages.config.request import ArtifactRef, Manifest, RunInfo
 from stages.lineage.graph import Graph, ancestors
@@ -77,6 +77,8 @@ class Story:
     samples: list[dict[str, Any]] = field(default_factory=list)
     promotion: dict[str, Any] = field(default_factory=dict)
     lineage: Graph | None = None
+    no_lineage: str = ""
+    """Why there is no graph."""
 
     def metrics_of(self, role: str) -> dict[str, float]:
         """What `evaluate` measured of a model."""
@@ -92,6 +94,7 @@ def read_story(inputs: Mapping[str, ArtifactRef], run: RunInfo, *, title: str, m
             return default
         return _parsed(read_file(inputs[role], name), inputs[role], name, shape)
 
+    lineage, no_lineage = _whole_lineage(inputs)
     return Story(
         title=title,
         run=run,
@@ -105,21 +108,23 @@ def read_story(inputs: Mapping[str, ArtifactRef], run: RunInfo, *, title: str, m
         evaluation=read("evaluation", "metrics.json", _EVALUATION, {}),
         samples=read("evaluation", "samples.json", _SAMPLES, [])[:max_samples],
         promotion=read("promotion", "promotion.json", _PROMOTION, {}),
-        lineage=_whole_lineage(inputs),
+        lineage=lineage,
+        no_lineage=no_lineage,
     )
 
 
-def _whole_lineage(inputs: Mapping[str, ArtifactRef]) -> Graph | None:
-    """The lineage of everything; its roots are the artifacts that nothing else was made from."""
+def _whole_lineage(inputs: Mapping[str, ArtifactRef]) -> tuple[Graph | None, str]:
+    """The lineage of everything, whose roots are the artifacts that nothing else was made from; or why there is none.
+    What a retry may mend is raised."""
     if not inputs:
-        return None
+        return None, ""
     try:
         graph = ancestors(ref.uri for ref in inputs.values())
-    except StageError as error:  # an ancestor that was removed, or whose manifest was changed
+    except (ConfigError, DataError, DamagedArtifactError) as error:  # an ancestor was removed, or its manifest changed
         logger.warning("the report has no lineage graph: %s", error.message)
-        return None
+        return None, error.message
     used = {edge.source for edge in graph.edges}
-    return replace(graph, roots=tuple(root for root in graph.roots if root not in used))
+    return replace(graph, roots=tuple(root for root in graph.roots if root not in used)), ""
 
 
 def _history(ref: ArtifactRef, manifest: Manifest) -> list[dict[str, Any]]:

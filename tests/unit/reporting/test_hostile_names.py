@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from stages.artifacts.s3_client import StoreError
 from stages.config.closing import ReportConfig
 from stages.config.errors import DataError
 from stages.config.graph import Stage
@@ -20,6 +21,7 @@ from stages.lineage.__main__ import main as lineage_main
 from stages.lineage.graph import ancestors
 from stages.lineage.views import to_json, to_markdown, to_svg
 from stages.report import run
+from stages.reporting.page import render_page
 from stages.reporting.story import read_story
 from tests.pipeline_records import SAMPLES, context_for, publish_artifact, publish_run, refs_for, request_for
 
@@ -120,7 +122,9 @@ def page_of(root: Path, *, title: str = "t", **files: object) -> str:
 
 
 def test_an_empty_reason_is_no_reason(tmp_path: Path) -> None:
-    assert "ends" not in page_of(tmp_path, promotion={"promoted": False, "reason": "", "chosen": None, "models": []})
+    assert 'class="reason"' not in page_of(
+        tmp_path, promotion={"promoted": False, "reason": "", "chosen": None, "models": []}
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,6 +169,24 @@ def test_lineage_that_leads_back_to_itself_is_data_and_the_page_stands(tmp_path:
     story = read_story({"curated": curated, "tokens": tokens}, RunInfo(run_id="r", name="n"), title="t", max_samples=1)
     assert story.lineage is None
     assert "no lineage graph" in caplog.text
+    page = render_page(story)
+    assert "The graph of what this run was made from is missing: " in page
+    assert "was made from itself" in page
+    assert curated.fingerprint[:16] in page
+
+
+def test_a_store_that_is_away_ends_the_report_instead_of_a_page_without_lineage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The retry finds the store again."""
+
+    def away(uris: object) -> None:
+        raise StoreError("the store does not answer")
+
+    _, made = publish_run(tmp_path)
+    monkeypatch.setattr("stages.reporting.story.ancestors", away)
+    with pytest.raises(StoreError, match="does not answer"):
+        read_story({"tokens": made[Stage.TOKENIZE]}, RunInfo(run_id="r", name="n"), title="t", max_samples=1)
 
 
 KEYS = {"kind", "uri", "fingerprint", "digest"}
