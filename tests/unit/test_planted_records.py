@@ -157,7 +157,10 @@ def test_answers_do_not_steer_the_terminal() -> None:
     assert "\x1b" not in str(cell)
 
 
-@pytest.mark.parametrize("password", ["pass", "p@ss", "@", "a@b@c", ":"])
+@pytest.mark.parametrize("password", ["pass", "p@ss", "@", "a@b@c", ":", "p?ss", "p#@ss"])
 def test_a_password_with_an_at_sign_is_taken_out_whole(password: str) -> None:
     assert without_logins(f"no answer from http://user:{password}@host/x") == "no answer from http://host/x"
+    assert without_logins(f"http://a@b:{password}@host/x") == "http://host/x"
+    for public in ("https://a.org?to=x@b.c", "https://a.org#x@b.c", "https://token@a.org?to=x@b.c"):
+        assert without_logins(public) == public.replace("token@", "")
     assert without_logins("s3://bucket/a@b and 'models:/m@champion'") == "s3://bucket/a@b and 'models:/m@champion'"
