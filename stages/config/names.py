@@ -47,7 +47,7 @@ def _safe_run_name(value: str) -> str:
     return value
 
 
-def _one_line(value: str) -> str:
+def _without_controls(value: str) -> str:
     if not _EXPERIMENT.fullmatch(value):
         raise ValueError(f"experiment={value!r} must be one line of text with no control characters")
     return value
@@ -72,7 +72,7 @@ def without_blank_lines(lines: Iterable[str]) -> list[str]:
 RunName = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_safe_run_name)]
 """A run's name, harmless wherever it is put; registered models are called `<run name>-<role>`."""
 
-ExperimentName = Annotated[str, Field(min_length=1, max_length=EXPERIMENT_NAME), AfterValidator(_one_line)]
+ExperimentName = Annotated[str, Field(min_length=1, max_length=EXPERIMENT_NAME), AfterValidator(_without_controls)]
 """An MLflow experiment, which may have been made by others and so may hold spaces and slashes."""
 
 ModelAddress = Annotated[str, BeforeValidator(_stripped), AfterValidator(_model_address)]

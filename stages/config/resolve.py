@@ -106,7 +106,7 @@ def _apply_form(tree: dict[str, Any], params: PipelineParams) -> None:
     for name in RunOutline.model_fields:
         tree[name] = getattr(params, name)
     for name in ("documents", "instructions", "preferences"):
-        if given := [line for line in getattr(params, name) if line.strip()]:
+        if given := getattr(params, name):
             tree["curate"][name] = given
     tree["tokenize"]["base_model"] = params.base_model
     tree["promote"] |= {"run_name": params.run_name, "promotion": params.promotion}

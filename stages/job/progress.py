@@ -57,7 +57,7 @@ def read_record(store: Store, key: str) -> Record:
     except FileNotFoundError:
         return Record()
     except (ConfigError, DataError) as error:  # the key holds a run id, which another record may have made up
-        logger.warning("%s What it says about progress and cost is ignored.", error.message)
+        logger.warning("%s. What it says about progress and cost is ignored.", error.message)
         return Record()
 
 
