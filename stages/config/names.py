@@ -11,11 +11,11 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from stages.config.mlflow_limits import EXPERIMENT_NAME
+from stages.config.text import CONTROLS
 
 MODELS = "models:/"
-_CONTROL = r"\x00-\x1f\x7f-\x9f\u2028\u2029"
-_EXPERIMENT = re.compile(rf"[^{_CONTROL}]*[^\s{_CONTROL}][^{_CONTROL}]*")
-_REGISTERED = re.compile(rf"{MODELS}(?P<name>[^/:@{_CONTROL}]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
+_EXPERIMENT = re.compile(rf"[^{CONTROLS}]*[^\s{CONTROLS}][^{CONTROLS}]*")
+_REGISTERED = re.compile(rf"{MODELS}(?P<name>[^/:@{CONTROLS}]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
 _LONGEST_MODEL = 256  # MLflow's own limit
 
 

@@ -20,12 +20,12 @@ _LONGEST = 500
 _ADVICE = "Something else wrote it, or it was damaged. Delete it, or bring it back from a backup."
 
 
-def parse_json(data: bytes | str, name: str) -> Any:
+def parse_json(data: bytes | str, name: str, *, advice: str = _ADVICE) -> Any:
     """Parse any JSON value; `name` says in the DataError where it lies."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name} is not JSON: {_in_words(error)}", advice=_ADVICE) from None
+        raise DataError(f"{name} is not JSON: {_in_words(error)}", advice=advice) from None
 
 
 def parse_object(data: bytes | str, name: str) -> dict[str, Any]:

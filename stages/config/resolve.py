@@ -19,11 +19,11 @@ from stages.config.pipeline import PipelineConfig
 from stages.config.places import check_source
 from stages.config.recipes import RECIPES
 from stages.config.sources import take_weights
-from stages.config.text import one_line
+from stages.config.text import HALVES, one_line
 from stages.config.train import TrainConfig
 
 Model = TypeVar("Model", bound=BaseModel)
-_HALF = re.compile("[\ud800-\udfff]")
+_HALF = re.compile(f"[{HALVES}]")
 
 _FILLED = {
     "run_name": "Set the field run_name of the form.",

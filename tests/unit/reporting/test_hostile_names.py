@@ -140,7 +140,9 @@ def test_an_empty_reason_is_no_reason(tmp_path: Path) -> None:
     ],
 )
 def test_an_evaluation_of_another_shape_is_data_and_named(evaluation: object, samples: object, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"(metrics|samples)\.json cannot be read"):
+    with pytest.raises(
+        DataError, match=r"metrics\.json cannot be read|samples\.json does not hold prompts with answers"
+    ):
         page_of(tmp_path, evaluation=evaluation, samples=samples)
 
 
@@ -153,7 +155,7 @@ def test_a_damaged_history_is_data_and_named(history: str, tmp_path: Path) -> No
     folder.mkdir()
     (folder / "history.jsonl").write_text(history)
     model, _ = publish_artifact(store, Stage.SFT, {}, folder)
-    with pytest.raises(DataError, match=r"history\.jsonl cannot be read"):
+    with pytest.raises(DataError, match=r"history\.jsonl (cannot be read|is not JSON)"):
         read_story({"sft": model}, RunInfo(run_id="r", name="n"), title="t", max_samples=1)
 
 
