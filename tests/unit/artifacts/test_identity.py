@@ -30,6 +30,7 @@ from stages.config.request import ArtifactRef, StageRequest, StageResult
 from stages.job.context import StageContext, StageOutcome
 from stages.job.failures import describe_failure
 from stages.job.runner import execute
+from tests.damaged import NO_RECORD
 from tests.pipeline_records import publish_artifact, request_for
 
 HONEST, SWAPPED = "chosen=good rejected=bad", "chosen=bad rejected=good"
@@ -170,10 +171,7 @@ def test_key_kind_stage_and_fingerprint_of_a_manifest_agree(store: Store, tmp_pa
     assert refused.value.category is Category.DATA
 
 
-@pytest.mark.parametrize(
-    "manifest",
-    [b"", b"{", b"[]", b"{}", b"[" * 100_000, b'{"version": ' + b"1" * 5000 + b"}", b'{"manifest_version": "x"}'],
-)
+@pytest.mark.parametrize("manifest", [*NO_RECORD, b'{"manifest_version": "x"}'])
 def test_an_artifact_whose_manifest_is_garbage_is_built_again(store: Store, tmp_path: Path, manifest: bytes) -> None:
     given = tokens(store, tmp_path / "made", HONEST)
     first = train(store, given)
