@@ -22,6 +22,7 @@ from torch import nn
 from stages.config.closing import SCORE, WIN_RATE, EvaluateConfig
 from stages.config.errors import DataError
 from stages.config.graph import GRAPH, aligned_models, language_models, spec_of_role, trained_stages
+from stages.config.records import without_non_finite
 from stages.data.tokens.packing import (
     Packed,
     RowBudget,
@@ -102,8 +103,9 @@ def measure_models(context: StageContext) -> StageOutcome:
         "reward_fingerprint": judge.fingerprint if judge else None,
     }
     (context.output_dir / "metrics.json").write_text(json.dumps(report, indent=1, allow_nan=False))
-    samples = bench.samples(measured)
-    (context.output_dir / "samples.json").write_text(json.dumps(samples, indent=1, ensure_ascii=False))
+    samples, _ = without_non_finite(bench.samples(measured))  # a score that is no number is null
+    text = json.dumps(samples, indent=1, ensure_ascii=False, allow_nan=False)
+    (context.output_dir / "samples.json").write_text(text)
     for what, reason in left_out.items():
         logger.warning("not measured: %s: %s", what, reason)
     ledger = {"data": report["data"], **({"left_out": left_out} if left_out else {})}

@@ -11,6 +11,7 @@ from stages.artifacts.store import Store
 from stages.config.base import Config
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import GRAPH, Stage
+from stages.config.places import local_path
 from stages.config.request import (
     ArtifactRef,
     Cost,
@@ -156,6 +157,12 @@ def publish_run(
         sources = {"sources": (RAW_DATA,), "ledger": LEDGER} if stage is Stage.CURATE else {}
         made[stage], _ = publish_artifact(store, stage, refs_for(stage, made), folder, salt=own, **sources)
     return store, made
+
+
+def tampered(ref: ArtifactRef, **changes: Any) -> None:
+    """Change fields of a manifest in a folder store, as whoever may write there can."""
+    path = local_path(ref.uri) / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def content_of(stage: Stage, evaluation: Mapping[str, Any], promotion: Mapping[str, Any]) -> dict[str, str]:

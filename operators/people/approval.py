@@ -22,10 +22,11 @@ from stages.config.decision import CHAMPION, Champion, Conditions, Evaluation, c
 from stages.config.graph import Stage, aligned_models, registered_name, spec_of_role, trained_stages
 from stages.config.markdown import block, code, link, plain, table
 from stages.config.metrics import EVALUATION_METRICS
-from stages.config.mlflow import is_http, tracking_server
+from stages.config.mlflow import tracking_server
 from stages.config.pipeline import PipelineConfig
 from stages.config.records import parse_object
 from stages.config.request import ArtifactRef, RunInfo
+from stages.config.servers import is_web_address
 from stages.config.text import one_line
 
 _NUM_SAMPLES = 4
@@ -206,6 +207,6 @@ def _links(run: RunInfo, evaluation: ArtifactRef) -> str:
         if evaluation.mlflow_run_id:
             page = mlflow_run_page(tracking_uri, evaluation.mlflow_run_id)
             lines.append(f"- {link('the evaluation in MLflow', page)}")
-    if is_http(run.airflow_url):
+    if is_web_address(run.airflow_url):
         lines.append(f"- {link('this run in Airflow', run.airflow_url)}")
     return "\n".join([*lines, "- the report follows your decision, whichever it is"])

@@ -65,7 +65,7 @@ def _readable(store: Store, key: str) -> Manifest | None:
     except FileNotFoundError:
         logger.warning("%s/%s is gone and is ignored.", store.root_uri, key)
     except DamagedArtifactError as error:
-        logger.warning("%s It is ignored.", error.message)
+        logger.warning("%s. It is ignored.", error.message)
     return None
 
 
@@ -88,7 +88,7 @@ def identity_fields(
 
 def identity_of(manifest: Manifest, *, store_uri: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of an earlier build in the store at `store_uri`, to be compared with those of `wanted`."""
-    # A store that was moved holds manifests with the addresses of before: either name of an input is its name.
+    # A store that was moved holds manifests with its earlier addresses: either name of an input is its name.
     inputs = {
         entry.role: asked
         if (asked := wanted.get(f"input {entry.role}")) in (entry.fingerprint, f"content:{entry.digest}")
@@ -102,5 +102,6 @@ def identity_of(manifest: Manifest, *, store_uri: str, wanted: Mapping[str, Any]
 
 def _short(name: str, value: Any) -> str:
     text = str(value)
-    text = text.removeprefix("content:")
-    return text[:12] if name.startswith(("input ", "source ")) and text not in ("absent", NEW, BY_JOB) else text
+    if not name.startswith(("input ", "source ")) or text in ("absent", NEW, BY_JOB):
+        return text
+    return text.removeprefix("content:")[:12]

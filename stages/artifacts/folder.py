@@ -3,6 +3,7 @@
 Objects are written aside under a hidden name, synced and then renamed, so that a reader sees a whole object or none.
 """
 
+import errno
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 from stages.artifacts.store import Listed, Unfinished, check_key
 from stages.config.errors import ConfigError
 
-_LONGEST_NAME = 255
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, of Linux
 _ASIDE = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}")
 
 
@@ -26,6 +27,19 @@ def _led_to(path: Path) -> Path | None:
         return path.resolve()
     except RuntimeError:  # until Python 3.13
         return None
+
+
+def _check_length(path: Path, key: str) -> None:
+    longest = max(len(part.encode(errors="replace")) for part in path.parts)
+    for what, length, limit in (
+        ("a part", longest, _LONGEST_NAME),
+        ("a path", len(str(path).encode(errors="replace")), _LONGEST_PATH),
+    ):
+        if length > limit:
+            raise ConfigError(
+                f"key={key[:80]!r}... has {what} of more than {limit} bytes, which no folder can hold",
+                advice="Use shorter names; this one may have been written to do harm.",
+            )
 
 
 class FileStore:
@@ -39,11 +53,7 @@ class FileStore:
         """The file of a key. A link on the way is refused, even to elsewhere in the store: what is done to one object
         must not happen to another."""
         path = self.root.resolve() / check_key(key, self.root_uri)
-        if any(len(part.encode(errors="replace")) > _LONGEST_NAME for part in path.parts):
-            raise ConfigError(
-                f"key={key[:80]!r}... has a part of more than {_LONGEST_NAME} bytes, which no folder can hold",
-                advice="Use shorter names; this one may have been written to do harm.",
-            )
+        _check_length(path, key)
         if _led_to(path) != path:
             raise ConfigError(
                 f"key={key!r} leads elsewhere in or out of the store {self.root_uri} through a link",
@@ -60,10 +70,17 @@ class FileStore:
 
     def read_bytes(self, key: str) -> bytes:
         path = self._path(key)
+        no_file = ConfigError(
+            f"key={key!r} is not a regular file in the store {self.root_uri}", advice="Remove it; see who made it."
+        )
         try:
             opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for its writer
         except NotADirectoryError:
             raise FileNotFoundError(f"{self.root_uri}/{key} does not exist: its folder is a file") from None
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # a socket
+                raise no_file from None
+            raise
         mode = os.fstat(opened).st_mode
         if stat.S_ISREG(mode):
             with open(opened, "rb") as file:
@@ -71,9 +88,7 @@ class FileStore:
         os.close(opened)
         if stat.S_ISDIR(mode):
             raise FileNotFoundError(f"{self.root_uri}/{key} is a folder, not an object")
-        raise ConfigError(
-            f"key={key!r} is not a regular file in the store {self.root_uri}", advice="Remove it; see who made it."
-        )
+        raise no_file
 
     def write_bytes(self, key: str, data: bytes) -> None:
         aside = self._write_aside(key, data)
@@ -99,8 +114,10 @@ class FileStore:
 
     def _aside(self, key: str) -> Path:
         path = self._path(key)
+        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        _check_length(aside, key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        return aside
 
     def upload(self, path: Path, key: str) -> None:
         aside = self._aside(key)

@@ -14,6 +14,7 @@ publishes anything: an artifact that appeared meanwhile, a newer generation, or 
 it lost. A series is only deleted as a whole, once its artifact exists; from then on the manifest itself is the fence.
 """
 
+import functools
 import logging
 import os
 import platform
@@ -297,8 +298,14 @@ def read_generation(store: Store, fingerprint: str, number: int) -> Generation |
     except FileNotFoundError:
         return None
     except DataError as error:
-        logger.warning("%s Its holder counts as alive while its heartbeat changes.", error.message)
+        _warn_once(f"{error.message}. Its holder counts as alive while its heartbeat changes.")
         return _DAMAGED
+
+
+@functools.lru_cache(maxsize=1000)
+def _warn_once(message: str) -> None:
+    """A waiter looks every few seconds."""
+    logger.warning("%s", message)
 
 
 def _beats(store: Store, fingerprint: str, number: int, token: str) -> bool:

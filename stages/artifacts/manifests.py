@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -87,15 +88,11 @@ def load_manifest(store: Store, key: str) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        is_newer = (first["loc"], first["type"]) == (
-            ("manifest_version",),
-            "value_error",
-        )  # what is no number is damage
-        raise (NewerManifestError if is_newer else BadManifestError)(
-            f"{store.root_uri}/{key}/{MANIFEST} is not a valid manifest: {first_error(error)}",
+        newer = first_error(error, among=_is_newer)
+        raise (NewerManifestError if newer else BadManifestError)(
+            f"{store.root_uri}/{key}/{MANIFEST} is not a valid manifest: {newer or first_error(error)}",
             advice="The artifact may be intact: update Athanor, Airflow's and Ray's images together."
-            if is_newer
+            if newer
             else "Do not use this artifact unless you know who wrote it.",
         ) from None
     says = f"{artifact_key(manifest.kind, manifest.fingerprint)}, made by {manifest.stage.value}"
@@ -105,6 +102,15 @@ def load_manifest(store: Store, key: str) -> Manifest:
             advice="Something copied it there. Use the artifact at its own address.",
         )
     return manifest
+
+
+def _is_newer(problem: Mapping[str, Any]) -> bool:
+    """Whether a later release writes what is wrong: a version above ours, or a field that we do not know. A version
+    that is no number is damage."""
+    return problem["type"] == "extra_forbidden" or (problem["loc"], problem["type"]) == (
+        ("manifest_version",),
+        "value_error",
+    )
 
 
 def find_manifest(store: Store, kind: str, fingerprint: str) -> Manifest | None:
@@ -222,7 +228,7 @@ def discard(store: Store, kind: str, fingerprint: str) -> None:
 
 
 def find_intact(store: Store, kind: str, fingerprint: str) -> Manifest | None:
-    """Return the manifest of an artifact that exists and is whole; a damaged one is named and discarded.
+    """Return the manifest of an artifact that exists and is whole; a damaged one is named and removed.
 
     What a newer version published is not damaged: NewerManifestError.
     """
@@ -236,7 +242,7 @@ def find_intact(store: Store, kind: str, fingerprint: str) -> Manifest | None:
     except NewerManifestError:
         raise
     except DamagedArtifactError as error:
-        logger.warning("Damaged artifact: %s It is set aside and built again.", error.message)
+        logger.warning("Damaged artifact: %s. It is removed and built again.", error.message)
         discard(store, kind, fingerprint)
         return None
     if doubted:
@@ -280,14 +286,19 @@ def _unlisted(folder: Path, files: tuple[FileEntry, ...]) -> list[str]:
 
 
 def _linked(path: Path, copy: Path, entry: FileEntry) -> None:
+    """Put a file where the cache has it. The workers of one machine share the cache and may do so at once."""
     if _matches(copy, entry):
         return
     copy.parent.mkdir(parents=True, exist_ok=True)
-    copy.unlink(missing_ok=True)
+    aside = copy.with_name(f".{uuid.uuid4().hex}")
     try:
-        os.link(path, copy)
-    except OSError:  # another disk
-        shutil.copyfile(path, copy)
+        try:
+            os.link(path, aside)
+        except OSError:  # another disk
+            shutil.copyfile(path, aside)
+        os.replace(aside, copy)
+    finally:
+        aside.unlink(missing_ok=True)  # it stays when both are links to one file
 
 
 def _verified_file(store: Store, key: str, entry: FileEntry, target: Path) -> None:

@@ -84,7 +84,7 @@ class Store(Protocol):
 
 
 def is_key(key: str) -> bool:
-    """Whether a name can be a key. A bucket may hold others, which somebody else made: they are no objects of ours."""
+    """Whether a name can be a key. A bucket may hold other names; what lies there is no object of ours."""
     return "\0" not in key and not any(part in ("", ".", "..") for part in key.split("/"))
 
 

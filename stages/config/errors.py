@@ -3,7 +3,8 @@
 import re
 from enum import IntEnum, StrEnum
 
-_LOGIN = re.compile(r"(?<=://)[^\s/'\"]+@")  # up to the last @, which a password may hold as well
+# Up to the last @, which a password may hold as well; without a password, up to where a query begins.
+_LOGIN = re.compile(r"""(?<=://)(?:[^\s/'"?#:]*:[^\s/'"]*|[^\s/'"?#]+)@""")
 
 
 def without_logins(text: str) -> str:

@@ -3,16 +3,13 @@
 import base64
 import os
 
-
-def is_http(address: str) -> bool:
-    """Whether an address starts with http:// or https://, so that a server or a browser can be meant by it."""
-    return address.startswith(("http://", "https://"))
+from stages.config.servers import is_web_address
 
 
 def tracking_server() -> str:
     """Return the address of the MLflow server; empty when MLFLOW_TRACKING_URI is unset, a database or a folder."""
     address = os.environ.get("MLFLOW_TRACKING_URI", "")
-    return address if is_http(address) else ""
+    return address if is_web_address(address) else ""
 
 
 def authorization() -> str:

@@ -6,16 +6,17 @@ Only their shape is checked here; whether something of that name exists is known
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from stages.config.mlflow_limits import EXPERIMENT_NAME
+from stages.config.text import CONTROLS
 
 MODELS = "models:/"
-_CONTROL = r"\x00-\x1f\x7f-\x9f\u2028\u2029"
-_EXPERIMENT = re.compile(rf"[^{_CONTROL}]*[^\s{_CONTROL}][^{_CONTROL}]*")
-_REGISTERED = re.compile(rf"{MODELS}(?P<name>[^/:@{_CONTROL}]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
-# Limits of MLflow's own names.
-_LONGEST_EXPERIMENT, _LONGEST_MODEL = 500, 256
+_EXPERIMENT = re.compile(rf"[^{CONTROLS}]*[^\s{CONTROLS}][^{CONTROLS}]*")
+_REGISTERED = re.compile(rf"{MODELS}(?P<name>[^/:@{CONTROLS}]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
+_LONGEST_MODEL = 256  # MLflow's own limit
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,17 @@ def _safe_run_name(value: str) -> str:
     return value
 
 
-def _one_line(value: str) -> str:
+def _without_controls(value: str) -> str:
     if not _EXPERIMENT.fullmatch(value):
         raise ValueError(f"experiment={value!r} must be one line of text with no control characters")
     return value
 
 
-def _model_address(value: str) -> str:
-    address = value.strip()
+def _stripped(value: Any) -> Any:
+    return value.strip() if isinstance(value, str) else value
+
+
+def _model_address(address: str) -> str:
     if address.startswith("models:"):
         parse_model_address(address)
     return address
@@ -68,10 +72,10 @@ def without_blank_lines(lines: Iterable[str]) -> list[str]:
 RunName = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_safe_run_name)]
 """A run's name, harmless wherever it is put; registered models are called `<run name>-<role>`."""
 
-ExperimentName = Annotated[str, Field(min_length=1, max_length=_LONGEST_EXPERIMENT), AfterValidator(_one_line)]
+ExperimentName = Annotated[str, Field(min_length=1, max_length=EXPERIMENT_NAME), AfterValidator(_without_controls)]
 """An MLflow experiment, which may have been made by others and so may hold spaces and slashes."""
 
-ModelAddress = Annotated[str, AfterValidator(_model_address)]
+ModelAddress = Annotated[str, BeforeValidator(_stripped), AfterValidator(_model_address)]
 """A registered model, an artifact, a folder or a name of a hub; of the first the whole shape is known."""
 
 Lines = Annotated[list[str], AfterValidator(without_blank_lines)]

@@ -19,6 +19,9 @@ from stages.config.request import BASE_MODEL, PREVIOUS, ArtifactRef, Source, Sou
 from stages.config.tokens import TokenizeConfig
 from stages.config.train import DPOConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig
 
+ONE_VERSION = "Trigger the run again, with one version of Athanor in Airflow and on the cluster."
+"""The advice where what Airflow wrote for a stage is not what the stage reads."""
+
 CONFIG_CLASSES: dict[Stage, type[Config]] = {
     Stage.CURATE: CurateConfig,
     Stage.TOKENIZE: TokenizeConfig,
@@ -144,7 +147,7 @@ def stage_config_from_json(stage: Stage, data: dict[str, Any]) -> Config:
     except ValidationError as error:
         raise ConfigError(
             f"the stored configuration of {stage.value} is not valid: {first_error(error)}",
-            advice="Trigger the run again, with one version of Athanor in Airflow and on the cluster.",
+            advice=ONE_VERSION,
         ) from None
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from stages.config.errors import ConfigError
+from stages.config.text import CONTROLS, HALVES
 
 SOURCE_ROOTS = "ATHANOR_SOURCE_ROOTS"
 """Environment variable: the folders that sources may lie in, separated as in PATH; empty = all but closed ones."""
@@ -20,7 +21,7 @@ SOURCE_ROOTS = "ATHANOR_SOURCE_ROOTS"
 _SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/run", "/boot", "/var/run", "/var/log", "/var/spool", "/var/backups")
 _HOME_OF_ANYONE = re.compile(r"/(?:home|Users)/[^/]+/\.[^/]+|/root/\.[^/]+")
 _CHECKOUT = Path(__file__).parent.parent.parent
-_UNSPEAKABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+_UNSPEAKABLE = re.compile(rf"[{CONTROLS}{HALVES}]")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 

@@ -6,7 +6,7 @@ digits, UnicodeDecodeError. None of these is worth a retry, and all of them woul
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -20,12 +20,12 @@ _LONGEST = 500
 _ADVICE = "Something else wrote it, or it was damaged. Delete it, or bring it back from a backup."
 
 
-def parse_json(data: bytes | str, name: str) -> Any:
+def parse_json(data: bytes | str, name: str, *, advice: str = _ADVICE) -> Any:
     """Parse any JSON value; `name` says in the DataError where it lies."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name} is not JSON: {_in_words(error)}", advice=_ADVICE) from None
+        raise DataError(f"{name} is not JSON: {_in_words(error)}", advice=advice) from None
 
 
 def parse_object(data: bytes | str, name: str) -> dict[str, Any]:
@@ -36,18 +36,20 @@ def parse_object(data: bytes | str, name: str) -> dict[str, Any]:
     return found
 
 
-def parse_record(kind: type[Record], data: bytes | str, name: str) -> Record:
+def parse_record(kind: type[Record], data: bytes | str, name: str, *, advice: str = _ADVICE) -> Record:
     """Parse and validate one of our records; the DataError names the first wrong field."""
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
-        raise DataError(f"{name} is not a valid {kind.__name__}: {first_error(error)}", advice=_ADVICE) from None
+        raise DataError(f"{name} is not a valid {kind.__name__}: {first_error(error)}", advice=advice) from None
 
 
-def first_error(error: ValidationError) -> str:
-    """Name the first wrong field and what is wrong with it."""
-    first = error.errors(include_url=False)[0]
-    return one_line(": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"]))), at_most=_LONGEST)
+def first_error(error: ValidationError, among: Callable[[Mapping[str, Any]], bool] = lambda problem: True) -> str:
+    """Name the first wrong field and what is wrong with it; empty when no error is `among` those asked for."""
+    for problem in filter(among, error.errors(include_url=False)):
+        parts = (".".join(map(str, problem["loc"])), problem["msg"])
+        return one_line(": ".join(filter(None, parts)), at_most=_LONGEST)
+    return ""
 
 
 def without_non_finite(value: Any, path: str = "") -> tuple[Any, dict[str, str]]:

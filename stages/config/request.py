@@ -45,7 +45,7 @@ def _moment(text: str) -> str:
 def safe_run_id(airflow_run_id: str) -> str:
     """Everything outside [A-Za-z0-9_.-] replaced by `-`, and dots that would be a path too.
 
-    The whole name of a folder under `runs/` in stores of before `run_folder`; different run ids may share it.
+    The whole name of a folder under `runs/` in stores that are older than `run_folder`; different run ids may share it.
     """
     return re.sub(r"[^A-Za-z0-9_.-]|^\.+$", "-", airflow_run_id)
 

@@ -19,11 +19,11 @@ from stages.config.pipeline import PipelineConfig
 from stages.config.places import check_source
 from stages.config.recipes import RECIPES
 from stages.config.sources import take_weights
-from stages.config.text import one_line
+from stages.config.text import HALVES, one_line
 from stages.config.train import TrainConfig
 
 Model = TypeVar("Model", bound=BaseModel)
-_HALF = re.compile("[\ud800-\udfff]")
+_HALF = re.compile(f"[{HALVES}]")
 
 _FILLED = {
     "run_name": "Set the field run_name of the form.",
@@ -106,7 +106,7 @@ def _apply_form(tree: dict[str, Any], params: PipelineParams) -> None:
     for name in RunOutline.model_fields:
         tree[name] = getattr(params, name)
     for name in ("documents", "instructions", "preferences"):
-        if given := [line for line in getattr(params, name) if line.strip()]:
+        if given := getattr(params, name):
             tree["curate"][name] = given
     tree["tokenize"]["base_model"] = params.base_model
     tree["promote"] |= {"run_name": params.run_name, "promotion": params.promotion}

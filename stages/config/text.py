@@ -5,16 +5,20 @@ Escaping for HTML or Markdown comes on top, where a page is written.
 
 import re
 
-# Control characters, which terminals obey, XML forbids and PostgreSQL (NUL) cannot store; halves of characters, which
-# UTF-8 does not have; marks that turn the direction of writing and would let a text reach over what stands around it.
-_CONTROLS = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]|\r(?!\n)"
-)
+_CONTROLS_EXCEPT_BREAKS = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029"
+CONTROLS = rf"{_CONTROLS_EXCEPT_BREAKS}\t\n\r"
+"""For use between the brackets of a pattern: what terminals obey, XML forbids and PostgreSQL (NUL) cannot store, and
+what ends a line."""
+HALVES = r"\ud800-\udfff"
+"""The same for halves of characters (surrogates), which UTF-8 does not have."""
+# Marks that turn the direction of writing would let a text reach over what stands around it.
+_TURNS = r"\u202a-\u202e\u2066-\u2069"
+_UNPRINTABLE = re.compile(rf"[{_CONTROLS_EXCEPT_BREAKS}{_TURNS}{HALVES}\ufffe\uffff]|\r(?!\n)")
 
 
 def printable(text: str) -> str:
     """Return text whose control characters are spelled out as in JSON (`\\u001b`), line breaks and tabs excepted."""
-    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def one_line(text: str, *, at_most: int = 0) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from stages.artifacts.addresses import run_key
 from stages.artifacts.store import Store, write_json
-from stages.config.errors import EXIT_CODES, Category, StageError, without_logins
+from stages.config.errors import EXIT_CODES, Category, DataError, StageError, without_logins
 from stages.config.graph import Stage
 from stages.config.records import parse_record
 from stages.config.request import Failure, StageRequest
@@ -37,14 +37,23 @@ def record_failure(store: Store, request: StageRequest, error: BaseException) ->
     try:
         if failure.category == Category.LOST and store.exists(key):
             # The worker that ended has written why; this process only sees that the worker is gone.
-            told = parse_record(Failure, store.read_bytes(key), f"{store.root_uri}/{key}")
-            failure = told if told.category in set(Category) else failure
+            failure = _told(store, key) or failure
         write_json(store, key, failure.model_dump(mode="json"))
     except Exception as problem:  # noqa: BLE001 - whatever the store's client raises; the exit code still tells the category
         logger.error("failure.json was not written: %s", problem)
     summary = f"{request.stage.value} failed [{failure.category}]: {failure.message} {failure.advice}"
     logger.error("%s", f"{summary}\n{failure.detail}".rstrip())
     return EXIT_CODES[Category(failure.category)]
+
+
+def _told(store: Store, key: str) -> Failure | None:
+    """What a worker has written; None when that is damaged."""
+    try:
+        told = parse_record(Failure, store.read_bytes(key), f"{store.root_uri}/{key}")
+    except DataError as error:
+        logger.warning("%s", error.message)
+        return None
+    return told if told.category in set(Category) else None
 
 
 def describe_failure(error: BaseException, stage: Stage) -> Failure:

@@ -37,7 +37,7 @@ def worker_record(rank: int) -> str:
     return f"{_WORKERS}/{rank}.json"
 
 
-class Record(Config):
+class ProgressRecord(Config):
     """What is read of `progress.json` and `workers/<rank>.json`; the rest of it is for people."""
 
     model_config = ConfigDict(extra="ignore")
@@ -50,25 +50,25 @@ class Record(Config):
     cost: Cost | None = None
 
 
-def read_record(store: Store, key: str) -> Record:
+def read_record(store: Store, key: str) -> ProgressRecord:
     """Read one record; empty when there is none. A damaged one is named and counts as none: the work continues."""
     try:
-        return parse_record(Record, store.read_bytes(key), f"{store.root_uri}/{key}")
+        return parse_record(ProgressRecord, store.read_bytes(key), f"{store.root_uri}/{key}")
     except FileNotFoundError:
-        return Record()
+        return ProgressRecord()
     except (ConfigError, DataError) as error:  # the key holds a run id, which another record may have made up
-        logger.warning("%s What it says about progress and cost is ignored.", error.message)
-        return Record()
+        logger.warning("%s. What it says about progress and cost is ignored.", error.message)
+        return ProgressRecord()
 
 
-def read_progress(store: Store, run_id: str, stage: Stage) -> Record:
+def read_progress(store: Store, run_id: str, stage: Stage) -> ProgressRecord:
     """Return the latest report of the process that does the work: the first worker, else the job; empty before there is
     one."""
     for name in (worker_record(0), JOB_RECORD):
         found = read_record(store, run_key(run_id, stage, name))
         if found.done is not None:
             return found
-    return Record()
+    return ProgressRecord()
 
 
 class Progress:
@@ -90,7 +90,7 @@ class Progress:
         self.watchdog = Watchdog(stall_seconds, on_stall=self._record_stall)
         self._num_gpus = num_gpus
         # as the previous attempt left it
-        earlier = read_record(store, self._key) if record else Record()
+        earlier = read_record(store, self._key) if record else ProgressRecord()
         self._before = earlier.cost or Cost(attempts=0)
         self._reached = earlier.reached
         self._productive = 0.0

@@ -21,7 +21,7 @@ from stages.config.base import Config
 from stages.config.curate import CurateConfig
 from stages.config.errors import EXIT_CODES, ConfigError, DataError, ExitCode, StageError
 from stages.config.graph import GRAPH
-from stages.config.pipeline import stage_config_from_json
+from stages.config.pipeline import ONE_VERSION, stage_config_from_json
 from stages.config.records import parse_record, without_non_finite
 from stages.config.request import (
     REQUEST_DIGEST,
@@ -91,7 +91,7 @@ def load_request(config_uri: str) -> tuple[StageRequest, Store]:
             f"{config_uri} is not the request that Airflow wrote (sha256 {sent[:12]}): something changed it",
             advice="Clear the task, which writes it again; see who may write to the store.",
         )
-    return parse_record(StageRequest, data, config_uri), store
+    return parse_record(StageRequest, data, config_uri, advice=ONE_VERSION), store
 
 
 def execute(request: StageRequest, store: Store, verb_of: VerbOf) -> StageResult:

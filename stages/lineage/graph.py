@@ -196,14 +196,14 @@ def _check_no_cycle(edges: Iterable[Edge]) -> None:
 def _made_from_itself(nodes: Iterable[str], number: int) -> DataError:
     return DataError(
         f"{sorted(nodes)[0]} was made from itself, as the manifests of {number} artifacts say",
-        advice="Somebody has changed a manifest in the store; find out which, and build its stage again.",
+        advice="A manifest in the store was changed. Find out which, and build its stage again.",
     )
 
 
 def _read(uri: str) -> Manifest:
     try:
         return read_manifest(uri)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         raise ConfigError(
             f"there is no artifact at {uri!r} (its manifest is missing)",
             advice="Check the uri; if the artifact was removed, what was made from it can still be listed by digest.",

@@ -76,7 +76,7 @@ def escape(text: str) -> str:
 
 
 def _layers(names: list[str], edges: list[tuple[str, str, str]]) -> dict[str, int]:
-    """Longest path from any start; ValueError on a cycle, which lineage by fingerprints cannot have."""
+    """Longest path from any start. A cycle is refused where the graph is built, so one here is our own mistake."""
     layers = dict.fromkeys(names, 0)
     for _ in range(len(names) + 1):
         moved = False
@@ -85,7 +85,7 @@ def _layers(names: list[str], edges: list[tuple[str, str, str]]) -> dict[str, in
                 layers[target], moved = layers[source] + 1, True
         if not moved:
             return layers
-    raise ValueError(f"the graph of {len(names)} nodes has a cycle")
+    raise AssertionError(f"the graph of {len(names)} nodes has a cycle")
 
 
 def _places(layers: dict[str, int], edges: list[tuple[str, str, str]]) -> dict[str, tuple[float, float]]:

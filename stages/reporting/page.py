@@ -3,7 +3,7 @@
 from importlib.resources import files
 
 from stages.artifacts.manifests import utc_now
-from stages.config.mlflow import is_http
+from stages.config.servers import is_web_address
 from stages.config.text import printable
 from stages.lineage.views import to_svg
 from stages.reporting import data_views, mixture_views, model_views
@@ -23,7 +23,7 @@ def render_page(story: Story) -> str:
         run=story.run,
         made_at=utc_now(),
         commit=commit,
-        airflow_url=story.run.airflow_url if is_http(story.run.airflow_url) else "",
+        airflow_url=story.run.airflow_url if is_web_address(story.run.airflow_url) else "",
         verdict=verdict(story),
         promotion=story.promotion,
         facts=model_views.facts(story),
@@ -46,6 +46,7 @@ def render_page(story: Story) -> str:
         artifacts=data_views.artifacts_table(story),
         settings=data_views.settings(story),
         lineage=Markup(to_svg(story.lineage)) if story.lineage else "",  # noqa: S704 - as above
+        no_lineage=story.no_lineage,
     )
     return printable(page)
 

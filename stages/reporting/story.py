@@ -3,7 +3,6 @@
 Only the small files are read. Fetching a model as a whole would copy gigabytes of weights for one history file.
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,9 +12,10 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 
 from stages.artifacts.manifests import read_file, read_manifest
 from stages.config.base import Config
-from stages.config.closing import Sample
-from stages.config.errors import DataError, StageError
+from stages.config.closing import read_samples
+from stages.config.errors import ConfigError, DamagedArtifactError, DataError
 from stages.config.graph import trained_stages
+from stages.config.records import first_error, parse_json
 from stages.config.request import ArtifactRef, Manifest, RunInfo
 from stages.lineage.graph import Graph, ancestors
 from stages.lineage.tags import is_model
@@ -23,6 +23,7 @@ from stages.lineage.tags import is_model
 logger = logging.getLogger(__name__)
 
 _HISTORY = "history.jsonl"
+_REBUILD = "Remove the artifact and clear the task of its stage to build it again."
 
 
 def _with_step(row: dict[str, float | None]) -> dict[str, float | None]:
@@ -47,7 +48,7 @@ class _Evaluation(_Shape):
 
 class _Registered(_Shape):
     name: str
-    version: Annotated[str, AfterValidator(float)]
+    version: str = Field(pattern="^[0-9]+$")
     role: str
     model_id: str
     is_new: bool
@@ -60,8 +61,8 @@ class _Promotion(_Shape):
     models: tuple[_Registered, ...] = ()
 
 
-_EVALUATION, _SAMPLES = TypeAdapter(_Evaluation), TypeAdapter(list[Sample])
-_PROMOTION, _ROW = TypeAdapter(_Promotion), TypeAdapter(Annotated[dict[str, float | None], AfterValidator(_with_step)])
+_EVALUATION, _PROMOTION = TypeAdapter(_Evaluation), TypeAdapter(_Promotion)
+_ROW = TypeAdapter(Annotated[dict[str, float | None], AfterValidator(_with_step)])
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class Story:
     samples: list[dict[str, Any]] = field(default_factory=list)
     promotion: dict[str, Any] = field(default_factory=dict)
     lineage: Graph | None = None
+    no_lineage: str = ""
+    """Why there is no graph."""
 
     def metrics_of(self, role: str) -> dict[str, float]:
         """What `evaluate` measured of a model."""
@@ -87,11 +90,12 @@ def read_story(inputs: Mapping[str, ArtifactRef], run: RunInfo, *, title: str, m
     """Read what the report needs; every file is checked against its manifest."""
     manifests = {role: read_manifest(ref) for role, ref in inputs.items()}
 
-    def read(role: str, name: str, shape: TypeAdapter[Any], default: Any) -> Any:
+    def read(role: str, name: str, shape: TypeAdapter[Any]) -> Any:
         if role not in inputs or not _has(manifests[role], name):
-            return default
+            return {}
         return _parsed(read_file(inputs[role], name), inputs[role], name, shape)
 
+    lineage, no_lineage = _whole_lineage(inputs)
     return Story(
         title=title,
         run=run,
@@ -102,24 +106,33 @@ def read_story(inputs: Mapping[str, ArtifactRef], run: RunInfo, *, title: str, m
             for spec in trained_stages()
             if spec.role in inputs
         },
-        evaluation=read("evaluation", "metrics.json", _EVALUATION, {}),
-        samples=read("evaluation", "samples.json", _SAMPLES, [])[:max_samples],
-        promotion=read("promotion", "promotion.json", _PROMOTION, {}),
-        lineage=_whole_lineage(inputs),
+        evaluation=read("evaluation", "metrics.json", _EVALUATION),
+        samples=_samples(inputs, manifests)[:max_samples],
+        promotion=read("promotion", "promotion.json", _PROMOTION),
+        lineage=lineage,
+        no_lineage=no_lineage,
     )
 
 
-def _whole_lineage(inputs: Mapping[str, ArtifactRef]) -> Graph | None:
-    """The lineage of everything; its roots are the artifacts that nothing else was made from."""
+def _samples(inputs: Mapping[str, ArtifactRef], manifests: Mapping[str, Manifest]) -> list[dict[str, Any]]:
+    if "evaluation" not in inputs or not _has(manifests["evaluation"], "samples.json"):
+        return []
+    ref = inputs["evaluation"]
+    return [sample.model_dump() for sample in read_samples(read_file(ref, "samples.json"), ref.uri)]
+
+
+def _whole_lineage(inputs: Mapping[str, ArtifactRef]) -> tuple[Graph | None, str]:
+    """The lineage of everything, whose roots are the artifacts that nothing else was made from; or why there is none.
+    What a retry may mend is raised."""
     if not inputs:
-        return None
+        return None, ""
     try:
         graph = ancestors(ref.uri for ref in inputs.values())
-    except StageError as error:  # an ancestor that was removed, or whose manifest was changed
+    except (ConfigError, DataError, DamagedArtifactError) as error:  # an ancestor was removed, or its manifest changed
         logger.warning("the report has no lineage graph: %s", error.message)
-        return None
+        return None, error.message
     used = {edge.source for edge in graph.edges}
-    return replace(graph, roots=tuple(root for root in graph.roots if root not in used))
+    return replace(graph, roots=tuple(root for root in graph.roots if root not in used)), ""
 
 
 def _history(ref: ArtifactRef, manifest: Manifest) -> list[dict[str, Any]]:
@@ -130,22 +143,13 @@ def _history(ref: ArtifactRef, manifest: Manifest) -> list[dict[str, Any]]:
 
 def _parsed(data: bytes, ref: ArtifactRef, name: str, shape: TypeAdapter[Any]) -> Any:
     """Return the content as it is, once it is known to have the shape that the page shows."""
+    where = f"{ref.uri}/{name}"
+    found = parse_json(data, where, advice=_REBUILD)
     try:
-        shape.validate_json(data)
-        return json.loads(data)
+        shape.validate_python(found)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise _damaged(ref, name, f"{where}: {first['msg']}"[:300]) from None
-    except (ValueError, RecursionError) as error:
-        raise _damaged(ref, name, f"{type(error).__name__}: {error}"[:300]) from None
-
-
-def _damaged(ref: ArtifactRef, name: str, reason: str) -> DataError:
-    return DataError(
-        f"{ref.uri}/{name} cannot be read: {reason}",
-        advice="Remove the artifact and clear the task of its stage to build it again.",
-    )
+        raise DataError(f"{where} cannot be read: {first_error(error)}", advice=_REBUILD) from None
+    return found
 
 
 def _has(manifest: Manifest, name: str) -> bool:

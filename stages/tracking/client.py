@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.config import mlflow_limits as limits
 from stages.config.errors import ConfigError
+from stages.config.names import parse_model_address
 from stages.config.request import Manifest
 from stages.lineage.tags import lineage_tags
 from stages.tracking.trouble import ABSENT, as_stage_error, deleted
@@ -186,16 +187,19 @@ def artifact_uri_of_model(uri: str) -> str:
     """
     from mlflow.exceptions import MlflowException
 
-    client = connect()
-    name = uri.removeprefix("models:/")
+    advice = "Use models:/<name>@<alias> or models:/<name>/<version> of a registered model."
     try:
-        if "@" in name:
-            version = client.get_model_version_by_alias(*name.split("@", 1))
+        model = parse_model_address(uri)
+    except ValueError as error:
+        raise ConfigError(str(error), advice=advice) from None
+    client = connect()
+    try:
+        if model.alias:
+            version = client.get_model_version_by_alias(model.name, model.alias)
         else:
-            version = client.get_model_version(*name.rsplit("/", 1))
-    except (MlflowException, TypeError) as error:
-        advice = "Use models:/<name>@<alias> or models:/<name>/<version> of a registered model."
-        if isinstance(error, MlflowException) and error.error_code not in ABSENT:
+            version = client.get_model_version(model.name, model.version)
+    except MlflowException as error:
+        if error.error_code not in ABSENT:
             raise as_stage_error(error, f"{uri!r} could not be looked up in MLflow") from error
         raise ConfigError(f"{uri!r} is not registered in MLflow: {error}", advice=advice) from error
     if not (artifact := version.tags.get("artifact.uri")):

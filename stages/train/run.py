@@ -65,6 +65,9 @@ def train_on_worker(context: StageContext, prepare: Prepare) -> StageOutcome:
     objective = prepared.objective(engine)
     _check_size(objective, context)
     unmeasured = _unmeasured(objective, config)
+    if engine.is_main:  # of many workers one says so
+        for reason in unmeasured.values():
+            logger.warning("%s", reason)
     checkpointer = Checkpointer(
         context.store,
         context.fingerprint,
@@ -135,7 +138,6 @@ def _unmeasured(objective: Objective, config: TrainConfig) -> dict[str, str]:
             f"best_metric={config.best_metric!r} cannot be measured: {reason}",
             advice="Hold out a larger share of the data, bring more of it, or leave best_metric empty.",
         )
-    logger.warning("%s", reason)
     return {"not_evaluated": reason}
 
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stages import evaluate, tokenize
@@ -39,14 +40,18 @@ def tokens_without(home: Path, *parts: str) -> ArtifactRef:
     return published(context)
 
 
+def strict_json(path: Path) -> Any:
+    return json.loads(path.read_text(), parse_constant=lambda token: pytest.fail(f"{token} is not JSON"))
+
+
 def evaluated(home: Path, tokens: ArtifactRef) -> tuple[dict[str, Any], Any]:
     models = make_models(home, tokens)[Stage.PPO]
     inputs = {"tokens": tokens, "reward": models["reward"], "sft": models["model"], "dpo": models["model"]}
     config = EvaluateConfig(max_prompts=4, max_preferences=4, max_instructions=4, max_response_length=4, num_samples=2)
     context = make_context(home, Stage.EVALUATE, config, inputs)
     outcome = evaluate.measure_models(context)
-    text = (context.output_dir / "metrics.json").read_text()
-    return json.loads(text, parse_constant=lambda token: pytest.fail(f"{token} is not JSON")), outcome
+    report, samples = (strict_json(context.output_dir / name) for name in ("metrics.json", "samples.json"))
+    return report | {"samples": samples}, outcome
 
 
 def test_heldout_documents_shorter_than_a_row_leave_the_language_out_with_the_reason(tmp_path: Path) -> None:
@@ -82,6 +87,13 @@ def test_a_result_that_is_not_finite_is_left_out_and_named() -> None:
     reasons = evaluate._without_infinite("dpo", values)
     assert values == {"eval/kl": 1.0}
     assert reasons["dpo eval/loss"] == "the result is not a finite number: nan"
+
+
+def test_a_score_that_is_not_finite_is_null_in_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate.Bench, "_scores", lambda self, reward, answers: np.full(len(answers), np.nan))
+    report, _ = evaluated(tmp_path, tokens_without(tmp_path))
+    assert len(report["samples"]) == 2
+    assert [sample["scores"] for sample in report["samples"]] == [{"sft": None, "dpo": None}] * 2
 
 
 @pytest.mark.parametrize("stage", [Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.DPO, Stage.PPO])

@@ -1,7 +1,10 @@
 """Keys, manifests and names that somebody made up to reach what is not theirs."""
 
-import json
+import contextlib
 import os
+import re
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,12 @@ from stages.artifacts.store import Store, read_json, write_json
 from stages.config.errors import ConfigError, DamagedArtifactError, DataError, ExitCode
 from stages.config.graph import Stage
 from stages.config.recipes import tiny
-from stages.config.request import FileEntry, RunInfo, run_folder
+from stages.config.request import FileEntry, RunInfo, run_folder, safe_run_id
 from stages.config.resolve import resolve
 from stages.job.runner import run_stage
 from stages.job.scratch import scratch_folder
-from tests.pipeline_records import request_for
+from tests.damaged import NO_RECORD
+from tests.pipeline_records import request_for, tampered
 from tests.unit.artifacts.test_manifests import make_artifact
 
 OUTSIDE = ["../x", "a/../../x", "/etc/passwd", "a//etc/passwd", "a/..", ".", "", "a/./b", "a\0b", "artifacts/"]
@@ -97,18 +101,42 @@ def test_what_is_no_regular_file_is_no_object(tmp_path: Path) -> None:
         store.read_bytes(f"runs/{'x' * 300}")
 
 
+def test_a_socket_is_no_object(tmp_path: Path) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    (tmp_path / "store" / "runs").mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        with contextlib.chdir(tmp_path / "store" / "runs"):  # the address of a socket is short
+            listener.bind("socket")
+        with pytest.raises(ConfigError, match="not a regular file"):
+            store.read_bytes("runs/socket")
+
+
+@pytest.mark.parametrize("key", ["runs/" + "x" * 222, "runs/" + "ä" * 120, "runs/" + "/".join(["x" * 200] * 25)])
+def test_a_name_that_no_folder_can_hold_is_refused_before_anything_is_written(tmp_path: Path, key: str) -> None:
+    """While it is written, an object has a longer name."""
+    store = open_store((tmp_path / "store").as_uri())
+    (tmp_path / "x").write_text("x")
+    for write in (store.write_bytes, store.put_if_absent):
+        with pytest.raises(ConfigError, match=r"more than \d+ bytes"):
+            write(key, b"x")
+    with pytest.raises(ConfigError, match=r"more than \d+ bytes"):
+        store.upload(tmp_path / "x", key)
+    assert not (tmp_path / "store").exists()
+    store.write_bytes("runs/" + "x" * 221, b"x")
+
+
+def test_a_path_that_is_too_long_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    for read in (store.exists, store.size, store.read_bytes, store.delete):
+        with pytest.raises(ConfigError, match=r"more than \d+ bytes"):
+            read("runs/" + "/".join(["x" * 200] * 25))
+
+
 NO_RECORDS = [
-    b"",
-    b"{",
-    b"[]",
-    b"7",
-    b"{}",
-    b"\xff\xfe",
-    b"[" * 100_000,
-    b'{"a":' * 100_000,
-    b'{"seed": ' + b"1" * 5000 + b"}",
+    *NO_RECORD,
     b'{"stage": "sft", "sources": [[]], "inputs": []}',
     b'{"stage": "gremlins"}',
+    b'{"field_of_another_version": 1}',
 ]
 
 
@@ -121,6 +149,8 @@ def test_a_request_that_is_none_ends_its_job_as_data_and_is_named(
     uri = f"{store.root_uri}/runs/r/sft/config.json"
     assert run_stage(uri, lambda stage: pytest.fail("nothing to run")) == ExitCode.DATA
     assert f"{uri} is not a valid StageRequest" in caplog.text
+    assert "one version of Athanor in Airflow and on the cluster" in caplog.text
+    assert "Delete it" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -146,7 +176,7 @@ def test_a_configuration_of_a_run_that_is_none_is_named_and_not_retried(tmp_path
         load_config(store, RunInfo(run_id="r", name="n"))
 
 
-@pytest.mark.parametrize("record", [record for record in NO_RECORDS if not record.endswith(b"}")])
+@pytest.mark.parametrize("record", [record for record in NO_RECORD if record != b"{}"])
 def test_json_that_is_none_is_named(tmp_path: Path, record: bytes) -> None:
     store = open_store(tmp_path.as_uri())
     store.write_bytes("retrain/n.json", record)
@@ -159,12 +189,6 @@ def test_json_that_is_none_is_named(tmp_path: Path, record: bytes) -> None:
 def test_no_setting_is_infinite(path: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=path.rpartition(".")[2]):
         resolve({"recipe": "tiny", "overrides": {path: value}})
-
-
-def tampered(store: FileStore, uri: str, **changes: Any) -> None:
-    path = store.local_path(f"{uri.removeprefix(store.root_uri + '/')}/manifest.json")
-    assert path is not None
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.mark.parametrize(
@@ -183,7 +207,7 @@ def test_a_manifest_cannot_write_outside_the_cache(changes: dict[str, Any], says
     store = open_store((tmp_path / "store").as_uri())
     assert isinstance(store, FileStore)
     ref = make_artifact(store, tmp_path)
-    tampered(store, ref.uri, **changes)
+    tampered(ref, **changes)
     with pytest.raises(DamagedArtifactError, match=says):
         fetch(ref, tmp_path / "cache")
 
@@ -197,7 +221,7 @@ def test_files_that_were_changed_together_with_the_manifest_are_noticed(tmp_path
     (tmp_path / "evil" / "a.txt").write_text("evil")
     files = upload_files(store, tmp_path / "evil", kind="tokens", fingerprint="f" * 64)
     kept = [entry for entry in read_manifest(ref).files if entry.path != "a.txt"]
-    tampered(store, ref.uri, files=[entry.model_dump() for entry in (*files, *kept)])
+    tampered(ref, files=[entry.model_dump() for entry in (*files, *kept)])
     with pytest.raises(DamagedArtifactError, match="the run expects"):
         fetch(ref, tmp_path / "cache")
 
@@ -247,13 +271,13 @@ def test_an_override_sets_fields_of_the_configuration_and_nothing_else(path: str
         resolve({"recipe": "tiny", "overrides": {path: "x"}})
 
 
-@pytest.mark.parametrize("name", ["..", ".", "...", "../../x", "a/../b", "a b", "$(x)", "a'b"])
-def test_a_run_id_is_one_folder(name: str) -> None:
-    """Airflow's own rule for run ids, which an administrator may change, allows dots."""
-    made = run_folder(name, name)
-    assert "/" not in made
-    assert set(made) - {"."}
-    assert not set(made) & set(" $()'")
+@pytest.mark.parametrize("folder_of", [lambda name: run_folder(name, name), safe_run_id])
+@pytest.mark.parametrize("name", ["..", ".", "...", "../../x", "a/../b", "a b", "$(x)", "a'b", ".\n"])
+def test_a_run_id_is_one_folder(folder_of: Callable[[str], str], name: str) -> None:
+    """Airflow's own rule for run ids, which an administrator may change, allows dots. Older folders have no hash."""
+    made = folder_of(name)
+    assert re.fullmatch(r"[A-Za-z0-9_.-]+", made)
+    assert made.strip(".")
 
 
 @pytest.mark.parametrize("root", ["s3://b/a b", "s3://b/$(touch x)", "s3://b/;touch x", "s3://b/`x`", "s3://b/'x'"])

@@ -21,16 +21,11 @@ from stages.report import run as report
 from stages.tracking.session import MlflowSession
 from stages.train.checkpoint import Checkpointer, _digest
 from stages.train.ranks import Processes
-from tests.pipeline_records import context_for, publish_run, refs_for, request_for
+from tests.pipeline_records import context_for, publish_run, refs_for, request_for, tampered
 from tests.unit.train.test_checkpoints import IDENTITY, saved
 
 HUGE = 10**400
 """JSON allows it, and no floating-point number holds it."""
-
-
-def tampered(root: Path, uri: str, **changes: Any) -> None:
-    path = root / "store" / "artifacts" / uri.partition("/artifacts/")[2] / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.mark.parametrize(
@@ -38,7 +33,7 @@ def tampered(root: Path, uri: str, **changes: Any) -> None:
 )
 def test_a_manifest_says_when_it_was_made(tmp_path: Path, moment: str) -> None:
     _, made = publish_run(tmp_path)
-    tampered(tmp_path, made[Stage.SFT].uri, created_at=moment)
+    tampered(made[Stage.SFT], created_at=moment)
     with pytest.raises(BadManifestError, match=r"created_at: .*no date and time"):
         read_manifest(made[Stage.SFT])
 
@@ -49,7 +44,7 @@ def test_a_model_that_was_started_from_itself_is_named(tmp_path: Path) -> None:
     sft, dpo = made[Stage.SFT], made[Stage.DPO]
     for ours, other in ((sft, dpo), (dpo, sft)):
         given = {"role": "model", **other.model_dump(include={"kind", "uri", "fingerprint", "digest"})}
-        tampered(tmp_path, ours.uri, inputs=[given])
+        tampered(ours, inputs=[given])
     with pytest.raises(DataError, match="was made from itself"):
         started_from(read_manifest(dpo))
 
@@ -68,7 +63,7 @@ def test_what_a_manifest_says_in_another_shape_ends_a_report_as_data(
     tmp_path: Path, stage: Stage, changes: dict[str, Any]
 ) -> None:
     store, made = publish_run(tmp_path)
-    tampered(tmp_path, made[stage].uri, **changes)
+    tampered(made[stage], **changes)
     request = request_for(Stage.REPORT, store, refs_for(Stage.REPORT, made), ReportConfig())
     context = context_for(request, store, ReportConfig(), tmp_path)
     with pytest.raises(DataError, match="are not as Athanor writes them"):
@@ -157,7 +152,10 @@ def test_answers_do_not_steer_the_terminal() -> None:
     assert "\x1b" not in str(cell)
 
 
-@pytest.mark.parametrize("password", ["pass", "p@ss", "@", "a@b@c", ":"])
+@pytest.mark.parametrize("password", ["pass", "p@ss", "@", "a@b@c", ":", "p?ss", "p#@ss"])
 def test_a_password_with_an_at_sign_is_taken_out_whole(password: str) -> None:
     assert without_logins(f"no answer from http://user:{password}@host/x") == "no answer from http://host/x"
+    assert without_logins(f"http://a@b:{password}@host/x") == "http://host/x"
+    for public in ("https://a.org?to=x@b.c", "https://a.org#x@b.c", "https://token@a.org?to=x@b.c"):
+        assert without_logins(public) == public.replace("token@", "")
     assert without_logins("s3://bucket/a@b and 'models:/m@champion'") == "s3://bucket/a@b and 'models:/m@champion'"

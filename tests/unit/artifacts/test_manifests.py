@@ -1,12 +1,13 @@
 """Fingerprints cover what decides a result and nothing else; artifacts exist with their manifest or not at all, on a
 folder and on two very different S3 servers."""
 
+import errno
 import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -198,7 +199,7 @@ def test_a_damaged_local_copy_is_fetched_again(tmp_path: Path, monkeypatch: pyte
     assert (fetch(ref, tmp_path / "cache") / "a.txt").read_text() == "alpha"
 
 
-def test_a_damaged_artifact_is_no_hit_and_is_set_aside(
+def test_a_damaged_artifact_is_no_hit_and_is_removed(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_artifact(store, tmp_path)
@@ -206,7 +207,53 @@ def test_a_damaged_artifact_is_no_hit_and_is_set_aside(
     store.delete(f"artifacts/tokens/{'f' * 64}/a.txt")
     assert find_intact(store, "tokens", "f" * 64) is None
     assert "a.txt is missing" in caplog.text
+    assert "It is removed and built again." in caplog.text
     assert find_manifest(store, "tokens", "f" * 64) is None
+
+
+def with_an_unlisted_file(root: Path) -> tuple[ArtifactRef, Path]:
+    """An artifact whose files are copied or linked next to the cache, because something else lies in its folder."""
+    store = FileStore(root / "store")
+    ref = make_artifact(store, root)
+    store.write_bytes(f"artifacts/tokens/{'f' * 64}/more.txt", b"theirs")
+    return ref, root / "cache" / "tokens" / ref.digest / "a.txt"
+
+
+def test_workers_that_share_a_cache_do_not_meet_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ref, copy = with_an_unlisted_file(tmp_path)
+    link = os.link
+
+    def after_another_worker(source: Path, target: Path) -> None:
+        copy.unlink(missing_ok=True)
+        link(tmp_path / "store" / "artifacts" / "tokens" / ("f" * 64) / "a.txt", copy)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", after_another_worker)
+    assert (fetch(ref, tmp_path / "cache") / "a.txt").read_text() == "alpha"
+    assert sorted(path.name for path in copy.parent.rglob("*")) == ["a.txt", "b.bin", "inner"]
+
+
+def test_a_cache_on_another_disk_changes_no_file_that_another_worker_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref, copy = with_an_unlisted_file(tmp_path)
+    copy.parent.mkdir(parents=True)
+    copy.write_text("stale")
+
+    read: list[tuple[str, IO[str]]] = []
+
+    def another_disk(source: Path, target: Path) -> None:
+        if not copy.exists():
+            copy.write_text("other")
+        read.append((copy.read_text(), copy.open()))
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", another_disk)
+    assert (fetch(ref, tmp_path / "cache") / "a.txt").read_text() == "alpha"
+    for content, file in read:
+        with file:
+            assert file.read() == content
+    assert sorted(path.name for path in copy.parent.rglob("*")) == ["a.txt", "b.bin", "inner"]
 
 
 def flip_a_bit(store: Store, key: str) -> None:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from stages.config.closing import PromoteConfig
 from stages.config.errors import ConfigError
 from stages.config.forms import CollectParams, EvaluationParams, PipelineParams, RetrainParams
+from stages.config.mlflow_limits import EXPERIMENT_NAME
 from stages.config.nested import dotted
 from stages.config.resolve import resolve, validated
 
@@ -70,7 +71,7 @@ def test_nor_can_a_part_of_it_or_a_nested_spelling(path: str) -> None:
         ({"alignment": "rlhf"}, "alignment='rlhf'"),
         ({"experiment": "a\nb"}, "experiment='a\\\\nb'"),
         ({"experiment": " "}, "experiment"),
-        ({"experiment": "x" * 501}, "experiment"),
+        ({"experiment": "x" * (EXPERIMENT_NAME + 1)}, "experiment"),
     ],
 )
 def test_fields_of_the_form_that_overrides_set_obey_the_forms_rules(overrides: dict[str, Any], says: str) -> None:
@@ -130,6 +131,14 @@ def test_addresses_of_models_are_checked_where_they_enter() -> None:
         "s3://b/artifacts/x/y",
     ):
         assert resolve({"recipe": "tiny", "base_model": address}).base_model == address
+
+
+@pytest.mark.parametrize("address", ["", "   ", "\t\x1c"])
+def test_an_evaluation_without_a_model_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="model="):
+        validated(EvaluationParams, {"model": address})
+    assert CollectParams(model=address).model == ""
+    assert EvaluationParams(model=f" models:/a/1{address}").model == "models:/a/1"
 
 
 @pytest.mark.parametrize("field", ["documents", "instructions", "preferences"])

@@ -1,11 +1,11 @@
-"""How numbers are spelled, and nested settings flattened."""
+"""How numbers are spelled, text is made harmless, and nested settings flattened."""
 
 import pytest
 
 from stages.config.execution import ExecutionConfig
 from stages.config.nested import dotted
 from stages.config.pipeline import Executions
-from stages.config.text import byte_size, compact, duration
+from stages.config.text import byte_size, compact, duration, one_line, printable
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,13 @@ def test_a_configuration_is_flattened_like_its_tree() -> None:
     config = Executions(sft=ExecutionConfig(micro_batch_size=3))
     assert dotted(config)["sft.micro_batch_size"] == 3
     assert dotted(config) == dotted(config.model_dump())
+
+
+def test_text_for_people_keeps_what_is_readable() -> None:
+    assert printable("Grüße 🜂\n\tعربي") == "Grüße 🜂\n\tعربي"
+    assert printable("a\x7fb\x85\u202ec\ud800\ufffe\u2028") == "a\\u007fb\\u0085\\u202ec\\ud800\\ufffe\\u2028"
+    assert printable("a\r\nb\rc") == "a\r\nb\\u000dc"
+    assert printable("é 字 שלום \u200f 👩\u200d👧") == "é 字 שלום \u200f 👩\u200d👧"
+    assert printable("\x1b[31m") == "\\u001b[31m"
+    assert one_line("a\r\n b\tc") == "a b c"
+    assert one_line("abcdef", at_most=3) == "abc… (3 more characters)"

@@ -1,5 +1,6 @@
 """Every line of a stage's job can be found by run and stage, in both formats, and the task log shows neither."""
 
+import io
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ from operators.ray.logs import LogRelay
 from stages.artifacts.addresses import open_store
 from stages.config.graph import Stage
 from stages.config.request import StageRequest
-from stages.job.logs import log_for_request, log_for_uri
+from stages.job.logs import JsonFormatter, TextFormatter, log_for_request, log_for_uri
 from tests.pipeline_records import request_for
 from tests.places import REPOSITORY
 
@@ -153,3 +154,16 @@ def test_an_unknown_format_is_named(tmp_path: Path) -> None:
     done = run_stages(f"{tmp_path.as_uri()}/runs/monday/sft/config.json", ATHANOR_LOG_FORMAT="xml")
     assert done.returncode == 2
     assert "ATHANOR_LOG_FORMAT='xml' is not a log format; allowed: text, json" in done.stderr
+
+
+def test_a_log_line_of_theirs_is_no_marked_line_and_moves_no_cursor() -> None:
+    origin: dict[str, str | int] = {"run": "r", "stage": "sft"}
+    for formatter in (TextFormatter(origin), JsonFormatter(origin)):
+        stream = io.StringIO()
+        handler = logging.StreamHandler(stream)
+        handler.setFormatter(formatter)
+        text = 'document \x1b[2J\nATHANOR_MLFLOW_RUN {"run_id": "x"}\r'
+        handler.emit(logging.LogRecord("l", logging.INFO, "f", 1, "%s", (text,), None))
+        shown = stream.getvalue()
+        assert not [line for line in shown.split("\n") if line.startswith("ATHANOR_")]
+        assert not [control for control in "\x1b\r" if control in shown]

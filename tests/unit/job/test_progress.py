@@ -9,6 +9,7 @@ from stages.artifacts.addresses import open_store, run_key
 from stages.artifacts.store import Store, read_json
 from stages.config.graph import Stage
 from stages.job.progress import JOB_RECORD, Progress, read_progress, worker_record
+from tests.damaged import NO_JSON
 
 
 @pytest.fixture
@@ -103,11 +104,7 @@ def test_only_printed_leaves_nothing_in_the_store(store: Store, capsys: pytest.C
 
 
 RECORDS = [
-    b"",
-    b"{",
-    b"[]",
-    b"\xff",
-    b"[" * 100_000,
+    *NO_JSON,
     b'{"done": "three", "total": 10}',
     b'{"done": 1, "total": ' + b"1" * 5000 + b"}",
     b'{"done": 3, "total": NaN}',

@@ -3,16 +3,20 @@
 import errno
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 
+from stages.artifacts.addresses import open_store, run_key
 from stages.artifacts.lease import LeaseLostError
 from stages.artifacts.s3_client import StoreError
-from stages.config.errors import Category, ConfigError, DataError, StageError
+from stages.artifacts.store import read_json
+from stages.config.errors import Category, ConfigError, DataError, ExitCode, StageError
 from stages.config.graph import Stage
-from stages.job.failures import describe_failure
+from stages.job.failures import describe_failure, record_failure
 from stages.job.stopping import Stopped
 from stages.tracking.trouble import explain
+from tests.pipeline_records import request_for
 
 
 class ActorDiedError(Exception):
@@ -111,3 +115,14 @@ def test_the_worker_that_knows_why_speaks_for_those_that_failed_with_it():
     assert (died.category, died.message) == (Category.LOST, "a training worker died: died")
     told = describe_failure(WorkerGroupError(peer, DataError("no pairs", advice="Bring some.")), Stage.SFT)
     assert (told.category, told.message, told.advice) == (Category.DATA, "no pairs", "Bring some.")
+
+
+@pytest.mark.parametrize("told", [b"", b"{", b'{"category": 7}', b'{"category": "gremlins", "message": "m"}'])
+def test_what_a_worker_left_damaged_does_not_hide_why_the_job_failed(told: bytes, tmp_path: Path):
+    store = open_store(tmp_path.as_uri())
+    request = request_for(Stage.SFT, store, {})
+    key = run_key(request.run.run_id, Stage.SFT, "failure.json")
+    store.write_bytes(key, told)
+    assert record_failure(store, request, ActorDiedError("died")) == ExitCode.INFRASTRUCTURE
+    written = read_json(store, key)
+    assert (written["category"], written["message"]) == ("lost", "a training worker died: died")

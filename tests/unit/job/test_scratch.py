@@ -1,9 +1,12 @@
-"""Scratch folders: nobody else's, nothing left over, nothing in use removed."""
+"""Scratch folders: no other user's, nothing left over, nothing in use removed."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -82,9 +85,55 @@ def test_the_default_folder_is_closed_to_others_and_a_named_one_keeps_its_mode(
     with scratch_folder() as folder:
         assert folder.stat().st_mode & 0o077 == 0
     assert home.stat().st_mode & 0o777 == 0o755
-    monkeypatch.delenv("ATHANOR_SCRATCH")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    scratch_home().mkdir(mode=0o755)
-    with scratch_folder():
+    for unset in ("ATHANOR_SCRATCH", "unset"):
+        monkeypatch.setenv("ATHANOR_SCRATCH", "")
+        monkeypatch.delenv(unset, raising=False)
+        scratch_home().mkdir(mode=0o755)
+        with scratch_folder():
+            pass
+        assert scratch_home().stat().st_mode & 0o777 == 0o700
+        scratch_home().rmdir()
+
+
+def test_a_disk_without_locks_ends_no_stage_and_keeps_what_is_in_use(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """NFS grants an exclusive lock only to who may write, and a folder cannot be opened for that."""
+    real = fcntl.flock
+
+    def refused(handle: int, operation: int) -> None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with scratch_folder() as folder:
+        assert folder.is_dir()
+        assert "has no locks" in caplog.text
+        monkeypatch.setattr(fcntl, "flock", real)  # another machine may mount it with locks
+        assert sweep_scratch(home) == 0
+        assert folder.is_dir()
+    assert list(home.iterdir()) == []
+
+
+def test_a_folder_that_could_not_be_named_is_not_left_behind(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path, target: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(OSError, match=r"\[Errno 5\]"), scratch_folder():
         pass
-    assert scratch_home().stat().st_mode & 0o777 == 0o700
+    assert list(home.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["stage-abc", ".new-abc"])
+def test_what_no_lock_tells_of_is_removed_when_nothing_in_it_has_changed_for_a_month(home: Path, name: str) -> None:
+    weights = home / name / "output" / "weights"
+    weights.parent.mkdir(parents=True)
+    weights.write_text("x")
+    then = time.time() - 31 * 24 * 3600
+    for path in (weights.parent, weights.parent.parent):
+        os.utime(path, (then, then))
+    assert sweep_scratch(home) == 0  # a file in it is new
+    os.utime(weights, (then, then))
+    assert sweep_scratch(home) == 1
+    assert list(home.iterdir()) == []

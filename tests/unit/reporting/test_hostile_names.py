@@ -1,8 +1,6 @@
 """Names and texts that other people chose, in every page, drawing and line that a person reads."""
 
-import io
 import json
-import logging
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,18 +8,18 @@ from xml.etree import ElementTree
 
 import pytest
 
+from stages.artifacts.s3_client import StoreError
 from stages.config.closing import ReportConfig
 from stages.config.errors import DataError
 from stages.config.graph import Stage
-from stages.config.request import ArtifactRef, RunInfo, SourceEntry, SourceKind
-from stages.config.text import one_line, printable
-from stages.job.logs import JsonFormatter, TextFormatter
+from stages.config.request import RunInfo, SourceEntry, SourceKind
 from stages.lineage.__main__ import main as lineage_main
 from stages.lineage.graph import ancestors
 from stages.lineage.views import to_json, to_markdown, to_svg
 from stages.report import run
+from stages.reporting.page import render_page
 from stages.reporting.story import read_story
-from tests.pipeline_records import SAMPLES, context_for, publish_artifact, publish_run, refs_for, request_for
+from tests.pipeline_records import SAMPLES, context_for, publish_artifact, publish_run, refs_for, request_for, tampered
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -61,7 +59,7 @@ def test_a_drawing_is_valid_xml_and_holds_no_element_of_theirs(name: str, tmp_pa
 def test_a_table_in_markdown_keeps_its_rows_and_json_its_text(name: str, tmp_path: Path) -> None:
     _, graph = lineage_of(tmp_path, name)
     table = to_markdown(graph)
-    assert len(table.splitlines()) == 2 + len(graph.nodes)
+    assert [len(re.split(r"(?<!\\)\|", line)) for line in table.splitlines()] == [6] * (2 + len(graph.nodes))
     # what is escaped, and what stands in a code span, is not obeyed
     marked_up = re.sub(r"`[^`]*`", "", re.sub(r"\\.|<!---->", "", table))
     assert not set("<[]`") & set(marked_up)
@@ -120,7 +118,9 @@ def page_of(root: Path, *, title: str = "t", **files: object) -> str:
 
 
 def test_an_empty_reason_is_no_reason(tmp_path: Path) -> None:
-    assert "ends" not in page_of(tmp_path, promotion={"promoted": False, "reason": "", "chosen": None, "models": []})
+    assert 'class="reason"' not in page_of(
+        tmp_path, promotion={"promoted": False, "reason": "", "chosen": None, "models": []}
+    )
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,9 @@ def test_an_empty_reason_is_no_reason(tmp_path: Path) -> None:
     ],
 )
 def test_an_evaluation_of_another_shape_is_data_and_named(evaluation: object, samples: object, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"(metrics|samples)\.json cannot be read"):
+    with pytest.raises(
+        DataError, match=r"metrics\.json cannot be read|samples\.json does not hold prompts with answers"
+    ):
         page_of(tmp_path, evaluation=evaluation, samples=samples)
 
 
@@ -149,45 +151,35 @@ def test_a_damaged_history_is_data_and_named(history: str, tmp_path: Path) -> No
     folder.mkdir()
     (folder / "history.jsonl").write_text(history)
     model, _ = publish_artifact(store, Stage.SFT, {}, folder)
-    with pytest.raises(DataError, match=r"history\.jsonl cannot be read"):
+    with pytest.raises(DataError, match=r"history\.jsonl (cannot be read|is not JSON)"):
         read_story({"sft": model}, RunInfo(run_id="r", name="n"), title="t", max_samples=1)
 
 
 def test_lineage_that_leads_back_to_itself_is_data_and_the_page_stands(tmp_path: Path, caplog) -> None:
-    store, made = publish_run(tmp_path)
+    _, made = publish_run(tmp_path)
     curated, tokens = made[Stage.CURATE], made[Stage.TOKENIZE]
-    path = tmp_path / "store" / curated.uri.removeprefix(f"{store.root_uri}/") / "manifest.json"
-    changed = json.loads(path.read_text())
-    changed["inputs"] = [{"role": "evil", **ArtifactRef.model_validate(tokens).model_dump(include=KEYS)}]
-    path.write_text(json.dumps(changed))
+    keys = {"kind", "uri", "fingerprint", "digest"}
+    tampered(curated, inputs=[{"role": "evil", **tokens.model_dump(include=keys)}])
     with pytest.raises(DataError, match="was made from itself"):
         ancestors([tokens.uri])
     story = read_story({"curated": curated, "tokens": tokens}, RunInfo(run_id="r", name="n"), title="t", max_samples=1)
     assert story.lineage is None
     assert "no lineage graph" in caplog.text
+    page = render_page(story)
+    assert "The graph of what this run was made from is missing: " in page
+    assert "was made from itself" in page
+    assert curated.fingerprint[:16] in page
 
 
-KEYS = {"kind", "uri", "fingerprint", "digest"}
+def test_a_store_that_is_away_ends_the_report_instead_of_a_page_without_lineage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The retry finds the store again."""
 
+    def away(uris: object) -> None:
+        raise StoreError("the store does not answer")
 
-def test_a_log_line_of_theirs_is_no_marked_line_and_moves_no_cursor() -> None:
-    origin: dict[str, str | int] = {"run": "r", "stage": "sft"}
-    for formatter in (TextFormatter(origin), JsonFormatter(origin)):
-        stream = io.StringIO()
-        handler = logging.StreamHandler(stream)
-        handler.setFormatter(formatter)
-        text = 'document \x1b[2J\nATHANOR_MLFLOW_RUN {"run_id": "x"}\r'
-        handler.emit(logging.LogRecord("l", logging.INFO, "f", 1, "%s", (text,), None))
-        shown = stream.getvalue()
-        assert not [line for line in shown.split("\n") if line.startswith("ATHANOR_")]
-        assert not [control for control in CONTROLS if control in shown]
-
-
-def test_text_for_people_keeps_what_is_readable() -> None:
-    assert printable("Grüße 🜂\n\tعربي") == "Grüße 🜂\n\tعربي"
-    assert printable("a\x7fb\x85\u202ec\ud800\ufffe\u2028") == "a\\u007fb\\u0085\\u202ec\\ud800\\ufffe\\u2028"
-    assert printable("a\r\nb\rc") == "a\r\nb\\u000dc"
-    assert printable("é 字 שלום \u200f 👩\u200d👧") == "é 字 שלום \u200f 👩\u200d👧"
-    assert printable("\x1b[31m") == "\\u001b[31m"
-    assert one_line("a\r\n b\tc") == "a b c"
-    assert one_line("abcdef", at_most=3) == "abc… (3 more characters)"
+    _, made = publish_run(tmp_path)
+    monkeypatch.setattr("stages.reporting.story.ancestors", away)
+    with pytest.raises(StoreError, match="does not answer"):
+        read_story({"tokens": made[Stage.TOKENIZE]}, RunInfo(run_id="r", name="n"), title="t", max_samples=1)

@@ -21,7 +21,6 @@ from stages.reporting.data_views import mask, tokens_table
 from stages.reporting.line_plot import Series, line_plot, number
 from stages.reporting.mixture_views import mixture_table, sources_table
 from stages.reporting.story import Story, read_story
-from tests import pipeline_records
 from tests.pipeline_records import context_for, publish_run, refs_for, request_for, run_info
 
 PROMOTION = {
@@ -283,14 +282,6 @@ def test_sources_are_told_with_their_losses_and_shares() -> None:
         "40",
     ]
     assert "longer than context 1, cut to fit 1" in [cell.text for cell in tokens.rows[0]]
-
-
-def test_control_characters_are_spelled_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """JSON can spell what neither XML nor a terminal should get."""
-    monkeypatch.setattr(pipeline_records, "SAMPLES", [{"prompt": "ab\x00c", "responses": {"sft": "\x1b[31md"}}])
-    page = (make_report(tmp_path) / "report.html").read_text(encoding="utf-8")
-    assert "<h3>ab\\u0000c</h3>" in page
-    assert "\\u001b[31md" in page
 
 
 def test_the_policy_closes_what_does_not_fall_back_to_default_src(tmp_path: Path) -> None:

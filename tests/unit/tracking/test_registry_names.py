@@ -4,8 +4,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from stages.config.decision import Evaluation
+from stages.config.errors import ConfigError
 from stages.config.graph import Stage
+from stages.tracking.client import artifact_uri_of_model
 from stages.tracking.registry import Registered, Registry
 from tests.pipeline_records import EVALUATION, publish_run
 
@@ -30,3 +34,9 @@ def test_metrics_of_an_evaluation_get_names_that_mlflow_takes(tmp_path: Path) ->
         "-b-": 0.2,
         "a/-/b": 0.3,
     }
+
+
+@pytest.mark.parametrize("address", ["models:/", "models:/a", "models:/a@", "models:/a@b@c", "models:/a/b/c", "a@b"])
+def test_an_address_that_names_no_version_is_refused_before_mlflow_is_asked(address: str) -> None:
+    with pytest.raises(ConfigError, match="names no version of a model"):
+        artifact_uri_of_model(address)
