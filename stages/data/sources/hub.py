@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 from urllib.parse import parse_qs
 
-from stages.config.errors import ConfigError
+from stages.config.errors import ConfigError, StageError
 from stages.config.places import check_source, is_within, real_path
 from stages.data.sources.records import BadRecord
 from stages.data.sources.rows import Row
@@ -57,7 +57,7 @@ def read_hub(uri: str) -> Iterator[Row | BadRecord]:
         if rows.features:
             # Or the path in a row of an image or a sound would be opened, wherever it leads.
             rows = rows.decode(False)
-    except (ConfigError, MemoryError):
+    except (StageError, MemoryError):  # ours, and SIGTERM's
         raise
     except Exception as error:
         # What a card or a file breaks first has any type: YAML's own, RuntimeError for a script, ImportError, ...
@@ -70,6 +70,8 @@ def read_hub(uri: str) -> Iterator[Row | BadRecord]:
         for values in rows:
             number += 1
             yield Row(number, dict(cast(Any, values)), len(str(values)))
+    except StageError:
+        raise
     except Exception as error:
         # A library's error in the middle of its files; what follows cannot be reached. Outages are OSErrors.
         if isinstance(error, MemoryError | OSError) and not isinstance(error, gzip.BadGzipFile):

@@ -6,7 +6,9 @@ import json
 import os
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +25,7 @@ from stages.data.sources import readers
 from stages.data.sources.hub import read_hub
 from stages.data.sources.records import BadRecord, SourceDocument
 from stages.data.sources.rows import Row
+from stages.job.stopping import Stopped
 from tests.curating import PLAIN, curated, prose, rows_of
 from tests.places import SHARED
 
@@ -693,3 +696,32 @@ def test_a_damaged_file_of_a_data_set_is_a_bad_record(tmp_path: Path) -> None:
     (row,) = read_hub(f"hf://{tmp_path}")
     assert isinstance(row, BadRecord)
     assert row.reason == "unreadable_row"
+
+
+class _Breaking:
+    """A data set that gives one row and then meets an error, such as SIGTERM's or an outage."""
+
+    features = None
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.config = SimpleNamespace(data_files=None)
+
+    def as_streaming_dataset(self, *, split: str) -> "_Breaking":
+        return self
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        yield {"text": "first"}
+        raise self.error
+
+
+def test_a_stop_while_a_data_set_is_read_stays_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise Stopped("the job was asked to stop (SIGTERM)")
+
+    monkeypatch.setattr("datasets.load_dataset_builder", stopped)
+    with pytest.raises(Stopped):
+        list(read_hub("hf://org/set"))
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *_, **__: _Breaking(Stopped("SIGTERM")))
+    with pytest.raises(Stopped):
+        list(read_hub("hf://org/set"))
