@@ -60,6 +60,11 @@ def read_hub(uri: str) -> Iterator[Row | BadRecord]:
     except (StageError, MemoryError):  # ours, and SIGTERM's
         raise
     except Exception as error:
+        if _is_outage(error):
+            raise StageError(
+                f"source {uri!r} cannot be loaded, the hub does not answer: {error}",
+                advice="Check that the machine of the Ray job reaches the hub, or give its files as a folder.",
+            ) from error
         # What a card or a file breaks first has any type: YAML's own, RuntimeError for a script, ImportError, ...
         raise ConfigError(
             f"source {uri!r} cannot be loaded: {error}",
@@ -73,10 +78,26 @@ def read_hub(uri: str) -> Iterator[Row | BadRecord]:
     except StageError:
         raise
     except Exception as error:
-        # A library's error in the middle of its files; what follows cannot be reached. Outages are OSErrors.
+        if _is_outage(error):
+            raise StageError(
+                f"source {uri!r} broke off after row {number}, the hub does not answer: {error}",
+                advice="Check that the machine of the Ray job reaches the hub.",
+            ) from error
+        # A library's error in the middle of its files; what follows cannot be reached.
         if isinstance(error, MemoryError | OSError) and not isinstance(error, gzip.BadGzipFile):
             raise
         yield BadRecord(f"{wanted.name}:{number + 1}", "unreadable_row", 0, str(error)[:200])
+
+
+def _is_outage(error: Exception) -> bool:
+    """Whether the hub was not reached, or said that it cannot answer now; a hub that is switched off never will."""
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import httpx
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code >= 500 or error.response.status_code == 429
+    return isinstance(error, httpx.RequestError | ConnectionError | TimeoutError) and not is_offline_mode()
 
 
 def _refuse_files_elsewhere(builder: Any, name: str, uri: str) -> None:

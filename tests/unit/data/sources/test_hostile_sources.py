@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from botocore.response import StreamingBody
+from huggingface_hub.utils import httpx
 
 from operators.given import given_artifact
 from stages.config.curate import CurateConfig
-from stages.config.errors import ConfigError, DataError
+from stages.config.errors import Category, ConfigError, DataError, StageError
 from stages.config.resolve import resolve
 from stages.data.sources import readers
 from stages.data.sources.hub import read_hub
@@ -724,4 +725,28 @@ def test_a_stop_while_a_data_set_is_read_stays_a_stop(monkeypatch: pytest.Monkey
         list(read_hub("hf://org/set"))
     monkeypatch.setattr("datasets.load_dataset_builder", lambda *_, **__: _Breaking(Stopped("SIGTERM")))
     with pytest.raises(Stopped):
+        list(read_hub("hf://org/set"))
+
+
+@pytest.mark.parametrize("kind", ["ConnectError", "ReadTimeout", "RemoteProtocolError"])
+def test_an_outage_of_the_hub_is_retried_and_ends_no_data_set(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    outage = getattr(httpx, kind)("the hub is away")
+
+    def away(*_: Any, **__: Any) -> None:
+        raise outage
+
+    for loading in (away, lambda *_, **__: _Breaking(outage)):
+        monkeypatch.setattr("datasets.load_dataset_builder", loading)
+        with pytest.raises(StageError, match="the hub is away") as caught:
+            list(read_hub("hf://org/set"))
+        assert caught.value.category is Category.INFRASTRUCTURE
+
+
+def test_a_hub_that_is_switched_off_is_the_fault_of_the_one_who_did_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def off(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach the Hugging Face Hub")
+
+    monkeypatch.setattr("datasets.load_dataset_builder", off)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
         list(read_hub("hf://org/set"))
