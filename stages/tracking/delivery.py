@@ -125,9 +125,13 @@ class Delivery:
             except Exception as error:
                 if is_unreachable(error):
                     raise
+                whole = {"attachment": None, "content": base64.b64encode(content).decode()}
+                kept = event.model_copy(update=whole)
+                if trouble_of(error) is Trouble.REFUSAL:
+                    self._refuse(kept, explain(error))
+                    return
                 logger.error("MLflow's storage did not take %s, the rest is logged: %s", event.name, explain(error))
-                kept = base64.b64encode(content).decode()
-                self.postponed.append(event.model_copy(update={"attachment": None, "content": kept}))
+                self.postponed.append(kept)
 
     def _finished(self, manifest: Manifest) -> tuple[Manifest, str]:
         """Return the manifest to tell of, and its address.

@@ -2,9 +2,13 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from stages.artifacts.addresses import run_key
@@ -15,6 +19,7 @@ from stages.tracking.__main__ import main as replay_main
 from stages.tracking.client import connect
 from stages.tracking.registry import Registry, outage_is_infrastructure
 from stages.tracking.tracker import Tracker
+from tests.answering import answering
 from tests.integration.test_mlflow import Tracked, make_tracked
 from tests.pipeline_records import fingerprint_of, refs_for, request_for
 
@@ -246,20 +251,71 @@ def test_a_deleted_pipeline_run_is_replaced(tracked: Tracked) -> None:
     assert tags["mlflow.parentRunId"] != parent
 
 
-def test_files_that_the_storage_does_not_take_wait_and_hold_up_nothing(tracked: Tracked, monkeypatch, caplog) -> None:
-    def refuse(*_: Any) -> None:
-        raise PermissionError(13, "Permission denied", "/mlflow/artifacts")
+@dataclass
+class Storage:
+    """What stands in front of MLflow answers every upload of a file with this status; 0 where it lets them pass."""
 
-    with monkeypatch.context() as broken:
-        broken.setattr("mlflow.MlflowClient.log_artifact", refuse)
-        tracker = tracked.tracker(Stage.CURATE)
-        tracker.log_text("hello", "note.txt")
-        tracker.log({"train/loss": 1.0}, 1)
-        with caplog.at_level(logging.WARNING):
-            run_id, _ = tracked.finish(Stage.CURATE, tracker)
+    status: int = 0
+
+
+@pytest.fixture
+def storage(tracked: Tracked, mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
+    """MLflow works, but for its storage of files."""
+    storage = Storage()
+
+    class InFront(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if self.command == "PUT" and storage.status:
+                self._answer(storage.status, b"{}")
+                return
+            kind = {"Content-Type": self.headers.get("Content-Type") or "application/json"}
+            found = httpx.request(self.command, mlflow_server + self.path, content=body, headers=kind, timeout=30)
+            self._answer(found.status_code, found.content)
+
+        do_POST = do_PATCH = do_PUT = do_DELETE = do_GET
+
+        def _answer(self, code: int, body: bytes) -> None:
+            self.send_response(code)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    with answering(InFront) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        yield storage
+
+
+@pytest.mark.parametrize("status", [500, 507, 403])
+def test_files_that_the_storage_does_not_take_wait_and_hold_up_nothing(
+    tracked: Tracked, storage: Storage, status: int, caplog
+) -> None:
+    storage.status = status
+    tracker = tracked.tracker(Stage.CURATE)
+    tracker.log_text("hello", "note.txt")
+    tracker.log({"train/loss": 1.0}, 1)
+    with caplog.at_level(logging.WARNING):
+        run_id, _ = tracked.finish(Stage.CURATE, tracker)
     assert tracked.client.get_run(run_id).info.status == "FINISHED"
     assert tracked.points(run_id, "train/loss") == [(1, 1.0)]
-    assert "Permission denied" in caplog.text
+    assert "storage did not take note.txt" in caplog.text
+    assert deliver(tracked) == 1
+    storage.status = 0
     assert deliver(tracked) == 0
     assert "note.txt" in files_of(str(run_id))
     assert tracked.client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_a_file_that_the_storage_never_takes_is_set_aside_whole(tracked: Tracked, storage: Storage) -> None:
+    storage.status = 400
+    tracker = tracked.tracker(Stage.CURATE)
+    tracker.log_text("hello", "note.txt")
+    run_id, _ = tracked.finish(Stage.CURATE, tracker)
+    assert deliver(tracked) == 0
+    assert tracked.client.get_run(run_id).info.status == "FINISHED"
+    [kept] = aside(tracked, Stage.CURATE)
+    assert "HTTP 400" in kept["reason"]
+    assert json.loads(kept["what"])["content"] == "aGVsbG8="

@@ -65,6 +65,32 @@ def test_a_certificate_is_told_apart_from_a_server_that_is_away(monkeypatch: pyt
     assert not is_unreachable(PermissionError(13, "Permission denied"))
 
 
+def answered(status: int) -> requests.HTTPError:
+    response = requests.Response()
+    response.status_code = status
+    return requests.HTTPError(f"{status} for url", response=response)
+
+
+def test_an_answer_of_the_storage_of_files_is_told_apart_from_mlflow_that_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    internal = MlflowException("API request failed with exception (Caused by 'too many 500 error responses')")
+    assert not is_unreachable(internal)
+    assert trouble_of(internal) is Trouble.OUTAGE
+    assert "HTTP 500" in explain(caused_by(requests.exceptions.RetryError("too many 500 error responses")))
+    assert is_unreachable(MlflowException("failed with exception (too many 503 error responses)"))
+    assert [is_unreachable(answered(status)) for status in (403, 413, 502, 503, 507)] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+    ]
+    wanted = [Trouble.REFUSAL, Trouble.OUTAGE, Trouble.REFUSAL, Trouble.OUTAGE]
+    assert [trouble_of(answered(status)) for status in (400, 403, 413, 507)] == wanted
+
+
 def test_a_long_value_is_cut_with_a_mark_and_a_short_one_stays() -> None:
     assert limits.shortened("short", 500) == "short"
     cut = limits.shortened("é" * 534, 500)
