@@ -11,10 +11,10 @@ from stages.config.errors import DataError
 from stages.config.graph import GRAPH
 from stages.config.request import StageRequest
 from stages.tracking.client import MLFLOW_RUN_MARKER, connect
-from stages.tracking.delivery import Delivery, LeftBy, numbered, replay
+from stages.tracking.delivery import Delivery, LeftBy, numbered, replay, settle
 from stages.tracking.events import FileEvent, MetricsEvent
 from stages.tracking.session import MlflowSession
-from stages.tracking.spool import SPOOL_NAME, Spool, read_spool, set_aside, set_aside_whole
+from stages.tracking.spool import SPOOL_NAME, Spool, read_spool, set_aside_whole
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,6 @@ class Deliverer(threading.Thread):
         self.attached = threading.Event()
         self.session: MlflowSession | None = None
         self.delivery: Delivery | None = None
-        self.taken_up: list[FileEvent] = []
-        """Files of earlier attempts that MLflow's storage did not take."""
         self.problem = ""
 
     def run(self) -> None:
@@ -141,8 +139,6 @@ class Deliverer(threading.Thread):
                 measured = [event for event in left.events if isinstance(event, MetricsEvent | FileEvent)]
                 delivery = Delivery(session, self._request, LeftBy(store))
                 if delivery.deliver(numbered(measured)) is None:
-                    set_aside(store, own, [*left.refused, *delivery.refused()])
-                    store.delete(own)
-                    self.taken_up = delivery.postponed
+                    settle(store, own, left, delivery)
         if GRAPH[self._request.stage].closing:
             replay(store, run.run_id, run=run)

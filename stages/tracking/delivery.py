@@ -21,12 +21,13 @@ from stages.tracking.events import Event, FailEvent, FileEvent, FinishEvent, Met
 from stages.tracking.session import MlflowSession, Point
 from stages.tracking.spool import (
     SPOOL_NAME,
+    LeftSpool,
     Refused,
     attached,
-    leave_spool,
     read_spool,
     set_aside,
     set_aside_whole,
+    write_spool,
 )
 from stages.tracking.trouble import Trouble, explain, is_unreachable, trouble_of
 
@@ -222,10 +223,16 @@ def _replay_one(store: Store, key: str, run: RunInfo | None) -> str | None:
     problem = delivery.deliver(numbered(left.events))
     if problem is not None:
         return problem
+    settle(store, key, left, delivery)
+    return f"{len(delivery.postponed)} files were not taken by MLflow's storage" if delivery.postponed else None
+
+
+def settle(store: Store, key: str, left: LeftSpool, delivery: Delivery) -> None:
+    """Leave of a spool that was delivered only the files that MLflow's storage did not take; at no moment are they
+    nowhere."""
     set_aside(store, key, [*left.refused, *delivery.refused()])
-    store.delete(key)
     if delivery.postponed:
         start = [event for event in left.events if isinstance(event, StartEvent)][-1:]
-        leave_spool(store, key, left.request, [*start, *delivery.postponed])
-        return f"{len(delivery.postponed)} files were not taken by MLflow's storage"
-    return None
+        write_spool(store, key, left.request, [*start, *delivery.postponed])
+    else:
+        store.delete(key)

@@ -150,6 +150,11 @@ def leave_spool(
     store.write_bytes(key, b"\n".join(lines) + b"\n")
 
 
+def write_spool(store: Store, key: str, request: StageRequest, events: Iterable[Event]) -> None:
+    """Write a spool to the store in place of what is there; its files carry their content."""
+    store.write_bytes(key, b"\n".join([request.model_dump_json().encode(), *map(to_line, events)]) + b"\n")
+
+
 def read_spool(store: Store, key: str) -> LeftSpool:
     """Return what `leave_spool` wrote; raises DataError when it is not the spool of the stage whose folder it is in."""
     first, *rest = store.read_bytes(key).splitlines() or [b""]

@@ -18,6 +18,7 @@ from stages.config.request import SourceEntry, SourceKind
 from stages.tracking.__main__ import main as replay_main
 from stages.tracking.client import connect
 from stages.tracking.registry import Registry, outage_is_infrastructure
+from stages.tracking.spool import read_spool
 from stages.tracking.tracker import Tracker
 from tests.answering import answering
 from tests.integration.test_mlflow import Tracked, make_tracked
@@ -319,3 +320,19 @@ def test_a_file_that_the_storage_never_takes_is_set_aside_whole(tracked: Tracked
     [kept] = aside(tracked, Stage.CURATE)
     assert "HTTP 400" in kept["reason"]
     assert json.loads(kept["what"])["content"] == "aGVsbG8="
+
+
+def test_files_of_earlier_attempts_stay_in_the_store_until_they_are_taken(tracked: Tracked, storage: Storage) -> None:
+    storage.status = 500
+    first = tracked.tracker(Stage.CURATE)
+    first.log_text("hello", "note.txt")
+    first.fail("boom")
+    key = run_key(tracked.run.run_id, Stage.CURATE, SPOOL)
+    assert [event.type for event in read_spool(tracked.store, key).events] == ["start", "file"]
+    for _ in range(2):  # attempts that are killed as soon as they have begun
+        assert tracked.tracker(Stage.CURATE).wait_run_id(30)
+        assert [event.type for event in read_spool(tracked.store, key).events] == ["start", "file"]
+    storage.status = 0
+    run_id = tracked.tracker(Stage.CURATE).wait_run_id(30)
+    assert files_of(str(run_id)) == ["note.txt"]
+    assert not tracked.store.exists(key)
