@@ -7,7 +7,7 @@ import time
 
 from stages.artifacts.addresses import open_store, run_key
 from stages.artifacts.store import Store
-from stages.config.errors import DataError
+from stages.config.errors import DataError, StageError
 from stages.config.graph import GRAPH
 from stages.config.request import StageRequest
 from stages.tracking.client import MLFLOW_RUN_MARKER, connect
@@ -15,6 +15,7 @@ from stages.tracking.delivery import Delivery, LeftBy, numbered, replay, settle
 from stages.tracking.events import FileEvent, MetricsEvent
 from stages.tracking.session import MlflowSession
 from stages.tracking.spool import SPOOL_NAME, Spool, read_spool, set_aside_whole
+from stages.tracking.trouble import explain
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,10 @@ class Deliverer(threading.Thread):
             return problem or "the start of this stage could not be read from the spool"
         ids = {"run_id": session.run_id, "experiment_id": session.experiment_id}
         print(MLFLOW_RUN_MARKER, json.dumps(ids), flush=True)  # noqa: T201 - the job's log is the channel to Airflow
-        self._take_up_leftovers(session, delivery.origin.store)
+        try:
+            self._take_up_leftovers(session, delivery.origin.store)
+        except (StageError, OSError) as error:
+            logger.warning("what earlier attempts left for MLflow waits in the store: %s", explain(error))
         self.attached.set()
         return None
 

@@ -7,7 +7,7 @@ import os
 import re
 from enum import Enum
 
-from stages.config.errors import ConfigError, StageError, without_logins
+from stages.config.errors import Category, ConfigError, StageError, without_logins
 
 
 class Trouble(Enum):
@@ -41,9 +41,9 @@ _GONE = re.compile(r"Run with id=(\S+) not found|No Experiment with id=(\S+)")
 
 
 def trouble_of(error: Exception) -> Trouble:
-    """Sort an error of MLflow's client; errors of ours about MLflow ask for a person."""
+    """Sort an error of MLflow's client, or one of ours, whose category says whether a retry may help."""
     if isinstance(error, StageError):
-        return Trouble.LASTING
+        return Trouble.LASTING if error.category in (Category.CONFIG, Category.DATA) else Trouble.OUTAGE
     code, text = str(getattr(error, "error_code", "")), str(error)
     if _status(error) in _REFUSING:
         return Trouble.REFUSAL

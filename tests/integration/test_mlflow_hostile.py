@@ -12,11 +12,14 @@ import httpx
 import pytest
 
 from stages.artifacts.addresses import run_key
+from stages.artifacts.folder import FileStore
+from stages.artifacts.s3_client import StoreError
 from stages.config.errors import Category, StageError
 from stages.config.graph import Stage
 from stages.config.request import SourceEntry, SourceKind
 from stages.tracking.__main__ import main as replay_main
 from stages.tracking.client import connect
+from stages.tracking.delivery import replay
 from stages.tracking.registry import Registry, outage_is_infrastructure
 from stages.tracking.spool import read_spool
 from stages.tracking.tracker import Tracker
@@ -336,3 +339,49 @@ def test_files_of_earlier_attempts_stay_in_the_store_until_they_are_taken(tracke
     run_id = tracked.tracker(Stage.CURATE).wait_run_id(30)
     assert files_of(str(run_id)) == ["note.txt"]
     assert not tracked.store.exists(key)
+
+
+class Hiccup(FileStore):
+    """A store that does not answer for some keys."""
+
+    broken: tuple[str, ...] = ()
+
+    def read_bytes(self, key: str) -> bytes:
+        if key in self.broken:
+            raise StoreError("the object store did not answer")
+        return super().read_bytes(key)
+
+
+def hiccup(tracked: Tracked, *keys: str) -> Hiccup:
+    store = Hiccup(Path(tracked.store.root_uri.removeprefix("file://")))
+    store.broken = keys
+    return store
+
+
+def test_a_spool_that_the_store_does_not_give_holds_up_no_other(tracked: Tracked) -> None:
+    [one, other] = [plant(tracked, stage) for stage in (Stage.CURATE, Stage.SFT)]
+    assert replay(hiccup(tracked, one), tracked.run.run_id) == [one]
+    assert not tracked.store.exists(other)
+    assert len(tracked.children(Stage.SFT)) == 1
+    assert deliver(tracked) == 0
+
+
+def test_a_finish_waits_while_the_store_does_not_give_its_manifest(tracked: Tracked) -> None:
+    tracked.build(Stage.CURATE)
+    kept = f"{key_of(tracked, Stage.CURATE)}/manifest.json"
+    manifest = json.loads(tracked.store.read_bytes(kept))
+    key = plant(tracked, Stage.CURATE, {"type": "finish", "manifest": manifest, "history": "", "time": 2})
+    assert replay(hiccup(tracked, kept), tracked.run.run_id) == [key]
+    assert deliver(tracked) == 0
+
+
+def test_a_closing_stage_is_tracked_though_the_store_does_not_give_what_others_left(
+    tracked: Tracked, monkeypatch, caplog
+) -> None:
+    keys = [plant(tracked, stage) for stage in (Stage.CURATE, Stage.EVALUATE)]
+    monkeypatch.setattr("stages.tracking.deliverer.open_store", lambda _uri: hiccup(tracked, *keys))
+    with caplog.at_level(logging.WARNING):
+        run_id, _ = tracked.finish(Stage.EVALUATE, tracked.tracker(Stage.EVALUATE))
+    assert tracked.client.get_run(str(run_id)).info.status == "FINISHED"
+    assert "the object store did not answer" in caplog.text
+    assert all(tracked.store.exists(key) for key in keys)

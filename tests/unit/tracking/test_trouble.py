@@ -7,8 +7,9 @@ import requests
 from mlflow.exceptions import MlflowException, RestException
 
 from stages.artifacts.addresses import open_store
+from stages.artifacts.s3_client import StoreError
 from stages.config import mlflow_limits as limits
-from stages.config.errors import Category, DataError
+from stages.config.errors import Category, ConfigError, DataError, StageError
 from stages.tracking.events import FileEvent, MetricsEvent, StartEvent, from_line, to_line
 from stages.tracking.spool import Refused, set_aside
 from stages.tracking.trouble import Trouble, as_stage_error, explain, is_unreachable, trouble_of
@@ -35,10 +36,13 @@ DELETED_EXPERIMENT = "The experiment 7 must be in the 'active' state. Current st
         (failed("PERMISSION_DENIED", "Invalid Host header"), Trouble.LASTING, "MLFLOW_HOSTS"),
         (failed("UNAUTHENTICATED"), Trouble.LASTING, "MLFLOW_TRACKING_PASSWORD"),
         (failed("ENDPOINT_NOT_FOUND"), Trouble.LASTING, "not an MLflow server"),
+        (ConfigError("x"), Trouble.LASTING, "x"),
+        (StoreError("no answer of the store"), Trouble.OUTAGE, "no answer of the store"),
+        (StoreError("no access", category=Category.CONFIG), Trouble.LASTING, "no access"),
     ],
 )
 def test_an_error_is_told_as_what_it_is(
-    error: MlflowException, trouble: Trouble, says: str, monkeypatch: pytest.MonkeyPatch
+    error: MlflowException | StageError, trouble: Trouble, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     assert trouble_of(error) is trouble
