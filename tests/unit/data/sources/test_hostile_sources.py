@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from botocore.exceptions import ClientError, EndpointConnectionError, ReadTimeoutError
 from botocore.response import StreamingBody
 from huggingface_hub.utils import httpx
 
@@ -25,7 +26,8 @@ from stages.config.resolve import resolve
 from stages.data.sources import readers
 from stages.data.sources.hub import read_hub
 from stages.data.sources.records import BadRecord, SourceDocument
-from stages.data.sources.rows import Row
+from stages.data.sources.rows import Row, read_rows
+from stages.data.sources.streams import Stored, read_whole
 from stages.job.stopping import Stopped
 from tests.curating import PLAIN, curated, prose, rows_of
 from tests.places import SHARED
@@ -750,3 +752,43 @@ def test_a_hub_that_is_switched_off_is_the_fault_of_the_one_who_did_so(monkeypat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="cannot be loaded"):
         list(read_hub("hf://org/set"))
+
+
+class _BrokenBody:
+    """A body that gives one line and then breaks off."""
+
+    def __init__(self) -> None:
+        self.blocks = [b'{"text": "one"}\n']
+
+    def read(self, amt: int | None = None) -> bytes:
+        if self.blocks:
+            return self.blocks.pop()
+        raise ReadTimeoutError(endpoint_url="https://store")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        ClientError({"Error": {"Code": "AccessDenied"}}, "GetObject"),
+        ClientError({"Error": {"Code": "SlowDown"}}, "GetObject"),
+        EndpointConnectionError(endpoint_url="https://store"),
+        None,
+    ],
+)
+@pytest.mark.parametrize("name", ["x.jsonl", "x.txt", "x.json", "x.parquet"])
+def test_an_object_that_s3_does_not_give_is_told_in_words(
+    name: str, answer: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing:
+        def get_object(self, **_: Any) -> dict[str, Any]:
+            if answer:
+                raise answer
+            return {"Body": _BrokenBody()}
+
+    monkeypatch.setattr("stages.data.sources.streams.s3_client", Refusing)
+    with pytest.raises(StageError, match=f"s3://bucket/{name}") as caught:
+        read_whole(Stored(f"s3://bucket/{name}", name, 100), 1000)
+    assert caught.value.advice
+    if name != "x.txt":
+        with pytest.raises(StageError, match=f"s3://bucket/{name}"):
+            list(read_rows(Stored(f"s3://bucket/{name}", name, 100)))
