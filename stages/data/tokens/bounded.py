@@ -23,7 +23,7 @@ STEPS = 1_000_000
 _LOOKED_AT_EVERY = 8
 """Steps from one look at the template's variables to the next one."""
 _BYTES = 768 << 20
-"""More memory than a template may ask for in one step. Importing mlflow, which another thread does meanwhile, needs 320 MiB of it."""
+"""How much the process may grow meanwhile. Another thread may import mlflow, which takes 320 MiB of it."""
 _ALONE = threading.Lock()
 """The limit on memory is the process's: two threads would restore each other's."""
 _SIZE = 10_000_000
