@@ -255,6 +255,24 @@ def test_a_deleted_pipeline_run_is_replaced(tracked: Tracked) -> None:
     assert tags["mlflow.parentRunId"] != parent
 
 
+def test_a_run_that_a_replay_made_ends_though_its_spool_has_no_end(tracked: Tracked) -> None:
+    measured = {"type": "metrics", "step": 1, "values": {"train/loss": 1.5}, "time": 1_700_000_000_000}
+    plant(tracked, Stage.SFT, measured)
+    plant(tracked, Stage.CURATE, measured, {"type": "fail", "message": "boom", "time": 2})
+    tracked.build(Stage.TOKENIZE)
+    plant(tracked, Stage.TOKENIZE, measured)
+    running = tracked.tracker(Stage.EVALUATE)
+    assert running.wait_run_id(30)
+    plant(tracked, Stage.EVALUATE, measured)
+    assert deliver(tracked) == 0
+    ends = {
+        stage: run.info.status
+        for stage in (Stage.SFT, Stage.CURATE, Stage.TOKENIZE, Stage.EVALUATE)
+        for run in tracked.children(stage)
+    }
+    assert list(ends.values()) == ["KILLED", "FAILED", "FINISHED", "RUNNING"]
+
+
 @dataclass
 class Storage:
     """What stands in front of MLflow answers every upload of a file with this status; 0 where it lets them pass."""
