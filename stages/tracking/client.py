@@ -186,16 +186,17 @@ def artifact_uri_of_model(uri: str) -> str:
     """
     from mlflow.exceptions import MlflowException
 
+    advice = "Use models:/<name>@<alias> or models:/<name>/<version> of a registered model."
+    path = uri.removeprefix("models:/")
+    by_alias = "@" in path
+    name, _, which = path.partition("@") if by_alias else path.rpartition("/")
+    if not name or not which:
+        raise ConfigError(f"{uri!r} names no version of a model", advice=advice)
     client = connect()
-    name = uri.removeprefix("models:/")
     try:
-        if "@" in name:
-            version = client.get_model_version_by_alias(*name.split("@", 1))
-        else:
-            version = client.get_model_version(*name.rsplit("/", 1))
-    except (MlflowException, TypeError) as error:
-        advice = "Use models:/<name>@<alias> or models:/<name>/<version> of a registered model."
-        if isinstance(error, MlflowException) and error.error_code not in ABSENT:
+        version = client.get_model_version_by_alias(name, which) if by_alias else client.get_model_version(name, which)
+    except MlflowException as error:
+        if error.error_code not in ABSENT:
             raise as_stage_error(error, f"{uri!r} could not be looked up in MLflow") from error
         raise ConfigError(f"{uri!r} is not registered in MLflow: {error}", advice=advice) from error
     if not (artifact := version.tags.get("artifact.uri")):
