@@ -92,7 +92,7 @@ def explain(error: Exception) -> str:
     if code == _FORBIDDEN and "host header" in text.lower():
         return f"{server} does not accept this host name; add it to MLFLOW_HOSTS of the MLflow server"
     if code == _FORBIDDEN:
-        return f"the account may not write there in {server}; give it the permission EDIT on the experiment"
+        return f"{server} forbids that to the account; give it the permission EDIT on the experiment"
     if code == "ENDPOINT_NOT_FOUND":
         return f"{server} is not an MLflow server, or an older one: {text[:200]}"
     cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__
