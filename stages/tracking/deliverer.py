@@ -11,7 +11,7 @@ from stages.config.errors import DataError, StageError
 from stages.config.graph import GRAPH
 from stages.config.request import StageRequest
 from stages.tracking.client import MLFLOW_RUN_MARKER, connect
-from stages.tracking.delivery import Delivery, LeftBy, numbered, replay, settle
+from stages.tracking.delivery import Delivery, Origin, numbered, replay, settle
 from stages.tracking.events import FileEvent, MetricsEvent
 from stages.tracking.session import MlflowSession
 from stages.tracking.spool import SPOOL_NAME, Spool, read_spool, set_aside_whole
@@ -47,7 +47,7 @@ class Deliverer(threading.Thread):
             # one warning of ours instead of one from urllib3 for every attempt
             logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
             self.session = MlflowSession(self._request, connect())
-            origin = LeftBy(open_store(self._request.store_uri), self._spool.folder)
+            origin = Origin(open_store(self._request.store_uri), self._spool.folder)
             self.delivery = Delivery(self.session, self._request, origin)
             self._deliver_until_abandoned(self.session, self.delivery)
         except Exception as error:  # a bug in tracking must not end a stage that works; its traceback is logged
@@ -141,7 +141,7 @@ class Deliverer(threading.Thread):
                 set_aside_whole(store, own, error.message)
             else:
                 measured = [event for event in left.events if isinstance(event, MetricsEvent | FileEvent)]
-                delivery = Delivery(session, self._request, LeftBy(store))
+                delivery = Delivery(session, self._request, Origin(store))
                 if delivery.deliver(numbered(measured)) is None:
                     settle(store, own, left, delivery)
         if GRAPH[self._request.stage].closing:

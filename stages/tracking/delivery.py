@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class LeftBy:
+class Origin:
     """Where events come from: the spool of this process, or one that lies in the store, which others can write to."""
 
     store: Store
@@ -50,7 +50,7 @@ class LeftBy:
 class Delivery:
     """Events of one stage on their way to MLflow, and what MLflow did not take of them."""
 
-    def __init__(self, session: MlflowSession, request: StageRequest, origin: LeftBy) -> None:
+    def __init__(self, session: MlflowSession, request: StageRequest, origin: Origin) -> None:
         self._session, self._request, self.origin = session, request, origin
         self._refused: list[Refused] = []
         self._fingerprint = ""
@@ -225,7 +225,7 @@ def _replay_one(store: Store, key: str, run: RunInfo | None, client: "MlflowClie
         set_aside_whole(store, key, error.message)
         return None
     request = left.request.model_copy(update={"run": run or left.request.run})
-    delivery = Delivery(MlflowSession(request, client, is_live=False), request, LeftBy(store))
+    delivery = Delivery(MlflowSession(request, client, is_live=False), request, Origin(store))
     problem = delivery.deliver(numbered(left.events))
     if problem is not None:
         return problem
