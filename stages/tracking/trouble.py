@@ -29,7 +29,7 @@ _REFUSALS = frozenset(
         "NOT_FOUND",
     }
 )
-ABSENT = _REFUSALS
+ABSENT = frozenset({"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE"})
 """Codes with which MLflow says that a registered model, version or alias does not exist."""
 _FORBIDDEN, _UNKNOWN_LOGIN = "PERMISSION_DENIED", ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
 _PROXY_ERRORS = (429, 502, 503, 504)

@@ -8,7 +8,7 @@ from typing import Any, cast
 from urllib.parse import parse_qs
 
 from stages.config.errors import ConfigError, StageError
-from stages.config.places import check_source, is_within, real_path
+from stages.config.places import check_source, hub_name, is_within, real_path
 from stages.data.sources.records import BadRecord
 from stages.data.sources.rows import Row
 
@@ -26,8 +26,8 @@ class HubDataset:
 
 def parse_hub(uri: str) -> HubDataset:
     """Read `hf://name?split=train&config=..&text=..&revision=..`; raises ConfigError for anything else."""
-    name, _, options = uri.removeprefix("hf://").partition("?")  # not urlsplit: it would cut off what follows a '#'
-    query = {key: values[-1] for key, values in parse_qs(options).items()}
+    name = hub_name(uri)
+    query = {key: values[-1] for key, values in parse_qs(uri.partition("?")[2]).items()}
     unknown = sorted(set(query) - {"split", "config", "text", "revision"})
     if not name or "#" in uri or unknown:
         why = f"unknown {unknown}" if unknown else "'#' is no part of it" if "#" in uri else "it names no dataset"
