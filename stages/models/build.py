@@ -113,6 +113,11 @@ def _load(auto_class: Any, folder: Path, **options: Any) -> tuple[Any, dict[str,
                 f"the code that {folder} brings makes no {auto_class.__name__}: {told(error)}",
                 advice="auto_map in its config.json must name a class for that, and what it imports must be installed.",
             ) from error
+        if isinstance(error, ImportError):
+            raise ConfigError(
+                f"{folder / 'config.json'} asks for a library that is not installed: {told(error)}",
+                advice="Install it where Ray's processes run, or give a model that does without.",
+            ) from error
         raise ConfigError(
             f"the files of {folder} make no {auto_class.__name__}: {told(error)}",
             advice="config.json and *.safetensors must be those of one model; save it again with save_pretrained.",
@@ -122,6 +127,7 @@ def _load(auto_class: Any, folder: Path, **options: Any) -> tuple[Any, dict[str,
 def load_reward_model(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig = _NO_ADAPTER) -> PreTrainedModel:
     """Load a sequence classifier with one output; a language model's folder gives a head of zeros, so training starts
     at ln 2."""
+    check_folder(folder)
     fresh = "ForSequenceClassification" not in json.dumps(read_settings(folder / "config.json"))
     model, loading = _load(
         AutoModelForSequenceClassification,

@@ -31,10 +31,15 @@ def snapshot_base_model(uri: str) -> str:
         return hashlib.sha256(canonical_json(files)).hexdigest()
     if _HUB_ID.fullmatch(uri):
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+        from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
         try:
             return str(HfApi().model_info(uri).sha)
+        except GatedRepoError as error:  # also a RepositoryNotFoundError
+            raise ConfigError(
+                f"base_model={uri!r} is given only to accounts that accept its terms",
+                advice="Accept them on its page, and set HF_TOKEN to that account's token where Ray's processes run.",
+            ) from error
         except (HFValidationError, RepositoryNotFoundError) as error:
             raise _not_there(uri) from error
     raise _not_there(uri)

@@ -15,6 +15,10 @@ from stages.models.folder import check_folder, is_malformed, read_settings, told
 from stages.models.foreign_code import may_run_code
 
 _SETTINGS = "tokenizer_config.json"
+_OBJECTS = frozenset(
+    {"config.json", _SETTINGS, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"}
+)
+"""What loading a tokenizer may read; other JSON files of a folder are not to blame."""
 _LARGEST_ID = 1 << 24
 """No vocabulary is near it; tables that are as long as the largest id must fit into memory."""
 
@@ -73,8 +77,8 @@ def _loaded(folder: Path) -> Any:
             if not is_malformed(error):
                 raise
             for path in files:
-                if path.suffix == ".json":
-                    read_settings(path)  # names the file where it is no JSON at all
+                if path.name in _OBJECTS:
+                    read_settings(path)  # names the file where it is no JSON object
             raise ConfigError(
                 f"base_model: no tokenizer in {folder}: {told(error).replace(scratch, str(folder))}",
                 advice="Save the model's tokenizer files next to its weights.",

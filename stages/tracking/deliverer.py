@@ -7,14 +7,15 @@ import time
 
 from stages.artifacts.addresses import open_store, run_key
 from stages.artifacts.store import Store
-from stages.config.errors import DataError
+from stages.config.errors import DataError, StageError
 from stages.config.graph import GRAPH
 from stages.config.request import StageRequest
 from stages.tracking.client import MLFLOW_RUN_MARKER, connect
-from stages.tracking.delivery import Delivery, LeftBy, numbered, replay
+from stages.tracking.delivery import Delivery, Origin, numbered, replay, settle
 from stages.tracking.events import FileEvent, MetricsEvent
 from stages.tracking.session import MlflowSession
-from stages.tracking.spool import SPOOL_NAME, Spool, read_spool, set_aside, set_aside_whole
+from stages.tracking.spool import SPOOL_NAME, Spool, read_spool, set_aside_whole
+from stages.tracking.trouble import explain
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,6 @@ class Deliverer(threading.Thread):
         self.attached = threading.Event()
         self.session: MlflowSession | None = None
         self.delivery: Delivery | None = None
-        self.taken_up: list[FileEvent] = []
-        """Files of earlier attempts that MLflow's storage did not take."""
         self.problem = ""
 
     def run(self) -> None:
@@ -48,7 +47,7 @@ class Deliverer(threading.Thread):
             # one warning of ours instead of one from urllib3 for every attempt
             logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
             self.session = MlflowSession(self._request, connect())
-            origin = LeftBy(open_store(self._request.store_uri), self._spool.folder)
+            origin = Origin(open_store(self._request.store_uri), self._spool.folder)
             self.delivery = Delivery(self.session, self._request, origin)
             self._deliver_until_abandoned(self.session, self.delivery)
         except Exception as error:  # a bug in tracking must not end a stage that works; its traceback is logged
@@ -112,7 +111,10 @@ class Deliverer(threading.Thread):
             return problem or "the start of this stage could not be read from the spool"
         ids = {"run_id": session.run_id, "experiment_id": session.experiment_id}
         print(MLFLOW_RUN_MARKER, json.dumps(ids), flush=True)  # noqa: T201 - the job's log is the channel to Airflow
-        self._take_up_leftovers(session, delivery.origin.store)
+        try:
+            self._take_up_leftovers(session, delivery.origin.store)
+        except (StageError, OSError) as error:
+            logger.warning("what earlier attempts left for MLflow waits in the store: %s", explain(error))
         self.attached.set()
         return None
 
@@ -139,10 +141,8 @@ class Deliverer(threading.Thread):
                 set_aside_whole(store, own, error.message)
             else:
                 measured = [event for event in left.events if isinstance(event, MetricsEvent | FileEvent)]
-                delivery = Delivery(session, self._request, LeftBy(store))
+                delivery = Delivery(session, self._request, Origin(store))
                 if delivery.deliver(numbered(measured)) is None:
-                    set_aside(store, own, [*left.refused, *delivery.refused()])
-                    store.delete(own)
-                    self.taken_up = delivery.postponed
+                    settle(store, own, left, delivery)
         if GRAPH[self._request.stage].closing:
             replay(store, run.run_id, run=run)

@@ -6,12 +6,13 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stages.artifacts.addresses import artifact_key, artifact_uri
 from stages.artifacts.manifests import load_manifest
 from stages.artifacts.store import Store
 from stages.config import mlflow_limits as limits
-from stages.config.errors import ConfigError, DamagedArtifactError, DataError, StageError
+from stages.config.errors import DamagedArtifactError, DataError, StageError
 from stages.config.graph import GRAPH
 from stages.config.request import Manifest, RunInfo, StageRequest
 from stages.lineage.graph import ancestors_of_unpublished
@@ -21,20 +22,24 @@ from stages.tracking.events import Event, FailEvent, FileEvent, FinishEvent, Met
 from stages.tracking.session import MlflowSession, Point
 from stages.tracking.spool import (
     SPOOL_NAME,
+    LeftSpool,
     Refused,
     attached,
-    leave_spool,
     read_spool,
     set_aside,
     set_aside_whole,
+    write_spool,
 )
 from stages.tracking.trouble import Trouble, explain, is_unreachable, trouble_of
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class LeftBy:
+class Origin:
     """Where events come from: the spool of this process, or one that lies in the store, which others can write to."""
 
     store: Store
@@ -45,7 +50,7 @@ class LeftBy:
 class Delivery:
     """Events of one stage on their way to MLflow, and what MLflow did not take of them."""
 
-    def __init__(self, session: MlflowSession, request: StageRequest, origin: LeftBy) -> None:
+    def __init__(self, session: MlflowSession, request: StageRequest, origin: Origin) -> None:
         self._session, self._request, self.origin = session, request, origin
         self._refused: list[Refused] = []
         self._fingerprint = ""
@@ -74,7 +79,9 @@ class Delivery:
             event = group[0][0]
             try:
                 self._deliver_group([event for event, _ in group])
-            except (MlflowException, OSError, ConfigError) as error:
+            except DataError as error:  # the record itself is wrong
+                self._refuse(event, error.message)
+            except (MlflowException, OSError, StageError) as error:
                 trouble = trouble_of(error)
                 self.problem_lasts = trouble is Trouble.LASTING
                 if trouble is not Trouble.REFUSAL or isinstance(event, StartEvent):
@@ -82,8 +89,6 @@ class Delivery:
                 self._refuse(event, explain(error))
                 if isinstance(event, FinishEvent):
                     self._session.end(time_ms=event.time)
-            except DataError as error:  # the record itself is wrong
-                self._refuse(event, error.message)
             acknowledge(group[-1][1])
         return None
 
@@ -125,9 +130,13 @@ class Delivery:
             except Exception as error:
                 if is_unreachable(error):
                     raise
+                whole = {"attachment": None, "content": base64.b64encode(content).decode()}
+                kept = event.model_copy(update=whole)
+                if trouble_of(error) is Trouble.REFUSAL:
+                    self._refuse(kept, explain(error))
+                    return
                 logger.error("MLflow's storage did not take %s, the rest is logged: %s", event.name, explain(error))
-                kept = base64.b64encode(content).decode()
-                self.postponed.append(event.model_copy(update={"attachment": None, "content": kept}))
+                self.postponed.append(kept)
 
     def _finished(self, manifest: Manifest) -> tuple[Manifest, str]:
         """Return the manifest to tell of, and its address.
@@ -194,34 +203,45 @@ def replay(store: Store, run_id: str, *, run: RunInfo | None = None) -> list[str
     `run` is what Airflow says of the run, where it is known; otherwise each spool says it. One spool that cannot be
     delivered does not hold up the others.
     """
-    waiting = []
-    for key in [key for key in store.list(f"runs/{run_id}") if key.endswith(f"/{SPOOL_NAME}")]:
+    keys = [key for key in store.list(f"runs/{run_id}") if key.endswith(f"/{SPOOL_NAME}")]
+    if not keys:
+        return []
+    client, waiting = connect(), []
+    for key in keys:
         try:
-            problem = _replay_one(store, key, run)
-        except DataError as error:
-            set_aside_whole(store, key, error.message)
-            continue
-        except OSError as error:
+            problem = _replay_one(store, key, run, client)
+        except (OSError, StageError) as error:
             problem = explain(error)
-        if problem is None:
-            logger.info("%s was delivered to MLflow", key)
-        else:
+        if problem is not None:
             waiting.append(key)
             logger.warning("%s waits for MLflow: %s", key, problem)
     return waiting
 
 
-def _replay_one(store: Store, key: str, run: RunInfo | None) -> str | None:
-    left = read_spool(store, key)
+def _replay_one(store: Store, key: str, run: RunInfo | None, client: "MlflowClient") -> str | None:
+    try:
+        left = read_spool(store, key)
+    except DataError as error:
+        set_aside_whole(store, key, error.message)
+        return None
     request = left.request.model_copy(update={"run": run or left.request.run})
-    delivery = Delivery(MlflowSession(request, connect(), is_live=False), request, LeftBy(store))
+    delivery = Delivery(MlflowSession(request, client, is_live=False), request, Origin(store))
     problem = delivery.deliver(numbered(left.events))
     if problem is not None:
         return problem
+    settle(store, key, left, delivery)
+    if delivery.postponed:
+        return f"{len(delivery.postponed)} files were not taken by MLflow's storage"
+    logger.info("%s was delivered to MLflow", key)
+    return None
+
+
+def settle(store: Store, key: str, left: LeftSpool, delivery: Delivery) -> None:
+    """Leave of a spool that was delivered only the files that MLflow's storage did not take; at no moment are they
+    nowhere."""
     set_aside(store, key, [*left.refused, *delivery.refused()])
-    store.delete(key)
     if delivery.postponed:
         start = [event for event in left.events if isinstance(event, StartEvent)][-1:]
-        leave_spool(store, key, left.request, [*start, *delivery.postponed])
-        return f"{len(delivery.postponed)} files were not taken by MLflow's storage"
-    return None
+        write_spool(store, key, left.request, [*start, *delivery.postponed])
+    else:
+        store.delete(key)

@@ -71,7 +71,7 @@ class MlflowSession:
     """The MLflow side of one stage: `attach` first, then metrics and files, then `finish` or `fail`."""
 
     def __init__(self, request: StageRequest, client: "MlflowClient", *, is_live: bool = True) -> None:
-        """`is_live=False` where the stage is over and only its records are delivered: its run is not RUNNING again."""
+        """`is_live=False` where the stage is over and only its records are delivered: its run is not RUNNING."""
         self._request, self._client = request, client
         self._is_live = is_live
         self._writer = Writer(client)
@@ -100,6 +100,8 @@ class MlflowSession:
                 run_name=request.stage.value,
                 tags={**all_tags, _PARENT_TAG: self.parent_run_id},
             )
+            if not self._is_live:  # unless a record says how it ended
+                self._client.set_terminated(run.info.run_id, "KILLED", end_time=time_ms)
             known_params: dict[str, str] = {}
         else:
             known_params = run.data.params

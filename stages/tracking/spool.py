@@ -8,6 +8,7 @@ than it must: a line that is no record of its run is set aside in `mlflow-spool.
 import base64
 import json
 import logging
+import os
 import sys
 import threading
 from collections.abc import Iterable
@@ -52,8 +53,9 @@ class Spool:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._lock = threading.Lock()
-        self._file = path.open("ab")
-        self._end = self._read = self._file.tell()
+        path.touch()
+        self._file = path.open("r+b", buffering=0)
+        self._end = self._read = self._told = self._file.seek(0, os.SEEK_END)
 
     @property
     def folder(self) -> Path:
@@ -65,8 +67,10 @@ class Spool:
         line = to_line(event) + b"\n"
         try:
             with self._lock:
-                self._file.write(line)
-                self._file.flush()
+                self._file.seek(self._end)  # over what a full disk took of a line before it refused the rest
+                written = 0
+                while written < len(line):
+                    written += self._file.write(line[written:])
                 self._end += len(line)
         except OSError as error:
             logger.error("an event for MLflow is lost, %s cannot be written: %s", self._path, error)
@@ -80,17 +84,26 @@ class Spool:
         """Return undelivered events, each with the position to acknowledge once it is delivered."""
         with self._lock:
             position, end = self._read, self._end
-        events = []
+        events: list[tuple[Event, int]] = []
         with self._path.open("rb") as file:
             file.seek(position)
             while position < end and len(events) < limit:
                 line = file.readline()
-                position += len(line)
+                position = position + len(line) if line.endswith(b"\n") else end  # a damaged disk may cut the file
                 try:
                     events.append((from_line(line), position))
-                except DataError as error:  # a disk that was full in the middle of a line
-                    logger.error("an event for MLflow is lost, it cannot be read: %s", error.message)
+                except DataError as error:
+                    self._report_lost(position, error.message)
+                    if events:  # acknowledged with the event before it
+                        events[-1] = (events[-1][0], position)
+                    else:
+                        self.acknowledge(position)
         return events
+
+    def _report_lost(self, position: int, reason: str) -> None:
+        if position > self._told:  # events before it are read again while MLflow is away
+            logger.error("an event for MLflow is lost, it cannot be read: %s", reason)
+            self._told = position
 
     def acknowledge(self, position: int) -> None:
         with self._lock:
@@ -135,6 +148,11 @@ def leave_spool(
             event = event.model_copy(update={"attachment": None, "content": content})
         lines.append(to_line(event))
     store.write_bytes(key, b"\n".join(lines) + b"\n")
+
+
+def write_spool(store: Store, key: str, request: StageRequest, events: Iterable[Event]) -> None:
+    """Write a spool to the store in place of what is there; its files carry their content."""
+    store.write_bytes(key, b"\n".join([request.model_dump_json().encode(), *map(to_line, events)]) + b"\n")
 
 
 def read_spool(store: Store, key: str) -> LeftSpool:

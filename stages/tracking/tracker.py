@@ -135,10 +135,9 @@ class Tracker:
             return
         if not self._deliverer.drain(seconds):
             self._deliverer.abandon()
-        delivery, files = self._deliverer.delivery, list(self._deliverer.taken_up)
-        refused = delivery.refused() if delivery else []
+        delivery = self._deliverer.delivery
+        refused, files = (delivery.refused(), delivery.postponed) if delivery else ([], [])
         if delivery:
-            files += delivery.postponed
             delivery.postponed = []
         left = [*files, *self._spool.undelivered()]
         if not left and not refused:

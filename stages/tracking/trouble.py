@@ -7,7 +7,7 @@ import os
 import re
 from enum import Enum
 
-from stages.config.errors import ConfigError, StageError, without_logins
+from stages.config.errors import Category, ConfigError, StageError, without_logins
 
 
 class Trouble(Enum):
@@ -29,19 +29,24 @@ _REFUSALS = frozenset(
         "NOT_FOUND",
     }
 )
-ABSENT = _REFUSALS
+ABSENT = frozenset({"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE"})
 """Codes with which MLflow says that a registered model, version or alias does not exist."""
 _FORBIDDEN, _UNKNOWN_LOGIN = "PERMISSION_DENIED", ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
 _PROXY_ERRORS = (429, 502, 503, 504)
+_REFUSING = (400, 413)  # 413: larger than a proxy allows
+_INTERNAL = "too many 500 error responses"
+"""What MLflow's client says when the server answered HTTP 500 each time: it has retried and dropped the answer."""
 _DELETED = re.compile(r"The (run|experiment) (\S+) must be in the 'active' state")
 _GONE = re.compile(r"Run with id=(\S+) not found|No Experiment with id=(\S+)")
 
 
 def trouble_of(error: Exception) -> Trouble:
-    """Sort an error of MLflow's client; errors of ours about MLflow ask for a person."""
+    """Sort an error of MLflow's client, or one of ours, whose category says whether a retry may help."""
     if isinstance(error, StageError):
-        return Trouble.LASTING
+        return Trouble.LASTING if error.category in (Category.CONFIG, Category.DATA) else Trouble.OUTAGE
     code, text = str(getattr(error, "error_code", "")), str(error)
+    if _status(error) in _REFUSING:
+        return Trouble.REFUSAL
     if _DELETED.search(text) or _GONE.search(text):
         return Trouble.LASTING
     if code == _FORBIDDEN or code in _UNKNOWN_LOGIN or code == "ENDPOINT_NOT_FOUND":
@@ -53,12 +58,18 @@ def is_unreachable(error: Exception) -> bool:
     """Whether MLflow did not answer at all, or what is in front of it answered in its place."""
     if isinstance(error, ConnectionError | TimeoutError):
         return True
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is not None:
+    if (status := _status(error)) is not None:
         return status in _PROXY_ERRORS
+    if _INTERNAL in str(error):  # its storage is full, closed or away
+        return False
     is_network = any(kind.__module__.startswith("requests.") for kind in type(error).__mro__)
     is_mlflow = any(kind.__name__ == "MlflowException" for kind in type(error).__mro__)
     return is_network or (is_mlflow and trouble_of(error) is Trouble.OUTAGE)
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status of an answer that is no JSON of MLflow's, such as those of its storage of files."""
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def explain(error: Exception) -> str:
@@ -81,7 +92,7 @@ def explain(error: Exception) -> str:
     if code == _FORBIDDEN and "host header" in text.lower():
         return f"{server} does not accept this host name; add it to MLFLOW_HOSTS of the MLflow server"
     if code == _FORBIDDEN:
-        return f"the account may not write there in {server}; give it the permission EDIT on the experiment"
+        return f"{server} forbids that to the account; give it the permission EDIT on the experiment"
     if code == "ENDPOINT_NOT_FOUND":
         return f"{server} is not an MLflow server, or an older one: {text[:200]}"
     cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__
@@ -117,7 +128,9 @@ def _unreachable(server: str, cause: OSError) -> str:
         )
     if kind in ("InvalidURL", "MissingSchema", "InvalidSchema"):
         return f"MLFLOW_TRACKING_URI={server!r} is not an address ({kind}); expected http://host:port"
-    if (status := getattr(getattr(cause, "response", None), "status_code", None)) is not None:
+    if _INTERNAL in str(cause):
+        return f"{server} answered with HTTP 500 each time; its log says why"
+    if (status := _status(cause)) is not None:
         return f"{server} answered with HTTP {status}: {without_logins(str(cause))[:200]}"
     if not type(cause).__module__.startswith("requests.") and not isinstance(cause, ConnectionError | TimeoutError):
         return without_logins(f"{kind}: {cause}")[:300]  # a folder that cannot be written, a full disk

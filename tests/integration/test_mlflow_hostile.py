@@ -2,19 +2,28 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from stages.artifacts.addresses import run_key
+from stages.artifacts.folder import FileStore
+from stages.artifacts.s3_client import StoreError
 from stages.config.errors import Category, StageError
 from stages.config.graph import Stage
 from stages.config.request import SourceEntry, SourceKind
 from stages.tracking.__main__ import main as replay_main
 from stages.tracking.client import connect
+from stages.tracking.delivery import replay
 from stages.tracking.registry import Registry, outage_is_infrastructure
+from stages.tracking.spool import read_spool
 from stages.tracking.tracker import Tracker
+from tests.answering import answering
 from tests.integration.test_mlflow import Tracked, make_tracked
 from tests.pipeline_records import fingerprint_of, refs_for, request_for
 
@@ -246,20 +255,151 @@ def test_a_deleted_pipeline_run_is_replaced(tracked: Tracked) -> None:
     assert tags["mlflow.parentRunId"] != parent
 
 
-def test_files_that_the_storage_does_not_take_wait_and_hold_up_nothing(tracked: Tracked, monkeypatch, caplog) -> None:
-    def refuse(*_: Any) -> None:
-        raise PermissionError(13, "Permission denied", "/mlflow/artifacts")
+def test_a_run_that_a_replay_made_ends_though_its_spool_has_no_end(tracked: Tracked) -> None:
+    measured = {"type": "metrics", "step": 1, "values": {"train/loss": 1.5}, "time": 1_700_000_000_000}
+    plant(tracked, Stage.SFT, measured)
+    plant(tracked, Stage.CURATE, measured, {"type": "fail", "message": "boom", "time": 2})
+    tracked.build(Stage.TOKENIZE)
+    plant(tracked, Stage.TOKENIZE, measured)
+    running = tracked.tracker(Stage.EVALUATE)
+    assert running.wait_run_id(30)
+    plant(tracked, Stage.EVALUATE, measured)
+    assert deliver(tracked) == 0
+    ends = {
+        stage: run.info.status
+        for stage in (Stage.SFT, Stage.CURATE, Stage.TOKENIZE, Stage.EVALUATE)
+        for run in tracked.children(stage)
+    }
+    assert list(ends.values()) == ["KILLED", "FAILED", "FINISHED", "RUNNING"]
 
-    with monkeypatch.context() as broken:
-        broken.setattr("mlflow.MlflowClient.log_artifact", refuse)
-        tracker = tracked.tracker(Stage.CURATE)
-        tracker.log_text("hello", "note.txt")
-        tracker.log({"train/loss": 1.0}, 1)
-        with caplog.at_level(logging.WARNING):
-            run_id, _ = tracked.finish(Stage.CURATE, tracker)
+
+@dataclass
+class Storage:
+    """What stands in front of MLflow answers every upload of a file with this status; 0 where it lets them pass."""
+
+    status: int = 0
+
+
+@pytest.fixture
+def storage(tracked: Tracked, mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
+    """MLflow works, but for its storage of files."""
+    storage = Storage()
+
+    class InFront(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if self.command == "PUT" and storage.status:
+                self._answer(storage.status, b"{}")
+                return
+            kind = {"Content-Type": self.headers.get("Content-Type") or "application/json"}
+            found = httpx.request(self.command, mlflow_server + self.path, content=body, headers=kind, timeout=30)
+            self._answer(found.status_code, found.content)
+
+        do_POST = do_PATCH = do_PUT = do_DELETE = do_GET
+
+        def _answer(self, code: int, body: bytes) -> None:
+            self.send_response(code)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    with answering(InFront) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        yield storage
+
+
+@pytest.mark.parametrize("status", [500, 507, 403])
+def test_files_that_the_storage_does_not_take_wait_and_hold_up_nothing(
+    tracked: Tracked, storage: Storage, status: int, caplog
+) -> None:
+    storage.status = status
+    tracker = tracked.tracker(Stage.CURATE)
+    tracker.log_text("hello", "note.txt")
+    tracker.log({"train/loss": 1.0}, 1)
+    with caplog.at_level(logging.WARNING):
+        run_id, _ = tracked.finish(Stage.CURATE, tracker)
     assert tracked.client.get_run(run_id).info.status == "FINISHED"
     assert tracked.points(run_id, "train/loss") == [(1, 1.0)]
-    assert "Permission denied" in caplog.text
+    assert "storage did not take note.txt" in caplog.text
+    assert deliver(tracked) == 1
+    storage.status = 0
     assert deliver(tracked) == 0
     assert "note.txt" in files_of(str(run_id))
     assert tracked.client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_a_file_that_the_storage_never_takes_is_set_aside_whole(tracked: Tracked, storage: Storage) -> None:
+    storage.status = 400
+    tracker = tracked.tracker(Stage.CURATE)
+    tracker.log_text("hello", "note.txt")
+    run_id, _ = tracked.finish(Stage.CURATE, tracker)
+    assert deliver(tracked) == 0
+    assert tracked.client.get_run(run_id).info.status == "FINISHED"
+    [kept] = aside(tracked, Stage.CURATE)
+    assert "HTTP 400" in kept["reason"]
+    assert json.loads(kept["what"])["content"] == "aGVsbG8="
+
+
+def test_files_of_earlier_attempts_stay_in_the_store_until_they_are_taken(tracked: Tracked, storage: Storage) -> None:
+    storage.status = 500
+    first = tracked.tracker(Stage.CURATE)
+    first.log_text("hello", "note.txt")
+    first.fail("boom")
+    key = run_key(tracked.run.run_id, Stage.CURATE, SPOOL)
+    assert [event.type for event in read_spool(tracked.store, key).events] == ["start", "file"]
+    for _ in range(2):  # attempts that are killed as soon as they have begun
+        assert tracked.tracker(Stage.CURATE).wait_run_id(30)
+        assert [event.type for event in read_spool(tracked.store, key).events] == ["start", "file"]
+    storage.status = 0
+    run_id = tracked.tracker(Stage.CURATE).wait_run_id(30)
+    assert files_of(str(run_id)) == ["note.txt"]
+    assert not tracked.store.exists(key)
+
+
+class Hiccup(FileStore):
+    """A store that does not answer for some keys."""
+
+    broken: tuple[str, ...] = ()
+
+    def read_bytes(self, key: str) -> bytes:
+        if key in self.broken:
+            raise StoreError("the object store did not answer")
+        return super().read_bytes(key)
+
+
+def hiccup(tracked: Tracked, *keys: str) -> Hiccup:
+    store = Hiccup(Path(tracked.store.root_uri.removeprefix("file://")))
+    store.broken = keys
+    return store
+
+
+def test_a_spool_that_the_store_does_not_give_holds_up_no_other(tracked: Tracked) -> None:
+    [one, other] = [plant(tracked, stage) for stage in (Stage.CURATE, Stage.SFT)]
+    assert replay(hiccup(tracked, one), tracked.run.run_id) == [one]
+    assert not tracked.store.exists(other)
+    assert len(tracked.children(Stage.SFT)) == 1
+    assert deliver(tracked) == 0
+
+
+def test_a_finish_waits_while_the_store_does_not_give_its_manifest(tracked: Tracked) -> None:
+    tracked.build(Stage.CURATE)
+    kept = f"{key_of(tracked, Stage.CURATE)}/manifest.json"
+    manifest = json.loads(tracked.store.read_bytes(kept))
+    key = plant(tracked, Stage.CURATE, {"type": "finish", "manifest": manifest, "history": "", "time": 2})
+    assert replay(hiccup(tracked, kept), tracked.run.run_id) == [key]
+    assert deliver(tracked) == 0
+
+
+def test_a_closing_stage_is_tracked_though_the_store_does_not_give_what_others_left(
+    tracked: Tracked, monkeypatch, caplog
+) -> None:
+    keys = [plant(tracked, stage) for stage in (Stage.CURATE, Stage.EVALUATE)]
+    monkeypatch.setattr("stages.tracking.deliverer.open_store", lambda _uri: hiccup(tracked, *keys))
+    with caplog.at_level(logging.WARNING):
+        run_id, _ = tracked.finish(Stage.EVALUATE, tracked.tracker(Stage.EVALUATE))
+    assert tracked.client.get_run(str(run_id)).info.status == "FINISHED"
+    assert "the object store did not answer" in caplog.text
+    assert all(tracked.store.exists(key) for key in keys)

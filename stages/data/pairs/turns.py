@@ -85,11 +85,16 @@ def plain_text(content: object) -> str:
 
 
 def with_system(messages: list[Message], values: Mapping[str, Any]) -> list[Message]:
-    """Put a row's own `system` or `system_prompt` in front, unless the messages begin with the same."""
+    """Put a row's own `system` or `system_prompt` in front; where the messages begin with another one, both become
+    one."""
     system = plain_text(values.get("system")) or plain_text(values.get("system_prompt"))
-    if messages[:1] == [{"role": "system", "content": system}]:
+    if not system:
         return messages
-    return [{"role": "system", "content": system}, *messages] if system else messages
+    if messages and messages[0]["role"] == "system":
+        own, *messages = messages
+        # The same text twice is one system message, which some data sets write into the row and into the turns.
+        system = "\n\n".join(dict.fromkeys(text for text in (system, own["content"]) if text))
+    return [{"role": "system", "content": system}, *messages]
 
 
 def as_conversation(messages: Sequence[Message]) -> Conversation:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 from urllib.parse import parse_qs
 
-from stages.config.errors import ConfigError
-from stages.config.places import check_source, is_within, real_path
+from stages.config.errors import ConfigError, StageError
+from stages.config.places import check_source, hub_name, is_within, real_path
 from stages.data.sources.records import BadRecord
 from stages.data.sources.rows import Row
 
@@ -26,8 +26,8 @@ class HubDataset:
 
 def parse_hub(uri: str) -> HubDataset:
     """Read `hf://name?split=train&config=..&text=..&revision=..`; raises ConfigError for anything else."""
-    name, _, options = uri.removeprefix("hf://").partition("?")  # not urlsplit: it would cut off what follows a '#'
-    query = {key: values[-1] for key, values in parse_qs(options).items()}
+    name = hub_name(uri)
+    query = {key: values[-1] for key, values in parse_qs(uri.partition("?")[2]).items()}
     unknown = sorted(set(query) - {"split", "config", "text", "revision"})
     if not name or "#" in uri or unknown:
         why = f"unknown {unknown}" if unknown else "'#' is no part of it" if "#" in uri else "it names no dataset"
@@ -57,9 +57,14 @@ def read_hub(uri: str) -> Iterator[Row | BadRecord]:
         if rows.features:
             # Or the path in a row of an image or a sound would be opened, wherever it leads.
             rows = rows.decode(False)
-    except (ConfigError, MemoryError):
+    except (StageError, MemoryError):  # ours, and SIGTERM's
         raise
     except Exception as error:
+        if _is_outage(error):
+            raise StageError(
+                f"source {uri!r} cannot be loaded, the hub does not answer: {error}",
+                advice="Check that the machine of the Ray job reaches the hub, or give its files as a folder.",
+            ) from error
         # What a card or a file breaks first has any type: YAML's own, RuntimeError for a script, ImportError, ...
         raise ConfigError(
             f"source {uri!r} cannot be loaded: {error}",
@@ -70,11 +75,29 @@ def read_hub(uri: str) -> Iterator[Row | BadRecord]:
         for values in rows:
             number += 1
             yield Row(number, dict(cast(Any, values)), len(str(values)))
+    except StageError:
+        raise
     except Exception as error:
-        # A library's error in the middle of its files; what follows cannot be reached. Outages are OSErrors.
+        if _is_outage(error):
+            raise StageError(
+                f"source {uri!r} broke off after row {number}, the hub does not answer: {error}",
+                advice="Check that the machine of the Ray job reaches the hub.",
+            ) from error
+        # A library's error in the middle of its files; what follows cannot be reached.
         if isinstance(error, MemoryError | OSError) and not isinstance(error, gzip.BadGzipFile):
             raise
         yield BadRecord(f"{wanted.name}:{number + 1}", "unreadable_row", 0, str(error)[:200])
+
+
+def _is_outage(error: Exception) -> bool:
+    """Whether the hub was not reached, or said that it cannot answer now; a hub that is switched off never will."""
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import httpx
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code >= 500 or error.response.status_code == 429
+    return isinstance(error, httpx.RequestError | ConnectionError | TimeoutError) and not is_offline_mode()
 
 
 def _refuse_files_elsewhere(builder: Any, name: str, uri: str) -> None:

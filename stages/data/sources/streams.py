@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
-from stages.artifacts.s3_client import ABSENT, error_code, s3_client
+from stages.artifacts.s3_client import ABSENT, error_code, in_words, s3_client
 from stages.config.places import bucket_and_key
 
 MAX_RECORD_BYTES = 128 * 2**20
@@ -57,9 +57,7 @@ def plain_name(name: str) -> str:
 def open_raw(stored: Stored) -> IO[bytes]:
     """The object's bytes as stored; raises Damaged for a file that may not be read or has become something else."""
     if stored.uri.startswith("s3://"):
-        bucket, key = bucket_and_key(stored.uri)
-        body = _body(stored, bucket, key)
-        return cast(IO[bytes], io.BufferedReader(_Blocks(iter(lambda: body.read(_BLOCK_BYTES), b"")), _BLOCK_BYTES))
+        return cast(IO[bytes], io.BufferedReader(_Blocks(_object_blocks(stored)), _BLOCK_BYTES))
     try:
         handle = _open_without_links(stored.uri)
     except OSError as error:
@@ -72,15 +70,18 @@ def open_raw(stored: Stored) -> IO[bytes]:
     return open(handle, "rb", buffering=_BLOCK_BYTES)
 
 
-def _body(stored: Stored, bucket: str, key: str) -> Any:
-    from botocore.exceptions import ClientError
+def _object_blocks(stored: Stored) -> Iterator[bytes]:
+    from botocore.exceptions import BotoCoreError, ClientError
 
+    bucket, key = bucket_and_key(stored.uri)
     try:
-        return s3_client().get_object(Bucket=bucket, Key=key)["Body"]
-    except ClientError as error:
-        if error_code(error) not in ABSENT:
-            raise
-        raise Damaged("unreadable_file", f"{stored.name}: it is no longer there") from None
+        body = s3_client().get_object(Bucket=bucket, Key=key)["Body"]
+        while block := body.read(_BLOCK_BYTES):
+            yield block
+    except (ClientError, BotoCoreError) as error:
+        if error_code(error) in ABSENT:
+            raise Damaged("unreadable_file", f"{stored.name}: it is no longer there") from None
+        raise in_words(error, stored.uri) from error
 
 
 def _open_without_links(place: str) -> int:

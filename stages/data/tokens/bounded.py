@@ -10,6 +10,7 @@ are enough for hours, is refused before.
 import contextlib
 import resource
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -21,7 +22,10 @@ STEPS = 1_000_000
 """Lines of the template's code, and calls. A hundred lines need about 20,000 for a conversation of a hundred turns."""
 _LOOKED_AT_EVERY = 8
 """Steps from one look at the template's variables to the next one."""
-_BYTES = 256 << 20
+_BYTES = 768 << 20
+"""How much the process may grow meanwhile. Another thread may import mlflow, which takes 320 MiB of it."""
+_ALONE = threading.Lock()
+"""The limit on memory is the process's: two threads would restore each other's."""
 _SIZE = 10_000_000
 """Characters and items of the template's variables together."""
 _BITS = 100_000
@@ -61,7 +65,7 @@ def bounded(run: Callable[[], Result], *, steps: int = STEPS) -> Result:
         return trace if is_template else None  # of the library, calls are counted and not lines
 
     before = sys.gettrace()
-    with _limited_memory():
+    with _ALONE, _limited_memory():
         sys.settrace(trace)
         try:
             return run()

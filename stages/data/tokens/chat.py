@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from stages.config.errors import ConfigError
+from stages.config.errors import ConfigError, StageError
 from stages.data.pairs.turns import Message, Unusable
 from stages.data.tokens.bounded import Endless, bounded, computes_powers
 from stages.data.tokens.controls import RESERVED, control_tokens, copy_with_stand_ins, encodable
@@ -211,6 +211,8 @@ class ChatEncoder:
         except (Endless, RecursionError, MemoryError) as error:
             reason = str(error) or "it needs too much memory"
             raise ConfigError(f"{self._name} does not end: {reason}", advice=_ADVICE) from error
+        except StageError:  # SIGTERM's
+            raise
         except Exception as error:
             raise Unusable("refused_by_template") from error
         (text,), marked_spans = answer

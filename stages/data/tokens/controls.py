@@ -85,15 +85,19 @@ def _described(tokenizer: Tokenizer, controls: Collection[int]) -> dict[str, Any
     return data
 
 
+def is_of_tokenizers(error: BaseException) -> bool:
+    """Whether the library tokenizers raised it: Exception itself, such as for a file that is no tokenizer or an unknown
+    word without a token for such; and where its Rust code panics, a class of its own that is no Exception."""
+    return type(error) is Exception or type(error).__name__ == "PanicException"
+
+
 @contextlib.contextmanager
 def encodable() -> Iterator[None]:
     """Raise ConfigError for a tokenizer that fails on a text, because no text is to blame for that."""
     try:
         yield
     except BaseException as error:
-        # The library raises Exception itself, such as for an unknown word without a token for unknown words, and where
-        # its Rust code panics, a class of its own that is no Exception.
-        if type(error) is not Exception and type(error).__name__ != "PanicException":
+        if not is_of_tokenizers(error):
             raise
         raise ConfigError(
             f"the tokenizer cannot encode a text: {error}",

@@ -40,6 +40,10 @@ class LoadedTokenizer:
     """The folder that the template comes from, for errors; empty where it is ours or the user's."""
 
     def chat(self) -> ChatEncoder:
+        return self._chat
+
+    @cached_property
+    def _chat(self) -> ChatEncoder:
         return ChatEncoder(
             self.backend,
             self.chat_template,

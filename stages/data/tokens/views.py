@@ -10,6 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from stages.config.errors import DataError
+from stages.data.tokens.controls import is_of_tokenizers
 from stages.data.tokens.packing import TokenSequence
 from stages.data.tokens.ragged import Ragged
 
@@ -60,8 +61,7 @@ class TokensArtifact:
         try:
             return Tokenizer.from_file(str(path))
         except BaseException as error:
-            # The library raises Exception itself for what it cannot read, and a class of its own when it panics.
-            if type(error) is not Exception and type(error).__name__ != "PanicException":
+            if not is_of_tokenizers(error):
                 raise
             raise DataError(f"{path} is no tokenizer: {error}", advice="Run `tokenize` again.") from error
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.utils import httpx
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -291,3 +293,47 @@ def test_a_template_given_as_text_takes_the_place_of_the_tokenizers_own(tmp_path
     loaded = given_tokenizer(save(tmp_path, tokenizer, template=UNMARKED), chat_template=marked)
     assert loaded.chat_template == "{{ bos_token }}" + marked  # this tokenizer begins every text with it
     assert "Assistant:" in given_tokenizer(save(tmp_path, tokenizer), chat_template="plain").chat_template
+
+
+def test_only_files_that_a_tokenizer_reads_are_blamed_for_a_broken_one(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    folder = save(tmp_path, tokenizer)
+    (folder / "added_notes.json").write_text('["no setting of anything"]')
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": 7}')
+    with pytest.raises(ConfigError, match="no tokenizer in") as caught:
+        given_tokenizer(folder)
+    assert "added_notes" not in caught.value.message
+
+
+def test_a_library_that_is_not_installed_is_told_as_such(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise ImportError("this model needs timm")
+
+    folder = save(tmp_path, tokenizer)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", missing)
+    with pytest.raises(ConfigError, match=r"a library that is not installed: .* needs timm"):
+        _load(AutoModelForCausalLM, folder)
+
+
+def test_a_reward_models_folder_without_a_config_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        load_reward_model(tmp_path, TokensArtifact.__new__(TokensArtifact))
+
+
+def test_a_repository_with_terms_to_accept_is_not_told_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gated(*_: object, **__: object) -> None:
+        raise GatedRepoError("terms", response=httpx.Response(403, request=httpx.Request("GET", "https://hub")))
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", gated)
+    with pytest.raises(ConfigError, match="accept its terms") as caught:
+        snapshot_base_model("org/gated")
+    assert "HF_TOKEN" in caught.value.advice
+
+
+@pytest.mark.parametrize("address", ["models:/x", "models:/", "models:/x@", "models:/x/"])
+def test_an_address_of_no_registered_model_is_told_in_a_sentence(address: str, monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match=f"{address!r} names no version") as caught:
+        snapshot_base_model(address)
+    assert "<alias>" in caught.value.advice

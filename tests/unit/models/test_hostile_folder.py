@@ -326,6 +326,12 @@ BROKEN_TOKENIZERS: list[tuple[str, Any]] = [
     ("config.json", {"vocab_size": "many"}),
     ("config.json", {"tokenizer_class": 7}),
 ]
+HARMLESS_TO_TOKENIZERS: list[tuple[str, Any]] = [
+    ("tokenizer_config.json", {"model_max_length": None}),
+    ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["own.Own", None]}}),
+    ("tokenizer_config.json", {"init_inputs": [1, 2, 3]}),
+    ("config.json", {"tokenizer_class": 7}),  # asked only where tokenizer_config.json names no class
+]
 
 
 @pytest.mark.parametrize(("name", "content"), BROKEN_TOKENIZERS, ids=shown)
@@ -333,7 +339,7 @@ BROKEN_TOKENIZERS: list[tuple[str, Any]] = [
 def test_a_broken_file_of_a_tokenizer_is_config_with_its_name(name: str, content: Any, folder: Path) -> None:
     break_file(folder / name, content)
     refused = refusal(lambda path: given_tokenizer(path, chat_template="plain").chat().check(), folder)
-    assert refused or not isinstance(content, str)
+    assert refused or (name, content) in HARMLESS_TO_TOKENIZERS
     if refused:
         assert "athanor-tokenizer-" not in refused.message  # where it was staged says nothing to anybody
         assert refused.advice

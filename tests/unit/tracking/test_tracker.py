@@ -3,13 +3,14 @@
 import json
 import logging
 import math
+import resource
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 
@@ -132,13 +133,62 @@ def test_a_dead_server_never_blocks_and_leaves_everything_in_the_store(tmp_path:
     assert [event.type for event in events] == ["start", *["metrics"] * 100, "file", "finish"]
 
 
-def test_a_full_disk_costs_tracking_and_not_training(tmp_path: Path, caplog) -> None:
-    spool = Spool(tmp_path / "spool.jsonl")
-    spool._file.close()
-    spool._file = cast(Any, Path("/dev/full").open("ab", buffering=0))  # noqa: SIM115 - the device that is always full
+@contextmanager
+def room_for(path: Path, more: int) -> Iterator[None]:
+    """Inside, files end like those on a full disk: `path` may grow by so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + more, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_costs_the_events_that_it_does_not_hold_and_no_others(tmp_path: Path, caplog) -> None:
+    path = tmp_path / "spool.jsonl"
+    spool = Spool(path)
+    spool.append(measured(1))
+    with caplog.at_level(logging.ERROR), room_for(path, 20):
+        spool.append(measured(2))
+        spool.append(measured(3))
+    assert caplog.text.count("is lost") == 2
+    assert steps(spool.undelivered()) == [1]
+    spool.append(measured(4))
+    spool.append(measured(5))
+    assert steps(spool.undelivered()) == [1, 4, 5]
+    assert caplog.text.count("is lost") == 2
+    (_, first), (_, second), (_, last) = spool.next_events()
+    spool.acknowledge(first)
+    spool.acknowledge(second)
+    assert not spool.is_delivered
+    spool.acknowledge(last)
+    assert spool.is_delivered
+
+
+def test_a_line_that_the_disk_damaged_is_told_once_and_waits_for_nothing(tmp_path: Path, caplog) -> None:
+    path = tmp_path / "spool.jsonl"
+    spool = Spool(path)
+    for step in range(3):
+        spool.append(measured(step))
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b"\0" * (len(second) - 1) + b"\n" + b"\0" * (len(third) - 1) + b"\n")
     with caplog.at_level(logging.ERROR):
-        spool.append(measured(1))
-    assert "is lost" in caplog.text
+        for _ in range(3):  # MLflow is away
+            [(event, position)] = spool.next_events()
+        assert steps([event]) == [0]
+        spool.acknowledge(position)
+        assert spool.next_events() == []
+    assert spool.is_delivered
+    assert caplog.text.count("cannot be read") == 2
+
+
+@pytest.mark.parametrize("content", [b"\0" * 20 + b"\n", b"{", b""])
+def test_a_damaged_line_with_nothing_before_it_is_passed_over(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "spool.jsonl"
+    spool = Spool(path)
+    spool.append(measured(1))
+    path.write_bytes(content)
+    assert spool.next_events() == []
     assert spool.is_delivered
 
 

@@ -7,8 +7,9 @@ import requests
 from mlflow.exceptions import MlflowException, RestException
 
 from stages.artifacts.addresses import open_store
+from stages.artifacts.s3_client import StoreError
 from stages.config import mlflow_limits as limits
-from stages.config.errors import Category, DataError
+from stages.config.errors import Category, ConfigError, DataError, StageError
 from stages.tracking.events import FileEvent, MetricsEvent, StartEvent, from_line, to_line
 from stages.tracking.spool import Refused, set_aside
 from stages.tracking.trouble import Trouble, as_stage_error, explain, is_unreachable, trouble_of
@@ -35,10 +36,13 @@ DELETED_EXPERIMENT = "The experiment 7 must be in the 'active' state. Current st
         (failed("PERMISSION_DENIED", "Invalid Host header"), Trouble.LASTING, "MLFLOW_HOSTS"),
         (failed("UNAUTHENTICATED"), Trouble.LASTING, "MLFLOW_TRACKING_PASSWORD"),
         (failed("ENDPOINT_NOT_FOUND"), Trouble.LASTING, "not an MLflow server"),
+        (ConfigError("x"), Trouble.LASTING, "x"),
+        (StoreError("no answer of the store"), Trouble.OUTAGE, "no answer of the store"),
+        (StoreError("no access", category=Category.CONFIG), Trouble.LASTING, "no access"),
     ],
 )
 def test_an_error_is_told_as_what_it_is(
-    error: MlflowException, trouble: Trouble, says: str, monkeypatch: pytest.MonkeyPatch
+    error: MlflowException | StageError, trouble: Trouble, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     assert trouble_of(error) is trouble
@@ -63,6 +67,32 @@ def test_a_certificate_is_told_apart_from_a_server_that_is_away(monkeypatch: pyt
     assert "Permission denied" in explain(PermissionError(13, "Permission denied"))
     assert is_unreachable(requests.exceptions.ConnectionError("no"))
     assert not is_unreachable(PermissionError(13, "Permission denied"))
+
+
+def answered(status: int) -> requests.HTTPError:
+    response = requests.Response()
+    response.status_code = status
+    return requests.HTTPError(f"{status} for url", response=response)
+
+
+def test_an_answer_of_the_storage_of_files_is_told_apart_from_mlflow_that_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    internal = MlflowException("API request failed with exception (Caused by 'too many 500 error responses')")
+    assert not is_unreachable(internal)
+    assert trouble_of(internal) is Trouble.OUTAGE
+    assert "HTTP 500" in explain(caused_by(requests.exceptions.RetryError("too many 500 error responses")))
+    assert is_unreachable(MlflowException("failed with exception (too many 503 error responses)"))
+    assert [is_unreachable(answered(status)) for status in (403, 413, 502, 503, 507)] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+    ]
+    wanted = [Trouble.REFUSAL, Trouble.OUTAGE, Trouble.REFUSAL, Trouble.OUTAGE]
+    assert [trouble_of(answered(status)) for status in (400, 403, 413, 507)] == wanted
 
 
 def test_a_long_value_is_cut_with_a_mark_and_a_short_one_stays() -> None:

@@ -386,6 +386,26 @@ def test_a_rows_system_message_does_not_vanish_behind_the_sides_own_turns(values
     assert to_preferences(shape, values) == [Preference((system("s"), user("Q")), "good", "bad")]
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"system": "Be brief.", "chosen": [system("No jokes."), user("Q"), assistant("good")],
+         "rejected": [system("No jokes."), user("Q"), assistant("bad")]},
+        {"system": "Be brief.", "prompt": [system("No jokes."), user("Q")], "chosen": "good", "rejected": "bad"},
+        {"system": "Be brief.", "chosen": "No jokes.\n\nHuman: Q\n\nAssistant: good",
+         "rejected": "No jokes.\n\nHuman: Q\n\nAssistant: bad"},
+    ],
+)  # fmt: skip
+def test_a_rows_system_message_and_another_one_of_its_turns_become_one(values: dict[str, Any]) -> None:
+    (shape,) = preferences.fitting_formats(values)
+    joined = system("Be brief.\n\nNo jokes.")
+    assert to_preferences(shape, values) == [Preference((joined, user("Q")), "good", "bad")]
+    turns = {"system": "Be brief.", "messages": [system("No jokes."), user("Q"), assistant("good")]}
+    assert adapted(turns) == Conversation((joined, user("Q"), assistant("good")))
+    turns = {"system": "Be brief.", "messages": [system(""), user("Q"), assistant("good")]}
+    assert adapted(turns) == Conversation((system("Be brief."), user("Q"), assistant("good")))
+
+
 @pytest.mark.parametrize("history", ["earlier", {"q": "a"}, 7])
 def test_a_history_that_is_no_list_is_counted(history: object) -> None:
     row = {"instruction": "Add.", "output": "3", "history": history}

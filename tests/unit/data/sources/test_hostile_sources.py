@@ -6,23 +6,29 @@ import json
 import os
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from botocore.exceptions import ClientError, EndpointConnectionError, ReadTimeoutError
 from botocore.response import StreamingBody
+from huggingface_hub.utils import httpx
 
 from operators.given import given_artifact
 from stages.config.curate import CurateConfig
-from stages.config.errors import ConfigError, DataError
+from stages.config.errors import Category, ConfigError, DataError, StageError
 from stages.config.resolve import resolve
 from stages.data.sources import readers
 from stages.data.sources.hub import read_hub
 from stages.data.sources.records import BadRecord, SourceDocument
-from stages.data.sources.rows import Row
+from stages.data.sources.rows import Row, read_rows
+from stages.data.sources.streams import Stored, read_whole
+from stages.job.stopping import Stopped
 from tests.curating import PLAIN, curated, prose, rows_of
 from tests.places import SHARED
 
@@ -693,3 +699,96 @@ def test_a_damaged_file_of_a_data_set_is_a_bad_record(tmp_path: Path) -> None:
     (row,) = read_hub(f"hf://{tmp_path}")
     assert isinstance(row, BadRecord)
     assert row.reason == "unreadable_row"
+
+
+class _Breaking:
+    """A data set that gives one row and then meets an error, such as SIGTERM's or an outage."""
+
+    features = None
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.config = SimpleNamespace(data_files=None)
+
+    def as_streaming_dataset(self, *, split: str) -> "_Breaking":
+        return self
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        yield {"text": "first"}
+        raise self.error
+
+
+def test_a_stop_while_a_data_set_is_read_stays_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise Stopped("the job was asked to stop (SIGTERM)")
+
+    monkeypatch.setattr("datasets.load_dataset_builder", stopped)
+    with pytest.raises(Stopped):
+        list(read_hub("hf://org/set"))
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *_, **__: _Breaking(Stopped("SIGTERM")))
+    with pytest.raises(Stopped):
+        list(read_hub("hf://org/set"))
+
+
+@pytest.mark.parametrize("kind", ["ConnectError", "ReadTimeout", "RemoteProtocolError"])
+def test_an_outage_of_the_hub_is_retried_and_ends_no_data_set(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    outage = getattr(httpx, kind)("the hub is away")
+
+    def away(*_: Any, **__: Any) -> None:
+        raise outage
+
+    for loading in (away, lambda *_, **__: _Breaking(outage)):
+        monkeypatch.setattr("datasets.load_dataset_builder", loading)
+        with pytest.raises(StageError, match="the hub is away") as caught:
+            list(read_hub("hf://org/set"))
+        assert caught.value.category is Category.INFRASTRUCTURE
+
+
+def test_a_hub_that_is_switched_off_is_the_fault_of_the_one_who_did_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def off(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach the Hugging Face Hub")
+
+    monkeypatch.setattr("datasets.load_dataset_builder", off)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        list(read_hub("hf://org/set"))
+
+
+class _BrokenBody:
+    """A body that gives one line and then breaks off."""
+
+    def __init__(self) -> None:
+        self.blocks = [b'{"text": "one"}\n']
+
+    def read(self, amt: int | None = None) -> bytes:
+        if self.blocks:
+            return self.blocks.pop()
+        raise ReadTimeoutError(endpoint_url="https://store")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        ClientError({"Error": {"Code": "AccessDenied"}}, "GetObject"),
+        ClientError({"Error": {"Code": "SlowDown"}}, "GetObject"),
+        EndpointConnectionError(endpoint_url="https://store"),
+        None,
+    ],
+)
+@pytest.mark.parametrize("name", ["x.jsonl", "x.txt", "x.json", "x.parquet"])
+def test_an_object_that_s3_does_not_give_is_told_in_words(
+    name: str, answer: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing:
+        def get_object(self, **_: Any) -> dict[str, Any]:
+            if answer:
+                raise answer
+            return {"Body": _BrokenBody()}
+
+    monkeypatch.setattr("stages.data.sources.streams.s3_client", Refusing)
+    with pytest.raises(StageError, match=f"s3://bucket/{name}") as caught:
+        read_whole(Stored(f"s3://bucket/{name}", name, 100), 1000)
+    assert caught.value.advice
+    if name != "x.txt":
+        with pytest.raises(StageError, match=f"s3://bucket/{name}"):
+            list(read_rows(Stored(f"s3://bucket/{name}", name, 100)))

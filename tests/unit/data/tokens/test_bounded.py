@@ -1,7 +1,10 @@
 """A chat template that does not end, or that fails in a way of its own, is the configuration's fault."""
 
+import mmap
 import resource
 import sys
+import threading
+import time
 from collections import Counter
 
 import pytest
@@ -86,3 +89,40 @@ def test_a_long_conversation_is_far_from_the_limit() -> None:
     assert len(made.encode(many).ids) == 0  # of a vocabulary without pieces
     with pytest.raises(Unusable, match="reserved_character"):
         made.encode([{"role": "user", "content": "\ue000"}, {"role": "assistant", "content": "a"}])
+
+
+def test_other_threads_have_room_while_a_template_runs() -> None:
+    def import_something_large() -> None:
+        done.append(len(mmap.mmap(-1, 512 << 20)))  # as the libraries that the tracking thread imports meanwhile
+
+    def render() -> None:
+        other = threading.Thread(target=import_something_large)
+        other.start()
+        other.join()
+
+    done: list[int] = []
+    bounded(render)
+    assert done == [512 << 20]
+
+
+def test_two_threads_at_once_leave_the_limit_as_it_was() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    second_began, first_ended = threading.Event(), threading.Event()
+
+    def first() -> None:
+        bounded(lambda: second_began.wait(0.5))
+        first_ended.set()
+
+    def second() -> None:
+        bounded(lambda: (second_began.set(), first_ended.wait(0.5)))
+
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    try:
+        for thread in threads:
+            thread.start()
+            time.sleep(0.1)
+        for thread in threads:
+            thread.join()
+        assert resource.getrlimit(resource.RLIMIT_AS) == limits
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)

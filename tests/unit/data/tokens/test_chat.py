@@ -13,6 +13,7 @@ from stages.config.errors import ConfigError
 from stages.data.pairs.turns import Unusable
 from stages.data.tokens.chat import CHAT_TEMPLATE, ChatEncoder
 from stages.data.tokens.tokenizer import PLAIN_TEMPLATE
+from stages.job.stopping import Stopped
 
 SPECIAL = ["<|bos|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
 BOS, END, PAD, SYSTEM, USER, ASSISTANT = range(6)
@@ -305,3 +306,15 @@ def test_a_template_that_prints_the_date_prints_the_same_one_every_day() -> None
 def test_our_own_template_passes_the_check(tokenizer: Tokenizer) -> None:
     assert encoder(tokenizer).check() == END
     assert encoder(tokenizer, pad="<|end|>").check() == END
+
+
+def test_a_stop_while_a_template_is_rendered_stays_a_stop(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise Stopped("the job was asked to stop (SIGTERM)")
+
+    made = encoder(tokenizer)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.render_jinja_template", stopped)
+    with pytest.raises(Stopped):
+        made.encode(turns("q", "a"))
