@@ -12,6 +12,7 @@ from stages.artifacts.manifests import read_manifest
 from stages.config.errors import ConfigError, DamagedArtifactError, StageError, without_logins
 from stages.config.graph import GRAPH, Stage, language_models
 from stages.config.mlflow import tracking_server
+from stages.config.names import parse_model_address
 from stages.config.pipeline import BASE_MODEL, PREVIOUS, PipelineConfig
 from stages.config.places import check_source
 from stages.config.request import ArtifactRef, Manifest
@@ -132,15 +133,13 @@ def find_version(address: str) -> ModelVersion | None:
             f"MLFLOW_TRACKING_URI={given!r} is not an HTTP address: {address!r} cannot be looked up",
             advice="Set MLFLOW_TRACKING_URI in Airflow's environment, such as http://127.0.0.1:5000.",
         )
-    name, _, alias = address.removeprefix("models:/").partition("@")
-    name, _, version = (name, "", "") if alias else name.rpartition("/")
-    if not name or not (alias or version):
-        raise ConfigError(
-            f"{address!r} names no version of a model", advice="Use models:/<name>@<alias> or models:/<name>/<version>."
-        )
+    try:
+        model = parse_model_address(address)
+    except ValueError as error:
+        raise ConfigError(str(error), advice="Correct the address.") from None
     try:
         with MlflowServer(tracking_uri) as server:
-            return server.model_version(name, alias=alias, version=version)
+            return server.model_version(model.name, alias=model.alias, version=model.version)
     except MlflowRefusedError as error:
         raise ConfigError(f"{address!r} could not be looked up: {error}", advice="Then clear the task.") from None
     except MlflowUnavailableError as error:
