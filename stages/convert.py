@@ -8,8 +8,8 @@ from pathlib import Path
 from stages.config.convert import ConvertConfig
 from stages.config.graph import BASE_MODEL
 from stages.job.context import StageContext, StageOutcome
-from stages.models.given import gguf_file
 from stages.models.gguf import convert_gguf
+from stages.models.given import gguf_file
 
 
 def run(context: StageContext) -> StageOutcome:

@@ -1,4 +1,5 @@
-"""Preference optimisation of the SFT model, or of a given one, on pairs: DPO, against its own start, unless the loss needs no reference.
+"""Preference optimisation of the SFT model, or of a given one, on pairs: DPO, against its own start, unless the loss
+needs no reference.
 
 No copy is in memory: the reference's log-probabilities are computed before the first step and come with the pairs.
 """

@@ -55,4 +55,3 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
             "row_fill": round(float(conversations.lengths[order].sum()) / (len(rows) * tokens.sequence_length), 4),
         },
     )
-

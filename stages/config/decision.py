@@ -4,8 +4,8 @@ Two scores compare when they were measured by the same judge on the same data wi
 mean reward score wins. Otherwise the scores say nothing about each other, and the win rate of the candidate against
 the model that it was aligned from decides. A run without a judge has neither: then the accuracy of the candidate's
 implicit reward on held-out preference pairs decides, which must be better than chance, and better than a champion's
-that was measured on the same pairs. With `promotion=approval` a person has decided before, and that decision stands whatever the
-numbers say; the reason states both.
+that was measured on the same pairs. With `promotion=approval` a person has decided before, and that decision stands
+whatever the numbers say; the reason states both.
 """
 
 import math
@@ -194,7 +194,8 @@ def _decide_by_numbers(candidate: Candidate, champion: Champion | None, *, min_w
         return _decide_by_pairs(candidate, champion)
     wins = win_rate >= min_win_rate
     relation = "reaches" if wins else "is below"
-    reason = f"{why}; win rate {win_rate:.3f} against the model that it started from {relation} min_win_rate={min_win_rate:g}"
+    against = "against the model that it started from"
+    reason = f"{why}; win rate {win_rate:.3f} {against} {relation} min_win_rate={min_win_rate:g}"
     return Decision(wins, reason, "win_rate")
 
 

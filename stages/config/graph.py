@@ -10,7 +10,6 @@ from typing import Literal
 
 from stages.config.base import Choice
 
-
 BASE_MODEL, REWARD_MODEL, REWARD_BASE = "base_model", "reward_model", "reward_base"
 """Roles of the models that a run is given: what its policy starts from, the reward model that is used instead of a
 trained one, and what a trained one starts from. Each is a field of the form under the same name."""

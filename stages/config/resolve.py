@@ -186,7 +186,7 @@ def _refuse_impossible_end(params: PipelineParams) -> None:
             start += f" and first_stage={params.first_stage.value!r}"
         raise ConfigError(
             f"last_stage={params.last_stage.value!r} is not part of a run with alignment={params.alignment.value!r} "
-            f"and {start} ({params.skipped[params.last_stage]}); allowed: {names}",
+            f"and {start} ({params.skipped.get(params.last_stage, 'it is a stage of another DAG')}); allowed: {names}",
             advice="Choose another last stage or another alignment.",
         )
 

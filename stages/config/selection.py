@@ -61,7 +61,9 @@ def _ancestors(stage: Stage) -> set[Stage]:
 
 def first_stages() -> tuple[Stage, ...]:
     """Return the stages that a run with a base model may enter at: those that take it in the place of a model."""
-    return tuple(stage for stage, spec in GRAPH.items() if any(role == BASE_MODEL and place for role, place in spec.given))
+    return tuple(
+        stage for stage, spec in GRAPH.items() if any(role == BASE_MODEL and place for role, place in spec.given)
+    )
 
 
 def selected_stages(way: Way) -> frozenset[Stage]:

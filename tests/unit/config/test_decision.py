@@ -28,7 +28,7 @@ def test_without_a_champion_the_win_rate_decides() -> None:
     loses = decide(candidate({"eval/win_rate": 0.49}), None, AUTO)
     assert (wins.promoted, loses.promoted) == (True, False)
     assert wins.reason == (
-        "there is no champion yet; win rate 0.500 against its own SFT model reaches min_win_rate=0.5"
+        "there is no champion yet; win rate 0.500 against the model that it started from reaches min_win_rate=0.5"
     )
     assert "is below min_win_rate=0.5" in loses.reason
 
@@ -77,7 +77,8 @@ def test_promotion_never_promotes_nothing_however_good() -> None:
 def test_a_model_without_measurements_is_not_promoted() -> None:
     decision = decide(candidate({}), None, AUTO)
     assert not decision.promoted
-    assert "no win rate" in decision.reason
+    assert "no reward model has judged" in decision.reason
+    assert "no held-out preference pairs" in decision.reason
 
 
 def test_the_champion_itself_stays_champion() -> None:

@@ -51,7 +51,9 @@ def test_the_question_shows_every_model_side_by_side_and_proposes_the_one_that_p
     assert "|  | Base | SFT | PPO | DPO |" in body
     assert "| eval/win\\_rate ↑ | – | – | 0.71 | 0.64 |" in body
     assert body.index("win\\_rate ↑ | –") < body.index("eval/perplexity ↓")
-    assert "proposed: **PPO**, the aligned model with the highest win rate against SFT." in body
+    assert (
+        "proposed: **PPO**, the aligned model with the highest win rate against the model that it started from." in body
+    )
 
 
 @pytest.mark.usefixtures("imaginary_stage")
