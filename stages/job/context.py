@@ -108,6 +108,15 @@ class StageContext:
                 return model.digest
         return ""
 
+    def content_of(self, *roles: str) -> str:
+        """Return the digest of the model in the first of these roles that is given; KeyError when there is none."""
+        for role in roles:
+            if role in self.inputs:
+                return self.inputs[role].digest
+            if (model := self._outside_model(role)) is not None:
+                return model.digest
+        raise KeyError(roles)
+
     def _outside_model(self, role: str) -> SourceEntry | None:
         return next((source for source in self.sources if source.role == role), None)
 
