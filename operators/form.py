@@ -123,9 +123,8 @@ def _workers(execution: ExecutionConfig) -> str:
     device = "GPU" if execution.gpus_per_worker else "CPU core"
     number = execution.gpus_per_worker or execution.cpus_per_worker
     each = f"{number:g} {device}{'s' if number > 1 else ''}"
-    return (
-        f"{execution.num_workers} of {each}, {execution.engine}" if execution.num_workers else f"the job's own, {each}"
-    )
+    workers = execution.train_workers
+    return f"{workers} of {each}, {execution.engine}" if workers else f"the job's own, {each}"
 
 
 def _help(field: FieldInfo, text: str) -> str:

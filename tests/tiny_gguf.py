@@ -53,7 +53,7 @@ def _add_tokenizer(writer: Any, folder: Path, kinds: Any) -> None:
     tokens = sorted(ids, key=lambda token: ids[token])
     assert [ids[token] for token in tokens] == list(range(len(tokens)))
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([kinds.CONTROL if token in special else kinds.NORMAL for token in tokens])
     writer.add_token_merges(

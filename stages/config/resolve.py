@@ -161,7 +161,10 @@ def _leave_out_unneeded(tree: dict[str, Any], params: PipelineParams) -> None:
     if not params.base_model or params.previous_data:
         return
     curate, asked = tree["curate"], dotted(params.overrides)
-    needed = needed_data(params.selected, has_base_model=True)
+    # A run that ends with its data makes what a run to the end would go on with.
+    last = GRAPH[params.last_stage]
+    stages = params.selected if last.trains or last.closing else params.selected_until(Stage.REPORT)
+    needed = needed_data(stages, has_base_model=True)
     for name in (INSTRUCTIONS, PREFERENCES, DOCUMENTS):  # documents last: pairs may be derived from them
         derived_from = name == DOCUMENTS and any(_is_derived(curate[kind]) for kind in (INSTRUCTIONS, PREFERENCES))
         if not (name in needed or getattr(params, name) or f"curate.{name}" in asked or derived_from):
