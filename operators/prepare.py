@@ -66,9 +66,11 @@ def load_config(store: Store, run: RunInfo) -> PipelineConfig:
 def as_far_as_there_is_new_data(config: PipelineConfig, curated: Mapping[str, float]) -> PipelineConfig:
     """Shorten a run that builds on previous data to the stages that have new data, by the metrics of its curation.
 
-    Without enough new text there is no pretraining; without new pairs either, the run ends there and succeeds.
+    Without enough new text there is no pretraining; without new pairs either, the run ends there and succeeds. Text
+    alone is nothing new for a run that enters after pretraining.
     """
-    if curated[NEW_BYTES] >= max(1, config.min_new_bytes):
+    enters_late = bool(config.first_stage)
+    if curated[NEW_BYTES] >= max(1, config.min_new_bytes) and not enters_late:
         return config
     if curated[NEW_PAIRS] and config.base_model:
         logger.info("New pairs, but %d bytes of new text: no pretraining.", curated[NEW_BYTES])

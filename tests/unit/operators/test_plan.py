@@ -301,3 +301,28 @@ def test_what_a_reason_quotes_is_no_mark_up_on_the_page():
     )
     assert not re.search(r"(?<!\\)\]\(|<img", page)
     assert f"- {plain(f'curate: run, {why} (as in [x](javascript:alert(1)))')}\n" in page
+
+
+def test_the_plan_says_what_a_run_is_given_and_what_it_does_without(store: Store):
+    given = {"base_model": "/models/policy", "reward_model": "/models/reward", "first_stage": "ppo", "alignment": "ppo"}
+    config = resolve({"recipe": "tiny", **given, "instructions": ["/chats"], "last_stage": "evaluate"})
+    remarks = make_plan(config, run=RUN, store=store).remarks
+    assert remarks == (
+        "base_model: `/models/policy` is given, read by tokenize, ppo, evaluate",
+        "reward_model: `/models/reward` is given, read by ppo, evaluate",
+        "pretrain: skipped, base_model is given in its place",
+        "sft: skipped, the run starts with ppo (first_stage): base_model is given in its place",
+        "reward: skipped, reward_model is given in its place",
+        "dpo: skipped, alignment=ppo",
+        "promote, report: skipped, the run ends with evaluate (last_stage)",
+        "documents: none are read, no stage of this run needs them",
+        "preferences: none are read, no stage of this run needs them",
+    )
+    plan = make_plan(config, run=RUN, store=store)
+    assert set(remarks) <= set(as_table(plan))
+    assert all(plain(line) in as_markdown(plan) for line in remarks)
+    whole = make_plan(resolve({"recipe": "tiny"}), run=RUN, store=store)
+    assert whole.remarks == ()
+    ppo = plan.of(Stage.PPO).estimate
+    assert ppo is not None
+    assert "takes reward_model to be as large as the policy" in ppo.basis
