@@ -22,7 +22,8 @@ class ExecutionConfig(Config):
 
     num_workers: int = Field(default=0, ge=0)
     """Ray Train workers; 0 works inside the job's own process (no extra process, the fastest for one machine), or in
-    one worker where GPUs are asked for, because only workers reserve them. `curate` instead starts a process for every core of its workers, all on one machine; 0 counts as one worker."""
+    one worker where GPUs are asked for, because only workers reserve them. `curate` instead starts a process for every
+    core of its workers, all on one machine; 0 counts as one worker."""
     min_workers: int = Field(default=0, ge=0)
     """Fewest workers to train with while the cluster has no room for `num_workers`; 0 = always exactly `num_workers`.
     When the number changes, all workers restart from the newest checkpoint; results stay the same up to rounding."""

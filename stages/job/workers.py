@@ -1,7 +1,8 @@
 """From a Ray job to Ray Train workers and back.
 
 With `num_workers=0` and no GPUs Ray Train runs the body in the job's own process, which saves three process starts on
-one machine. Otherwise rank 0 uploads what it wrote, because its disk may not be the job's; the job writes the manifest, last.
+one machine. Otherwise rank 0 uploads what it wrote, because its disk may not be the job's; the job writes the manifest,
+last.
 """
 
 import contextlib
