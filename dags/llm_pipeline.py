@@ -1,10 +1,11 @@
 """From raw text to an aligned, registered model: the whole pipeline on one screen.
 
-    resolve ─ plan ─ curate ─ tokenize ─ pretrain ─ sft ─┬─ reward ─ ppo ─┬─ evaluate ─ approve ─ promote ─ report
-                                                         └────── dpo ─────┘
+    resolve ─ plan ─┬─ curate ──┬─ tokenize ─ pretrain ─ sft ─┬─ reward ─ ppo ─┬─ evaluate ─ approve ─ promote ─ report
+                    └─ convert ─┘                             └────── dpo ─────┘
 
 Every stage is a Ray job. A stage whose artifact exists is not run again; a stage that the run does not include skips
-itself. Skipped stages let the rest run, failed ones do not. With `promotion=approval`, `approve` asks a person.
+itself and says why: `first_stage` and given models decide where a run enters, `last_stage` where it ends. Skipped
+stages let the rest run, failed ones do not. With `promotion=approval`, `approve` asks a person.
 """
 
 from datetime import timedelta
@@ -61,7 +62,7 @@ with DAG(
     tasks = {stage: (heavy if GRAPH[stage].heavy else light)(stage=stage) for stage in pipeline_stages()}
     approve = PromotionApproval(task_id="approve")
 
-    chain(resolve(), plan(), tasks[Stage.CURATE])
+    chain(resolve(), plan(), [tasks[stage] for stage in tasks if not direct_inputs(stage)])
     for stage, stage_task in tasks.items():
         sources = [tasks[source] for source in direct_inputs(stage)]
         if stage is Stage.PROMOTE:

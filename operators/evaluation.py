@@ -13,12 +13,13 @@ from stages.config import mlflow_limits as limits
 from stages.config.decision import Evaluation
 from stages.config.errors import ConfigError, StageError
 from stages.config.forms import EvaluationParams
-from stages.config.graph import GRAPH, Stage, spec_of_kind, trained_stages
+from stages.config.graph import BASE_MODEL, GRAPH, Stage, spec_of_kind, trained_stages
 from stages.config.mlflow import tracking_server
 from stages.config.pipeline import PipelineConfig
 from stages.config.records import parse_object
 from stages.config.request import ArtifactRef
 from stages.config.resolve import resolve, validated
+from stages.config.selection import GGUF
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +35,13 @@ def start_evaluation(context: Any) -> dict[str, Any]:
 def evaluation_config(params: EvaluationParams) -> PipelineConfig:
     """Return a configuration that runs `evaluate` alone.
 
-    An aligned model comes with the SFT model that it was made from, the reference of its win rate and its KL.
+    An aligned model comes with the model that it was made from, the reference of its win rate and its KL.
     """
+    if params.model.lower().endswith(GGUF):
+        raise ConfigError(
+            f"model={params.model!r} is a GGUF file, which a run must convert first",
+            advice="Use llm_pipeline with it as base_model and first_stage=evaluate.",
+        )
     config = resolve({"recipe": params.recipe, "run_name": "evaluation", "overrides": params.overrides})
     given: dict[str, ArtifactRef] = {}
     if is_ours(params.model):
@@ -58,7 +64,8 @@ def evaluation_config(params: EvaluationParams) -> PipelineConfig:
 
 
 def _family(model: ArtifactRef) -> dict[str, ArtifactRef]:
-    """By role: a model, and for an aligned one the SFT model and the reward model that it was made from."""
+    """By role: a model, and for an aligned one the model and the reward model that it was made from, whether its run
+    made them or was given them."""
     spec = spec_of_kind(model.kind)
     if spec is None or not spec.trains or spec.scores:
         allowed = ", ".join(spec.kind for spec in trained_stages() if not spec.scores)
@@ -71,6 +78,8 @@ def _family(model: ArtifactRef) -> dict[str, ArtifactRef]:
         for entry in read_manifest(model).inputs:
             if entry.kind in wanted:
                 family[wanted[entry.kind]] = entry.ref()
+            elif entry.role == BASE_MODEL:
+                family[BASE_MODEL] = entry.ref()
     return family
 
 

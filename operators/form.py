@@ -19,6 +19,7 @@ from stages.config.help import field_help
 from stages.config.markdown import plain
 from stages.config.pipeline import PipelineConfig
 from stages.config.recipes import RECIPES
+from stages.config.selection import first_stages
 from stages.config.text import compact
 from stages.config.train import TrainConfig
 
@@ -27,7 +28,8 @@ _SECTIONS = {
     "Run": ("recipe", "run_name"),
     "Data": ("documents", "instructions", "preferences"),
     "Model and alignment": ("base_model", "continue_pretraining", "previous_data", "alignment"),
-    "Course of the run": ("last_stage", "seed", "promotion", "dry_run"),
+    "Reward model": ("reward_model", "reward_base", "train_reward"),
+    "Course of the run": ("first_stage", "last_stage", "seed", "promotion", "dry_run"),
     "Changes to the recipe": ("overrides",),
 }
 
@@ -41,6 +43,7 @@ def trigger_form() -> ParamsDict:
     # Proposals and no enum: for an unknown recipe, `resolve` suggests the one that was probably meant.
     recipe.schema["examples"] = list(RECIPES)
     recipe.schema["description_md"] += f"\n\n{recipe_table()}"
+    form.get_param("first_stage").schema["examples"] = [stage.value for stage in first_stages()]
     return form
 
 
@@ -120,9 +123,8 @@ def _workers(execution: ExecutionConfig) -> str:
     device = "GPU" if execution.gpus_per_worker else "CPU core"
     number = execution.gpus_per_worker or execution.cpus_per_worker
     each = f"{number:g} {device}{'s' if number > 1 else ''}"
-    return (
-        f"{execution.num_workers} of {each}, {execution.engine}" if execution.num_workers else f"the job's own, {each}"
-    )
+    workers = execution.train_workers
+    return f"{workers} of {each}, {execution.engine}" if workers else f"the job's own, {each}"
 
 
 def _help(field: FieldInfo, text: str) -> str:

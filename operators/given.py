@@ -1,4 +1,4 @@
-"""The artifacts that a run is given instead of making them: its base model, and the data before its own.
+"""The artifacts that a run is given instead of making them: models, and the data before its own.
 
 Addresses are followed once, when the run starts: `models:/name@alias` may point elsewhere an hour later, and every
 stage of the run must start from the same thing.
@@ -10,38 +10,49 @@ from operators.mlflow import MlflowRefusedError, MlflowServer, MlflowUnavailable
 from stages.artifacts.addresses import split_artifact_uri
 from stages.artifacts.manifests import read_manifest
 from stages.config.errors import ConfigError, DamagedArtifactError, StageError, without_logins
-from stages.config.graph import GRAPH, Stage, language_models
+from stages.config.graph import BASE_MODEL, GRAPH, REWARD_MODEL, Stage, kinds_of_start, trained_stages
 from stages.config.mlflow import tracking_server
 from stages.config.names import parse_model_address
-from stages.config.pipeline import BASE_MODEL, PREVIOUS, PipelineConfig
+from stages.config.pipeline import PREVIOUS, PipelineConfig
 from stages.config.places import check_source
 from stages.config.request import ArtifactRef, Manifest
+from stages.config.selection import GGUF
 
 _CURATED, _TOKENS = GRAPH[Stage.CURATE].kind, GRAPH[Stage.TOKENIZE].kind
 
 
 def given_artifacts(config: PipelineConfig) -> dict[str, ArtifactRef]:
-    """Return the artifacts behind `base_model` and `previous_data`, by role.
+    """Return the artifacts behind the given models and `previous_data`, by role.
 
-    A base model that is no artifact of ours (a Hugging Face folder or hub id) is left to the job, which sees it.
+    A model that is no artifact of ours (a Hugging Face folder, a hub id, a GGUF file) is left to the job, which sees
+    it.
     """
     given: dict[str, ArtifactRef] = {}
-    if is_ours(config.base_model):
-        base = given_artifact(config.base_model, field="base_model")
-        allowed = [spec.kind for spec in language_models()]
-        if base.kind not in allowed:
-            raise ConfigError(
-                f"base_model={config.base_model!r} is of kind {base.kind!r}; allowed: {', '.join(allowed)}",
-                advice="Give a language model; a reward model cannot be one.",
-            )
-        given[BASE_MODEL] = base
+    for role, address in config.given_models.items():
+        if is_ours(address):
+            model = given_artifact(address, field=role)
+            _check_kind(role, address, model.kind)
+            given[role] = model
     if config.previous_data:
         given[PREVIOUS] = data_of(config.previous_data, kind=_CURATED, field="previous_data")
     return given
 
 
+def _check_kind(role: str, address: str, kind: str) -> None:
+    scorers = [spec.kind for spec in trained_stages() if spec.scores]
+    allowed = {BASE_MODEL: list(kinds_of_start()), REWARD_MODEL: scorers}.get(role, [*kinds_of_start(), *scorers])
+    advice = {
+        BASE_MODEL: "Give a language model; a reward model cannot be one.",
+        REWARD_MODEL: "Give a reward model; one is trained from a language model with reward_base.",
+    }.get(role, "Give a model.")
+    if kind not in allowed:
+        raise ConfigError(f"{role}={address!r} is of kind {kind!r}; allowed: {', '.join(allowed)}", advice=advice)
+
+
 def is_ours(address: str) -> bool:
-    """Whether an address names an artifact of an Athanor store."""
+    """Whether an address names an artifact of an Athanor store; a file in one is none."""
+    if address.lower().endswith(GGUF):
+        return False
     return address.startswith("models:/") or (address.startswith(("file://", "s3://")) and "/artifacts/" in address)
 
 

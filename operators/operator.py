@@ -293,10 +293,8 @@ class StageOperator(BaseOperator):
         config = load_config(store, run)
         ti, stage = context["ti"], Stage(self.stage)
         if stage not in selection(config):
-            raise AirflowSkipException(
-                f"{stage.value} is not part of this run (alignment={config.alignment}, "
-                f"last_stage={config.last_stage}, base_model={config.base_model!r})"
-            )
+            why = "dry run" if config.dry_run else config.skipped.get(stage, "it runs other stages alone")
+            raise AirflowSkipException(f"{stage.value} is not part of this run: {why}")
         sources = set(input_stages(stage, config).values())
         upstream = {source: ti.xcom_pull(task_ids=source.value) for source in sources}
         request = build_request(stage, run=of_mapped(run, ti.map_index), store=store, config=config, upstream=upstream)

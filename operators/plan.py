@@ -7,6 +7,7 @@ changed since it was last read.
 """
 
 import logging
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from typing import Any
@@ -33,7 +34,7 @@ from stages.config.estimate import (
     workload,
 )
 from stages.config.execution import ExecutionConfig
-from stages.config.graph import GRAPH, Stage
+from stages.config.graph import BASE_MODEL, DATA_FIELDS, GRAPH, Stage, pipeline_stages, stage_providing
 from stages.config.pipeline import CONFIG_CLASSES, PipelineConfig, stage_config_from_json
 from stages.config.request import ArtifactRef, Manifest, RunInfo, StageRequest, digests_of
 
@@ -65,6 +66,8 @@ class Plan(Config):
     recipe: str
     dry_run: bool
     stages: tuple[StagePlan, ...]
+    remarks: tuple[str, ...] = ()
+    """Models that the run is given and who reads them, and what it does without and why: a line each."""
 
     def of(self, stage: Stage) -> StagePlan:
         return next(plan for plan in self.stages if plan.stage is stage)
@@ -75,7 +78,22 @@ def make_plan(config: PipelineConfig, *, run: RunInfo, store: Store, devices: De
     config, dry_run = config.model_copy(update={"dry_run": False}), config.dry_run
     walk = _Walk(config, run, store, devices or Devices())
     stages = tuple(walk.stage(stage) for stage in GRAPH if stage in walk.selected)
-    return Plan(recipe=config.recipe, dry_run=dry_run, stages=stages)
+    return Plan(recipe=config.recipe, dry_run=dry_run, stages=stages, remarks=tuple(_remarks(config)))
+
+
+def _remarks(config: PipelineConfig) -> Iterator[str]:
+    for role, address in config.given_models.items():
+        readers = [stage.value for stage in pipeline_stages() if role in config.given_roles(stage)]
+        yield f"{role}: `{address}` is given, read by {', '.join(readers) or 'no stage'}"
+    stages_by_reason: dict[str, list[str]] = {}
+    for stage, why in config.skipped.items():
+        if config.converts or not GRAPH[stage].provides:  # without a GGUF file nobody misses the conversion
+            stages_by_reason.setdefault(why, []).append(stage.value)
+    for why, stages in stages_by_reason.items():
+        yield f"{', '.join(stages)}: skipped, {why}"
+    for name in DATA_FIELDS if Stage.CURATE in config.selected else ():
+        if not getattr(config.curate, name):
+            yield f"{name}: none are read, no stage of this run needs them"
 
 
 class _Walk:
@@ -103,6 +121,8 @@ class _Walk:
             self._unknown.add(stage)
         if stage is Stage.TOKENIZE:
             self._counts = _counted(self._config, manifest, self._builds[stage]) or self._counts
+        if manifest and stage is stage_providing(BASE_MODEL):
+            self._parameters = _stored_parameters(manifest)
         took = None if verdict is Verdict.HIT else self._estimate(stage)
         return StagePlan(stage=stage, verdict=verdict, why=why, estimate=took)
 
@@ -250,7 +270,9 @@ def _counted(config: PipelineConfig, manifest: Manifest | None, builds: Builds) 
 
 
 def _stored_parameters(manifest: Manifest) -> int | None:
-    """Weights are exported in float32."""
+    """Trained weights are exported in float32; a converted model says how many it has."""
+    if counted := manifest.metrics.get("convert/parameters"):
+        return int(counted)
     size = sum(entry.size for entry in manifest.files if entry.path.endswith(".safetensors"))
     return size // 4 or None
 

@@ -17,13 +17,14 @@ def as_table(plan: Plan) -> list[str]:
     lines = [_title(plan)]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.append("")
-    return lines + [line for stage in plan.stages for line in _notes(stage)] + [total(plan)]
+    return lines + [line for stage in plan.stages for line in _notes(stage)] + [*plan.remarks, total(plan)]
 
 
 def as_markdown(plan: Plan) -> str:
     """Return a page; reasons name settings and addresses, which whoever triggers a run may choose."""
     header, *rows = ([plain(cell) for cell in row] for row in _rows(plan))
     notes = [f"- {plain(line)}" for stage in plan.stages for line in _notes(stage)]
+    notes += [f"- {plain(line)}" for line in plan.remarks]
     return "\n".join(
         [f"# {plain(_title(plan))}", "", table(header, rows), "", total(plan), "", "## Why", "", *notes, ""]
     )

@@ -10,7 +10,7 @@ from stages.artifacts.store import Store, write_json
 from stages.config.closing import Approval, Promotion
 from stages.config.curate import NEW_BYTES, NEW_PAIRS
 from stages.config.errors import ConfigError, DataError
-from stages.config.graph import GRAPH, Alignment, Stage
+from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import PREVIOUS, PipelineConfig, stage_config_from_json
 from stages.config.records import parse_record
 from stages.config.request import ArtifactRef, RunInfo, StageRequest, StageResult, sha256_of
@@ -66,9 +66,11 @@ def load_config(store: Store, run: RunInfo) -> PipelineConfig:
 def as_far_as_there_is_new_data(config: PipelineConfig, curated: Mapping[str, float]) -> PipelineConfig:
     """Shorten a run that builds on previous data to the stages that have new data, by the metrics of its curation.
 
-    Without enough new text there is no pretraining; without new pairs either, the run ends there and succeeds.
+    Without enough new text there is no pretraining; without new pairs either, the run ends there and succeeds. Text
+    alone is nothing new for a run that enters after pretraining.
     """
-    if curated[NEW_BYTES] >= max(1, config.min_new_bytes):
+    enters_late = bool(config.first_stage)
+    if curated[NEW_BYTES] >= max(1, config.min_new_bytes) and not enters_late:
         return config
     if curated[NEW_PAIRS] and config.base_model:
         logger.info("New pairs, but %d bytes of new text: no pretraining.", curated[NEW_BYTES])
@@ -90,7 +92,7 @@ def selection(config: PipelineConfig) -> frozenset[Stage]:
 def input_stages(stage: Stage, config: PipelineConfig) -> dict[str, Stage]:
     """Return role -> stage for the inputs that this run produces."""
     selected = selection(config)
-    return {role: source for role, source in GRAPH[stage].inputs if source in selected}
+    return {role: source for role, source in config.stage_inputs(stage).items() if source in selected}
 
 
 def build_request(
@@ -118,10 +120,11 @@ def build_request(
 
 def asks_for_approval(config: PipelineConfig) -> bool:
     """Whether a person decides in this run: only if the form says so and there will be an aligned model."""
+    selected = selection(config)
     return (
         config.promote.promotion is Promotion.APPROVAL
-        and config.alignment is not Alignment.NONE
-        and Stage.PROMOTE in selection(config)
+        and any(GRAPH[stage].aligned for stage in selected)
+        and Stage.PROMOTE in selected
     )
 
 

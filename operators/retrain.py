@@ -134,14 +134,15 @@ def _conf(
 ) -> dict[str, Any]:
     """The params of the champion's own run, with the champion as base model and previous data.
 
-    The version is given instead of the alias, which may move before the pipeline starts.
+    The version is given instead of the alias, which may move before the pipeline starts. A champion whose run entered
+    after pretraining is trained on in the same way: its run has no conversations to go on with after new text.
     """
     params_of = _params_of(champion, store)
     return {
         **params_of,
         "run_name": params.run_name,
         "base_model": champion.address,
-        "continue_pretraining": True,
+        "continue_pretraining": not params_of.get("first_stage"),
         "previous_data": champion.address,
         "documents": [prefix],
         "instructions": [],

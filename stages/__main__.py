@@ -18,6 +18,8 @@ def verb_of(stage: Stage) -> Verb:
     Each is imported only when its stage runs: training libraries take seconds, and a cache hit needs none of them.
     """
     match stage:
+        case Stage.CONVERT:
+            from stages.convert import run
         case Stage.CURATE:
             from stages.curate import run
         case Stage.TOKENIZE:

@@ -39,6 +39,11 @@ def run(context: StageContext) -> StageOutcome:
 
 def acts_of(config: CurateConfig) -> Iterator[Act]:
     """All that is done with the documents, in order; the pairs are made at the same time."""
+    if not config.documents:
+        yield acts.go_without
+        yield start_pairs
+        yield acts.carry
+        return
     yield acts.recall
     yield acts.read
     yield acts.mark

@@ -1,4 +1,5 @@
-"""Preference optimisation of the SFT model on pairs: DPO, against its own start, unless the loss needs no reference.
+"""Preference optimisation of the SFT model, or of a given one, on pairs: DPO, against its own start, unless the loss
+needs no reference.
 
 No copy is in memory: the reference's log-probabilities are computed before the first step and come with the pairs.
 """
@@ -6,6 +7,7 @@ No copy is in memory: the reference's log-probabilities are computed before the 
 import torch
 from torch import nn
 
+from stages.config.graph import BASE_MODEL
 from stages.config.train import DPOConfig, PreferenceLoss
 from stages.data.tokens.packing import Packed
 from stages.data.tokens.views import Split, TokensArtifact, evenly
@@ -27,11 +29,11 @@ def run(context: StageContext) -> StageOutcome:
 
 
 def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
-    """The policy starts as the SFT model, and so is the reference until its first step."""
+    """The policy starts as the SFT model or the given one, and so is the reference until its first step."""
     config = context.config
     assert isinstance(config, DPOConfig)
     planned = planned_pairs(tokens, config, micro_batch_size=context.execution.micro_batch_size)
-    policy = load_causal_lm(context.input_dir("model"), tokens, lora=config.lora)
+    policy = load_causal_lm(context.model_dir("model", BASE_MODEL), tokens, lora=config.lora)
 
     def objective(engine: Engine) -> PairObjective:
         steps, heldout = planned.steps, tokens.pairs(Split.HELDOUT)

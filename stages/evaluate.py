@@ -1,8 +1,9 @@
 """Every model of the run on the same held-out data: language, responses, preferences, scores and win rates.
 
-Scores come from the run's own reward model, so they say how well a model pleases it, not how good it is; perplexity,
-response loss and KL next to them show what that cost. Prompts share their random numbers across models, so that win
-rates compare answers to the same draws. What is measured is listed in `stages/config/metrics.py`.
+Scores come from the run's own reward model, or the given one, so they say how well a model pleases it, not how good it
+is; perplexity, response loss and KL next to them show what that cost. A run without a reward model has neither scores
+nor win rates. Prompts share their random numbers across models, so that win rates compare answers to the same draws.
+What is measured is listed in `stages/config/metrics.py`.
 
 Shape legend: N targets, S segments, P pairs.
 """
@@ -10,7 +11,7 @@ Shape legend: N targets, S segments, P pairs.
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,15 @@ from torch import nn
 
 from stages.config.closing import SCORE, WIN_RATE, EvaluateConfig
 from stages.config.errors import DataError
-from stages.config.graph import GRAPH, aligned_models, language_models, spec_of_role, trained_stages
+from stages.config.graph import (
+    BASE_MODEL,
+    GRAPH,
+    REWARD_MODEL,
+    aligned_models,
+    language_models,
+    spec_of_role,
+    trained_stages,
+)
 from stages.config.records import without_non_finite
 from stages.data.tokens.packing import (
     Packed,
@@ -43,6 +52,7 @@ from stages.models.build import load_causal_lm, load_reward_model
 from stages.models.forward import next_token_loss_sum, segment_logprobs, segment_scores
 from stages.models.generation import Sampling
 from stages.models.precision import autocast
+from stages.models.same_tokenizer import check_given_scorer
 from stages.train.next_token import DocumentRows
 
 logger = logging.getLogger(__name__)
@@ -60,9 +70,11 @@ def language_roles() -> list[str]:
     return [spec.role for spec in language_models()]
 
 
-def reference_role() -> str:
-    """Role of the model that the aligned ones start from: KL, implicit rewards and win rates are relative to it."""
-    return GRAPH[dict(aligned_models()[0].inputs)["model"]].role
+def reference_role(roles: Collection[str]) -> str:
+    """Role of the model that the aligned ones start from: KL, implicit rewards and win rates are relative to it. Where
+    the run has not made it, the given model has taken its place."""
+    usual = GRAPH[dict(aligned_models()[0].inputs)["model"]].role
+    return usual if usual in roles else language_roles()[0]
 
 
 def scorer_role() -> str:
@@ -77,18 +89,19 @@ def measure_models(context: StageContext) -> StageOutcome:
     bench = Bench(config, TokensArtifact(context.input_dir("tokens")), max_rows=context.execution.micro_batch_size)
     left_out = bench.left_out()
     folders = _model_folders(context)
-    judge = context.inputs.get(scorer_role())
-    reward = bench.reward_model(context.input_dir(scorer_role())) if judge else None
-    reference = bench.language_model(folders[reference_role()]) if reference_role() in folders else None
+    judge = context.identity_of(scorer_role(), REWARD_MODEL)
+    reward = bench.reward_model(_judge_dir(context, bench)) if judge else None
+    basis = reference_role(folders)
+    reference = bench.language_model(folders[basis]) if basis in folders else None
     measured: dict[str, Measured] = {}
     for position, (role, folder) in enumerate(folders.items()):
-        model = reference if role == reference_role() and reference is not None else bench.language_model(folder)
+        model = reference if role == basis and reference is not None else bench.language_model(folder)
         relative_to = reference if spec_of_role(role).aligned else None
         measured[role] = bench.measure(model, reference=relative_to, reward=reward)
         found = measured[role].metrics.get("eval/perplexity")
         shown = {} if found is None else {"perplexity": found}
         context.progress(position + 1, len(folders), "model", **shown)
-    _add_win_rates(measured)
+    _add_win_rates(measured, basis)
     numbers = {role: result.metrics for role, result in measured.items()}
     unigram = bench.unigram_perplexity()
     quality = bench.reward_quality(reward) if reward is not None else {}
@@ -100,7 +113,7 @@ def measure_models(context: StageContext) -> StageOutcome:
         "reward": quality,
         **({"left_out": left_out} if left_out else {}),
         "data": bench.describe(context),
-        "reward_fingerprint": judge.fingerprint if judge else None,
+        "reward_fingerprint": judge or None,
     }
     (context.output_dir / "metrics.json").write_text(json.dumps(report, indent=1, allow_nan=False))
     samples, _ = without_non_finite(bench.samples(measured))  # a score that is no number is null
@@ -115,8 +128,15 @@ def measure_models(context: StageContext) -> StageOutcome:
 def _model_folders(context: StageContext) -> dict[str, Path]:
     folders = {role: context.input_dir(role) for role in language_roles() if role in context.inputs}
     if context.has_base_model:  # unless the run has trained it further and so has a base model of its own
-        folders = {language_roles()[0]: context.base_model_dir(), **folders}
+        folders = {language_roles()[0]: context.given_dir(BASE_MODEL), **folders}
     return folders
+
+
+def _judge_dir(context: StageContext, bench: "Bench") -> Path:
+    folder = context.model_dir(scorer_role(), REWARD_MODEL)
+    if context.has_given(REWARD_MODEL):
+        bench.require_reads_ids(folder)
+    return folder
 
 
 @dataclass(frozen=True)
@@ -154,10 +174,9 @@ class Bench:
     def left_out(self) -> dict[str, str]:
         """Return what cannot be measured, by what is missing, and why; raises DataError when nothing can be."""
         documents = self._tokens.documents(Split.HELDOUT).num_items
+        too_short = f"the held-out documents have {documents} tokens together, a row has {self._tokens.sequence_length}"
         missing = {
-            "documents": ""
-            if len(self._rows)
-            else f"the held-out documents have {documents} tokens together, a row has {self._tokens.sequence_length}",
+            "documents": "" if len(self._rows) else too_short if documents else "there are no held-out documents",
             "responses": "" if len(self._conversations) else "there are no held-out conversations",
             "preferences": "" if len(self._pairs) else "there are no held-out preference pairs",
             "prompts": "" if self._prompts else "there are no held-out prompts",
@@ -175,6 +194,10 @@ class Bench:
 
     def reward_model(self, folder: Path) -> nn.Module:
         return self._placed(load_reward_model(folder, self._tokens))
+
+    def require_reads_ids(self, folder: Path) -> None:
+        """Raise ConfigError unless a given reward model scores texts of these tokens."""
+        check_given_scorer(folder, self._tokenizer, role=REWARD_MODEL)
 
     def _placed(self, model: nn.Module) -> nn.Module:
         return model.eval().to(self._device)
@@ -354,12 +377,12 @@ def _accuracy(margins_P: torch.Tensor) -> float:
     return float(pair_accuracy(margins_P, torch.zeros_like(margins_P))) / len(margins_P)
 
 
-def _add_win_rates(measured: dict[str, Measured]) -> None:
+def _add_win_rates(measured: dict[str, Measured], basis: str) -> None:
     """Share of held-out prompts on which a model's sampled answer scores above the reference's; ties count one
     half."""
-    if reference_role() not in measured:
+    if basis not in measured:
         return
-    base = torch.from_numpy(measured[reference_role()].scores)
+    base = torch.from_numpy(measured[basis].scores)
     for result in measured.values():
         if len(result.scores):
             result.metrics[WIN_RATE] = float(pair_accuracy(torch.from_numpy(result.scores), base)) / len(base)

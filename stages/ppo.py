@@ -1,4 +1,5 @@
-"""Proximal policy optimisation of the SFT model against the reward model, with a KL penalty to the frozen SFT model.
+"""Proximal policy optimisation of the SFT model, or of a given one, against the reward model, with a KL penalty to the
+frozen start.
 
 Experience is a generator: `steps` rolls out with the live policy and yields the minibatches of its epochs; the loop
 consumes them like any other steps. The critic starts as a copy of the reward model, whose head becomes the value head;
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stages.config.graph import BASE_MODEL, REWARD_MODEL
 from stages.config.train import PPOConfig
 from stages.data.tokens.packing import Packed, RowBudget, TokenSequence, lay_out
 from stages.data.tokens.ragged import Ragged
@@ -24,6 +26,7 @@ from stages.models.experts import routing_of
 from stages.models.forward import TrunkOutput, target_logprobs, target_positions, target_values
 from stages.models.generation import Sampling
 from stages.models.lora import add_adapter
+from stages.models.same_tokenizer import check_given_scorer
 from stages.train.engine import Engine, LossOutput
 from stages.train.objective import ObjectiveState, Step
 from stages.train.plan import batches, order_digest, share, shuffled
@@ -43,15 +46,17 @@ def run(context: StageContext) -> StageOutcome:
 
 
 def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
-    """Policy and reference start as the SFT model, critic and reward as the reward model."""
+    """Policy and reference start as the SFT model or the given one, critic and reward as the reward model."""
     config = context.config
     assert isinstance(config, PPOConfig)
     prompts = tokens.prompts(Split.TRAIN)
     require(len(prompts), "training prompts", advice="Give instruction data, or `derived`.")
-    sft_dir, reward_dir = context.input_dir("model"), context.input_dir("reward")
+    start_dir, reward_dir = context.model_dir("model", BASE_MODEL), context.model_dir("reward", REWARD_MODEL)
+    if context.has_given(REWARD_MODEL):
+        check_given_scorer(reward_dir, tokens.tokenizer(), role=REWARD_MODEL)
     # The reward model is a good start for the critic: it knows already what a whole response is worth, and learns to
     # say so from its beginning.
-    policy = load_causal_lm(sft_dir, tokens, lora=config.lora)
+    policy = load_causal_lm(start_dir, tokens, lora=config.lora)
     critic = load_reward_model(reward_dir, tokens, lora=config.lora)
 
     def objective(engine: Engine) -> PPOObjective:
@@ -63,7 +68,7 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
             Sampling(config.max_response_length, tokens.eos_id, tokens.pad_id, config.temperature),
             seed=config.seed,
             scorer=RewardModel(reward, pad_id=tokens.pad_id, budget=budget),
-            reference=engine.freeze(load_causal_lm(sft_dir, tokens)) if copies else None,
+            reference=engine.freeze(load_causal_lm(start_dir, tokens)) if copies else None,
             budget=budget,
         )
         balancing = Balancing(policy=routing_of(policy), critic=routing_of(critic))

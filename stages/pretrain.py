@@ -5,6 +5,7 @@ import math
 import numpy as np
 from transformers.modeling_utils import PreTrainedModel
 
+from stages.config.graph import BASE_MODEL
 from stages.config.train import PretrainConfig
 from stages.data.tokens.views import Split, TokensArtifact, require
 from stages.job.context import StageContext, StageOutcome
@@ -54,7 +55,7 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
 
 def _start(context: StageContext, config: PretrainConfig, tokens: TokensArtifact) -> PreTrainedModel:
     if context.has_base_model:
-        return load_causal_lm(context.base_model_dir(), tokens)
+        return load_causal_lm(context.given_dir(BASE_MODEL), tokens)
     return new_causal_lm(config.model, tokens, seed=config.seed)
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from stages.artifacts.manifests import read_manifest, settings_digest
-from stages.config.closing import SCORE, WIN_RATE, PromoteConfig
+from stages.config.closing import PREFERENCE_ACCURACY, SCORE, WIN_RATE, PromoteConfig
 from stages.config.decision import (
     CANDIDATE,
     CHAMPION,
@@ -112,4 +112,4 @@ def _outcome_metrics(decision: Decision, registered: list[Registered], chosen: d
         "promotion/registered": float(len(registered)),
         "promotion/new_versions": float(sum(model.is_new for model in registered)),
     }
-    return metrics | {key: chosen[key] for key in (WIN_RATE, SCORE) if key in chosen}
+    return metrics | {key: chosen[key] for key in (WIN_RATE, SCORE, PREFERENCE_ACCURACY) if key in chosen}

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from stages.config.graph import BASE_MODEL, REWARD_BASE
 from stages.config.train import RewardConfig
 from stages.data.tokens.packing import Packed
 from stages.data.tokens.views import Split, TokensArtifact
@@ -12,6 +13,7 @@ from stages.models.build import load_reward_model
 from stages.models.experts import routing_of
 from stages.models.forward import TrunkOutput, segment_scores
 from stages.models.lora import add_adapter
+from stages.models.same_tokenizer import check_same_tokenizer
 from stages.train.engine import LossOutput
 from stages.train.pairs import PairObjective, over_pairs, planned_pairs, sides
 from stages.train.routing import Balancing
@@ -23,11 +25,15 @@ def run(context: StageContext) -> StageOutcome:
 
 
 def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
-    """Start from the SFT model's trunk with a head of zeros."""
+    """Start from a trunk with a head of zeros: that of the SFT model, of a given one, or of the reward base, which may
+    be smaller than the policy."""
     config = context.config
     assert isinstance(config, RewardConfig)
     planned = planned_pairs(tokens, config, micro_batch_size=context.execution.micro_batch_size)
-    model = load_reward_model(context.input_dir("model"), tokens, lora=config.lora)
+    start = context.model_dir("model", REWARD_BASE, BASE_MODEL)
+    if context.has_given(REWARD_BASE):
+        check_same_tokenizer(start, tokens.tokenizer(), role=REWARD_BASE)
+    model = load_reward_model(start, tokens, lora=config.lora)
 
     def pair_loss(parts: nn.ModuleDict, batch: Packed, trunk: TrunkOutput | None = None) -> LossOutput:
         """-log sigmoid of the score difference, plus a small pull of the scores towards zero."""

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from stages.config.graph import BASE_MODEL
 from stages.config.train import SFTConfig
 from stages.data.tokens.views import Split, TokensArtifact, require
 from stages.job.context import StageContext, StageOutcome
@@ -26,7 +27,8 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     mixture = training_order(tokens.conversation_sources(Split.TRAIN), conversations.num_targets, config)
     order = mixture.order
     rows = ConversationRows(conversations, order, tokens.sequence_length)
-    policy = add_adapter(load_causal_lm(_start_dir(context), tokens, lora=config.lora), config.lora, seed=config.seed)
+    start = load_causal_lm(context.model_dir("model", BASE_MODEL), tokens, lora=config.lora)
+    policy = add_adapter(start, config.lora, seed=config.seed)
     objective = NextTokenObjective(
         rows,
         np.arange(len(rows)),
@@ -53,9 +55,3 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
             "row_fill": round(float(conversations.lengths[order].sum()) / (len(rows) * tokens.sequence_length), 4),
         },
     )
-
-
-def _start_dir(context: StageContext):
-    if "model" in context.inputs:
-        return context.input_dir("model")
-    return context.base_model_dir()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from stages.config.errors import ConfigError, DataError
+from stages.config.graph import BASE_MODEL
 from stages.config.tokens import TokenizeConfig
 from stages.data.tokens.chat import ChatEncoder
 from stages.data.tokens.encoding import ConversationWriter, PairWriter
@@ -69,7 +70,7 @@ def run(context: StageContext) -> StageOutcome:
 
 def _tokenizer(config: TokenizeConfig, curated: Path, context: StageContext) -> LoadedTokenizer:
     if context.has_base_model:
-        return given_tokenizer(context.base_model_dir(), chat_template=config.chat_template)
+        return given_tokenizer(context.given_dir(BASE_MODEL), chat_template=config.chat_template)
     return train_tokenizer(evenly(curated, config.bpe_train_bytes), config)
 
 

@@ -56,10 +56,12 @@ def built(folder: Path) -> dict[str, Any]:
     store, config = open_store(folder.as_uri()), resolve({"recipe": "tiny"})
     refs: dict[Stage, ArtifactRef] = {}
     found: dict[str, Any] = {}
-    for stage in pipeline_stages():
+    for stage in (stage for stage in pipeline_stages() if stage in config.selected):
         if GRAPH[stage].closing and stage is not Stage.EVALUATE:
             continue  # promotion and report record addresses and times
-        refs[stage] = build(stage, config, store, {role: refs[source] for role, source in GRAPH[stage].inputs})
+        refs[stage] = build(
+            stage, config, store, {role: refs[source] for role, source in config.stage_inputs(stage).items()}
+        )
         files = {entry.path: entry.sha256 for entry in read_manifest(refs[stage]).files}
         found[stage.value] = {"fingerprint": refs[stage].fingerprint, "digest": refs[stage].digest, "files": files}
         print(f"{stage.value:9} {refs[stage].fingerprint[:12]} {refs[stage].digest[:12]}", flush=True)

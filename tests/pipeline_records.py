@@ -10,7 +10,7 @@ from stages.artifacts.manifests import content_digest, publish, upload_files
 from stages.artifacts.store import Store
 from stages.config.base import Config
 from stages.config.execution import ExecutionConfig
-from stages.config.graph import GRAPH, Stage
+from stages.config.graph import GRAPH, Stage, pipeline_stages
 from stages.config.places import local_path
 from stages.config.request import (
     ArtifactRef,
@@ -28,6 +28,8 @@ from stages.tracking.tracker import NullTracker, Tracker
 
 RAW_DIGEST = "5eed" + "0" * 60
 RAW_DATA = SourceEntry(role="documents", kind=SourceKind.DATA, uri="installed-docs", digest=RAW_DIGEST)
+PLAIN_RUN = tuple(stage for stage in pipeline_stages() if not GRAPH[stage].provides)
+"""The stages of a run that is given no model."""
 ROLE_OF = {stage: spec.role for stage, spec in GRAPH.items() if spec.role}
 
 LEDGER: dict[str, Any] = {

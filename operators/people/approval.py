@@ -17,8 +17,8 @@ from operators.failures import StageConfigFailed, as_stage_failures
 from operators.links import mlflow_run_page
 from operators.people.asking import ask_once, comment_of, name_of, with_usable_fields
 from stages.artifacts.manifests import read_file, read_manifest, settings_digest
-from stages.config.closing import SCORE, WIN_RATE, Approval, Sample, Verdict, read_samples
-from stages.config.decision import CHAMPION, Champion, Conditions, Evaluation, choose_aligned
+from stages.config.closing import PREFERENCE_ACCURACY, SCORE, WIN_RATE, Approval, Sample, Verdict, read_samples
+from stages.config.decision import CHAMPION, CHANCE, Champion, Conditions, Evaluation, choose_aligned
 from stages.config.graph import Stage, aligned_models, registered_name, spec_of_role, trained_stages
 from stages.config.markdown import block, code, link, plain, table
 from stages.config.metrics import EVALUATION_METRICS
@@ -30,6 +30,11 @@ from stages.config.servers import is_web_address
 from stages.config.text import one_line
 
 _NUM_SAMPLES = 4
+_SCORES = "Scores come from this run's reward model: they say how well a model pleases it, not how good it is."
+_NO_SCORES = (
+    "No reward model judged this run, so there are no scores and no win rates: preference accuracy says how often a "
+    "model, relative to its start, prefers the chosen one of two held-out answers."
+)
 _LONGEST_PROMPT, _LONGEST_ANSWER = 2_000, 4_000
 _BETTER = {metric.key: metric.arrow for metric in EVALUATION_METRICS}
 """Which way is better; distances and lengths are neither."""
@@ -109,15 +114,16 @@ def question(run: RunInfo, config: PipelineConfig, evaluated: ArtifactRef) -> tu
     aligned = [spec.role for spec in aligned_models() if spec.role in models]
     chosen = choose_aligned(aligned, evaluation)
     proposed = spec_of_role(chosen).label if chosen else ""
+    judged = any(WIN_RATE in metrics for metrics in models.values())
     champion, note = _champion(config.promote.run_name, evaluation.conditions)
     parts = [
         f"Run {plain(run.name)}, proposed: **{proposed or 'none'}**, "
-        + ("the aligned model with the highest win rate against SFT." if len(aligned) > 1 else "its aligned model."),
-        _rules(config),
+        + (_best_by(judged) if len(aligned) > 1 else "its aligned model."),
+        _rules(config, judged=judged),
         "### Measured on held-out data",
         _metrics_table(models, champion),
         f"↑ higher is better, ↓ lower is better. {note}",
-        "Scores come from this run's own reward model: they say how well a model pleases it, not how good it is.",
+        _SCORES if judged else _NO_SCORES,
         f"### Answers side by side ({min(_NUM_SAMPLES, len(samples))} of {len(samples)} kept)",
         *(_sample(sample, list(models)) for sample in samples[:_NUM_SAMPLES]),
         "### Evidence",
@@ -127,11 +133,19 @@ def question(run: RunInfo, config: PipelineConfig, evaluated: ArtifactRef) -> tu
     return subject, "\n\n".join(part for part in parts if part)
 
 
-def _rules(config: PipelineConfig) -> str:
+def _best_by(judged: bool) -> str:
+    by = "highest win rate against the model that it started from" if judged else "highest preference accuracy"
+    return f"the aligned model with the {by}."
+
+
+def _rules(config: PipelineConfig, *, judged: bool) -> str:
     hours = config.promote.approval_timeout_hours
+    rule = f"of win rates (`min_win_rate={config.promote.min_win_rate:g}`)"
+    if not judged:
+        rule = f"of preference accuracy (above {CHANCE:g}, and above a champion's on the same pairs)"
     return (
         "- **Approve**: the model becomes `champion`, the present champion `previous`. Your decision overrides the "
-        f"rule of win rates (`min_win_rate={config.promote.min_win_rate:g}`) that decides without you.\n"
+        f"rule {rule} that decides without you.\n"
         "- **Reject**: the models are registered as `candidate`, never `champion`; all evidence is kept.\n"
         f"- **No answer within {hours:g} hours** counts as a rejection and is recorded as timed out.\n\n"
         "Who decided, when, and the comment stay with the models in MLflow and in the manifest of `promote`."
@@ -176,7 +190,7 @@ def _metrics_table(models: Mapping[str, Mapping[str, Any]], champion: Champion |
 
 
 def _importance(name: str) -> tuple[int, str]:
-    first = (WIN_RATE, SCORE, "eval/preference_accuracy", "eval/kl", "eval/perplexity")
+    first = (WIN_RATE, SCORE, PREFERENCE_ACCURACY, "eval/kl", "eval/perplexity")
     return (first.index(name) if name in first else len(first), name)
 
 

@@ -9,7 +9,7 @@ from stages.config.errors import DataError
 from stages.config.names import RunName
 from stages.config.records import first_error, parse_json
 
-WIN_RATE, SCORE = "eval/win_rate", "eval/score_mean"
+WIN_RATE, SCORE, PREFERENCE_ACCURACY = "eval/win_rate", "eval/score_mean", "eval/preference_accuracy"
 LONGEST_WAIT_HOURS = 10 * 365 * 24.0
 """For a person's answer; beyond some thousand years no calendar can tell when the wait is over."""
 
@@ -95,7 +95,8 @@ class PromoteConfig(Config):
     """`auto` moves the alias `champion` when the aligned model wins, `approval`: a person decides in Airflow, `never`
     registers candidates only."""
     min_win_rate: float = Field(default=0.5, ge=0, le=1)
-    """Win rate against SFT that an aligned model needs to become champion; a person may decide otherwise."""
+    """Win rate, against the model that it was aligned from, that a model needs to become champion; a person may decide
+    otherwise. Without a reward model, preference accuracy above 0.5 takes its place."""
     approval_timeout_hours: float = Field(default=168.0, gt=0, le=LONGEST_WAIT_HOURS)
     """Hours that `promotion=approval` waits for a person; after them the model counts as rejected, nothing is lost."""
     approval: Approval | None = None

@@ -103,9 +103,10 @@ QUALITY_PROFILES: dict[str, QualityThresholds] = {
 class CurateConfig(Config):
     """Settings of the `curate` stage."""
 
-    documents: tuple[str, ...] = Field(default=(INSTALLED_DOCS,), min_length=1)
+    documents: tuple[str, ...] = (INSTALLED_DOCS,)
     """Text sources: `installed-docs`, a file, a folder, `s3://bucket/prefix` (.txt .md .rst .jsonl .json .parquet,
-    .gz and .zst), or `hf://name?split=train&config=..&text=..&revision=..`."""
+    .gz and .zst), or `hf://name?split=train&config=..&text=..&revision=..`; empty for none, where nothing is pretrained
+    and no pairs are derived."""
     instructions: tuple[str, ...] = (DERIVED,)
     """Instruction sources: `derived` (from installed-docs), or files, folders, s3:// or hf:// of conversations; the
     format is detected from the fields, or named by `#format=alpaca` after the source (docs/DATA.md); empty for none."""

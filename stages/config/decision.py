@@ -2,8 +2,10 @@
 
 Two scores compare when they were measured by the same judge on the same data with the same settings. Then the higher
 mean reward score wins. Otherwise the scores say nothing about each other, and the win rate of the candidate against
-its own SFT model decides. With `promotion=approval` a person has decided before, and that decision stands whatever the
-numbers say; the reason states both.
+the model that it was aligned from decides. A run without a judge has neither: then the accuracy of the candidate's
+implicit reward on held-out preference pairs decides, which must be better than chance, and better than a champion's
+that was measured on the same pairs. With `promotion=approval` a person has decided before, and that decision stands
+whatever the numbers say; the reason states both.
 """
 
 import math
@@ -11,12 +13,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from stages.config.closing import SCORE, WIN_RATE, Approval, PromoteConfig, Promotion, Verdict
+from stages.config.closing import PREFERENCE_ACCURACY, SCORE, WIN_RATE, Approval, PromoteConfig, Promotion, Verdict
 from stages.config.errors import ConfigError, DataError
 from stages.config.graph import GRAPH, Stage
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 """Aliases of registered models in MLflow."""
+
+CHANCE = 0.5
+"""Preference accuracy of a model that prefers neither answer; ties count one half."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,11 @@ class Conditions:
 
     def allow_comparison(self, other: "Conditions") -> bool:
         return all(asdict(self).values()) and self == other
+
+    def allow_comparison_of_pairs(self, other: "Conditions") -> bool:
+        """Whether accuracies on preference pairs compare, which no judge has a part in."""
+        mine, theirs = ((one.data_digest, one.settings_digest) for one in (self, other))
+        return all(mine) and mine == theirs
 
 
 @dataclass(frozen=True)
@@ -110,15 +120,16 @@ class Decision:
     promoted: bool
     reason: str
     comparison: str
-    """`score`, `win_rate`, `same_model`, `person` or `none`: what decided."""
+    """`score`, `win_rate`, `preference_accuracy`, `same_model`, `person` or `none`: what decided."""
 
 
 def choose_aligned(roles: Iterable[str], evaluation: Evaluation) -> str | None:
-    """Return the role with the highest win rate against SFT; ties go by score, then by order. None without roles."""
+    """Return the role with the highest win rate against the start; ties, and runs without a judge, go by score, then by
+    preference accuracy, then by order. None without roles."""
 
-    def strength(role: str) -> tuple[float, float]:
+    def strength(role: str) -> tuple[float, ...]:
         measured = evaluation.of(role)
-        return measured.get(WIN_RATE, -math.inf), measured.get(SCORE, -math.inf)
+        return tuple(measured.get(key, -math.inf) for key in (WIN_RATE, SCORE, PREFERENCE_ACCURACY))
 
     return max(roles, key=strength, default=None)
 
@@ -180,11 +191,33 @@ def _decide_by_numbers(candidate: Candidate, champion: Champion | None, *, min_w
         )
     win_rate = candidate.metrics.get(WIN_RATE)
     if win_rate is None:
-        return Decision(False, f"{why}, and the evaluation has no win rate against SFT for the aligned model", "none")
+        return _decide_by_pairs(candidate, champion)
     wins = win_rate >= min_win_rate
     relation = "reaches" if wins else "is below"
-    reason = f"{why}; win rate {win_rate:.3f} against its own SFT model {relation} min_win_rate={min_win_rate:g}"
+    against = "against the model that it started from"
+    reason = f"{why}; win rate {win_rate:.3f} {against} {relation} min_win_rate={min_win_rate:g}"
     return Decision(wins, reason, "win_rate")
+
+
+def _decide_by_pairs(candidate: Candidate, champion: Champion | None) -> Decision:
+    """Without a judge: does the candidate, relative to its start, prefer what people chose, and more often than the
+    champion does?"""
+    no_judge = "no reward model has judged its answers"
+    accuracy = candidate.metrics.get(PREFERENCE_ACCURACY)
+    if accuracy is None:
+        return Decision(False, f"{no_judge}, and there are no held-out preference pairs to measure it on", "none")
+    found = f"{no_judge}; it prefers the chosen answer in {accuracy:.1%} of the held-out pairs"
+    if accuracy <= CHANCE:
+        return Decision(False, f"{found}, which is not above chance ({CHANCE:.0%})", "preference_accuracy")
+    if champion is None:
+        return Decision(True, f"{found}, above chance ({CHANCE:.0%}); there is no champion yet", "preference_accuracy")
+    before = champion.metrics.get(PREFERENCE_ACCURACY)
+    who = f"the champion (version {champion.version})"
+    if before is None or not candidate.conditions.allow_comparison_of_pairs(champion.conditions):
+        reason = f"{found}, above chance ({CHANCE:.0%}); {who} was not measured on these pairs with these settings"
+        return Decision(True, reason, "preference_accuracy")
+    relation = "more" if accuracy > before else "not more"
+    return Decision(accuracy > before, f"{found}, {relation} than {who} with {before:.1%}", "preference_accuracy")
 
 
 def _object(report: Mapping[str, Any], name: str) -> dict[str, Any]:

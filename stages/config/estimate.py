@@ -8,7 +8,7 @@ from pydantic import Field
 
 from stages.config.base import Config
 from stages.config.execution import Engine, ExecutionConfig
-from stages.config.graph import GRAPH, Stage
+from stages.config.graph import BASE_MODEL, GRAPH, REWARD_MODEL, Stage
 from stages.config.pipeline import PipelineConfig
 from stages.config.text import compact
 from stages.config.train import (
@@ -156,9 +156,9 @@ def assumed_counts(config: PipelineConfig) -> DataCounts:
     """Before anything was counted: the recipe's caps and an assumed length."""
     length = min(ASSUMED_CONVERSATION_TOKENS, config.tokenize.sequence_length)
     return DataCounts(
-        conversations=config.curate.max_instructions,
+        conversations=config.curate.max_instructions if config.curate.instructions else 0,
         conversation_tokens=length,
-        preferences=config.curate.max_preferences,
+        preferences=config.curate.max_preferences if config.curate.preferences else 0,
         vocab_size=config.tokenize.vocab_size,
         basis=f"assumes curate's caps on pairs are reached, {length} tokens a conversation",
     )
@@ -180,8 +180,10 @@ def workload(
             # Policy and critic are trained; each response is generated and read by policy, reference, critic, reward.
             return Workload(trained_tokens=2 * ppo.num_epochs * tokens, forward_tokens=5 * tokens)
         case Stage.EVALUATE:
-            evaluate, models = config.evaluate, sum(GRAPH[stage].trains for stage in selected)
-            read = evaluate.max_documents_tokens + (evaluate.max_instructions + 2 * evaluate.max_preferences) * length
+            evaluate = config.evaluate
+            models = sum(GRAPH[stage].trains for stage in selected) + len(config.given_roles(stage))
+            documents = evaluate.max_documents_tokens if config.curate.documents or config.previous_data else 0
+            read = documents + (evaluate.max_instructions + 2 * evaluate.max_preferences) * length
             answered = evaluate.max_prompts * (
                 min(config.tokenize.max_prompt_length, length) + evaluate.max_response_length
             )
@@ -290,10 +292,15 @@ def estimate(
     if work is None:
         return _as_before(execution, devices, usable)
     basis = [] if stage is Stage.PRETRAIN else [counts.basis]
-    known = not config.base_model
+    unknown = [role for role in config.given_roles(stage) if role != REWARD_MODEL] or [BASE_MODEL] * bool(
+        config.base_model
+    )
+    known = not unknown
     parameters = count_parameters(model, counts.vocab_size) if known else measured_parameters
     if parameters is None:
-        basis.append(f"size of base_model={config.base_model!r} is unknown until a stage has loaded it")
+        basis.append(f"size of {unknown[0]}={getattr(config, unknown[0])!r} is unknown until a stage has loaded it")
+    if REWARD_MODEL in config.given_roles(stage):
+        basis.append("takes reward_model to be as large as the policy")
     tokens = work.trained_tokens or work.forward_tokens
     per_token = forward_flops_per_token(model, counts.vocab_size, _context(stage, config, counts)) if known else None
     if per_token is None and parameters is not None:

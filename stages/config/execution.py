@@ -21,8 +21,9 @@ class ExecutionConfig(Config):
     """Resources and layout of one stage."""
 
     num_workers: int = Field(default=0, ge=0)
-    """Ray Train workers; 0 trains inside the job's own process (no extra process, the fastest for one machine).
-    `curate` instead starts a process for every core of its workers, all on one machine; 0 counts as one worker."""
+    """Ray Train workers; 0 works inside the job's own process (no extra process, the fastest for one machine), or in
+    one worker where GPUs are asked for, because only workers reserve them. `curate` instead starts a process for every
+    core of its workers, all on one machine; 0 counts as one worker."""
     min_workers: int = Field(default=0, ge=0)
     """Fewest workers to train with while the cluster has no room for `num_workers`; 0 = always exactly `num_workers`.
     When the number changes, all workers restart from the newest checkpoint; results stay the same up to rounding."""
@@ -70,9 +71,14 @@ class ExecutionConfig(Config):
     0 = wait for as long as the task may run."""
 
     @property
+    def train_workers(self) -> int:
+        """Ray Train workers that are started; 0 for the job's own process."""
+        return self.num_workers or int(self.gpus_per_worker > 0)
+
+    @property
     def least_workers(self) -> int:
         """Workers without which training does not start."""
-        return self.min_workers or self.num_workers
+        return self.min_workers or self.train_workers
 
     @model_validator(mode="after")
     def _elastic_within_bounds(self) -> "ExecutionConfig":

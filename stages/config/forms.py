@@ -2,15 +2,21 @@
 
 The fields that the form of `llm_pipeline` shares with the run's configuration stand in `RunOutline`, for both."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, GetPydanticSchema, model_validator
 
 from stages.config.base import Config
 from stages.config.closing import LONGEST_WAIT_HOURS, Promotion
-from stages.config.graph import Alignment, Stage, pipeline_stages
+from stages.config.graph import (
+    BASE_MODEL,
+    GIVEN_MODELS,
+    Alignment,
+    Stage,
+    pipeline_stages,
+)
 from stages.config.names import Lines, ModelAddress, RunName
-from stages.config.selection import selected_stages
+from stages.config.selection import GGUF, Way, contradiction, selected_stages, skipped_stages
 
 PipelineStage = Annotated[
     Stage,
@@ -23,6 +29,11 @@ PipelineStage = Annotated[
 ]
 """What the form offers; `resolve` refuses a stage that the run does not have."""
 
+FirstStage = Annotated[
+    Stage | Literal[""], GetPydanticSchema(get_pydantic_json_schema=lambda schema, handler: {"type": "string"})
+]
+"""A stage or nothing; the form proposes those that a run can enter at."""
+
 
 class RunOutline(Config):
     """Name, start and end of a run: the fields of the form that the configuration keeps as they are."""
@@ -32,10 +43,25 @@ class RunOutline(Config):
     base_model: ModelAddress = Field(
         default="", title="Base model", examples=["models:/athanor-base@champion", "/models/llama"]
     )
-    """Model to start from instead of pretraining: an artifact URI, `models:/name@alias` or a Hugging Face directory.
-    Empty: pretrain from scratch."""
+    """Model to start from instead of pretraining: an artifact URI, `models:/name@alias`, a Hugging Face folder or hub
+    id, or a GGUF file. Empty: pretrain from scratch."""
+    first_stage: FirstStage = Field(default="", title="First stage")
+    """With a base model: the first stage that trains, `sft`, `reward`, `ppo` or `dpo`, or `evaluate` to train nothing.
+    The base model takes the place of the models that the stages before it would make. Empty: `sft`, or `pretrain` with
+    Continue pretraining."""
     continue_pretraining: bool = Field(default=False, title="Continue pretraining")
     """With a base model: pretrain it further on the documents before SFT."""
+    reward_model: ModelAddress = Field(
+        default="", title="Reward model", examples=["models:/athanor-reward@candidate", "org/reward-model"]
+    )
+    """Reward model for PPO and evaluation, instead of training one: an artifact URI, `models:/name@alias`, or a Hugging
+    Face folder or hub id of a sequence classifier with one output and the policy's tokenizer. Empty: train one where
+    it is needed."""
+    reward_base: ModelAddress = Field(default="", title="Reward base", examples=["org/small-model"])
+    """Model that the reward model is trained from; it may be smaller than the policy and must have its tokenizer.
+    Empty: what the policy starts from."""
+    train_reward: bool = Field(default=False, title="Train a reward model")
+    """Train a reward model although no stage of the run learns from it: with alignment `dpo` it judges the result."""
     previous_data: ModelAddress = Field(
         default="", title="Previous data", examples=["models:/athanor-aligned@champion"]
     )
@@ -55,11 +81,33 @@ class RunOutline(Config):
 
     def selected_until(self, last_stage: Stage) -> frozenset[Stage]:
         """The stages that the run would execute with another last stage."""
-        return selected_stages(
+        return selected_stages(self.way_until(last_stage))
+
+    @property
+    def skipped(self) -> dict[Stage, str]:
+        """The stages that the run does without, each with the reason."""
+        return skipped_stages(self.way_until(self.last_stage))
+
+    @property
+    def given_models(self) -> dict[str, str]:
+        """Addresses of the models that the run is given, by role."""
+        return {role: address for role in GIVEN_MODELS if (address := getattr(self, role))}
+
+    @property
+    def converts(self) -> bool:
+        """Whether the base model is a GGUF file, which a stage of its own turns into a Hugging Face model."""
+        return self.base_model.lower().endswith(GGUF)
+
+    def way_until(self, last_stage: Stage) -> Way:
+        """Where the run enters and ends, if it ended with `last_stage`."""
+        return Way(
             alignment=self.alignment,
             last_stage=last_stage,
-            has_base_model=bool(self.base_model),
+            first_stage=self.first_stage or None,
+            given=frozenset(self.given_models),
             continue_pretraining=self.continue_pretraining,
+            train_reward=self.train_reward,
+            converts=self.converts,
         )
 
 
@@ -95,12 +143,15 @@ class PipelineParams(RunOutline):
     refused."""
 
     @model_validator(mode="after")
-    def _continued_pretraining_has_a_base_model(self) -> "PipelineParams":
-        if self.continue_pretraining and not self.base_model:
-            raise ValueError(
-                "continue_pretraining=True needs base_model, which is empty; give the model to pretrain further, or "
-                "leave continue_pretraining off to pretrain from scratch"
-            )
+    def _all_goes_together(self) -> "PipelineParams":
+        for role, address in self.given_models.items():
+            if role != BASE_MODEL and address.lower().endswith(GGUF):
+                raise ValueError(
+                    f"{role}={address!r} is a GGUF file, which only base_model may be; give a Hugging Face folder or "
+                    "an artifact"
+                )
+        if wrong := contradiction(self.way_until(self.last_stage)):
+            raise ValueError(wrong)
         return self
 
 

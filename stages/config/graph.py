@@ -10,10 +10,21 @@ from typing import Literal
 
 from stages.config.base import Choice
 
+BASE_MODEL, REWARD_MODEL, REWARD_BASE = "base_model", "reward_model", "reward_base"
+"""Roles of the models that a run is given: what its policy starts from, the reward model that is used instead of a
+trained one, and what a trained one starts from. Each is a field of the form under the same name."""
+
+GIVEN_MODELS = (BASE_MODEL, REWARD_MODEL, REWARD_BASE)
+
+DOCUMENTS, INSTRUCTIONS, PREFERENCES = "documents", "instructions", "preferences"
+DATA_FIELDS = (DOCUMENTS, INSTRUCTIONS, PREFERENCES)
+"""The kinds of data, each a field of the form."""
+
 
 class Stage(Choice):
     """The stages, in the order in which a run needs them."""
 
+    CONVERT = "convert", "Convert: a given GGUF file as a Hugging Face model"
     CURATE = "curate", "Curate: clean, deduplicated text and pairs"
     TOKENIZE = "tokenize", "Tokenize: tokenizer and packed tokens"
     PRETRAIN = "pretrain", "Pretrain: the base model"
@@ -104,6 +115,14 @@ class StageSpec:
     """Has a `seed`, which the run's seed fills."""
     weighs: Literal["instructions", "preferences", ""] = ""
     """Field of the form whose sources it trains on; their `#weight=` becomes its mixture."""
+    needs: Literal["documents", "instructions", "preferences", ""] = ""
+    """Field of the form without whose data it has nothing to train on; a run reads no data that none of its stages
+    needs."""
+    given: tuple[tuple[str, str], ...] = ()
+    """Given models that it may read: the role, and the input whose place the model takes (empty: in addition to its
+    inputs). Of two for one place the first that is given counts."""
+    provides: str = ""
+    """Role of the given model that its artifact stands for in every other stage."""
     registered_as: str = ""
     """Suffix of the registered model's name: `<run name>-<this>`."""
     page: str = ""
@@ -112,6 +131,11 @@ class StageSpec:
     """Most telling first; the first two that a manifest has are shown."""
     curves: tuple[Curve, ...] = (_LOSS,)
     """Figures of the report, if it trains."""
+
+    @property
+    def inputs_of_models(self) -> tuple[str, ...]:
+        """Roles of the inputs in whose place a given model may stand."""
+        return tuple(role for role, _ in self.inputs if role in {place for _, place in self.given})
 
     @property
     def is_language_model(self) -> bool:
@@ -125,6 +149,17 @@ class StageSpec:
 
 
 _DATA = (
+    StageSpec(
+        Stage.CONVERT,
+        kind="given-model",
+        version=1,
+        inputs=(),
+        label="Given model",
+        heavy=True,  # it holds the whole model in memory
+        given=((BASE_MODEL, ""),),
+        provides=BASE_MODEL,
+        headlines=(Headline("convert/parameters", "parameters", ",.0f"),),
+    ),
     StageSpec(
         Stage.CURATE,
         kind="curated",
@@ -145,6 +180,7 @@ _DATA = (
         kind="tokens",
         version=2,
         inputs=(("curated", Stage.CURATE),),
+        given=((BASE_MODEL, ""),),  # its tokenizer
         role="tokens",
         dataset=True,
         headlines=(
@@ -160,6 +196,8 @@ _TRAINED = (
         kind="base-model",
         version=1,
         inputs=(("tokens", Stage.TOKENIZE),),
+        given=((BASE_MODEL, ""),),
+        needs=DOCUMENTS,
         role="base",
         label="Base",
         asset="llm/base-model",
@@ -178,6 +216,8 @@ _TRAINED = (
         kind="sft-model",
         version=1,
         inputs=(("tokens", Stage.TOKENIZE), ("model", Stage.PRETRAIN)),
+        given=((BASE_MODEL, "model"),),
+        needs=INSTRUCTIONS,
         role="sft",
         label="SFT",
         asset="llm/sft-model",
@@ -197,6 +237,8 @@ _TRAINED = (
         kind="reward-model",
         version=2,
         inputs=(("tokens", Stage.TOKENIZE), ("model", Stage.SFT)),
+        given=((REWARD_BASE, "model"), (BASE_MODEL, "model")),
+        needs=PREFERENCES,
         role="reward",
         label="Reward model",
         asset="llm/reward-model",
@@ -222,6 +264,8 @@ _TRAINED = (
         kind="ppo-model",
         version=2,
         inputs=(("tokens", Stage.TOKENIZE), ("model", Stage.SFT), ("reward", Stage.REWARD)),
+        given=((BASE_MODEL, "model"), (REWARD_MODEL, "reward")),
+        needs=INSTRUCTIONS,  # their prompts
         role="ppo",
         label="PPO",
         asset="llm/aligned-model",
@@ -256,6 +300,8 @@ _TRAINED = (
         kind="dpo-model",
         version=2,
         inputs=(("tokens", Stage.TOKENIZE), ("model", Stage.SFT)),
+        given=((BASE_MODEL, "model"),),
+        needs=PREFERENCES,
         role="dpo",
         label="DPO",
         asset="llm/aligned-model",
@@ -305,6 +351,7 @@ def graph_of(data: Iterable[StageSpec], trained: Iterable[StageSpec]) -> dict[St
         kind="evaluation",
         version=1,
         inputs=_as_inputs(*data, *trained),
+        given=((BASE_MODEL, "base"), (REWARD_MODEL, "reward")),
         role="evaluation",
         heavy=True,
         dataset=True,
@@ -345,7 +392,7 @@ def graph_of(data: Iterable[StageSpec], trained: Iterable[StageSpec]) -> dict[St
 
 
 def _as_inputs(*specs: StageSpec) -> tuple[tuple[str, Stage], ...]:
-    return tuple((spec.role, spec.stage) for spec in specs)
+    return tuple((spec.role, spec.stage) for spec in specs if spec.role)
 
 
 GRAPH: dict[Stage, StageSpec] = graph_of(_DATA, _TRAINED)
@@ -370,6 +417,17 @@ def language_models() -> tuple[StageSpec, ...]:
 def aligned_models() -> tuple[StageSpec, ...]:
     """Return the stages whose model may become champion, in order."""
     return tuple(spec for spec in GRAPH.values() if spec.aligned)
+
+
+def stage_providing(role: str) -> Stage | None:
+    """Return the stage whose artifact stands for a given model; None where every stage reads the model itself."""
+    return next((stage for stage, spec in GRAPH.items() if spec.provides == role), None)
+
+
+def kinds_of_start() -> tuple[str, ...]:
+    """Return the kinds of artifact that a run may start from: models that write text, given ones among them."""
+    given = (spec for spec in GRAPH.values() if spec.provides == BASE_MODEL)
+    return tuple(spec.kind for spec in (*language_models(), *given))
 
 
 def spec_of_kind(kind: str) -> StageSpec | None:

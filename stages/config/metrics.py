@@ -7,7 +7,7 @@ in `stages/evaluate.py` appears in both.
 from dataclasses import dataclass
 from typing import Literal
 
-from stages.config.closing import SCORE, WIN_RATE
+from stages.config.closing import PREFERENCE_ACCURACY, SCORE, WIN_RATE
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ EVALUATION_METRICS: tuple[EvaluationMetric, ...] = (
     EvaluationMetric("eval/bits_per_byte", "bits per byte", "lower"),
     EvaluationMetric("eval/loss", "loss", "lower", in_report=False),
     EvaluationMetric("eval/response_loss", "response loss", "lower"),
-    EvaluationMetric("eval/preference_accuracy", "preference accuracy", "higher"),
+    EvaluationMetric(PREFERENCE_ACCURACY, "preference accuracy", "higher"),
     EvaluationMetric("eval/preference_margin", "preference margin", "higher", in_report=False),
     EvaluationMetric(SCORE, "mean reward score", "higher"),
     EvaluationMetric("eval/score_std", "spread of reward scores", in_report=False),
-    EvaluationMetric(WIN_RATE, "win rate vs SFT", "higher"),
-    EvaluationMetric("eval/kl", "KL to SFT (nats)"),
+    EvaluationMetric(WIN_RATE, "win rate vs start", "higher"),
+    EvaluationMetric("eval/kl", "KL to start (nats)"),
     EvaluationMetric("eval/response_length", "response length (tokens)"),
 )

@@ -8,14 +8,15 @@ from pydantic import Field, ValidationError, model_validator
 from stages.config.base import Config
 from stages.config.closing import EvaluateConfig, PromoteConfig, ReportConfig
 from stages.config.collect import RateConfig, RespondConfig
+from stages.config.convert import ConvertConfig
 from stages.config.curate import CurateConfig
 from stages.config.errors import ConfigError
 from stages.config.execution import ExecutionConfig
 from stages.config.forms import RunOutline
-from stages.config.graph import GRAPH, Stage
+from stages.config.graph import BASE_MODEL, GRAPH, Stage, stage_providing
 from stages.config.names import ExperimentName
 from stages.config.records import first_error
-from stages.config.request import BASE_MODEL, PREVIOUS, ArtifactRef, Source, SourceKind
+from stages.config.request import PREVIOUS, ArtifactRef, Source, SourceKind
 from stages.config.tokens import TokenizeConfig
 from stages.config.train import DPOConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig
 
@@ -23,6 +24,7 @@ ONE_VERSION = "Trigger the run again, with one version of Athanor in Airflow and
 """The advice where what Airflow wrote for a stage is not what the stage reads."""
 
 CONFIG_CLASSES: dict[Stage, type[Config]] = {
+    Stage.CONVERT: ConvertConfig,
     Stage.CURATE: CurateConfig,
     Stage.TOKENIZE: TokenizeConfig,
     Stage.PRETRAIN: PretrainConfig,
@@ -41,6 +43,7 @@ CONFIG_CLASSES: dict[Stage, type[Config]] = {
 class Executions(Config):
     """How each stage runs."""
 
+    convert: ExecutionConfig = ExecutionConfig()
     curate: ExecutionConfig = ExecutionConfig()
     tokenize: ExecutionConfig = ExecutionConfig()
     pretrain: ExecutionConfig = ExecutionConfig()
@@ -76,11 +79,12 @@ class PipelineConfig(RunOutline):
     min_new_bytes: int = Field(default=20_000, ge=0)
     """With previous data: least new training text (UTF-8 bytes) that is worth pretraining on; less waits for more."""
     given: dict[str, ArtifactRef] = Field(default_factory=dict)
-    """The artifacts behind `base_model` and `previous_data`, by role, fixed when the run starts; filled by Athanor."""
+    """The artifacts behind given models and `previous_data`, by role, fixed when the run starts; filled by Athanor."""
     only: Stage | None = None
     """Run this stage alone, on given artifacts (re-evaluation); filled by Athanor."""
     experiment: ExperimentName = "athanor"
     """MLflow experiment."""
+    convert: ConvertConfig = ConvertConfig()
     curate: CurateConfig
     tokenize: TokenizeConfig
     pretrain: PretrainConfig
@@ -106,22 +110,51 @@ class PipelineConfig(RunOutline):
         if stage is Stage.CURATE:
             roles = self.curate.outside_sources
             return tuple(Source(role=role, kind=SourceKind.DATA, uri=uri) for uri, role in roles.items())
-        if self._reads_base_model(stage) and BASE_MODEL not in self.given:
-            return (Source(role=BASE_MODEL, kind=SourceKind.MODEL, uri=self.base_model),)
-        return ()
+        outside = [role for role in self.given_roles(stage) if role not in self.given]
+        return tuple(
+            Source(role=role, kind=SourceKind.MODEL, uri=self.given_models[role])
+            for role in outside
+            if self._provider(role) in (None, stage)
+        )
 
     def stage_given(self, stage: Stage) -> dict[str, ArtifactRef]:
         """Return the given artifacts that a stage reads besides those of this run, by role."""
         if self.only is stage:
             return dict(self.given)
-        role = PREVIOUS if stage is Stage.CURATE else BASE_MODEL if self._reads_base_model(stage) else ""
-        return {role: self.given[role]} if role in self.given else {}
+        roles = (PREVIOUS,) if stage is Stage.CURATE else self.given_roles(stage)
+        return {role: self.given[role] for role in roles if role in self.given}
 
-    def _reads_base_model(self, stage: Stage) -> bool:
-        """Pretraining starts from a model that is pretrained further; otherwise the model replaces the pretrained one.
-        Its tokenizer is used in both cases."""
-        readers = {Stage.PRETRAIN} if self.continue_pretraining else {Stage.SFT, Stage.EVALUATE}
-        return bool(self.base_model) and stage in readers | {Stage.TOKENIZE}
+    def stage_inputs(self, stage: Stage) -> dict[str, Stage]:
+        """Return the inputs of a stage that this run makes, by role; a given model replaces the input that it stands
+        for."""
+        inputs = {role: source for role, source in GRAPH[stage].inputs if source in self.selected}
+        places = dict(GRAPH[stage].given)
+        for role in self.given_roles(stage):
+            inputs.pop(places[role], None)
+            if (provider := self._provider(role)) not in (None, stage):
+                inputs[role] = provider
+        return inputs
+
+    def given_roles(self, stage: Stage) -> tuple[str, ...]:
+        """Return the roles of the given models that a stage reads.
+
+        What the run makes from its base model comes before the base model; the other given models come before what the
+        run makes.
+        """
+        if stage not in self.selected:
+            return ()
+        made = {role for role, source in GRAPH[stage].inputs if source in self.selected}
+        roles: dict[str, str] = {}
+        for role, place in GRAPH[stage].given:
+            taken = place and (place in roles.values() or (role == BASE_MODEL and place in made))
+            if role in self.given_models and not taken:
+                roles[role] = place
+        return tuple(roles)
+
+    def _provider(self, role: str) -> Stage | None:
+        """The stage of this run whose artifact stands for a given model."""
+        provider = stage_providing(role)
+        return provider if provider in self.selected else None
 
     @property
     def selected(self) -> frozenset[Stage]:
@@ -134,9 +167,11 @@ class PipelineConfig(RunOutline):
         """Return a copy with the artifacts behind its addresses.
 
         A base model that is an artifact is an input of tokenize, so its address leaves that stage's settings: the
-        location of an artifact must not change the fingerprint of what is made from it.
+        location of an artifact must not change the fingerprint of what is made from it. The same holds for a model that
+        a stage of the run converts.
         """
-        tokenize = self.tokenize.model_copy(update={"base_model": ""}) if BASE_MODEL in given else self.tokenize
+        is_input = BASE_MODEL in given or self.converts
+        tokenize = self.tokenize.model_copy(update={"base_model": ""}) if is_input else self.tokenize
         return self.model_copy(update={"given": given, "tokenize": tokenize})
 
 

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 
 from stages.config.base import Choice, Config
 from stages.config.execution import ExecutionConfig
-from stages.config.graph import Stage
+from stages.config.graph import BASE_MODEL, Stage
 
 
 def _inside(path: str) -> str:
@@ -69,8 +69,8 @@ _LONGEST_READABLE = 100
 FolderName = Annotated[str, AfterValidator(_one_name)]
 """One part of a path, which cannot lead anywhere else."""
 
-BASE_MODEL, PREVIOUS = "base_model", "previous"
-"""Roles of what a run is given: the model that it starts from, and the curated data that it adds to."""
+PREVIOUS = "previous"
+"""Role of the curated data that a run is given to add to; those of given models stand in the graph."""
 
 REQUEST_DIGEST = "ATHANOR_REQUEST_SHA256"
 """Variable of a job's environment with the SHA-256 of its request; unset for a stage started by hand."""

@@ -13,12 +13,23 @@ from stages.config.curate import DERIVED, INSTALLED_DOCS
 from stages.config.errors import ConfigError
 from stages.config.execution import Engine
 from stages.config.forms import PipelineParams, RunOutline
-from stages.config.graph import GRAPH, Stage, pipeline_stages, trained_stages
+from stages.config.graph import (
+    DATA_FIELDS,
+    DOCUMENTS,
+    GRAPH,
+    INSTRUCTIONS,
+    PREFERENCES,
+    REWARD_BASE,
+    Stage,
+    pipeline_stages,
+    trained_stages,
+)
 from stages.config.nested import dotted, dotted_once, leaves
 from stages.config.pipeline import PipelineConfig
 from stages.config.places import check_source
 from stages.config.recipes import RECIPES
-from stages.config.sources import take_weights
+from stages.config.selection import needed_data
+from stages.config.sources import parse_source, take_weights
 from stages.config.text import HALVES, one_line
 from stages.config.train import TrainConfig
 
@@ -30,7 +41,7 @@ _FILLED = {
     "recipe": "Set the field recipe of the form.",
     "promote.run_name": "It is the field run_name of the form.",
     "tokenize.base_model": "It is the field base_model of the form.",
-    "given": "Athanor fills it when the run starts, with what base_model and previous_data of the form name.",
+    "given": "Athanor fills it when the run starts, with what the models and previous_data of the form name.",
     "only": "The DAG evaluate_model fills it; trigger that one to measure a model again.",
     "promote.approval": "The task approve fills it, with the answer of the person whom promotion=approval asks.",
 }
@@ -61,8 +72,10 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
         _set_dotted(tree, path, value)
     _apply_seed(tree, params)
     _place_weights(tree)
+    _leave_out_unneeded(tree, params)
     config = validated(type(template), tree)
     _refuse_closed_places(config)
+    _refuse_nothing_to_read(config)
     _refuse_underivable(config)
     _refuse_uncuttable(config)
     _refuse_float16(config)
@@ -105,10 +118,11 @@ def validated(model: type[Model], data: Mapping[str, Any]) -> Model:
 def _apply_form(tree: dict[str, Any], params: PipelineParams) -> None:
     for name in RunOutline.model_fields:
         tree[name] = getattr(params, name)
-    for name in ("documents", "instructions", "preferences"):
+    for name in DATA_FIELDS:
         if given := getattr(params, name):
             tree["curate"][name] = given
-    tree["tokenize"]["base_model"] = params.base_model
+    # What a stage of the run converts is an input of tokenize, like an artifact (PipelineConfig.with_given).
+    tree["tokenize"]["base_model"] = "" if params.converts else params.base_model
     tree["promote"] |= {"run_name": params.run_name, "promotion": params.promotion}
     tree["report"]["title"] = params.run_name
 
@@ -123,7 +137,7 @@ def _apply_seed(tree: dict[str, Any], params: PipelineParams) -> None:
 
 def _place_weights(tree: dict[str, Any]) -> None:
     """Weights behind sources become the mixture of the stages that train on them."""
-    for name in ("instructions", "preferences"):
+    for name in (INSTRUCTIONS, PREFERENCES):
         try:
             tree["curate"][name], weights = take_weights(name, tree["curate"][name])
         except ValueError as error:
@@ -137,6 +151,30 @@ def _place_weights(tree: dict[str, Any]) -> None:
             tree[stage]["mixture"] = [entry.model_dump(mode="json") for entry in weights]
 
 
+def _leave_out_unneeded(tree: dict[str, Any], params: PipelineParams) -> None:
+    """A run that starts from a given model reads, of the recipe's data, only what its stages need; what a person names
+    in the form or by an override is read all the same.
+
+    Without a base model nothing is left out: a shorter run then makes the very data that a longer one goes on with.
+    The same holds for a run that adds to previous data, whose text it compares with.
+    """
+    if not params.base_model or params.previous_data:
+        return
+    curate, asked = tree["curate"], dotted(params.overrides)
+    # A run that ends with its data makes what a run to the end would go on with.
+    last = GRAPH[params.last_stage]
+    stages = params.selected if last.trains or last.closing else params.selected_until(Stage.REPORT)
+    needed = needed_data(stages, has_base_model=True)
+    for name in (INSTRUCTIONS, PREFERENCES, DOCUMENTS):  # documents last: pairs may be derived from them
+        derived_from = name == DOCUMENTS and any(_is_derived(curate[kind]) for kind in (INSTRUCTIONS, PREFERENCES))
+        if not (name in needed or getattr(params, name) or f"curate.{name}" in asked or derived_from):
+            curate[name] = []
+
+
+def _is_derived(lines: Any) -> bool:
+    return any(isinstance(line, str) and parse_source(line).uri == DERIVED for line in lines)
+
+
 def _trained_on(field: str) -> list[Stage]:
     """Return the stages that train on a field's sources."""
     return [stage for stage, spec in GRAPH.items() if spec.weighs == field]
@@ -146,9 +184,12 @@ def _refuse_impossible_end(params: PipelineParams) -> None:
     if params.last_stage not in params.selected:
         allowed = params.selected_until(Stage.REPORT)
         names = ", ".join(stage for stage in pipeline_stages() if stage in allowed)
+        start = f"base_model={params.base_model!r}"
+        if params.first_stage:
+            start += f" and first_stage={params.first_stage.value!r}"
         raise ConfigError(
             f"last_stage={params.last_stage.value!r} is not part of a run with alignment={params.alignment.value!r} "
-            f"and base_model={params.base_model!r}; allowed: {names}",
+            f"and {start} ({params.skipped.get(params.last_stage, 'it is a stage of another DAG')}); allowed: {names}",
             advice="Choose another last stage or another alignment.",
         )
 
@@ -158,10 +199,26 @@ def _refuse_closed_places(config: PipelineConfig) -> None:
     for address, field in config.curate.outside_sources.items():
         if address != INSTALLED_DOCS:
             check_source(address, field=field)
-    for field in ("base_model", "previous_data"):
-        address = getattr(config, field)
+    for field, address in {**config.given_models, "previous_data": config.previous_data}.items():
         if address and not address.startswith("models:/"):
             check_source(address, field=field)
+
+
+def _refuse_nothing_to_read(config: PipelineConfig) -> None:
+    """What a stage of the run trains on must come from somewhere: from a source, or from the data before."""
+    if config.previous_data:
+        return
+    for name, stage in needed_data(config.selected, has_base_model=bool(config.base_model)).items():
+        if not getattr(config.curate, name):
+            raise ConfigError(
+                f"{name} is empty, and {stage} has nothing to work on without",
+                advice=f"Give {name}, or leave {stage} out of the run (first_stage, last_stage, alignment).",
+            )
+    if Stage.CURATE in config.selected and not any(getattr(config.curate, name) for name in DATA_FIELDS):
+        raise ConfigError(
+            f"{', '.join(DATA_FIELDS)} are all empty: there is nothing to measure the model on",
+            advice="Give at least one of them; part of it is held out (curate.heldout_fraction).",
+        )
 
 
 def _refuse_underivable(config: PipelineConfig) -> None:
@@ -169,12 +226,12 @@ def _refuse_underivable(config: PipelineConfig) -> None:
     of the data before them."""
     if config.previous_data or INSTALLED_DOCS in config.curate.documents:
         return
-    for name in ("instructions", "preferences"):
-        needed_by = [stage for stage in _trained_on(name) if stage in config.selected]
+    for name in (INSTRUCTIONS, PREFERENCES):
+        needed_by = needed_data(config.selected, has_base_model=bool(config.base_model)).get(name)
         if needed_by and DERIVED in getattr(config.curate, name):
             raise ConfigError(
                 f"{name}={DERIVED!r} needs {INSTALLED_DOCS!r} among documents; got {list(config.curate.documents)}",
-                advice=f"Give {name} as files, or previous_data, or stop before {needed_by[0].value} with last_stage.",
+                advice=f"Give {name} as files, or previous_data, or stop before {needed_by} with last_stage.",
             )
 
 
@@ -182,6 +239,8 @@ def _refuse_uncuttable(config: PipelineConfig) -> None:
     """A model that this run makes has the shape that the configuration says; workers look at given ones."""
     model = config.pretrain.model
     for stage in _selected_to_train(config) if not config.base_model else ():
+        if REWARD_BASE in config.given_roles(stage):
+            continue
         execution = config.stage_execution(stage)
         for name in ("num_heads", "num_kv_heads", "intermediate_size"):
             if getattr(model, name) % execution.tensor_parallel:

@@ -1,6 +1,7 @@
 """What a verb is given: its config, its inputs as local folders, a place to write, and ways to report."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from stages.artifacts.lease import Fence
 from stages.artifacts.manifests import fetch
 from stages.artifacts.store import Store
 from stages.config.base import Config
-from stages.config.errors import ConfigError
+from stages.config.errors import ConfigError, StageError
 from stages.config.execution import ExecutionConfig
-from stages.config.graph import Stage
-from stages.config.request import BASE_MODEL, ArtifactRef, FileEntry, RunInfo, SourceEntry, StageRequest
+from stages.config.graph import BASE_MODEL, Stage
+from stages.config.request import ArtifactRef, FileEntry, RunInfo, SourceEntry, StageRequest
 from stages.job.progress import Progress
 from stages.tracking.tracker import NullTracker, Tracker
 
@@ -74,21 +75,61 @@ class StageContext:
 
     @property
     def has_base_model(self) -> bool:
-        """Whether this stage starts from a given model."""
-        return BASE_MODEL in self.inputs or self._outside_model is not None
+        """Whether this stage reads the model that the run starts from."""
+        return self.has_given(BASE_MODEL)
 
-    def base_model_dir(self) -> Path:
-        """Return a local folder with the given model: an input when it is an artifact, else an outside source."""
-        if self._outside_model is None:
-            return self.input_dir(BASE_MODEL)
+    def has_given(self, role: str) -> bool:
+        """Whether this stage reads a given model in this role."""
+        return role in self.inputs or self._outside_model(role) is not None
+
+    def given_dir(self, role: str) -> Path:
+        """Return a local folder with a given model: an input when it is an artifact, else an outside source."""
+        model = self._outside_model(role)
+        if model is None:
+            return self.input_dir(role)
         from stages.models.given import base_model_dir  # heavy, and few stages need it
 
-        model = self._outside_model
-        return base_model_dir(model.uri, self.work_dir.parent / "cache", revision=model.digest)
+        with naming(role):
+            return base_model_dir(model.uri, self.work_dir.parent / "cache", revision=model.digest)
 
-    @property
-    def _outside_model(self) -> SourceEntry | None:
-        return next((source for source in self.sources if source.role == BASE_MODEL), None)
+    def model_dir(self, role: str, *instead: str) -> Path:
+        """Return the model in the input `role`, or the given model that takes its place: the first role of `instead`
+        that is given."""
+        given = next((name for name in instead if self.has_given(name)), None)
+        return self.input_dir(role) if given is None else self.given_dir(given)
+
+    def identity_of(self, *roles: str) -> str:
+        """Return what identifies the model in the first of these roles that is given: the fingerprint of an artifact,
+        the digest of an outside model; empty when there is none."""
+        for role in roles:
+            if role in self.inputs:
+                return self.inputs[role].fingerprint
+            if (model := self._outside_model(role)) is not None:
+                return model.digest
+        return ""
+
+    def content_of(self, *roles: str) -> str:
+        """Return the digest of the model in the first of these roles that is given; KeyError when there is none."""
+        for role in roles:
+            if role in self.inputs:
+                return self.inputs[role].digest
+            if (model := self._outside_model(role)) is not None:
+                return model.digest
+        raise KeyError(roles)
+
+    def _outside_model(self, role: str) -> SourceEntry | None:
+        return next((source for source in self.sources if source.role == role), None)
+
+
+@contextmanager
+def naming(role: str) -> Iterator[None]:
+    """Let errors about a given model name the field that gives it: what reads models calls each one base_model."""
+    try:
+        yield
+    except StageError as error:
+        if role == BASE_MODEL:
+            raise
+        raise type(error)(error.message.replace(BASE_MODEL, role), advice=error.advice) from error
 
 
 Verb = Callable[[StageContext], StageOutcome]

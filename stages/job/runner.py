@@ -36,7 +36,7 @@ from stages.config.request import (
     sha256_of,
 )
 from stages.job.attempt import git_commit, opened_context
-from stages.job.context import StageContext, StageOutcome, Verb, VerbOf
+from stages.job.context import StageContext, StageOutcome, Verb, VerbOf, naming
 from stages.job.failures import record_failure
 from stages.job.logs import log_for_request, log_for_uri
 from stages.job.progress import Progress, read_progress
@@ -146,7 +146,8 @@ def _digest(source: Source, config: Config) -> str:
         case SourceKind.MODEL:
             from stages.models.given import snapshot_base_model
 
-            return snapshot_base_model(source.uri)
+            with naming(source.role):
+                return snapshot_base_model(source.uri)
 
 
 def _waiting(request: StageRequest, store: Store) -> Callable[[Owner, float], None]:

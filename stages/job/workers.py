@@ -1,7 +1,8 @@
 """From a Ray job to Ray Train workers and back.
 
-With `num_workers=0` Ray Train runs the body in the job's own process, which saves three process starts on one machine.
-Otherwise rank 0 uploads what it wrote, because its disk may not be the job's; the job writes the manifest, last.
+With `num_workers=0` and no GPUs Ray Train runs the body in the job's own process, which saves three process starts on
+one machine. Otherwise rank 0 uploads what it wrote, because its disk may not be the job's; the job writes the manifest,
+last.
 """
 
 import contextlib
@@ -44,7 +45,7 @@ def launch(context: StageContext, body: Callable[..., StageOutcome], *functions:
     from stages.job.process_group import OverRaysInterface
 
     execution = context.execution
-    if execution.num_workers == 0:
+    if execution.train_workers == 0:
         trainer = TorchTrainer(lambda: _to_json(body(context, *functions)), scaling_config=ScalingConfig(num_workers=0))
         return _from_json(trainer.fit().return_value)
     context.tracker.wait_run_id(30.0)
@@ -60,7 +61,7 @@ def launch(context: StageContext, body: Callable[..., StageOutcome], *functions:
         },
         torch_config=OverRaysInterface(),
         scaling_config=ScalingConfig(
-            num_workers=(execution.min_workers, execution.num_workers) if elastic else execution.num_workers,
+            num_workers=(execution.min_workers, execution.num_workers) if elastic else execution.train_workers,
             use_gpu=execution.gpus_per_worker > 0,
             resources_per_worker=resources_of_worker(execution),
         ),

@@ -16,6 +16,7 @@ from safetensors.numpy import load, save
 from torch import Tensor, nn
 
 from stages.artifacts.manifests import canonical_json
+from stages.config.graph import BASE_MODEL
 from stages.data.tokens.packing import Packed, TokenSequence
 from stages.data.tokens.views import Pair, PairView
 from stages.job.context import StageContext
@@ -77,7 +78,7 @@ class Reference:
         config: Any = self.context.config
         # Neither engine nor number of ranks: they change the last bits only, and a resume on fewer ranks must find it.
         identity = {
-            "model": self.context.inputs["model"].digest,
+            "model": self.context.content_of("model", BASE_MODEL),
             "tokens": self.context.inputs["tokens"].digest,
             "split": split,
             "pairs": hashlib.sha256(indices.astype(np.int64).tobytes()).hexdigest(),

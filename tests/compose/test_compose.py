@@ -9,10 +9,10 @@ import httpx
 import psutil
 import pytest
 
-from stages.config.graph import pipeline_stages
 from tests.canaries import airflow_answers, as_login, as_text
 from tests.compose.conftest import tasks
 from tests.compose.deployment import Deployment
+from tests.pipeline_records import PLAIN_RUN
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(5400)]
 
@@ -58,7 +58,7 @@ SEARCH_RAY_LOGS = SEARCH_LOGS.replace("/opt/airflow/logs", "/tmp/ray")
 
 def test_tiny_runs_from_end_to_end(deployed: Deployment, run_id: str) -> None:
     states = tasks(deployed, run_id)
-    assert {stage: states[stage] for stage in pipeline_stages()} == dict.fromkeys(pipeline_stages(), "success")
+    assert {stage: states[stage] for stage in PLAIN_RUN} == dict.fromkeys(PLAIN_RUN, "success")
 
 
 def test_every_service_is_healthy_and_every_one_shot_ended_well(deployed: Deployment) -> None:
@@ -87,9 +87,7 @@ def test_the_model_is_registered_in_mlflow_behind_a_login(deployed: Deployment, 
 
 def test_artifacts_are_in_s3_with_the_commit_of_the_image(deployed: Deployment, run_id: str) -> None:
     seen = deployed.inside("airflow-scheduler", MANIFESTS)
-    assert {manifest["stage"] for manifest in seen["manifests"].values()} == {
-        stage.value for stage in pipeline_stages()
-    }
+    assert {manifest["stage"] for manifest in seen["manifests"].values()} == {stage.value for stage in PLAIN_RUN}
     assert {manifest["execution"]["git_commit"] for manifest in seen["manifests"].values()} == {deployed.commit}
     for key, manifest in seen["manifests"].items():
         folder = key.removesuffix("/manifest.json")
@@ -209,7 +207,7 @@ def airflow_text(deployed: Deployment, run_id: str) -> str:
 def ray_jobs(deployed: Deployment) -> Any:
     held = {"Authorization": f"Bearer {deployed.values['RAY_TOKEN']}"}
     jobs = httpx.get(f"{deployed.ray_url}/api/jobs/", headers=held, timeout=30).json()
-    assert len(jobs) >= len(pipeline_stages())
+    assert len(jobs) >= len(PLAIN_RUN)
     return jobs
 
 
@@ -226,7 +224,7 @@ def mlflow_records(deployed: Deployment) -> list[Any]:
         httpx.get(f"{base}/model-versions/search", auth=login, timeout=30),
     ]
     assert all(answer.is_success for answer in answers), [answer.text[:300] for answer in answers]
-    assert len(answers[0].json()["runs"]) > len(pipeline_stages())
+    assert len(answers[0].json()["runs"]) > len(PLAIN_RUN)
     return [answer.json() for answer in answers]
 
 

@@ -17,10 +17,11 @@ from operators.prepare import find_hit, load_config
 from stages.artifacts.addresses import open_store, run_key
 from stages.artifacts.manifests import find_intact, fingerprint, verify
 from stages.artifacts.store import Store
-from stages.config.graph import GRAPH, Stage, pipeline_stages
+from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import stage_config_from_json
 from stages.config.request import ArtifactRef, Manifest, RunInfo, StageRequest, StageResult
 from stages.lineage.graph import ancestors, descendants
+from tests.pipeline_records import PLAIN_RUN
 from tests.places import REPOSITORY
 
 STORE = REPOSITORY / "tests" / "stores" / "0.1.0.tar.gz"
@@ -61,14 +62,14 @@ def manifest_of(store: Store, stage: Stage) -> Manifest:
     return manifest
 
 
-@pytest.mark.parametrize("stage", pipeline_stages())
+@pytest.mark.parametrize("stage", PLAIN_RUN)
 def test_artifacts_are_whole_and_their_manifests_say_what_they_said(store: Store, stage: Stage) -> None:
     manifest, said = manifest_of(store, stage), artifact_of(store, stage)
     verify(store, manifest, hashes=True)
     assert manifest.ref(said.uri) == said
 
 
-@pytest.mark.parametrize("stage", pipeline_stages())
+@pytest.mark.parametrize("stage", PLAIN_RUN)
 def test_hits_stay_hits(store: Store, stage: Stage) -> None:
     request, manifest = request_of(store, stage), manifest_of(store, stage)
     config = stage_config_from_json(stage, request.config)
@@ -85,7 +86,7 @@ def test_a_run_that_is_configured_the_same_way_today_hits_too(store: Store) -> N
     from stages.config.resolve import resolve
 
     config = resolve(json.loads(store.read_bytes(f"runs/{RUN.run_id}/params.json")))
-    for stage in pipeline_stages():
+    for stage in PLAIN_RUN:
         request, manifest = request_of(store, stage), manifest_of(store, stage)
         digests = {source.uri: source.digest for source in manifest.sources}
         settings = config.stage_config(stage)
@@ -104,7 +105,7 @@ def test_the_ancestors_of_a_model_end_at_its_raw_data(store: Store) -> None:
 def test_a_takedown_finds_all_that_descends_from_raw_data(store: Store) -> None:
     (source, *_) = [source for source in manifest_of(store, Stage.CURATE).sources if source.uri.endswith("/docs")]
     reached = {node.stage for node in descendants(store, source.digest).nodes if node.stage}
-    assert reached == {stage.value for stage in pipeline_stages()}
+    assert reached == {stage.value for stage in PLAIN_RUN}
 
 
 def test_the_configuration_of_a_waiting_run_is_read(store: Store) -> None:

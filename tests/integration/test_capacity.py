@@ -25,6 +25,10 @@ try:
     launch.wait_for_capacity(ExecutionConfig(num_workers=3, cpus_per_worker=100, capacity_seconds=2), stage="sft")
 except CapacityError as error:
     print(error.category, error.message, error.advice)
+try:
+    launch.wait_for_capacity(ExecutionConfig(gpus_per_worker=1, capacity_seconds=1), stage="respond")
+except CapacityError as error:
+    print(error.message)
 """
 
 
@@ -43,3 +47,5 @@ def test_the_wait_for_capacity_is_said_and_ends(ray_head: RayServer):
     assert "waiting for capacity: asked 300 CPU, cluster has" in done.stdout
     assert "infrastructure no capacity for 2 s: asked 300 CPU" in done.stdout
     assert "lower execution.sft.num_workers" in done.stdout
+    # GPUs are reserved by a worker, also where no number of workers is set; without any the stage does not use the CPU.
+    assert "no capacity for 1 s: asked 1 GPU, cluster has 0, 0 free; asked 1 CPU" in done.stdout

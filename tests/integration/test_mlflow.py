@@ -21,7 +21,7 @@ from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import read_manifest
 from stages.artifacts.store import Store
 from stages.config.closing import PromoteConfig, Promotion
-from stages.config.graph import GRAPH, Stage, pipeline_stages
+from stages.config.graph import GRAPH, Stage
 from stages.config.request import ArtifactRef, RunInfo
 from stages.lineage.__main__ import main as lineage_main
 from stages.promote import run as promote
@@ -31,6 +31,7 @@ from stages.tracking.spool import SPOOL_NAME
 from stages.tracking.tracker import Tracker, record_hit
 from tests.pipeline_records import (
     EVALUATION,
+    PLAIN_RUN,
     RAW_DATA,
     RAW_DIGEST,
     ROLE_OF,
@@ -506,9 +507,9 @@ def test_a_takedown_lists_the_registered_versions_made_from_raw_data(name: str, 
 
 
 def test_every_stage_of_the_graph_can_be_tracked(tracked: Tracked) -> None:
-    assert set(ROLE_OF) | {Stage.REPORT} == set(pipeline_stages())
-    tracked.build(*pipeline_stages())
-    for stage in pipeline_stages():
+    assert set(ROLE_OF) | {Stage.REPORT} == set(PLAIN_RUN)
+    tracked.build(*PLAIN_RUN)
+    for stage in PLAIN_RUN:
         [run] = tracked.children(stage)
         assert run.info.status == "FINISHED"
         manifest = read_manifest(tracked.made[stage])

@@ -15,16 +15,18 @@ from operators.ray.hook import RayJobHook
 from stages.artifacts.addresses import open_store, run_key
 from stages.artifacts.manifests import fetch, read_manifest
 from stages.config.forms import PipelineParams
-from stages.config.graph import GRAPH, Stage, pipeline_stages
+from stages.config.graph import GRAPH, Stage
 from stages.config.request import ArtifactRef, StageResult, run_folder
 from tests.airflow_home import HOME
 from tests.canaries import Search, as_login, canary
 from tests.inbox import open_inbox
+from tests.pipeline_records import PLAIN_RUN
 from tests.s3 import S3Server
 from tests.servers import RayServer, ray_server
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 
+BUILT = set(PLAIN_RUN)
 DEFAULTS = PipelineParams.model_validate({}).model_dump(mode="json")
 
 
@@ -89,7 +91,7 @@ def play(services: Services, **params: Any) -> Run:
     dag_run = llm_pipeline.test(run_conf={**DEFAULTS, "recipe": "tiny", "run_name": "tiny", **params})
     store, run_id = open_store(services.store_uri), run_folder(dag_run.dag_id, dag_run.run_id)
     results = {}
-    for stage in pipeline_stages():
+    for stage in PLAIN_RUN:
         key = run_key(run_id, stage, "result.json")
         if store.exists(key):
             results[stage] = StageResult.model_validate_json(store.read_bytes(key))
@@ -129,9 +131,10 @@ def losses_of(mlflow_run_id: str | None) -> list[int]:
 
 def test_every_stage_is_built_by_a_ray_job_of_its_own(first: Run) -> None:
     assert first.state == "success"
-    assert {task for task, state in first.states.items() if state != "success"} == {"approve"}  # nobody is asked
-    assert first.built == set(pipeline_stages())
-    assert jobs_of(first) == len(pipeline_stages())
+    # Nobody is asked, and there is no GGUF file.
+    assert {task for task, state in first.states.items() if state != "success"} == {"approve", "convert"}
+    assert first.built == BUILT
+    assert jobs_of(first) == len(BUILT)
 
 
 def test_ledgers_conserve_and_manifests_name_their_parents(first: Run) -> None:
@@ -175,7 +178,7 @@ def test_mlflow_knows_the_run_its_stages_and_its_models(first: Run) -> None:
 
     client, parent = MlflowClient(), parent_of(first)
     children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
-    assert {child.data.tags["lineage.stage"] for child in children} == set(pipeline_stages())
+    assert {child.data.tags["lineage.stage"] for child in children} == BUILT
     assert {child.info.status for child in children} == {"FINISHED"}
     pretrain = next(child for child in children if child.data.tags["lineage.stage"] == "pretrain")
     assert pretrain.inputs is not None
@@ -253,7 +256,7 @@ def test_a_changed_setting_changes_its_stage_and_what_descends_from_it_alone() -
     def identities(**overrides: Any) -> dict[Stage, str]:
         config = resolve({"recipe": "tiny", "overrides": overrides})
         refs: dict[Stage, ArtifactRef] = {}
-        for stage in pipeline_stages():
+        for stage in PLAIN_RUN:
             inputs = {role: refs[source] for role, source in GRAPH[stage].inputs}
             identity = fingerprint(stage, config.stage_config(stage), inputs=inputs, store_uri="s")
             refs[stage] = ArtifactRef(kind="x", uri=f"s/artifacts/x/{identity}", fingerprint=identity, digest="x")
@@ -261,6 +264,6 @@ def test_a_changed_setting_changes_its_stage_and_what_descends_from_it_alone() -
 
     before = identities()
     changed = {s for s, v in identities(**{"sft.optimizer.learning_rate": 0.5}).items() if v != before[s]}
-    assert changed == set(pipeline_stages()) - {Stage.CURATE, Stage.TOKENIZE, Stage.PRETRAIN}
+    assert changed == BUILT - {Stage.CURATE, Stage.TOKENIZE, Stage.PRETRAIN}
     layout = {"execution.sft.micro_batch_size": 1, "execution.pretrain.checkpoint_every": 1}
     assert identities(**layout) == before

@@ -8,7 +8,7 @@ from stages.config.curate import DERIVED, INSTALLED_DOCS, NEW_BYTES, NEW_PAIRS, 
 from stages.data.curation import planted
 from stages.data.curation.extract import Extracted
 from stages.data.curation.findings import Curation
-from stages.data.curation.ledger import PairsAccount, Step, dropped_by_reason
+from stages.data.curation.ledger import Amount, PairsAccount, Step, dropped_by_reason
 from stages.data.curation.passes import PassResult
 
 PlantedScore = Mapping[str, Mapping[str, Any]]
@@ -106,6 +106,8 @@ def _carried(curation: Curation, pairs: PairsAccount, previous: str) -> dict[str
 
 def _notes(config: CurateConfig, *, carried: bool) -> list[str]:
     """What might otherwise surprise a reader of the ledger."""
+    if not config.documents:
+        return ["The run reads no documents: nothing is pretrained, and no pairs are derived from them."]
     notes = ["Planted documents measure the filters; they are counted under planted and never published."]
     if DERIVED in config.instructions + config.preferences:
         notes.append("Derived pairs come from docstrings; their labels are derived, not judged by people.")
@@ -117,7 +119,7 @@ def _notes(config: CurateConfig, *, carried: bool) -> list[str]:
 def metrics(curation: Curation, pairs: PairsAccount, found: PlantedScore) -> dict[str, float]:
     """Numbers for MLflow. Times are only here, because the files must not depend on them."""
     steps, published, seconds = curation.steps, curation.published, curation.seconds
-    entered, kept = steps[0].entered, steps[-1].kept
+    entered, kept = (steps[0].entered, steps[-1].kept) if steps else (Amount(), Amount())
     numbers: dict[str, float] = {
         "curate/documents_in": entered.documents,
         "curate/bytes_in": entered.bytes,

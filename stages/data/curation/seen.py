@@ -46,6 +46,11 @@ def seen_keys(previous: Path | None) -> np.ndarray:
     return np.fromfile(previous / "index" / "documents.bin", dtype=KEY) if previous else np.empty(0, dtype=KEY)
 
 
+def index_files(previous: Path | None) -> list[Path]:
+    """The files of the previous data's index."""
+    return sorted((previous / "index").iterdir()) if previous else []
+
+
 def write_keys(bench: Workbench, seen: np.ndarray, judged: np.ndarray) -> None:
     """Publish the keys of before and now, and the settings that later signatures must share."""
     bench.publish_bytes("index/documents.bin", np.union1d(seen, judged).tobytes())

@@ -28,7 +28,7 @@ def test_without_a_champion_the_win_rate_decides() -> None:
     loses = decide(candidate({"eval/win_rate": 0.49}), None, AUTO)
     assert (wins.promoted, loses.promoted) == (True, False)
     assert wins.reason == (
-        "there is no champion yet; win rate 0.500 against its own SFT model reaches min_win_rate=0.5"
+        "there is no champion yet; win rate 0.500 against the model that it started from reaches min_win_rate=0.5"
     )
     assert "is below min_win_rate=0.5" in loses.reason
 
@@ -77,7 +77,8 @@ def test_promotion_never_promotes_nothing_however_good() -> None:
 def test_a_model_without_measurements_is_not_promoted() -> None:
     decision = decide(candidate({}), None, AUTO)
     assert not decision.promoted
-    assert "no win rate" in decision.reason
+    assert "no reward model has judged" in decision.reason
+    assert "no held-out preference pairs" in decision.reason
 
 
 def test_the_champion_itself_stays_champion() -> None:
@@ -161,3 +162,40 @@ def test_approval_without_an_answer_is_an_error_that_says_what_to_clear() -> Non
     with pytest.raises(ConfigError, match=r"promote\.approval is empty") as caught:
         decide(candidate({"eval/win_rate": 0.9}), None, config)
     assert "`approve`" in caught.value.advice
+
+
+def without_judge(accuracy: float) -> Candidate:
+    conditions = replace(CONDITIONS, reward_fingerprint="")
+    return Candidate("new", {"eval/preference_accuracy": accuracy}, conditions)
+
+
+def rated_champion(accuracy: float, **changed: str) -> Champion:
+    """Measured with another judge, which has no part in accuracies on pairs."""
+    return Champion("4", "old", {"eval/preference_accuracy": accuracy}, replace(CONDITIONS, **changed))
+
+
+def test_without_a_judge_the_preference_accuracy_must_be_above_chance() -> None:
+    wins, ties = decide(without_judge(0.51), None, AUTO), decide(without_judge(0.5), None, AUTO)
+    assert (wins.promoted, ties.promoted) == (True, False)
+    assert wins.comparison == ties.comparison == "preference_accuracy"
+    assert wins.reason == (
+        "no reward model has judged its answers; it prefers the chosen answer in 51.0% of the held-out pairs, "
+        "above chance (50%); there is no champion yet"
+    )
+
+
+def test_without_a_judge_a_champion_on_the_same_pairs_must_be_beaten() -> None:
+    better, worse = (
+        decide(without_judge(0.7), rated_champion(0.6), AUTO),
+        decide(without_judge(0.6), rated_champion(0.6), AUTO),
+    )
+    assert (better.promoted, worse.promoted) == (True, False)
+    assert "not more than the champion (version 4) with 60.0%" in worse.reason
+    elsewhere = decide(without_judge(0.6), rated_champion(0.9, data_digest="other"), AUTO)
+    assert elsewhere.promoted
+    assert "was not measured on these pairs" in elsewhere.reason
+
+
+def test_without_a_judge_the_aligned_model_with_the_better_accuracy_is_chosen() -> None:
+    measured = Evaluation({"ppo": {"eval/preference_accuracy": 0.6}, "dpo": {"eval/preference_accuracy": 0.7}})
+    assert choose_aligned(["ppo", "dpo"], measured) == "dpo"

@@ -8,7 +8,7 @@ from stages.config.graph import GRAPH, Alignment, Stage, pipeline_stages
 from stages.config.recipes import RECIPES
 from stages.config.request import SourceKind
 from stages.config.resolve import resolve
-from stages.config.selection import selected_stages
+from stages.config.selection import Way, selected_stages
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -141,19 +141,19 @@ def test_selected_stages_are_closed_over_their_needs() -> None:
     """Whatever is chosen, every selected stage finds the inputs that it cannot do without."""
     for alignment in Alignment:
         for last_stage in pipeline_stages():
-            chosen = selected_stages(alignment=alignment, last_stage=last_stage, has_base_model=False)
+            chosen = selected_stages(Way(alignment, last_stage))
             for stage in chosen & {Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO}:
                 assert {source for _, source in GRAPH[stage].inputs} <= chosen, (alignment, last_stage, stage)
 
 
 def test_each_alignment_selects_its_stages() -> None:
     def chosen(alignment: Alignment) -> set[Stage]:
-        return set(selected_stages(alignment=alignment, last_stage=Stage.REPORT, has_base_model=False))
+        return set(selected_stages(Way(alignment, Stage.REPORT)))
 
-    everything = set(pipeline_stages())
+    everything = set(pipeline_stages()) - {Stage.CONVERT}
     assert chosen(Alignment.BOTH) == everything
     assert chosen(Alignment.PPO) == everything - {Stage.DPO}
-    assert chosen(Alignment.DPO) == everything - {Stage.PPO}
+    assert chosen(Alignment.DPO) == everything - {Stage.PPO, Stage.REWARD}
     assert chosen(Alignment.NONE) == everything - {Stage.PPO, Stage.DPO, Stage.REWARD}
 
 

@@ -9,7 +9,7 @@ from dags.llm_pipeline import llm_pipeline
 from operators.failures import MAX_RETRIES, StageRetryPolicy
 from operators.operator import StageOperator
 from stages.config.graph import GRAPH, Alignment, Stage, pipeline_stages
-from stages.config.selection import selected_stages
+from stages.config.selection import Way, selected_stages
 
 STAGES = {stage: llm_pipeline.task_dict[stage.value] for stage in pipeline_stages()}
 OPTIONAL = {stage for stage, spec in GRAPH.items() if spec.scores or spec.aligned}
@@ -31,6 +31,8 @@ def test_the_drawing_is_the_one_of_the_docstring():
     for way in ([*trunk, "reward", "ppo", *end], [*trunk, "dpo", *end]):
         for before, after in pairwise(way):
             assert after in llm_pipeline.task_dict[before].get_flat_relative_ids(upstream=False), (before, after)
+    assert "tokenize" in STAGES[Stage.CONVERT].get_flat_relative_ids(upstream=False)
+    assert STAGES[Stage.CONVERT].upstream_task_ids == STAGES[Stage.CURATE].upstream_task_ids == {"plan"}
     beside = STAGES[Stage.DPO].get_flat_relative_ids(upstream=True)
     assert not {"reward", "ppo"} & beside
     # no arrow that only repeats a way through other tasks
@@ -50,14 +52,15 @@ def test_every_input_of_every_stage_is_finished_before_it_starts():
 @pytest.mark.parametrize(("alignment", "has_base_model"), product(Alignment, (True, False)))
 def test_a_run_may_end_anywhere_and_what_it_does_not_ask_for_is_skipped(alignment: Alignment, has_base_model: bool):
     for last in pipeline_stages():
-        selected = selected_stages(alignment=alignment, last_stage=last, has_base_model=has_base_model)
+        given = frozenset({"base_model"} if has_base_model else ())
+        selected = selected_stages(Way(alignment, last, given=given))
         for stage in selected:
             missing = {source for _, source in GRAPH[stage].inputs} - selected
             assert missing <= {Stage.PRETRAIN} | OPTIONAL, (stage, last)
         if last in (Stage.EVALUATE, Stage.PROMOTE, Stage.REPORT):
             assert (Stage.PPO in selected) == (alignment in (Alignment.PPO, Alignment.BOTH))
             assert (Stage.DPO in selected) == (alignment in (Alignment.DPO, Alignment.BOTH))
-            assert (Stage.REWARD in selected) == (alignment is not Alignment.NONE)
+            assert (Stage.REWARD in selected) == (alignment in (Alignment.PPO, Alignment.BOTH))
         assert (Stage.PRETRAIN in selected) <= (not has_base_model)
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from stages.artifacts.addresses import open_store, run_key
 from stages.artifacts.store import Store, read_json
+from stages.config.errors import ConfigError
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
 from stages.config.recipes import tiny
@@ -101,3 +102,18 @@ def test_only_a_source_in_the_role_of_the_base_model_is_one(store: Store, reques
     assert not has_base_model()
     assert not has_base_model(DOCUMENTS)
     assert has_base_model(DOCUMENTS, GIVEN)
+
+
+def test_a_given_model_is_found_by_its_role_and_errors_name_its_field(
+    store: Store, request_of_sft: StageRequest, tmp_path: Path
+):
+    given = SourceEntry(role="reward_model", kind=SourceKind.MODEL, uri=str(tmp_path / "nowhere"), digest="d")
+    with opened(request_of_sft, store, rank=None, sources=(DOCUMENTS, given)) as context:
+        assert context.has_given("reward_model")
+        assert not context.has_given("reward_base")
+        assert context.identity_of("reward", "reward_model") == context.content_of("reward_model") == "d"
+        assert context.identity_of("reward") == ""
+        with pytest.raises(ConfigError, match=r"^reward_model='.*nowhere' does not exist"):
+            context.model_dir("reward", "reward_model")
+        with pytest.raises(ConfigError, match="needs an input 'model'"):
+            context.model_dir("model", "base_model")

@@ -27,7 +27,7 @@ from stages.config.resolve import resolve
 from tests.unit.operators.test_run import Task
 
 RUN = RunInfo(run_id="r", name="n")
-CONFIG = resolve({"recipe": "tiny", "alignment": "dpo"})
+CONFIG = resolve({"recipe": "tiny", "alignment": "dpo", "train_reward": True})
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_a_change_runs_its_stage_and_what_depends_on_it_as_the_run_then_does(
     store: Store, tmp_path: Path, overrides: dict[str, Any], first_to_run: Stage, why: str
 ):
     build(store, CONFIG, tmp_path)
-    config = resolve({"recipe": "tiny", "alignment": "dpo", "overrides": overrides})
+    config = resolve({"recipe": "tiny", "alignment": "dpo", "train_reward": True, "overrides": overrides})
     plan = make_plan(config, run=RUN, store=store)
     planned = {stage.stage for stage in plan.stages if stage.verdict is Verdict.HIT_IF_UNCHANGED}
     assert {stage.verdict for stage in plan.stages} <= {Verdict.HIT_IF_UNCHANGED, Verdict.RUN}
@@ -126,11 +126,13 @@ def test_a_change_runs_its_stage_and_what_depends_on_it_as_the_run_then_does(
 
 def test_what_depends_on_a_new_stage_says_so(store: Store, tmp_path: Path):
     build(store, CONFIG, tmp_path)
-    config = resolve({"recipe": "tiny", "alignment": "dpo", "overrides": {"sft.num_epochs": 2}})
+    config = resolve({"recipe": "tiny", "alignment": "dpo", "train_reward": True, "overrides": {"sft.num_epochs": 2}})
     why = make_plan(config, run=RUN, store=store).of(Stage.DPO).why
     assert why.startswith("unlike ")
     assert "input model: " in why
-    elsewhere = resolve({"recipe": "tiny", "alignment": "dpo", "overrides": {"curate.profile": "web"}})
+    elsewhere = resolve(
+        {"recipe": "tiny", "alignment": "dpo", "train_reward": True, "overrides": {"curate.profile": "web"}}
+    )
     plan = make_plan(elsewhere, run=RUN, store=store)
     for stage in (Stage.TOKENIZE, Stage.SFT, Stage.REPORT):
         assert plan.of(stage).why.count("-> built anew") == min(3, len(GRAPH[stage].inputs))
@@ -138,7 +140,9 @@ def test_what_depends_on_a_new_stage_says_so(store: Store, tmp_path: Path):
 
 def test_resources_change_nothing(store: Store, tmp_path: Path):
     build(store, CONFIG, tmp_path)
-    config = resolve({"recipe": "tiny", "alignment": "dpo", "overrides": {"execution.sft.micro_batch_size": 1}})
+    config = resolve(
+        {"recipe": "tiny", "alignment": "dpo", "train_reward": True, "overrides": {"execution.sft.micro_batch_size": 1}}
+    )
     assert verdicts(store, config) == verdicts(store)
 
 
@@ -195,7 +199,7 @@ def test_an_artifact_that_a_reader_found_damaged_is_looked_at_by_its_job(store: 
 
 def test_earlier_builds_give_pace_and_data_of_what_runs(store: Store, tmp_path: Path):
     build(store, CONFIG, tmp_path)
-    config = resolve({"recipe": "tiny", "alignment": "dpo", "overrides": {"sft.num_epochs": 1}})
+    config = resolve({"recipe": "tiny", "alignment": "dpo", "train_reward": True, "overrides": {"sft.num_epochs": 1}})
     took = make_plan(config, run=RUN, store=store).of(Stage.SFT).estimate
     assert took is not None
     assert took.tokens == 900
@@ -297,3 +301,28 @@ def test_what_a_reason_quotes_is_no_mark_up_on_the_page():
     )
     assert not re.search(r"(?<!\\)\]\(|<img", page)
     assert f"- {plain(f'curate: run, {why} (as in [x](javascript:alert(1)))')}\n" in page
+
+
+def test_the_plan_says_what_a_run_is_given_and_what_it_does_without(store: Store):
+    given = {"base_model": "/models/policy", "reward_model": "/models/reward", "first_stage": "ppo", "alignment": "ppo"}
+    config = resolve({"recipe": "tiny", **given, "instructions": ["/chats"], "last_stage": "evaluate"})
+    remarks = make_plan(config, run=RUN, store=store).remarks
+    assert remarks == (
+        "base_model: `/models/policy` is given, read by tokenize, ppo, evaluate",
+        "reward_model: `/models/reward` is given, read by ppo, evaluate",
+        "pretrain: skipped, base_model is given in its place",
+        "sft: skipped, the run starts with ppo (first_stage): base_model is given in its place",
+        "reward: skipped, reward_model is given in its place",
+        "dpo: skipped, alignment=ppo",
+        "promote, report: skipped, the run ends with evaluate (last_stage)",
+        "documents: none are read, no stage of this run needs them",
+        "preferences: none are read, no stage of this run needs them",
+    )
+    plan = make_plan(config, run=RUN, store=store)
+    assert set(remarks) <= set(as_table(plan))
+    assert all(plain(line) in as_markdown(plan) for line in remarks)
+    whole = make_plan(resolve({"recipe": "tiny"}), run=RUN, store=store)
+    assert whole.remarks == ()
+    ppo = plan.of(Stage.PPO).estimate
+    assert ppo is not None
+    assert "takes reward_model to be as large as the policy" in ppo.basis

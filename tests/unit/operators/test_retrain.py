@@ -8,6 +8,7 @@ from airflow.sdk import Asset
 from operators.pending import Watermark, read_watermark
 from operators.prepare import params_key
 from operators.retrain import Skip, announced_data, pipeline_run_id, record
+from stages.artifacts.store import write_json
 from stages.config.errors import ConfigError, StageError
 from stages.config.resolve import resolve
 from tests.retrain_world import CHAMPION_PARAMS, World
@@ -117,3 +118,14 @@ def test_a_long_run_id_triggers_a_run_of_its_own_that_airflow_takes() -> None:
     one, other = (pipeline_run_id("n" * 238 + end) for end in "ab")
     assert one != other
     assert len(one) == len(other) == 240
+
+
+def test_a_champion_whose_run_entered_after_pretraining_is_trained_on_in_the_same_way(world: World):
+    params = {**CHAMPION_PARAMS, "base_model": "/models/x", "first_stage": "dpo", "alignment": "dpo"}
+    write_json(world.store, params_key("manual__2026-01-01T00-00-00-00-00"), params)
+    (world.raw / "a.txt").write_text("text")
+    pairs = world.raw / "pairs.jsonl"
+    pairs.write_text("{}")
+    conf = world.go(preferences=[str(pairs)]).conf
+    assert (conf["first_stage"], conf["continue_pretraining"]) == ("dpo", False)
+    assert conf["base_model"] == conf["previous_data"] == "models:/athanor-aligned/3"

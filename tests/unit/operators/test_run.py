@@ -59,7 +59,7 @@ def start(**params: Any) -> dict[str, Any]:
     [
         ({"recipe": "dmeo"}, r"recipe='dmeo' does not exist; allowed: demo, llama_1b, tiny Did you mean 'demo'\?"),
         ({"alignment": "rlhf"}, r"alignment='rlhf': Input should be 'ppo', 'dpo', 'both' or 'none'"),
-        ({"last_stage": "deploy"}, r"last_stage='deploy': Input should be 'curate', 'tokenize'"),
+        ({"last_stage": "deploy"}, r"last_stage='deploy': Input should be 'convert', 'curate', 'tokenize'"),
         ({"last_stage": "ppo", "alignment": "dpo"}, r"last_stage='ppo' is not part of a run with alignment='dpo'"),
         ({"last_stage": "pretrain", "base_model": "/models/x"}, r"last_stage='pretrain' is not part of a run"),
         ({"overrides": {"sft.optimizer.learning_rat": 1}}, r"Did you mean 'sft.optimizer.learning_rate'\?"),
@@ -141,7 +141,7 @@ def test_inputs_are_those_that_the_run_produces(tmp_path: Path):
     )
     assert (list(request.inputs), request.source_uris) == (["tokens"], ("/models/x",))
     scratch = resolve({"recipe": "tiny", "alignment": "dpo"})
-    assert set(input_stages(Stage.EVALUATE, scratch)) == {"curated", "tokens", "base", "sft", "reward", "dpo"}
+    assert set(input_stages(Stage.EVALUATE, scratch)) == {"curated", "tokens", "base", "sft", "dpo"}
 
 
 def test_an_input_that_is_missing_is_named(tmp_path: Path):

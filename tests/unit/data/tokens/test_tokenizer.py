@@ -115,7 +115,7 @@ def test_the_tokenize_stage_stores_an_id_of_more_than_16_bits_whole(tmp_path: Pa
         input_dir=lambda role: curated,
         output_dir=tmp_path / "out",
         has_base_model=True,
-        base_model_dir=lambda: tmp_path / "model",
+        given_dir=lambda role: tmp_path / "model",
         progress=lambda done, total, unit="", **numbers: None,
     )
     context.output_dir.mkdir()

@@ -51,7 +51,9 @@ def test_the_question_shows_every_model_side_by_side_and_proposes_the_one_that_p
     assert "|  | Base | SFT | PPO | DPO |" in body
     assert "| eval/win\\_rate ↑ | – | – | 0.71 | 0.64 |" in body
     assert body.index("win\\_rate ↑ | –") < body.index("eval/perplexity ↓")
-    assert "proposed: **PPO**, the aligned model with the highest win rate against SFT." in body
+    assert (
+        "proposed: **PPO**, the aligned model with the highest win rate against the model that it started from." in body
+    )
 
 
 @pytest.mark.usefixtures("imaginary_stage")
@@ -202,3 +204,18 @@ def test_no_answer_of_a_model_becomes_a_link(tmp_path: Path, monkeypatch: pytest
     _, made = publish_run(tmp_path)
     _, body = question(run_info(), config(), made[Stage.EVALUATE])
     assert "| http<!---->\\://evil\\.example/login | www<!---->\\.evil\\.example |" in body
+
+
+def test_without_a_reward_model_the_question_says_what_decides_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    models = {"base": {"eval/response_loss": 2.0}, "dpo": {"eval/preference_accuracy": 0.7}}
+    evaluation = {**EVALUATION, "models": models, "reward": {}, "reward_fingerprint": None}
+    _, made = publish_run(tmp_path, evaluation=evaluation)
+    subject, body = question(run_info(), config(alignment="dpo"), made[Stage.EVALUATE])
+    assert "promote the DPO model" in subject
+    assert "rule of preference accuracy (above 0.5, and above a champion's on the same pairs)" in body
+    assert "No reward model judged this run" in body
+    assert "win rate" not in body.replace("no win rates", "")
+    assert "| eval/preference\\_accuracy ↑ | – | 0.7 |" in body
