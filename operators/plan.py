@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from operators.look import read_look
 from operators.prepare import build_request, input_stages, selection
 from stages.artifacts.addresses import artifact_uri
 from stages.artifacts.explain import BY_JOB, NEW, Builds, identity_fields
@@ -34,7 +35,8 @@ from stages.config.estimate import (
 )
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import GRAPH, Stage
-from stages.config.pipeline import CONFIG_CLASSES, PipelineConfig, stage_config_from_json
+from stages.config.look import ModelFacts
+from stages.config.pipeline import BASE_MODEL, CONFIG_CLASSES, PipelineConfig, stage_config_from_json
 from stages.config.request import ArtifactRef, Manifest, RunInfo, StageRequest, digests_of
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,8 @@ class Plan(Config):
     recipe: str
     dry_run: bool
     stages: tuple[StagePlan, ...]
+    models: tuple[ModelFacts, ...] = ()
+    """What was found out about the given models."""
 
     def of(self, stage: Stage) -> StagePlan:
         return next(plan for plan in self.stages if plan.stage is stage)
@@ -75,7 +79,7 @@ def make_plan(config: PipelineConfig, *, run: RunInfo, store: Store, devices: De
     config, dry_run = config.model_copy(update={"dry_run": False}), config.dry_run
     walk = _Walk(config, run, store, devices or Devices())
     stages = tuple(walk.stage(stage) for stage in GRAPH if stage in walk.selected)
-    return Plan(recipe=config.recipe, dry_run=dry_run, stages=stages)
+    return Plan(recipe=config.recipe, dry_run=dry_run, stages=stages, models=walk.looked_at.models)
 
 
 class _Walk:
@@ -93,18 +97,27 @@ class _Walk:
         self._unchanged: dict[Stage, str] = {}
         """Stages whose fingerprint holds only if outside data is what it was, and which data."""
         self._unknown: set[Stage] = set()
-        self._counts = assumed_counts(config)
-        self._parameters: int | None = None
-        """Size of a given base model, from a build that started from it."""
+        self.looked_at = read_look(store, run)
+        facts = self.looked_at.of(BASE_MODEL)
+        self._shape = facts.shape if facts else None
+        self._counts = self._of_given_vocabulary(assumed_counts(config))
+        self._parameters: int | None = facts.parameters if facts else None
+        """Size of a given base model: as it was looked at, or of a build that started from it."""
 
     def stage(self, stage: Stage) -> StagePlan:
         verdict, why, manifest = self._verdict(stage)
         if verdict is Verdict.UNKNOWN:
             self._unknown.add(stage)
         if stage is Stage.TOKENIZE:
-            self._counts = _counted(self._config, manifest, self._builds[stage]) or self._counts
+            counted = _counted(self._config, manifest, self._builds[stage])
+            self._counts = self._of_given_vocabulary(counted) if counted else self._counts
         took = None if verdict is Verdict.HIT else self._estimate(stage)
         return StagePlan(stage=stage, verdict=verdict, why=why, estimate=took)
+
+    def _of_given_vocabulary(self, counts: DataCounts) -> DataCounts:
+        """With the rows of a given model's embedding, which may be more than its tokenizer has entries."""
+        facts = self.looked_at.of(BASE_MODEL)
+        return counts.model_copy(update={"vocab_size": facts.vocab_size}) if facts and facts.vocab_size else counts
 
     def _verdict(self, stage: Stage) -> tuple[Verdict, str, Manifest | None]:
         builds, before = self._builds[stage], set(input_stages(stage, self._config).values())
@@ -193,6 +206,7 @@ class _Walk:
                 devices=self._devices,
                 measured=self._measured(stage, builds),
                 measured_parameters=self._parameters,
+                given=self._shape,
             )
         except Exception as error:  # noqa: BLE001 - a plan is a courtesy: the run must not depend on its arithmetic
             logger.warning("No estimate for %s: %s: %s", stage.value, type(error).__name__, error)

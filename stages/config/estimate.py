@@ -202,13 +202,23 @@ def _epochs_of_data(stage: Stage, train: Config, counts: DataCounts) -> Workload
     return Workload(trained_tokens=tokens * train.num_epochs, forward_tokens=forward)
 
 
-def memory_bytes(stage: Stage, config: PipelineConfig, *, vocab_size: int) -> float:
-    """Memory of one worker while it trains: weights, gradients, AdamW's moments, frozen models, activations, logits."""
-    model, execution = config.pretrain.model, config.stage_execution(stage)
-    num_weights = count_parameters(model, vocab_size)
+def memory_bytes(
+    stage: Stage,
+    config: PipelineConfig,
+    *,
+    vocab_size: int,
+    model: ModelConfig | None = None,
+    parameters: int | None = None,
+) -> float:
+    """Memory of one worker while it trains: weights, gradients, AdamW's moments, frozen models, activations, logits.
+
+    `model` is the shape of a given model and `parameters` its size, where it was looked at.
+    """
+    model, execution = model or config.pretrain.model, config.stage_execution(stage)
+    num_weights = parameters or count_parameters(model, vocab_size)
     embeddings = vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
     # Tensor and pipeline parallelism cut the layers; embeddings may be whole. Frozen models are whole on every worker.
-    held = (num_weights - embeddings) / execution.workers_per_copy + embeddings
+    held = max(0, num_weights - embeddings) / execution.workers_per_copy + min(num_weights, embeddings)
     spec = GRAPH[stage]
     if not spec.trains:
         return _FLOAT32 * spec.frozen_models * num_weights
@@ -281,17 +291,20 @@ def estimate(
     devices: Devices,
     measured: Measured | None = None,
     measured_parameters: int | None = None,
+    given: ModelConfig | None = None,
 ) -> Estimate:
-    """Put it together; what cannot be known stays None with its reason in `basis`."""
-    execution, model = config.stage_execution(stage), config.pretrain.model
+    """Put it together; what cannot be known stays None with its reason in `basis`. `given` is the shape of a base model
+    that was looked at."""
+    execution, model = config.stage_execution(stage), given or config.pretrain.model
     number, on_gpu = num_devices(execution)
     work = workload(stage, config, counts, selected=selected)
     usable = measured if measured is not None and measured.on_gpu == on_gpu else None
     if work is None:
         return _as_before(execution, devices, usable)
     basis = [] if stage is Stage.PRETRAIN else [counts.basis]
-    known = not config.base_model
-    parameters = count_parameters(model, counts.vocab_size) if known else measured_parameters
+    known = not config.base_model or given is not None
+    made = not config.base_model or measured_parameters is None
+    parameters = count_parameters(model, counts.vocab_size) if known and made else measured_parameters
     if parameters is None:
         basis.append(f"size of base_model={config.base_model!r} is unknown until a stage has loaded it")
     tokens = work.trained_tokens or work.forward_tokens
@@ -299,7 +312,8 @@ def estimate(
     if per_token is None and parameters is not None:
         per_token = 2.0 * parameters
     flops = None if per_token is None else per_token * work.passes
-    memory = memory_bytes(stage, config, vocab_size=counts.vocab_size) if known else None
+    size = parameters if config.base_model else None
+    memory = memory_bytes(stage, config, vocab_size=counts.vocab_size, model=model, parameters=size) if known else None
     if usable is not None and usable.work and parameters is not None:
         rate = usable.wall_seconds * usable.devices / usable.work
         seconds = rate * parameters * work.passes / number
