@@ -52,11 +52,20 @@ def main(arguments: list[str]) -> int:
         logger.error("%s %s", error.message, error.advice)
         return EXIT_CODES[error.category]
     try:
+        _hush()
         look = look_at(request)
     except BaseException as error:  # noqa: BLE001 - every failure becomes an exit code and a file; none is swallowed
         return _record_failure(store, request, error)
     write_json(store, look_key(request.run.run_id, "result.json"), look.model_dump(mode="json"))
     return ExitCode.OK
+
+
+def _hush() -> None:
+    """Keep reports on weights that were not loaded out of the log: nothing is loaded here."""
+    from transformers.utils import logging as of_transformers
+
+    of_transformers.set_verbosity_error()
+    of_transformers.disable_progress_bar()
 
 
 def look_at(request: LookRequest) -> Look:
