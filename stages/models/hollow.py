@@ -5,6 +5,7 @@ given tensors without data where it would read the files. So a weight is missing
 there. Nothing is read but headers, and nothing takes memory.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.modeling_utils import PreTrainedModel, load_state_dict
 
 from stages.models.build import telling_what_is_malformed
@@ -38,6 +39,7 @@ def hollow_model(auto_class: Any, folder: Path, *, with_weights: bool = True, **
     runs_code = may_run_code(folder)
     with telling_what_is_malformed(folder, auto_class):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=runs_code, **options)
+        config.dtype = torch.float32  # whatever it says, as in loading
         with torch.device("meta"):
             made = auto_class.from_config(config, trust_remote_code=runs_code)
         if not with_weights:
@@ -50,6 +52,9 @@ def hollow_model(auto_class: Any, folder: Path, *, with_weights: bool = True, **
             dtype=torch.float32,
             output_loading_info=True,
         )
+        if model.can_generate():
+            with contextlib.suppress(OSError):  # there need not be such a file
+                GenerationConfig.from_pretrained(folder, local_files_only=True)
     return Hollow(model, loading)
 
 

@@ -76,7 +76,9 @@ def check_small_packing(folder: Path) -> str:
 
 
 def _config(folder: Path) -> Any:
-    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=may_run_code(folder))
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=may_run_code(folder))
+    config.dtype = torch.float32
+    return config
 
 
 def _set(config: Any, name: str, value: Any) -> None:
@@ -121,7 +123,7 @@ def _made(config: Any, folder: Path) -> Any:
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, **options).float().eval()
+        model = AutoModelForCausalLM.from_config(config, **options).eval()
         head = model.get_output_embeddings()
         if head is not None:
             # As large as trained ones: caps on logits do nothing to small values.

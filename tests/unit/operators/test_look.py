@@ -1,4 +1,4 @@
-"""The look as the task `resolve` has it made: a job only where there is a model, its failure, another attempt, a kill."""
+"""The look as the task `resolve` has it made: a job only where there is a model; a failure, another attempt, a kill."""
 
 import json
 import os
