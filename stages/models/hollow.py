@@ -38,8 +38,9 @@ def hollow_model(auto_class: Any, folder: Path, *, with_weights: bool = True, **
     check_folder(folder)
     runs_code = may_run_code(folder)
     with telling_what_is_malformed(folder, auto_class):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=runs_code, **options)
-        config.dtype = torch.float32  # whatever it says, as in loading
+        config = AutoConfig.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=runs_code, **options
+        )
         with torch.device("meta"):
             made = auto_class.from_config(config, trust_remote_code=runs_code)
         if not with_weights:

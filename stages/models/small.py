@@ -76,9 +76,9 @@ def check_small_packing(folder: Path) -> str:
 
 
 def _config(folder: Path) -> Any:
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=may_run_code(folder))
-    config.dtype = torch.float32
-    return config
+    return AutoConfig.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=may_run_code(folder)
+    )
 
 
 def _set(config: Any, name: str, value: Any) -> None:
