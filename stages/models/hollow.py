@@ -36,13 +36,12 @@ def hollow_model(auto_class: Any, folder: Path, *, with_weights: bool = True, **
     Without weights, where there are no headers to compare with, only the architecture counts.
     """
     check_folder(folder)
-    runs_code = may_run_code(folder)
     with telling_what_is_malformed(folder, auto_class):
         config = AutoConfig.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=runs_code, **options
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=may_run_code(folder), **options
         )
         with torch.device("meta"):
-            made = auto_class.from_config(config, trust_remote_code=runs_code)
+            made = auto_class.from_config(config, trust_remote_code=may_run_code(folder))
         if not with_weights:
             return Hollow(made, {"missing_keys": set()})
         model, loading = type(made).from_pretrained(
@@ -52,10 +51,11 @@ def hollow_model(auto_class: Any, folder: Path, *, with_weights: bool = True, **
             device_map={"": "meta"},
             dtype=torch.float32,
             output_loading_info=True,
+            trust_remote_code=False,  # the class is known already
         )
         if model.can_generate():
             with contextlib.suppress(OSError):  # there need not be such a file
-                GenerationConfig.from_pretrained(folder, local_files_only=True)
+                GenerationConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return Hollow(model, loading)
 
 
@@ -68,7 +68,7 @@ def headers(folder: Path) -> dict[str, Tensor]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers would read; raises FileNotFoundError when there are none of their names."""
+    """The files that transformers would read; raises ValueError when there are none of their names."""
     if (folder / _WEIGHTS).is_file():
         return [folder / _WEIGHTS]
     if not (folder / INDEX).is_file():

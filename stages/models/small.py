@@ -116,14 +116,13 @@ def _varied(kinds: list[Any]) -> list[Any]:
 
 def _made(config: Any, folder: Path) -> Any:
     """A model with random weights; None where it would be too large."""
-    options = {"trust_remote_code": may_run_code(folder)}
     with torch.device("meta"):
-        hollow = AutoModelForCausalLM.from_config(config, **options)
+        hollow = AutoModelForCausalLM.from_config(config, trust_remote_code=may_run_code(folder))
     if sum(weight.numel() for weight in hollow.parameters()) > _MOST_PARAMETERS:
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, **options).eval()
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=may_run_code(folder)).eval()
         head = model.get_output_embeddings()
         if head is not None:
             # As large as trained ones: caps on logits do nothing to small values.
