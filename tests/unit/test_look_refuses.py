@@ -11,10 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.utils import httpx
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import (
