@@ -29,7 +29,7 @@ with DAG(
     **notifications(),
 ) as evaluate_model:
 
-    @task(execution_timeout=timedelta(minutes=5))
+    @task(execution_timeout=timedelta(hours=1))  # the look at given models waits for room on the cluster
     def resolve() -> dict:
         """Look up the model, its data and its reward model; what is missing ends the run here, naming the field."""
         from operators.evaluation import start_evaluation

@@ -37,7 +37,7 @@ with DAG(
     default_args=default_args(trigger_rule=TriggerRule.NONE_FAILED),
 ) as llm_pipeline:
 
-    @task(execution_timeout=timedelta(minutes=5))
+    @task(execution_timeout=timedelta(hours=1))  # the look at given models waits for room on the cluster
     def resolve() -> dict:
         """Turn the form into a complete, frozen configuration; wrong input ends the run here, naming the field."""
         from operators.run import start_run

@@ -16,13 +16,16 @@ from operators.ray.hook import RayJobHook
 from operators.ray.ownership import GENERATION, airflow_id, job_metadata
 from operators.ray.submission import Attached, Submission, SubmissionLog, TaskKey, attach_or_submit
 from operators.ray.watch import Outcome, WatchSettings
-from stages.artifacts.addresses import run_key
 from stages.artifacts.store import Store
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
+from stages.config.look import LookRequest
 from stages.config.request import REQUEST_DIGEST, RunInfo, StageRequest, sha256_of
 
 logger = logging.getLogger(__name__)
+
+JobRequest = StageRequest | LookRequest
+"""What a job is asked to do; each has a folder of its own under the run's."""
 
 _STALL_MARGIN_SECONDS = 120.0
 """A job that hangs ends itself, with its stacks in the log; the watcher waits this much longer before it does."""
@@ -74,7 +77,7 @@ def attach(
     context: Any,
     hook: RayJobHook,
     store: Store,
-    request: StageRequest,
+    request: JobRequest,
     *,
     entrypoint: str,
     cancel_on_kill: bool,
@@ -88,7 +91,7 @@ def attach(
     ti = context["ti"]
     # What Ray's dashboard shows about the job, and how the reaper recognises it; nothing secret.
     metadata = {
-        "athanor.stage": request.stage.value,
+        "athanor.stage": request.name,
         "athanor.run_id": request.run.run_id,
         **job_metadata(
             airflow_id(),
@@ -102,7 +105,7 @@ def attach(
     }
 
     def key(name: str) -> str:
-        return run_key(request.run.run_id, request.stage, name)
+        return f"runs/{request.run.run_id}/{request.name}/{name}"
 
     written: dict[str, str] = {}
 
@@ -187,9 +190,9 @@ def watch_settings(
     )
 
 
-def cursor_key(request: StageRequest) -> str:
+def cursor_key(request: JobRequest) -> str:
     """Where the store keeps how much of the job's log was shown."""
-    return run_key(request.run.run_id, request.stage, "log.json")
+    return f"runs/{request.run.run_id}/{request.name}/log.json"
 
 
 def outcome_of(attached: Attached) -> Outcome:

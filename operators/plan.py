@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from operators.look import read_look
 from operators.prepare import build_request, input_stages, selection
 from stages.artifacts.addresses import artifact_uri
 from stages.artifacts.explain import BY_JOB, NEW, Builds, identity_fields
@@ -34,7 +35,8 @@ from stages.config.estimate import (
     workload,
 )
 from stages.config.execution import ExecutionConfig
-from stages.config.graph import BASE_MODEL, DATA_FIELDS, GRAPH, Stage, pipeline_stages, stage_providing
+from stages.config.graph import BASE_MODEL, DATA_FIELDS, GRAPH, REWARD_MODEL, Stage, pipeline_stages, stage_providing
+from stages.config.look import ModelFacts
 from stages.config.pipeline import CONFIG_CLASSES, PipelineConfig, stage_config_from_json
 from stages.config.request import ArtifactRef, Manifest, RunInfo, StageRequest, digests_of
 
@@ -68,6 +70,8 @@ class Plan(Config):
     stages: tuple[StagePlan, ...]
     remarks: tuple[str, ...] = ()
     """Models that the run is given and who reads them, and what it does without and why: a line each."""
+    models: tuple[ModelFacts, ...] = ()
+    """What was found out about the given models."""
 
     def of(self, stage: Stage) -> StagePlan:
         return next(plan for plan in self.stages if plan.stage is stage)
@@ -78,7 +82,13 @@ def make_plan(config: PipelineConfig, *, run: RunInfo, store: Store, devices: De
     config, dry_run = config.model_copy(update={"dry_run": False}), config.dry_run
     walk = _Walk(config, run, store, devices or Devices())
     stages = tuple(walk.stage(stage) for stage in GRAPH if stage in walk.selected)
-    return Plan(recipe=config.recipe, dry_run=dry_run, stages=stages, remarks=tuple(_remarks(config)))
+    return Plan(
+        recipe=config.recipe,
+        dry_run=dry_run,
+        stages=stages,
+        models=walk.looked_at.models,
+        remarks=tuple(_remarks(config)),
+    )
 
 
 def _remarks(config: PipelineConfig) -> Iterator[str]:
@@ -111,20 +121,28 @@ class _Walk:
         self._unchanged: dict[Stage, str] = {}
         """Stages whose fingerprint holds only if outside data is what it was, and which data."""
         self._unknown: set[Stage] = set()
-        self._counts = assumed_counts(config)
-        self._parameters: int | None = None
-        """Size of a given base model, from a build that started from it."""
+        self.looked_at = read_look(store, run)
+        facts = self.looked_at.of(BASE_MODEL)
+        self._counts = self._of_given_vocabulary(assumed_counts(config))
+        self._parameters: int | None = facts.parameters if facts else None
+        """Size of a given base model: as it was looked at, or of a build that started from it."""
 
     def stage(self, stage: Stage) -> StagePlan:
         verdict, why, manifest = self._verdict(stage)
         if verdict is Verdict.UNKNOWN:
             self._unknown.add(stage)
         if stage is Stage.TOKENIZE:
-            self._counts = _counted(self._config, manifest, self._builds[stage]) or self._counts
+            counted = _counted(self._config, manifest, self._builds[stage])
+            self._counts = self._of_given_vocabulary(counted) if counted else self._counts
         if manifest and stage is stage_providing(BASE_MODEL):
             self._parameters = _stored_parameters(manifest)
         took = None if verdict is Verdict.HIT else self._estimate(stage)
         return StagePlan(stage=stage, verdict=verdict, why=why, estimate=took)
+
+    def _of_given_vocabulary(self, counts: DataCounts) -> DataCounts:
+        """With the rows of a given model's embedding, which may be more than its tokenizer has entries."""
+        facts = self.looked_at.of(BASE_MODEL)
+        return counts.model_copy(update={"vocab_size": facts.vocab_size}) if facts and facts.vocab_size else counts
 
     def _verdict(self, stage: Stage) -> tuple[Verdict, str, Manifest | None]:
         builds, before = self._builds[stage], set(input_stages(stage, self._config).values())
@@ -202,7 +220,7 @@ class _Walk:
         return manifest, ""
 
     def _estimate(self, stage: Stage) -> Estimate:
-        builds = self._builds[stage]
+        builds, start = self._builds[stage], self._start(stage)
         try:
             self._parameters = self._parameters or _given_size(self._config.base_model, builds)
             return estimate(
@@ -212,11 +230,17 @@ class _Walk:
                 counts=self._counts,
                 devices=self._devices,
                 measured=self._measured(stage, builds),
-                measured_parameters=self._parameters,
+                measured_parameters=start.parameters if start and start.role != BASE_MODEL else self._parameters,
+                given=start.shape if start else None,
             )
         except Exception as error:  # noqa: BLE001 - a plan is a courtesy: the run must not depend on its arithmetic
             logger.warning("No estimate for %s: %s: %s", stage.value, type(error).__name__, error)
             return Estimate(basis=(f"unknown: {type(error).__name__}: {error}",))
+
+    def _start(self, stage: Stage) -> ModelFacts | None:
+        """The given model that a stage starts from, or that its start was made from; None for one not looked at."""
+        starts = [role for role in self._config.given_roles(stage) if role != REWARD_MODEL]
+        return self.looked_at.of(next(iter(starts), BASE_MODEL))
 
     def _measured(self, stage: Stage, builds: Builds) -> Measured | None:
         """Return the newest build on the same kind of device that tells its time."""

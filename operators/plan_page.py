@@ -17,6 +17,7 @@ def as_table(plan: Plan) -> list[str]:
     lines = [_title(plan)]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.append("")
+    lines += _models(plan)
     return lines + [line for stage in plan.stages for line in _notes(stage)] + [*plan.remarks, total(plan)]
 
 
@@ -25,9 +26,18 @@ def as_markdown(plan: Plan) -> str:
     header, *rows = ([plain(cell) for cell in row] for row in _rows(plan))
     notes = [f"- {plain(line)}" for stage in plan.stages for line in _notes(stage)]
     notes += [f"- {plain(line)}" for line in plan.remarks]
+    models = [f"- {plain(line)}" for line in _models(plan)]
+    given = ["## Given models", "", *models, ""] if models else []
     return "\n".join(
-        [f"# {plain(_title(plan))}", "", table(header, rows), "", total(plan), "", "## Why", "", *notes, ""]
+        [f"# {plain(_title(plan))}", "", table(header, rows), "", total(plan), "", *given, "## Why", "", *notes, ""]
     )
+
+
+def _models(plan: Plan) -> list[str]:
+    """What is known of each given model, and what will probably go wrong with it."""
+    return [
+        line for facts in plan.models for line in (facts.summary(), *(f"WARNING: {text}" for text in facts.warnings))
+    ]
 
 
 def _title(plan: Plan) -> str:

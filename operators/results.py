@@ -82,11 +82,11 @@ def explain_failure(
                 max_retries=max_retries,
             )
         case _:
-            told = _told_failure(store, run_key(run.run_id, stage, "failure.json"), max_retries=max_retries)
+            told = told_failure(store, run_key(run.run_id, stage, "failure.json"), max_retries=max_retries)
             return told or job_failure(outcome.job, stage, max_retries=max_retries)
 
 
-def _told_failure(store: Store, key: str, *, max_retries: int | None) -> StageFailed | None:
+def told_failure(store: Store, key: str, *, max_retries: int | None) -> StageFailed | None:
     """What the job wrote about its failure. None when it wrote nothing that can be read: its exit code also tells."""
     try:
         failure = parse_record(Failure, store.read_bytes(key), f"{store.root_uri}/{key}")

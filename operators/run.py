@@ -32,8 +32,13 @@ def start_run(context: Any) -> dict[str, Any]:
 
 
 def open_run(context: Any, config: "PipelineConfig", values: dict[str, Any]) -> dict[str, Any]:
-    """Store a configuration and the form's values that it was made from, open the MLflow parent run."""
+    """Store a configuration and the form's values that it was made from, look at the models that the run is given, open
+    the MLflow parent run.
+
+    Raises what the job that looks at them ended with, before there is anything in MLflow that would have to end too.
+    """
     from operators.folders import claim_folder
+    from operators.look import look_at_models
     from operators.prepare import PIPELINE_RECORD, params_key, pipeline_key
     from stages.artifacts.addresses import open_default_store
     from stages.artifacts.store import write_json
@@ -54,6 +59,7 @@ def open_run(context: Any, config: "PipelineConfig", values: dict[str, Any]) -> 
         experiment=config.experiment,
         records={PIPELINE_RECORD: sha256_of(stored)},
     )
+    look_at_models(context, store, run, config)
     with as_stage_failures():
         run = run.model_copy(update={"parent_run_id": open_parent_run(run)})
     logger.info(

@@ -204,13 +204,23 @@ def _epochs_of_data(stage: Stage, train: Config, counts: DataCounts) -> Workload
     return Workload(trained_tokens=tokens * train.num_epochs, forward_tokens=forward)
 
 
-def memory_bytes(stage: Stage, config: PipelineConfig, *, vocab_size: int) -> float:
-    """Memory of one worker while it trains: weights, gradients, AdamW's moments, frozen models, activations, logits."""
-    model, execution = config.pretrain.model, config.stage_execution(stage)
-    num_weights = count_parameters(model, vocab_size)
+def memory_bytes(
+    stage: Stage,
+    config: PipelineConfig,
+    *,
+    vocab_size: int,
+    model: ModelConfig | None = None,
+    parameters: int | None = None,
+) -> float:
+    """Memory of one worker while it trains: weights, gradients, AdamW's moments, frozen models, activations, logits.
+
+    `model` is the shape of a given model and `parameters` its size, where it was looked at.
+    """
+    model, execution = model or config.pretrain.model, config.stage_execution(stage)
+    num_weights = parameters or count_parameters(model, vocab_size)
     embeddings = vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
     # Tensor and pipeline parallelism cut the layers; embeddings may be whole. Frozen models are whole on every worker.
-    held = (num_weights - embeddings) / execution.workers_per_copy + embeddings
+    held = max(0, num_weights - embeddings) / execution.workers_per_copy + min(num_weights, embeddings)
     spec = GRAPH[stage]
     if not spec.trains:
         return _FLOAT32 * spec.frozen_models * num_weights
@@ -274,6 +284,12 @@ def num_devices(execution: ExecutionConfig) -> tuple[float, bool]:
     return workers * execution.cpus_per_worker, False
 
 
+def _unknown_models(config: PipelineConfig, stage: Stage) -> list[str]:
+    """Roles of the given models on whose size a stage depends; a reward model is taken to be as large as the policy."""
+    roles = [role for role in config.given_roles(stage) if role != REWARD_MODEL]
+    return roles or [BASE_MODEL] * bool(config.base_model)
+
+
 def estimate(
     stage: Stage,
     config: PipelineConfig,
@@ -283,20 +299,21 @@ def estimate(
     devices: Devices,
     measured: Measured | None = None,
     measured_parameters: int | None = None,
+    given: ModelConfig | None = None,
 ) -> Estimate:
-    """Put it together; what cannot be known stays None with its reason in `basis`."""
-    execution, model = config.stage_execution(stage), config.pretrain.model
+    """Put it together; what cannot be known stays None with its reason in `basis`. `given` is the shape of the
+    given model that the stage starts from, where it was looked at."""
+    execution, model = config.stage_execution(stage), given or config.pretrain.model
     number, on_gpu = num_devices(execution)
     work = workload(stage, config, counts, selected=selected)
     usable = measured if measured is not None and measured.on_gpu == on_gpu else None
     if work is None:
         return _as_before(execution, devices, usable)
     basis = [] if stage is Stage.PRETRAIN else [counts.basis]
-    unknown = [role for role in config.given_roles(stage) if role != REWARD_MODEL] or [BASE_MODEL] * bool(
-        config.base_model
-    )
+    unknown = _unknown_models(config, stage) if given is None else []
     known = not unknown
-    parameters = count_parameters(model, counts.vocab_size) if known else measured_parameters
+    made = not config.base_model or measured_parameters is None
+    parameters = count_parameters(model, counts.vocab_size) if known and made else measured_parameters
     if parameters is None:
         basis.append(f"size of {unknown[0]}={getattr(config, unknown[0])!r} is unknown until a stage has loaded it")
     if REWARD_MODEL in config.given_roles(stage):
@@ -306,7 +323,8 @@ def estimate(
     if per_token is None and parameters is not None:
         per_token = 2.0 * parameters
     flops = None if per_token is None else per_token * work.passes
-    memory = memory_bytes(stage, config, vocab_size=counts.vocab_size) if known else None
+    size = parameters if config.base_model else None
+    memory = memory_bytes(stage, config, vocab_size=counts.vocab_size, model=model, parameters=size) if known else None
     if usable is not None and usable.work and parameters is not None:
         rate = usable.wall_seconds * usable.devices / usable.work
         seconds = rate * parameters * work.passes / number

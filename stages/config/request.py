@@ -205,6 +205,11 @@ class StageRequest(Config):
     _upgrade = model_validator(mode="before")(_sources_with_kinds)
 
     @property
+    def name(self) -> str:
+        """Of its folder under the run's."""
+        return self.stage.value
+
+    @property
     def source_uris(self) -> tuple[str, ...]:
         return tuple(source.uri for source in self.sources)
 

@@ -22,7 +22,7 @@ from stages.config.curate import CurateConfig
 from stages.config.errors import EXIT_CODES, ConfigError, DataError, ExitCode, StageError
 from stages.config.graph import GRAPH
 from stages.config.pipeline import ONE_VERSION, stage_config_from_json
-from stages.config.records import parse_record, without_non_finite
+from stages.config.records import Record, parse_record, without_non_finite
 from stages.config.request import (
     REQUEST_DIGEST,
     InputEntry,
@@ -72,6 +72,11 @@ def run_stage(config_uri: str, verb_of: VerbOf) -> int:
 
 def load_request(config_uri: str) -> tuple[StageRequest, Store]:
     """Read a StageRequest from `<store root>/runs/<run id>/<stage>/config.json`."""
+    return read_request(StageRequest, config_uri)
+
+
+def read_request(kind: type[Record], config_uri: str) -> tuple[Record, Store]:
+    """Read what Airflow wrote for this job; raises DataError when it is not what Airflow sent it to read."""
     root, separator, tail = config_uri.rpartition("/runs/")
     if not separator:
         raise ConfigError(
@@ -91,7 +96,7 @@ def load_request(config_uri: str) -> tuple[StageRequest, Store]:
             f"{config_uri} is not the request that Airflow wrote (sha256 {sent[:12]}): something changed it",
             advice="Clear the task, which writes it again; see who may write to the store.",
         )
-    return parse_record(StageRequest, data, config_uri, advice=ONE_VERSION), store
+    return parse_record(kind, data, config_uri, advice=ONE_VERSION), store
 
 
 def execute(request: StageRequest, store: Store, verb_of: VerbOf) -> StageResult:

@@ -3,10 +3,11 @@
 Importing transformers' model classes takes seconds, so only the verbs that need models import this module.
 """
 
+import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,9 @@ def load_causal_lm(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig = _
     `lora` says whether the weights are to be frozen in 4 bits.
     """
     model, loading = _load(AutoModelForCausalLM, folder, **quantized_loading(lora))
-    _check_complete(loading, folder)
+    check_complete(loading, folder)
     grow_embeddings(model, tokens)
-    _check_positions(model, tokens)
+    check_positions(model, tokens.sequence_length)
     attend_within_documents(model)
     check_packing(model)
     model.config.pad_token_id = tokens.pad_id
@@ -95,7 +96,7 @@ def _load(auto_class: Any, folder: Path, **options: Any) -> tuple[Any, dict[str,
     Raises ConfigError for a folder whose files are malformed, or make no such model.
     """
     check_folder(folder)
-    try:
+    with telling_what_is_malformed(folder, auto_class):
         return auto_class.from_pretrained(
             folder,
             dtype=torch.float32,
@@ -105,6 +106,13 @@ def _load(auto_class: Any, folder: Path, **options: Any) -> tuple[Any, dict[str,
             trust_remote_code=may_run_code(folder),
             **options,
         )
+
+
+@contextlib.contextmanager
+def telling_what_is_malformed(folder: Path, auto_class: Any) -> Iterator[None]:
+    """Raise ConfigError for whatever a library raises about the files of a model."""
+    try:
+        yield
     except BaseException as error:
         if not is_malformed(error):
             raise
@@ -128,7 +136,7 @@ def load_reward_model(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig 
     """Load a sequence classifier with one output; a language model's folder gives a head of zeros, so training starts
     at ln 2."""
     check_folder(folder)
-    fresh = "ForSequenceClassification" not in json.dumps(read_settings(folder / "config.json"))
+    fresh = has_no_score(folder)
     model, loading = _load(
         AutoModelForSequenceClassification,
         folder,
@@ -136,14 +144,10 @@ def load_reward_model(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig 
         pad_token_id=tokens.pad_id,
         **quantized_loading(lora),
     )
-    _check_complete(loading, folder, new={"score.weight"} if fresh else set())
+    check_complete(loading, folder, new={"score.weight"} if fresh else set())
     grow_embeddings(model, tokens)
-    _check_positions(model, tokens)
-    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
-        raise ConfigError(
-            f"reward: {type(model).__name__} has no linear `score` head",
-            advice="Use a decoder architecture whose sequence classifier transformers builds with `score`.",
-        )
+    check_positions(model, tokens.sequence_length)
+    check_score(model)
     attend_within_documents(model)
     check_packing(model)
     if fresh:
@@ -186,7 +190,7 @@ def _alone(weight: Tensor) -> Tensor:
     return weight if weight.untyped_storage().nbytes() == weight.nbytes else weight.clone()
 
 
-def _check_complete(loading: dict[str, Any], folder: Path, *, new: Set[str] = frozenset()) -> None:
+def check_complete(loading: dict[str, Any], folder: Path, *, new: Set[str] = frozenset()) -> None:
     """Raise ConfigError for missing weights, which transformers fills with random numbers."""
     if missing := set(loading["missing_keys"]) - new:
         raise ConfigError(
@@ -210,10 +214,31 @@ def grow_embeddings(model: PreTrainedModel, tokens: TokensArtifact) -> None:
     logger.info("%d tokens were added to the vocabulary of %d: their embeddings start as the mean", missing, rows)
 
 
-def _check_positions(model: PreTrainedModel, tokens: TokensArtifact) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(limit, int) and limit < tokens.sequence_length:
+def has_no_score(folder: Path) -> bool:
+    """Whether a folder's model, made a classifier, gets a new head."""
+    return "ForSequenceClassification" not in json.dumps(read_settings(folder / "config.json"))
+
+
+def check_score(model: PreTrainedModel) -> None:
+    """Raise ConfigError for a classifier without the head that reward models have."""
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise ConfigError(
-            f"tokenize.sequence_length={tokens.sequence_length} but the model has only {limit} positions",
+            f"reward: {type(model).__name__} has no linear `score` head",
+            advice="Use a decoder architecture whose sequence classifier transformers builds with `score`.",
+        )
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many positions a model has, None where it names no limit."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
+def check_positions(model: PreTrainedModel, sequence_length: int) -> None:
+    """Raise ConfigError when rows are longer than what the model can read."""
+    limit = positions_of(model)
+    if limit is not None and limit < sequence_length:
+        raise ConfigError(
+            f"tokenize.sequence_length={sequence_length} but the model has only {limit} positions",
             advice=f"Set tokenize.sequence_length to at most {limit}.",
         )

@@ -22,6 +22,8 @@ _TOLERANCE = 1e-4
 @torch.no_grad()
 def check_packing(model: PreTrainedModel) -> None:
     """Raise ConfigError when packed documents would give other numbers than single ones."""
+    if model.base_model is model:
+        raise _cannot_pack(model, "its layers cannot be run without its head")
     was_training = model.training
     model.eval()
     try:

@@ -41,29 +41,36 @@ class _Received(nn.Module):
         return self.hidden
 
 
+def check_stackable(model: Any, size: int) -> None:
+    """Raise ConfigError when a model's layers cannot be dealt to `size` stages; its weights are not looked at."""
+    trunk = model.base_model
+    layers, norm = getattr(trunk, "layers", None), getattr(trunk, "norm", None)
+    if not isinstance(layers, nn.ModuleList) or norm is None:
+        raise ConfigError(
+            f"pipeline_parallel={size}: {type(model).__name__} is not a stack of `layers` with a last `norm`",
+            advice="Use engine=fsdp or engine=deepspeed with pipeline_parallel=1 for this architecture.",
+        )
+    if not attends_within_documents(model):
+        raise ConfigError(
+            f"pipeline_parallel={size}: {type(model).__name__} has an attention of its own (windows, caps), "
+            "which gets padded rows, and those do not pass between stages",
+            advice="Use engine=fsdp or engine=deepspeed with pipeline_parallel=1 for this architecture.",
+        )
+    if len(layers) < size:
+        raise ConfigError(
+            f"pipeline_parallel={size} is more than the model's {len(layers)} layers",
+            advice=f"Use at most {len(layers)}.",
+        )
+
+
 def keep_stage(model: Any, axis: Axis) -> str | None:
     """Leave this stage's layers in the model; return the name of the weight that first and last stage share, on them.
 
     Raises ConfigError when the model cannot be cut into that many stages.
     """
+    check_stackable(model, axis.size)
     trunk = model.base_model
-    layers, norm = getattr(trunk, "layers", None), getattr(trunk, "norm", None)
-    if not isinstance(layers, nn.ModuleList) or norm is None:
-        raise ConfigError(
-            f"pipeline_parallel={axis.size}: {type(model).__name__} is not a stack of `layers` with a last `norm`",
-            advice="Use engine=fsdp or engine=deepspeed with pipeline_parallel=1 for this architecture.",
-        )
-    if not attends_within_documents(model):
-        raise ConfigError(
-            f"pipeline_parallel={axis.size}: {type(model).__name__} has an attention of its own (windows, caps), "
-            "which gets padded rows, and those do not pass between stages",
-            advice="Use engine=fsdp or engine=deepspeed with pipeline_parallel=1 for this architecture.",
-        )
-    if len(layers) < axis.size:
-        raise ConfigError(
-            f"pipeline_parallel={axis.size} is more than the model's {len(layers)} layers",
-            advice=f"Use at most {len(layers)}.",
-        )
+    layers = trunk.layers
     first, stop = (len(layers) * stage // axis.size for stage in (axis.rank, axis.rank + 1))
     for index in range(len(layers)):
         if not first <= index < stop:

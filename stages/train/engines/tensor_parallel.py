@@ -39,8 +39,8 @@ class Cut:
 
 def cut_layers(model: Any, axis: Axis) -> Cut:
     """Leave this rank's slices in the model; raises ConfigError when it cannot be cut into that many."""
-    plan: dict[str, str] = model.config.base_model_tp_plan or {}
-    _check(model, plan, axis)
+    check_cuttable(model, axis.size)
+    plan: dict[str, str] = model.config.base_model_tp_plan
     cut = Cut()
     # Attention and feed-forward blocks. The sum of gradients (f) stands before the block, not before each projection:
     # query, key and value share their input, and one collective serves the three.
@@ -63,19 +63,21 @@ def cut_layers(model: Any, axis: Axis) -> Cut:
     return cut
 
 
-def _check(model: Any, plan: dict[str, str], axis: Axis) -> None:
+def check_cuttable(model: Any, size: int) -> None:
+    """Raise ConfigError when a model cannot be cut into `size` parts; its weights are not looked at."""
     config = model.config
+    plan: dict[str, str] = config.base_model_tp_plan or {}
     unknown = {style for name, style in plan.items() if name.startswith("layers.")} - {"colwise", "rowwise", _SUMMED}
     if not plan or unknown:
         raise ConfigError(
-            f"tensor_parallel={axis.size}: {type(model).__name__} has no plan that could be followed"
+            f"tensor_parallel={size}: {type(model).__name__} has no plan that could be followed"
             + (f" ({', '.join(sorted(unknown))})" if unknown else ""),
             advice="Use engine=fsdp or engine=deepspeed with tensor_parallel=1 for this architecture.",
         )
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if getattr(config, name) % axis.size:
+        if getattr(config, name) % size:
             raise ConfigError(
-                f"tensor_parallel={axis.size} does not divide the model's {name}={getattr(config, name)}",
+                f"tensor_parallel={size} does not divide the model's {name}={getattr(config, name)}",
                 advice="Use a divisor of all three: query heads, key and value heads, feed-forward width.",
             )
 

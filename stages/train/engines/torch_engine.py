@@ -56,7 +56,7 @@ class TorchEngine:
         self.rank, self.world_size = self.grid.data.rank, self.grid.data.size
         if self.device.type == "cpu":
             make_deterministic()
-        _refuse_what_cannot_be_cut(parts, config, execution)
+        refuse_what_cannot_be_cut(parts, config, execution)
         self._config, self._execution = config, execution
         self._loss_scale = LossScale(dynamic=config.precision == "fp16")
         self._slices: dict[str, Slice] = {}
@@ -370,7 +370,8 @@ def _on_cpu(output: Any) -> Any:
     return LossOutput(output.loss_sum.cpu(), {name: pair.cpu() for name, pair in output.metrics.items()})
 
 
-def _refuse_what_cannot_be_cut(parts: dict[str, nn.Module], config: TrainConfig, execution: ExecutionConfig) -> None:
+def refuse_what_cannot_be_cut(parts: dict[str, nn.Module], config: TrainConfig, execution: ExecutionConfig) -> None:
+    """Raise ConfigError for settings that tensor or pipeline parallelism does not go with."""
     if execution.tensor_parallel > 1 and config.optimizer.algorithm is Algorithm.MUON:
         raise ConfigError(
             f"optimizer.algorithm=muon needs whole matrices, which tensor_parallel={execution.tensor_parallel} cuts",
