@@ -1,0 +1,76 @@
+"""Which format each row of a table has: mostly that of its first rows, and where a row does not fit it, its own."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+Shape = TypeVar("Shape")
+Fitting = Callable[[Mapping[str, Any]], Sequence[Shape]]
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Why a row has no format."""
+
+    reason: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Shapes(Generic[Shape]):
+    """What the first rows of a table show."""
+
+    fitting: Fitting[Shape]
+    usual: Shape | None
+    """The format that was named after the source, or the only one that the first rows fit together; None when they are
+    mixed or fit none."""
+    seen: frozenset[Shape]
+    """Formats that single rows showed."""
+    fields: Mapping[str, Any]
+    """Every field of the first rows with one of its values."""
+    is_stated: bool
+    ambiguous: tuple[Shape, ...] = ()
+    """All formats that the first rows fit, when no single row decides between them."""
+
+    def of(self, values: Mapping[str, Any]) -> Shape | Misfit:
+        """The format of one row: the usual one where it fits, else the only one that fits."""
+        found = self.fitting(values)
+        if self.usual is not None and self.usual in found:
+            return self.usual
+        if len(found) > 1:
+            found = [shape for shape in found if shape in self.seen] or found
+        if len(found) == 1:
+            return found[0]
+        filled = sorted(name for name, value in values.items() if not is_empty(value))
+        # A row that only lacks something is one of its table, whose format says what is missing.
+        lacks = not found and self.fields.keys() >= set(filled)
+        if self.usual is not None and (lacks or (found and self.is_stated)):
+            return self.usual
+        shown = f"fields: {', '.join(filled) or 'none'}"
+        if found:
+            return Misfit("ambiguous_shape", f"fits {' and '.join(map(str, found))}; {shown}")
+        return Misfit("unknown_shape", shown)
+
+
+def is_empty(value: object) -> bool:
+    """Whether a field says nothing: tables have a column for every field of any row."""
+    return value is None or value == "" or value == [] or value == {}
+
+
+def shapes_of(head: Iterable[Mapping[str, Any]], fitting: Fitting[Shape], *, stated: Shape | None) -> Shapes[Shape]:
+    """What a table's first rows show; `stated` is the format that its source names."""
+    rows = list(head)
+    fields: dict[str, Any] = {}
+    for values in rows:
+        for name, value in values.items():
+            # Later rows fill in what is empty: an empty list of turns does not show the fields of a turn.
+            if value is not None and not fields.get(name):
+                fields[name] = value
+    if stated is not None:
+        return Shapes(fitting, stated, frozenset([stated]), fields, is_stated=True)
+    together = fitting(fields) if rows else ()
+    if len(together) == 1:
+        return Shapes(fitting, together[0], frozenset(together), fields, is_stated=False)
+    single = {found[0] for found in map(fitting, rows) if len(found) == 1}
+    usual = next(iter(single)) if len(single) == 1 else None
+    return Shapes(fitting, usual, frozenset(single), fields, False, () if single else tuple(together))
