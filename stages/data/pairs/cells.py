@@ -47,13 +47,20 @@ _LONGEST_LITERAL = 2**20
 def unpacked(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row with its lists as lists; the row itself when it has none in text."""
     found: dict[str, Any] = {}
+    texts: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
             if name in LISTS:
                 found[name] = _value(value)
             elif name in _TURNS or _is_side(name):
                 made = _value(value)
-                found[name] = made if are_turns(made) else value
+                if are_turns(made):
+                    found[name] = made
+                elif isinstance(made, list) and all(isinstance(text, str | None) for text in made):
+                    texts[name] = made
+    # The arena's table has a list of prompts and as many answers of each side; a single list is somebody's answer.
+    if "prompt" in texts and len(texts) > 2 and len(set(map(len, texts.values()))) == 1:
+        found |= texts
     return {**values, **found} if found else values
 
 

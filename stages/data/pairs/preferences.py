@@ -173,8 +173,14 @@ def _judged(values: Mapping[str, Any], coding: Coding) -> Preference | str:
     verdict = labels.majority(verdicts)
     if verdict is Verdict.TIE:
         return "tie"
-    sides = _two_sides(values, names)
-    prompt = _common_prompt(sides, values)
+    asked = values.get("prompt")
+    if isinstance(asked, list) and all(isinstance(part, str) for part in asked):
+        # The arena's lists of prompts, with as many answers of each side.
+        sides = [_last(_interleaved(asked, values[name])) for name in names.names]
+        prompt = _common_prompt(sides, {**values, "prompt": None})
+    else:
+        sides = [_side(values[name]) for name in names.names]
+        prompt = _common_prompt(sides, values)
     better, worse = sides if verdict is Verdict.FIRST else sides[::-1]
     changes = ("annotators_disagreed",) if len(set(verdicts)) > 1 else ()
     reasons = [reason_of(values)]
@@ -264,7 +270,7 @@ def _side(side: object) -> _Side:
     turns = read_turns(side, role="role", text="content")
     if turns[-1]["role"] != "assistant":
         raise Unusable("no_response")
-    return _Side(tuple(turns[:-1]), turns[-1]["content"])
+    return _last(turns)
 
 
 def _transcript(text: object) -> _Side:
@@ -366,13 +372,8 @@ def _answered(prompt: Sequence[Message], answer: str) -> tuple[Message, ...]:
     return as_conversation([*prompt, {"role": "assistant", "content": answer}]).messages[:-1]
 
 
-def _two_sides(values: Mapping[str, Any], names: Sides) -> list[_Side]:
-    """Both responses; the arena's are lists of the answers to a list of prompts."""
-    asked, sides = values.get("prompt"), [values[name] for name in names.names]
-    if isinstance(asked, list) and all(isinstance(part, str) for part in asked):
-        dialogues = [_interleaved(asked, side) for side in sides]
-        return [_Side(tuple(turns[:-1]), turns[-1]["content"]) for turns in dialogues]
-    return [_side(side) for side in sides]
+def _last(turns: Sequence[Message]) -> _Side:
+    return _Side(tuple(turns[:-1]), turns[-1]["content"])
 
 
 def _interleaved(asked: Sequence[str], answers: object) -> list[Message]:

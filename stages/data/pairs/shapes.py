@@ -28,6 +28,8 @@ class Shapes(Generic[Shape]):
     """Formats that single rows showed."""
     fields: Mapping[str, Any]
     """Every field of the first rows with one of its values."""
+    usual_fields: frozenset[str]
+    """Fields of those among the first rows that have the usual format."""
     is_stated: bool
     ambiguous: tuple[Shape, ...] = ()
     """All formats that the first rows fit, when no single row decides between them."""
@@ -43,7 +45,7 @@ class Shapes(Generic[Shape]):
             return found[0]
         filled = sorted(name for name, value in values.items() if not is_empty(value))
         # A row that only lacks something is one of its table, whose format says what is missing.
-        lacks = not found and self.fields.keys() >= set(filled)
+        lacks = not found and self.usual_fields >= set(filled)
         if self.usual is not None and (lacks or (found and self.is_stated)):
             return self.usual
         shown = f"fields: {', '.join(filled) or 'none'}"
@@ -66,11 +68,24 @@ def shapes_of(head: Iterable[Mapping[str, Any]], fitting: Fitting[Shape], *, sta
             # Later rows fill in what is empty: an empty list of turns does not show the fields of a turn.
             if value is not None and not fields.get(name):
                 fields[name] = value
-    if stated is not None:
-        return Shapes(fitting, stated, frozenset([stated]), fields, is_stated=True)
+    fits = [fitting(values) for values in rows]
+    single = {found[0] for found in fits if len(found) == 1}
     together = fitting(fields) if rows else ()
-    if len(together) == 1:
-        return Shapes(fitting, together[0], frozenset(together), fields, is_stated=False)
-    single = {found[0] for found in map(fitting, rows) if len(found) == 1}
-    usual = next(iter(single)) if len(single) == 1 else None
-    return Shapes(fitting, usual, frozenset(single), fields, False, () if single else tuple(together))
+    ambiguous: tuple[Shape, ...] = ()
+    if stated is not None:
+        usual, seen = stated, {stated}
+    elif len(together) == 1:
+        usual, seen = together[0], {together[0]}
+    else:
+        usual, seen = next(iter(single)) if len(single) == 1 else None, single
+        ambiguous = () if single else tuple(together)
+    own = [values for values, found in zip(rows, fits, strict=True) if usual in found] or rows
+    return Shapes(
+        fitting=fitting,
+        usual=usual,
+        seen=frozenset(seen),
+        fields=fields,
+        usual_fields=frozenset(name for values in own for name, value in values.items() if not is_empty(value)),
+        is_stated=stated is not None,
+        ambiguous=ambiguous,
+    )
