@@ -1,6 +1,7 @@
 """Lists that a table keeps as text: cells of a CSV, or columns of JSON. They are read where a format needs a list.
 
-A text that may be an answer is left alone, even when it is JSON; only turns, which no answer looks like, are read.
+A text that may be an answer is left alone, even when it is JSON; only turns, which no answer looks like, are read, and
+the root of a tree.
 """
 
 import ast
@@ -54,7 +55,7 @@ def unpacked(values: Mapping[str, Any]) -> Mapping[str, Any]:
                 found[name] = _value(value)
             elif name in _TURNS or _is_side(name):
                 made = _value(value)
-                if are_turns(made):
+                if are_turns(made) or (isinstance(made, dict) and made.keys() & {"content", "replies"}):
                     found[name] = made
                 elif isinstance(made, list) and all(isinstance(text, str | None) for text in made):
                     texts[name] = made

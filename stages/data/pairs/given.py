@@ -20,7 +20,7 @@ from stages.data.pairs.cells import unpacked
 from stages.data.pairs.labels import Coding, labels_of, numbers_in
 from stages.data.pairs.partners import pairs_of
 from stages.data.pairs.preferences import Labelled, Preference, sides_of
-from stages.data.pairs.shapes import Misfit, Shapes, shapes_of
+from stages.data.pairs.shapes import Fitting, Misfit, Shapes, shapes_of
 from stages.data.pairs.trees import conversations_of
 from stages.data.pairs.turns import Conversation, Unusable, opening
 from stages.data.sources.hub import read_hub
@@ -179,7 +179,7 @@ def _misfit(key: str, row: Row, found: Misfit, account: SourceAccount) -> _Outco
     return _Outcome(key, row.size, None, found.reason, why)
 
 
-def _shapes(table: _Table, formats: type[Shape], fitting: Callable[[Any], list[Shape]]) -> Shapes[Shape]:
+def _shapes(table: _Table, formats: type[Shape], fitting: Fitting[Shape]) -> Shapes[Shape]:
     """What the first rows of the table show.
 
     Raises DataError when they fit several formats and no single row decides, or when the only table of a source fits

@@ -28,10 +28,10 @@ _DEFINITIONS = ("instruction", "definition", "Definition")
 _FLAT_TREE = frozenset({"message_id", "parent_id", "role", "text"})
 
 
-def fitting_formats(values: Mapping[str, Any]) -> list[InstructionFormat]:
-    """Every format that rows with these fields fit; empty fields count only where the others fit nothing."""
+def fitting_formats(values: Mapping[str, Any], *, by_name: bool = True) -> list[InstructionFormat]:
+    """Every format that rows with these fields fit; `by_name`, empty fields count where the others fit nothing."""
     filled = {name: value for name, value in values.items() if not is_empty(value)}
-    for found in (filled, values) if len(filled) < len(values) else (values,):
+    for found in (filled, values) if by_name and len(filled) < len(values) else (filled,):
         if fits := [shape for shape in InstructionFormat if _fits(shape, found, values.keys())]:
             return fits
         if _question(found) and _first(found, *_ANSWERS, *_OTHER_ANSWERS) is not None:

@@ -89,11 +89,11 @@ class Labelled:
     reason: str = ""
 
 
-def fitting_formats(values: Mapping[str, Any]) -> list[PreferenceFormat]:
-    """Every format that rows with these fields fit; empty fields count only where the others fit nothing."""
+def fitting_formats(values: Mapping[str, Any], *, by_name: bool = True) -> list[PreferenceFormat]:
+    """Every format that rows with these fields fit; `by_name`, empty fields count where the others fit nothing."""
     filled = {name: value for name, value in values.items() if not is_empty(value)}
     fits = _fitting(filled)
-    return fits if fits or len(filled) == len(values) else _fitting(values)
+    return fits if fits or not by_name or len(filled) == len(values) else _fitting(values)
 
 
 def _fitting(values: Mapping[str, Any]) -> list[PreferenceFormat]:

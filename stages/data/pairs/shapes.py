@@ -1,11 +1,18 @@
 """Which format each row of a table has: mostly that of its first rows, and where a row does not fit it, its own."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 Shape = TypeVar("Shape")
-Fitting = Callable[[Mapping[str, Any]], Sequence[Shape]]
+Found = TypeVar("Found", covariant=True)
+
+
+class Fitting(Protocol[Found]):
+    """Every format that a row fits: by what it says or, `by_name`, where that fits none, by what its fields are
+    called."""
+
+    def __call__(self, values: Mapping[str, Any], *, by_name: bool = True) -> Sequence[Found]: ...
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class Shapes(Generic[Shape]):
 
     def of(self, values: Mapping[str, Any]) -> Shape | Misfit:
         """The format of one row: the usual one where it fits, else the only one that fits."""
-        found = self.fitting(values)
+        found = self.fitting(values, by_name=False)
         if self.usual is not None and self.usual in found:
             return self.usual
         if len(found) > 1:
@@ -44,14 +51,17 @@ class Shapes(Generic[Shape]):
         if len(found) == 1:
             return found[0]
         filled = sorted(name for name, value in values.items() if not is_empty(value))
-        # A row that only lacks something is one of its table, whose format says what is missing.
-        lacks = not found and self.usual_fields >= set(filled)
-        if self.usual is not None and (lacks or (found and self.is_stated)):
+        if self.usual is not None and (self.is_stated if found else self._lacks(values, filled)):
             return self.usual
         shown = f"fields: {', '.join(filled) or 'none'}"
         if found:
             return Misfit("ambiguous_shape", f"fits {' and '.join(map(str, found))}; {shown}")
         return Misfit("unknown_shape", shown)
+
+    def _lacks(self, values: Mapping[str, Any], filled: Sequence[str]) -> bool:
+        """Whether a row is one of its table in which something is empty. Its format then says what is missing."""
+        has_some = any(name in self.usual_fields for name in filled)
+        return self.usual_fields.issuperset(filled) or (has_some and self.usual in self.fitting(values))
 
 
 def is_empty(value: object) -> bool:
@@ -68,7 +78,7 @@ def shapes_of(head: Iterable[Mapping[str, Any]], fitting: Fitting[Shape], *, sta
             # Later rows fill in what is empty: an empty list of turns does not show the fields of a turn.
             if value is not None and not fields.get(name):
                 fields[name] = value
-    fits = [fitting(values) for values in rows]
+    fits = [fitting(values, by_name=False) for values in rows]
     single = {found[0] for found in fits if len(found) == 1}
     together = fitting(fields) if rows else ()
     ambiguous: tuple[Shape, ...] = ()
