@@ -45,7 +45,7 @@ _LONGEST_LITERAL = 2**20
 """Python's own notation takes a hundred times its size in memory while it is read."""
 
 
-def unpacked(values: Mapping[str, Any]) -> Mapping[str, Any]:
+def unpacked(values: dict[str, Any]) -> dict[str, Any]:
     """The row with its lists as lists; the row itself when it has none in text."""
     found: dict[str, Any] = {}
     texts: dict[str, Any] = {}

@@ -6,7 +6,7 @@ as a bad row whose number and fields the ledger names.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any, Generic, TypeVar
 
@@ -20,7 +20,7 @@ from stages.data.pairs.cells import unpacked
 from stages.data.pairs.labels import Coding, labels_of, numbers_in
 from stages.data.pairs.partners import pairs_of
 from stages.data.pairs.preferences import Labelled, Preference, sides_of
-from stages.data.pairs.shapes import Fitting, Misfit, Shapes, shapes_of
+from stages.data.pairs.shapes import Fits, Fitting, Misfit, Shapes, shapes_of
 from stages.data.pairs.trees import conversations_of
 from stages.data.pairs.turns import Conversation, Unusable, opening
 from stages.data.sources.hub import read_hub
@@ -150,7 +150,8 @@ def _with_ids(rows: Iterable[Row | BadRecord], name: str, number: int) -> Iterat
         if isinstance(row, BadRecord):
             yield f"{number}/{row.id}", row
         else:
-            yield f"{number}/{name}:{row.number}", Row(row.number, dict(unpacked(row.values)), row.size)
+            values = unpacked(row.values)
+            yield f"{number}/{name}:{row.number}", row if values is row.values else replace(row, values=values)
 
 
 def _counted(outcome: _Outcome, account: SourceAccount, config: CurateConfig) -> list[dict[str, Any]]:
@@ -179,7 +180,7 @@ def _misfit(key: str, row: Row, found: Misfit, account: SourceAccount) -> _Outco
     return _Outcome(key, row.size, None, found.reason, why)
 
 
-def _shapes(table: _Table, formats: type[Shape], fitting: Fitting[Shape]) -> Shapes[Shape]:
+def _shapes(table: _Table, formats: type[Shape], fits: Fits[Shape], fitting: Fitting[Shape]) -> Shapes[Shape]:
     """What the first rows of the table show.
 
     Raises DataError when they fit several formats and no single row decides, or when the only table of a source fits
@@ -187,7 +188,7 @@ def _shapes(table: _Table, formats: type[Shape], fitting: Fitting[Shape]) -> Sha
     """
     source, account = table.source, table.account
     head = [record.values for _, record in table.head if isinstance(record, Row)]
-    found = shapes_of(head, fitting, stated=formats(source.format) if source.format else None)
+    found = shapes_of(head, fits, fitting, stated=formats(source.format) if source.format else None)
     if found.seen or not head:
         return found
     what = (
@@ -226,13 +227,13 @@ def _shaped(table: _Table, shapes: Shapes[Shape]) -> Iterator[_Shaped[Shape] | _
             yield _misfit(key, record, shape, account)
             continue
         account.unreadable.entered.add(record.size)
-        account.formats[str(shape)] += 1
+        account.formats[shape.value] += 1
         yield _Shaped(key, record, shape)
 
 
 def _instructions(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
     messages: dict[str, Row] = {}
-    for shaped in _shaped(table, _shapes(table, InstructionFormat, instructions.fitting_formats)):
+    for shaped in _shaped(table, _shapes(table, InstructionFormat, instructions.fits, instructions.fitting_formats)):
         if isinstance(shaped, _Outcome):
             yield shaped
         elif shaped.shape is InstructionFormat.OASST:
@@ -284,7 +285,7 @@ def _instruction_row(key: str, made: Conversation, source: Source, config: Curat
 
 def _preferences(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
     source, account = table.source, table.account
-    shapes = _shapes(table, PreferenceFormat, preferences.fitting_formats)
+    shapes = _shapes(table, PreferenceFormat, preferences.fits, preferences.fitting_formats)
     head = [record.values for _, record in table.head if isinstance(record, Row)]
     numbers = numbers_in(values for values in head if sides_of(values))
     coding = Coding(source.first, source.second, numbers)

@@ -28,9 +28,18 @@ _DEFINITIONS = ("instruction", "definition", "Definition")
 _FLAT_TREE = frozenset({"message_id", "parent_id", "role", "text"})
 
 
+def fits(shape: InstructionFormat, values: Mapping[str, Any]) -> bool:
+    """Whether a row says what this format needs."""
+    return _fits(shape, _filled(values), values.keys())
+
+
+def _filled(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if not is_empty(value)}
+
+
 def fitting_formats(values: Mapping[str, Any], *, by_name: bool = True) -> list[InstructionFormat]:
     """Every format that rows with these fields fit; `by_name`, empty fields count where the others fit nothing."""
-    filled = {name: value for name, value in values.items() if not is_empty(value)}
+    filled = _filled(values)
     for found in (filled, values) if by_name and len(filled) < len(values) else (filled,):
         if fits := [shape for shape in InstructionFormat if _fits(shape, found, values.keys())]:
             return fits

@@ -89,33 +89,49 @@ class Labelled:
     reason: str = ""
 
 
+def fits(shape: PreferenceFormat, values: Mapping[str, Any]) -> bool:
+    """Whether a row says what this format needs."""
+    return _fits(shape, _filled(values))
+
+
 def fitting_formats(values: Mapping[str, Any], *, by_name: bool = True) -> list[PreferenceFormat]:
     """Every format that rows with these fields fit; `by_name`, empty fields count where the others fit nothing."""
-    filled = {name: value for name, value in values.items() if not is_empty(value)}
-    fits = _fitting(filled)
-    return fits if fits or not by_name or len(filled) == len(values) else _fitting(values)
+    filled = _filled(values)
+    for found in (filled, values) if by_name and len(filled) < len(values) else (filled,):
+        if shapes := [shape for shape in PreferenceFormat if _fits(shape, found)]:
+            return shapes
+    return []
 
 
-def _fitting(values: Mapping[str, Any]) -> list[PreferenceFormat]:
+def _filled(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if not is_empty(value)}
+
+
+def _fits(shape: PreferenceFormat, values: Mapping[str, Any]) -> bool:
     asks = any(name in values for name in _PROMPTS)
     asks_somehow = asks or any(name in values for name in _OTHER_PROMPTS)
+    has_both = "chosen" in values and "rejected" in values
     both = [values[name] for name in ("chosen", "rejected") if name in values]
-    are_texts = len(both) == 2 and all(isinstance(side, str) for side in both)
-    # A transcript has its own prompt, whatever stands next to it.
-    is_pair = asks or (asks_somehow and are_texts and not all("Human:" in side for side in both))
-    fits = {
-        PreferenceFormat.PAIR: is_pair and len(both) == 2,
-        PreferenceFormat.TRANSCRIPTS: not is_pair and are_texts,
-        PreferenceFormat.DIALOGUES: not asks and len(both) == 2 and all(isinstance(side, list) for side in both),
-        PreferenceFormat.RANKED: asks and any(isinstance(values.get(name), list) for name in _RESPONSES),
-        PreferenceFormat.PAIRWISE: len(both) < 2 and _fits_pairwise(values, asks=asks_somehow),
-        PreferenceFormat.LABELLED: asks
-        and "label" in values
-        and not both
-        and sides_of(values) is None
-        and any(name in values for name in _ONE_RESPONSE),
-    }
-    return [shape for shape in PreferenceFormat if fits[shape]]
+    match shape:
+        case PreferenceFormat.PAIR:
+            return has_both and (asks or (asks_somehow and not _are_transcripts(both)))
+        case PreferenceFormat.TRANSCRIPTS:
+            are_texts = has_both and all(isinstance(side, str) for side in both)
+            return are_texts and not asks and (not asks_somehow or _are_transcripts(both))
+        case PreferenceFormat.DIALOGUES:
+            return has_both and not asks and all(isinstance(side, list) for side in both)
+        case PreferenceFormat.RANKED:
+            return asks and any(isinstance(values.get(name), list) for name in _RESPONSES)
+        case PreferenceFormat.PAIRWISE:
+            return not has_both and _fits_pairwise(values, asks=asks_somehow)
+        case PreferenceFormat.LABELLED:
+            has_response = any(name in values for name in _ONE_RESPONSE)
+            return asks and has_response and "label" in values and not both and sides_of(values) is None
+
+
+def _are_transcripts(sides: Sequence[Any]) -> bool:
+    """Whether both sides have their own prompt, whatever stands next to them."""
+    return all(isinstance(side, list) or (isinstance(side, str) and "Human:" in side) for side in sides)
 
 
 def _fits_pairwise(values: Mapping[str, Any], *, asks: bool) -> bool:

@@ -1,6 +1,6 @@
 """Which format each row of a table has: mostly that of its first rows, and where a row does not fit it, its own."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -15,6 +15,10 @@ class Fitting(Protocol[Found]):
     def __call__(self, values: Mapping[str, Any], *, by_name: bool = True) -> Sequence[Found]: ...
 
 
+Fits = Callable[[Shape, Mapping[str, Any]], bool]
+"""Whether a row fits one format by what it says; cheap, because nearly every row has that of its table."""
+
+
 @dataclass(frozen=True)
 class Misfit:
     """Why a row has no format."""
@@ -27,6 +31,7 @@ class Misfit:
 class Shapes(Generic[Shape]):
     """What the first rows of a table show."""
 
+    fits: Fits[Shape]
     fitting: Fitting[Shape]
     usual: Shape | None
     """The format that was named after the source, or the only one that the first rows fit together; None when they are
@@ -43,6 +48,8 @@ class Shapes(Generic[Shape]):
 
     def of(self, values: Mapping[str, Any]) -> Shape | Misfit:
         """The format of one row: the usual one where it fits, else the only one that fits."""
+        if self.usual is not None and self.fits(self.usual, values):
+            return self.usual
         found = self.fitting(values, by_name=False)
         if self.usual is not None and self.usual in found:
             return self.usual
@@ -66,10 +73,12 @@ class Shapes(Generic[Shape]):
 
 def is_empty(value: object) -> bool:
     """Whether a field says nothing: tables have a column for every field of any row."""
-    return value is None or value == "" or value == [] or value == {}
+    return not value and (value is None or isinstance(value, str | list | dict))
 
 
-def shapes_of(head: Iterable[Mapping[str, Any]], fitting: Fitting[Shape], *, stated: Shape | None) -> Shapes[Shape]:
+def shapes_of(
+    head: Iterable[Mapping[str, Any]], fits: Fits[Shape], fitting: Fitting[Shape], *, stated: Shape | None
+) -> Shapes[Shape]:
     """What a table's first rows show; `stated` is the format that its source names."""
     rows = list(head)
     fields: dict[str, Any] = {}
@@ -78,8 +87,8 @@ def shapes_of(head: Iterable[Mapping[str, Any]], fitting: Fitting[Shape], *, sta
             # Later rows fill in what is empty: an empty list of turns does not show the fields of a turn.
             if value is not None and not fields.get(name):
                 fields[name] = value
-    fits = [fitting(values, by_name=False) for values in rows]
-    single = {found[0] for found in fits if len(found) == 1}
+    each = [fitting(values, by_name=False) for values in rows]
+    single = {found[0] for found in each if len(found) == 1}
     together = fitting(fields) if rows else ()
     ambiguous: tuple[Shape, ...] = ()
     if stated is not None:
@@ -89,8 +98,9 @@ def shapes_of(head: Iterable[Mapping[str, Any]], fitting: Fitting[Shape], *, sta
     else:
         usual, seen = next(iter(single)) if len(single) == 1 else None, single
         ambiguous = () if single else tuple(together)
-    own = [values for values, found in zip(rows, fits, strict=True) if usual in found] or rows
+    own = [values for values, found in zip(rows, each, strict=True) if usual in found] or rows
     return Shapes(
+        fits=fits,
         fitting=fitting,
         usual=usual,
         seen=frozenset(seen),

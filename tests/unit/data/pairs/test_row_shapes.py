@@ -470,3 +470,13 @@ def test_a_row_between_two_formats_of_its_table_is_ambiguous_and_a_stated_format
     assert stated.account["formats"] == {"alpaca": 2, "instruction": 1}
     settled = conversations(write_jsonl(tmp_path / "b.jsonl", [rows[0], both]))
     assert [row["messages"][1]["content"] for row in settled.rows] == ["x", "b"], "the table's own format decides"
+
+
+def test_rows_of_the_hub_have_the_same_shapes(tmp_path: Path) -> None:
+    """A local folder is a data set to the library, which gives every row a column for every field."""
+    rows = [{**A_B, "label": "a", "reason": "right"}, {"prompt": "R", "chosen": "good", "rejected": "bad"}]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    loaded = pairs(f"hf://{tmp_path}")
+    assert [row["chosen"] for row in loaded.rows] == ["good", "good"]
+    assert loaded.rows[0]["reason"] == "right"
+    assert loaded.account["formats"] == {"pair": 1, "pairwise": 1}
