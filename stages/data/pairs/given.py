@@ -156,13 +156,27 @@ def _with_ids(rows: Iterable[Row | BadRecord], name: str, number: int) -> Iterat
 
 def _counted(outcome: _Outcome, account: SourceAccount, config: CurateConfig) -> list[dict[str, Any]]:
     account.step.entered.add(outcome.size)
-    account.changes.update(outcome.changes)
-    if outcome.row is None:
-        samples = config.samples_per_reason
-        account.step.drop(outcome.reason, outcome.key, outcome.sample, outcome.size, samples=samples)
+    reason, sample = outcome.reason, outcome.sample
+    if outcome.row is not None and not _is_utf8(outcome.row):
+        reason, sample = "invalid_utf8", "the text holds a lone surrogate"  # which JSON can spell and UTF-8 cannot
+    if reason:
+        account.step.drop(reason, outcome.key, sample, outcome.size, samples=config.samples_per_reason)
         return []
+    assert outcome.row is not None
+    account.changes.update(outcome.changes)
     account.step.kept.add(outcome.size)
     return [outcome.row]
+
+
+def _is_utf8(row: Mapping[str, Any]) -> bool:
+    turns = row.get("messages") or row["prompt"]
+    try:
+        for text in (*(turn["content"] for turn in turns), row.get("chosen"), row.get("rejected")):
+            if isinstance(text, str):
+                text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _unreadable(key: str, record: BadRecord, account: SourceAccount) -> _Outcome:

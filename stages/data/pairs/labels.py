@@ -96,14 +96,13 @@ class Coding:
     def verdict(self, label: object, sides: Sides, values: Mapping[str, Any], *, is_signed: bool = False) -> Verdict:
         """What one label says; raises Unusable when it says nothing that is known."""
         number = number_of(label)
-        word = re.sub(r"[\s\[\]()\"'.]+", " ", str(label)).strip().lower()
+        word = _word(label)
         if self.first:
             for mark, verdict in ((self.first, Verdict.FIRST), (self.second, Verdict.SECOND)):
-                if word == mark.strip().lower() or (number is not None and number == number_of(mark)):
+                if word == _word(mark) or (number is not None and number == number_of(mark)):
                     return verdict
-            if word.partition(" ")[0] in _TIES:
-                return Verdict.TIE
-            raise Unusable("unknown_label")
+            if number is not None:
+                raise Unusable("unknown_label")
         if number is not None:
             return self._by_number(number, sides, is_signed=is_signed)
         if isinstance(label, bool):
@@ -115,7 +114,7 @@ class Coding:
             return Verdict.TIE if number == 0 else Verdict.FIRST if number < 0 else Verdict.SECOND
         start = self._counted_from(sides)
         if start is None:
-            raise Unusable("unclear_label")
+            raise Unusable("unclear_label" if 0 <= number <= 2 else "unknown_label")
         if start == 1 and number in (0, 1.5):
             return Verdict.TIE
         # Between two places lies how sure a judge was, as in AlpacaEval: 1.2 is nearer to the first.
@@ -135,6 +134,11 @@ class Coding:
                 return None
             case _:
                 return 0 if shows_zero else 1
+
+
+def _word(label: object) -> str:
+    """A label without the marks that judges put around it."""
+    return re.sub(r"[\s\[\]()\"'.]+", " ", str(label)).strip().lower()
 
 
 def _by_word(word: str, sides: Sides, values: Mapping[str, Any]) -> Verdict:

@@ -245,7 +245,7 @@ def _truth(value: object) -> bool | None:
     if isinstance(value, bool):
         return value
     number = number_of(value)
-    word = f"{number:g}" if number is not None else str(value).strip().lower().replace(" ", "_").replace("-", "_")
+    word = str(int(number)) if number in (0, 1, -1) else str(value).strip().lower().replace(" ", "_").replace("-", "_")
     return True if word in _YES else False if word in _NO else None
 
 
@@ -458,7 +458,10 @@ def _mean_rating(annotations: object) -> float | None:
     entries = [one for entry in annotations.values() for one in (entry if isinstance(entry, list) else [entry])]
     ratings = [number_of(_named(entry, ("Rating", "rating"))) for entry in entries if isinstance(entry, Mapping)]
     numbers = [rating for rating in ratings if rating is not None]
-    return sum(numbers) / len(numbers) if numbers else None
+    try:
+        return sum(numbers) / len(numbers) if numbers else None
+    except OverflowError:  # JSON can spell larger numbers than there are floating-point ones
+        return None
 
 
 def _is_number(value: object) -> TypeGuard[float]:

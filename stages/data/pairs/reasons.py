@@ -25,8 +25,8 @@ def reason_of(values: Mapping[str, Any]) -> str:
 
 
 def joined(lines: Iterable[str]) -> str:
-    """Lines that differ, in their order."""
-    return "\n".join(dict.fromkeys(line for line in lines if line))
+    """Lines that differ, in their order, as UTF-8: half a character in a comment is no reason to lose a pair."""
+    return "\n".join(dict.fromkeys(line.encode("utf-8", "replace").decode() for line in lines if line))
 
 
 def _lines(value: object) -> Iterable[str]:

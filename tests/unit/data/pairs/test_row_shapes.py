@@ -175,7 +175,7 @@ def test_two_responses_and_a_label_are_a_pair(values: dict[str, Any]) -> None:
         ({"labels": ["a", "banana"]}, "unknown_label"),
         ({"label": None}, "no_label"),
         ({"labels": [None, ""]}, "no_label"),
-        ({"label": 7}, "unclear_label"),
+        ({"label": 7}, "unknown_label"),
         ({"label": 1}, "unclear_label"),
         ({"label": True}, "unclear_label"),
     ],
@@ -206,6 +206,10 @@ def test_a_label_that_may_mean_either_response_is_refused_until_the_source_says_
     assert pairs(f"{source}#first=1&second=0").rows[0]["chosen"] == "good"
     assert pairs(f"{source}#first=0&second=1").rows[0]["chosen"] == "bad"
     assert pairs(f"{source}#first=x&second=y").dropped == {"unknown_label": 1}
+    words = write_jsonl(tmp_path / "b.jsonl", [{**A_B, "label": label} for label in ("B", "draw", "yes", "no", 1)])
+    loaded = pairs(f"{words}#first=yes&second=no")
+    assert [row["chosen"] for row in loaded.rows] == ["bad", "good", "bad"]
+    assert loaded.dropped == {"tie": 1, "unknown_label": 1}
 
 
 def test_a_majority_that_was_contradicted_is_counted_and_so_is_a_draw(tmp_path: Path) -> None:
@@ -480,3 +484,54 @@ def test_rows_of_the_hub_have_the_same_shapes(tmp_path: Path) -> None:
     assert [row["chosen"] for row in loaded.rows] == ["good", "good"]
     assert loaded.rows[0]["reason"] == "right"
     assert loaded.account["formats"] == {"pair": 1, "pairwise": 1}
+
+
+def test_half_a_character_costs_a_row_its_place_and_a_reason_nothing_else(tmp_path: Path) -> None:
+    pair = {"prompt": "Q", "chosen": "good", "rejected": "bad"}
+    rows = [{**pair, "reason": "so \ud800"}, {**pair, "prompt": "R \ud800"}, {**pair, "rejected": "\udc00"}]
+    loaded = pairs(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert [row["reason"] for row in loaded.rows] == ["so ?"]
+    assert loaded.dropped == {"invalid_utf8": 2}
+    turns = [{"messages": [user("a"), assistant("\ud800")]}, {"messages": [user("a"), assistant("b")]}]
+    assert conversations(write_jsonl(tmp_path / "b.jsonl", turns)).dropped == {"invalid_utf8": 1}
+
+
+HUGE = 10**400
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {**A_B, "label": HUGE},
+        {**A_B, "label": "1e999"},
+        {**A_B, "score_a": HUGE, "score_b": -HUGE},
+        {**A_B, "labels": {"a": {"b": {}}, "c": [[]]}},
+        {**A_B, "winner_model_a": HUGE, "winner_model_b": [], "winner": {}},
+        {"instruction": "Q", "completions": [{"response": "a", "annotations": {"x": {"Rating": HUGE}}},
+                                             {"response": "b", "annotations": [1]}]},
+        {"prompt": "Q", "completion": "x", "label": HUGE},
+        {"prompt": {"full_text": ["x"]}, "completion": "x", "label": 1},
+        {"prompt": ["Q", 1], "response_a": ["x"], "response_b": 7, "label": "a"},
+        {"prompt": [], "responses": [[], {}], "scores": [{}, []]},
+    ],
+)  # fmt: skip
+def test_odd_values_are_counted_and_never_end_the_stage(values: dict[str, Any], tmp_path: Path) -> None:
+    loaded = pairs(
+        write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}, values]) + "#format=pair"
+    )
+    assert loaded.account["in"] == 2 == loaded.account["kept"] + sum(loaded.dropped.values())
+
+
+def test_odd_conversations_are_counted_and_never_end_the_stage(tmp_path: Path) -> None:
+    odd: list[dict[str, Any]] = [
+        {"instruction": "q", "instances": {"output": "x"}},
+        {"instruction": ["q", 1], "instances": [{"output": "x"}]},
+        {"instruction": "q", "instances": [{"output": [1]}, {"output": {}}]},
+        {"data": ["a", 1]},
+        {"turns": [{"input": 1, "output": []}]},
+        {"conversation": [["a", "b"]]},
+        {"input": {"a": 1}, "output": "x"},
+        {"query": "a", "solution": ["x"]},
+    ]
+    loaded = conversations(write_jsonl(tmp_path / "a.jsonl", [{"inputs": "q", "targets": "x"}, *odd]))
+    assert loaded.account["in"] == len(odd) + 2 == loaded.account["kept"] + sum(loaded.dropped.values())
