@@ -292,6 +292,17 @@ def test_labelled_responses_to_one_prompt_become_pairs_and_every_row_is_counted_
     assert [sample["text"] for sample in loaded.step.samples["unpaired_label"]] == ["alone", "also alone"]
 
 
+def test_the_smaller_group_of_labelled_responses_takes_turns(tmp_path: Path) -> None:
+    rows = [kto("P", f"good {number}", True) for number in range(2)]
+    rows += [kto("P", f"bad {number}", False) for number in range(3)]
+    loaded = pairs(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert [(row["chosen"], row["rejected"]) for row in loaded.rows] == [
+        ("good 0", "bad 0"),
+        ("good 1", "bad 1"),
+        ("good 0", "bad 2"),
+    ]
+
+
 def test_labelled_dialogues_are_understood(tmp_path: Path) -> None:
     rows = [kto("", "", label) | {"prompt": [user("P")], "completion": [assistant(text)]}
             for label, text in ((True, "good"), (False, "bad"))]  # fmt: skip
