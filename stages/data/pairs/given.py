@@ -19,8 +19,9 @@ from stages.data.pairs import instructions, preferences
 from stages.data.pairs.cells import unpacked
 from stages.data.pairs.labels import Coding, labels_of, numbers_in
 from stages.data.pairs.partners import pairs_of
-from stages.data.pairs.preferences import Labelled, Preference, sides_of
+from stages.data.pairs.preferences import Labelled, sides_of
 from stages.data.pairs.shapes import Fits, Fitting, Misfit, Shapes, shapes_of
+from stages.data.pairs.sides import Preference
 from stages.data.pairs.trees import conversations_of
 from stages.data.pairs.turns import Conversation, Unusable, opening
 from stages.data.sources.hub import read_hub

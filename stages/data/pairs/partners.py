@@ -7,8 +7,9 @@ single labelled responses, as KTO does, would take `Labelled` as it is.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from stages.data.pairs.preferences import Labelled, Preference
+from stages.data.pairs.preferences import Labelled
 from stages.data.pairs.reasons import joined
+from stages.data.pairs.sides import Preference
 
 
 @dataclass(frozen=True)

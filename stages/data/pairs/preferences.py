@@ -13,12 +13,22 @@ from stages.data.pairs.cells import number_of
 from stages.data.pairs.labels import Coding, Sides, Verdict
 from stages.data.pairs.reasons import joined, reason_of
 from stages.data.pairs.shapes import is_empty
-from stages.data.pairs.turns import Message, Unusable, as_conversation, plain_text, read_turns, with_system
+from stages.data.pairs.sides import (
+    OTHER_PROMPTS,
+    PROMPTS,
+    Preference,
+    answered,
+    asked_of,
+    common_prompt,
+    first_named,
+    interleaved,
+    last_turn,
+    paired,
+    side_of,
+    transcript_of,
+)
+from stages.data.pairs.turns import Message, Unusable, plain_text, with_system
 
-_PROMPTS = ("prompt", "instruction", "question")
-_OTHER_PROMPTS = ("query", "history", "context", "post", "input")
-"""Names of a prompt where there is none of the others, next to which they are what the question is about."""
-_CONTEXTS = ("input", "context")
 _RESPONSES = ("responses", "completions", "answers")
 _TEXTS = ("response", "text", "content", "answer", "completion")
 _SCORES = ("score", "rating", "overall_score", "fine-grained_score")
@@ -63,20 +73,6 @@ _NO = frozenset(
         "downvote",
     )
 )
-_TURNS = (("\n\nHuman:", "user"), ("\n\nAssistant:", "assistant"))
-
-
-@dataclass(frozen=True)
-class Preference:
-    """Two responses to one prompt; people or a rule preferred the first."""
-
-    prompt: tuple[Message, ...]
-    chosen: str
-    rejected: str
-    reason: str = ""
-    """Why, in the words of those who preferred it."""
-    changes: tuple[str, ...] = ()
-    """What was decided on the way, such as that annotators disagreed."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +104,8 @@ def _filled(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fits(shape: PreferenceFormat, values: Mapping[str, Any]) -> bool:
-    asks = any(name in values for name in _PROMPTS)
-    asks_somehow = asks or any(name in values for name in _OTHER_PROMPTS)
+    asks = any(name in values for name in PROMPTS)
+    asks_somehow = asks or any(name in values for name in OTHER_PROMPTS)
     has_both = "chosen" in values and "rejected" in values
     both = [values[name] for name in ("chosen", "rejected") if name in values]
     match shape:
@@ -172,12 +168,12 @@ def to_preferences(
         case PreferenceFormat.PAIRWISE:
             return [_judged(values, coding or Coding(numbers=labels.numbers_in([values])))]
         case PreferenceFormat.TRANSCRIPTS:
-            sides = [_transcript(values.get(name)) for name in ("chosen", "rejected")]
+            sides = [transcript_of(values.get(name)) for name in ("chosen", "rejected")]
         case PreferenceFormat.PAIR | PreferenceFormat.DIALOGUES:
-            sides = [_side(values.get(name)) for name in ("chosen", "rejected")]
+            sides = [side_of(values.get(name)) for name in ("chosen", "rejected")]
         case PreferenceFormat.LABELLED:
             raise AssertionError("a labelled response is no pair: see to_labelled and stages.data.pairs.partners")
-    return [_paired(_common_prompt(sides, values), sides[0].answer, sides[1].answer, reason_of(values))]
+    return [paired(common_prompt(sides, values), sides[0].answer, sides[1].answer, reason_of(values))]
 
 
 def _judged(values: Mapping[str, Any], coding: Coding) -> Preference | str:
@@ -192,11 +188,11 @@ def _judged(values: Mapping[str, Any], coding: Coding) -> Preference | str:
     asked = values.get("prompt")
     if isinstance(asked, list) and all(isinstance(part, str) for part in asked):
         # The arena's lists of prompts, with as many answers of each side.
-        sides = [_last(_interleaved(asked, values[name])) for name in names.names]
-        prompt = _common_prompt(sides, {**values, "prompt": None})
+        sides = [last_turn(interleaved(asked, values[name])) for name in names.names]
+        prompt = common_prompt(sides, {**values, "prompt": None})
     else:
-        sides = [_side(values[name]) for name in names.names]
-        prompt = _common_prompt(sides, values)
+        sides = [side_of(values[name]) for name in names.names]
+        prompt = common_prompt(sides, values)
     better, worse = sides if verdict is Verdict.FIRST else sides[::-1]
     changes = ("annotators_disagreed",) if len(set(verdicts)) > 1 else ()
     reasons = [reason_of(values)]
@@ -204,7 +200,7 @@ def _judged(values: Mapping[str, Any], coding: Coding) -> Preference | str:
         entries = values.get(name)
         listed = entries.values() if isinstance(entries, Mapping) else entries if isinstance(entries, list) else ()
         reasons += [reason_of(entry) for entry in listed if isinstance(entry, Mapping)]
-    return _paired(prompt, better.answer, worse.answer, joined(reasons), changes)
+    return paired(prompt, better.answer, worse.answer, joined(reasons), changes)
 
 
 def _verdicts(values: Mapping[str, Any], sides: Sides, coding: Coding) -> list[Verdict]:
@@ -260,146 +256,11 @@ def to_labelled(values: Mapping[str, Any]) -> Labelled:
     is_good = _truth(label)
     if is_good is None:
         raise Unusable("unknown_label")
-    side = _side(_named(values, _ONE_RESPONSE))
+    side = side_of(first_named(values, _ONE_RESPONSE))
     if not side.answer:
         raise Unusable("side_missing")
-    prompt = _answered(_common_prompt([side, side], values), side.answer)
+    prompt = answered(common_prompt([side, side], values), side.answer)
     return Labelled(prompt, side.answer, is_good, reason_of(values))
-
-
-@dataclass(frozen=True)
-class _Side:
-    """A response, and the turns before it as far as this side has them."""
-
-    before: tuple[Message, ...]
-    answer: str
-
-
-def _side(side: object) -> _Side:
-    """A text, a message, or a dialogue that ends with the response."""
-    if isinstance(side, Mapping):
-        side = [side]
-    if not isinstance(side, list):
-        return _Side((), plain_text(side))
-    if not side:
-        raise Unusable("side_missing")
-    turns = read_turns(side, role="role", text="content")
-    if turns[-1]["role"] != "assistant":
-        raise Unusable("no_response")
-    return _last(turns)
-
-
-def _transcript(text: object) -> _Side:
-    if not isinstance(text, str) or not text.strip():
-        raise Unusable("side_missing")
-    turns = split_transcript(text)
-    head = 1 if turns and turns[0]["role"] == "system" else 0
-    if len(turns) < head + 2 or turns[head]["role"] != "user":
-        raise Unusable("no_prompt")
-    if turns[-1]["role"] != "assistant":
-        raise Unusable("no_response")
-    return _Side(tuple(turns[:-1]), turns[-1]["content"])
-
-
-def split_transcript(text: str) -> list[Message]:
-    """Turns of an hh-rlhf transcript of `Human:` and `Assistant:`; empty when it is not a transcript.
-
-    Text before the first of them is what the assistant was told, so it is the system message.
-    """
-    body = "\n\n" + text.lstrip("\n")
-    places = sorted((start, role, mark) for mark, role in _TURNS for start in _starts(body, mark))
-    starts = [start for start, _, _ in places]
-    preamble = body[: starts[0]].strip() if places else ""
-    return [
-        *([{"role": "system", "content": preamble}] if preamble else []),
-        *(
-            {"role": role, "content": body[start + len(mark) : end].strip()}
-            for (start, role, mark), end in zip(places, [*starts[1:], len(body)], strict=False)
-        ),
-    ]
-
-
-def _starts(text: str, mark: str) -> Iterator[int]:
-    start = text.find(mark)
-    while start >= 0:
-        yield start
-        start = text.find(mark, start + 1)
-
-
-def _common_prompt(sides: Sequence[_Side], values: Mapping[str, Any]) -> list[Message]:
-    """The turns before both responses: those of the dialogues, which must be the same, or the row's own prompt.
-    The row's own system message comes first in either case."""
-    before = list(sides[0].before)
-    if list(sides[1].before) != before:
-        raise Unusable("prompts_differ")
-    if not before:
-        return with_system(_asked(values), values)
-    asked = _read_prompt(_named(values, _PROMPTS))
-    if asked and asked[-1]["content"] != before[-1]["content"]:
-        raise Unusable("prompts_differ")
-    return with_system(before, values)
-
-
-def _asked(values: Mapping[str, Any]) -> list[Message]:
-    """The row's own prompt, with what it is about below it."""
-    prompt = _named(values, _PROMPTS)
-    if prompt is None:
-        return _read_prompt(_named(values, _OTHER_PROMPTS))
-    messages = _read_prompt(prompt)
-    contexts = [plain_text(values[name]) for name in _CONTEXTS if isinstance(values.get(name), str)]
-    if len(messages) == 1 and isinstance(prompt, str):
-        return [{"role": "user", "content": "\n\n".join(part for part in (messages[0]["content"], *contexts) if part)}]
-    return messages
-
-
-def _read_prompt(prompt: object) -> list[Message]:
-    """A text, a transcript without its last answer, or messages, as messages."""
-    if isinstance(prompt, Mapping):  # WebGPT's question
-        prompt = _named(prompt, ("full_text", "text", "content"))
-    if prompt is None:
-        return []
-    if isinstance(prompt, list):
-        return read_turns(prompt, role="role", text="content")
-    text = plain_text(prompt)
-    # With text in front, only the place left for the answer tells a transcript from a question that quotes one.
-    is_transcript = text.startswith("Human:") or ("\n\nHuman:" in text and text.endswith("\n\nAssistant:"))
-    messages = split_transcript(text) if is_transcript else []
-    if messages and messages[-1] == {"role": "assistant", "content": ""}:
-        messages = messages[:-1]
-    return messages or ([{"role": "user", "content": text}] if text else [])
-
-
-def _paired(
-    prompt: Sequence[Message], chosen: str, rejected: str, reason: str = "", changes: tuple[str, ...] = ()
-) -> Preference | str:
-    if not chosen or not rejected:
-        return "side_missing"
-    try:
-        asked = _answered(prompt, chosen)
-    except Unusable as error:
-        return error.reason
-    return "equal_sides" if chosen == rejected else Preference(asked, chosen, rejected, reason, changes)
-
-
-def _answered(prompt: Sequence[Message], answer: str) -> tuple[Message, ...]:
-    """The prompt as it is trained on; raises Unusable when this answer cannot follow it."""
-    if not prompt or prompt[-1]["role"] != "user" or not prompt[-1]["content"]:
-        raise Unusable("no_prompt")
-    return as_conversation([*prompt, {"role": "assistant", "content": answer}]).messages[:-1]
-
-
-def _last(turns: Sequence[Message]) -> _Side:
-    return _Side(tuple(turns[:-1]), turns[-1]["content"])
-
-
-def _interleaved(asked: Sequence[str], answers: object) -> list[Message]:
-    if not isinstance(answers, list) or len(answers) != len(asked) or not asked:
-        raise Unusable("malformed_turn")
-    turns: list[Message] = []
-    for question, answer in zip(asked, answers, strict=True):
-        turns.append({"role": "user", "content": plain_text(question)})
-        turns.append({"role": "assistant", "content": plain_text(answer)})
-    return turns
 
 
 def _ranked(values: Mapping[str, Any]) -> Iterator[Preference | str]:
@@ -408,10 +269,10 @@ def _ranked(values: Mapping[str, Any]) -> Iterator[Preference | str]:
     if len(responses) < 2:
         raise Unusable("one_response")
     ranks = _ranks(values, responses)
-    texts = [plain_text(_named(entry, _TEXTS) if isinstance(entry, Mapping) else entry) for entry in responses]
+    texts = [plain_text(first_named(entry, _TEXTS) if isinstance(entry, Mapping) else entry) for entry in responses]
     # A critique of one response is a reason only for the pairs that it is in.
     said = [reason_of(entry) if isinstance(entry, Mapping) else "" for entry in responses]
-    prompt, whole = with_system(_asked(values), values), reason_of(values)
+    prompt, whole = with_system(asked_of(values), values), reason_of(values)
     order = sorted(range(len(texts)), key=lambda place: ranks[place])
     for better, worse in combinations(order, 2):
         if ranks[better] == ranks[worse]:
@@ -420,7 +281,7 @@ def _ranked(values: Mapping[str, Any]) -> Iterator[Preference | str]:
         critiques = [
             f"{what}: {said[place]}" if said[place] else "" for what, place in (("chosen", better), ("rejected", worse))
         ]
-        yield _paired(prompt, texts[better], texts[worse], joined([whole, *critiques]))
+        yield paired(prompt, texts[better], texts[worse], joined([whole, *critiques]))
 
 
 def _ranks(values: Mapping[str, Any], responses: Sequence[Any]) -> list[float]:
@@ -440,7 +301,7 @@ def _ranks(values: Mapping[str, Any], responses: Sequence[Any]) -> list[float]:
         (values.get("scores"), -1.0),
         (values.get("ratings"), -1.0),
         ([entry.get("rank") for entry in inside], 1.0),
-        ([_named(entry, _SCORES) for entry in inside], -1.0),
+        ([first_named(entry, _SCORES) for entry in inside], -1.0),
         ([_mean_rating(entry.get("annotations")) for entry in inside], -1.0),
     ):
         if isinstance(found, list) and len(found) == count:
@@ -456,7 +317,7 @@ def _mean_rating(annotations: object) -> float | None:
         return None
     # A list has the ratings of several annotators, or of several statements of the response.
     entries = [one for entry in annotations.values() for one in (entry if isinstance(entry, list) else [entry])]
-    ratings = [number_of(_named(entry, ("Rating", "rating"))) for entry in entries if isinstance(entry, Mapping)]
+    ratings = [number_of(first_named(entry, ("Rating", "rating"))) for entry in entries if isinstance(entry, Mapping)]
     numbers = [rating for rating in ratings if rating is not None]
     try:
         return sum(numbers) / len(numbers) if numbers else None
@@ -466,7 +327,3 @@ def _mean_rating(annotations: object) -> float | None:
 
 def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
-
-
-def _named(entry: Mapping[str, Any], names: Sequence[str]) -> Any:
-    return next((entry[name] for name in names if not is_empty(entry.get(name))), None)

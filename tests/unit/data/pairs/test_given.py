@@ -13,7 +13,8 @@ from stages.data.curation.ledger import Step
 from stages.data.pairs import instructions, preferences
 from stages.data.pairs.given import given_instructions, given_preferences
 from stages.data.pairs.instructions import to_conversation
-from stages.data.pairs.preferences import Preference, split_transcript, to_preferences
+from stages.data.pairs.preferences import to_preferences
+from stages.data.pairs.sides import Preference, split_transcript
 from stages.data.pairs.turns import Conversation, Unusable
 from tests.places import SHARED
 
