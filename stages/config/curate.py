@@ -104,14 +104,14 @@ class CurateConfig(Config):
     """Settings of the `curate` stage."""
 
     documents: tuple[str, ...] = (INSTALLED_DOCS,)
-    """Text sources: `installed-docs`, a file, a folder, `s3://bucket/prefix` (.txt .md .rst .jsonl .json .parquet,
-    .gz and .zst), or `hf://name?split=train&config=..&text=..&revision=..`; empty for none, where nothing is pretrained
-    and no pairs are derived."""
+    """Text sources: `installed-docs`, a file, a folder, `s3://bucket/prefix` (.txt .md .rst .jsonl .json .parquet
+    .csv .tsv .arrow .feather, .gz and .zst), or `hf://name?split=train&config=..&text=..&revision=..`; empty for none,
+    where nothing is pretrained and no pairs are derived."""
     instructions: tuple[str, ...] = (DERIVED,)
-    """Instruction sources: `derived` (from installed-docs), or files, folders, s3:// or hf:// of conversations; the
+    """Instruction sources: `derived` (from installed-docs), files, folders, s3:// or hf:// of conversations; the
     format is detected from the fields, or named by `#format=alpaca` after the source (docs/DATA.md); empty for none."""
     preferences: tuple[str, ...] = (DERIVED,)
-    """Preference sources: `derived`, or files, folders, s3:// or hf:// of pairs, transcripts or ranked responses; the
+    """Preference sources: `derived`, files, folders, s3:// or hf:// of pairs, transcripts or ranked responses; the
     format is detected from the fields, or named by `#format=ranked` after the source (docs/DATA.md); empty for none."""
     packages: tuple[str, ...] = ()
     """Distributions read by `installed-docs`; empty for every installed one."""
@@ -120,7 +120,7 @@ class CurateConfig(Config):
     include_stdlib: bool = False
     """Whether `installed-docs` also reads Python's standard library."""
     text_field: str = "text"
-    """Name of the text column in JSONL, JSON and Parquet document sources."""
+    """Name of the text column in document sources of rows (JSONL, JSON, Parquet, CSV, Arrow)."""
     max_bytes: int = Field(default=0, ge=0)
     """Maximum bytes (UTF-8) of documents that go into the filters, drawn by `seed` and document id; 0 for no limit."""
     max_bad_fraction: float = Field(default=0.05, ge=0.0, le=1.0)
@@ -217,9 +217,8 @@ class CurateConfig(Config):
         if outside:
             raise ValueError(f"heldout_packages={outside} are not among packages; add them there or hold out others")
         for name, sources in (("instructions", self.instruction_sources), ("preferences", self.preference_sources)):
-            if any(source.uri == DERIVED and (len(sources) > 1 or source.format) for source in sources):
-                given = list(getattr(self, name))
-                raise ValueError(f"{name}={given} mixes 'derived' with given sources; given sources replace derived")
+            if optioned := [str(source) for source in sources if source.uri == DERIVED and str(source) != DERIVED]:
+                raise ValueError(f"{name}: {optioned[0]!r} has options, but derived rows have one format; drop them")
             if weighted := [source.uri for source in sources if source.weight is not None]:
                 raise ValueError(
                     f"curate.{name}: {weighted} have a weight, on which curation does not depend; give it under the "

@@ -16,7 +16,7 @@ from pydantic import Field
 from stages.config.base import Config
 
 _OPTIONS = re.compile(r"#((?:\w+=[^#&]*)(?:&\w+=[^#&]*)*)$")
-_KNOWN = ("format", "weight")
+_KNOWN = ("format", "weight", "first", "second")
 
 
 class InstructionFormat(StrEnum):
@@ -31,6 +31,8 @@ class InstructionFormat(StrEnum):
     INSTRUCTION = "instruction"
     FLAN = "flan"
     PROMPT = "prompt"
+    INSTANCES = "instances"
+    TURNS = "turns"
 
 
 class PreferenceFormat(StrEnum):
@@ -40,6 +42,8 @@ class PreferenceFormat(StrEnum):
     TRANSCRIPTS = "transcripts"
     DIALOGUES = "dialogues"
     RANKED = "ranked"
+    PAIRWISE = "pairwise"
+    LABELLED = "labelled"
 
 
 class Source(Config):
@@ -51,9 +55,16 @@ class Source(Config):
     """Format of the rows; empty = detected from the fields."""
     weight: float | None = None
     """Share of training, relative to the other weights; None = by size."""
+    first: str = ""
+    """What a label of two responses says when the first is better; empty = understood from the labels."""
+    second: str = ""
+    """The same for the second response."""
 
     def __str__(self) -> str:
-        return f"{self.uri}#format={self.format}" if self.format else self.uri
+        """As it is written, without the weight."""
+        options = {"format": self.format, "first": self.first, "second": self.second}
+        tail = "&".join(f"{name}={value}" for name, value in options.items() if value)
+        return f"{self.uri}#{tail}" if tail else self.uri
 
 
 class SourceWeight(Config):
@@ -76,9 +87,16 @@ def parse_source(text: str) -> Source:
             close = difflib.get_close_matches(name, _KNOWN, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(_KNOWN)}"
             raise ValueError(f"source {text!r} has an unknown option {name!r}; {hint}")
+    first, second = options.get("first", ""), options.get("second", "")
+    if ("first" in options or "second" in options) and (not first or not second or first == second):
+        raise ValueError(
+            f"source {text!r} needs both first= and second=, two different labels, such as first=1&second=0"
+        )
     return Source(
         uri=text[: found.start()],
         format=options.get("format", ""),
+        first=first,
+        second=second,
         weight=_weight(text, options["weight"]) if "weight" in options else None,
     )
 
@@ -100,6 +118,8 @@ def parse_sources(field: str, lines: Iterable[str], formats: type[StrEnum]) -> t
         if source.format and source.format not in list(formats):
             allowed = ", ".join(formats)
             raise ValueError(f"{field}: format={source.format!r} of {source.uri!r} is not one of {allowed}")
+        if source.first and formats is not PreferenceFormat:
+            raise ValueError(f"{field}: first= and second= of {source.uri!r} say which response a label prefers")
     uris = [source.uri for source in sources]
     if repeated := sorted({uri for uri in uris if uris.count(uri) > 1}):
         raise ValueError(

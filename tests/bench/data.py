@@ -20,7 +20,8 @@ from stages.config.request import ArtifactRef
 from stages.config.sources import PreferenceFormat
 from stages.config.tokens import TokenizeConfig
 from stages.config.train import ModelConfig, OptimizerConfig, SFTConfig
-from stages.data.pairs.preferences import Preference, to_preferences
+from stages.data.pairs.preferences import to_preferences
+from stages.data.pairs.sides import Preference
 from stages.data.pairs.turns import Unusable
 from stages.data.tokens.packing import TokenSequence
 from stages.data.tokens.views import Pair, Split, TokensArtifact

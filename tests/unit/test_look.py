@@ -74,7 +74,7 @@ def test_the_job_writes_what_it_found_and_the_plan_shows_it(
     # Two matrices of 300 x 16; in the layer q k v o and gate up down of 16 x 16 each, two norms; and the last norm.
     assert facts.parameters == 2 * 300 * 16 + 7 * 16 * 16 + 2 * 16 + 16 == count_parameters(facts.shape, 300)
     assert facts.template == "its own chat template, the assistant's turns marked in it"
-    assert set(facts.memory_bytes) == {"sft", "reward", "dpo"}
+    assert set(facts.memory_bytes) == {"sft", "dpo"}
     assert not facts.notes
     assert not facts.warnings
     plan = make_plan(config, run=RUN, store=store)
@@ -236,7 +236,7 @@ def test_of_a_repository_only_small_files_and_headers_are_fetched(
 def test_too_little_memory_is_a_warning_that_says_what_helps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"total": 1000}))
     (facts,) = look_at(request_for(config_of(folder))).models
-    assert [warning.partition(" ")[0] for warning in facts.warnings] == ["sft", "reward", "dpo"]
+    assert [warning.partition(" ")[0] for warning in facts.warnings] == ["sft", "dpo"]
     assert "set sft.lora.rank, execution.sft.gradient_checkpointing" in facts.warnings[0]
 
 

@@ -2,17 +2,20 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 from stages.config.curate import DERIVED
 from stages.config.errors import DataError
+from stages.config.sources import Source
 from stages.data.curation.carried import carried_pairs
 from stages.data.curation.ledger import PairsAccount, Step, verify_chain
 from stages.data.curation.pii import scrub
 from stages.data.curation.toxicity import toxicity_scorer
 from stages.data.curation.workbench import SPLITS, Workbench
 from stages.data.pairs import derive, given
+from stages.data.pairs.reasons import joined
 from stages.data.sources.records import Symbol, source_of, stable_hash, utf8_size
 
 Row = dict[str, Any]
@@ -35,6 +38,10 @@ class _Kind:
         return DERIVED in self.sources
 
     @property
+    def is_given(self) -> bool:
+        return any(source != DERIVED for source in self.sources)
+
+    @property
     def published(self) -> list[Row]:
         return [*self.carried, *self.rows]
 
@@ -54,19 +61,23 @@ def build_pairs(units: int, bench: Workbench) -> PairsAccount:
 
     asked = _Kind("instructions", config.instructions, carried_pairs(bench.previous, "instructions"))
     if asked.is_derived:
-        asked.steps.append(unique)
+        asked.steps = [unique]
         asked.rows = [derive.instruction(question) for question in questions]
-    else:
-        asked.rows = given.given_instructions(config.instruction_sources, config, asked.steps, asked.given)
+    if asked.is_given or not asked.is_derived:
+        read: list[Step] = []
+        asked.rows += given.given_instructions(_given(config.instruction_sources), config, read, asked.given)
+        asked.steps = _one_chain(read, asked.steps)
     prepared.run(asked, answer=_answers, limit=config.max_instructions)
     _publish(asked, bench)  # before preferences are read: a useless source of instructions is told at once
 
     paired = _Kind("preferences", config.preferences, carried_pairs(bench.previous, "preferences"))
     if paired.is_derived:
-        paired.steps += [unique, wrong]
+        paired.steps = [unique, wrong]
         paired.rows = derive.preferences(questions, config, wrong)
-    else:
-        paired.rows = given.given_preferences(config.preference_sources, config, paired.steps, paired.given)
+    if paired.is_given or not paired.is_derived:
+        read = []
+        paired.rows += given.given_preferences(_given(config.preference_sources), config, read, paired.given)
+        paired.steps = _one_chain(read, paired.steps)
     prepared.run(paired, answer=lambda row: row["chosen"], limit=config.max_preferences)
     _publish(paired, bench)
 
@@ -80,6 +91,23 @@ def build_pairs(units: int, bench: Workbench) -> PairsAccount:
         carried=_sizes({kind.name: kind.carried for kind in kinds}),
         sources={kind.name: kind.given for kind in kinds},
     )
+
+
+def _given(sources: Iterable[Source]) -> list[Source]:
+    return [source for source in sources if source.uri != DERIVED]
+
+
+def _one_chain(read: Sequence[Step], derived: Sequence[Step]) -> list[Step]:
+    """The account of given rows followed by that of derived ones: what one of them does not touch passes through it."""
+    if not derived:
+        return list(read)
+    steps = deepcopy([*read, *derived])  # instructions and preferences share a step
+    entering, passed = derived[0].entered, read[-1].kept
+    for step, others in [*((step, entering) for step in steps[: len(read)]),
+                         *((step, passed) for step in steps[len(read) :])]:  # fmt: skip
+        step.entered.merge(others)
+        step.kept.merge(others)
+    return steps
 
 
 def _publish(kind: _Kind, bench: Workbench) -> None:
@@ -144,7 +172,9 @@ class _Preparation:
         The cap comes before the two expensive steps, so a few rows less than the limit may be published.
         """
         rows = sorted(kind.rows, key=lambda row: stable_hash(self._config.seed, "order", row["id"]))
-        rows = self._keep(rows, "duplicates", self._repeated(rows, kind.carried), kind.steps)
+        repeated = self._repeated(rows, kind.carried)
+        _gather_reasons(rows, repeated)
+        rows = self._keep(rows, "duplicates", repeated, kind.steps)
         rows = self._keep(rows, "cap", self._over(rows, limit), kind.steps)
         scores = self._scorer.scores([answer(row) for row in rows]) if self._scorer else [0.0] * len(rows)
         toxic = ["toxic" if score >= self._config.toxicity_threshold else "" for score in scores]
@@ -217,10 +247,21 @@ class _Preparation:
         return kept
 
 
+def _gather_reasons(rows: Sequence[Row], repeated: Sequence[str]) -> None:
+    """A pair that several raters preferred alike is kept once, with what each of them said."""
+    kept: dict[tuple[str, ...], Row] = {}
+    for row, dropped in zip(rows, repeated, strict=True):
+        if "chosen" not in row or dropped == "seen_before":
+            continue
+        first = kept.setdefault(tuple(_texts(row)), row)
+        if first is not row and "reason" in row:
+            first["reason"] = joined([*first.get("reason", "").split("\n"), *row["reason"].split("\n")])
+
+
 def _fields(row: Row) -> list[tuple[dict[str, str], str]]:
     """Every text of a row as (holder, key), so that it can be replaced."""
     turns = row.get("messages") or row["prompt"]
-    sides = [] if "messages" in row else [(row, "chosen"), (row, "rejected")]
+    sides = [(row, name) for name in ("chosen", "rejected", "reason") if name in row]
     return [(turn, "content") for turn in turns] + sides
 
 
@@ -238,9 +279,9 @@ def _verify(kind: _Kind) -> None:
             f"{steps[first].entered.documents} prepared, {len(rows)} published of {steps[-1].kept.documents}",
             advice="This is a defect of curation, not of the data; please report it with ledger.json.",
         )
-    if kind.sources and not kind.is_derived and not kind.published:
+    if kind.is_given and not any(row["origin"] == "given" for row in kind.published):
         losses = {reason: amount.documents for step in steps for reason, amount in step.dropped.items()}
         raise DataError(
-            f"{kind.name}={list(kind.sources)}: no row is left, dropped by reason: {losses}",
+            f"{kind.name}={list(kind.sources)}: no row is left of the given sources, dropped by reason: {losses}",
             advice="Check the shape of the rows; docs/DATA.md lists those that are understood.",
         )

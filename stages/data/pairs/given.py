@@ -1,10 +1,14 @@
-"""Instruction and preference rows that users bring: detect the format, adapt the rows, count losses by source."""
+"""Instruction and preference rows that users bring: detect the format, adapt the rows, count losses by source.
+
+A table mostly has one format, which its first rows show. A row that does not fit it is read as what it is, or dropped
+as a bad row whose number and fields the ledger names.
+"""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from stages.config.curate import CurateConfig
 from stages.config.errors import DataError
@@ -12,12 +16,18 @@ from stages.config.sources import InstructionFormat, PreferenceFormat, Source
 from stages.data.curation.extract import refuse_bad_share
 from stages.data.curation.ledger import Step
 from stages.data.pairs import instructions, preferences
+from stages.data.pairs.cells import unpacked
+from stages.data.pairs.labels import Coding, labels_of, numbers_in
+from stages.data.pairs.partners import pairs_of
+from stages.data.pairs.preferences import Labelled, sides_of
+from stages.data.pairs.shapes import Fits, Fitting, Misfit, Shapes, shapes_of
+from stages.data.pairs.sides import Preference
 from stages.data.pairs.trees import conversations_of
 from stages.data.pairs.turns import Conversation, Unusable, opening
 from stages.data.sources.hub import read_hub
 from stages.data.sources.readers import data_files
-from stages.data.sources.records import BadRecord, is_drawn
-from stages.data.sources.rows import Row, read_rows
+from stages.data.sources.records import BadRecord, Row, is_drawn
+from stages.data.sources.rows import read_rows
 from stages.data.sources.storage import ROW_SUFFIXES, Unread, unread_by_reason
 
 _LOOKED_AT = 100
@@ -33,14 +43,19 @@ class SourceAccount:
 
     step: Step = field(default_factory=lambda: Step("read"))
     unreadable: Step = field(default_factory=lambda: Step("read"))
-    formats: set[str] = field(default_factory=set)
+    formats: Counter[str] = field(default_factory=Counter)
+    """Rows of each format."""
     changes: Counter[str] = field(default_factory=Counter)
     unread: tuple[Unread, ...] = ()
     """Its files that were passed over."""
+    labelled: list[tuple[str, int, Labelled]] = field(default_factory=list)
+    """Responses of all its files, with their keys and sizes, that look for one of the other label."""
+    misfit: DataError | None = None
+    """The first of its files whose first rows fit no format."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "formats": sorted(self.formats),
+            "formats": dict(sorted(self.formats.items())),
             "in": self.step.entered.documents,
             "kept": self.step.kept.documents,
             "dropped": {reason: amount.documents for reason, amount in sorted(self.step.dropped.items())},
@@ -85,6 +100,8 @@ class _Table:
     """All rows, those of `head` included."""
     source: Source
     account: SourceAccount
+    is_alone: bool
+    """Whether the source has no other table."""
 
 
 Adapter = Callable[[_Table, CurateConfig], Iterator[_Outcome]]
@@ -104,6 +121,10 @@ def _given(
         for table in _tables(source, number, account):
             for outcome in adapt(table, config):
                 made += _counted(outcome, account, config)
+        for outcome in _partnered(source, account, config):
+            made += _counted(outcome, account, config)
+        if account.misfit and not account.formats:
+            raise account.misfit
         total.merge(account.step, samples=config.samples_per_reason)
         accounts[source.uri] = account.to_dict()
         refuse_bad_share(source.uri, account.unreadable, config)
@@ -114,31 +135,49 @@ def _given(
 def _tables(source: Source, number: int, account: SourceAccount) -> Iterator[_Table]:
     """The files of a source, which may differ in format."""
     if source.uri.startswith("hf://"):
-        named = [(source.uri, "", read_hub(source.uri))]
+        named, count = [(source.uri, "", read_hub(source.uri))], 1
     else:
         found = data_files(source.uri, ROW_SUFFIXES)
-        account.unread = found.unread
+        account.unread, count = found.unread, len(found.files)
         named = ((stored.name, stored.name, read_rows(stored)) for stored in found.files)
     for name, prefix, rows in named:
         records = _with_ids(rows, prefix, number)
         head = list(islice(records, _LOOKED_AT))
-        yield _Table(name, head, chain(head, records), source, account)
+        yield _Table(name, head, chain(head, records), source, account, is_alone=count == 1)
 
 
 def _with_ids(rows: Iterable[Row | BadRecord], name: str, number: int) -> Iterator[Record]:
     for row in rows:
-        yield f"{number}/{row.id if isinstance(row, BadRecord) else f'{name}:{row.number}'}", row
+        if isinstance(row, BadRecord):
+            yield f"{number}/{row.id}", row
+        else:
+            values = unpacked(row.values)
+            yield f"{number}/{name}:{row.number}", row if values is row.values else replace(row, values=values)
 
 
 def _counted(outcome: _Outcome, account: SourceAccount, config: CurateConfig) -> list[dict[str, Any]]:
     account.step.entered.add(outcome.size)
-    account.changes.update(outcome.changes)
-    if outcome.row is None:
-        samples = config.samples_per_reason
-        account.step.drop(outcome.reason, outcome.key, outcome.sample, outcome.size, samples=samples)
+    reason, sample = outcome.reason, outcome.sample
+    if outcome.row is not None and not _is_utf8(outcome.row):
+        reason, sample = "invalid_utf8", "the text holds a lone surrogate"  # which JSON can spell and UTF-8 cannot
+    if reason:
+        account.step.drop(reason, outcome.key, sample, outcome.size, samples=config.samples_per_reason)
         return []
+    assert outcome.row is not None
+    account.changes.update(outcome.changes)
     account.step.kept.add(outcome.size)
     return [outcome.row]
+
+
+def _is_utf8(row: Mapping[str, Any]) -> bool:
+    turns = row.get("messages") or row["prompt"]
+    try:
+        for text in (*(turn["content"] for turn in turns), row.get("chosen"), row.get("rejected")):
+            if isinstance(text, str):
+                text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _unreadable(key: str, record: BadRecord, account: SourceAccount) -> _Outcome:
@@ -148,93 +187,108 @@ def _unreadable(key: str, record: BadRecord, account: SourceAccount) -> _Outcome
     return _Outcome(key, record.size, None, record.reason, record.sample)
 
 
-def _format(table: _Table, formats: type[Shape], fitting: Callable[[Any], list[Shape]]) -> Shape | None:
-    """The format named after the source, or the only one that fits the fields of the table's first rows.
+def _misfit(key: str, row: Row, found: Misfit, account: SourceAccount) -> _Outcome:
+    """A row that fits no format: it counts as a bad one, and the ledger says which row it is and what it has."""
+    why = f"row {row.number}: {found.why}"
+    account.unreadable.entered.add(row.size)
+    account.unreadable.drop(found.reason, f"{key} ({found.why})", why, row.size, samples=1)
+    return _Outcome(key, row.size, None, found.reason, why)
 
-    None when none of these rows can be read; raises DataError when no format or more than one fits.
+
+def _shapes(table: _Table, formats: type[Shape], fits: Fits[Shape], fitting: Fitting[Shape]) -> Shapes[Shape]:
+    """What the first rows of the table show.
+
+    Raises DataError when they fit several formats and no single row decides, or when the only table of a source fits
+    none; of other tables the error waits until it is clear that the whole source fits none.
     """
-    source = table.source
-    if source.format:
-        return formats(source.format)
-    values: dict[str, Any] = {}
-    for _, record in table.head:
-        for field_name, value in record.values.items() if isinstance(record, Row) else ():
-            # Later rows fill in what is empty: an empty list of turns does not show the fields of a turn.
-            if value is not None and not values.get(field_name):
-                values[field_name] = value
-    if not any(isinstance(record, Row) for _, record in table.head):
-        return None
-    found = fitting(values)
-    if len(found) == 1:
-        return found[0]
-    what = f"fit {' and '.join(found)}" if found else f"fit none of the formats {', '.join(formats)}"
-    example = f"{source.uri}#format={next(iter(found or formats))}"
-    raise DataError(
-        f"source {source.uri!r}: the fields of {table.name} {what}; found: {', '.join(sorted(values)) or 'none'}",
-        advice=f"Name the format after the source, as in {example}"
-        + ("." if found else ", or rename the fields; docs/DATA.md lists what each format needs."),
+    source, account = table.source, table.account
+    head = [record.values for _, record in table.head if isinstance(record, Row)]
+    found = shapes_of(head, fits, fitting, stated=formats(source.format) if source.format else None)
+    if found.seen or not head:
+        return found
+    what = (
+        f"fit {' and '.join(found.ambiguous)}" if found.ambiguous else f"fit none of the formats {', '.join(formats)}"
     )
+    example = f"{source.uri}#format={next(iter(found.ambiguous or formats))}"
+    error = DataError(
+        f"source {source.uri!r}: the fields of {table.name} {what}; found: {', '.join(sorted(found.fields)) or 'none'}",
+        advice=f"Name the format after the source, as in {example}"
+        + ("." if found.ambiguous else ", or rename the fields; docs/DATA.md lists what each format needs."),
+    )
+    if found.ambiguous or table.is_alone:
+        raise error
+    account.misfit = account.misfit or error
+    return found
 
 
-def _entered(table: _Table, shape: Shape | None) -> Iterator[tuple[str, Row | _Outcome]]:
-    """Count every row; one that cannot be read comes as its outcome.
+@dataclass(frozen=True)
+class _Shaped(Generic[Shape]):
+    """A row with its id and its format."""
 
-    Raises DataError at a readable row of a table whose format is not known, because its first rows are unreadable.
-    """
+    key: str
+    row: Row
+    shape: Shape
+
+
+def _shaped(table: _Table, shapes: Shapes[Shape]) -> Iterator[_Shaped[Shape] | _Outcome]:
+    """Every row with its format; one that cannot be read or has no format comes as its outcome."""
+    account = table.account
     for key, record in table.rows:
         if isinstance(record, BadRecord):
-            yield key, _unreadable(key, record, table.account)
-        elif shape is None:
-            uri = table.source.uri
-            raise DataError(
-                f"source {uri!r}: none of the first {_LOOKED_AT} rows of {table.name} can be read "
-                f"({_first_reason(table)}), so the format of the later ones is not known",
-                advice=f"Check the file, or name the format after the source: {uri}#format=...",
-            )
-        else:
-            table.account.unreadable.entered.add(record.size)
-            yield key, record
-
-
-def _first_reason(table: _Table) -> str:
-    return next((record.reason for _, record in table.head if isinstance(record, BadRecord)), "nothing")
+            yield _unreadable(key, record, account)
+            continue
+        shape = shapes.of(record.values)
+        if isinstance(shape, Misfit):
+            yield _misfit(key, record, shape, account)
+            continue
+        account.unreadable.entered.add(record.size)
+        account.formats[shape.value] += 1
+        yield _Shaped(key, record, shape)
 
 
 def _instructions(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
-    source, account = table.source, table.account
-    shape = _format(table, InstructionFormat, instructions.fitting_formats)
-    if shape:
-        account.formats.add(shape)
-    if shape is InstructionFormat.OASST:
-        yield from _joined(table, config)
-        return
-    for key, record in _entered(table, shape):
-        if isinstance(record, _Outcome):
-            yield record
-            continue
-        assert shape is not None
-        try:
-            made = instructions.to_conversation(shape, record.values)
-        except Unusable as error:
-            yield _Outcome(key, record.size, None, error.reason, str(record.values))
+    messages: dict[str, Row] = {}
+    for shaped in _shaped(table, _shapes(table, InstructionFormat, instructions.fits, instructions.fitting_formats)):
+        if isinstance(shaped, _Outcome):
+            yield shaped
+        elif shaped.shape is InstructionFormat.OASST:
+            messages[shaped.key] = shaped.row
         else:
-            yield _Outcome(key, record.size, _instruction_row(key, made, source, config), changes=made.changes)
+            yield from _conversations(shaped, table.source, config)
+    yield from _joined(messages, table.source, config)
 
 
-def _joined(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
-    """A table of messages is read whole, because a reply may come before the message that it answers."""
-    rows: dict[str, Row] = {}
-    for key, record in _entered(table, InstructionFormat.OASST):
-        if isinstance(record, _Outcome):
-            yield record
+def _conversations(shaped: _Shaped[InstructionFormat], source: Source, config: CurateConfig) -> Iterator[_Outcome]:
+    row = shaped.row
+    try:
+        found = instructions.to_conversations(shaped.shape, row.values)
+    except Unusable as error:
+        found = [error]
+    for key, size, made in _shared(shaped.key, row.size, found):
+        if isinstance(made, Unusable):
+            yield _Outcome(key, size, None, made.reason, str(row.values))
         else:
-            rows[key] = record
+            yield _Outcome(key, size, _instruction_row(key, made, source, config), changes=made.changes)
+
+
+Made = TypeVar("Made")
+
+
+def _shared(key: str, size: int, found: Sequence[Made]) -> Iterator[tuple[str, int, Made]]:
+    """What became of one row, each part with an id of its own and its share of the row's bytes."""
+    share, rest = divmod(size, len(found))
+    for place, made in enumerate(found):
+        yield f"{key}/{place}" if len(found) > 1 else key, share + (rest if place == 0 else 0), made
+
+
+def _joined(rows: Mapping[str, Row], source: Source, config: CurateConfig) -> Iterator[_Outcome]:
+    """The messages of a table are joined at its end, because a reply may come before the message that it answers."""
     for made in conversations_of([(key, row.values) for key, row in rows.items()]):
         row, size = rows[made.key], rows[made.key].size
         if made.conversation is None:
             yield _Outcome(made.key, size, None, made.reason, str(row.values))
         else:
-            ours = _instruction_row(made.key, made.conversation, table.source, config)
+            ours = _instruction_row(made.key, made.conversation, source, config)
             yield _Outcome(made.key, size, ours, changes=made.conversation.changes)
 
 
@@ -246,28 +300,62 @@ def _instruction_row(key: str, made: Conversation, source: Source, config: Curat
 
 def _preferences(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
     source, account = table.source, table.account
-    shape = _format(table, PreferenceFormat, preferences.fitting_formats)
-    if shape:
-        account.formats.add(shape)
-    for key, record in _entered(table, shape):
-        if isinstance(record, _Outcome):
-            yield record
+    shapes = _shapes(table, PreferenceFormat, preferences.fits, preferences.fitting_formats)
+    head = [record.values for _, record in table.head if isinstance(record, Row)]
+    numbers = numbers_in(values for values in head if sides_of(values))
+    coding = Coding(source.first, source.second, numbers)
+    _require_clear_labels(table, shapes, coding)
+    for shaped in _shaped(table, shapes):
+        if isinstance(shaped, _Outcome):
+            yield shaped
             continue
-        assert shape is not None
+        row = shaped.row
         try:
-            found = preferences.to_preferences(shape, record.values)
+            if shaped.shape is PreferenceFormat.LABELLED:
+                account.labelled.append((shaped.key, row.size, preferences.to_labelled(row.values)))
+                continue
+            found = preferences.to_preferences(shaped.shape, row.values, coding)
         except Unusable as error:
             found = [error.reason]
-        share, rest = divmod(record.size, len(found))
-        for place, made in enumerate(found):
-            size, ours = share + (rest if place == 0 else 0), f"{key}/{place}" if len(found) > 1 else key
+        for key, size, made in _shared(shaped.key, row.size, found):
             if isinstance(made, str):
-                yield _Outcome(ours, size, None, made, str(record.values))
+                yield _Outcome(key, size, None, made, str(row.values))
             else:
-                yield _Outcome(ours, size, _preference_row(ours, made, source, config))
+                yield _Outcome(key, size, _preference_row(key, made, source, config), changes=made.changes)
 
 
-def _preference_row(key: str, made: preferences.Preference, source: Source, config: CurateConfig) -> dict[str, Any]:
+def _require_clear_labels(table: _Table, shapes: Shapes[PreferenceFormat], coding: Coding) -> None:
+    """Raise DataError when the first rows have labels that may mean either response."""
+    for _, record in table.head:
+        if not isinstance(record, Row) or shapes.of(record.values) is not PreferenceFormat.PAIRWISE:
+            continue
+        try:
+            preferences.to_preferences(PreferenceFormat.PAIRWISE, record.values, coding)
+        except Unusable as error:
+            sides, uri = sides_of(record.values), table.source.uri
+            if error.reason == "unclear_label" and sides:
+                label = labels_of(record.values)[0][0]
+                raise DataError(
+                    f"source {uri!r}: label {label!r} of row {record.number} of {table.name} may mean "
+                    f"{sides.names[0]} or {sides.names[1]}",
+                    advice=f"Say after the source which label means the first and which the second response, as in "
+                    f"{uri}#first=0&second=1 or {uri}#first=1&second=0.",
+                ) from None
+
+
+def _partnered(source: Source, account: SourceAccount, config: CurateConfig) -> Iterator[_Outcome]:
+    """Labelled responses find their partners when the whole source is read: they may be in different files."""
+    sizes = {key: size for key, size, _ in account.labelled}
+    for made in pairs_of([(key, labelled) for key, _, labelled in account.labelled]):
+        if made.pair is None:
+            yield _Outcome(made.key, sizes[made.key], None, made.reason, made.sample)
+        else:
+            ours = _preference_row(made.key, made.pair, source, config)
+            yield _Outcome(made.key, sizes[made.key], ours)
+    account.labelled.clear()
+
+
+def _preference_row(key: str, made: Preference, source: Source, config: CurateConfig) -> dict[str, Any]:
     prompt = [dict(message) for message in made.prompt]
     return {
         "id": key,
@@ -277,5 +365,6 @@ def _preference_row(key: str, made: preferences.Preference, source: Source, conf
         "kind": "given",
         "group": source.uri,
         "origin": "given",
+        **({"reason": made.reason} if made.reason else {}),
         "heldout": is_drawn(config.heldout_fraction, config.seed, "heldout", opening(prompt)),
     }

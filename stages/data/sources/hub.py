@@ -9,8 +9,7 @@ from urllib.parse import parse_qs
 
 from stages.config.errors import ConfigError, StageError
 from stages.config.places import check_source, hub_name, is_within, real_path
-from stages.data.sources.records import BadRecord
-from stages.data.sources.rows import Row
+from stages.data.sources.records import BadRecord, Row
 
 
 @dataclass(frozen=True)

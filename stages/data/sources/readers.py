@@ -15,18 +15,20 @@ from stages.config.errors import ConfigError
 from stages.config.places import check_source
 from stages.data.sources import installed_docs, streams
 from stages.data.sources.hub import parse_hub, read_hub
-from stages.data.sources.records import BadRecord, Record, SourceDocument, is_drawn
-from stages.data.sources.rows import Row, lost, read_rows
+from stages.data.sources.records import BadRecord, Record, Row, SourceDocument, is_drawn
+from stages.data.sources.rows import read_rows
+from stages.data.sources.saved import without_descriptions
 from stages.data.sources.storage import (
     ROW_SUFFIXES,
     TEXT_SUFFIXES,
     Listing,
     Unread,
     identity,
+    is_raters_table,
     list_objects,
     unread_by_reason,
 )
-from stages.data.sources.streams import Damaged, Stored, plain_name, read_whole
+from stages.data.sources.streams import Damaged, Stored, lost, plain_name, read_whole
 
 _NUL_SHARE = 100
 """A file with a NUL in so many bytes is no text."""
@@ -76,13 +78,16 @@ def survey(config: CurateConfig) -> Survey:
 
 
 def data_files(source: str, suffixes: tuple[str, ...]) -> Listing:
-    """The files of a source that have one of these suffixes (before .gz or .zst), without an artifact's manifest."""
-    found = list_objects(source)
+    """The files of a source that have one of these suffixes (before .gz or .zst), without those that describe it: an
+    artifact's manifest, the raters' table next to their pairs, the descriptions of a saved dataset."""
+    found = without_descriptions(source, list_objects(source))
     files, unread = [], list(found.unread)
     for entry in found.files:
         if "/artifacts/" in source and entry.name == MANIFEST:
             continue
-        if plain_name(entry.name).endswith(suffixes):
+        if is_raters_table(source, entry):
+            unread.append(Unread("raters_table", entry.name))
+        elif plain_name(entry.name).endswith(suffixes):
             files.append(entry)
         else:
             unread.append(Unread("unknown_suffix", entry.name))
@@ -166,5 +171,5 @@ def snapshot_source(uri: str, config: CurateConfig) -> str:
         check_source(uri, field=field)
         lines = [str(parse_hub(uri))]
     else:
-        lines = [identity(entry) for entry in list_objects(uri, field=field).files]
+        lines = [identity(entry, uri) for entry in list_objects(uri, field=field).files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -24,6 +24,15 @@ class SourceDocument:
 
 
 @dataclass(frozen=True, slots=True)
+class Row:
+    """A row with its position, and its length in bytes as read."""
+
+    number: int
+    values: dict[str, Any]
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class BadRecord:
     """A record that could not be read; `size` is its length in bytes as far as it is known."""
 

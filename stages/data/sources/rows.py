@@ -1,4 +1,4 @@
-"""Rows from JSONL, JSON and Parquet, compressed or not.
+"""Rows from JSONL, JSON, Parquet, CSV, TSV and Arrow, compressed or not.
 
 A row that cannot be read becomes a BadRecord with its reason; reading continues after it wherever the format allows.
 """
@@ -6,14 +6,24 @@ A row that cannot be read becomes a BadRecord with its reason; reading continues
 import io
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import IO, Any
 
 from stages.data.sources import streams
-from stages.data.sources.records import BadRecord
-from stages.data.sources.streams import Damaged, Stored, TooLong, open_raw, plain_name, read_whole
+from stages.data.sources.arrow import read_arrow
+from stages.data.sources.delimited import read_delimited
+from stages.data.sources.records import BadRecord, Row
+from stages.data.sources.storage import ARROW, DELIMITED
+from stages.data.sources.streams import (
+    SAMPLE_BYTES,
+    Damaged,
+    Stored,
+    TooLong,
+    lost,
+    open_raw,
+    plain_name,
+    read_whole,
+)
 
-_SAMPLE_BYTES = 200
 _MAX_DEPTH = 100
 """Deeper rows may be read here and then break what shows them: Python's own limit counts from where it stands."""
 _MAX_DIGITS = 4300
@@ -21,32 +31,19 @@ _MAX_DIGITS = 4300
 _LINES_LOOKED_AT = 10
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A row with its position, and its length in bytes as read."""
-
-    number: int
-    values: dict[str, Any]
-    size: int
-
-
 def read_rows(stored: Stored) -> Iterator[Row | BadRecord]:
     """Rows of one file, by its suffix."""
     kind = plain_name(stored.name)
     if kind.endswith(".parquet"):
         yield from _read_parquet(stored)
+    elif kind.endswith(ARROW):
+        yield from read_arrow(stored)
+    elif kind.endswith(DELIMITED):
+        yield from read_delimited(stored)
     elif kind.endswith(".json"):
         yield from _read_json(stored)
     else:
         yield from _read_json_lines(stored)
-
-
-def lost(stored: Stored, error: Damaged, *, number: int) -> BadRecord:
-    """The record that stands for a damaged file, or for what follows its row `number`."""
-    # How much was behind the point where a cut stream ends is unknown; what lies behind a damaged place is lost.
-    size = max(0, stored.size - error.position) if number else stored.size
-    identity = f"{stored.name}:{number + 1}" if number else stored.name
-    return BadRecord(identity, error.reason, size, str(error)[:_SAMPLE_BYTES], lost=size)
 
 
 def _read_json_lines(stored: Stored) -> Iterator[Row | BadRecord]:
@@ -70,23 +67,23 @@ def _too_long(identity: str, line: TooLong) -> BadRecord:
 def parse_row(line: bytes, number: int, identity: str) -> Row | BadRecord:
     """One JSON object, or a BadRecord that says why it is not one."""
     try:
-        values = _parse(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        values = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError:
-        return BadRecord(identity, "invalid_utf8", len(line), repr(line[:_SAMPLE_BYTES]))
+        return BadRecord(identity, "invalid_utf8", len(line), repr(line[:SAMPLE_BYTES]))
     except (ValueError, RecursionError):
         return BadRecord(identity, "invalid_json", len(line), _shown(line))
     if not isinstance(values, dict):
         return BadRecord(identity, "not_an_object", len(line), _shown(line))
-    if line.count(b"[") + line.count(b"{") > _MAX_DEPTH and _is_too_deep(values):
+    if line.count(b"[") + line.count(b"{") > _MAX_DEPTH and is_too_deep(values):
         return BadRecord(identity, "invalid_json", len(line), f"nested deeper than {_MAX_DEPTH}: {_shown(line)}")
     return Row(number, values, len(line))
 
 
 def _shown(line: bytes) -> str:
-    return line[:_SAMPLE_BYTES].decode("utf-8", "replace")
+    return line[:SAMPLE_BYTES].decode("utf-8", "replace")
 
 
-def _parse(text: str | bytes) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """As json.loads, but an integer that Python does not read becomes a floating-point number."""
     try:
         return json.loads(text)
@@ -96,7 +93,8 @@ def _parse(text: str | bytes) -> Any:
         return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < _MAX_DIGITS else float(digits))
 
 
-def _is_too_deep(value: Any) -> bool:
+def is_too_deep(value: Any) -> bool:
+    """Whether lists and objects are nested deeper than what shows them can bear."""
     level: list[Any] = [value]
     for _ in range(_MAX_DEPTH):
         below: list[Any] = []
@@ -116,7 +114,7 @@ def _read_json(stored: Stored) -> Iterator[Row | BadRecord]:
         yield lost(stored, error, number=0)
         return
     try:
-        rows = _parse(data)
+        rows = parse_json(data)
     except UnicodeDecodeError as error:
         yield lost(stored, Damaged("invalid_utf8", str(error)), number=0)
         return
@@ -138,14 +136,14 @@ def _are_rows(lines: list[tuple[int, bytes]]) -> bool:
 
 def _rows_of(rows: Iterable[Any], name: str) -> Iterator[Row | BadRecord]:
     for number, values in enumerate(rows, 1):
-        if _is_too_deep(values):
+        if is_too_deep(values):
             yield BadRecord(f"{name}:{number}", "invalid_json", 0, f"nested deeper than {_MAX_DEPTH}")
             continue
         size = len(json.dumps(values))
         if isinstance(values, dict):
             yield Row(number, values, size)
         else:
-            yield BadRecord(f"{name}:{number}", "not_an_object", size, str(values)[:_SAMPLE_BYTES])
+            yield BadRecord(f"{name}:{number}", "not_an_object", size, str(values)[:SAMPLE_BYTES])
 
 
 def _read_parquet(stored: Stored) -> Iterator[Row | BadRecord]:
@@ -169,7 +167,7 @@ def _read_parquet(stored: Stored) -> Iterator[Row | BadRecord]:
                 raise Damaged("unreadable_parquet", str(error)) from None
     except Damaged as error:
         size = stored.size * max(0, total - number) // total if number and total else stored.size
-        yield BadRecord(f"{stored.name}:{number + 1}", error.reason, size, str(error)[:_SAMPLE_BYTES], lost=size)
+        yield BadRecord(f"{stored.name}:{number + 1}", error.reason, size, str(error)[:SAMPLE_BYTES], lost=size)
 
 
 def _open_seekable(stored: Stored) -> IO[bytes]:

@@ -18,7 +18,9 @@ from stages.data.sources.streams import Damaged, Stored, open_raw, plain_name
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 JSON_LINES = (".jsonl", ".ndjson")
-ROW_SUFFIXES = (*JSON_LINES, ".json", ".parquet")
+DELIMITED = (".csv", ".tsv")
+ARROW = (".arrow", ".feather")
+ROW_SUFFIXES = (*JSON_LINES, ".json", ".parquet", *DELIMITED, *ARROW)
 _NAMES_SHOWN = 20
 
 
@@ -159,11 +161,17 @@ def _list_s3(uri: str, field: str) -> Iterator[Stored | Unread]:
     return iter(found)
 
 
-def identity(entry: Stored) -> str:
+def is_raters_table(source: str, entry: Stored) -> bool:
+    """Whether this is the table of answers in an artifact of raters' preferences, whose pairs lie next to it."""
+    return "/artifacts/" in source and entry.name == "answers.csv"
+
+
+def identity(entry: Stored, source: str = "") -> str:
     """What makes two objects the same: name, size and content (S3's etag stands for content)."""
     name = plain_name(entry.name)
     # Some objects were read differently before; data made from them then must not be found again.
     otherwise = entry.name.endswith(".zst") or (entry.name != name and name.endswith(".parquet"))
+    otherwise |= name.endswith((*DELIMITED, *ARROW)) and not is_raters_table(source, entry)
     line_end = b"\r" if entry.name.endswith(TEXT_SUFFIXES) else b"\\r"
     digest = hashlib.sha256()
     content, first = entry.etag, b""

@@ -14,6 +14,7 @@ from typing import IO, Any, cast
 
 from stages.artifacts.s3_client import ABSENT, error_code, in_words, s3_client
 from stages.config.places import bucket_and_key
+from stages.data.sources.records import BadRecord
 
 MAX_RECORD_BYTES = 128 * 2**20
 """The largest row of JSON lines, and the largest text file: each is one record in memory."""
@@ -21,6 +22,8 @@ MAX_FILE_BYTES = 2**30
 """The largest file that is read as a whole: .json, and Parquet that is compressed once more."""
 UNPACKED_AT_LEAST, UNPACKED_RATIO = 2**30, 200
 """What a compressed file may unpack to: so many times its size, or this much. Text seldom shrinks below a twentieth."""
+SAMPLE_BYTES = 200
+"""How much of a bad record is shown."""
 _BLOCK_BYTES = 1 << 20
 # One call unpacks all that it is fed: deflate makes at most 1032 bytes of one, zstd 128 kB of four.
 _GZIP_FED, _ZSTD_FED = 1 << 16, 1 << 11
@@ -49,6 +52,14 @@ class Damaged(Exception):
         self.reason, self.position = reason, position
 
 
+def lost(stored: Stored, error: Damaged, *, number: int) -> BadRecord:
+    """The record that stands for a damaged file, or for what follows its row `number`."""
+    # How much was behind the point where a cut stream ends is unknown; what lies behind a damaged place is lost.
+    size = max(0, stored.size - error.position) if number else stored.size
+    identity = f"{stored.name}:{number + 1}" if number else stored.name
+    return BadRecord(identity, error.reason, size, str(error)[:SAMPLE_BYTES], lost=size)
+
+
 def plain_name(name: str) -> str:
     """A file name without the suffix of its compression."""
     return name.removesuffix(".gz").removesuffix(".zst")
@@ -57,7 +68,7 @@ def plain_name(name: str) -> str:
 def open_raw(stored: Stored) -> IO[bytes]:
     """The object's bytes as stored; raises Damaged for a file that may not be read or has become something else."""
     if stored.uri.startswith("s3://"):
-        return cast(IO[bytes], io.BufferedReader(_Blocks(_object_blocks(stored)), _BLOCK_BYTES))
+        return cast(IO[bytes], io.BufferedReader(Blocks(_object_blocks(stored)), _BLOCK_BYTES))
     try:
         handle = _open_without_links(stored.uri)
     except OSError as error:
@@ -98,7 +109,7 @@ def _open_without_links(place: str) -> int:
         os.close(at)
 
 
-class _Blocks(io.RawIOBase):
+class Blocks(io.RawIOBase):
     """Blocks of bytes as a file, so that a BufferedReader finds the lines in them."""
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
@@ -128,7 +139,7 @@ def open_unpacked(stored: Stored) -> IO[bytes]:
         blocks = _unpacked(raw, stored, _new_zstd, fed=_ZSTD_FED, kind="zstd")
     else:
         return raw
-    return cast(IO[bytes], io.BufferedReader(_Blocks(block for block in blocks if block), _BLOCK_BYTES))
+    return cast(IO[bytes], io.BufferedReader(Blocks(block for block in blocks if block), _BLOCK_BYTES))
 
 
 def _new_gzip() -> Any:

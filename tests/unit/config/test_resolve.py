@@ -207,7 +207,9 @@ def test_weights_behind_sources_go_to_the_stages_that_train_on_them() -> None:
         ({"instructions": ["/a#format=poem"]}, "format='poem' of '/a' is not one of messages, sharegpt"),
         ({"preferences": ["/a#format=alpaca"]}, "format='alpaca' of '/a' is not one of pair, transcripts"),
         ({"instructions": ["/a", "/a#weight=0.5"]}, r"instructions: \['/a'\] appear twice"),
-        ({"instructions": ["derived", "/a"]}, "mixes 'derived' with given sources"),
+        ({"instructions": ["derived#format=alpaca", "/a"]}, "'derived#format=alpaca' has options"),
+        ({"instructions": ["/a#first=0&second=1"]}, "first= and second= of '/a' say which response"),
+        ({"preferences": ["/a#first=1"]}, "needs both first= and second="),
         (
             {"instructions": ["/a#weight=1"], "overrides": {"sft.mixture": [{"source": "/a", "weight": 1}]}},
             "instructions have weights and sft.mixture",

@@ -1,5 +1,6 @@
 """Damaged files of every format, made from seeds: always documents and counted records, never another end."""
 
+import csv
 import gzip
 import io
 import json
@@ -40,7 +41,25 @@ def _parquet() -> bytes:
     return file.getvalue()
 
 
+def _csv() -> bytes:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(ROWS[0]))
+    writer.writeheader()
+    writer.writerows(ROWS)
+    return file.getvalue().encode()
+
+
+def _arrow(*, has_footer: bool) -> bytes:
+    table, file = pa.Table.from_pylist(ROWS), io.BytesIO()
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    make = pa.ipc.new_file if has_footer else pa.ipc.new_stream
+    with make(file, table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=10)
+    return file.getvalue()
+
+
 PLAIN = {"x.txt": prose(1).encode(), "x.jsonl": LINES, "x.json": json.dumps(ROWS).encode(), "x.parquet": _parquet()}
+PLAIN |= {"x.csv": _csv(), "x.arrow": _arrow(has_footer=False), "x.feather": _arrow(has_footer=True)}
 PACKED = {f"{name}.gz": gzip.compress(data) for name, data in PLAIN.items()}
 PACKED |= {f"{name}.zst": zstandard.compress(data) for name, data in PLAIN.items()}
 

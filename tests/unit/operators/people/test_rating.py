@@ -196,6 +196,7 @@ def test_every_pair_arrives_in_the_tokens_that_the_reward_stage_trains_on(tmp_pa
         target.write_bytes((curated / "preferences" / f"{split}.jsonl.gz").read_bytes())
         for line in gzip.decompress(target.read_bytes()).decode().splitlines():
             arrived[(json.loads(line)["chosen"], json.loads(line)["rejected"])] += 1
+            assert json.loads(line)["reason"] == "honest\nclear", "the rater's tags, and the rater's words"
     published_pairs = [json.loads(line) for line in read_file(made, "preferences.jsonl").decode().splitlines()]
     assert len(published_pairs) == 18
     assert arrived == Counter((pair["chosen"], pair["rejected"]) for pair in published_pairs)
