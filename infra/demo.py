@@ -69,7 +69,7 @@ def run(deployment: Deployment, *, recipe: str, params: dict[str, Any], begin: f
     run_id = deployment.api.trigger(DAG_ID, {"recipe": recipe, **params})
     page = f"{deployment.airflow_url}/dags/{DAG_ID}/runs/{quote(run_id)}"
     say(console, f"run {run_id}  ({deployment.login})\n  {page}")
-    watch = RunWatch(deployment.api, open_store(deployment.artifact_store), run_id)
+    watch = RunWatch(deployment.api, open_store(deployment.artifact_store), run_id, airflow_url=deployment.airflow_url)
     try:
         snapshot = follow(watch, console)
     except KeyboardInterrupt:

@@ -19,13 +19,18 @@ from stages.artifacts.addresses import open_store
 from stages.artifacts.store import Store, write_json
 from stages.config.base import Config
 from stages.config.errors import DataError, StageError
+from stages.config.heard import position
 from stages.config.records import parse_record
+from stages.config.text import duration
 
 # A head behind a proxy may answer 404 for a moment while it starts; only a lost job table answers so every time.
 _ABSENT_POLLS = 3
 _LONGEST_PAUSE_SECONDS = 30.0
 _LAST_LINES_SECONDS = 20.0
 _CAPACITY_SECONDS = 30.0
+_QUIET_SECONDS, _LONGEST_QUIET_SECONDS = 60.0, 600.0
+"""After the first of these the log says that nothing was heard, then each time after twice as long, the second at
+most."""
 _CURSOR_SECONDS = 2.0
 _STOP_SECONDS = 30.0
 _DRAIN_SECONDS = 1.0
@@ -107,6 +112,7 @@ class JobWatcher:
 
         self._alive_at = time.monotonic()
         self._capacity_said_at = time.monotonic()
+        self._quiet_said = 0.0
 
     @property
     def settled(self) -> int:
@@ -201,9 +207,23 @@ class JobWatcher:
 
     async def _stalled(self) -> JobInfo | None:
         silent, limit = time.monotonic() - self._alive_at, self._settings.stall_seconds
+        self._say_quiet(silent, limit)
         if not limit or silent < limit:
             return None
         return await self._stop(JobStatus.STALLED, f"no progress and no log line for {silent:.0f} s")
+
+    def _say_quiet(self, silent: float, limit: float) -> None:
+        """A job that says nothing looks like one that works, so the log says how long it has been silent."""
+        if silent < self._quiet_said:  # it has spoken since
+            self._quiet_said = 0.0
+        due = max(_QUIET_SECONDS, self._quiet_said + min(self._quiet_said, _LONGEST_QUIET_SECONDS))
+        if silent < due or (limit and silent >= limit):
+            return
+        self._quiet_said = silent
+        last = self._relay.progress
+        where = f"; its last report was {last.get('stage', 'progress')} {position(last)}" if last else ""
+        stop = f"; it is stopped after {duration(limit)} of silence" if limit else ""
+        self._log.info("nothing heard from the job for %s%s%s", duration(silent), where, stop)
 
     async def _stop(self, status: JobStatus, message: str) -> JobInfo | None:
         """Stop the job and wait until it has ended; None when Ray does not answer: the next poll tries again."""

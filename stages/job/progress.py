@@ -45,6 +45,8 @@ class ProgressRecord(Config):
     done: float | None = None
     total: float = 0.0
     unit: str = "step"
+    at: float | None = None
+    """When it was reported, in seconds since 1970; the record itself is written again and again."""
     reached: dict[str, float] = Field(default_factory=dict)
     """How far any attempt has come, by phase."""
     cost: Cost | None = None
@@ -126,6 +128,7 @@ class Progress:
             "rate": round(pace, 3),
             "rate_unit": f"{unit}s/s",
             "eta_seconds": None if eta is None else round(eta, 1),
+            "at": round(time.time(), 1),
             **{name: round(value, 5) if isinstance(value, float) else value for name, value in numbers.items()},
         }
         if now - self._printed_at >= _INTERVAL_SECONDS or done >= total:
