@@ -11,10 +11,9 @@ from infra.airflow_api import AirflowApi, AirflowApiError, TaskState
 from infra.waiting import Waiting, WaitWatch
 from stages.config.errors import DataError
 from stages.config.graph import GRAPH, Stage, pipeline_stages
-from stages.config.heard import quiet_seconds, seconds_left
+from stages.config.heard import REPORTS, quiet_seconds, seconds_left
 from stages.config.records import Record, parse_object, parse_record
 from stages.config.request import Failure, StageResult, run_folder
-from stages.job.progress import JOB_RECORD, worker_record
 
 DAG_ID = "llm_pipeline"
 _NUMBERS = frozenset({"done", "total", "rate", "eta_seconds", "at"})
@@ -173,8 +172,8 @@ class RunWatch:
 
     def _progress(self, folder: str, stage: str) -> dict[str, Any]:
         """What the first training worker reports, else the job."""
-        found = self._reported(f"{folder}/{stage}/{worker_record(0)}")
-        return found if "done" in found else self._reported(f"{folder}/{stage}/{JOB_RECORD}")
+        found = (self._reported(f"{folder}/{stage}/{name}") for name in REPORTS)
+        return next((report for report in found if "done" in report), {})
 
     def _reported(self, key: str) -> dict[str, Any]:
         """The numbers and words of a progress record; what is neither cannot be shown."""

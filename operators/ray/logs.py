@@ -21,6 +21,8 @@ MAX_LINE = 4000
 LINES_PER_SECOND = 100.0
 LINES_AT_ONCE = 2000
 """Lines that a job may show in a burst, such as those written while no triggerer ran."""
+SHORTAGE = "waiting for capacity: "
+"""Of a line by which `stages.job.workers` says that the workers find no room."""
 _KEPT_LINES = 40
 """Last lines of a flood, shown if the job ends in it: they usually have the reason."""
 
@@ -53,6 +55,8 @@ class LogRelay:
         self.seen = self.settled = skip
         self.mlflow_run: dict[str, Any] | None = None
         self.progress: dict[str, Any] | None = None
+        self.shortages = 0
+        """Lines that told of a job whose workers wait for room."""
         self._show = show
         self._on_mlflow_run = on_mlflow_run
         self._progress_seconds = progress_seconds
@@ -96,6 +100,7 @@ class LogRelay:
         elif MLFLOW_RUN in line:
             self._take_mlflow_run(line)
         else:
+            self.shortages += SHORTAGE in line
             self._take_text(_readable(line))
         if not self._omitted:
             self.settled = self.seen

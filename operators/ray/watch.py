@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from pydantic import Field
 
 from operators.ray.client import RayJobClient
+from operators.ray.holders import described, holders
 from operators.ray.jobs import JobInfo, JobStatus, RayRefusedError, RayUnreachableError
 from operators.ray.logs import LogRelay
 from stages.artifacts.addresses import open_store
@@ -28,6 +29,7 @@ _ABSENT_POLLS = 3
 _LONGEST_PAUSE_SECONDS = 30.0
 _LAST_LINES_SECONDS = 20.0
 _CAPACITY_SECONDS = 30.0
+_MOST_HOLDERS = 5
 _QUIET_SECONDS, _LONGEST_QUIET_SECONDS = 60.0, 600.0
 """After the first of these the log says that nothing was heard, then each time after twice as long, the second at
 most."""
@@ -113,6 +115,7 @@ class JobWatcher:
         self._alive_at = time.monotonic()
         self._capacity_said_at = time.monotonic()
         self._quiet_said = 0.0
+        self._shortages_seen = 0
 
     @property
     def settled(self) -> int:
@@ -185,8 +188,10 @@ class JobWatcher:
                     self._log.info("Ray job %s: %s", self._submission_id, status.value)
                 if status is JobStatus.PENDING and (ended := await self._unplaced(answered_at - since)):
                     return ended
-                if status is JobStatus.RUNNING and (ended := await self._stalled()):
-                    return ended
+                if status is JobStatus.RUNNING:
+                    await self._say_who_holds_the_cluster()
+                    if ended := await self._stalled():
+                        return ended
             await self._pause()
 
     async def _unplaced(self, seconds: float) -> JobInfo | None:
@@ -200,10 +205,28 @@ class JobWatcher:
         with contextlib.suppress(RayUnreachableError, RayRefusedError):
             total = await self._client.cluster_resources()
             shortage += f", cluster has {total.get('CPU', 0):g} CPU in all"
+            shortage += await self._others()
         if not over:
             self._log.info("waiting for capacity: %s", shortage)
             return None
         return await self._stop(JobStatus.UNPLACED, f"no capacity for {seconds:.0f} s: {shortage}")
+
+    async def _say_who_holds_the_cluster(self) -> None:
+        """After the job's own line that its workers find no room: the job cannot see whose the others are."""
+        seen, self._shortages_seen = self._shortages_seen, self._relay.shortages
+        if seen == self._relay.shortages:
+            return
+        with contextlib.suppress(RayUnreachableError, RayRefusedError):
+            if others := await self._others():
+                self._log.info("the job's workers wait for room%s", others)
+
+    async def _others(self) -> str:
+        """`; on it are: sft of llm_pipeline, run ..., for 12 min 04 s`, empty when there is no other job."""
+        found = holders(await self._client.list_jobs(), submission_id=self._submission_id)
+        if not found:
+            return ""
+        more = f"; and {len(found) - _MOST_HOLDERS} more" if len(found) > _MOST_HOLDERS else ""
+        return f"; on it are: {'; '.join(described(job) for job in found[:_MOST_HOLDERS])}{more}"
 
     async def _stalled(self) -> JobInfo | None:
         silent, limit = time.monotonic() - self._alive_at, self._settings.stall_seconds

@@ -9,8 +9,19 @@ from typing import Any
 
 from stages.config.text import duration
 
+JOB_RECORD = "progress.json"
+"""Of the job's own process, in the folder of its run and stage."""
 QUIET_SECONDS = 30.0
 """A stage reports about once a second, and each step of a large model takes no longer than this as a rule."""
+
+
+def worker_record(rank: int) -> str:
+    """Name of a training worker's record."""
+    return f"workers/{rank}.json"
+
+
+REPORTS = (worker_record(0), JOB_RECORD)
+"""Where to look for progress, in this order: the first worker does the work, where there are workers."""
 
 
 def quiet_seconds(progress: Mapping[str, Any], *, now: float) -> float:
