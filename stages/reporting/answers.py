@@ -17,7 +17,7 @@ from stages.reporting.story import Story
 LONGEST_SHOWN = 700
 """Characters; of a longer answer the beginning is shown, and all of it on a click."""
 _FOLDED_TO = 400
-_MOST_WORDS = 600
+_MOST_WORDS = 1000
 """Comparing takes time that grows with the square of them."""
 _MOSTLY_NEW = 0.6
 """Of the words: from here on marks would cover the answer and tell nothing."""

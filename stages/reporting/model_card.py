@@ -7,7 +7,7 @@ are left out: a source is named by its last part and its digest, data sets and m
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stages.config.errors import without_logins
@@ -90,10 +90,16 @@ def _summary(facts: CardFacts) -> str:
     label = spec.label if spec else facts.model.kind
     what = f"The LoRA adapter of a {label} model" if facts.is_adapter else f"A {label} model"
     start = f" It belongs on {code(facts.base)}{_at(facts.base_revision)}." if facts.is_adapter else ""
-    note = size_of(facts.model, facts.family).note()
+    note = _size_note(facts)
     return f"{what}, made by Athanor: {compact(facts.parameters)} parameters in {facts.dtype}.{start}" + (
         f"\n\n> {note}" if note else ""
     )
+
+
+def _size_note(facts: CardFacts) -> str:
+    """By the whole model's parameters, also for an adapter; what the manifests say includes the files' headers."""
+    size = size_of(facts.model, facts.family)
+    return size.note() if facts.is_adapter else replace(size, parameters=facts.parameters).note()
 
 
 def _at(revision: str) -> str:
@@ -214,7 +220,7 @@ def _json_block(text: str) -> str:
 
 def _limits(facts: CardFacts) -> str:
     lines = []
-    if note := size_of(facts.model, facts.family).note():
+    if note := _size_note(facts):
         lines.append(note)
     if _scores(facts.model):
         lines.append(

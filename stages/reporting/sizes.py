@@ -3,9 +3,12 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from stages.artifacts.manifests import read_manifest
 from stages.config.graph import Stage
 from stages.config.request import Manifest, SourceKind
 from stages.config.text import compact
+from stages.lineage.graph import ancestors
+from stages.lineage.tags import is_model
 
 FEWEST_PARAMETERS, FEWEST_TOKENS = 50e6, 500e6
 """Below either, a model of general text writes no sentences that hold: published models that do have 70 million
@@ -45,6 +48,14 @@ def size_of(model: Manifest, made_from: Iterable[Manifest]) -> ModelSize:
     known = [number for number in trained if isinstance(number, int | float)]
     complete = not given and pretrained and len(known) == len(pretrained)
     return ModelSize(stored_parameters(model), int(sum(known)) if complete else None)
+
+
+def size_at(uri: str) -> ModelSize:
+    """The size of the model at an artifact's address, whose ancestors are read too; raises StageError when one of them
+    cannot be."""
+    model = read_manifest(uri)
+    before = (node for node in ancestors([uri]).nodes if is_model(node.kind))
+    return size_of(model, [read_manifest(node.uri) for node in before])
 
 
 def stored_parameters(manifest: Manifest) -> int:

@@ -27,7 +27,7 @@ def asked(house: House, stage: Stage, to: Path, **options: Any) -> ExportRequest
     return ExportRequest(address=house.made[stage].uri, to=to, **options)
 
 
-def card_of(folder: Path) -> ModelCard:
+def card_of(folder: Path) -> Any:
     return ModelCard.load(folder / "README.md")
 
 
@@ -49,7 +49,7 @@ def test_the_adapter_on_its_base_gives_the_logits_of_the_merged_model(house: Hou
     from peft import PeftConfig, PeftModel
 
     export(asked(house, Stage.DPO, tmp_path / "out", adapter=True))
-    config = PeftConfig.from_pretrained(str(tmp_path / "out"))
+    config: Any = PeftConfig.from_pretrained(str(tmp_path / "out"))
     assert config.base_model_name_or_path == str(house.folder(Stage.SFT))
     start = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path)
     before = logits(start)

@@ -169,7 +169,7 @@ def test_a_pushed_model_is_the_exported_folder_in_one_commit(hub: Hub, house: Ho
     assert hub.private["me/model"] is True
     assert len(hub.commits) == 1
     assert hub.commits[0]["summary"].startswith("sft-model ")
-    card = ModelCard(pushed["README.md"].decode())
+    card: Any = ModelCard(pushed["README.md"].decode())
     assert card.data.pipeline_tag == "text-generation"
 
 
