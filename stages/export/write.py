@@ -114,6 +114,8 @@ def _fill(
         gguf=gguf,
     )
     (folder / _CARD).write_text(model_card(facts), encoding="utf-8")
+    for path in weights:  # safetensors makes files that only their owner may read
+        shutil.copymode(folder / _CARD, path)
     _write_record(folder, request, found, dtype=facts.dtype)
 
 

@@ -88,12 +88,21 @@ def _header(facts: CardFacts) -> str:
 def _summary(facts: CardFacts) -> str:
     spec = spec_of_kind(facts.model.kind)
     label = spec.label if spec else facts.model.kind
-    what = f"The LoRA adapter of a {label} model" if facts.is_adapter else f"A {label} model"
+    what = (
+        f"The LoRA adapter of {_article(label).lower()} {label} model"
+        if facts.is_adapter
+        else f"{_article(label)} {label} model"
+    )
     start = f" It belongs on {code(facts.base)}{_at(facts.base_revision)}." if facts.is_adapter else ""
     note = _size_note(facts)
     return f"{what}, made by Athanor: {compact(facts.parameters)} parameters in {facts.dtype}.{start}" + (
         f"\n\n> {note}" if note else ""
     )
+
+
+def _article(label: str) -> str:
+    """Of a stage's label, some of which are read letter by letter."""
+    return "An" if label.startswith("SFT") else "A"
 
 
 def _size_note(facts: CardFacts) -> str:

@@ -85,6 +85,8 @@ def test_weights_are_cast_and_config_and_card_say_so(
     cast = load_file(tmp_path / "out" / "model.safetensors")
     assert cast.keys() == stored.keys()
     assert all(torch.equal(cast[name], stored[name].to(torch_dtype)) for name in stored)
+    modes = {path.name: oct(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
     name = str(torch_dtype).removeprefix("torch.")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == name
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch_dtype
