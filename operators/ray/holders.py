@@ -22,7 +22,9 @@ _MOST_SHOWN = 5
 _LONGEST_NAME = 250
 
 
-def holders(jobs: Iterable[JobInfo], *, besides: tuple[str, str] | None = None, submission_id: str = "") -> list[JobInfo]:
+def holders(
+    jobs: Iterable[JobInfo], *, besides: tuple[str, str] | None = None, submission_id: str = ""
+) -> list[JobInfo]:
     """The jobs that run or wait, longest first, but those of the run `besides` (DAG id, run id) and one's own."""
     active = (job for job in jobs if job.status.is_active and job.submission_id != submission_id)
     others = (job for job in active if named_task(job)[:2] != besides)
