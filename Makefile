@@ -3,7 +3,7 @@
 # and shells would read spaces, quotes and $ in them. So no rule has a file as target or prerequisite outside the checkout.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: setup-peers setup-browser doctor gc backup restore audit sbom compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-stores test-exact test-chaos test-live test-browser bench test-compose check format reference lock screenshots clean
+.PHONY: export setup-peers setup-browser doctor gc backup restore audit sbom compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-stores test-exact test-chaos test-live test-browser bench test-compose check format reference lock screenshots clean
 
 ifeq ($(value ATHANOR_HOME),)
 export ATHANOR_VENV := $(CURDIR)/.venv
@@ -31,6 +31,10 @@ BENCH   ?=
 GC      ?=
 # folder of backup and restore
 BACKUP  ?=
+# what make export exports, where to, and its other options: make export MODEL=models:/athanor-aligned@champion TO=/folder
+MODEL   ?=
+TO      ?=
+EXPORT  ?=
 PEERS   := $(STATE)/bench-venv
 CYCLONEDX := cyclonedx-bom==7.5.0
 # what `make test` runs; `make test TESTS=tests/unit`
@@ -41,7 +45,7 @@ STORE_TESTS := tests/unit/artifacts/test_manifests.py tests/unit/artifacts/test_
 # several tests at once, the tests of a file in one process; most of their time is spent waiting for servers
 PYTEST_PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
 # through the environment, so that quotes in JSON survive the shell
-export RECIPE PARAMS BACKUP
+export RECIPE PARAMS BACKUP MODEL TO
 
 COMPOSE = ATHANOR_GIT_COMMIT=$$(git rev-parse HEAD 2>/dev/null || echo unknown) docker compose
 
@@ -92,6 +96,11 @@ restore: setup ## restore a backup, with the stack stopped: make restore BACKUP=
 
 demo: setup ## run llm_pipeline from raw text to aligned model, shown live; setup and up if needed
 	@$(PYTHON) -m infra demo --recipe "$$RECIPE" --params "$$PARAMS"
+
+export: setup ## export a model: make export MODEL=models:/athanor-aligned@champion TO=/folder EXPORT='--dtype bf16'
+	@settings="$$($(PYTHON) -m infra env 2>/dev/null)" && eval "$$settings"; \
+	$(PYTHON) -m stages.export "$${MODEL:?name a model: make export MODEL=models:/athanor-aligned@champion TO=/folder}" \
+	  $${TO:+--to "$$TO"} $(EXPORT)
 
 test: setup ## all tests except test-exact, test-chaos, test-live and test-compose
 	$(PYTHON) -m pytest $(PYTEST_PARALLEL) -m 'not exact and not chaos and not live and not compose' $(TESTS)

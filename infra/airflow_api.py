@@ -27,6 +27,10 @@ class TaskState:
     started: str | None
     ended: str | None
     map_index: int = -1
+    pool: str = "default_pool"
+    pool_slots: int = 1
+    ready: str | None = None
+    """When it could have started: nothing before it was left to do."""
 
 
 class AirflowApi:
@@ -88,6 +92,15 @@ class AirflowApi:
         if not response.is_success:
             raise AirflowApiError(f"pool {name}: {response.status_code} {_reason(response)}")
 
+    def pool(self, name: str) -> dict[str, Any] | None:
+        """A pool with its slots, None when there is none of that name."""
+        response = self._request("GET", f"pools/{quote(name, safe='')}")
+        if response.status_code == 404:
+            return None
+        if not response.is_success:
+            raise AirflowApiError(f"pool {name}: {response.status_code} {_reason(response)}")
+        return response.json()
+
     def import_errors(self) -> dict[str, str]:
         """DAG file -> last line of its traceback."""
         rows = self.call("GET", "importErrors")["import_errors"]
@@ -126,6 +139,9 @@ class AirflowApi:
                 started=row["start_date"],
                 ended=row["end_date"],
                 map_index=row["map_index"],
+                pool=row.get("pool", TaskState.pool),
+                pool_slots=row.get("pool_slots", TaskState.pool_slots),
+                ready=row.get("scheduled_when") or row.get("queued_when"),
             )
             for row in rows
         ]

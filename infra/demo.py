@@ -21,9 +21,10 @@ from infra.stack import Stack, relative
 from stages.artifacts.addresses import open_store
 from stages.config.closing import read_samples as read_samples_of
 from stages.config.errors import StageError
-from stages.config.graph import Stage
+from stages.config.graph import GRAPH, Stage
 from stages.config.places import local_path
 from stages.config.text import printable
+from stages.reporting.sizes import size_at
 
 POLL_SECONDS = 2.0
 # an Airflow that restarts, or is busy for a moment, must not end a run of hours
@@ -69,7 +70,7 @@ def run(deployment: Deployment, *, recipe: str, params: dict[str, Any], begin: f
     run_id = deployment.api.trigger(DAG_ID, {"recipe": recipe, **params})
     page = f"{deployment.airflow_url}/dags/{DAG_ID}/runs/{quote(run_id)}"
     say(console, f"run {run_id}  ({deployment.login})\n  {page}")
-    watch = RunWatch(deployment.api, open_store(deployment.artifact_store), run_id)
+    watch = RunWatch(deployment.api, open_store(deployment.artifact_store), run_id, airflow_url=deployment.airflow_url)
     try:
         snapshot = follow(watch, console)
     except KeyboardInterrupt:
@@ -110,8 +111,11 @@ def show_outcome(
     watch: RunWatch, snapshot: Snapshot, deployment: Deployment, console: Console, *, page: str, seconds: float
 ) -> None:
     console.print(summary_table(snapshot))
-    for panel in samples_panels(read_samples(snapshot)):
+    samples = read_samples(snapshot)
+    for panel in samples_panels(samples):
         console.print(panel)
+    if samples and (note := caution(snapshot)):
+        say(console, note)
     built = [row.name for row in snapshot.stages if row.state == "built"]
     hits = [row.name for row in snapshot.stages if row.state == "hit"]
     if built:
@@ -132,6 +136,15 @@ def read_samples(snapshot: Snapshot) -> list[dict[str, Any]]:
         return [sample.model_dump() for sample in read_samples_of(open_store(uri).read_bytes("samples.json"), uri)]
     except (FileNotFoundError, StageError):  # the report and the log of `evaluate` tell of damage
         return []
+
+
+def caution(snapshot: Snapshot) -> str:
+    """What to think of the models' sentences, if they are too small for any; the report says the same."""
+    models = [row.result for row in snapshot.stages if row.result and GRAPH[row.result.stage].is_language_model]
+    try:
+        return size_at(models[-1].artifact.uri).note() if models else ""
+    except (FileNotFoundError, StageError):
+        return ""
 
 
 def addresses(watch: RunWatch, snapshot: Snapshot, deployment: Deployment, *, page: str) -> list[str]:

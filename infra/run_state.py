@@ -8,14 +8,17 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from infra.airflow_api import AirflowApi, AirflowApiError, TaskState
+from infra.waiting import Waiting, WaitWatch
 from stages.config.errors import DataError
 from stages.config.graph import GRAPH, Stage, pipeline_stages
+from stages.config.heard import REPORTS, quiet_seconds, seconds_left
 from stages.config.records import Record, parse_object, parse_record
 from stages.config.request import Failure, StageResult, run_folder
-from stages.job.progress import JOB_RECORD, worker_record
 
 DAG_ID = "llm_pipeline"
-_NUMBERS = frozenset({"done", "total", "rate", "eta_seconds"})
+_NUMBERS = frozenset({"done", "total", "rate", "eta_seconds", "at"})
+_ASK_AGAIN_SECONDS = 10.0
+"""Why a run waits changes slowly, and asking takes several requests."""
 _LARGEST_SHOWN = 1e18
 ACTIVE = (
     "queued",
@@ -27,6 +30,9 @@ ACTIVE = (
     "up_for_reschedule",
     "restarting",
 )
+
+
+_READY = ("scheduled", "queued")
 
 
 def task_order() -> tuple[str, ...]:
@@ -55,11 +61,17 @@ class Row:
     result: StageResult | None = None
     failure: Failure | None = None
     try_number: int = 1
+    quiet: float = 0.0
+    """Seconds without a report of progress; 0 while they are few, or before the first report."""
+    left: float | None = None
+    """Seconds until it is done, as far as that is known now."""
 
     @property
     def works(self) -> bool:
-        """Whether it has begun and not ended; after its job has ended, a deferred task is queued once more."""
-        return self.state in ("running", "deferred") or (self.state in ("queued", "scheduled") and bool(self.progress))
+        """Whether it has begun and not ended; after its job has ended, a deferred task is queued once more. An old
+        report, such as that of an attempt that was interrupted, says nothing about now."""
+        ends = self.state in ("queued", "scheduled") and bool(self.progress) and not self.quiet
+        return ends or self.state in ("running", "deferred")
 
     @property
     def fraction(self) -> float | None:
@@ -74,7 +86,7 @@ class Row:
         """The most telling numbers of this stage, from its result or, while it runs, from its progress."""
         if self.result:
             return GRAPH[self.result.stage].summary(self.result.metrics)
-        plain = ("stage", "done", "total", "unit", "rate", "rate_unit", "eta_seconds", "cost")
+        plain = ("stage", "done", "total", "unit", "rate", "rate_unit", "eta_seconds", "at", "cost")
         numbers = [(k, v) for k, v in self.progress.items() if k not in plain and isinstance(v, int | float)]
         return ", ".join(f"{name} {value:.4g}" for name, value in numbers[:2])
 
@@ -85,6 +97,8 @@ class Snapshot:
 
     state: str
     rows: tuple[Row, ...]
+    waiting: Waiting = field(default_factory=Waiting)
+    """Why it does not go on; without lines while it does."""
 
     @property
     def finished(self) -> bool:
@@ -98,12 +112,21 @@ class Snapshot:
 class RunWatch:
     """Follows one run; results are read once, since they never change."""
 
-    def __init__(self, api: AirflowApi, store: Reads, run_id: str) -> None:
+    def __init__(self, api: AirflowApi, store: Reads, run_id: str, *, airflow_url: str = "") -> None:
+        """`airflow_url` is the address for a browser, where it is another than that of the API."""
         self.api = api
         self.run_id = run_id
         self._store = store
         self._folder = f"runs/{run_folder(DAG_ID, run_id)}"
         self._results: dict[str, StageResult] = {}
+        self._waits = WaitWatch(
+            api,
+            DAG_ID,
+            run_id,
+            airflow_url=airflow_url or api.url,
+            progress=lambda dag_id, run, task: self._progress(f"runs/{run_folder(dag_id, run)}", task),
+        )
+        self._waiting, self._asked_at = Waiting(), float("-inf")
 
     def snapshot(self) -> Snapshot:
         # the run's state first: if it says finished, the task states read after it are final
@@ -111,7 +134,18 @@ class RunWatch:
         tasks = self.api.tasks(DAG_ID, self.run_id)
         place = {name: number for number, name in enumerate(task_order())}
         tasks.sort(key=lambda task: place.get(task.task_id, len(place)))
-        return Snapshot(state, tuple(self._row(task) for task in tasks))
+        rows = tuple(self._row(task) for task in tasks)
+        waiting = [task for task, row in zip(tasks, rows, strict=True) if row.state in _READY and not row.works]
+        works = any(row.works or row.state == "awaiting_input" for row in rows)
+        return Snapshot(state, rows, self._why(state, waiting, works=works))
+
+    def _why(self, state: str, waiting: list[TaskState], *, works: bool) -> Waiting:
+        if state != "queued" and not waiting:
+            self._waiting, self._asked_at = Waiting(), float("-inf")
+        elif time.monotonic() - self._asked_at >= _ASK_AGAIN_SECONDS:
+            self._asked_at = time.monotonic()
+            self._waiting = self._waits.explain(state, waiting, works=works)
+        return self._waiting
 
     def _row(self, task: TaskState) -> Row:
         state = task.state
@@ -121,7 +155,7 @@ class RunWatch:
             if state == "success" and (result := self._result(task.task_id)):
                 state = "hit" if result.hit else "built"
             elif state in ACTIVE:
-                progress = self._progress(task.task_id)
+                progress = self._progress(self._folder, task.task_id)
             elif state == "failed":
                 failure = self._record(Failure, task.task_id, "failure.json")
         return Row(
@@ -132,16 +166,18 @@ class RunWatch:
             result=result,
             failure=failure,
             try_number=task.try_number,
+            quiet=quiet_seconds(progress, now=time.time()),
+            left=seconds_left(progress, now=time.time()),
         )
 
-    def _progress(self, stage: str) -> dict[str, Any]:
+    def _progress(self, folder: str, stage: str) -> dict[str, Any]:
         """What the first training worker reports, else the job."""
-        found = self._reported(stage, worker_record(0))
-        return found if "done" in found else self._reported(stage, JOB_RECORD)
+        found = (self._reported(f"{folder}/{stage}/{name}") for name in REPORTS)
+        return next((report for report in found if "done" in report), {})
 
-    def _reported(self, stage: str, name: str) -> dict[str, Any]:
+    def _reported(self, key: str) -> dict[str, Any]:
         """The numbers and words of a progress record; what is neither cannot be shown."""
-        data = self._read(stage, name)
+        data, name = self._read_key(key), key.rpartition("/")[2]
         try:
             found = parse_object(data, name) if data is not None else {}
         except DataError:
@@ -163,8 +199,11 @@ class RunWatch:
             return None
 
     def _read(self, stage: str, name: str) -> bytes | None:
+        return self._read_key(f"{self._folder}/{stage}/{name}")
+
+    def _read_key(self, key: str) -> bytes | None:
         try:
-            return self._store.read_bytes(f"{self._folder}/{stage}/{name}")
+            return self._store.read_bytes(key)
         except FileNotFoundError:
             return None
 

@@ -15,9 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from infra.run_state import Row, Snapshot
-from stages.config.text import duration, one_line
+from stages.config.text import duration, one_line, printable
 
 PLAIN_EVERY_SECONDS = 15.0
+WAITING_EVERY_SECONDS = 60.0
 STYLES = {
     "built": "green",
     "hit": "cyan",
@@ -62,6 +63,16 @@ def rate(progress: Mapping[str, Any]) -> str:
     return f"{shown} {progress.get('rate_unit', '')}".strip()
 
 
+def heard(row: Row) -> str:
+    """What stands in place of a rate and numbers that nobody has confirmed for a while."""
+    return f"nothing heard for {duration(row.quiet)}" if row.works and row.quiet else ""
+
+
+def shown_lines(snapshot: Snapshot) -> list[str]:
+    """Names of runs and DAGs are what others chose."""
+    return [printable(line) for line in snapshot.waiting.lines]
+
+
 def open_screen(console: Console) -> Screen:
     return LiveScreen(console) if console.is_terminal else PlainScreen(console)
 
@@ -91,7 +102,8 @@ class LiveScreen:
         for row in snapshot.rows:
             table.add_row(*self._cells(row))
         elapsed = Text(f"{duration(time.monotonic() - self._begin)} so far", style="dim")
-        self._live.update(Group(table, elapsed))
+        waiting = [Text(line, style="yellow", overflow="fold") for line in shown_lines(snapshot)]
+        self._live.update(Group(table, *waiting, elapsed))
 
     def _cells(self, row: Row) -> list[Any]:
         fraction = row.fraction
@@ -101,10 +113,10 @@ class LiveScreen:
             Text(word(row), style=STYLES.get(row.state, "")),
             bar,
             "" if fraction is None else f"{fraction:.0%}",
-            rate(row.progress),
-            duration_of(row.progress.get("eta_seconds")),
+            "" if row.quiet else rate(row.progress),
+            duration_of(row.left),
             duration_of(row.seconds),
-            row.key_metric,
+            heard(row) or row.key_metric,
         ]
 
 
@@ -115,6 +127,7 @@ class PlainScreen:
         self._console = console
         self._states: dict[str, str] = {}
         self._said_at: dict[str, float] = {}
+        self._reason, self._reason_said_at = "", float("-inf")
 
     def __enter__(self) -> Self:
         return self
@@ -132,15 +145,27 @@ class PlainScreen:
                 self._console.print(self._line(row), markup=False, highlight=False, soft_wrap=True)
                 self._said_at[row.name] = now
             self._states[row.name] = word(row)
+        self._say_waiting(snapshot)
+
+    def _say_waiting(self, snapshot: Snapshot) -> None:
+        """Why nothing happens: when the reason changes, and once a minute, since those who hold a slot get on."""
+        now, reason = time.monotonic(), snapshot.waiting.reason
+        if reason and (reason != self._reason or now - self._reason_said_at > WAITING_EVERY_SECONDS):
+            for line in shown_lines(snapshot):
+                self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._reason_said_at = now
+        self._reason = reason
 
     def _line(self, row: Row) -> str:
         parts = [f"{row.name:<10} {word(row):<9}"]
         if row.works and row.fraction is not None:
-            eta = duration_of(row.progress.get("eta_seconds"))
-            parts += [f"{row.fraction:4.0%}", rate(row.progress), f"ETA {eta}" if eta else ""]
+            eta = duration_of(row.left)
+            parts += [f"{row.fraction:4.0%}", "" if row.quiet else rate(row.progress), f"ETA {eta}" if eta else ""]
+            parts.append(heard(row))
         elif row.seconds is not None and row.state in ("hit", "built", "success", "failed"):
             parts.append(duration_of(row.seconds))
-        return "  ".join(part for part in (*parts, row.key_metric) if part)
+        parts.append("" if heard(row) else row.key_metric)
+        return "  ".join(part for part in parts if part)
 
 
 def summary_table(snapshot: Snapshot) -> Table:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from operators.plan import Plan, StagePlan, Verdict
+from stages.config.graph import GRAPH
 from stages.config.markdown import plain, table
 from stages.config.text import byte_size, compact, duration
 
@@ -70,6 +71,17 @@ def _row(stage: StagePlan) -> Sequence[str]:
 def _notes(stage: StagePlan) -> list[str]:
     basis = f" ({'; '.join(stage.estimate.basis)})" if stage.estimate and stage.estimate.basis else ""
     return [f"{stage.stage.value}: {stage.verdict.value}, {stage.why}{basis}"]
+
+
+def waits(plan: Plan) -> str:
+    """Say which stage will wait for a slot of the pool while others have it; empty when none of them runs."""
+    heavy = [stage.stage for stage in plan.stages if GRAPH[stage.stage].heavy and stage.verdict is not Verdict.HIT]
+    if not heavy:
+        return ""
+    return (
+        f"Other runs have jobs on the cluster. Unless the pool `gpu` has another free slot, {heavy[0].value} waits at "
+        "`queued` until they end"
+    )
 
 
 def total(plan: Plan) -> str:

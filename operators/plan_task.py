@@ -3,13 +3,16 @@
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from operators.plan import make_plan
+from operators.plan import Plan, make_plan
 from stages.config.estimate import (
     Devices,
 )
 from stages.config.request import RunInfo
+
+if TYPE_CHECKING:
+    from stages.artifacts.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,27 @@ def devices_from_environment() -> Devices:
         except ValueError:
             logger.warning("%s=%r is not a usable number; the plan goes on without it.", name, text)
     return devices
+
+
+def _who_is_before_us(run: RunInfo, plan: Plan, store: "Store") -> list[str]:
+    """Whose Ray jobs the heavy stages will have to wait for, as far as a task can know: see operators.ray.holders.
+
+    Without an answer of Ray the plan is complete all the same.
+    """
+    from operators.plan_page import waits
+    from operators.ray.holders import as_lines, holders
+    from operators.ray.hook import DEFAULT_CONN_ID, RayJobHook
+
+    if plan.dry_run or not waits(plan):
+        return []
+    try:
+        with RayJobHook(DEFAULT_CONN_ID) as hook:
+            others = holders(hook.list_jobs(), besides=(run.dag_id, run.airflow_run_id))
+        lines = as_lines(others, store=store, airflow_url=run.airflow_url.split("/dags/")[0])
+    except Exception as error:  # noqa: BLE001 - a courtesy: whatever is wrong with Ray, its first task tells
+        logger.info("Whether other runs hold the cluster is unknown: %s: %s", type(error).__name__, error)
+        return []
+    return [f"{waits(plan)}:", *(f"  {line}" for line in lines)] if lines else []
 
 
 def plan_run(context: Any, *, resolve_task_id: str = "resolve") -> bool:
@@ -61,6 +85,8 @@ def plan_run(context: Any, *, resolve_task_id: str = "resolve") -> bool:
         logger.warning("No plan, the run goes on without: %s: %s", type(error).__name__, error)
         return True
     for line in as_table(plan):
+        logger.info("%s", line)
+    for line in _who_is_before_us(run, plan, store):
         logger.info("%s", line)
     log_plan(run, page=page, data=plan.model_dump_json(indent=1), summary=total(plan), dry_run=plan.dry_run)
     return not plan.dry_run

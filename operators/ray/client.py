@@ -34,6 +34,16 @@ class RayJobClient:
         what = f"show job {submission_id}"
         return await self._request("GET", f"/api/jobs/{submission_id}", read=JobInfo.from_json, what=what)
 
+    async def list_jobs(self) -> list[JobInfo]:
+        """Return the jobs that were submitted through the Jobs API."""
+        found = await self._request(
+            "GET",
+            "/api/jobs/",
+            read=lambda jobs: [JobInfo.from_json(job) for job in jobs if job.get("submission_id")],
+            what="list jobs",
+        )
+        return found or []
+
     async def stop_job(self, submission_id: str) -> bool:
         stopped = await self._request(
             "POST",

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from stages.config.heard import position, quiet_seconds, seconds_left
 from stages.config.text import duration
 
 PROGRESS = "ATHANOR_PROGRESS "
@@ -20,6 +21,8 @@ MAX_LINE = 4000
 LINES_PER_SECOND = 100.0
 LINES_AT_ONCE = 2000
 """Lines that a job may show in a burst, such as those written while no triggerer ran."""
+SHORTAGE = "waiting for capacity: "
+"""Of a line by which `stages.job.workers` says that the workers find no room."""
 _KEPT_LINES = 40
 """Last lines of a flood, shown if the job ends in it: they usually have the reason."""
 
@@ -27,7 +30,7 @@ _ORIGIN = re.compile(r" \[run=\S* stage=\S*(?: try=\d+)?(?: rank=(\d+))?\](?= |$
 """How stages.job.logs ends a line; Ray may append how often other processes logged the same."""
 _JSON_LINE = re.compile(r"\{\"time\": \".*\}")
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
-_SHOWN_ALREADY = {"run", "stage", "done", "total", "unit", "rate", "rate_unit", "eta_seconds"}
+_SHOWN_ALREADY = {"run", "stage", "done", "total", "unit", "rate", "rate_unit", "eta_seconds", "at"}
 
 
 class LogRelay:
@@ -47,15 +50,18 @@ class LogRelay:
         lines_at_once: int = LINES_AT_ONCE,
         on_mlflow_run: Callable[[dict[str, Any]], None] = lambda run: None,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.seen = self.settled = skip
         self.mlflow_run: dict[str, Any] | None = None
         self.progress: dict[str, Any] | None = None
+        self.shortages = 0
+        """Lines that told of a job whose workers wait for room."""
         self._show = show
         self._on_mlflow_run = on_mlflow_run
         self._progress_seconds = progress_seconds
         self._progress_shown_at = float("-inf")
-        self._clock = clock
+        self._clock, self._wall_clock = clock, wall_clock
         self._position = 0
         self._partial = ""
         self._rate, self._burst = lines_per_second, lines_at_once
@@ -94,6 +100,7 @@ class LogRelay:
         elif MLFLOW_RUN in line:
             self._take_mlflow_run(line)
         else:
+            self.shortages += SHORTAGE in line
             self._take_text(_readable(line))
         if not self._omitted:
             self.settled = self.seen
@@ -137,7 +144,7 @@ class LogRelay:
         now, finished = self._clock(), progress["done"] >= progress["total"]
         if finished or now - self._progress_shown_at >= self._progress_seconds:
             self._progress_shown_at = now
-            self._show(readable_progress(progress))
+            self._show(readable_progress(progress, now=self._wall_clock()))
 
     def _take_mlflow_run(self, line: str) -> None:
         run = _json_after(MLFLOW_RUN, line)
@@ -159,16 +166,17 @@ def _readable(line: str) -> str:
     return _ORIGIN.sub(lambda origin: f" [rank={origin[1]}]" if origin[1] else "", line)
 
 
-def readable_progress(progress: dict[str, Any]) -> str:
-    """`pretrain 120/500 steps (24 %), 7800 tokens/s, 1 min 03 s left, loss 4.2`."""
-    done, total = progress["done"], progress["total"]
-    percent = f" ({100 * done / total:.0f} %)" if total else ""
-    parts = [f"{progress.get('stage', 'progress')} {done:g}/{total:g} {progress.get('unit', 'step')}s{percent}"]
+def readable_progress(progress: dict[str, Any], *, now: float = 0.0) -> str:
+    """`pretrain 120/500 steps (24 %), 7800 tokens/s, 1 min 03 s left, loss 4.2`; what was said long before `now` (in
+    seconds since 1970) is marked as such."""
+    parts = [f"{progress.get('stage', 'progress')} {position(progress)}"]
     if progress.get("rate"):
         parts.append(f"{progress['rate']:.4g} {progress.get('rate_unit', '')}".rstrip())
-    if progress.get("eta_seconds") and done < total:
-        parts.append(f"{duration(progress['eta_seconds'])} left")
+    if left := seconds_left(progress, now=now):
+        parts.append(f"{duration(left)} left")
     parts.extend(f"{name} {_short(value)}" for name, value in progress.items() if name not in _SHOWN_ALREADY)
+    if quiet := quiet_seconds(progress, now=now):
+        parts.append(f"reported {duration(quiet)} ago")
     return ", ".join(parts)
 
 

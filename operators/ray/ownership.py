@@ -51,6 +51,12 @@ def job_metadata(
     }
 
 
+def named_task(job: JobInfo) -> tuple[str, str, str]:
+    """DAG id, run id and task id of the task that a job belongs to, of whichever Airflow; empty strings for others."""
+    data = job.metadata
+    return data.get("airflow.dag_id", ""), data.get("airflow.run_id", ""), data.get("airflow.task_id", "")
+
+
 @dataclass(frozen=True)
 class OwnedJob:
     """An Athanor job of this Airflow."""

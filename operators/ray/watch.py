@@ -13,19 +13,26 @@ from typing import Any, Protocol
 from pydantic import Field
 
 from operators.ray.client import RayJobClient
+from operators.ray.holders import described, holders
 from operators.ray.jobs import JobInfo, JobStatus, RayRefusedError, RayUnreachableError
 from operators.ray.logs import LogRelay
 from stages.artifacts.addresses import open_store
 from stages.artifacts.store import Store, write_json
 from stages.config.base import Config
 from stages.config.errors import DataError, StageError
+from stages.config.heard import position
 from stages.config.records import parse_record
+from stages.config.text import duration
 
 # A head behind a proxy may answer 404 for a moment while it starts; only a lost job table answers so every time.
 _ABSENT_POLLS = 3
 _LONGEST_PAUSE_SECONDS = 30.0
 _LAST_LINES_SECONDS = 20.0
 _CAPACITY_SECONDS = 30.0
+_MOST_HOLDERS = 5
+_QUIET_SECONDS, _LONGEST_QUIET_SECONDS = 60.0, 600.0
+"""After the first of these the log says that nothing was heard, then each time after twice as long, the second at
+most."""
 _CURSOR_SECONDS = 2.0
 _STOP_SECONDS = 30.0
 _DRAIN_SECONDS = 1.0
@@ -107,6 +114,8 @@ class JobWatcher:
 
         self._alive_at = time.monotonic()
         self._capacity_said_at = time.monotonic()
+        self._quiet_said = 0.0
+        self._shortages_seen = 0
 
     @property
     def settled(self) -> int:
@@ -179,8 +188,10 @@ class JobWatcher:
                     self._log.info("Ray job %s: %s", self._submission_id, status.value)
                 if status is JobStatus.PENDING and (ended := await self._unplaced(answered_at - since)):
                     return ended
-                if status is JobStatus.RUNNING and (ended := await self._stalled()):
-                    return ended
+                if status is JobStatus.RUNNING:
+                    await self._say_who_holds_the_cluster()
+                    if ended := await self._stalled():
+                        return ended
             await self._pause()
 
     async def _unplaced(self, seconds: float) -> JobInfo | None:
@@ -194,16 +205,48 @@ class JobWatcher:
         with contextlib.suppress(RayUnreachableError, RayRefusedError):
             total = await self._client.cluster_resources()
             shortage += f", cluster has {total.get('CPU', 0):g} CPU in all"
+            shortage += await self._others()
         if not over:
             self._log.info("waiting for capacity: %s", shortage)
             return None
         return await self._stop(JobStatus.UNPLACED, f"no capacity for {seconds:.0f} s: {shortage}")
 
+    async def _say_who_holds_the_cluster(self) -> None:
+        """After the job's own line that its workers find no room: the job cannot see whose the others are."""
+        seen, self._shortages_seen = self._shortages_seen, self._relay.shortages
+        if seen == self._relay.shortages:
+            return
+        with contextlib.suppress(RayUnreachableError, RayRefusedError):
+            if others := await self._others():
+                self._log.info("the job's workers wait for room%s", others)
+
+    async def _others(self) -> str:
+        """`; on it are: sft of llm_pipeline, run ..., for 12 min 04 s`, empty when there is no other job."""
+        found = holders(await self._client.list_jobs(), submission_id=self._submission_id)
+        if not found:
+            return ""
+        more = f"; and {len(found) - _MOST_HOLDERS} more" if len(found) > _MOST_HOLDERS else ""
+        return f"; on it are: {'; '.join(described(job) for job in found[:_MOST_HOLDERS])}{more}"
+
     async def _stalled(self) -> JobInfo | None:
         silent, limit = time.monotonic() - self._alive_at, self._settings.stall_seconds
+        self._say_quiet(silent, limit)
         if not limit or silent < limit:
             return None
         return await self._stop(JobStatus.STALLED, f"no progress and no log line for {silent:.0f} s")
+
+    def _say_quiet(self, silent: float, limit: float) -> None:
+        """A job that says nothing looks like one that works, so the log says how long it has been silent."""
+        if silent < self._quiet_said:  # it has spoken since
+            self._quiet_said = 0.0
+        due = max(_QUIET_SECONDS, self._quiet_said + min(self._quiet_said, _LONGEST_QUIET_SECONDS))
+        if silent < due or (limit and silent >= limit):
+            return
+        self._quiet_said = silent
+        last = self._relay.progress
+        where = f"; its last report was {last.get('stage', 'progress')} {position(last)}" if last else ""
+        stop = f"; it is stopped after {duration(limit)} of silence" if limit else ""
+        self._log.info("nothing heard from the job for %s%s%s", duration(silent), where, stop)
 
     async def _stop(self, status: JobStatus, message: str) -> JobInfo | None:
         """Stop the job and wait until it has ended; None when Ray does not answer: the next poll tries again."""

@@ -13,11 +13,12 @@ from stages.artifacts.lease import Fence
 from stages.artifacts.store import Store
 from stages.config.base import Config
 from stages.config.errors import without_logins
+from stages.config.heard import JOB_RECORD, worker_record
 from stages.config.nested import dotted
 from stages.config.pipeline import stage_config_from_json
 from stages.config.request import SourceEntry, StageRequest
 from stages.job.context import StageContext
-from stages.job.progress import JOB_RECORD, Progress, worker_record
+from stages.job.progress import Progress
 from stages.job.scratch import scratch_folder
 from stages.tracking.tracker import NullTracker, Tracker
 

@@ -18,23 +18,18 @@ from stages.artifacts.store import Store, write_json
 from stages.config.base import Config
 from stages.config.errors import EXIT_CODES, Category, ConfigError, DataError
 from stages.config.graph import Stage
+from stages.config.heard import JOB_RECORD, REPORTS
 from stages.config.records import parse_record
 from stages.config.request import Cost, Failure
 from stages.job.watchdog import Watchdog
 
 MARKER = "ATHANOR_PROGRESS"
-JOB_RECORD = "progress.json"
 _WORKERS = "workers"
 _INTERVAL_SECONDS = 1.0
 _FOLLOWERS_INTERVAL_SECONDS = 15.0
 """Of workers other than the first, whose records are read for their cost only."""
 
 logger = logging.getLogger(__name__)
-
-
-def worker_record(rank: int) -> str:
-    """Name of a training worker's record."""
-    return f"{_WORKERS}/{rank}.json"
 
 
 class ProgressRecord(Config):
@@ -45,6 +40,8 @@ class ProgressRecord(Config):
     done: float | None = None
     total: float = 0.0
     unit: str = "step"
+    at: float | None = None
+    """When it was reported, in seconds since 1970; the record itself is written again and again."""
     reached: dict[str, float] = Field(default_factory=dict)
     """How far any attempt has come, by phase."""
     cost: Cost | None = None
@@ -64,7 +61,7 @@ def read_record(store: Store, key: str) -> ProgressRecord:
 def read_progress(store: Store, run_id: str, stage: Stage) -> ProgressRecord:
     """Return the latest report of the process that does the work: the first worker, else the job; empty before there is
     one."""
-    for name in (worker_record(0), JOB_RECORD):
+    for name in REPORTS:
         found = read_record(store, run_key(run_id, stage, name))
         if found.done is not None:
             return found
@@ -126,6 +123,7 @@ class Progress:
             "rate": round(pace, 3),
             "rate_unit": f"{unit}s/s",
             "eta_seconds": None if eta is None else round(eta, 1),
+            "at": round(time.time(), 1),
             **{name: round(value, 5) if isinstance(value, float) else value for name, value in numbers.items()},
         }
         if now - self._printed_at >= _INTERVAL_SECONDS or done >= total:
@@ -200,7 +198,7 @@ class Progress:
         return EXIT_CODES[Category.STALLED]
 
     def _write_until_stopped(self) -> None:
-        leads = self._record in (JOB_RECORD, worker_record(0))
+        leads = self._record in REPORTS
         while not self._stop.wait(_INTERVAL_SECONDS if leads else _FOLLOWERS_INTERVAL_SECONDS):
             self._write()
 

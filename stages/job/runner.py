@@ -21,6 +21,7 @@ from stages.config.base import Config
 from stages.config.curate import CurateConfig
 from stages.config.errors import EXIT_CODES, ConfigError, DataError, ExitCode, StageError
 from stages.config.graph import GRAPH
+from stages.config.heard import quiet_seconds
 from stages.config.pipeline import ONE_VERSION, stage_config_from_json
 from stages.config.records import Record, parse_record, without_non_finite
 from stages.config.request import (
@@ -165,12 +166,14 @@ def _waiting(request: StageRequest, store: Store) -> Callable[[Owner, float], No
             return
         shown_at = seconds
         latest = read_progress(store, holder.run_id, request.stage)
+        quiet = quiet_seconds({"at": latest.at}, now=time.time())
         progress(
             latest.done or 0.0,
             latest.total,
             latest.unit,
             waiting_for=f"run {holder.run_id}, which builds it",
             waited_seconds=seconds,
+            **({"not_heard_of_seconds": quiet} if quiet else {}),
         )
 
     return show

@@ -1,4 +1,4 @@
-"""What the report says about models: facts, learning curves, evaluation, aligned models side by side, samples."""
+"""What the report says about models: facts, learning curves, evaluation, aligned models side by side."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,23 +53,6 @@ class Curves:
     name: str
     steps: int
     plots: tuple[Plot, ...]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one model said."""
-
-    model: str
-    response: str
-    score: str
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One prompt and all answers to it."""
-
-    prompt: str
-    answers: tuple[Answer, ...]
 
 
 _BASE, _SFT = GRAPH[Stage.PRETRAIN].role, GRAPH[Stage.SFT].role
@@ -242,21 +225,3 @@ def _means(spec: StageSpec) -> str:
 
 def _steps(manifest: Manifest) -> str:
     return number(manifest.ledger.get("steps"))
-
-
-def samples(story: Story) -> list[Sample]:
-    """The same prompts answered by every model; texts are untrusted and escaped by the template."""
-    return [
-        Sample(
-            prompt=str(row.get("prompt", "")),
-            answers=tuple(
-                Answer(
-                    label_of(role) or str(role),
-                    str(response),
-                    number(score) if (score := (row.get("scores") or {}).get(role)) is not None else "",
-                )
-                for role, response in (row.get("responses") or {}).items()
-            ),
-        )
-        for row in story.samples
-    ]

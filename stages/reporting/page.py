@@ -6,7 +6,7 @@ from stages.artifacts.manifests import utc_now
 from stages.config.servers import is_web_address
 from stages.config.text import printable
 from stages.lineage.views import to_svg
-from stages.reporting import data_views, mixture_views, model_views
+from stages.reporting import answers, data_views, mixture_views, model_views
 from stages.reporting.story import Story
 
 
@@ -25,6 +25,7 @@ def render_page(story: Story) -> str:
         commit=commit,
         airflow_url=story.run.airflow_url if is_web_address(story.run.airflow_url) else "",
         verdict=verdict(story),
+        caution=story.caution,
         promotion=story.promotion,
         facts=model_views.facts(story),
         curves=[
@@ -35,7 +36,7 @@ def render_page(story: Story) -> str:
         evaluation=model_views.evaluation_table(story),
         reward=model_views.reward_table(story),
         alignment=model_views.alignment_table(story),
-        samples=model_views.samples(story),
+        samples=answers.samples(story),
         accounts=data_views.accounts(story),
         planted=data_views.planted_table(story),
         sources=mixture_views.sources_table(story),

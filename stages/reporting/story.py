@@ -14,11 +14,12 @@ from stages.artifacts.manifests import read_file, read_manifest
 from stages.config.base import Config
 from stages.config.closing import read_samples
 from stages.config.errors import ConfigError, DamagedArtifactError, DataError
-from stages.config.graph import trained_stages
+from stages.config.graph import language_models, trained_stages
 from stages.config.records import first_error, parse_json
 from stages.config.request import ArtifactRef, Manifest, RunInfo
 from stages.lineage.graph import Graph, ancestors
 from stages.lineage.tags import is_model
+from stages.reporting.sizes import size_of
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,8 @@ class Story:
     lineage: Graph | None = None
     no_lineage: str = ""
     """Why there is no graph."""
+    caution: str = ""
+    """What to think of the models' sentences; empty for models that may be taken at their word."""
 
     def metrics_of(self, role: str) -> dict[str, float]:
         """What `evaluate` measured of a model."""
@@ -111,7 +114,18 @@ def read_story(inputs: Mapping[str, ArtifactRef], run: RunInfo, *, title: str, m
         promotion=read("promotion", "promotion.json", _PROMOTION),
         lineage=lineage,
         no_lineage=no_lineage,
+        caution=_caution(manifests, lineage),
     )
+
+
+def _caution(manifests: Mapping[str, Manifest], lineage: Graph | None) -> str:
+    """By the size of the run's last language model, and of all pretraining behind it, other runs' included."""
+    models = [manifests[spec.role] for spec in language_models() if spec.role in manifests]
+    if not models:
+        return ""
+    known = {manifest.fingerprint for manifest in manifests.values()}
+    before = [node for node in lineage.nodes if is_model(node.kind) and node.id not in known] if lineage else []
+    return size_of(models[-1], [*manifests.values(), *(read_manifest(node.uri) for node in before)]).note()
 
 
 def _samples(inputs: Mapping[str, ArtifactRef], manifests: Mapping[str, Manifest]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,11 +181,25 @@ def model_name(run_name: str, role: str) -> str:
     return limits.shortened(f"{re.sub(r'[^A-Za-z0-9_-]', '-', run_name)}-{role}", limits.KEY)
 
 
+@dataclass(frozen=True)
+class RegisteredArtifact:
+    """Where a registered version's weights lie, and the content that was registered."""
+
+    uri: str
+    digest: str
+    """Empty for versions that an early release registered."""
+
+
 def artifact_uri_of_model(uri: str) -> str:
     """Return where the weights of `models:/name@alias` or `models:/name/version` lie in the artifact store.
 
     Raises ConfigError when there is no such model or Athanor did not register it, StageError when MLflow is away.
     """
+    return registered_artifact(uri).uri
+
+
+def registered_artifact(uri: str) -> RegisteredArtifact:
+    """The same with the digest of what was registered, for readers who must get exactly that."""
     from mlflow.exceptions import MlflowException
 
     advice = "Use models:/<name>@<alias> or models:/<name>/<version> of a registered model."
@@ -207,7 +222,7 @@ def artifact_uri_of_model(uri: str) -> str:
             f"{uri!r} has no tag artifact.uri: Athanor did not register it",
             advice="Name a model that Athanor registered, or the folder or URI of its weights.",
         )
-    return artifact
+    return RegisteredArtifact(artifact, version.tags.get("lineage.digest", ""))
 
 
 def registered_versions(fingerprints: Iterable[str]) -> list[tuple[str, str, tuple[str, ...]]]:

@@ -22,10 +22,11 @@ from stages.artifacts.manifests import fetch, find_intact, load_manifest, read_f
 from stages.config.errors import Category, ConfigError, DataError, ExitCode
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
+from stages.config.heard import JOB_RECORD
 from stages.config.recipes import tiny
 from stages.config.request import ArtifactRef, Cost, Failure, Manifest, RunInfo, StageRequest, StageResult
 from stages.job.context import Verb
-from stages.job.progress import JOB_RECORD, Progress, read_progress
+from stages.job.progress import Progress, read_progress
 from stages.job.runner import run_stage
 from stages.tracking.events import FailEvent, FileEvent, MetricsEvent, StartEvent, to_line
 from stages.tracking.spool import SPOOL_NAME, attached, read_spool

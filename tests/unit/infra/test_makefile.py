@@ -85,3 +85,16 @@ def test_set_up_runs_again_after_its_files_have_changed(tmp_path: Path) -> None:
     done = make(folder, "setup")
     assert "-m|uv|pip|install|" in done.stdout, done.stderr
     assert make(folder, "setup").stdout == ""
+
+
+def test_export_passes_on_addresses_as_they_are_and_asks_for_the_model(tmp_path: Path) -> None:
+    folder = checkout(tmp_path / "a b")
+    python = folder / ".venv" / "bin" / "python"  # no stack runs, so there are no settings of one
+    python.write_text(RECORDER.replace("printf", '[ "$2" = infra ] && exit 1\nprintf', 1))
+    address = "models:/it's $HOME@champion"
+    done = make(folder, "export", "EXPORT=--dtype bf16", MODEL=address, TO="/a b/c")
+    expected = f"{folder}||-m|stages.export|{address}|--to|/a b/c|--dtype|bf16|\n"
+    assert (done.returncode, done.stdout) == (0, expected), done.stderr
+    refused = make(folder, "export")
+    assert refused.returncode != 0
+    assert "name a model: make export MODEL=" in refused.stderr

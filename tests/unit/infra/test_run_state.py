@@ -11,12 +11,14 @@ import pytest
 from rich.console import Console
 
 from infra.airflow_api import AirflowApi, AirflowApiError
-from infra.demo import follow, read_samples, reasons
+from infra.demo import caution, follow, read_samples, reasons
 from infra.run_state import RunWatch
 from infra.screen import PlainScreen, samples_panels, summary_table
 from stages.artifacts.folder import FileStore
-from stages.config.request import run_folder
+from stages.config.graph import Stage
+from stages.config.request import FileEntry, run_folder
 from tests.answering import answering
+from tests.pipeline_records import publish_run, tampered
 
 RUN = "manual__2026-11-23T09:00:00+00:00"
 KEY = run_folder("llm_pipeline", RUN)
@@ -268,3 +270,20 @@ def test_samples_are_read_from_the_evaluation_and_shown_side_by_side(
     assert "What is x?" in output.getvalue()
     assert "…" in output.getvalue()
     assert "built" in output.getvalue()
+
+
+def test_with_the_samples_of_a_small_model_the_screen_says_what_to_judge_it_by(
+    airflow: tuple[Airflow, str], tmp_path: Path
+) -> None:
+    fake, url = airflow
+    _, made = publish_run(tmp_path)
+    tampered(made[Stage.PRETRAIN], ledger={"tokens_trained": 5e6})
+    file = FileEntry(path="model.safetensors", size=4 * 2_600_000, sha256="0" * 64)
+    tampered(made[Stage.DPO], files=[file.model_dump()])
+    fake.tasks = {"sft": "success", "dpo": "success"}
+    records = {
+        f"{stage.value}__result": result(stage.value, hit=False, uri=made[stage].uri)
+        for stage in (Stage.SFT, Stage.DPO)
+    }
+    snapshot = RunWatch(client(url), store_with(tmp_path / "records", **records), RUN).snapshot()
+    assert caution(snapshot).startswith("A model of 2.6 M parameters trained on 5 M tokens cannot write sentences")

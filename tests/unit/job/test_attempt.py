@@ -9,11 +9,11 @@ from stages.artifacts.store import Store, read_json
 from stages.config.errors import ConfigError
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
+from stages.config.heard import JOB_RECORD, worker_record
 from stages.config.recipes import tiny
 from stages.config.request import SourceEntry, SourceKind, StageRequest
 from stages.job.attempt import opened_context
 from stages.job.context import StageContext
-from stages.job.progress import JOB_RECORD, worker_record
 from stages.tracking.tracker import NullTracker, Tracker
 from tests.pipeline_records import request_for
 

@@ -8,7 +8,8 @@ import pytest
 from stages.artifacts.addresses import open_store, run_key
 from stages.artifacts.store import Store, read_json
 from stages.config.graph import Stage
-from stages.job.progress import JOB_RECORD, Progress, read_progress, worker_record
+from stages.config.heard import JOB_RECORD, worker_record
+from stages.job.progress import Progress, read_progress
 from tests.damaged import NO_JSON
 
 

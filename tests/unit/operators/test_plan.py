@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from stages.config.estimate import Estimate
 from stages.config.graph import GRAPH, Stage
 from stages.config.markdown import plain
 from stages.config.pipeline import PipelineConfig, stage_config_from_json
-from stages.config.request import ArtifactRef, Cost, InputEntry, Manifest, RunInfo, digests_of
+from stages.config.request import ArtifactRef, Cost, InputEntry, Manifest, RunInfo, digests_of, run_folder
 from stages.config.resolve import resolve
+from tests.ray_stand_in import Job, StandInRay
 from tests.unit.operators.test_run import Task
 
 RUN = RunInfo(run_id="r", name="n")
@@ -264,6 +266,31 @@ def test_the_task_lets_a_run_go_on_and_ends_a_dry_run_after_storing_its_plan(
     finish_run({"ti": Task({**states, "plan": "success"}, run.model_dump())})  # green
     with pytest.raises(RunIncomplete, match=r"plan failed\."):
         finish_run({"ti": Task({**states, "plan": "failed"}, run.model_dump())})
+
+
+def test_the_plan_names_the_runs_whose_jobs_hold_the_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ray: StandInRay
+):
+    caplog.set_level("INFO")
+    monkeypatch.setenv("AIRFLOW_CONN_RAY_DEFAULT", json.dumps(ray.connection))
+    plan_task(tmp_path, monkeypatch)
+    assert "Other runs" not in caplog.text
+    names = {"airflow.dag_id": "llm_pipeline", "airflow.run_id": "manual__before", "airflow.task_id": "pretrain"}
+    ray.jobs["b"] = Job("b", "true", body={"metadata": names})
+    report = {"done": 120, "total": 500, "unit": "step", "eta_seconds": 200, "at": time.time()}
+    key = f"runs/{run_folder('llm_pipeline', 'manual__before')}/pretrain/progress.json"
+    FileStore(tmp_path).write_bytes(key, json.dumps(report).encode())
+    plan_task(tmp_path, monkeypatch)
+    said = caplog.text
+    assert "Unless the pool `gpu` has another free slot, curate waits at `queued` until they end" in said
+    assert "pretrain of llm_pipeline, run manual__before: 120/500 steps (24 %), 3 min 20 s left" in said
+    assert "/dags/llm_pipeline/runs/manual__before" in said
+    caplog.clear()
+    plan_task(tmp_path, monkeypatch, dry_run=True)
+    assert "Other runs" not in caplog.text
+    ray.down = True
+    assert plan_task(tmp_path, monkeypatch)[0] is True
+    assert "Whether other runs hold the cluster is unknown" in caplog.text
 
 
 def test_a_plan_that_cannot_be_made_stops_a_dry_run_and_nothing_else(

@@ -61,6 +61,16 @@ def test_progress_reads_like_a_sentence():
     assert line == "sft 30/120 steps (25 %), 7800 tokens/s, 1 min 03 s left, loss 4.212"
 
 
+def test_a_report_that_is_read_late_says_so_and_promises_nothing():
+    """Such as those written while no triggerer ran, which all arrive at once."""
+    line, shown = {**PROGRESS, "eta_seconds": 63, "at": 1000.0}, []
+    assert readable_progress(line, now=1010.0) == "sft 30/120 steps (25 %), 7800 tokens/s, 1 min 03 s left"
+    assert readable_progress(line, now=1040.0) == "sft 30/120 steps (25 %), 7800 tokens/s, 23 s left, reported 40 s ago"
+    relay = LogRelay(shown.append, wall_clock=lambda: 1300.0)
+    relay.feed(f"ATHANOR_PROGRESS {json.dumps(line)}\n")
+    assert shown == ["sft 30/120 steps (25 %), 7800 tokens/s, reported 5 min 00 s ago"]
+
+
 def test_progress_without_a_total_does_not_divide_by_zero():
     assert readable_progress({"done": 5, "total": 0, "unit": "document"}) == "progress 5/0 documents"
 

@@ -162,6 +162,64 @@ def test_a_pending_job_is_stopped_when_no_room_was_found_in_time(ray: StandInRay
     assert ray.jobs["a"].status == "STOPPED"
 
 
+def metadata(task_id: str, run_id: str = "manual__other") -> dict[str, Any]:
+    names = {"airflow.dag_id": "llm_pipeline", "airflow.run_id": run_id, "airflow.task_id": task_id}
+    return {"metadata": names}
+
+
+def test_a_pending_job_s_log_names_the_jobs_that_hold_the_cluster(
+    ray: StandInRay, hook: RayJobHook, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("operators.ray.watch._CAPACITY_SECONDS", 0.0)
+    ray.jobs["a"] = Job("a", "true", status="PENDING", body=metadata("sft", "manual__ours"))
+    ray.jobs["b"] = Job("b", "true", body=metadata("pretrain\x1b[2J"))
+    ray.jobs["c"] = Job("c", "true", status="SUCCEEDED", body=metadata("curate"))
+    ray.jobs["d"] = Job("d", "python other.py", status="PENDING")
+    shown = Shown()
+    outcome = watch(hook, shown, settings=WatchSettings(0.05, capacity_seconds=0.3, asked_cpus=16))
+    others = (
+        "; on it are: pretrain\\u001b[2J of llm_pipeline, run manual__other; the Ray job d: waits for the cluster, too"
+    )
+    waits = [line for line in shown.info_lines if line.startswith("waiting for capacity: asked 16 CPU")]
+    assert waits
+    assert {line.partition(" in all")[2] for line in waits} == {others}
+    assert outcome.message.endswith(others)
+
+
+def test_after_the_job_s_own_word_that_its_workers_wait_the_others_are_named_once(ray: StandInRay, hook: RayJobHook):
+    ray.jobs["a"] = Job("a", "true", log="waiting for capacity: asked 4 CPU, cluster has 2, 0 free (1 worker)\n")
+    ray.jobs["b"] = Job("b", "true", body=metadata("pretrain"))
+    shown = Shown()
+    watch(hook, shown, settings=WatchSettings(0.05, stall_seconds=0.5))
+    said = [line for line in shown.info_lines if line.startswith("the job's workers wait for room")]
+    assert said == ["the job's workers wait for room; on it are: pretrain of llm_pipeline, run manual__other"]
+
+
+def test_silence_is_told_with_the_last_report_and_at_growing_intervals(
+    ray: StandInRay, hook: RayJobHook, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("operators.ray.watch._QUIET_SECONDS", 0.2)
+    progress = {"stage": "sft", "done": 30, "total": 120, "unit": "step", "eta_seconds": 5}
+    ray.jobs["a"] = Job("a", "true", log=f"ATHANOR_PROGRESS {json.dumps(progress)}\n")
+    shown = Shown()
+    watch(hook, shown, settings=WatchSettings(0.02, stall_seconds=2.0))
+    said = [line for line in shown.info_lines if line.startswith("nothing heard from the job for")]
+    assert 2 <= len(said) <= 4  # after 0.2, 0.4, 0.8 and 1.6 seconds
+    assert all(
+        line.endswith("; its last report was sft 30/120 steps (25 %); it is stopped after 2.0 s of silence")
+        for line in said
+    )
+
+
+def test_a_job_that_writes_is_not_called_silent(ray: StandInRay, hook: RayJobHook, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("operators.ray.watch._QUIET_SECONDS", 0.5)
+    ray.jobs["a"] = Job("a", "true")
+    writer, shown = write_log(ray, ray.jobs["a"], status="SUCCEEDED", delay=0.01), Shown()
+    watch(hook, shown)
+    writer.join()
+    assert not [line for line in shown.info_lines if line.startswith("nothing heard")]
+
+
 # ---- the hook
 
 
