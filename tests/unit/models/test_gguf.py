@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from stages.config.errors import ConfigError
 from stages.data.tokens.views import TokensArtifact
 from stages.models.build import load_causal_lm
-from stages.models.given import base_model_dir, gguf_file, snapshot_base_model
 from stages.models.gguf import convert_gguf
 from stages.models.gguf_header import read_header
+from stages.models.given import base_model_dir, gguf_file, snapshot_base_model
 from tests.gguf_files import SPECIAL, TEMPLATE, small_llama, small_tokenizer, write_gguf
 from tests.s3 import S3Server
 
