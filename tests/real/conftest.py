@@ -1,4 +1,4 @@
-"""One run of the pipeline on SmolLM2-135M-Instruct out of its GGUF file: a few steps a stage, made once for all tests."""
+"""One run of the pipeline on SmolLM2-135M-Instruct out of its GGUF file, a few steps a stage, made once for all."""
 
 import json
 from collections.abc import Iterator, Mapping
