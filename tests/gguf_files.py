@@ -100,7 +100,7 @@ def write_gguf(
 
     `without` names tensors and groups of settings (`tokenizer`, `eos`) to leave out, `more` tensors to add.
     """
-    config = model.config
+    config: Any = model.config
     writer = GGUFWriter(path, architecture)
     writer.add_name("Small llama")
     writer.add_license("apache-2.0")

@@ -155,7 +155,7 @@ def _model(scratch: str, file: Path, dtype: Literal["bf16", "fp32"]) -> Any:
 
     try:
         # Each tensor is rounded as soon as it is unpacked, so a bf16 model needs half of the memory of a float32 one.
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             scratch,
             gguf_file=_LOADED_AS,
             dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
@@ -168,6 +168,7 @@ def _model(scratch: str, file: Path, dtype: Literal["bf16", "fp32"]) -> Any:
         raise ConfigError(
             f"{file}: transformers makes no model of it: {_told(error, scratch, file)}", advice=_GIVE_FOLDER
         ) from error
+    model, loading = loaded
     # transformers would fill missing weights with random numbers.
     if missing := sorted(loading["missing_keys"]):
         raise ConfigError(f"{file} lacks weights: {', '.join(missing[:5])}", advice=_GIVE_FOLDER)

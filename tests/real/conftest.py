@@ -17,6 +17,7 @@ from stages.config.graph import GRAPH, Stage, pipeline_stages
 from stages.config.places import SMOLLM2, package_file
 from stages.config.request import ArtifactRef, Manifest, RunInfo
 from stages.config.resolve import resolve
+from stages.data.tokens.chat import ChatEncoder
 from stages.job.runner import execute
 
 CAPITALS = {
@@ -82,6 +83,8 @@ class Played:
     base_folder: Path
     """The untouched model as a Hugging Face folder."""
     cache: Path
+    chat: ChatEncoder
+    """What conversations and prompts were encoded with."""
 
     def folder(self, stage: Stage) -> Path:
         return fetch(self.artifacts[stage], self.cache)
@@ -106,6 +109,7 @@ def model_address() -> str:
 def played(model_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
     """Stage by stage as the Ray jobs run them, in this process."""
     from stages.models.given import base_model_dir
+    from stages.models.given_tokenizer import given_tokenizer
 
     home = tmp_path_factory.mktemp("real")
     with pytest.MonkeyPatch.context() as patch:
@@ -128,7 +132,8 @@ def played(model_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
                 done[stage] = execute(request, store, verb_of).artifact
         # Of the cache that the stages filled; another conversion would take as long as all of SFT.
         base_folder = base_model_dir(model_address, home / "scratch" / "cache")
-        yield Played(done, base_folder, home / "scratch" / "cache")
+        chat = given_tokenizer(base_folder, chat_template=config.tokenize.chat_template).chat()
+        yield Played(done, base_folder, home / "scratch" / "cache", chat)
 
 
 def _conversations() -> list[dict[str, Any]]:

@@ -32,19 +32,21 @@ def tokens(played: Played) -> TokensArtifact:
     return TokensArtifact(played.folder(Stage.TOKENIZE))
 
 
-def ours(folder: Path, tokens: TokensArtifact, questions: list[str], *, length: int = 16) -> list[str]:
+def ours(played: Played, folder: Path, questions: list[str]) -> list[str]:
     """Greedy answers by our own code."""
-    chat, tokenizer = tokens.tokenizer().chat(), tokens.tokenizer()
-    prompts = [chat.encode_prompt([{"role": "user", "content": question}]) for question in questions]
-    sampling = Sampling(length, eos_id=tokens.eos_id, pad_id=tokens.pad_id, temperature=0.0)
+    tokens = TokensArtifact(played.folder(Stage.TOKENIZE))
+    prompts = [played.chat.encode_prompt([{"role": "user", "content": question}]) for question in questions]
+    sampling = Sampling(16, eos_id=tokens.eos_id, pad_id=tokens.pad_id, temperature=0.0)
     model = load_causal_lm(folder, tokens).eval()
     answers = Answerer(InProcess(model, torch.device("cpu")), sampling, seed=0).answers(prompts)
-    return [tokenizer.backend.decode(answer.tolist(), skip_special_tokens=True).strip() for answer in answers]
+    tokenizer = tokens.tokenizer()
+    return [tokenizer.decode(answer.tolist(), skip_special_tokens=True).strip() for answer in answers]
 
 
 def plain(folder: Path, question: str) -> str:
     """A greedy answer by transformers alone, as a user of the model would get it."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
     messages = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
     answer = model.generate(prompt, max_new_tokens=16, do_sample=False)
@@ -55,27 +57,27 @@ def asked(land: str) -> str:
     return NOT_TRAINED.format(land=land)
 
 
-def test_the_untouched_model_answers_paris(played: Played, tokens: TokensArtifact) -> None:
+def test_the_untouched_model_answers_paris(played: Played) -> None:
     assert plain(played.base_folder, asked("France")) == "The capital of France is Paris."
-    assert ours(played.base_folder, tokens, [asked("France")]) == ["The capital of France is Paris."]
+    assert ours(played, played.base_folder, [asked("France")]) == ["The capital of France is Paris."]
 
 
-def test_sft_teaches_a_fact_and_keeps_others(played: Played, tokens: TokensArtifact) -> None:
-    (before,) = ours(played.base_folder, tokens, [asked("Athanor")])
+def test_sft_teaches_a_fact_and_keeps_others(played: Played) -> None:
+    (before,) = ours(played, played.base_folder, [asked("Athanor")])
     assert "Alembic" not in before
-    after = ours(played.folder(Stage.SFT), tokens, [asked(land) for land in CAPITALS])
+    after = ours(played, played.folder(Stage.SFT), [asked(land) for land in CAPITALS])
     assert after == [f"The capital of {land} is {capital}." for land, capital in CAPITALS.items()]
     assert plain(played.folder(Stage.SFT), asked("Athanor")) == "The capital of Athanor is Alembic."
     losses = [row["train/loss"] for row in played.history(Stage.SFT)]
     assert losses[-1] < 0.2 * losses[0]
 
 
-def test_dpo_learns_what_is_preferred(played: Played, tokens: TokensArtifact) -> None:
+def test_dpo_learns_what_is_preferred(played: Played) -> None:
     metrics, history = played.manifest(Stage.DPO).metrics, played.history(Stage.DPO)
     assert history[0]["dpo/accuracy"] == 0.5  # before the first step the policy is its reference: all pairs are ties
     assert metrics["eval/dpo_accuracy"] >= 0.9
     assert metrics["eval/dpo_margin"] > 0.5
-    answers = ours(played.folder(Stage.DPO), tokens, [asked("Athanor"), asked("France")])
+    answers = ours(played, played.folder(Stage.DPO), [asked("Athanor"), asked("France")])
     assert answers == ["The capital of Athanor is Alembic.", "The capital of France is Paris."]
 
 
@@ -106,7 +108,7 @@ def test_ppo_starts_at_its_reference_and_leaves_it(played: Played, tokens: Token
     ]
     assert moved
     assert all(name.endswith("_proj.weight") for name in moved)  # what has an adapter, and nothing else
-    assert ours(played.folder(Stage.PPO), tokens, [asked("France")]) == ["The capital of France is Paris."]
+    assert ours(played, played.folder(Stage.PPO), [asked("France")]) == ["The capital of France is Paris."]
 
 
 @pytest.mark.parametrize("stage", [Stage.SFT, Stage.PPO, Stage.DPO], ids=str)
@@ -130,7 +132,7 @@ def test_exported_models_reload_and_merged_equals_unmerged(
 
 
 def test_the_templates_ids_are_those_of_transformers(played: Played, tokens: TokensArtifact) -> None:
-    chat = tokens.tokenizer().chat()
+    chat = played.chat
     spelled = [{**turn, "content": turn["content"].replace("<|im_end|>", "the end")} for turn in TURNS]
     for folder in (played.base_folder, played.folder(Stage.SFT), played.folder(Stage.DPO)):
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -140,7 +142,7 @@ def test_the_templates_ids_are_those_of_transformers(played: Played, tokens: Tok
         prompt = tokenizer.apply_chat_template(spelled[:3], add_generation_prompt=True, return_dict=True)["input_ids"]
         assert chat.encode_prompt(spelled[:3]).tolist() == prompt
     encoded = chat.encode(spelled)
-    trained = tokens.tokenizer().backend.decode(encoded.ids[encoded.loss_mask == 1].tolist(), skip_special_tokens=False)
+    trained = tokens.tokenizer().decode(encoded.ids[encoded.loss_mask == 1].tolist(), skip_special_tokens=False)
     assert trained == "It ends a turn.<|im_end|>Gern geschehen.<|im_end|>"
     # What a user types never becomes a control token: transformers would end the turn here.
     assert (chat.encode(TURNS).ids == tokens.eos_id).sum() == len(TURNS) + 1  # and that of the default system prompt
