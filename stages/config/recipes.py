@@ -114,7 +114,7 @@ def smollm(*, seed: int = 0) -> PipelineConfig:
             include_stdlib=True,
             max_bytes=2_000_000,
             max_instructions=600,
-            max_preferences=320,
+            max_preferences=256,
             max_heldout_pairs=200,
             # The words of a summary in disorder are a mistake that this model does not make; the others teach more.
             preference_mix=(0.3, 0.3, 0.3, 0.1),
@@ -165,12 +165,12 @@ def smollm(*, seed: int = 0) -> PipelineConfig:
             seed=seed,
         ),
         evaluate=EvaluateConfig(
-            max_documents_tokens=6_000,
-            max_instructions=64,
-            max_preferences=64,
-            max_prompts=32,
+            max_documents_tokens=4_096,
+            max_instructions=48,
+            max_preferences=48,
+            max_prompts=24,
             num_samples=8,
-            max_response_length=48,
+            max_response_length=40,
         ),
         execution=Executions(
             curate=ExecutionConfig(cpus_per_worker=2),
