@@ -130,10 +130,12 @@ def played(model_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
             if stage in config.selected and (stage in STAGES or GRAPH[stage].kind == "given-model"):
                 request = build_request(stage, run=run, store=store, config=config, upstream=done)
                 done[stage] = execute(request, store, verb_of).artifact
-        # Of the cache that the stages filled; another conversion would take as long as all of SFT.
-        base_folder = base_model_dir(model_address, home / "scratch" / "cache")
+        # From the cache that the stages filled: another conversion would take as long as all of SFT.
+        cache = home / "scratch" / "cache"
+        converted = next((ref for ref in done.values() if ref.kind == "given-model"), None)
+        base_folder = fetch(converted, cache) if converted else base_model_dir(model_address, cache)
         chat = given_tokenizer(base_folder, chat_template=config.tokenize.chat_template).chat()
-        yield Played(done, base_folder, home / "scratch" / "cache", chat)
+        yield Played(done, base_folder, cache, chat)
 
 
 def _conversations() -> list[dict[str, Any]]:
