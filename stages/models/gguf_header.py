@@ -164,7 +164,13 @@ def _parsed(reader: _Reader, path: Path) -> GgufHeader:
 
 
 def _check_data(header: GgufHeader, path: Path, *, file_size: int) -> None:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    try:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    except ImportError as error:
+        raise ConfigError(
+            f"{path}: GGUF files need the Python package gguf, which is not installed where Ray's processes run",
+            advice="Install it there; it is part of the extra `train`.",
+        ) from error
 
     for tensor in header.tensors:
         try:
