@@ -3,7 +3,7 @@
 # and shells would read spaces, quotes and $ in them. So no rule has a file as target or prerequisite outside the checkout.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: export setup-peers setup-browser doctor gc backup restore audit sbom compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-stores test-exact test-chaos test-live test-browser bench test-compose check format reference lock screenshots clean
+.PHONY: export setup-peers setup-browser doctor gc backup restore audit sbom compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-stores test-exact test-chaos test-live test-real test-browser bench test-compose check format reference lock screenshots clean
 
 ifeq ($(value ATHANOR_HOME),)
 export ATHANOR_VENV := $(CURDIR)/.venv
@@ -102,8 +102,8 @@ export: setup ## export a model: make export MODEL=models:/athanor-aligned@champ
 	$(PYTHON) -m stages.export "$${MODEL:?name a model: make export MODEL=models:/athanor-aligned@champion TO=/folder}" \
 	  $${TO:+--to "$$TO"} $(EXPORT)
 
-test: setup ## all tests except test-exact, test-chaos, test-live and test-compose
-	$(PYTHON) -m pytest $(PYTEST_PARALLEL) -m 'not exact and not chaos and not live and not compose' $(TESTS)
+test: setup ## all tests except test-exact, test-chaos, test-live, test-real and test-compose
+	$(PYTHON) -m pytest $(PYTEST_PARALLEL) -m 'not exact and not chaos and not live and not real and not compose' $(TESTS)
 
 test-stores: setup ## test the artifact store on a folder, on Ceph (if installed) and on Swift; 3 minutes
 	$(PYTHON) -m pytest $(STORE_TESTS)
@@ -116,6 +116,10 @@ test-chaos: setup ## kill parts of a real Airflow and a real Ray: the rows of do
 
 test-live: setup setup-browser ## test a whole live stack: people, retraining, browser, an installed wheel; many minutes
 	$(PYTHON) -m pytest -m live tests/browser tests/integration
+
+test-real: setup ## train SmolLM2-135M-Instruct for a few steps by SFT, DPO and PPO, look at what it learned; 5 minutes
+	@$(PYTHON) -m infra.real_model || true # without the model its tests are skipped, and say so
+	$(PYTHON) -m pytest -m real tests/real
 
 test-browser: setup setup-browser ## of test-live, the user interfaces in headless Chromium (needs chromium)
 	$(PYTHON) -m pytest -m browser tests/browser

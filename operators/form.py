@@ -103,11 +103,13 @@ def _main_settings(config: PipelineConfig) -> dict[str, str]:
     model, curate = config.pretrain.model, config.curate
     limit = f", at most {compact(curate.max_bytes)}B" if curate.max_bytes else ""
     size = model_size(config.pretrain, config.tokenize.vocab_size)
+    made = f"{size} parameters: {model.num_layers} layers of {model.hidden_size}"
+    vocabulary = "the model's vocabulary" if config.base_model else f"{config.tokenize.vocab_size} in the vocabulary"
     return {
-        "model": f"{size} parameters: {model.num_layers} layers of {model.hidden_size}",
+        "model": plain(config.base_model) or made,
         "documents": f"{', '.join(curate.documents)}{limit}, filtered as {curate.profile}",
         "pairs": f"{curate.max_instructions} instructions, {curate.max_preferences} preferences at most",
-        "tokens": f"{config.tokenize.vocab_size} in the vocabulary, {config.tokenize.sequence_length} of context",
+        "tokens": f"{vocabulary}, {config.tokenize.sequence_length} of context",
         **{spec.stage.value: _summary(config, spec.stage) for spec in trained_stages()},
         "workers": _workers(config.execution.pretrain),
     }

