@@ -94,7 +94,7 @@ def test_a_run_without_alignment_skips_what_it_does_not_need_and_its_repetition_
     )
     expected = {
         **dict.fromkeys(done, "success"),
-        **dict.fromkeys(skipped | {"approve", "promote", "report"}, "skipped"),
+        **dict.fromkeys(skipped | {"approve", "convert", "promote", "report"}, "skipped"),
     }
     assert (first.state, first.states) == ("success", expected)
     assert jobs_of(first) == 5

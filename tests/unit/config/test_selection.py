@@ -171,6 +171,9 @@ def test_given_models_reach_the_stages_that_read_them() -> None:
     assert smaller.stage_inputs(Stage.REWARD) == {"tokens": Stage.TOKENIZE}
     assert smaller.stage_inputs(Stage.PPO) == {"tokens": Stage.TOKENIZE, "model": Stage.SFT, "reward": Stage.REWARD}
     assert [source.uri for source in smaller.stage_sources(Stage.REWARD)] == ["/models/small"]
+    # Of two that could stand for one input, the one that was named for it counts.
+    alone = config(**GIVEN, **PAIRS, reward_base="/models/small", first_stage="reward", last_stage="reward")
+    assert alone.given_roles(Stage.REWARD) == ("reward_base",)
 
 
 def test_what_is_converted_is_read_as_an_artifact_of_the_run() -> None:
