@@ -16,10 +16,10 @@ from stages.config.forms import EvaluationParams
 from stages.config.graph import BASE_MODEL, GRAPH, Stage, spec_of_kind, trained_stages
 from stages.config.mlflow import tracking_server
 from stages.config.pipeline import PipelineConfig
+from stages.config.places import is_gguf
 from stages.config.records import parse_object
 from stages.config.request import ArtifactRef
 from stages.config.resolve import resolve, validated
-from stages.config.selection import GGUF
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def evaluation_config(params: EvaluationParams) -> PipelineConfig:
 
     An aligned model comes with the model that it was made from, the reference of its win rate and its KL.
     """
-    if params.model.lower().endswith(GGUF):
+    if is_gguf(params.model):
         raise ConfigError(
             f"model={params.model!r} is a GGUF file, which a run must convert first",
             advice="Use llm_pipeline with it as base_model and first_stage=evaluate.",

@@ -14,9 +14,8 @@ from stages.config.graph import BASE_MODEL, GRAPH, REWARD_MODEL, Stage, kinds_of
 from stages.config.mlflow import tracking_server
 from stages.config.names import parse_model_address
 from stages.config.pipeline import PREVIOUS, PipelineConfig
-from stages.config.places import check_source
+from stages.config.places import check_source, is_gguf
 from stages.config.request import ArtifactRef, Manifest
-from stages.config.selection import GGUF
 
 _CURATED, _TOKENS = GRAPH[Stage.CURATE].kind, GRAPH[Stage.TOKENIZE].kind
 
@@ -51,7 +50,7 @@ def _check_kind(role: str, address: str, kind: str) -> None:
 
 def is_ours(address: str) -> bool:
     """Whether an address names an artifact of an Athanor store; a file in one is none."""
-    if address.lower().endswith(GGUF):
+    if is_gguf(address):
         return False
     return address.startswith("models:/") or (address.startswith(("file://", "s3://")) and "/artifacts/" in address)
 

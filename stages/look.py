@@ -37,7 +37,6 @@ from stages.job.stopping import raise_stopped
 
 logger = logging.getLogger("athanor")
 
-_GGUF = ".gguf"
 _SCORERS = (REWARD_MODEL, REWARD_BASE)
 """Given models that read what the policy writes."""
 
@@ -119,12 +118,12 @@ def _looked_at(
     model: GivenModel, config: PipelineConfig, scratch: Path, policy: _Text | None
 ) -> tuple[_Text | None, ModelFacts]:
     """What a model tokenizes with, and the facts; `policy` is what the run's policy tokenizes with, where known."""
-    if model.uri.endswith(_GGUF):
-        # The stage `convert` reads it; its header could be read here.
-        return None, ModelFacts(role=model.role, uri=model.uri, notes=("a GGUF file, which `convert` reads",))
     from stages.models.outline import outlined
 
     with outlined(model, scratch) as outline:
+        if outline is None:
+            note = "a GGUF file elsewhere, which `convert` fetches and looks at"
+            return None, ModelFacts(role=model.role, uri=model.uri, notes=(note,))
         looker = _Looker(model, config, outline, policy)
         return looker.text, looker.facts()
 
@@ -197,7 +196,7 @@ class _Looker:
 
         if self._model.role == REWARD_MODEL:
             check_one_score(self._folder, role=REWARD_MODEL)
-        if policy is None:  # a GGUF file's, or that of a run that trains its own
+        if policy is None:  # of a GGUF file elsewhere, or that of a run that trains its own
             self._notes.append("whether it has the policy's tokenizer is left to the stage that reads both")
             return self._text()
         check_same_tokenizer(self._folder, policy.backend, role=self._model.role)

@@ -16,7 +16,8 @@ from stages.config.graph import (
     pipeline_stages,
 )
 from stages.config.names import Lines, ModelAddress, RunName
-from stages.config.selection import GGUF, Way, contradiction, selected_stages, skipped_stages
+from stages.config.places import is_gguf
+from stages.config.selection import Way, contradiction, selected_stages, skipped_stages
 
 PipelineStage = Annotated[
     Stage,
@@ -96,7 +97,7 @@ class RunOutline(Config):
     @property
     def converts(self) -> bool:
         """Whether the base model is a GGUF file, which a stage of its own turns into a Hugging Face model."""
-        return self.base_model.lower().endswith(GGUF)
+        return is_gguf(self.base_model)
 
     def way_until(self, last_stage: Stage) -> Way:
         """Where the run enters and ends, if it ended with `last_stage`."""
@@ -146,7 +147,7 @@ class PipelineParams(RunOutline):
     @model_validator(mode="after")
     def _all_goes_together(self) -> "PipelineParams":
         for role, address in self.given_models.items():
-            if role != BASE_MODEL and address.lower().endswith(GGUF):
+            if role != BASE_MODEL and is_gguf(address):
                 raise ValueError(
                     f"{role}={address!r} is a GGUF file, which only base_model may be; give a Hugging Face folder or "
                     "an artifact"

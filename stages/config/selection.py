@@ -21,8 +21,6 @@ from stages.config.graph import (
     stage_providing,
 )
 
-GGUF = ".gguf"
-
 
 @dataclass(frozen=True)
 class Way:

@@ -59,6 +59,28 @@ def convert_gguf(file: Path, folder: Path, *, dtype: Literal["bf16", "fp32"] = "
     return {**facts_of(header), "sha256": hash_file(file), "dtype": dtype}
 
 
+def outline_gguf(file: Path, folder: Path) -> None:
+    """Write what `convert_gguf` writes, without the weights; raises ConfigError for what it refuses by the header."""
+    from transformers import AutoConfig
+
+    header = read_header(file)
+    _check_readable(header, file)
+    with tempfile.TemporaryDirectory(prefix="athanor-gguf-") as scratch:
+        (Path(scratch) / _LOADED_AS).symlink_to(file.resolve())
+        tokenizer = _tokenizer(scratch, header, file)
+        try:
+            config = AutoConfig.from_pretrained(scratch, gguf_file=_LOADED_AS, trust_remote_code=False)
+        except BaseException as error:
+            if not is_malformed(error):
+                raise
+            raise ConfigError(
+                f"{file}: transformers makes no configuration of it: {_told(error, scratch, file)}", advice=_GIVE_FOLDER
+            ) from error
+    _set_positions(config, header, file)
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def facts_of(header: GgufHeader) -> dict[str, Any]:
     """What a header says about the model's origin, for the ledger; None where it says nothing."""
     general = {

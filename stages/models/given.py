@@ -68,7 +68,7 @@ def gguf_file(uri: str, cache_dir: Path, *, revision: str | None = None) -> Path
     uri = _resolved(uri)
     if uri.startswith("s3://"):
         return _downloaded(uri, cache_dir)
-    if (file := _local_gguf(uri)) is not None:
+    if (file := local_gguf(uri)) is not None:
         return file
     repository, name = _on_hub(uri)
     from huggingface_hub import hf_hub_download
@@ -79,14 +79,14 @@ def gguf_file(uri: str, cache_dir: Path, *, revision: str | None = None) -> Path
 def _digest_of_file(uri: str) -> str:
     if uri.startswith("s3://"):
         return hashlib.sha256(f"{uri.rpartition('/')[2]} {_etag(uri)}".encode()).hexdigest()
-    if (file := _local_gguf(uri)) is not None:
+    if (file := local_gguf(uri)) is not None:
         read_header(file)  # a file that is damaged is refused before anything is made for it
         return hash_file(file)
     repository, name = _on_hub(uri)
     return _hub_revision(repository, uri, file=name)
 
 
-def _local_gguf(uri: str) -> Path | None:
+def local_gguf(uri: str) -> Path | None:
     """The file of an installed package, or of this machine; None when the address can only be one of the hub."""
     if uri.startswith(PACKAGE):
         return package_file(uri, field="base_model")

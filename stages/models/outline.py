@@ -17,10 +17,10 @@ from stages.artifacts.addresses import split_artifact_uri
 from stages.artifacts.manifests import read_file, read_manifest
 from stages.config.errors import StageError
 from stages.config.look import GivenModel
-from stages.config.places import local_path
+from stages.config.places import check_source, is_gguf, local_path
 from stages.config.request import ArtifactRef
 from stages.models.folder import COVERED
-from stages.models.given import snapshot_base_model
+from stages.models.given import local_gguf, snapshot_base_model
 
 _SMALL = tuple(pattern for pattern in (*COVERED, "*.py") if pattern != "*.safetensors")
 
@@ -37,28 +37,30 @@ class Outline:
 
 
 @contextmanager
-def outlined(model: GivenModel, scratch: Path) -> Iterator[Outline]:
-    """Yield the outline of a given model; raises ConfigError when it is not there."""
+def outlined(model: GivenModel, scratch: Path) -> Iterator[Outline | None]:
+    """Yield the outline of a given model, None for a GGUF file elsewhere, which is fetched whole or not at all.
+
+    Raises ConfigError when the model is not there.
+    """
     copy = scratch / hashlib.sha256(model.uri.encode()).hexdigest()[:12]
-    if model.artifact is None and (folder := local_path(model.uri, field=model.role)).is_dir():
-        snapshot_of_place(model.uri)
+    if (
+        model.artifact is None
+        and not is_gguf(model.uri)
+        and (folder := local_path(model.uri, field=model.role)).is_dir()
+    ):
+        check_source(model.uri, field="base_model")
         yield Outline(folder)
         return
     try:
         if model.artifact is not None:
             yield _of_artifact(model.artifact, copy)
+        elif is_gguf(model.uri):
+            yield _of_gguf(model.uri, copy)
         else:
             yield _of_hub(model.uri, copy)
     except StageError as error:
         said = error.message.replace(str(copy), model.uri)
         raise type(error)(said, advice=error.advice.replace(str(copy), model.uri)) from error
-
-
-def snapshot_of_place(uri: str) -> None:
-    """Raise ConfigError for a place that is closed to sources, by this process's environment."""
-    from stages.config.places import check_source
-
-    check_source(uri, field="base_model")
 
 
 def _of_artifact(ref: ArtifactRef, copy: Path) -> Outline:
@@ -78,6 +80,19 @@ def _of_artifact(ref: ArtifactRef, copy: Path) -> Outline:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(read_file(ref, entry.path))
     return Outline(copy, has_headers=has_headers)
+
+
+def _of_gguf(uri: str, copy: Path) -> Outline | None:
+    check_source(uri, field="base_model")
+    file = None if uri.startswith("s3://") else local_gguf(uri)
+    if file is None:
+        return None
+    from stages.models.gguf import outline_gguf
+    from stages.models.hollow import write_hollow_file
+
+    outline_gguf(file, copy)
+    write_hollow_file(copy / "model.safetensors", {})
+    return Outline(copy, has_headers=False)
 
 
 def _of_hub(uri: str, copy: Path) -> Outline:
