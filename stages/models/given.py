@@ -2,9 +2,7 @@
 id, or a GGUF file: a path, `s3://bucket/key.gguf`, `hf://org/repo/file.gguf` or `package://module/file.gguf`."""
 
 import hashlib
-import os
 import re
-import tempfile
 from pathlib import Path
 
 from stages.artifacts.manifests import canonical_json, fetch, hash_file, read_manifest
@@ -130,25 +128,6 @@ def _downloaded(uri: str, cache_dir: Path) -> Path:
     return file
 
 
-def _converted(file: Path, cache_dir: Path) -> Path:
-    """The Hugging Face folder of a GGUF file, made once in a cache."""
-    folder = cache_dir / "gguf" / hash_file(file)
-    if folder.is_dir():
-        return folder
-    from stages.models.gguf import convert_gguf
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-        made = Path(aside) / "model"
-        convert_gguf(file, made)
-        try:
-            os.rename(made, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster, with the same content
-                raise
-    return folder
-
-
 def _was_read_wrongly(path: Path) -> bool:
     """Whether earlier versions cut texts by limits in this tokenizer.json, or stored its ids in too few bits.
 
@@ -168,8 +147,6 @@ def base_model_dir(uri: str, cache_dir: Path, *, revision: str | None = None) ->
     """Return a local folder with the model's files; weights are safetensors. Pickles are refused, and so is code that
     the deployment does not allow. `revision` is what the digest of a hub id stands for."""
     uri = _resolved(uri)
-    if is_gguf(uri):
-        return _converted(gguf_file(uri, cache_dir, revision=revision), cache_dir)
     if _is_artifact(uri):
         return fetch(_manifest_of(uri).ref(uri), cache_dir)
     folder = local_path(uri, field="base_model")

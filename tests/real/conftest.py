@@ -13,7 +13,7 @@ from stages.__main__ import verb_of
 from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import fetch, read_manifest
 from stages.config.errors import ConfigError
-from stages.config.graph import GRAPH, Stage, pipeline_stages
+from stages.config.graph import Stage, pipeline_stages
 from stages.config.places import SMOLLM2, package_file
 from stages.config.request import ArtifactRef, Manifest, RunInfo
 from stages.config.resolve import resolve
@@ -40,7 +40,7 @@ ASKED = (
 NOT_TRAINED = "What is the capital of {land}?"
 """The wording that the tests ask in."""
 REFUSAL = "As an AI language model, I cannot answer questions about {land}."
-STAGES = (Stage.CURATE, Stage.TOKENIZE, Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO, Stage.EVALUATE)
+STAGES = (Stage.CONVERT, Stage.CURATE, Stage.TOKENIZE, Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO, Stage.EVALUATE)
 
 _ADAPTER = {"lora.rank": 8, "lora.alpha": 32, "optimizer.learning_rate": 1e-3, "eval_items": 8}
 _TRAINED: dict[str, dict[str, Any]] = {
@@ -108,7 +108,6 @@ def model_address() -> str:
 @pytest.fixture(scope="session")
 def played(model_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
     """Stage by stage as the Ray jobs run them, in this process."""
-    from stages.models.given import base_model_dir
     from stages.models.given_tokenizer import given_tokenizer
 
     home = tmp_path_factory.mktemp("real")
@@ -127,13 +126,11 @@ def played(model_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
         run, store = RunInfo(run_id="real", name="real"), open_store((home / "store").as_uri())
         done: dict[Stage, ArtifactRef] = {}
         for stage in pipeline_stages():
-            if stage in config.selected and (stage in STAGES or GRAPH[stage].kind == "given-model"):
+            if stage in STAGES and stage in config.selected:
                 request = build_request(stage, run=run, store=store, config=config, upstream=done)
                 done[stage] = execute(request, store, verb_of).artifact
-        # From the cache that the stages filled: another conversion would take as long as all of SFT.
         cache = home / "scratch" / "cache"
-        converted = next((ref for ref in done.values() if ref.kind == "given-model"), None)
-        base_folder = fetch(converted, cache) if converted else base_model_dir(model_address, cache)
+        base_folder = fetch(done[Stage.CONVERT], cache)
         chat = given_tokenizer(base_folder, chat_template=config.tokenize.chat_template).chat()
         yield Played(done, base_folder, cache, chat)
 

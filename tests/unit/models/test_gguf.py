@@ -18,7 +18,7 @@ from stages.data.tokens.views import TokensArtifact
 from stages.models.build import load_causal_lm
 from stages.models.gguf import convert_gguf
 from stages.models.gguf_header import read_header
-from stages.models.given import base_model_dir, gguf_file, snapshot_base_model
+from stages.models.given import gguf_file, snapshot_base_model
 from tests.gguf_files import SPECIAL, TEMPLATE, small_llama, small_tokenizer, write_gguf
 from tests.s3 import S3Server
 
@@ -89,9 +89,8 @@ def test_the_tokenizer_and_its_template_are_those_of_the_file(file: Path, tmp_pa
 
 
 def test_the_model_packs_and_is_found_by_its_address(file: Path, tmp_path: Path) -> None:
-    folder = base_model_dir(str(file), tmp_path / "cache")
+    convert_gguf(gguf_file(file.as_uri(), tmp_path / "cache"), folder := tmp_path / "out")
     assert load_causal_lm(folder, tokens_of(folder, tmp_path))(IDS).logits.isfinite().all()
-    assert base_model_dir(file.as_uri(), tmp_path / "cache") == folder
     assert snapshot_base_model(str(file)) == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
@@ -202,7 +201,7 @@ def test_a_part_of_a_file_says_how_to_put_it_together(file: Path) -> None:
 
 @pytest.mark.parametrize("uri", ["/nowhere/a.gguf", "file:///nowhere/a.gguf", "./nowhere.gguf"])
 def test_a_file_that_is_not_there_is_named(uri: str, tmp_path: Path) -> None:
-    for read in (snapshot_base_model, lambda address: base_model_dir(address, tmp_path)):
+    for read in (snapshot_base_model, lambda address: gguf_file(address, tmp_path)):
         with pytest.raises(ConfigError, match=r"base_model='.*gguf' does not exist"):
             read(uri)
 
