@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import ones
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from operators.plan import make_plan
 from operators.plan_page import as_markdown, as_table
@@ -28,6 +28,7 @@ from stages.config.resolve import resolve
 from stages.config.tokens import TokenizeConfig
 from stages.data.tokens.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from stages.look import look_at, main
+from tests.gguf_files import small_llama, write_gguf
 from tests.places import REPOSITORY
 from tests.unit.models.test_given import save
 
@@ -191,7 +192,7 @@ class _Hub:
         self.folder, self.fetched = folder, list[str]()
 
     def model_info(self, repo: str) -> Any:
-        return type("Info", (), {"sha": "c0ffee"})
+        return type("Info", (), {"sha": "c0ffee", "siblings": []})
 
     def list_repo_files(self, repo: str, *, revision: str) -> list[str]:
         assert revision == "c0ffee"
@@ -276,6 +277,65 @@ def test_a_reevaluation_looks_at_its_model_with_its_tokens(folder: Path, store: 
     assert [model.role for model in given_models(config)] == ["sft"]
     with pytest.raises(ConfigError, match="sequence_length=4096 but the model has only 2048 positions"):
         look_at(request_for(config))
+
+
+def scorer(folder: Path, tokenizer: Tokenizer, *, outputs: int = 1) -> Path:
+    """A reward model as a user would bring it: with fewer and narrower layers than the policy."""
+    save(folder, tokenizer, template=CHAT_TEMPLATE)
+    config = LlamaConfig(vocab_size=300, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    config.num_labels = outputs
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_given_reward_model_is_looked_at_beside_the_policy(
+    folder: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    given = {"alignment": "ppo", "reward_model": str(scorer(tmp_path / "scorer", tokenizer))}
+    policy, reward = look_at(request_for(config_of(folder, **given))).models
+    assert (reward.role, reward.architecture) == ("reward_model", "LlamaForSequenceClassification")
+    assert set(policy.memory_bytes) == {"sft", "ppo"}
+    assert set(reward.memory_bytes) == {"ppo"}, "its critic starts as this model"
+    assert reward.parameters is not None
+    assert policy.parameters is not None
+    assert reward.parameters < policy.parameters
+
+
+@pytest.mark.parametrize("role", ["reward_model", "reward_base"])
+def test_a_scorer_with_another_tokenizer_is_refused_before_anything_is_spent(
+    role: str, folder: Path, tmp_path: Path
+) -> None:
+    config = TokenizeConfig(vocab_size=300, sequence_length=64)
+    other = train_tokenizer(iter(["another language, other pieces " * 9]), config).backend
+    given = {"alignment": "ppo", role: str(scorer(tmp_path / "scorer", other))}
+    with pytest.raises(ConfigError, match=rf"{role}: the tokenizer in .* is not that of the policy"):
+        look_at(request_for(config_of(folder, **given)))
+
+
+def test_a_model_of_two_outputs_and_one_of_text_are_no_reward_models(
+    folder: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    two = scorer(tmp_path / "two", tokenizer, outputs=2)
+    for wrong, message in ((two, "has 2 outputs"), (folder, "which gives no scores")):
+        with pytest.raises(ConfigError, match=message):
+            look_at(request_for(config_of(folder, alignment="ppo", reward_model=str(wrong))))
+
+
+def test_what_a_reward_model_is_trained_from_may_be_smaller(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    smaller = scorer(tmp_path / "smaller", tokenizer)
+    policy, base = look_at(request_for(config_of(folder, alignment="ppo", reward_base=str(smaller)))).models
+    assert set(policy.memory_bytes) == {"sft", "ppo"}
+    assert (base.role, set(base.memory_bytes)) == ("reward_base", {"reward"})
+
+
+def test_the_header_of_a_gguf_file_is_looked_at_with_its_template(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "small.gguf", small_llama())
+    (facts,) = look_at(request_for(config_of(file))).models
+    assert (facts.architecture, facts.vocab_size, facts.context) == ("LlamaForCausalLM", 320, 256)
+    assert "inferred" in facts.template
+    odd = write_gguf(tmp_path / "odd.gguf", small_llama(), architecture="unheard")
+    with pytest.raises(ConfigError, match="transformers cannot read architecture 'unheard'"):
+        look_at(request_for(config_of(odd)))
 
 
 def test_a_wrong_command_line_is_told() -> None:
