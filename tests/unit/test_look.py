@@ -306,7 +306,7 @@ def test_a_scorer_with_another_tokenizer_is_refused_before_anything_is_spent(
     role: str, folder: Path, tmp_path: Path
 ) -> None:
     config = TokenizeConfig(vocab_size=300, sequence_length=64)
-    other = train_tokenizer(iter(["another language, other pieces " * 9]), config).backend
+    other = train_tokenizer(iter([(REPOSITORY / "README.md").read_text()]), config).backend
     given = {"alignment": "ppo", role: str(scorer(tmp_path / "scorer", other))}
     with pytest.raises(ConfigError, match=rf"{role}: the tokenizer in .* is not that of the policy"):
         look_at(request_for(config_of(folder, **given)))
