@@ -94,7 +94,7 @@ def test_a_template_without_markers_is_refused(tokenizer: Tokenizer) -> None:
     unmarked = encoder(tokenizer, CHATML)
     with pytest.raises(ConfigError, match="generation") as caught:
         unmarked.encode(turns("what?", "it sorts"))
-    assert "tokenize.chat_template='infer'" in caught.value.advice
+    assert "tokenize.chat_template='auto'" in caught.value.advice
 
 
 # The wire formats of well-known families, written from their descriptions. None of them marks the assistant's text.
