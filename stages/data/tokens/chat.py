@@ -161,6 +161,11 @@ class ChatEncoder:
         return "" if last.end or first.end == self._special_tokens.get("bos_token") else first.end
 
     @property
+    def usual_end(self) -> str:
+        """The control token that ends a turn of text."""
+        return self._cutter.usual_end
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What is unusual about the template, in sentences."""
         turn = self._probed_turns()[-1]
@@ -185,14 +190,17 @@ class ChatEncoder:
         return self._controls.keys()
 
     def _probed_turns(self) -> tuple[Turn, ...]:
+        return self._probed().turns
+
+    def _probed(self) -> Skeleton:
         try:
-            return self._skeleton(PROBE, (), add_generation_prompt=False)[0].turns
+            return self._cutter.skeleton(shaped(PROBE, (), self._template.form), with_turns=True)
         except Unusable as error:
             raise self._template.cannot_hold(error) from error
 
     def _trains(self, turn: Turn) -> bool:
         """Whether a turn of the probe is trained up to its end, which is the first control token after its text."""
-        pieces = self._skeleton(PROBE, (), add_generation_prompt=False)[0].pieces
+        pieces = self._probed().pieces
         number = next(number for number, piece in enumerate(pieces) if piece.place and piece.place.slot == turn.message)
         if pieces[number].turn != turn.message or not turn.end:
             return False
@@ -246,6 +254,8 @@ class ChatEncoder:
         if key not in self._skeletons:
             if len(self._skeletons) >= _KEPT:
                 self._skeletons.clear()
-            made = self._cutter.skeleton(conversation, add_generation_prompt=add_generation_prompt)
+            made = self._cutter.skeleton(
+                conversation, add_generation_prompt=add_generation_prompt, with_turns=False
+            )
             self._skeletons[key] = made
         return self._skeletons[key], [slot.text for slot in conversation.slots]

@@ -109,6 +109,10 @@ def placeholders(rendered: str) -> Iterator[Placeholder]:
         yield Placeholder(int(match[2]), match.start(), match.end(), (not match[1], not match[4]), bool(match[3]))
 
 
+def after_last_placeholder(rendered: str) -> str:
+    return rendered[rendered.rfind("\ue001") + 1 :].removeprefix("\u2003")
+
+
 def shaped(messages: Sequence[Message], tools: Sequence[Any], form: Form) -> Shaped:
     """The conversation in the form that a template takes."""
     slots: list[Slot] = []

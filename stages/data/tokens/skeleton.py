@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from stages.data.pairs.turns import Unusable
-from stages.data.tokens.shape import Kind, Placeholder, Shaped, placeholders
+from stages.data.tokens.shape import Kind, Placeholder, Shaped, after_last_placeholder, placeholders
 from stages.data.tokens.template import ChatTemplate
 
 
@@ -65,13 +65,16 @@ class Cutter:
         self.is_closed_by_next = False
         """Whether turns have no token of their own at the end, but the one that opens the next turn."""
 
-    def skeleton(self, conversation: Shaped, *, add_generation_prompt: bool = False) -> Skeleton:
-        """Render and cut; raises Unusable for a conversation that the template refuses or shows in part."""
+    def skeleton(self, conversation: Shaped, *, add_generation_prompt: bool = False, with_turns: bool) -> Skeleton:
+        """Render and cut; raises Unusable for a conversation that the template refuses or shows in part.
+
+        Where markers delimit the turns, how each one is prompted and ends is looked up `with_turns` only.
+        """
         rendered = self._template.render(conversation, add_generation_prompt=add_generation_prompt)
         places = list(placeholders(rendered.text))
         left_out = _verify(conversation, places)
         turns: list[Turn] = []
-        if not add_generation_prompt:
+        if not add_generation_prompt and (self._infer or with_turns):
             turns = list(self._turns(conversation, rendered.text, places))
         if self._infer or add_generation_prompt:
             spans = [(turn.start, turn.stop, turn.message) for turn in turns]
@@ -80,18 +83,21 @@ class Cutter:
         return Skeleton(tuple(_cut(rendered.text, places, spans)), tuple(turns), conversation.untold + left_out)
 
     def _turns(self, conversation: Shaped, text: str, places: Sequence[Placeholder]) -> Iterator[Turn]:
-        owned = [(place, conversation.slots[place.slot]) for place in _first(places)]
+        owned = _first(places)
+        of_message: dict[int, list[int]] = {}
+        for number, place in enumerate(owned):
+            of_message.setdefault(conversation.slots[place.slot].message, []).append(number)
         for number, message in enumerate(conversation.messages):
             if message["role"] != "assistant":
                 continue
-            mine = [place for place, slot in owned if slot.message == number]
-            if not mine:  # only thinking, which the template leaves out
+            if number not in of_message:  # only thinking, which the template leaves out
                 raise Unusable("left_out_by_template")
-            first, last = mine[0].start, max(place.stop for place in mine)
-            before = max((place.stop for place in places if place.stop <= first), default=0)
-            after = min((place.start for place, slot in owned if place.start >= last), default=len(text))
+            mine = of_message[number]
+            first, last = owned[mine[0]].start, owned[mine[-1]].stop
+            before = owned[mine[0] - 1].stop if mine[0] else 0
+            after = owned[mine[-1] + 1].start if mine[-1] + 1 < len(owned) else len(text)
             asked = self._template.render(conversation, count=number, add_generation_prompt=True).text
-            prompt = asked[max((place.stop for place in placeholders(asked)), default=0) :]
+            prompt = after_last_placeholder(asked)
             header = text[before:first]
             start = before + len(os.path.commonprefix([header, prompt]))
             calls = "tool_calls" in message
@@ -111,7 +117,7 @@ class Cutter:
             return place + len(self.usual_end), self.usual_end
         # Rendered alone, the conversation ends after this turn; what both renderings share belongs to the turn.
         alone = self._template.render(conversation, count=number + 1).text
-        tail = alone[max((place.stop for place in placeholders(alone)), default=0) :]
+        tail = after_last_placeholder(alone)
         shared = start + len(os.path.commonprefix([tail, text[start:limit]]))
         controls = list(self._control.finditer(text, start, limit))
         within = [match for match in controls if match.end() <= shared]

@@ -64,11 +64,8 @@ class ChatTemplate:
 
     def __init__(self, text: str, special_tokens: Mapping[str, str], *, origin: str = "") -> None:
         self.text, self.name = text, f"the chat template of {origin}" if origin else "the chat template"
-        self._names: dict[str, Any] = {
-            **special_tokens,
-            "date_string": TODAY.strftime("%d %b %Y"),
-            "strftime_now": TODAY.strftime,
-        }
+        self.dated = _dated(text) if "strftime_now" in text else text
+        self._names = {**special_tokens, "date_string": TODAY.strftime("%d %b %Y")}
         if computes_powers(text):
             raise ConfigError(f"{self.name} computes powers, which nothing limits", advice=ADVICE)
 
@@ -89,7 +86,7 @@ class ChatTemplate:
                 lambda: render_jinja_template(
                     conversations=[conversation.messages[:count]],
                     tools=conversation.tools,
-                    chat_template=self.text,
+                    chat_template=self.dated,
                     return_assistant_tokens_mask=self.has_markers,
                     add_generation_prompt=add_generation_prompt,
                     **self._names,
@@ -149,7 +146,9 @@ class ChatTemplate:
                 yield self.render(shaped(messages, (), self.form), add_generation_prompt=prompted).text
             except Unusable as error:
                 raise self.cannot_hold(error) from error
-        for messages, tools in ((_THINKING_PROBE, ()), (_CALL_PROBE, _TOOLS)):
+        # Inline, the marks of thinking are words of the text.
+        thinking = [(_THINKING_PROBE, ())] if self.form.thinking is ThinkingForm.FIELD else []
+        for messages, tools in (*thinking, (_CALL_PROBE, _TOOLS)):
             try:
                 yield self.render(shaped(messages, tools, self.form)).text
             except Unusable:
@@ -158,3 +157,16 @@ class ChatTemplate:
     def cannot_hold(self, error: Unusable) -> ConfigError:
         why = f"{error.reason} ({error.__cause__})" if error.__cause__ else error.reason
         return ConfigError(f"{self.name} cannot hold a question and an answer twice: {why}", advice=ADVICE)
+
+
+_DIRECTIVES = "%Y %y %m %-m %d %-d %e %B %b %h %A %a %H %-H %I %-I %M %S %p %j %F %D %T %R %x %X %c".split()
+
+
+def _dated(text: str) -> str:
+    """The template with a `strftime_now` of its own, because transformers' knows only today.
+
+    It takes the place of whatever the first line begins with, so spaces that Jinja would strip there are stripped here.
+    """
+    replaced = "".join(f"|replace({name!r}, {TODAY.strftime(name)!r})" for name in _DIRECTIVES)
+    macro = "{% macro strftime_now(format) %}{{ format" + replaced + " }}{% endmacro %}{{ '' }}"
+    return macro + re.sub(r"\A[ \t]+(?=\{%(?!\+))", "", text)
