@@ -60,11 +60,14 @@ _ENDS = (
     ("<|end_of_text|>", "<|end_of_text|>", "<|end_of_text|>"),
     ("<|return|>", "<|startoftext|>", "<|return|>"),
     ("[gMASK]", "", "<|endoftext|>"),
+    ("[|endofturn|]", "[BOS]", "[|endofturn|]"),
+    ("<seed:eos>", "<seed:bos>", "<seed:eos>"),
+    ("<_end>", "<_start>", "<_end>"),
 )
 """Of a control token that a template writes: begin and end token of the tokenizers that have it."""
 _CONTROLS = re.compile(
     r"<[|\uff5c][^<>{}'\"\s]{1,40}[|\uff5c]>|</?s>|<[a-z]+_of_[a-z]+>|<reserved_\d+>|<SPECIAL_\d+>|<extra_id_\d+>"
-    r"|<sep>|<sop>|\[gMASK\]|<bos>|<eos>|<\|?turn\|?>|<turn\|>|<\|turn>|<end_of_utterance>|]~!b\[|]~b]|\[e~\["
+    r"|\[\|[^\[\]|\s]{1,40}\|\]|<seed:\w+>|<_[a-z]+>|<sep>|<sop>|\[gMASK\]|<bos>|<eos>|<\|?turn\|?>|<turn\|>|<\|turn>|<end_of_utterance>|]~!b\[|]~b]|\[e~\["
 )
 _BRACKETS = re.compile(r"\[/?[A-Z_]{3,}\]")
 _WORDS = re.compile(r"</?(?:think|tool_call|tool_response|tools)>")
@@ -160,10 +163,12 @@ def compare(made: LoadedTokenizer, chat: ChatEncoder, *, only_last: bool) -> str
             assert messages[0] is _SYSTEM, error
             system = "refused" if error.reason == "refused_by_template" else "left out" if system == "kept" else system
             continue
+        extra: dict[str, Any] = {"date_string": TODAY.strftime("%d %b %Y"), "return_dict": True}
         asked: Any = messages
         if template.form.as_parts:
             asked = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
-        extra = {"date_string": TODAY.strftime("%d %b %Y"), "return_dict": True}
+        if template.form.wants_tools:
+            extra["tools"] = []
         expected = plain.apply_chat_template(asked, **extra, return_assistant_tokens_mask=not made.infer_spans)
         assert encoded.ids.tolist() == list(expected["input_ids"]), "ids"
         if not made.infer_spans:

@@ -169,13 +169,14 @@ class ChatEncoder:
     def notes(self) -> tuple[str, ...]:
         """What is unusual about the template, in sentences."""
         turn = self._probed_turns()[-1]
-        opened = turn.prompt[len(turn.header) :] if turn.prompt.startswith(turn.header) else ""
         said = [
             f"{self._template.name}: spans of the assistant's turns "
             + ("are inferred from its rendering" if self._infer else "come from its {% generation %} markers")
         ]
-        if opened:
-            said.append(f"its generation prompt ends in {opened!r}, which turns without thinking do not have")
+        if not turn.header.startswith(turn.prompt):
+            said.append(
+                f"its generation prompt is {turn.prompt!r}, but turns without thinking begin with {turn.header!r}"
+            )
         if self._template.prints_the_date:
             said.append(f"where it prints today's date, that is {TODAY:%d %b %Y}")
         return tuple(said)

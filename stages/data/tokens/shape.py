@@ -53,6 +53,8 @@ class Form:
     """Arguments of calls are JSON text, as in OpenAI's interface, and not an object."""
     empty: str | None = ""
     """The content of a message that only calls."""
+    wants_tools: bool = False
+    """Where there are no tools, the template takes an empty list only."""
 
     def with_thinking(self, form: ThinkingForm) -> "Form":
         return replace(self, thinking=form)
@@ -150,7 +152,7 @@ def shaped(messages: Sequence[Message], tools: Sequence[Any], form: Form) -> Sha
             ]
         shape |= {name: message[name] for name in ("name", "tool_call_id") if name in message}
         given.append(shape)
-    return Shaped(given, described or None, tuple(slots), untold)
+    return Shaped(given, described or ([] if form.wants_tools else None), tuple(slots), untold)
 
 
 def _renamed(tool: Any, rename: Any) -> Any:

@@ -42,9 +42,29 @@ class Turn:
 
     @property
     def is_prompted_as_written(self) -> bool:
-        """Whether one of the two begins with the other: a prompt may open a block of thinking that a turn without
-        thinking does not have, and a turn may begin with text that the model is to write itself."""
-        return self.header.startswith(self.prompt) or self.prompt.startswith(self.header)
+        """Whether one of the two begins with the other, because a turn may begin with text that the model is to write
+        itself, or they differ in marks of thinking only: a prompt may open a block that a turn without does not have.
+        """
+        header, prompt = (_bare(text) for text in (self.header, self.prompt))
+        return self.header.startswith(self.prompt) or self.prompt.startswith(self.header) or header == prompt
+
+
+_THINKING_MARKS = re.compile(
+    r"</?[\w:]*think\w*>|\[/?THINK\]|<\|(?:START|END)_(?:THINKING|RESPONSE)\|>", re.IGNORECASE
+)
+"""How templates begin and end what a model thinks: Qwen and DeepSeek, Mistral, Command R."""
+
+
+def _bare(text: str) -> str:
+    """A text without marks of thinking, and without the space around them."""
+    return re.sub(rf"\s*(?:{_THINKING_MARKS.pattern})\s*", "", text, flags=re.IGNORECASE)
+
+
+def _shared(header: str, prompt: str) -> int:
+    """How much of the header the prompt has, without half a mark."""
+    length = len(os.path.commonprefix([header, prompt]))
+    cut = [mark.start() for mark in _THINKING_MARKS.finditer(header) if mark.start() < length < mark.end()]
+    return cut[0] if cut else length
 
 
 @dataclass(frozen=True)
@@ -99,7 +119,7 @@ class Cutter:
             asked = self._template.render(conversation, count=number, add_generation_prompt=True).text
             prompt = after_last_placeholder(asked)
             header = text[before:first]
-            start = before + len(os.path.commonprefix([header, prompt]))
+            start = before + _shared(header, prompt)
             calls = "tool_calls" in message
             stop, end = self._end(conversation, number, text, last, after) if calls else self._closing(text, last, after)
             turn = Turn(number, start, stop, end, header, prompt)

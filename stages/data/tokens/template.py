@@ -105,7 +105,9 @@ class ChatTemplate:
     @cached_property
     def form(self) -> Form:
         """How this template takes contents, thinking, calls and their arguments: the first way that loses nothing."""
-        form = Form(as_parts=self._takes_parts_only)
+        plain = [Form(), Form(as_parts=True), Form(wants_tools=True)]
+        # Templates of models that also see images may loop over the parts of a content; those of tool users over tools.
+        form = next((form for form in plain if self._shows(PROBE, (), form, Kind.CONTENT)), plain[0])
         for thinking in (ThinkingForm.FIELD, ThinkingForm.INLINE):
             if self._shows(_THINKING_PROBE, (), form.with_thinking(thinking), Kind.THINKING):
                 form = form.with_thinking(thinking)
@@ -115,13 +117,6 @@ class ChatTemplate:
             if self._shows(_CALL_PROBE, _TOOLS, tried, Kind.CALL, Kind.CONTENT, never="{'inside'"):
                 return tried
         return form
-
-    @property
-    def _takes_parts_only(self) -> bool:
-        """Templates of models that also see images may loop over the parts of a content, and take no plain text."""
-        return not self._shows(PROBE, (), Form(), Kind.CONTENT) and self._shows(
-            PROBE, (), Form(as_parts=True), Kind.CONTENT
-        )
 
     def _shows(
         self, messages: Sequence[Message], tools: Sequence[Any], form: Form, *kinds: Kind, never: str = ""
