@@ -13,6 +13,7 @@ from stages.data.curation.pii import scrub
 from stages.data.curation.toxicity import toxicity_scorer
 from stages.data.curation.workbench import SPLITS, Workbench
 from stages.data.pairs import derive, given
+from stages.data.pairs.turns import text_fields
 from stages.data.sources.records import Symbol, source_of, stable_hash, utf8_size
 
 Row = dict[str, Any]
@@ -108,13 +109,12 @@ def _sizes(kinds: Mapping[str, list[Row]]) -> dict[str, int]:
 
 
 def _texts(row: Row) -> list[str]:
-    if "messages" in row:
-        return [turn["content"] for turn in row["messages"]]
-    return [*(turn["content"] for turn in row["prompt"]), row["chosen"], row["rejected"]]
+    return [holder[key] for holder, key in _fields(row)]
 
 
 def _answers(row: Row) -> str:
-    return "\n".join(turn["content"] for turn in row["messages"] if turn["role"] == "assistant")
+    said = [turn for turn in row["messages"] if turn["role"] == "assistant"]
+    return "\n".join(holder[key] for turn in said for holder, key in text_fields(turn))
 
 
 def _size(row: Row) -> int:
@@ -217,11 +217,11 @@ class _Preparation:
         return kept
 
 
-def _fields(row: Row) -> list[tuple[dict[str, str], str]]:
+def _fields(row: Row) -> list[tuple[Any, Any]]:
     """Every text of a row as (holder, key), so that it can be replaced."""
     turns = row.get("messages") or row["prompt"]
     sides = [] if "messages" in row else [(row, "chosen"), (row, "rejected")]
-    return [(turn, "content") for turn in turns] + sides
+    return [place for turn in turns for place in text_fields(turn)] + sides
 
 
 def _verify(kind: _Kind) -> None:

@@ -13,7 +13,7 @@ from stages.data.curation.extract import refuse_bad_share
 from stages.data.curation.ledger import Step
 from stages.data.pairs import instructions, preferences
 from stages.data.pairs.trees import conversations_of
-from stages.data.pairs.turns import Conversation, Unusable, opening
+from stages.data.pairs.turns import Conversation, Unusable, opening, tools_of
 from stages.data.sources.hub import read_hub
 from stages.data.sources.readers import data_files
 from stages.data.sources.records import BadRecord, is_drawn
@@ -215,10 +215,13 @@ def _instructions(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
         assert shape is not None
         try:
             made = instructions.to_conversation(shape, record.values)
+            tools = tools_of(record.values)
         except Unusable as error:
             yield _Outcome(key, record.size, None, error.reason, str(record.values))
         else:
-            yield _Outcome(key, record.size, _instruction_row(key, made, source, config), changes=made.changes)
+            yield _Outcome(
+                key, record.size, {**_instruction_row(key, made, source, config), **tools}, changes=made.changes
+            )
 
 
 def _joined(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
@@ -255,16 +258,16 @@ def _preferences(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
             continue
         assert shape is not None
         try:
-            found = preferences.to_preferences(shape, record.values)
+            found, tools = preferences.to_preferences(shape, record.values), tools_of(record.values)
         except Unusable as error:
-            found = [error.reason]
+            found, tools = [error.reason], {}
         share, rest = divmod(record.size, len(found))
         for place, made in enumerate(found):
             size, ours = share + (rest if place == 0 else 0), f"{key}/{place}" if len(found) > 1 else key
             if isinstance(made, str):
                 yield _Outcome(ours, size, None, made, str(record.values))
             else:
-                yield _Outcome(ours, size, _preference_row(ours, made, source, config))
+                yield _Outcome(ours, size, {**_preference_row(ours, made, source, config), **tools})
 
 
 def _preference_row(key: str, made: preferences.Preference, source: Source, config: CurateConfig) -> dict[str, Any]:

@@ -90,7 +90,9 @@ def _tool_answer(turn: Mapping[str, Any], text_field: str) -> Message:
     content = turn.get(text_field)
     if isinstance(content, Mapping):  # some data sets keep the answer as an object
         content = json.dumps(content, ensure_ascii=False)
-    names = {field: turn[field] for field in ("name", "tool_call_id") if isinstance(turn.get(field), str) and turn[field]}
+    names = {
+        field: turn[field] for field in ("name", "tool_call_id") if isinstance(turn.get(field), str) and turn[field]
+    }
     return {"role": "tool", "content": plain_text(content), **names}
 
 
@@ -128,6 +130,12 @@ def read_tools(given: object) -> list[dict[str, Any]]:
     if len(made) < len(tools) or not made or not all(_tool_name(tool) for tool in made):
         raise Unusable("malformed_tools")
     return made
+
+
+def tools_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's `tools`, under that name, as far as it has some."""
+    tools = read_tools(values.get("tools"))
+    return {"tools": tools} if tools else {}
 
 
 def _tool_name(tool: Mapping[str, Any]) -> str:

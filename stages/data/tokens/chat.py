@@ -71,9 +71,8 @@ class ChatEncoder:
         names = sorted((token.content for token in self._controls.values()), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         self._cutter = Cutter(self._template, self._control, infer=infer_spans)
-        turns = self._probed_turns()
-        self._cutter.usual_end = turns[-1].end
-        self._cutter.is_closed_by_next = bool(turns[0].end) and not turns[-1].end
+        self._cutter.usual_end = self._probed_turns()[0].end
+        self._cutter.is_closed_by_next = self._opens_questions(self._cutter.usual_end)
 
     def encode(
         self, messages: Sequence[Message], *, tools: Sequence[Any] = (), turns: Collection[int] | None = None
@@ -86,8 +85,8 @@ class ChatEncoder:
             raise ConfigError(
                 f"{self._template.name} has no {{% generation %}} markers, so nothing says which tokens the assistant "
                 "wrote",
-                advice="Set tokenize.chat_template='auto' or 'infer' to take each assistant turn up to the token that "
-                "ends it, or give a template with {% generation %} ... {% endgeneration %} around the assistant's text.",
+                advice="Set tokenize.chat_template='auto' to take each assistant turn up to the token that ends it, or "
+                "give a template with {% generation %} ... {% endgeneration %} around the assistant's text.",
             )
         return self._encode(messages, tools, turns, add_generation_prompt=False)
 
@@ -158,7 +157,8 @@ class ChatEncoder:
     def missing_end(self) -> str:
         """The control token that follows an assistant's turn only when another turn comes after it, if so."""
         first, last = self._probed_turns()
-        return "" if last.end or first.end == self._special_tokens.get("bos_token") else first.end
+        # What also opens the assistant's turns cannot end them, and a template without ends is no template to repair.
+        return "" if last.end or not first.end or first.end in last.header else first.end
 
     @property
     def usual_end(self) -> str:
@@ -199,6 +199,16 @@ class ChatEncoder:
         except Unusable as error:
             raise self._template.cannot_hold(error) from error
 
+    def _opens_questions(self, end: str) -> bool:
+        """Whether the token that ends the assistant's turns is the one that opens the user's, as GLM has it."""
+        before: list[list[str]] = [[]]
+        for piece in self._probed().pieces:
+            if piece.place:
+                before.append([])
+            else:
+                before[-1] += self._control.findall(piece.text)
+        return before[0][-1:] == before[2] == [end]
+
     def _trains(self, turn: Turn) -> bool:
         """Whether a turn of the probe is trained up to its end, which is the first control token after its text."""
         pieces = self._probed().pieces
@@ -220,9 +230,9 @@ class ChatEncoder:
         *,
         add_generation_prompt: bool,
     ) -> EncodedChat:
-        if as_it_is := given_as_it_is(messages, tools):
-            if self._control.search(as_it_is) or RESERVED in as_it_is:
-                raise Unusable("control_token_in_tools")
+        as_it_is = given_as_it_is(messages, tools)
+        if as_it_is and (self._control.search(as_it_is) or RESERVED in as_it_is):
+            raise Unusable("control_token_in_tools")
         skeleton, fills = self._skeleton(messages, tools, add_generation_prompt=add_generation_prompt)
         texts: list[str] = []
         trained: list[np.ndarray] = []
@@ -255,8 +265,6 @@ class ChatEncoder:
         if key not in self._skeletons:
             if len(self._skeletons) >= _KEPT:
                 self._skeletons.clear()
-            made = self._cutter.skeleton(
-                conversation, add_generation_prompt=add_generation_prompt, with_turns=False
-            )
+            made = self._cutter.skeleton(conversation, add_generation_prompt=add_generation_prompt, with_turns=False)
             self._skeletons[key] = made
         return self._skeletons[key], [slot.text for slot in conversation.slots]

@@ -134,7 +134,9 @@ def shaped(messages: Sequence[Message], tools: Sequence[Any], form: Form) -> Sha
     given: list[dict[str, Any]] = []
     for number, message in enumerate(messages):
         shape: dict[str, Any] = {"role": message["role"]}
-        thinking, text = split_thinking(message["content"]) if message["role"] == "assistant" else ("", message["content"])
+        thinking, text = (
+            split_thinking(message["content"]) if message["role"] == "assistant" else ("", message["content"])
+        )
         before = ""
         match form.thinking if thinking else None:
             case ThinkingForm.FIELD:
@@ -173,6 +175,8 @@ def given_as_it_is(messages: Sequence[Message], tools: Sequence[Any]) -> str:
     """Every text of a conversation that a template is given as it is, as JSON; empty where there is none."""
     parts: list[Any] = [*tools]
     for message in messages:
-        parts += [{**call, "function": {"arguments": call["function"]["arguments"]}} for call in message.get("tool_calls", ())]
+        parts += [
+            {**call, "function": {"arguments": call["function"]["arguments"]}} for call in message.get("tool_calls", ())
+        ]
         parts += [message[name] for name in ("name", "tool_call_id") if name in message]
     return json.dumps(parts, ensure_ascii=False) if parts else ""

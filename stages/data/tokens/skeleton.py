@@ -5,7 +5,6 @@ prompt ends, and ends with the control token that closes the turn. Both are look
 it does not matter that some templates render earlier turns otherwise once another turn follows.
 """
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -49,9 +48,7 @@ class Turn:
         return self.header.startswith(self.prompt) or self.prompt.startswith(self.header) or header == prompt
 
 
-_THINKING_MARKS = re.compile(
-    r"</?[\w:]*think\w*>|\[/?THINK\]|<\|(?:START|END)_(?:THINKING|RESPONSE)\|>", re.IGNORECASE
-)
+_THINKING_MARKS = re.compile(r"</?[\w:]*think\w*>|\[/?THINK\]|<\|(?:START|END)_(?:THINKING|RESPONSE)\|>", re.IGNORECASE)
 """How templates begin and end what a model thinks: Qwen and DeepSeek, Mistral, Command R."""
 
 
@@ -60,9 +57,15 @@ def _bare(text: str) -> str:
     return re.sub(rf"\s*(?:{_THINKING_MARKS.pattern})\s*", "", text, flags=re.IGNORECASE)
 
 
+def _common(first: str, second: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
+
+
 def _shared(header: str, prompt: str) -> int:
     """How much of the header the prompt has, without half a mark."""
-    length = len(os.path.commonprefix([header, prompt]))
+    length = _common(header, prompt)
     cut = [mark.start() for mark in _THINKING_MARKS.finditer(header) if mark.start() < length < mark.end()]
     return cut[0] if cut else length
 
@@ -121,7 +124,9 @@ class Cutter:
             header = text[before:first]
             start = before + _shared(header, prompt)
             calls = "tool_calls" in message
-            stop, end = self._end(conversation, number, text, last, after) if calls else self._closing(text, last, after)
+            stop, end = (
+                self._end(conversation, number, text, last, after) if calls else self._closing(text, last, after)
+            )
             turn = Turn(number, start, stop, end, header, prompt)
             yield turn if turn.is_prompted_as_written else Turn(number, first, stop, end, header, prompt)
 
@@ -138,7 +143,7 @@ class Cutter:
         # Rendered alone, the conversation ends after this turn; what both renderings share belongs to the turn.
         alone = self._template.render(conversation, count=number + 1).text
         tail = after_last_placeholder(alone)
-        shared = start + len(os.path.commonprefix([tail, text[start:limit]]))
+        shared = start + _common(tail, text[start:limit])
         controls = list(self._control.finditer(text, start, limit))
         within = [match for match in controls if match.end() <= shared]
         beyond = [match for match in controls if match.end() > shared]
@@ -195,8 +200,10 @@ def _owner(span: tuple[int, int], conversation: Shaped, places: Sequence[Placeho
         and place.start < span[1]
         and conversation.messages[slot.message]["role"] == "assistant"
     ]
-    return owners[-1] if owners else next(
-        number for number, message in enumerate(conversation.messages) if message["role"] == "assistant"
+    return (
+        owners[-1]
+        if owners
+        else next(number for number, message in enumerate(conversation.messages) if message["role"] == "assistant")
     )
 
 

@@ -65,7 +65,7 @@ class ChatTemplate:
     def __init__(self, text: str, special_tokens: Mapping[str, str], *, origin: str = "") -> None:
         self.text, self.name = text, f"the chat template of {origin}" if origin else "the chat template"
         self.dated = _dated(text) if "strftime_now" in text else text
-        self._names = {**special_tokens, "date_string": TODAY.strftime("%d %b %Y")}
+        self._names: dict[str, Any] = {**special_tokens, "date_string": TODAY.strftime("%d %b %Y")}
         if computes_powers(text):
             raise ConfigError(f"{self.name} computes powers, which nothing limits", advice=ADVICE)
 
@@ -77,7 +77,9 @@ class ChatTemplate:
     def prints_the_date(self) -> bool:
         return "strftime_now" in self.text or "date_string" in self.text
 
-    def render(self, conversation: Shaped, *, count: int | None = None, add_generation_prompt: bool = False) -> Rendered:
+    def render(
+        self, conversation: Shaped, *, count: int | None = None, add_generation_prompt: bool = False
+    ) -> Rendered:
         """Render the first `count` messages, or all; raises Unusable for what the template refuses."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -154,7 +156,10 @@ class ChatTemplate:
         return ConfigError(f"{self.name} cannot hold a question and an answer twice: {why}", advice=ADVICE)
 
 
-_DIRECTIVES = "%Y %y %m %-m %d %-d %e %B %b %h %A %a %H %-H %I %-I %M %S %p %j %F %D %T %R %x %X %c".split()
+_DIRECTIVES = (
+    *("%Y", "%y", "%m", "%-m", "%d", "%-d", "%e", "%B", "%b", "%h", "%A", "%a", "%H", "%-H", "%I", "%-I", "%M", "%S"),
+    *("%p", "%j", "%F", "%D", "%T", "%R", "%x", "%X", "%c"),
+)
 
 
 def _dated(text: str) -> str:
