@@ -5,6 +5,7 @@ Text is always encoded with special tokens switched off: a document that quotes 
 
 import gzip
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -25,6 +26,7 @@ from stages.job.context import StageContext, StageOutcome
 from stages.models.given_tokenizer import given_tokenizer
 
 _BATCH_DOCUMENTS = 2000
+_LOG = logging.getLogger(__name__)
 
 
 def run(context: StageContext) -> StageOutcome:
@@ -34,7 +36,10 @@ def run(context: StageContext) -> StageOutcome:
     curated = context.input_dir("curated")
     tokenizer = _tokenizer(config, curated, context)
     chat = tokenizer.chat()
-    turn_end_id = chat.check()
+    turn_end_id = chat.check(only_last_turn=config.trained_turns == "last")
+    if context.has_base_model:
+        for note in chat.notes:
+            _LOG.info("%s", note)
     tokenizer.save(context.output_dir / "tokenizer")
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)  # by the largest id
     ledger: dict[str, Any] = {}

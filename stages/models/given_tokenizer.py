@@ -9,8 +9,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from stages.config.errors import ConfigError
-from stages.config.tokens import INFER, OWN
-from stages.data.tokens.tokenizer import PLAIN_TEMPLATE, LoadedTokenizer, marked_template
+from stages.config.tokens import AUTO
+from stages.data.tokens.tokenizer import PLAIN_TEMPLATE, LoadedTokenizer, marked_template, with_spans
 from stages.models.folder import check_folder, is_malformed, read_settings, told
 from stages.models.foreign_code import may_run_code
 
@@ -23,7 +23,7 @@ _LARGEST_ID = 1 << 24
 """No vocabulary is near it; tables that are as long as the largest id must fit into memory."""
 
 
-def given_tokenizer(folder: Path, *, chat_template: str = OWN) -> LoadedTokenizer:
+def given_tokenizer(folder: Path, *, chat_template: str = AUTO) -> LoadedTokenizer:
     """Load a base model's tokenizer; raises ConfigError when it is not a fast tokenizer or does not fit the model.
 
     Where plain encoding starts with a begin token and the chat template writes none, the template gets it in front.
@@ -52,12 +52,11 @@ def given_tokenizer(folder: Path, *, chat_template: str = OWN) -> LoadedTokenize
         template,
         special,
         max_length=_max_length(loaded, folder),
-        infer_spans=chat_template == INFER,
         template_origin=str(folder) if template == own else "",
     )
     if _adds_bos(made) and not made.chat().begins_with(special["bos_token"]):
         made = replace(made, chat_template="{{ bos_token }}" + template)
-    return made
+    return with_spans(made, chat_template)
 
 
 def _loaded(folder: Path) -> Any:

@@ -73,8 +73,15 @@ def test_the_structs_of_a_table_are_read_without_the_fields_that_only_other_rows
     ]
     empty_system = {"messages": turns(("system", ""), ("user", "Q"), ("assistant", "A"))}
     kept, dropped = given(given_instructions, tmp_path / "rows.parquet", [{"messages": called}, empty_system])
-    assert [turn["content"] for turn in kept[0]["messages"]] == ["Q", "A"]
-    assert (len(kept), dropped) == (1, {"tool_call": 1})
+    assert kept[1]["messages"] == turns(("user", "Q"), ("assistant", "A"))
+    made = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}
+    assert kept[0]["messages"] == [
+        {"role": "user", "content": "call it"},
+        {"role": "assistant", "content": "", "tool_calls": [made]},
+        {"role": "tool", "content": "4", "name": "f"},
+        {"role": "assistant", "content": "4"},
+    ]
+    assert dropped == {}
 
 
 def test_contents_that_are_no_text_are_dropped_and_counted(tmp_path: Path) -> None:

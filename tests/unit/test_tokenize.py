@@ -183,3 +183,69 @@ def test_arrays_are_found_again_across_shards(tmp_path: Path) -> None:
     ragged = Ragged(tmp_path, "x")
     assert [ragged[i].tolist() for i in range(len(ragged))] == [values.tolist() for values in arrays]
     assert ragged.slice(2, 9).tolist() == np.concatenate(arrays)[2:9].tolist()
+
+
+def trained_texts(tokens: TokensArtifact, count: int) -> list[str]:
+    """What the last rows train, decoded."""
+    tokenizer = Tokenizer.from_file(str(tokens.tokenizer_dir / "tokenizer.json"))
+    chats = tokens.conversations(Split.TRAIN)
+    last = [chats[number] for number in range(len(chats) - count, len(chats))]
+    return [tokenizer.decode(chat.ids[chat.loss_mask == 1].tolist(), skip_special_tokens=False) for chat in last]
+
+
+@pytest.mark.parametrize(
+    ("rule", "trained", "dropped"),
+    [
+        ("all", ["b<|end|>d<|end|>"], 3),
+        ("last", ["d<|end|>", "d<|end|>"], 2),
+        ("weight", ["b<|end|>d<|end|>", "d<|end|>", "b<|end|>"], 1),
+    ],
+)
+def test_the_loss_of_each_turn_follows_the_setting_and_what_it_cannot_train_is_counted(
+    rule: str, trained: list[str], dropped: int, tmp_path: Path
+) -> None:
+    rows = [conversation("a?", "b", "c?", "d") for _ in range(4)]
+    for row, masked in zip(rows, ((), (1,), (3,), (1, 3)), strict=True):
+        for number in masked:
+            row["messages"][number]["weight"] = 0
+    outcome, tokens = run(tmp_path, CONFIG.model_copy(update={"trained_turns": rule}), instructions=rows)
+    account = outcome.ledger["train"]["conversations"]["sources"]["chat"]
+    assert trained_texts(tokens, len(trained)) == trained
+    assert (account["in"], account["kept"], account["dropped.untrained_turn"]) == (4, len(trained), dropped)
+    assert account["tokens_in"] == account["target_tokens"] + account["masked_tokens"]
+
+
+def test_thinking_is_kept_or_dropped_and_an_answer_of_nothing_else_is_counted(tmp_path: Path) -> None:
+    rows = [conversation("a?", "<think>t</think>b"), conversation("c?", "<think>t</think>")]
+    pairs = [pair("<think>t</think>x", "<think>u</think>y", "q?", "<think>v</think>w", "r?")]
+    kept, dropped = (
+        run(tmp_path / rule, CONFIG.model_copy(update={"thinking": rule}), instructions=rows, preferences=pairs)
+        for rule in ("keep", "drop")
+    )
+    inline = "<think>\nt\n</think>\n\n"
+    assert trained_texts(kept[1], 2) == [f"{inline}b<|end|>", f"{inline}<|end|>"]
+    assert trained_texts(dropped[1], 1) == ["b<|end|>"]
+    assert dropped[0].ledger["train"]["conversations"]["sources"]["chat"]["dropped.empty_response"] == 1
+    for (_, tokens), said in ((kept, f"{inline}x<|end|>"), (dropped, "x<|end|>")):
+        tokenizer = Tokenizer.from_file(str(tokens.tokenizer_dir / "tokenizer.json"))
+        folder = tokens.folder / "preferences" / "train"
+        chosen, mask = (Ragged(folder, f"chosen-{part}") for part in ("ids", "mask"))
+        ids = np.asarray(chosen[len(chosen) - 1])[np.asarray(mask[len(mask) - 1]) == 1]
+        assert tokenizer.decode(ids.tolist(), skip_special_tokens=False) == said
+
+
+def test_calls_that_our_own_template_leaves_out_are_counted(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    row = conversation("a?", "")
+    row["messages"][1]["tool_calls"] = [call]
+    described = {**conversation("a?", "b"), "tools": [{"type": "function", "function": {"name": "add"}}]}
+    outcome, _ = run(tmp_path, instructions=[row, described])
+    account = outcome.ledger["train"]["conversations"]["sources"]["chat"]
+    assert (account["in"], account["kept"], account["dropped.tools_left_out_by_template"]) == (2, 0, 2)
+
+
+def test_auto_is_own_where_the_tokenizer_is_trained_and_artifacts_made_before_stay_hits() -> None:
+    assert TokenizeConfig().identity() == TokenizeConfig(chat_template="own").identity()
+    given = {"base_model": "/model"}
+    assert TokenizeConfig(**given).identity() != TokenizeConfig(**given, chat_template="own").identity()
+    assert "thinking" not in TokenizeConfig().identity()

@@ -16,6 +16,7 @@ from stages.data.curation.toxicity import toxicity_scorer
 from stages.data.curation.workbench import SPLITS, Workbench
 from stages.data.pairs import derive, given
 from stages.data.pairs.reasons import joined
+from stages.data.pairs.turns import text_fields
 from stages.data.sources.records import Symbol, source_of, stable_hash, utf8_size
 
 Row = dict[str, Any]
@@ -136,13 +137,13 @@ def _sizes(kinds: Mapping[str, list[Row]]) -> dict[str, int]:
 
 
 def _texts(row: Row) -> list[str]:
-    if "messages" in row:
-        return [turn["content"] for turn in row["messages"]]
-    return [*(turn["content"] for turn in row["prompt"]), row["chosen"], row["rejected"]]
+    """What tells a row from another: all its texts but the rater's reason."""
+    return [holder[key] for holder, key in _fields(row) if holder is not row or key != "reason"]
 
 
 def _answers(row: Row) -> str:
-    return "\n".join(turn["content"] for turn in row["messages"] if turn["role"] == "assistant")
+    said = [turn for turn in row["messages"] if turn["role"] == "assistant"]
+    return "\n".join(holder[key] for turn in said for holder, key in text_fields(turn))
 
 
 def _size(row: Row) -> int:
@@ -258,11 +259,11 @@ def _gather_reasons(rows: Sequence[Row], repeated: Sequence[str]) -> None:
             first["reason"] = joined([*first.get("reason", "").split("\n"), *row["reason"].split("\n")])
 
 
-def _fields(row: Row) -> list[tuple[dict[str, str], str]]:
+def _fields(row: Row) -> list[tuple[Any, Any]]:
     """Every text of a row as (holder, key), so that it can be replaced."""
     turns = row.get("messages") or row["prompt"]
     sides = [(row, name) for name in ("chosen", "rejected", "reason") if name in row]
-    return [(turn, "content") for turn in turns] + sides
+    return [place for turn in turns for place in text_fields(turn)] + sides
 
 
 def _verify(kind: _Kind) -> None:

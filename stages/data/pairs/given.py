@@ -23,7 +23,7 @@ from stages.data.pairs.preferences import Labelled, sides_of
 from stages.data.pairs.shapes import Fits, Fitting, Misfit, Shapes, shapes_of
 from stages.data.pairs.sides import Preference
 from stages.data.pairs.trees import conversations_of
-from stages.data.pairs.turns import Conversation, Unusable, opening
+from stages.data.pairs.turns import Conversation, Unusable, opening, tools_of
 from stages.data.sources.hub import read_hub
 from stages.data.sources.readers import data_files
 from stages.data.sources.records import BadRecord, Row, is_drawn
@@ -261,14 +261,15 @@ def _instructions(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
 def _conversations(shaped: _Shaped[InstructionFormat], source: Source, config: CurateConfig) -> Iterator[_Outcome]:
     row = shaped.row
     try:
-        found = instructions.to_conversations(shaped.shape, row.values)
+        found, tools = instructions.to_conversations(shaped.shape, row.values), tools_of(row.values)
     except Unusable as error:
-        found = [error]
+        found, tools = [error], {}
     for key, size, made in _shared(shaped.key, row.size, found):
         if isinstance(made, Unusable):
             yield _Outcome(key, size, None, made.reason, str(row.values))
         else:
-            yield _Outcome(key, size, _instruction_row(key, made, source, config), changes=made.changes)
+            ours = {**_instruction_row(key, made, source, config), **tools}
+            yield _Outcome(key, size, ours, changes=made.changes)
 
 
 Made = TypeVar("Made")
@@ -311,17 +312,21 @@ def _preferences(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
             continue
         row = shaped.row
         try:
+            tools = tools_of(row.values)
             if shaped.shape is PreferenceFormat.LABELLED:
+                if tools:  # its partner would need the same ones
+                    raise Unusable("labelled_with_tools")
                 account.labelled.append((shaped.key, row.size, preferences.to_labelled(row.values)))
                 continue
             found = preferences.to_preferences(shaped.shape, row.values, coding)
         except Unusable as error:
-            found = [error.reason]
+            found, tools = [error.reason], {}
         for key, size, made in _shared(shaped.key, row.size, found):
             if isinstance(made, str):
                 yield _Outcome(key, size, None, made, str(row.values))
             else:
-                yield _Outcome(key, size, _preference_row(key, made, source, config), changes=made.changes)
+                ours = {**_preference_row(key, made, source, config), **tools}
+                yield _Outcome(key, size, ours, changes=made.changes)
 
 
 def _require_clear_labels(table: _Table, shapes: Shapes[PreferenceFormat], coding: Coding) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from stages.config.errors import DataError
 from stages.config.tokens import TokenizeConfig
-from stages.data.pairs.turns import Unusable
+from stages.data.pairs.turns import Message, Unusable, split_thinking, trained_turns
 from stages.data.sources.records import source_of
 from stages.data.tokens.chat import ChatEncoder, EncodedChat
 from stages.data.tokens.ragged import RaggedWriter
@@ -40,11 +40,14 @@ class Account:
 
     def keep(self, source: str, encoded: Iterable[EncodedChat], *, tokens_in: int, rows: int = 1) -> None:
         """Count a row that is written; what `tokens_in` exceeds it by was counted as dropped by the caller."""
-        trained = masked = 0
+        trained = masked = left_out = 0
         for chat in encoded:
+            left_out += chat.thinking_left_out
             trained += int((chat.loss_mask == 1).sum())
             masked += int((chat.loss_mask == 0).sum())
         self.count(source, kept=rows, tokens_in=tokens_in, target_tokens=trained, masked_tokens=masked)
+        if left_out:
+            self.count(source, thinking_left_out=left_out)
 
     def to_dict(self, what: str) -> dict[str, Any]:
         """The figures; raises DataError when rows or tokens do not conserve."""
@@ -57,7 +60,11 @@ class Account:
 
 def _shown(figures: Counter[str]) -> dict[str, int]:
     named = {name: figures[name] for name in ("in", "kept", "cut", "tokens_in", "target_tokens", "masked_tokens")}
-    lost = {name: count for name, count in sorted(figures.items()) if name.startswith("dropped") and count}
+    lost = {
+        name: count
+        for name, count in sorted(figures.items())
+        if (name.startswith("dropped") or name == "thinking_left_out") and count
+    }
     return {**named, "tokens": figures["target_tokens"] + figures["masked_tokens"], **lost}
 
 
@@ -92,9 +99,19 @@ class _Origins:
 class _Fitted:
     """A conversation as it is trained on, and how many tokens it had before it was cut."""
 
-    messages: list[dict[str, str]]
+    messages: list[Message]
     encoded: EncodedChat
     whole: int
+
+
+def _thought(messages: list[Message], config: TokenizeConfig) -> list[Message]:
+    """The messages with or without what the assistant thought."""
+    if config.thinking == "keep":
+        return messages
+    return [
+        {**message, "content": split_thinking(message["content"])[1]} if message["role"] == "assistant" else message
+        for message in messages
+    ]
 
 
 class ConversationWriter:
@@ -114,7 +131,7 @@ class ConversationWriter:
     def write(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         """Write all rows and return the accounts of `conversations` and `prompts`."""
         for row in rows:
-            self._add(source_of(row), row["messages"])
+            self._add(source_of(row), row["messages"], row.get("tools") or [])
         for writer in (self._ids, self._mask, self._prompts):
             writer.close()
         self._origins.write(self._folder)
@@ -122,11 +139,12 @@ class ConversationWriter:
         (self._prompts_folder / "texts.json").write_text(texts)
         return {"conversations": self._account.to_dict("conversations"), "prompts": dict(self._asked)}
 
-    def _add(self, source: str, messages: list[dict[str, str]]) -> None:
+    def _add(self, source: str, given: list[Message], tools: list[Any]) -> None:
         self._account.count(source, **{"in": 1})
+        messages = _thought(given, self._config)
         try:
-            fitted = self._fitted(messages)
-            prompt = self._chat.encode_prompt(fitted.messages[:-1])
+            fitted = self._fitted(messages, tools)
+            prompt = self._chat.encode_prompt(fitted.messages[:-1], tools=tools)
         except Unusable as error:
             self._account.drop(source, error.reason)
             return
@@ -142,19 +160,28 @@ class ConversationWriter:
             self._account.count(source, **{"dropped_tokens.cut": fitted.whole - len(fitted.encoded.ids)})
         self._ask(prompt, fitted.messages[-2]["content"])
 
-    def _fitted(self, messages: list[dict[str, str]]) -> _Fitted:
+    def _fitted(self, messages: list[Message], tools: list[Any]) -> _Fitted:
         """The conversation, or as many of its first exchanges as fit if the policy is to cut."""
-        whole = self._chat.encode(messages)
+        whole = self._encoded(messages, tools)
         size, limit = len(whole.ids), self._config.sequence_length
         if size <= limit:
             return _Fitted(messages, whole, size)
-        # The shortest prefix that can be trained: one exchange, after the system message if there is one.
-        first = 3 if messages[0]["role"] == "system" else 2
-        for length in range(len(messages) - 2, first - 1, -2) if self._config.too_long == "truncate" else ():
-            part = self._chat.encode(messages[:length])
+        for length in range(len(messages) - 1, 1, -1) if self._config.too_long == "truncate" else ():
+            if messages[length - 1]["role"] != "assistant":
+                continue
+            try:
+                part = self._encoded(messages[:length], tools)
+            except Unusable:  # by its weights, nothing of this part is trained
+                continue
             if len(part.ids) <= limit:
                 return _Fitted(messages[:length], part, size)
         raise _TooLong(size)
+
+    def _encoded(self, messages: list[Message], tools: list[Any]) -> EncodedChat:
+        if any(_says_nothing(message) for message in messages):
+            raise Unusable("empty_response")
+        turns = trained_turns(messages, self._config.trained_turns)
+        return self._chat.encode(messages, tools=tools, turns=turns)
 
     def _ask(self, prompt: np.ndarray, text: str) -> None:
         self._asked["in"] += 1
@@ -168,6 +195,11 @@ class ConversationWriter:
             self._texts.append(text)
             self._asked["kept"] += 1
             self._asked["tokens"] += len(prompt)
+
+
+def _says_nothing(message: Message) -> bool:
+    """Whether nothing is left of an assistant's turn without what it thought."""
+    return message["role"] == "assistant" and not message["content"] and not message.get("tool_calls")
 
 
 class _TooLong(Exception):
@@ -201,7 +233,8 @@ class PairWriter:
     def _add(self, source: str, row: Mapping[str, Any]) -> None:
         self._account.count(source, **{"in": 1})
         try:
-            sides = {side: self._side(row["prompt"], row[side]) for side in _SIDES}
+            tools = row.get("tools") or []
+            sides = {side: self._side(row["prompt"], row[side], tools) for side in _SIDES}
         except Unusable as error:
             self._account.drop(source, error.reason)
             return
@@ -219,9 +252,9 @@ class PairWriter:
             self._origins.append(source)
             self._account.keep(source, sides.values(), tokens_in=tokens)
 
-    def _side(self, prompt: list[dict[str, str]], answer: str) -> EncodedChat:
-        # The template marks every assistant turn; a pair compares only the last one, so the rest is masked.
-        chat = self._chat.encode([*prompt, {"role": "assistant", "content": answer}])
-        mask = chat.loss_mask.copy()
-        mask[: len(self._chat.encode_prompt(prompt))] = 0
-        return EncodedChat(chat.ids, mask)
+    def _side(self, prompt: list[Message], answer: str, tools: list[Any]) -> EncodedChat:
+        messages = _thought([*prompt, {"role": "assistant", "content": answer}], self._config)
+        if not messages[-1]["content"]:
+            raise Unusable("empty_response")
+        # A pair compares only the last turn, so the rest is masked.
+        return self._chat.encode(messages, tools=tools, turns={len(messages) - 1})

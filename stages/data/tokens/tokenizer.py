@@ -1,7 +1,8 @@
 """The tokenizer that a run trains, or the one that its base model brings, as one small object."""
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from stages.config.errors import ConfigError
-from stages.config.tokens import INFER, OWN, PLAIN, TokenizeConfig
+from stages.config.tokens import AUTO, INFER, OWN, PLAIN, TokenizeConfig
 from stages.data.tokens.chat import CHAT_TEMPLATE, ChatEncoder
 from stages.data.tokens.controls import encodable, plain_text_copy
 
@@ -126,11 +127,31 @@ def train_tokenizer(texts: Iterator[str], config: TokenizeConfig) -> LoadedToken
     )
     special = {"bos_token": _BOS, "eos_token": _EOS, "pad_token": _PAD}
     template = marked_template(config.chat_template, CHAT_TEMPLATE)
-    return LoadedTokenizer(backend, template, special, config.sequence_length, config.chat_template == INFER)
+    made = LoadedTokenizer(backend, template, special, config.sequence_length)
+    return with_spans(made, config.chat_template)
+
+
+def with_spans(tokenizer: LoadedTokenizer, wanted: str) -> LoadedTokenizer:
+    """The tokenizer with the spans that `tokenize.chat_template` asks for.
+
+    A template that ends an assistant's turn only when another turn follows gets that token at its end, too.
+    """
+    is_given = wanted in (OWN, PLAIN)
+    if is_given or (wanted != INFER and tokenizer.chat().marks_turns):
+        return tokenizer
+    made = replace(tokenizer, infer_spans=True)
+    if end := made.chat().missing_end:
+        made = replace(made, chat_template=made.chat_template.removesuffix("\n") + _CLOSED % json.dumps(end))
+    return made
+
+
+_CLOSED = (
+    "{%% if messages and messages[-1]['role'] == 'assistant' and not add_generation_prompt %%}{{ %s }}{%% endif %%}"
+)
 
 
 def marked_template(wanted: str, own: str) -> str:
     """The text of the template that `tokenize.chat_template` names."""
     if wanted == PLAIN:
         return PLAIN_TEMPLATE
-    return own if wanted in (OWN, INFER) else wanted
+    return own if wanted in (AUTO, OWN, INFER) else wanted

@@ -229,7 +229,7 @@ def test_weights_behind_sources_go_to_the_stages_that_train_on_them() -> None:
         ),
         (
             {"overrides": {"tokenize.chat_template": "chatml"}},
-            "'chatml' is neither 'own', 'infer', 'plain' nor the text",
+            "'chatml' is neither 'auto', 'own', 'infer', 'plain' nor the text",
         ),
     ],
 )

@@ -143,9 +143,8 @@ def test_instruction_shapes(shape: str, values: dict[str, Any], expected: list[d
         ({"messages": [user("Add.")]}, "no_assistant_turn"),
         ({"messages": [system("s")]}, "no_turns"),
         ({"messages": [{"role": "robot", "content": "3"}]}, "unknown_role"),
-        ({"messages": [user("a"), {"role": "tool", "content": "3"}, assistant("b")]}, "tool_role"),
-        ({"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [{}]}]}, "tool_call"),
-        ({"messages": [user("a"), {"role": "assistant", "content": "b", "weight": 0}]}, "untrained_turn"),
+        ({"messages": [user("a"), {"role": "tool", "content": "3"}, assistant("b")]}, "tool_answer_without_call"),
+        ({"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [{}]}]}, "malformed_tool_call"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, assistant("b")]}, "not_text"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": 3, "content": "b"}]}, "malformed_turn"),
         ({"messages": [assistant("3")]}, "starts_with_assistant"),
@@ -155,7 +154,7 @@ def test_instruction_shapes(shape: str, values: dict[str, Any], expected: list[d
         ({"messages": [user("a"), assistant(""), user("b"), assistant("c")]}, "empty_response"),
         ({"messages": [user("a"), assistant("x"), user(" "), assistant("c")]}, "empty_prompt"),
         ({"conversations": [{"from": "gpt", "value": "hi"}, {"from": "human", "value": "a"}]}, "starts_with_assistant"),
-        ({"conversations": [{"from": "observation", "value": "hi"}, {"from": "gpt", "value": "a"}]}, "tool_role"),
+        ({"conversations": [{"from": "tool", "value": ""}, {"from": "gpt", "value": "a"}]}, "tool_answer_without_call"),
     ],
 )  # fmt: skip
 def test_unusable_instructions_have_a_reason(values: dict[str, Any], reason: str) -> None:
@@ -336,7 +335,8 @@ def test_a_weight_of_zero_counts_only_where_a_turn_would_be_trained() -> None:
     turns = [weighted("system", "s", 0), weighted("human", "a", 0), weighted("gpt", "b", 1)]
     assert adapted({"conversations": turns}) == Conversation((system("s"), user("a"), assistant("b")))
     turns[-1]["weight"] = 0
-    assert adapted({"conversations": turns}) == "untrained_turn"
+    unweighted = {**assistant("b"), "weight": 0}
+    assert adapted({"conversations": turns}) == Conversation((system("s"), user("a"), unweighted))
 
 
 PREAMBLE = "You are a librarian.\n\nHuman: Q\n\nAssistant:"

@@ -94,7 +94,7 @@ def test_a_template_without_markers_is_refused(tokenizer: Tokenizer) -> None:
     unmarked = encoder(tokenizer, CHATML)
     with pytest.raises(ConfigError, match="generation") as caught:
         unmarked.encode(turns("what?", "it sorts"))
-    assert "tokenize.chat_template='infer'" in caught.value.advice
+    assert "tokenize.chat_template='auto'" in caught.value.advice
 
 
 # The wire formats of well-known families, written from their descriptions. None of them marks the assistant's text.
@@ -167,6 +167,9 @@ class Family:
 
     def encoder(self) -> ChatEncoder:
         return ChatEncoder(self.tokenizer, self.template, self.names, infer_spans=True)
+
+    def marked(self) -> ChatEncoder:
+        return ChatEncoder(self.tokenizer, self.template, self.names)
 
 
 def family(name: str) -> Family:
@@ -258,11 +261,8 @@ def test_a_second_bos_in_the_template_is_refused() -> None:
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        (CHATML.replace("{{ m['content'] }}<|im_end|>", "{{ m['content'] }}"), "token that ends it"),
-        (
-            CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"),
-            "generation prompt differs",
-        ),
+        (CHATML.replace("{{ m['content'] }}<|im_end|>", "{{ m['content'] }}"), "the last one with no control token"),
+        (CHATML.replace("assistant\n{% endif %}", "robot\n{% endif %}"), "generation prompt .* differs"),
         (CHATML.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else '' }}"), "left_out_by_template"),
         ("{{ raise_exception('tools only') }}", "refused_by_template"),
     ],
@@ -279,7 +279,7 @@ def test_markers_that_leave_out_the_end_token_or_everything_are_refused(tokenize
         encoder(tokenizer, without_end).check()
     empty = "{% generation %}{% endgeneration %}" + CHATML
     with pytest.raises(ConfigError, match="token that ends it: of two turns it trains 0"):
-        encoder(tokenizer, empty).check()
+        replace(family("chatml"), template=empty).marked().check()
 
 
 def test_a_conversation_that_the_template_cannot_hold_has_a_reason() -> None:
@@ -298,9 +298,11 @@ def test_a_template_that_prints_the_date_prints_the_same_one_every_day() -> None
     )
     made = replace(family("llama3"), template=dated)
     assert "26 Jul 2024" in made.tokenizer.decode(made.encoder().encode(turns("a", "b")).ids.tolist())
-    undated = LLAMA3.replace("{{ bos_token }}", "{{ bos_token }}{{ strftime_now('%d %b %Y') }}")
-    with pytest.raises(ConfigError, match="date"):
-        replace(made, template=undated).encoder().check()
+    called = LLAMA3.replace("{{ bos_token }}", "{{ bos_token }}{{ strftime_now('%A, %d %b %Y') }}")
+    assert called != LLAMA3
+    shown = replace(made, template=called).encoder()
+    assert "Friday, 26 Jul 2024" in made.tokenizer.decode(shown.encode(turns("a", "b")).ids.tolist())
+    assert shown.check() == made.tokenizer.token_to_id("<|eot_id|>")
 
 
 def test_our_own_template_passes_the_check(tokenizer: Tokenizer) -> None:
