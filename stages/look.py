@@ -209,7 +209,7 @@ class _Looker:
 
         settings = self._config.tokenize
         tokenizer = given_tokenizer(self._folder, chat_template=settings.chat_template)
-        tokenizer.chat().check()
+        tokenizer.chat().check(only_last_turn=settings.trained_turns == "last")
         return _Text(
             backend=tokenizer.backend,
             sequence_length=settings.sequence_length,

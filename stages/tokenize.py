@@ -37,9 +37,6 @@ def run(context: StageContext) -> StageOutcome:
     tokenizer = _tokenizer(config, curated, context)
     chat = tokenizer.chat()
     turn_end_id = chat.check(only_last_turn=config.trained_turns == "last")
-    if context.has_base_model:
-        for note in chat.notes:
-            _LOG.info("%s", note)
     tokenizer.save(context.output_dir / "tokenizer")
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)  # by the largest id
     ledger: dict[str, Any] = {}
@@ -60,7 +57,7 @@ def run(context: StageContext) -> StageOutcome:
         }
     if not context.has_base_model:  # a given model may continue with SFT, without new text
         _require_training_text(ledger, config)
-    meta = {
+    meta: dict[str, Any] = {
         "vocab_size": tokenizer.vocab_size,
         "sequence_length": config.sequence_length,
         "dtype": dtype.name,
@@ -68,6 +65,10 @@ def run(context: StageContext) -> StageOutcome:
         "eos_id": turn_end_id,
         "pad_id": tokenizer.pad_id,
     }
+    if context.has_base_model:  # the template of a tokenizer that we train is ours
+        meta["chat_template"] = list(chat.notes)
+        for note in chat.notes:
+            _LOG.info("%s", note)
     (context.output_dir / "meta.json").write_text(json.dumps(meta, indent=1))
     (context.output_dir / "ledger.json").write_text(json.dumps(ledger, indent=1))
     return StageOutcome(metrics=_metrics(ledger, tokenizer), ledger=ledger)

@@ -246,6 +246,6 @@ def test_calls_that_our_own_template_leaves_out_are_counted(tmp_path: Path) -> N
 
 def test_auto_is_own_where_the_tokenizer_is_trained_and_artifacts_made_before_stay_hits() -> None:
     assert TokenizeConfig().identity() == TokenizeConfig(chat_template="own").identity()
-    given = {"base_model": "/model"}
-    assert TokenizeConfig(**given).identity() != TokenizeConfig(**given, chat_template="own").identity()
+    given, marked = TokenizeConfig(base_model="/model"), TokenizeConfig(base_model="/model", chat_template="own")
+    assert given.identity() != marked.identity()
     assert "thinking" not in TokenizeConfig().identity()
