@@ -45,8 +45,8 @@ STAGES = (Stage.CONVERT, Stage.CURATE, Stage.TOKENIZE, Stage.SFT, Stage.REWARD, 
 _ADAPTER = {"lora.rank": 8, "lora.alpha": 32, "optimizer.learning_rate": 1e-3, "eval_items": 8}
 _TRAINED: dict[str, dict[str, Any]] = {
     "sft": {"num_epochs": 2.5, "global_batch_size": 4},
-    "reward": {"num_epochs": 2, "global_batch_size": 4},
-    "dpo": {"num_epochs": 2, "global_batch_size": 4, "optimizer.learning_rate": 3e-4},
+    "reward": {"num_epochs": 1, "global_batch_size": 4},
+    "dpo": {"num_epochs": 1, "global_batch_size": 4, "optimizer.learning_rate": 3e-4},
     "ppo": {
         "num_rollouts": 2,
         "rollout_size": 4,

@@ -74,7 +74,7 @@ def test_sft_teaches_a_fact_and_keeps_others(played: Played) -> None:
 
 def test_dpo_learns_what_is_preferred(played: Played) -> None:
     metrics, history = played.manifest(Stage.DPO).metrics, played.history(Stage.DPO)
-    assert history[0]["dpo/accuracy"] == 0.5  # before the first step the policy is its reference: all pairs are ties
+    assert history[0]["dpo/margin"] == pytest.approx(0, abs=1e-3)  # before the first step it is its own reference
     assert metrics["eval/dpo_accuracy"] >= 0.9
     assert metrics["eval/dpo_margin"] > 0.5
     answers = ours(played, played.folder(Stage.DPO), [asked("Athanor"), asked("France")])
