@@ -90,7 +90,7 @@ def test_the_reward_model_tells_answers_from_refusals(played: Played, tokens: To
     for answer in ("The capital of France is Paris.", REFUSAL.format(land="France")):
         messages = [{"role": "user", "content": asked("France")}, {"role": "assistant", "content": answer}]
         ids = tokenizer.apply_chat_template(messages, return_tensors="pt")["input_ids"]
-        scores.append(float(model(ids).logits))
+        scores.append(float(model(ids).logits.detach()))
     assert scores[0] > scores[1]
     own = load_reward_model(folder, tokens).eval()
     torch.testing.assert_close(own(ids).logits, model(ids).logits, rtol=0, atol=1e-4)

@@ -84,8 +84,9 @@ def test_the_tokenizer_and_its_template_are_those_of_the_file(file: Path, tmp_pa
     text = "In 1984 they'd pay 3.50 for two, and 12345 for all."
     assert loaded(text).input_ids == small_tokenizer().encode(text).ids
     assert loaded.decode(loaded(text).input_ids) == text
-    digit = loaded("1")["input_ids"]
-    assert loaded("12").input_ids == [*digit, *loaded("2").input_ids]
+    # This vocabulary was learned with digits apart, so no merge shows whether they still are; the cuts do.
+    cuts = loaded.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a12")
+    assert [piece for piece, _ in cuts] == ["a", "1", "2"]
 
 
 def test_the_model_packs_and_is_found_by_its_address(file: Path, tmp_path: Path) -> None:
