@@ -6,7 +6,7 @@ from stages.config.closing import EvaluateConfig
 from stages.config.curate import CurateConfig
 from stages.config.execution import Engine, ExecutionConfig
 from stages.config.pipeline import Executions, PipelineConfig
-from stages.config.tokens import INFER, TokenizeConfig
+from stages.config.tokens import TokenizeConfig
 from stages.config.train import (
     Algorithm,
     DPOConfig,
@@ -120,7 +120,7 @@ def smollm(*, seed: int = 0) -> PipelineConfig:
             preference_mix=(0.3, 0.3, 0.3, 0.1),
             seed=seed,
         ),
-        tokenize=TokenizeConfig(sequence_length=256, max_prompt_length=96, chat_template=INFER),
+        tokenize=TokenizeConfig(sequence_length=256, max_prompt_length=96),
         # Only with continue_pretraining; a base model brings its own size.
         pretrain=PretrainConfig(
             max_tokens=16_384,

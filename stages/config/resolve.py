@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from stages.config.combinations import contradictions
 from stages.config.curate import DERIVED, INSTALLED_DOCS
 from stages.config.errors import ConfigError
-from stages.config.execution import Engine
 from stages.config.forms import PipelineParams, RunOutline
 from stages.config.graph import (
     DATA_FIELDS,
@@ -78,7 +78,7 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     _refuse_nothing_to_read(config)
     _refuse_underivable(config)
     _refuse_uncuttable(config)
-    _refuse_float16(config)
+    _refuse_contradictions(config)
     return config
 
 
@@ -264,21 +264,13 @@ def _refuse_uncuttable(config: PipelineConfig) -> None:
             )
 
 
-def _refuse_float16(config: PipelineConfig) -> None:
+def _refuse_contradictions(config: PipelineConfig) -> None:
+    experts = 0 if config.base_model else config.pretrain.model.num_experts
     for stage in _selected_to_train(config):
-        execution, train = config.stage_execution(stage), config.stage_config(stage)
+        train = config.stage_config(stage)
         assert isinstance(train, TrainConfig)
-        if train.precision == "fp16" and not execution.gpus_per_worker:
-            raise ConfigError(
-                f"{stage}.precision='fp16' needs execution.{stage}.gpus_per_worker, got 0: processors emulate float16",
-                advice="Use precision=bf16 or fp32, or give the workers GPUs.",
-            )
-        if train.precision == "fp16" and execution.engine is Engine.DEEPSPEED:
-            raise ConfigError(
-                f"{stage}.precision='fp16' does not go with execution.{stage}.engine=deepspeed: the loss is scaled by "
-                "PyTorch's engines only",
-                advice="Use engine=fsdp, or precision=bf16 or fp32.",
-            )
+        for what, advice in contradictions(stage.value, train, config.stage_execution(stage), experts=experts):
+            raise ConfigError(what, advice=advice)
 
 
 def _selected_to_train(config: PipelineConfig) -> list[Stage]:

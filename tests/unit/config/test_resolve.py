@@ -137,6 +137,83 @@ def test_a_config_is_frozen() -> None:
             "engine=fsdp",
         ),
         (
+            {"overrides": {"sft.lora": {"rank": 8, "quantization": "nf4"}}},
+            r"sft.lora.quantization=nf4 needs execution.sft.gpus_per_worker, got 0",
+            "quantization=none",
+        ),
+        (
+            {
+                "overrides": {
+                    "sft.lora": {"rank": 8, "quantization": "nf4"},
+                    "execution.sft": {"engine": "fsdp", "num_workers": 1, "gpus_per_worker": 1},
+                }
+            },
+            r"sft.lora.quantization=nf4 does not go with execution.sft.engine=fsdp",
+            "engine=ddp",
+        ),
+        (
+            {
+                "overrides": {
+                    "sft.lora": {"rank": 8, "target_parameters": ["all-experts"]},
+                    "execution.sft.compile": True,
+                }
+            },
+            r"execution.sft.compile=true does not go with sft.lora.target_parameters",
+            "compile=false",
+        ),
+        (
+            {
+                "overrides": {
+                    "pretrain.optimizer.algorithm": "muon",
+                    "execution.pretrain": {"engine": "deepspeed", "num_workers": 1},
+                }
+            },
+            r"pretrain.optimizer.algorithm=muon does not go with execution.pretrain.engine=deepspeed",
+            "engine=fsdp",
+        ),
+        (
+            {
+                "overrides": {
+                    "dpo.optimizer.algorithm": "muon",
+                    "pretrain.model.num_kv_heads": 2,
+                    "execution.dpo": {"num_workers": 2, "tensor_parallel": 2},
+                }
+            },
+            r"dpo.optimizer.algorithm=muon needs whole matrices, which execution.dpo.tensor_parallel=2 cuts",
+            "adamw",
+        ),
+        (
+            {
+                "overrides": {
+                    "dpo.lora.rank": 4,
+                    "pretrain.model.num_kv_heads": 2,
+                    "execution.dpo": {"num_workers": 2, "tensor_parallel": 2},
+                }
+            },
+            r"dpo.lora.rank=4 does not go with execution.dpo.tensor_parallel=2",
+            "dpo.lora.rank=0",
+        ),
+        (
+            {
+                "overrides": {
+                    "sft.neftune_alpha": 5.0,
+                    "execution.sft": {"num_workers": 2, "pipeline_parallel": 2},
+                }
+            },
+            r"sft.neftune_alpha=5.0 does not go with execution.sft.pipeline_parallel=2",
+            "pipeline_parallel=1",
+        ),
+        (
+            {
+                "overrides": {
+                    "pretrain.model.num_experts": 4,
+                    "execution.pretrain": {"num_workers": 2, "pipeline_parallel": 2},
+                }
+            },
+            r"pretrain.model.num_experts=4 does not go with execution.pretrain.pipeline_parallel=2",
+            "pipeline_parallel=1",
+        ),
+        (
             {"overrides": {"execution.pretrain": {"num_workers": 4, "pipeline_parallel": 4}}},
             r"execution.pretrain.pipeline_parallel=4 is more than pretrain.model.num_layers=2",
             "at most 2",
