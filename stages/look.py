@@ -254,7 +254,6 @@ class _Looker:
         for model in parts.values():
             attend_within_documents(model)
             if isinstance(train, PostTrainConfig):
-                _check_quantization(train, execution, stage)
                 add_adapter(model, train.lora, seed=train.seed)
         if execution.workers_per_copy == 1:
             return
@@ -309,20 +308,6 @@ def _template_in_words(tokenizer: Any) -> str:
     whose = "its own chat template" if tokenizer.template_origin else "the given chat template"
     how = "inferred from what it writes" if tokenizer.infer_spans else "marked in it"
     return f"{whose}, the assistant's turns {how}"
-
-
-def _check_quantization(train: PostTrainConfig, execution: ExecutionConfig, stage: Stage) -> None:
-    """Refuse 4 bits where there is certainly no GPU: none for the workers, or none here, if the stage runs here."""
-    from stages.models.lora import quantized_loading
-
-    runs_here = execution.num_workers == 0 and not execution.entrypoint_cpus
-    if runs_here:
-        quantized_loading(train.lora)
-    elif train.lora.quantization != "none" and not execution.gpus_per_worker:
-        raise ConfigError(
-            f"lora.quantization={train.lora.quantization} needs a GPU, and the workers of {stage.value} have none",
-            advice=f"Give the stage GPUs (execution.{stage.value}.gpus_per_worker), or use lora.quantization=none.",
-        )
 
 
 def _room(execution: ExecutionConfig) -> tuple[float | None, str]:

@@ -86,6 +86,7 @@ def _of_gguf(uri: str, copy: Path) -> Outline | None:
     check_source(uri, field="base_model")
     file = None if uri.startswith("s3://") else local_gguf(uri)
     if file is None:
+        snapshot_base_model(uri)  # it is there
         return None
     from stages.models.gguf import outline_gguf
     from stages.models.hollow import write_hollow_file

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,9 +41,10 @@ from stages.models.lora import add_adapter
 from tests.places import REPOSITORY
 from tests.unit.models import test_hostile_folder as hostile
 from tests.unit.models.test_given import AUTO_MAP, UNMARKED, bring_code, save, tokens_of
+from tests.unit.test_look import scorer
 
 SOURCES = [
-    *sorted((REPOSITORY / "stages" / "models").glob("*.py")),
+    *sorted(path for path in (REPOSITORY / "stages" / "models").glob("*.py") if not path.name.startswith("gguf")),
     *sorted((REPOSITORY / "stages" / "data" / "tokens").glob("*.py")),
     *(
         REPOSITORY / "stages" / "train" / "engines" / name
@@ -51,6 +53,13 @@ SOURCES = [
 ]
 
 LATER = {
+    # By `resolve`, for which the configuration alone is enough (test_resolve.py):
+    "needs a GPU, and this worker has none": "resolve refuses 4 bits without gpus_per_worker; whether there is one, a "
+    "worker sees",
+    "optimizer.algorithm=muon needs whole matrices": "resolve",
+    "an adapter (lora.rank) does not go with": "resolve",
+    "runs the bare next-token loss": "resolve; experts of a given model are refused by the look",
+    # By a stage:
     "peft puts adapters of": "asked in the look too, but no architecture is known with which peft does it",
     "needs bitsandbytes, which is not installed": "the workers' image decides; the look may run in another one",
     "but the text supports only": "a tokenizer that the run trains, which no given model has",
@@ -67,7 +76,8 @@ LATER_WITHOUT_A_MESSAGE_OF_OURS = {
     "code of a model that fails on longer rows or on another device": "it is run once, on twelve tokens, small",
     "an architecture of which no small model can be made": "the look says so; the first stage checks the whole model",
     "too little memory": "what other machines have is not known; the look warns",
-    "a GGUF file that cannot be read": "the stage `convert` reads it",
+    "numbers of a GGUF file that make no model": "`convert` unpacks them; the header, its settings and its tokenizer "
+    "are looked at (test_look.py), unless the file is on the hub or in a bucket",
     "a model that changes between the look and the stage": "each stage pins what it finds",
 }
 """What else is found only by a stage, and why. For people; tests cannot look into what is not there."""
@@ -240,8 +250,25 @@ CASES = {
     "a template that is no text": Case("which is no text", with_template(7), OWN),
     "powers in a template": Case("computes powers", with_template("{{ 2 ** 9 }}" + MARKED), OWN),
     "a template without markers": Case(r"no \{% generation %\} markers", overrides=OWN, template=UNMARKED),
-    "a template with a date": Case(
-        "prints today's date", with_template("{{ strftime_now('%Y') if false }}" + MARKED), OWN
+    "a template without an end": Case("writes no control token after", with_template(MARKED), OWN),
+    "a template that ends earlier turns only": Case(
+        "ends an earlier turn of the assistant with .* with no control token",
+        with_template(
+            marked(
+                "<|assistant|>{% generation %}{{ m['content'] }}{{ '' if loop.last else '<|end|>' }}{% endgeneration %}"
+            )
+        ),
+        OWN,
+    ),
+    "a template with two ends": Case(
+        "ends the last turn with .* and an earlier one with",
+        with_template(
+            marked(
+                "<|assistant|>{% generation %}{{ m['content'] }}{{ '<|pad|>' if loop.last else '<|end|>' }}"
+                "{% endgeneration %}"
+            )
+        ),
+        OWN,
     ),
     "a template without room": Case(
         "cannot hold a question", with_template("{% generation %}no{% endgeneration %}"), OWN
@@ -257,7 +284,7 @@ CASES = {
         OWN,
     ),
     "another prompt than in training": Case(
-        "its generation prompt differs",
+        "its generation prompt .* differs from what precedes",
         with_template(
             marked(
                 "<|assistant|>{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}",
@@ -301,9 +328,6 @@ CASES = {
     "an adapter on nothing": Case(
         "has none of the kind 'nothing'", overrides={"dpo.lora.rank": 2, "dpo.lora.target_modules": ["nothing"]}
     ),
-    "four bits without a GPU": Case(
-        "needs a GPU, and this worker has none", overrides={"sft.lora.rank": 2, "sft.lora.quantization": "nf4"}
-    ),
     "heads that cannot be dealt": Case(
         "does not divide the model's num_attention_heads=2",
         overrides=engine(num_workers=4, tensor_parallel=4),
@@ -321,16 +345,6 @@ CASES = {
         engine(num_workers=2, pipeline_parallel=2),
         by_engine=True,
     ),
-    "matrices that would be cut": Case(
-        "optimizer.algorithm=muon needs whole matrices",
-        overrides={"sft.optimizer.algorithm": "muon", **engine(num_workers=2, tensor_parallel=2)},
-        by_engine=True,
-    ),
-    "noise in a pipeline": Case(
-        "runs the bare next-token loss",
-        overrides={"sft.neftune_alpha": 5.0, **engine(num_workers=2, pipeline_parallel=2)},
-        by_engine=True,
-    ),
     "more stages than layers": Case(
         "more than the model's 1 layers", overrides=engine(num_workers=2, pipeline_parallel=2), by_engine=True
     ),
@@ -338,11 +352,6 @@ CASES = {
         "has an attention of its own",
         of_architecture(windowed()),
         engine(num_workers=2, pipeline_parallel=2),
-        by_engine=True,
-    ),
-    "an adapter that would be cut": Case(
-        "an adapter .* does not go with",
-        overrides={"sft.lora.rank": 2, **engine(num_workers=2, tensor_parallel=2)},
         by_engine=True,
     ),
 }
@@ -461,6 +470,29 @@ def test_a_gated_repository_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="accept its terms") as refused:
         look("org/gated", {})
     SEEN["gated"] = refused.value.message
+
+
+def test_a_scorer_that_does_not_fit_the_policy_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    policy = save(tmp_path / "policy", tokenizer, template=CHAT_TEMPLATE)
+    config = TokenizeConfig(vocab_size=300, sequence_length=64)
+    other = train_tokenizer(iter([(REPOSITORY / "README.md").read_text()]), config).backend
+    for name, wrong in (
+        ("text", policy),
+        ("outputs", scorer(tmp_path / "two", tokenizer, outputs=2)),
+        ("tokenizer", scorer(tmp_path / "other", other)),
+    ):
+        with pytest.raises(ConfigError, match=r"^reward_model") as refused:
+            look(policy, {}, alignment="ppo", reward_model=str(wrong))
+        SEEN[f"scorer: {name}"] = refused.value.message
+
+
+@pytest.mark.parametrize("uri", ["hf://org", "hf://org/repository/absent.gguf"])
+def test_a_gguf_file_that_is_not_on_the_hub_is_refused(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [SimpleNamespace(rfilename="there.gguf")]
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_: SimpleNamespace(sha="c0ffee", siblings=files))
+    with pytest.raises(ConfigError, match=r"hub") as refused:
+        look(uri if uri.endswith("gguf") else f"{uri}/x.gguf", {})
+    SEEN[uri] = refused.value.message
 
 
 def test_every_refusal_in_the_source_has_a_case_or_a_reason(request: pytest.FixtureRequest) -> None:
