@@ -46,6 +46,10 @@ class EncodedChat:
     """How many turns have thinking that the template leaves out."""
 
 
+_MOST_SHOWN = 120
+"""Characters of a prompt in an error."""
+
+
 class ChatEncoder:
     """Encodes conversations by a chat template; `check` says whether it can be trained with."""
 
@@ -135,8 +139,8 @@ class ChatEncoder:
         for turn in turns:
             if not turn.is_prompted_as_written:
                 raise ConfigError(
-                    f"{self._template.name}: its generation prompt {turn.prompt!r} differs from what precedes the "
-                    f"assistant's turn in a conversation, {turn.header!r}",
+                    f"{self._template.name}: its generation prompt {_shown(turn.prompt)} differs from what precedes "
+                    f"the assistant's turn in a conversation, {_shown(turn.header)}",
                     advice="A model would be prompted in another way than it was trained; " + ADVICE,
                 )
         self._require_one_bos(whole.ids)
@@ -268,3 +272,8 @@ class ChatEncoder:
             made = self._cutter.skeleton(conversation, add_generation_prompt=add_generation_prompt, with_turns=False)
             self._skeletons[key] = made
         return self._skeletons[key], [slot.text for slot in conversation.slots]
+
+
+def _shown(text: str) -> str:
+    """A prompt may hold a page of instructions; where it differs is at its end or begin."""
+    return repr(text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN // 2]} ... {text[-_MOST_SHOWN // 2 :]}")
