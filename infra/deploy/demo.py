@@ -1,7 +1,7 @@
 """`make compose-demo`: the demo inside the Compose network, where names such as `airflow-api-server` are known.
 
-The recipe `demo` reads the documentation of packages that the Ray image does not have, Airflow's above all; here it
-reads those of the image instead.
+The recipes `demo` and `smollm` read the documentation of packages that the Ray image does not have, Airflow's above all;
+here they read those of the image instead.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PACKAGES = {
 def with_packages_of_the_image(recipe: str, params: dict[str, Any]) -> dict[str, Any]:
     """The run's own choice of documents wins."""
     overrides = params.get("overrides") or {}
-    if recipe != "demo" or params.get("documents") or "curate.packages" in overrides:
+    if recipe not in ("demo", "smollm") or params.get("documents") or "curate.packages" in overrides:
         return params
     return {**params, "overrides": {**PACKAGES, **overrides}}
 
