@@ -34,7 +34,7 @@ OVERRIDES = {
     "promote.min_win_rate": 0.0,  # models that have learnt nothing
     "min_new_bytes": 1000,
 }
-TINY: dict[str, Any] = {"recipe": "tiny", "alignment": "dpo", "overrides": OVERRIDES}
+TINY: dict[str, Any] = {"recipe": "tiny", "alignment": "dpo", "train_reward": True, "overrides": OVERRIDES}
 DEADLINE_SECONDS = 60
 
 

@@ -23,6 +23,7 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
     "stages/reward.py": ({"reward"}, "part of its own checkpoints"),
     "stages/reporting/model_views.py": ({"reward"}, "section of metrics.json"),
     "operators/evaluation.py": ({"reward"}, "field of its form"),
+    "stages/data/pairs/preferences.py": ({"reward"}, "a field that rows have"),
     "stages/convert.py": ({"convert"}, "phase of its own progress"),
     "stages/job/progress.py": ({"rate"}, "steps a second"),
     "operators/ray/logs.py": ({"rate"}, "steps a second"),

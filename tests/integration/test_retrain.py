@@ -80,7 +80,15 @@ def decided() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def first(store_uri: str) -> dict[Stage, StageResult]:
-    return play(store_uri, recipe="tiny", run_name="tiny", alignment="dpo", last_stage="promote", overrides=QUICK)
+    return play(
+        store_uri,
+        recipe="tiny",
+        run_name="tiny",
+        alignment="dpo",
+        train_reward=True,
+        last_stage="promote",
+        overrides=QUICK,
+    )
 
 
 def test_a_champion_is_measured_again(store_uri: str, first: dict[Stage, StageResult]) -> None:

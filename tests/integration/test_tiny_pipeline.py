@@ -232,7 +232,8 @@ def test_a_run_goes_on_from_a_registered_model_on_two_workers_of_ray(first: Run,
     run = play(services, base_model="models:/tiny-base@candidate", last_stage="sft", overrides=layout)
     assert run.state == "success"
     assert run.states["pretrain"] == run.states["reward"] == "skipped"
-    assert run.built == {Stage.TOKENIZE, Stage.SFT}  # the base model brings its tokenizer: other tokens
+    # It reads no preferences, so the data is other data; and the base model brings its tokenizer.
+    assert run.built == {Stage.CURATE, Stage.TOKENIZE, Stage.SFT}
     manifest = read_manifest(run.results[Stage.SFT].artifact)
     base = first.results[Stage.PRETRAIN].artifact
     assert {entry.role: entry.digest for entry in manifest.inputs}["base_model"] == base.digest
