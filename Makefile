@@ -117,7 +117,7 @@ test-chaos: setup ## kill parts of a real Airflow and a real Ray: the rows of do
 test-live: setup setup-browser ## test a whole live stack: people, retraining, browser, an installed wheel; many minutes
 	$(PYTHON) -m pytest -m live tests/browser tests/integration
 
-test-real: setup ## train SmolLM2-135M-Instruct for a few steps by SFT, DPO and PPO, look at what it learned; 5 minutes
+test-real: setup ## train SmolLM2-135M-Instruct for a few steps by SFT, DPO and PPO, look at what it learned; 8 minutes
 	@$(PYTHON) -m infra.real_model || true # without the model its tests are skipped, and say so
 	$(PYTHON) -m pytest -m real tests/real
 

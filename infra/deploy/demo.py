@@ -1,7 +1,7 @@
 """`make compose-demo`: the demo inside the Compose network, where names such as `airflow-api-server` are known.
 
-The recipes `demo` and `smollm` read the documentation of packages that the Ray image does not have, Airflow's above all;
-here they read those of the image instead.
+The recipes `demo` and `smollm` read the documentation of packages that the Ray image does not have, Airflow's above
+all; here they read those of the image instead.
 """
 
 from __future__ import annotations
