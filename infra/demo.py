@@ -34,9 +34,9 @@ PATIENCE_SECONDS = 120.0
 
 EXPECTED = {
     "demo": "about 6 minutes and 5.4 GB of memory on two cores with AVX-512",
-    "smollm": "about 28 minutes and 8.7 GB of memory on two cores without AVX-512 (EPYC, Zen 3)",
+    "smollm": "about half an hour and 8.7 GB of memory on two cores without AVX-512 (EPYC, Zen 3)",
 }
-"""What was measured of whole runs that find nothing built, with their default settings; the plan says it by stage."""
+"""Of whole runs that find nothing built, rounded from measured ones; the plan says it by stage."""
 
 
 @dataclass(frozen=True)
