@@ -9,13 +9,12 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from typing import TYPE_CHECKING, Any
 
 from operators.failures import (
     StageFailed,
     StageInfrastructureFailed,
-    StagePreempted,
     as_stage_failures,
     ended_while_waiting,
 )
@@ -107,7 +106,7 @@ def _watched(context: Any, store: "Store", request: LookRequest, *, entrypoint: 
         request.execution, poll_interval=0.5, unreachable_seconds=_UNREACHABLE_SECONDS, progress_seconds=10.0
     )
     with as_stage_failures(request.execution.max_retries), RayJobHook(DEFAULT_CONN_ID) as hook:
-        with _stopping_when_killed(hook) as watch_over:
+        with _stopping_when_killed(hook) as guard:
             attached = attach(
                 context,
                 hook,
@@ -116,13 +115,14 @@ def _watched(context: Any, store: "Store", request: LookRequest, *, entrypoint: 
                 entrypoint=entrypoint,
                 cancel_on_kill=True,
                 patience_seconds=_UNREACHABLE_SECONDS,
-                on_submit=watch_over,
+                on_submit=guard.watch_over,
             )
             submission = attached.submission
-            watch_over(submission.submission_id)
+            guard.watch_over(submission.submission_id)
             if submission.consumed:
                 return outcome_of(attached)
-            outcome = _watch(hook, submission.submission_id, request.store_uri, cursor_key(request), settings)
+            watch = _watch(hook, submission.submission_id, request.store_uri, cursor_key(request), settings)
+            outcome = guard.run(watch)
         if outcome.status != JobStatus.UNREACHABLE:
             taken_in = clear_number(context) if outcome.status == JobStatus.SUCCEEDED else None
             submission_log(context).consume(submission, taken_in=taken_in)
@@ -132,38 +132,76 @@ def _watched(context: Any, store: "Store", request: LookRequest, *, entrypoint: 
     return outcome
 
 
-def _watch(hook: RayJobHook, submission_id: str, store_uri: str, cursor: str, settings: "WatchSettings") -> "Outcome":
+async def _watch(
+    hook: RayJobHook, submission_id: str, store_uri: str, cursor: str, settings: "WatchSettings"
+) -> "Outcome":
     from operators.ray.client import RayJobClient
     from operators.ray.watch import LogCursor, watch_job
 
-    async def watch() -> "Outcome":
-        async with RayJobClient(hook.endpoint) as client:
-            shown = LogCursor(store_uri, cursor, submission_id)
-            return await watch_job(client, submission_id, cursor=shown, logger=logger, settings=settings)
+    async with RayJobClient(hook.endpoint) as client:
+        shown = LogCursor(store_uri, cursor, submission_id)
+        return await watch_job(client, submission_id, cursor=shown, logger=logger, settings=settings)
 
-    return asyncio.run(watch())
+
+class _Killed(BaseException):
+    """This process was asked to end; no `except Exception` on the way takes it."""
+
+
+class _Guard:
+    """Ends what this process does when it is asked to end (SIGTERM)."""
+
+    def __init__(self) -> None:
+        self.job: str | None = None
+        self._watching: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
+        self._killed = False
+
+    def watch_over(self, submission_id: str) -> None:
+        self.job = submission_id
+
+    def run(self, watch: Coroutine[Any, Any, "Outcome"]) -> "Outcome":
+        """Run `watch` in an event loop. A signal cancels it, since a task of asyncio keeps what is raised in it."""
+
+        async def cancellable() -> "Outcome":
+            task = asyncio.current_task()
+            assert task is not None
+            self._watching = (asyncio.get_running_loop(), task)
+            return await watch
+
+        try:
+            return asyncio.run(cancellable())
+        finally:
+            self._watching = None
+            if self._killed:
+                raise _Killed
+
+    def on_signal(self, signum: int, frame: Any) -> None:
+        self._killed = True
+        if self._watching is None:
+            raise _Killed
+        loop, task = self._watching
+        with contextlib.suppress(RuntimeError):  # the loop has just ended
+            loop.call_soon_threadsafe(task.cancel)
 
 
 @contextlib.contextmanager
-def _stopping_when_killed(hook: RayJobHook) -> Iterator[Any]:
-    """Yield a function that takes the id of the job to stop when this process is asked to end, or runs out of time."""
+def _stopping_when_killed(hook: RayJobHook) -> Iterator[_Guard]:
+    """Yield a guard: the job it watches over is stopped when this process is asked to end, or runs out of time."""
     from operators.ray.submission import patiently
 
-    watched: list[str] = []
-
-    def end(signum: int, frame: Any) -> None:
-        raise ended_while_waiting()
-
+    guard = _Guard()
     # Airflow's own handler calls `on_kill`, which a function that is a task does not have.
     on_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, end) if on_main_thread else None
+    before = signal.signal(signal.SIGTERM, guard.on_signal) if on_main_thread else None
     try:
-        yield watched.append
+        yield guard
     except BaseException as error:
         # Airflow's time limit is no Exception. What is one leaves the job to the next attempt, which attaches to it.
-        if watched and (isinstance(error, StagePreempted) or not isinstance(error, Exception)):
-            patiently(lambda: hook.stop_job(watched[-1]), _KILL_PATIENCE_SECONDS)
-            logger.info("Stopped Ray job %s.", watched[-1])
+        if guard.job and not isinstance(error, Exception):
+            job = guard.job
+            patiently(lambda: hook.stop_job(job), _KILL_PATIENCE_SECONDS)
+            logger.info("Stopped Ray job %s.", job)
+        if isinstance(error, _Killed):
+            raise ended_while_waiting() from None
         raise
     finally:
         if on_main_thread:

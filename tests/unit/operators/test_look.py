@@ -14,6 +14,7 @@ import pytest
 
 from operators.failures import StageConfigFailed, StageInfrastructureFailed, StagePreempted
 from operators.look import look_at_models, read_look
+from operators.ray.watch import JobWatcher
 from operators.run import start_run
 from stages.artifacts.addresses import open_store
 from stages.artifacts.store import Store, write_json
@@ -170,6 +171,20 @@ def test_a_killed_task_stops_its_job_and_the_next_attempt_starts_another(
     when_submitted(ray, ends_with(store, "result.json", LOOK, "SUCCEEDED"))
     assert look(context, store) == LOOK
     assert len(set(ray.posts)) == 2
+
+
+def test_a_task_killed_while_it_shows_the_jobs_log_stops_the_job(
+    context: dict[str, Any], store: Store, ray: StandInRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task of asyncio keeps what is raised in it: the signal must not be lost there."""
+
+    async def killed(self: JobWatcher) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(JobWatcher, "_tail", killed)
+    with pytest.raises(StagePreempted):
+        look(context, store)
+    assert len(ray.stops) == 1
 
 
 def test_a_damaged_record_leaves_the_plan_without_facts(store: Store, caplog: pytest.LogCaptureFixture) -> None:
