@@ -4,7 +4,6 @@ import base64
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +12,19 @@ import pytest
 from infra.deploy import mlflow_server, setup
 from infra.deploy.demo import with_packages_of_the_image
 from infra.deploy.probe import Unhealthy, check_store, probe
-from tests.answering import answering
+from tests.answering import Asked, answering_json
 
 
 @contextmanager
 def serving(answers: dict[str, Any], seen: list[tuple[str, str, str]] | None = None) -> Iterator[str]:
     """A server whose answers are (status, JSON) by path; requests are noted as (method, authorization, body)."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def _answer(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
-            if seen is not None:
-                seen.append((f"{self.command} {self.path}", self.headers.get("Authorization", ""), body))
-            status, value = answers.get(self.path, (404, {}))
-            text = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
+    def answer(asked: Asked) -> tuple[int, Any]:
+        if seen is not None:
+            seen.append((f"{asked.method} {asked.path}", asked.authorization, asked.body.decode()))
+        return answers.get(asked.path, (404, {}))
 
-        do_GET = do_POST = do_PATCH = _answer
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with answering(Handler) as url:
+    with answering_json(answer) as url:
         yield url
 
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from infra.screen import PlainScreen, samples_panels, summary_table
 from stages.artifacts.folder import FileStore
 from stages.config.graph import Stage
 from stages.config.request import FileEntry, run_folder
-from tests.answering import answering
+from tests.answering import Asked, answering_json
 from tests.pipeline_records import publish_run, tampered
 
 RUN = "manual__2026-11-23T09:00:00+00:00"
@@ -87,24 +86,11 @@ class Airflow:
 def airflow() -> Iterator[tuple[Airflow, str]]:
     fake = Airflow()
 
-    class Handler(BaseHTTPRequestHandler):
-        def handle_any(self) -> None:
-            length = int(self.headers.get("Content-Length") or 0)
-            body = json.loads(self.rfile.read(length)) if length else None
-            path = self.path.replace("%3A", ":").replace("%2B", "+")
-            status, value = fake.answer(self.command, path, body, self.headers.get("Authorization", ""))
-            payload = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(payload)))
-            self.end_headers()
-            self.wfile.write(payload)
+    def answer(asked: Asked) -> tuple[int, Any]:
+        path = asked.path.replace("%3A", ":").replace("%2B", "+")
+        return fake.answer(asked.method, path, asked.value, asked.authorization)
 
-        do_GET = do_POST = handle_any
-
-        def log_message(self, format: str, *args: object) -> None:
-            return None
-
-    with answering(Handler) as url:
+    with answering_json(answer) as url:
         yield fake, url
 
 

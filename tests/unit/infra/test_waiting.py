@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from infra.run_state import RunWatch
 from infra.screen import LiveScreen, PlainScreen
 from stages.artifacts.folder import FileStore
 from stages.config.request import run_folder
-from tests.answering import answering
+from tests.answering import Asked, answering_json
 
 OURS, OTHER = "manual__ours", "manual__interrupted"
 DAG = "llm_pipeline"
@@ -85,26 +84,13 @@ def ago(**time_ago: float) -> str:
 def airflow() -> Iterator[tuple[Airflow, str]]:
     fake = Airflow()
 
-    class Handler(BaseHTTPRequestHandler):
-        def handle_any(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            parts = urlsplit(self.path)
-            if parts.path == "/auth/token":
-                status, value = 201, {"access_token": "t"}
-            else:
-                status, value = fake.answer(unquote(parts.path.removeprefix("/api/v2/")), parse_qs(parts.query))
-            payload = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(payload)))
-            self.end_headers()
-            self.wfile.write(payload)
+    def answer(asked: Asked) -> tuple[int, Any]:
+        parts = urlsplit(asked.path)
+        if parts.path == "/auth/token":
+            return 201, {"access_token": "t"}
+        return fake.answer(unquote(parts.path.removeprefix("/api/v2/")), parse_qs(parts.query))
 
-        do_GET = do_POST = handle_any
-
-        def log_message(self, format: str, *args: object) -> None:
-            return None
-
-    with answering(Handler) as url:
+    with answering_json(answer) as url:
         yield fake, url
 
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,7 @@ from stages.artifacts.addresses import open_store, run_key
 from stages.artifacts.store import Store, write_json
 from stages.config.graph import Stage
 from stages.config.request import RunInfo, safe_run_id
-from tests.answering import answering
+from tests.answering import Asked, answering_json
 from tests.places import SHARED
 
 COLLIDING = ("exp-1", "exp+1", "exp:1", "exp~1", "EXP-1")
@@ -151,23 +150,10 @@ class Mlflow:
 def mlflow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mlflow]:
     world = Mlflow()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.reply({})
+    def answer(asked: Asked) -> tuple[int, Any]:
+        return 200, world.answer(asked.path.split("?")[0], asked.value or {})
 
-        def do_POST(self) -> None:
-            self.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-        def reply(self, body: dict[str, Any]) -> None:
-            data = json.dumps(world.answer(self.path.split("?")[0], body)).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, format: str, *args: object) -> None: ...
-
-    with answering(Handler) as url:
+    with answering_json(answer) as url:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
         yield world
 
