@@ -113,8 +113,8 @@ def smollm(*, seed: int = 0) -> PipelineConfig:
             heldout_packages=("datasets", "networkx"),
             include_stdlib=True,
             max_bytes=2_000_000,
-            max_instructions=600,
-            max_preferences=192,
+            max_instructions=400,
+            max_preferences=128,
             max_heldout_pairs=200,
             # The words of a summary in disorder are a mistake that this model does not make; the others teach more.
             preference_mix=(0.3, 0.3, 0.3, 0.1),
@@ -147,7 +147,7 @@ def smollm(*, seed: int = 0) -> PipelineConfig:
         ),
         ppo=PPOConfig(
             lora=adapter,
-            num_rollouts=3,
+            num_rollouts=2,
             rollout_size=32,
             global_batch_size=16,
             num_epochs=2,
@@ -166,9 +166,9 @@ def smollm(*, seed: int = 0) -> PipelineConfig:
         ),
         evaluate=EvaluateConfig(
             max_documents_tokens=4_096,
-            max_instructions=48,
-            max_preferences=48,
-            max_prompts=24,
+            max_instructions=32,
+            max_preferences=32,
+            max_prompts=16,
             num_samples=8,
             max_response_length=40,
         ),
