@@ -101,7 +101,8 @@ class Server:
         if not self._access.api_key or request.path in _PAGE or request.path == "/health":
             return
         given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-        if not hmac.compare_digest(given.encode(), self._access.api_key.encode()):
+        # Headers may hold any bytes, which aiohttp keeps as surrogates.
+        if not hmac.compare_digest(given.encode(errors="surrogateescape"), self._access.api_key.encode()):
             raise RequestError(
                 "incorrect API key; send it as Authorization: Bearer <key>",
                 status=401,

@@ -55,7 +55,7 @@ function column(model) {
   heading.append(made("small", "", [model.kind, `${model.max_model_len} tokens`].filter(Boolean).join(", ")));
   const turns = made("div", "turns");
   node.append(heading, turns);
-  return { id: model.id, node, turns, messages: [] };
+  return { id: model.id, node, turns, messages: [], talk: 0 };
 }
 
 function show(one, node) {
@@ -90,6 +90,7 @@ function settings() {
 async function ask(one, question, signal) {
   const system = element("system").value.trim();
   const earlier = one.messages.slice();
+  const talk = one.talk;
   const messages = [
     ...(system ? [{ role: "system", content: system }] : []),
     ...earlier,
@@ -120,8 +121,10 @@ async function ask(one, question, signal) {
       }
       reason = choice.finish_reason || reason;
     }
+    if (one.talk !== talk) return; // a new conversation has begun
     show(one, made("p", "measured", measured(begin, first, usage, reason)));
   } catch (error) {
+    if (one.talk !== talk) return;
     const stopped = error.name === "AbortError";
     show(one, made("p", stopped ? "measured" : "failed", stopped ? "stopped" : error.message));
     if (!stopped && !text) return; // the question was not answered, so it is no part of the conversation
@@ -161,6 +164,7 @@ function reset() {
   if (running) running.abort();
   for (const one of columns) {
     one.messages = [];
+    one.talk += 1;
     one.turns.replaceChildren();
   }
 }
