@@ -107,7 +107,7 @@ export: setup ## export a model: make export MODEL=models:/athanor-aligned@champ
 	$(PYTHON) -m stages.export "$${MODEL:?name a model: make export MODEL=models:/athanor-aligned@champion TO=/folder}" \
 	  $${TO:+--to "$$TO"} $(EXPORT)
 
-# ctrl-c ends an answer and not the chat, so make must not wait for the chat to end: `exec` leaves it alone in the terminal
+# Ctrl-c ends an answer and not the chat; make, which gets it too, waits for the chat and then ends as interrupted.
 chat: setup ## talk to a model in the terminal: make chat MODEL=models:/athanor-aligned@champion CHAT='--temperature 0.7'
 	@settings="$$($(PYTHON) -m infra env 2>/dev/null)" && eval "$$settings"; \
 	exec $(PYTHON) -m stages.serve.chat "$${MODEL:?name a model: make chat MODEL=models:/athanor-aligned@champion}" $(CHAT)
