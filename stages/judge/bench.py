@@ -15,6 +15,7 @@ import torch
 
 from stages.config.closing import EvaluateConfig
 from stages.config.errors import ConfigError, StageError
+from stages.config.evaluation import CHAMPION_ROLE
 from stages.config.graph import aligned_models
 from stages.data.tokens.originals import published_tokenizer
 from stages.data.tokens.packing import RowBudget
@@ -28,7 +29,7 @@ from stages.judge.curated import find_texts, tokenize_settings
 from stages.judge.forward import Forward
 from stages.judge.heldout import NOT_FINITE, Heldout
 from stages.judge.kept import Measurements
-from stages.judge.subjects import CHAMPION, Subjects, is_permanent, scorer_role
+from stages.judge.subjects import Subjects, is_permanent, scorer_role
 from stages.judge.suite import Measurement, Subject, Suite
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ class _Units:
             found += self._of_answers(role, sampler, shown)
             found += [Unit(role, suite, suite.name) for suite in self.further]
         if self.subjects.scorer_identity and self.heldout.pairs:
-            found.append(Unit(scorer_role(), RewardMargins(self.heldout, self.forward), "reward", is_published=False))
+            found.append(Unit(scorer_role(), RewardMargins(self.heldout, self.forward), "scorer", is_published=False))
         _require_different_names(found)
         return found
 
@@ -233,7 +234,7 @@ def _opened(role: str, subjects: Subjects) -> Subject | None:
     try:
         return subjects.open(role)
     except StageError as error:
-        if role != CHAMPION or not is_permanent(error):
+        if role != CHAMPION_ROLE or not is_permanent(error):
             raise
         subjects.forget(role, str(error))
         return None
@@ -241,7 +242,7 @@ def _opened(role: str, subjects: Subjects) -> Subject | None:
 
 def _collect(missing: list[Unit], bench: Bench, measurements: Measurements, measured: Measured) -> None:
     """Take what other workers have measured meanwhile. Ray ends all of them when one fails, so waiting ends too."""
-    if any(unit.role == CHAMPION for unit in missing) and _opened(CHAMPION, bench.subjects) is None:
+    if any(unit.role == CHAMPION_ROLE for unit in missing) and _opened(CHAMPION_ROLE, bench.subjects) is None:
         return  # the worker that was to measure it could not open it either
     for unit in missing:
         if measurements.is_there(_identity(unit, bench), unit.suite):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from stages.config.closing import WIN_RATE, EvaluateConfig
+from stages.config.evaluation import CHAMPION_ROLE
 from stages.config.graph import REWARD_MODEL, aligned_models
 from stages.config.records import without_non_finite
 from stages.data.tokens.views import Split
@@ -21,7 +22,7 @@ from stages.judge.aggregates import metrics_of, reward_quality, unigram_perplexi
 from stages.judge.bench import Bench, Measured, Unit
 from stages.judge.scores import Column, write_scores
 from stages.judge.statistics import compare, interval
-from stages.judge.subjects import CHAMPION, scorer_role
+from stages.judge.subjects import scorer_role
 from stages.judge.suite import Measurement, Suite
 
 METRICS, SAMPLES = "metrics.json", "samples.json"
@@ -84,7 +85,7 @@ def comparisons_of(context: StageContext, bench: Bench, measured: Measured) -> l
     suites = {unit.suite.name: unit.suite for unit in _published(bench, measured) if unit.suite.better}
     found = []
     for role in aligned:
-        for against in (CHAMPION, start):
+        for against in (CHAMPION_ROLE, start):
             for suite in suites.values():
                 ours, theirs = (measured.get((one, suite.name)) for one in (role, against))
                 if ours is None or theirs is None:
@@ -109,8 +110,8 @@ def champion_of(context: StageContext, bench: Bench) -> dict[str, Any]:
     address = config.champion.removeprefix("models:/")
     name, _, version = address.rpartition("/")
     named = {"name": name, "version": version} if address else {}
-    if CHAMPION in bench.subjects.roles:
-        ref = context.inputs[CHAMPION]
+    if CHAMPION_ROLE in bench.subjects.roles:
+        ref = context.inputs[CHAMPION_ROLE]
         return {**named, "fingerprint": ref.fingerprint, "digest": ref.digest, "uri": ref.uri}
     if missing := bench.subjects.missing_champion or config.champion_missing:
         return {**named, "missing": missing}

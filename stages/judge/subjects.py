@@ -17,6 +17,7 @@ from torch import nn
 from stages.artifacts.manifests import canonical_json
 from stages.config.closing import EvaluateConfig
 from stages.config.errors import Category, ConfigError, DamagedArtifactError, StageError
+from stages.config.evaluation import CHAMPION_ROLE
 from stages.config.graph import BASE_MODEL, GRAPH, REWARD_MODEL, aligned_models, language_models, trained_stages
 from stages.data.tokens.tokenizer import LoadedTokenizer
 from stages.data.tokens.views import TokensArtifact
@@ -31,8 +32,6 @@ from stages.models.same_tokenizer import check_given_scorer
 
 logger = logging.getLogger(__name__)
 
-CHAMPION = "champion"
-"""Role of the model that an earlier run made champion."""
 _KEPT_OPEN = 2
 """Language models in memory: the one that is measured, and the one that it started from."""
 
@@ -70,7 +69,7 @@ class Subjects:
             role: _Known(role, folder, context.content_of(role, BASE_MODEL), tokenizer, tokens.eos_id)
             for role, folder in model_folders(context).items()
         }
-        if CHAMPION in context.inputs:
+        if CHAMPION_ROLE in context.inputs:
             self._add_champion()
         self._open: dict[str, Subject] = {}
         self._scorers: dict[str, nn.Module] = {}
@@ -145,13 +144,13 @@ class Subjects:
     def _add_champion(self) -> None:
         """Take the champion in if it can be read; it may be gone, or have been made by a later release."""
         try:
-            folder = self._context.input_dir(CHAMPION)
+            folder = self._context.input_dir(CHAMPION_ROLE)
             own = given_tokenizer(folder)
             shares = own.digest == self._tokenizer.digest
-            self._known[CHAMPION] = _Known(
-                CHAMPION,
+            self._known[CHAMPION_ROLE] = _Known(
+                CHAMPION_ROLE,
                 folder,
-                self._context.content_of(CHAMPION),
+                self._context.content_of(CHAMPION_ROLE),
                 self._tokenizer if shares else own,
                 self._tokens.eos_id if shares else _end_id(own),
             )
