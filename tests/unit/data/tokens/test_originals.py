@@ -26,7 +26,7 @@ def tokens_of(home: Path, settings: TokenizeConfig, *, longer: bool = False) -> 
     folder = write_curated(curate.output_dir)
     if longer:
         path = folder / "instructions" / "heldout.jsonl.gz"
-        rows = [json.loads(line) for line in gzip.open(path, "rt", encoding="utf-8")]
+        rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
         for row in rows[::3]:
             row["messages"] += [
                 {"role": "user", "content": "And then?" * 30},
