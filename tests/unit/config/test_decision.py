@@ -198,6 +198,13 @@ def test_a_champion_that_changed_since_the_evaluation_is_not_dethroned() -> None
     assert "there was no champion to compare with, and version 4 is champion now" in first.reason
 
 
+def test_without_a_comparison_with_the_champion_the_best_against_the_start_is_still_the_one_proposed() -> None:
+    evaluation = evaluated(compared(against="sft", **TIE), compared("dpo", "sft"), champion=None)
+    for config in (AUTO, AUTO.model_copy(update={"promotion": Promotion.NEVER})):
+        decision = decide([PPO, DPO], OLD, evaluation, config)
+        assert (decision.promoted, decision.comparison, decision.chosen) == (False, "none", "dpo")
+
+
 def test_a_champion_built_again_with_other_content_is_another_one() -> None:
     evaluation = evaluated(compared(), champion={**CHAMPION, "digest": "d1"})
     assert decide([PPO], Champion("4", "old", "d1"), evaluation, AUTO).promoted

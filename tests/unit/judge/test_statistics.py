@@ -99,8 +99,8 @@ def test_the_needed_items_are_those_that_find_the_gain() -> None:
 
 
 def test_needed_items_by_hand() -> None:
-    """Differences of +1, 0, 0, 0 on and on: mean 1/4, standard deviation 0.433. (1.6449 + 1.2816) x 0.433 / 0.25 = 5.07,
-    squared 25.7; with the factor 100/99 of the clusters, 26."""
+    """Differences of +1, 0, 0, 0 on and on: mean 1/4, standard deviation 0.433. (1.6449 + 1.2816) x 0.433 / 0.25 is
+    5.07, squared 25.7; with the factor 100/99 of the clusters, 26."""
     a, b = column(np.tile([1.0, 0, 0, 0], 25)), column(np.zeros(100))
     comparison = found(a, b)
     assert (comparison.difference, comparison.needed_items) == (0.25, 26)
