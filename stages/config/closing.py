@@ -50,6 +50,7 @@ class EvaluateConfig(Config):
     seed: int = Field(default=0, ge=0)
     """Sampling follows from it."""
     comparison: Annotated[ComparisonConfig, AddedLater(ComparisonConfig())] = ComparisonConfig()
+    """How sure a difference between two models must be; filled from `promote` when a run starts."""
     champion: Annotated[str, AddedLater("")] = ""
     """The champion that the run's models are compared with, `models:/name/version`; filled by Athanor."""
     champion_missing: Annotated[str, AddedLater("")] = ""
