@@ -93,7 +93,11 @@ def test_the_text_of_an_item_gives_what_its_ids_give(world: World, tmp_path: Pat
     template = TokensArtifact(Path(world.inputs["tokens"].uri.removeprefix("file://"))).tokenizer_dir
     spelled = "{# the same #}" + (template / "chat_template.jinja").read_text(encoding="utf-8")
     other = published_copy(tmp_path, world.inputs["sft"], chat_template__jinja=spelled)
-    report, _ = evaluated(world, champion=other)
+    fresh = World(tmp_path, world.inputs)
+    evaluated(fresh)
+    report, outcome = evaluated(fresh, champion=other)
+    # Six suites and two that show answers: what the SFT model got is not taken for what this one gets.
+    assert outcome.ledger["units"]["measured"] == 8
     assert "eval/perplexity" not in report["models"]["champion"], "it was taken for a model with the run's tokenizer"
     for suite in (name for name in FOR_ALL if name != "score"):
         ours, theirs = (report["suites"][suite]["roles"][role] for role in ("sft", "champion"))
