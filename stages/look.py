@@ -22,7 +22,7 @@ from stages.artifacts.store import Store, write_json
 from stages.config.errors import EXIT_CODES, Category, ConfigError, ExitCode, StageError
 from stages.config.estimate import memory_bytes
 from stages.config.execution import ExecutionConfig
-from stages.config.graph import GRAPH, REWARD_BASE, REWARD_MODEL, Stage, trained_stages
+from stages.config.graph import GOLD_MODEL, GRAPH, REWARD_BASE, REWARD_MODEL, Stage, trained_stages
 from stages.config.look import GivenModel, Look, LookRequest, ModelFacts, look_key
 from stages.config.pipeline import ONE_VERSION, PipelineConfig
 from stages.config.records import first_error
@@ -37,7 +37,7 @@ from stages.job.stopping import raise_stopped
 
 logger = logging.getLogger("athanor")
 
-_SCORERS = (REWARD_MODEL, REWARD_BASE)
+_SCORERS = (REWARD_MODEL, REWARD_BASE, GOLD_MODEL)
 """Given models that read what the policy writes."""
 
 
@@ -194,8 +194,10 @@ class _Looker:
         """What the policy tokenizes with, which a model that scores its responses must share."""
         from stages.models.same_tokenizer import check_one_score, check_same_tokenizer
 
-        if self._model.role == REWARD_MODEL:
-            check_one_score(self._folder, role=REWARD_MODEL)
+        if self._model.role in (REWARD_MODEL, GOLD_MODEL):
+            check_one_score(self._folder, role=self._model.role)
+        if self._model.role == GOLD_MODEL:  # it reads text, with a tokenizer of its own
+            return self._own_text()
         if policy is None:  # of a GGUF file elsewhere, or that of a run that trains its own
             self._notes.append("whether it has the policy's tokenizer is left to the stage that reads both")
             return self._text()
@@ -205,6 +207,9 @@ class _Looker:
     def _text(self) -> _Text:
         if (tokens := self._config.given.get("tokens")) is not None:
             return _text_of_tokens(tokens)
+        return self._own_text()
+
+    def _own_text(self) -> _Text:
         from stages.models.given_tokenizer import given_tokenizer
 
         settings = self._config.tokenize

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, GetPydanticSchema, model_validator
 
-from stages.config.base import Config
+from stages.config.base import Choice, Config
 from stages.config.closing import LONGEST_WAIT_HOURS, Promotion
 from stages.config.graph import (
     BASE_MODEL,
@@ -36,6 +36,14 @@ FirstStage = Annotated[
 """A stage or nothing; the form proposes those that a run can enter at."""
 
 
+class GoldScorer(Choice):
+    """Whether a run trains a gold scorer."""
+
+    RECIPE = "recipe", "As the recipe says"
+    TRAIN = "train", "Train one on half of the pairs"
+    NONE = "none", "None"
+
+
 class RunOutline(Config):
     """Name, start and end of a run: the fields of the form that the configuration keeps as they are."""
 
@@ -63,6 +71,15 @@ class RunOutline(Config):
     Empty: what the policy starts from."""
     train_reward: bool = Field(default=False, title="Train a reward model")
     """Train a reward model although no stage of the run learns from it: with alignment `dpo` it judges the result."""
+    gold_scorer: GoldScorer = Field(default=GoldScorer.RECIPE, title="Gold scorer")
+    """A second reward model that judges the models of the run and that none of them is trained with. `train` trains one
+    on half of the preference pairs, which reward model and DPO then do without. `recipe`: as the recipe says, where the
+    run trains on pairs anyway."""
+    gold_model: ModelAddress = Field(
+        default="", title="Gold model", examples=["models:/athanor-gold@candidate", "org/reward-model"]
+    )
+    """Gold scorer to judge with, instead of training one: an artifact URI, `models:/name@alias`, or a Hugging Face
+    folder or hub id of a sequence classifier with one output. It may have a tokenizer of its own."""
     previous_data: ModelAddress = Field(
         default="", title="Previous data", examples=["models:/athanor-aligned@champion"]
     )
@@ -108,6 +125,7 @@ class RunOutline(Config):
             given=frozenset(self.given_models),
             continue_pretraining=self.continue_pretraining,
             train_reward=self.train_reward,
+            train_gold=self.gold_scorer is GoldScorer.TRAIN,
             converts=self.converts,
         )
 

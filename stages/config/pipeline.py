@@ -18,7 +18,7 @@ from stages.config.names import ExperimentName
 from stages.config.records import first_error
 from stages.config.request import PREVIOUS, ArtifactRef, Source, SourceKind
 from stages.config.tokens import TokenizeConfig
-from stages.config.train import DPOConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig
+from stages.config.train import DPOConfig, GoldConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig
 
 ONE_VERSION = "Trigger the run again, with one version of Athanor in Airflow and on the cluster."
 """The advice where what Airflow wrote for a stage is not what the stage reads."""
@@ -30,6 +30,7 @@ CONFIG_CLASSES: dict[Stage, type[Config]] = {
     Stage.PRETRAIN: PretrainConfig,
     Stage.SFT: SFTConfig,
     Stage.REWARD: RewardConfig,
+    Stage.GOLD: GoldConfig,
     Stage.PPO: PPOConfig,
     Stage.DPO: DPOConfig,
     Stage.EVALUATE: EvaluateConfig,
@@ -49,6 +50,7 @@ class Executions(Config):
     pretrain: ExecutionConfig = ExecutionConfig()
     sft: ExecutionConfig = ExecutionConfig()
     reward: ExecutionConfig = ExecutionConfig()
+    gold: ExecutionConfig = ExecutionConfig()
     ppo: ExecutionConfig = ExecutionConfig()
     dpo: ExecutionConfig = ExecutionConfig()
     evaluate: ExecutionConfig = ExecutionConfig()
@@ -90,6 +92,7 @@ class PipelineConfig(RunOutline):
     pretrain: PretrainConfig
     sft: SFTConfig
     reward: RewardConfig
+    gold: GoldConfig = GoldConfig()
     ppo: PPOConfig
     dpo: DPOConfig
     evaluate: EvaluateConfig = EvaluateConfig()

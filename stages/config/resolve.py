@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from stages.config.combinations import contradictions
 from stages.config.curate import DERIVED, INSTALLED_DOCS
 from stages.config.errors import ConfigError
-from stages.config.forms import PipelineParams, RunOutline
+from stages.config.forms import GoldScorer, PipelineParams, RunOutline
 from stages.config.graph import (
     DATA_FIELDS,
     DOCUMENTS,
@@ -28,10 +28,10 @@ from stages.config.nested import dotted, dotted_once, leaves
 from stages.config.pipeline import PipelineConfig
 from stages.config.places import check_source
 from stages.config.recipes import RECIPES
-from stages.config.selection import needed_data
+from stages.config.selection import asks_for_gold, needed_data
 from stages.config.sources import parse_source, take_weights
 from stages.config.text import HALVES, one_line
-from stages.config.train import TrainConfig
+from stages.config.train import PairsHalf, TrainConfig
 
 Model = TypeVar("Model", bound=BaseModel)
 _HALF = re.compile(f"[{HALVES}]")
@@ -66,8 +66,10 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
         )
     _refuse_impossible_end(params)
     template = recipe(seed=params.seed)
+    params = _with_gold_of_recipe(params, template)
     tree = template.model_dump(mode="json")
     _apply_form(tree, params)
+    _leave_half_to_gold(tree, params)
     for path, value in _ordered(params.overrides):
         _set_dotted(tree, path, value)
     _apply_seed(tree, params)
@@ -97,6 +99,16 @@ def _with_model_of_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
     recipe = RECIPES.get(str(values.get("recipe", "")))
     given = values.get("base_model") or (recipe().base_model if recipe else "")
     return {**values, "base_model": given} if given else dict(values)
+
+
+def _with_gold_of_recipe(params: PipelineParams, recipe: PipelineConfig) -> PipelineParams:
+    """What a recipe says about the gold scorer counts in runs that read preference pairs anyway and are given no gold
+    scorer."""
+    if params.gold_scorer is not GoldScorer.RECIPE:
+        return params
+    reads_pairs = PREFERENCES in needed_data(params.selected, has_base_model=bool(params.base_model))
+    wanted = recipe.gold_scorer is GoldScorer.TRAIN and reads_pairs and not params.gold_model
+    return params.model_copy(update={"gold_scorer": GoldScorer.TRAIN if wanted else GoldScorer.NONE})
 
 
 def _with_outline(params: PipelineParams) -> PipelineParams:
@@ -134,12 +146,21 @@ def _apply_form(tree: dict[str, Any], params: PipelineParams) -> None:
     tree["report"]["title"] = params.run_name
 
 
+def _leave_half_to_gold(tree: dict[str, Any], params: PipelineParams) -> None:
+    """Where a gold scorer is trained, whatever it judges learns from the other half of the pairs."""
+    if not asks_for_gold(params.way_until(params.last_stage)):
+        return
+    for stage in _trained_on(PREFERENCES):
+        if "half" in tree[stage]:
+            tree[stage]["half"] = (PairsHalf.SECOND if GRAPH[stage].judges else PairsHalf.FIRST).value
+
+
 def _apply_seed(tree: dict[str, Any], params: PipelineParams) -> None:
     """The form's seed reaches every stage, except where an override set a stage's own."""
     overridden = dotted(params.overrides)
     for stage, spec in GRAPH.items():
         if spec.seeded and f"{stage}.seed" not in overridden:
-            tree[stage]["seed"] = params.seed
+            tree[stage]["seed"] = params.seed + spec.seed_shift
 
 
 def _place_weights(tree: dict[str, Any]) -> None:
