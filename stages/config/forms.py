@@ -153,6 +153,15 @@ class PipelineParams(RunOutline):
     )
     """Preference pairs, one source per line, with `#weight=` and `#format=` as above; `derived` makes pairs from the
     documents. Empty: those of the recipe."""
+    benchmarks: Lines = Field(
+        default_factory=list,
+        title="Benchmarks",
+        examples=["refusals", "s3://bucket/gsm8k.jsonl#rule=number", "/tasks/arc.yaml"],
+    )
+    """What models are measured by besides held-out data, one per line: a file, a folder, `s3://` or `hf://` of items
+    (`#name=`, `#format=`, `#rule=number` and more after it), a task file of lm-evaluation-harness or `lm-eval://task`,
+    or `heldout-continuation`, `heldout-question`, `refusals`, `toxicity`, `response-length`, `repetition`. Empty: those
+    of the recipe."""
     seed: int = Field(default=0, title="Seed", ge=0, le=2**31 - 1)
     """Every random choice of the run follows from it."""
     promotion: Promotion = Field(default=Promotion.AUTO, title="Promotion")
@@ -252,6 +261,9 @@ class EvaluationParams(Config):
     model's own run."""
     reward: ModelAddress = Field(default="", title="Reward model", examples=["models:/athanor-reward@candidate"])
     """Reward model that scores the answers. Empty: the one that the model was trained with, if any."""
+    benchmarks: Lines = Field(default_factory=list, title="Benchmarks", examples=["refusals", "/tasks/arc.yaml"])
+    """What the model is measured by besides held-out data, one per line, as in `llm_pipeline`. Empty: those of the
+    recipe."""
     recipe: str = Field(default="demo", title="Recipe")
     """Recipe whose evaluation settings and resources apply."""
     overrides: dict[str, Any] = Field(default_factory=dict, title="Overrides")

@@ -21,6 +21,9 @@ DOCUMENTS, INSTRUCTIONS, PREFERENCES = "documents", "instructions", "preferences
 DATA_FIELDS = (DOCUMENTS, INSTRUCTIONS, PREFERENCES)
 """The kinds of data, each a field of the form."""
 
+BENCHMARKS = "benchmarks"
+"""What models are measured by and never trained on; a field of the form, too."""
+
 
 class Stage(Choice):
     """The stages, in the order in which a run needs them."""

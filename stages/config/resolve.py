@@ -9,12 +9,14 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from stages.config.benchmarks import LM_EVAL
 from stages.config.closing import ComparisonConfig
 from stages.config.combinations import contradictions
 from stages.config.curate import DERIVED, INSTALLED_DOCS
 from stages.config.errors import ConfigError
 from stages.config.forms import GoldScorer, PipelineParams, RunOutline
 from stages.config.graph import (
+    BENCHMARKS,
     DATA_FIELDS,
     DOCUMENTS,
     GRAPH,
@@ -144,6 +146,8 @@ def _apply_form(tree: dict[str, Any], params: PipelineParams) -> None:
     for name in DATA_FIELDS:
         if given := getattr(params, name):
             tree["curate"][name] = given
+    if params.benchmarks:
+        tree["evaluate"]["benchmarks"] = params.benchmarks
     # What a stage of the run converts is an input of tokenize, like an artifact (PipelineConfig.with_given).
     tree["tokenize"]["base_model"] = "" if params.converts else params.base_model
     tree["promote"] |= {"run_name": params.run_name, "promotion": params.promotion}
@@ -241,6 +245,9 @@ def _refuse_closed_places(config: PipelineConfig) -> None:
     for address, field in config.curate.outside_sources.items():
         if address != INSTALLED_DOCS:
             check_source(address, field=field)
+    for address in config.evaluate.outside_benchmarks:
+        if not address.startswith(LM_EVAL):
+            check_source(address, field=BENCHMARKS)
     for field, address in {**config.given_models, "previous_data": config.previous_data}.items():
         if address and not address.startswith("models:/"):
             check_source(address, field=field)
