@@ -29,7 +29,7 @@ _SECTIONS = {
     "Data": ("documents", "instructions", "preferences", "benchmarks"),
     "Model and alignment": ("base_model", "continue_pretraining", "previous_data", "alignment"),
     "Reward model": ("reward_model", "reward_base", "train_reward"),
-    "Judges": ("gold_scorer", "gold_model"),
+    "Judges": ("gold_scorer", "gold_model", "judge"),
     "Course of the run": ("first_stage", "last_stage", "seed", "promotion", "dry_run"),
     "Changes to the recipe": ("overrides",),
 }

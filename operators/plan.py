@@ -41,6 +41,7 @@ from stages.config.graph import (
     DATA_FIELDS,
     GOLD_MODEL,
     GRAPH,
+    JUDGE,
     REWARD_MODEL,
     Stage,
     pipeline_stages,
@@ -256,7 +257,7 @@ class _Walk:
 
     def _start(self, stage: Stage) -> ModelFacts | None:
         """The given model that a stage starts from, or that its start was made from; None for one not looked at."""
-        starts = [role for role in self._config.given_roles(stage) if role not in (REWARD_MODEL, GOLD_MODEL)]
+        starts = [role for role in self._config.given_roles(stage) if role not in (REWARD_MODEL, GOLD_MODEL, JUDGE)]
         return self.looked_at.of(next(iter(starts), BASE_MODEL))
 
     def _measured(self, stage: Stage, builds: Builds) -> Measured | None:

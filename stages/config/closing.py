@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_vali
 from stages.config.base import AddedLater, Choice, Config
 from stages.config.benchmarks import Benchmark, parse_benchmarks
 from stages.config.errors import DataError
+from stages.config.judging import GoldSettings, JudgeConfig
 from stages.config.names import RunName
 from stages.config.records import first_error, parse_json
 
@@ -55,6 +56,8 @@ class EvaluateConfig(Config):
     """The champion that the run's models are compared with, `models:/name/version`; filled by Athanor."""
     champion_missing: Annotated[str, AddedLater("")] = ""
     """Why that champion cannot be measured; filled by Athanor."""
+    gold: Annotated[GoldSettings, AddedLater(GoldSettings())] = GoldSettings()
+    judge: Annotated[JudgeConfig, AddedLater(JudgeConfig())] = JudgeConfig()
     benchmarks: Annotated[tuple[str, ...], AddedLater(())] = ()
     """What else models are measured by: a file, a folder, `s3://` or `hf://` with `#name=`, `format=`, `rule=`, ...,
     a task file (.yaml) of lm-evaluation-harness or `lm-eval://task`, or one that needs no address:

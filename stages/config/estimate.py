@@ -8,7 +8,7 @@ from pydantic import Field
 
 from stages.config.base import Config
 from stages.config.execution import Engine, ExecutionConfig
-from stages.config.graph import BASE_MODEL, GOLD_MODEL, GRAPH, REWARD_MODEL, Stage
+from stages.config.graph import BASE_MODEL, GOLD_MODEL, GRAPH, JUDGE, REWARD_MODEL, Stage
 from stages.config.pipeline import PipelineConfig
 from stages.config.text import compact
 from stages.config.train import (
@@ -290,7 +290,7 @@ def num_devices(execution: ExecutionConfig) -> tuple[float, bool]:
 
 def _unknown_models(config: PipelineConfig, stage: Stage) -> list[str]:
     """Roles of the given models on whose size a stage depends; a scorer is taken to be as large as the policy."""
-    roles = [role for role in config.given_roles(stage) if role not in (REWARD_MODEL, GOLD_MODEL)]
+    roles = [role for role in config.given_roles(stage) if role not in (REWARD_MODEL, GOLD_MODEL, JUDGE)]
     return roles or [BASE_MODEL] * bool(config.base_model)
 
 
@@ -320,7 +320,7 @@ def estimate(
     parameters = count_parameters(model, counts.vocab_size) if known and made else measured_parameters
     if parameters is None:
         basis.append(f"size of {unknown[0]}={getattr(config, unknown[0])!r} is unknown until a stage has loaded it")
-    for role in (REWARD_MODEL, GOLD_MODEL):
+    for role in (REWARD_MODEL, GOLD_MODEL, JUDGE):
         if role in config.given_roles(stage):
             basis.append(f"takes {role} to be as large as the policy")
     tokens = work.trained_tokens or work.forward_tokens

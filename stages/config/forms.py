@@ -8,9 +8,11 @@ from pydantic import Field, GetPydanticSchema, field_validator, model_validator
 
 from stages.config.base import Choice, Config
 from stages.config.closing import LONGEST_WAIT_HOURS, Promotion
+from stages.config.endpoints import is_endpoint
 from stages.config.graph import (
     BASE_MODEL,
     GIVEN_MODELS,
+    JUDGE,
     Alignment,
     Stage,
     pipeline_stages,
@@ -80,6 +82,11 @@ class RunOutline(Config):
     )
     """Gold scorer to judge with, instead of training one: an artifact URI, `models:/name@alias`, or a Hugging Face
     folder or hub id of a sequence classifier with one output. It may have a tokenizer of its own."""
+    judge: ModelAddress = Field(
+        default="", title="Judge", examples=["models:/big-aligned@champion", "https://judge.example/v1"]
+    )
+    """Model that compares the responses of each model with those of the model that was aligned: an address like those
+    of a base model, or an OpenAI-compatible endpoint, whose model `evaluate.judge.model` names. Empty: none."""
     previous_data: ModelAddress = Field(
         default="", title="Previous data", examples=["models:/athanor-aligned@champion"]
     )
@@ -109,7 +116,7 @@ class RunOutline(Config):
     @property
     def given_models(self) -> dict[str, str]:
         """Addresses of the models that the run is given, by role."""
-        return {role: address for role in GIVEN_MODELS if (address := getattr(self, role))}
+        return {role: address for role in GIVEN_MODELS if (address := getattr(self, role)) and not is_endpoint(address)}
 
     @property
     def converts(self) -> bool:
@@ -122,7 +129,7 @@ class RunOutline(Config):
             alignment=self.alignment,
             last_stage=last_stage,
             first_stage=self.first_stage or None,
-            given=frozenset(self.given_models),
+            given=frozenset(role for role in GIVEN_MODELS if getattr(self, role)),
             continue_pretraining=self.continue_pretraining,
             train_reward=self.train_reward,
             train_gold=self.gold_scorer is GoldScorer.TRAIN,
@@ -173,6 +180,9 @@ class PipelineParams(RunOutline):
 
     @model_validator(mode="after")
     def _all_goes_together(self) -> "PipelineParams":
+        for role in GIVEN_MODELS:
+            if role != JUDGE and is_endpoint(getattr(self, role)):
+                raise ValueError(f"{role}={getattr(self, role)!r} is an endpoint, which only judge may be")
         for role, address in self.given_models.items():
             if role != BASE_MODEL and is_gguf(address):
                 raise ValueError(

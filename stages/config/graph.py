@@ -10,12 +10,13 @@ from typing import Literal
 
 from stages.config.base import Choice
 
-BASE_MODEL, REWARD_MODEL, REWARD_BASE, GOLD_MODEL = "base_model", "reward_model", "reward_base", "gold_model"
+BASE_MODEL, REWARD_MODEL, REWARD_BASE = "base_model", "reward_model", "reward_base"
+GOLD_MODEL, JUDGE = "gold_model", "judge"
 """Roles of the models that a run is given: what its policy starts from, the reward model that is used instead of a
-trained one, what a trained one starts from, and the gold scorer that judges instead of a trained one. Each is a field
-of the form under the same name."""
+trained one, what a trained one starts from, the gold scorer that judges instead of a trained one, and the model that
+compares responses. Each is a field of the form under the same name."""
 
-GIVEN_MODELS = (BASE_MODEL, REWARD_MODEL, REWARD_BASE, GOLD_MODEL)
+GIVEN_MODELS = (BASE_MODEL, REWARD_MODEL, REWARD_BASE, GOLD_MODEL, JUDGE)
 
 DOCUMENTS, INSTRUCTIONS, PREFERENCES = "documents", "instructions", "preferences"
 DATA_FIELDS = (DOCUMENTS, INSTRUCTIONS, PREFERENCES)
@@ -388,7 +389,7 @@ def graph_of(data: Iterable[StageSpec], trained: Iterable[StageSpec]) -> dict[St
         kind="evaluation",
         version=2,
         inputs=_as_inputs(*data, *trained),
-        given=((BASE_MODEL, "base"), (REWARD_MODEL, "reward"), (GOLD_MODEL, "gold")),
+        given=((BASE_MODEL, "base"), (REWARD_MODEL, "reward"), (GOLD_MODEL, "gold"), (JUDGE, "")),
         role="evaluation",
         heavy=True,
         dataset=True,

@@ -1,6 +1,7 @@
 """Settings of the judges that an evaluation may have besides the suites that count right answers: rules and models."""
 
 import re
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -92,9 +93,53 @@ class JudgeConfig(Config):
         return self
 
 
-class RuleConfig(Config):
-    """A rule that scores responses, without a model: what can be checked needs no judge."""
+@dataclass(frozen=True)
+class Rule:
+    """A rule, taken apart."""
+
+    kind: Literal["regex", "length", "json", "python"]
+    pattern: str = ""
+    least: int = 0
+    most: int = 0
+    function: str = ""
+    """`module:name`."""
+
+
+def parse_rule(text: str) -> Rule:
+    """Take a rule apart; raises ValueError that names what is allowed."""
+    kind, _, rest = text.partition(":")
+    match kind:
+        case "json" if not rest:
+            return Rule("json")
+        case "regex" if rest:
+            try:
+                re.compile(rest)
+            except re.error as error:
+                raise ValueError(f"rule={text!r}: {rest!r} is no regular expression: {error}") from None
+            return Rule("regex", pattern=rest)
+        case "length":
+            found = re.fullmatch(r"(\d{1,9})-(\d{1,9})", rest)
+            if found and int(found[1]) <= int(found[2]):
+                return Rule("length", least=int(found[1]), most=int(found[2]))
+            raise ValueError(f"rule={text!r} must be length:<least>-<most> in characters, such as length:1-400")
+        case "python" if re.fullmatch(r"[\w.]+:\w+", rest):
+            return Rule("python", function=rest)
+    raise ValueError(
+        f"rule={text!r} is not one of regex:<pattern>, length:<least>-<most>, json, python:<module>:<function>"
+    )
+
+
+class GoldSettings(Config):
+    """What scores responses that no model was trained against, apart from the gold scorer and the judge."""
 
     rule: str = ""
-    """`regex:<pattern>` (found anywhere in the response), `length:<least>-<most>` (characters), `json`, or
-    `python:<module>:<function>` of a module that the operator allows. Suite `rule`; empty: none."""
+    """Rule that gives each sampled response 1 or 0, as suite `rule`: `regex:<pattern>` (found in it), `length:1-400`
+    (characters), `json` (the whole response is JSON), or `python:<module>:<function>` of a response and its prompt, any
+    number; the module must be in `ATHANOR_RULE_MODULES` of Ray's workers. Empty: none."""
+
+    @field_validator("rule")
+    @classmethod
+    def _understood(cls, rule: str) -> str:
+        if rule:
+            parse_rule(rule)
+        return rule

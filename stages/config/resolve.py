@@ -13,6 +13,7 @@ from stages.config.benchmarks import LM_EVAL
 from stages.config.closing import ComparisonConfig
 from stages.config.combinations import contradictions
 from stages.config.curate import DERIVED, INSTALLED_DOCS
+from stages.config.endpoints import check_endpoint, is_endpoint
 from stages.config.errors import ConfigError
 from stages.config.forms import GoldScorer, PipelineParams, RunOutline
 from stages.config.graph import (
@@ -44,6 +45,7 @@ _FILLED = {
     "recipe": "Set the field recipe of the form.",
     "promote.run_name": "It is the field run_name of the form.",
     "tokenize.base_model": "It is the field base_model of the form.",
+    "evaluate.judge.endpoint": "It is the field judge of the form.",
     "given": "Athanor fills it when the run starts, with what the models and previous_data of the form name.",
     "only": "The DAG evaluate_model fills it; trigger that one to measure a model again.",
     "evaluate.champion": "The task evaluate fills it, with the champion that it finds when it starts.",
@@ -152,6 +154,8 @@ def _apply_form(tree: dict[str, Any], params: PipelineParams) -> None:
     tree["tokenize"]["base_model"] = "" if params.converts else params.base_model
     tree["promote"] |= {"run_name": params.run_name, "promotion": params.promotion}
     tree["report"]["title"] = params.run_name
+    if is_endpoint(params.judge):
+        tree["evaluate"]["judge"]["endpoint"] = params.judge
 
 
 def _leave_half_to_gold(tree: dict[str, Any], params: PipelineParams) -> None:
@@ -248,6 +252,8 @@ def _refuse_closed_places(config: PipelineConfig) -> None:
     for address in config.evaluate.outside_benchmarks:
         if not address.startswith(LM_EVAL):
             check_source(address, field=BENCHMARKS)
+    if endpoint := config.evaluate.judge.endpoint:
+        check_endpoint(endpoint, field="judge", with_key=bool(config.evaluate.judge.api_key_env))
     for field, address in {**config.given_models, "previous_data": config.previous_data}.items():
         if address and not address.startswith("models:/"):
             check_source(address, field=field)

@@ -12,6 +12,7 @@ from stages.config.graph import (
     DOCUMENTS,
     GOLD_MODEL,
     GRAPH,
+    JUDGE,
     REWARD_BASE,
     REWARD_MODEL,
     Alignment,
@@ -234,7 +235,7 @@ def _wrong_reward(way: Way) -> str:
             f"{replaced_by} empty, or end with a later stage"
         )
     selected = selected_stages(way)
-    for role in (REWARD_MODEL, REWARD_BASE, GOLD_MODEL):
+    for role in (REWARD_MODEL, REWARD_BASE, GOLD_MODEL, JUDGE):
         readers = [stage for stage, spec in GRAPH.items() if role in dict(spec.given)]
         if role in way.given and not selected & set(readers):
             names = " or ".join(stage.value for stage in readers)

@@ -51,8 +51,8 @@ def rule_of(benchmark: Benchmark) -> Judgement:
             return Judgement("regex_match", f"regex {pattern}", lambda *found: regex_match(pattern, *found))
         case Rule.FUNCTION:
             function = allowed_function(benchmark.function)
-            identity = f"function {benchmark.function} {_source_of(function)}"
-            return Judgement("score", identity, lambda *found: _called(function, *found))
+            identity = f"function {benchmark.function} {source_of(function)}"
+            return Judgement("score", identity, lambda *found: call_rule(function, found[0], list(found[1])))
 
 
 def exact_match(response: str, answers: Sequence[str]) -> float:
@@ -98,13 +98,14 @@ def regex_match(pattern: str, response: str, answers: Sequence[str]) -> float:
     return exact_match(text, answers)
 
 
-def allowed_function(address: str) -> Callable[..., Any]:
-    """Import `module:name`; raises ConfigError unless the workers' administrators allow the module."""
+def allowed_function(address: str, *, field: str = "benchmarks") -> Callable[..., Any]:
+    """Import `module:name`; raises ConfigError, which names the field, unless the workers' administrators allow the
+    module."""
     module, _, name = address.partition(":")
     allowed = os.environ.get(ALLOWED_MODULES, "").replace(",", " ").split()
     if module not in allowed:
         raise ConfigError(
-            f"benchmarks: function={address!r} runs code, and {ALLOWED_MODULES} does not hold {module!r}; it holds "
+            f"{field}: function={address!r} runs code, and {ALLOWED_MODULES} does not hold {module!r}; it holds "
             f"{', '.join(allowed) or 'nothing'}",
             advice=f"Let whoever runs Ray read the module and add it to {ALLOWED_MODULES} there (docs/SECURITY.md): it "
             "will run with the workers' credentials.",
@@ -113,20 +114,21 @@ def allowed_function(address: str) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"benchmarks: function={address!r} cannot be imported: {error}",
+            f"{field}: function={address!r} cannot be imported: {error}",
             advice="Install its module where Ray's processes run, and check the names.",
         ) from error
     if not callable(found):
         raise ConfigError(
-            f"benchmarks: function={address!r} is a {type(found).__name__}",
+            f"{field}: function={address!r} is a {type(found).__name__}",
             advice="Name a function of a response and a list of expected answers.",
         )
     return found
 
 
-def _called(function: Callable[..., Any], response: str, answers: Sequence[str]) -> float:
+def call_rule(function: Callable[..., Any], response: str, other: Any) -> float:
+    """Call a function of others with a response and what it is compared with; raises RuleFailedError."""
     try:
-        value = float(function(response, list(answers)))
+        value = float(function(response, other))
     except Exception as error:
         raise RuleFailedError(f"rule_failed_{type(error).__name__}") from error
     if not math.isfinite(value):
@@ -134,7 +136,7 @@ def _called(function: Callable[..., Any], response: str, answers: Sequence[str])
     return value
 
 
-def _source_of(function: Callable[..., Any]) -> str:
+def source_of(function: Callable[..., Any]) -> str:
     """Hash of the module that the function stands in: what it calls there counts, too."""
     try:
         return digest_of(inspect.getsource(inspect.getmodule(function) or function))
