@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 NO_RESULT = "no_result"
 """Reason for items of which a suite says nothing, against its promise."""
+ANSWERS = "answers"
+"""Group of the suites that read the sampled answers."""
 _LOOK_SECONDS = 1.0
 
 
@@ -82,14 +84,40 @@ def open_bench(context: StageContext) -> Bench:
     subjects = Subjects(context, tokens, tokenizer, device=device)
     budget = RowBudget(tokens.sequence_length, context.execution.micro_batch_size)
     forward = Forward(device, budget, beat=context.progress.watchdog.beat)
-    further = _further_suites(context)
-    units = _Units(config, heldout, subjects, forward, further)
-    return Bench(heldout, subjects, units.all())
+    samplers = _Samplers.of(config, heldout, forward)
+    further = _further_suites(context, heldout, samplers.scored, forward)
+    units = _Units(heldout, subjects, forward, samplers, further).all()
+    return Bench(heldout, subjects, units)
 
 
-def _further_suites(context: StageContext) -> list[Suite]:
-    """Suites of other rooms, which measure every language model. One line for each room."""
-    del context
+@dataclass(frozen=True)
+class _Samplers:
+    """Who asks the prompts: once at the temperature of the evaluation, and greedily what people are shown."""
+
+    scored: Sampler
+    shown: Sampler
+
+    @staticmethod
+    def of(config: EvaluateConfig, heldout: Heldout, forward: Forward) -> "_Samplers":
+        def sampler(num_prompts: int, temperature: float) -> Sampler:
+            return Sampler(
+                heldout,
+                heldout.prompts[:num_prompts],
+                max_response_length=config.max_response_length,
+                temperature=temperature,
+                seed=config.seed,
+                beat=forward.beat,
+            )
+
+        return _Samplers(sampler(len(heldout.prompts), config.temperature), sampler(config.num_samples, 0.0))
+
+
+def _further_suites(
+    context: StageContext, heldout: Heldout, sampler: Sampler, forward: Forward
+) -> list[tuple[Suite, str]]:
+    """Suites of other rooms, which measure every language model, each with its group: suites that read the answers of
+    `sampler` belong to `ANSWERS`, the others to a group of their own name. One line for each room."""
+    del context, heldout, sampler, forward
     return []
 
 
@@ -97,36 +125,24 @@ def _further_suites(context: StageContext) -> list[Suite]:
 class _Units:
     """Lists what is measured of whom."""
 
-    config: EvaluateConfig
     heldout: Heldout
     subjects: Subjects
     forward: Forward
-    further: Sequence[Suite]
+    samplers: _Samplers
+    further: Sequence[tuple[Suite, str]]
 
     def all(self) -> list[Unit]:
-        sampler = self._sampler(len(self.heldout.prompts), self.config.temperature)
-        shown = self._sampler(self.config.num_samples, 0.0)
         margins = Margins(self.heldout, self.forward)
         found = []
         for role in self.subjects.roles:
             found += self._of_texts(role)
-            found += self._of_start(role, margins, sampler)
-            found += self._of_answers(role, sampler, shown)
-            found += [Unit(role, suite, suite.name) for suite in self.further]
+            found += self._of_start(role, margins)
+            found += self._of_answers(role)
+            found += [Unit(role, suite, group) for suite, group in self.further]
         if self.subjects.scorer_identity and self.heldout.pairs:
             found.append(Unit(scorer_role(), RewardMargins(self.heldout, self.forward), "scorer", is_published=False))
         _require_different_names(found)
         return found
-
-    def _sampler(self, num_prompts: int, temperature: float) -> Sampler:
-        return Sampler(
-            self.heldout,
-            self.heldout.prompts[:num_prompts],
-            max_response_length=self.config.max_response_length,
-            temperature=temperature,
-            seed=self.config.seed,
-            beat=self.forward.beat,
-        )
 
     def _of_texts(self, role: str) -> list[Unit]:
         found = []
@@ -140,7 +156,7 @@ class _Units:
             found.append(Unit(role, Pairs(self.heldout, self.forward), "pairs"))
         return found
 
-    def _of_start(self, role: str, margins: Margins, sampler: Sampler) -> list[Unit]:
+    def _of_start(self, role: str, margins: Margins) -> list[Unit]:
         """What is relative to the model that an aligned one started from."""
         start = self.subjects.start
         if not start or role not in {spec.role for spec in aligned_models()}:
@@ -152,17 +168,18 @@ class _Units:
             told = PreferenceMargins(self.heldout, margins, opened, identity)
             found.append(Unit(role, told, "preferences", is_published=False))
         if self.heldout.prompts:
-            found.append(Unit(role, Divergence(sampler, self.forward, opened, identity), "sampled"))
+            found.append(Unit(role, Divergence(self.samplers.scored, self.forward, opened, identity), ANSWERS))
         return found
 
-    def _of_answers(self, role: str, sampler: Sampler, shown: Sampler) -> list[Unit]:
+    def _of_answers(self, role: str) -> list[Unit]:
         if not self.heldout.prompts:
             return []
-        found = [Unit(role, Length(sampler), "sampled"), Unit(role, Repetition(sampler), "sampled")]
+        scored, shown = self.samplers.scored, self.samplers.shown
+        found = [Unit(role, Length(scored), ANSWERS), Unit(role, Repetition(scored), ANSWERS)]
         told = [Unit(role, Length(shown, name="shown"), "shown", is_published=False)]
         if identity := self.subjects.scorer_identity:
             scorer = self.subjects.scorer
-            found.append(Unit(role, RewardScores(sampler, self.forward, scorer, identity), "sampled"))
+            found.append(Unit(role, RewardScores(scored, self.forward, scorer, identity), ANSWERS))
             judged = RewardScores(shown, self.forward, scorer, identity, name="shown_score")
             told.append(Unit(role, judged, "shown", is_published=False))
         return [*found, *told]
