@@ -111,10 +111,7 @@ class EndpointJudge:
 
     @property
     def identity(self) -> str:
-        """Of address, model, prompt and sampling. What the server runs under the model's name is not known."""
-        config = self._config
-        parts = [config.endpoint.rstrip("/"), config.model, prompt_digest(config.prompt), config.temperature]
-        return hashlib.sha256(json.dumps([*parts, config.answer_tokens]).encode()).hexdigest()
+        return identity_of(self._config)
 
     @property
     def requests(self) -> int:
@@ -213,6 +210,12 @@ class EndpointJudge:
             raise _Failed(AWAY, f"{type(error).__name__}: {error}", may_pass=True) from None
         except httpx.InvalidURL as error:
             raise _Failed(REFUSED, f"InvalidURL: {error}", may_pass=False) from None
+
+
+def identity_of(config: JudgeConfig) -> str:
+    """Hash over address, model, prompt and sampling. What the server runs under the model's name is not known."""
+    parts = [config.endpoint.rstrip("/"), config.model, prompt_digest(config.prompt), config.temperature]
+    return hashlib.sha256(json.dumps([*parts, config.answer_tokens]).encode()).hexdigest()
 
 
 def _verdict_in(data: bytes) -> Answer:

@@ -25,7 +25,7 @@ from stages.judge.prompts import filled, prompt_digest, prompt_text
 from stages.models.answers import Answerer, InProcess
 from stages.models.forward import run_trunk
 from stages.models.generation import Sampling
-from stages.models.precision import autocast
+from stages.models.precision import autocast, compute_dtype
 
 _SPELLINGS = {Preferred.FIRST: ("A", " A"), Preferred.SECOND: ("B", " B")}
 """What a verdict may be as a token: after some templates with the blank before it."""
@@ -59,10 +59,7 @@ class InProcessJudge:
 
     @property
     def identity(self) -> str:
-        config = self._config
-        length = config.answer_tokens if config.method == "generation" else 0
-        parts = [self._content, config.method, prompt_digest(config.prompt), length, self._context_length]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return identity_of(self._config, self._content, compute_dtype(self._device))
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
         room = self._config.answer_tokens if self._config.method == "generation" else 1
@@ -131,3 +128,10 @@ def _likelier(margin: float) -> Answer:
     if math.isnan(margin):
         return NOT_FINITE
     return Preferred.FIRST if margin > 0 else Preferred.SECOND if margin < 0 else Preferred.NEITHER
+
+
+def identity_of(config: JudgeConfig, content: str, dtype: torch.dtype) -> str:
+    """Hash over the model's content, the number format and how it is asked."""
+    length = config.answer_tokens if config.method == "generation" else 0
+    parts = [content, config.method, prompt_digest(config.prompt), length, str(dtype)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

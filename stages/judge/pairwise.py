@@ -8,9 +8,9 @@ preference pairs that are known is measured by the same procedure.
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from stages.judge.statistics import interval
 UNCLEAR, CUT, TOO_LONG = "judge_unclear", "judge_cut_off", "judge_context_too_short"
 NOT_FINITE = "judge_not_finite"
 GARBAGE, REFUSED, AWAY, BUDGET = "judge_answered_garbage", "judge_refused", "judge_away", "judge_budget_spent"
+UNUSABLE = "judge_unusable"
 """Reasons for which there is no verdict."""
 
 _MARKED = re.compile(r"\[\[\s*(A|B|C|TIE)\s*\]\]", re.IGNORECASE)
@@ -136,9 +137,6 @@ class Agreement:
     first_place: float | None
     """Share of preferences for what stood first: 0.5 for a judge without a preference for a place."""
     skipped: dict[str, int]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def agreement(found: Sequence[Verdict], clusters: Sequence[str]) -> Agreement | None:

@@ -13,16 +13,19 @@ from torch import nn
 
 from stages.config.errors import ConfigError
 from stages.data.pairs.turns import Unusable
+from stages.data.tokens.encoding import Chat
 from stages.data.tokens.packing import TokenSequence, prompt_and_response
 from stages.data.tokens.tokenizer import LoadedTokenizer
 from stages.judge.builtin.facts import Facts, digest_of, measurement
+from stages.judge.builtin.replies import win
 from stages.judge.builtin.sampled import Answer, Sampler
 from stages.judge.forward import Forward
-from stages.judge.heldout import EMPTY, NO_TEMPLATE, NO_TEXT, TOO_LONG, Skipped, measurable
+from stages.judge.heldout import EMPTY, NO_TEMPLATE, NO_TEXT, TOO_LONG, Heldout, PairItem, Reply, Skipped, measurable
 from stages.judge.suite import Measurement, Score, Subject
 
 GOLD = "gold"
-"""Name of the suite."""
+AGREEMENT = "gold_agreement"
+"""Names of the suites."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,17 @@ class ForeignScorer:
         if chat is None:
             raise Skipped(NO_TEXT)
         messages = [*chat.messages, {"role": "assistant", "content": answer.text}]
+        return self.encoded(Chat(messages, chat.tools), ended=answer.ended)
+
+    def read_reply(self, reply: Reply) -> TokenSequence:
+        """Return a known conversation in its own tokens; raises Skipped where it cannot read it."""
+        if reply.chat is None:
+            raise Skipped(NO_TEXT)
+        return self.encoded(reply.chat, ended=True)
+
+    def encoded(self, chat: Chat, *, ended: bool) -> TokenSequence:
+        """Encode a conversation whose last message is the answer."""
+        messages = chat.messages
         try:
             encoded = self.tokenizer.chat().encode(messages, tools=chat.tools, turns={len(messages) - 1})
         except Unusable as error:
@@ -51,7 +65,7 @@ class ForeignScorer:
         targets = np.flatnonzero(encoded.loss_mask)
         ids = encoded.ids[targets]
         ends = np.flatnonzero(ids == self.end_id)
-        ids = ids[: ends[0] + int(answer.ended)] if len(ends) else ids
+        ids = ids[: ends[0] + int(ended)] if len(ends) else ids
         if not len(ids):
             raise Skipped(EMPTY)
         if int(targets[0]) + len(ids) > self.context_length:
@@ -86,5 +100,38 @@ class ForeignScores(Facts):
         scores = [
             Score(answer.prompt.id, float(value), tokens=len(answer.ids), response=answer.text)
             for (answer, _), value in zip(kept, values, strict=True)
+        ]
+        return measurement(scores, skipped)
+
+
+class GoldAgreement(Facts):
+    """Of held-out preference pairs: 1 where the gold scorer, the subject, scores the chosen reply higher, 0.5 for a
+    tie."""
+
+    def __init__(self, heldout: Heldout, forward: Forward, foreign: Callable[[], ForeignScorer] | None) -> None:
+        """`foreign` opens a scorer that has a tokenizer of its own."""
+        self._heldout, self._forward, self._foreign = heldout, forward, foreign
+        items = [pair.id for pair in heldout.pairs]
+        super().__init__(AGREEMENT, "accuracy", "higher", digest_of(AGREEMENT, items), chance=0.5)
+
+    def __len__(self) -> int:
+        return len(self._heldout.pairs)
+
+    def measure(self, subject: Subject) -> Measurement:
+        skipped: Counter[str] = Counter()
+        foreign = self._foreign() if self._foreign else None
+
+        def read(pair: PairItem) -> tuple[TokenSequence, TokenSequence]:
+            if foreign is None:
+                return pair.chosen.tokens, pair.rejected.tokens
+            return foreign.read_reply(pair.chosen), foreign.read_reply(pair.rejected)
+
+        kept = measurable(self._heldout.pairs, read, skipped)
+        pad_id = self._heldout.tokens.pad_id if foreign is None else foreign.tokenizer.pad_id
+        found = self._forward.scores(subject.model, [side for _, sides in kept for side in sides], pad_id=pad_id)
+        margins = found[0::2] - found[1::2]
+        scores = [
+            Score(pair.id, win(float(margin)), cluster=pair.cluster)
+            for (pair, _), margin in zip(kept, margins, strict=True)
         ]
         return measurement(scores, skipped)

@@ -5,18 +5,21 @@ a champion too, compare item by item with one judge's verdicts, and a new model 
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from stages.config.judging import JudgeConfig
 from stages.data.tokens.encoding import Chat
 from stages.data.tokens.views import evenly
 from stages.judge.builtin.facts import Facts, digest_of, measurement
 from stages.judge.builtin.sampled import Answers, Sampler
 from stages.judge.heldout import NO_TEXT, Heldout, PairItem
-from stages.judge.length_control import length_controlled
+from stages.judge.length_control import LengthControlled, length_controlled
 from stages.judge.pairwise import AWAY, BUDGET, Judge, Match, Verdict, agreement, verdicts
+from stages.judge.prompts import prompt_digest
 from stages.judge.suite import Measurement, Score, Subject
 
 JUDGE, AGREEMENT = "judge", "judge_agreement"
@@ -100,36 +103,53 @@ class JudgeWins(Facts):
         return _final(measurement(scores, +skipped))
 
 
-def facts_of(measured: Mapping[tuple[str, str], Measurement], *, start: str) -> dict[str, Any]:
-    """Return what is published next to the verdicts: the judge's agreement, and win rates at equal length by role.
+def facts_of(measured: Mapping[tuple[str, str], Measurement], *, start: str, settings: JudgeConfig) -> dict[str, Any]:
+    """Return what is published next to the verdicts: who judges, how often it agrees with known pairs, and win rates at
+    equal length by role; empty without a judge.
 
     `measured` is by role and suite; `start` is the role of the opponent.
     """
-    known = next((found for (_, suite), found in measured.items() if suite == AGREEMENT), None)
-    told = (
-        agreement([_verdict(score) for score in known.scores], [score.cluster for score in known.scores])
-        if (known)
-        else None
-    )
+    if not any(suite in (JUDGE, AGREEMENT) for _, suite in measured):
+        return {}
+    known = next((found for (_, suite), found in measured.items() if suite == AGREEMENT), Measurement())
+    agreed = agreement([_verdict(score) for score in known.scores], [score.cluster for score in known.scores])
     against = {score.item: len(score.response) for score in _scores(measured, start)}
-    controlled = {}
-    for role in {role for role, suite in measured if suite == JUDGE and role != start}:
-        scores = [score for score in _scores(measured, role) if score.item in against]
-        found = length_controlled(
-            np.array([score.value for score in scores]),
-            np.array([len(score.response) for score in scores], dtype=np.float64),
-            np.array([against[score.item] for score in scores], dtype=np.float64),
-            np.array([score.cluster or score.item for score in scores], dtype=object),
-        )
-        if found is not None:
-            controlled[role] = dict(found.__dict__)
-    agreed = {} if told is None else {**told.to_dict(), "skipped": dict(known.skipped) if known else {}}
-    return {
-        "agreement": agreed,
-        "better_than_chance": bool(told and told.low > 0.5),
-        "against": start,
-        "length_controlled": dict(sorted(controlled.items())),
+    controlled = {
+        role: asdict(found)
+        for role in sorted({role for role, suite in measured if suite == JUDGE and role != start})
+        if (found := _at_equal_length(_scores(measured, role), against)) is not None
     }
+    return {
+        "endpoint": settings.endpoint,
+        "model": settings.model,
+        "method": "generation" if settings.endpoint else settings.method,
+        "prompt_digest": prompt_digest(settings.prompt),
+        "agreement": {} if agreed is None else {**asdict(agreed), "skipped": dict(known.skipped)},
+        "better_than_chance": agreed is not None and agreed.low > 0.5,
+        "against": start,
+        "length_controlled": controlled,
+    }
+
+
+def _at_equal_length(scores: Sequence[Score], against: Mapping[str, int]) -> LengthControlled | None:
+    """Lengths are in characters, because models may have different tokenizers."""
+    common = [score for score in scores if score.item in against]
+    return length_controlled(
+        np.array([score.value for score in common]),
+        np.array([len(score.response) for score in common], dtype=np.float64),
+        np.array([against[score.item] for score in common], dtype=np.float64),
+        np.array([score.cluster or score.item for score in common], dtype=object),
+    )
+
+
+def silent_judge(measured: Mapping[tuple[str, str], Measurement], *, start: str) -> dict[str, str]:
+    """Return why a judge gave no verdict on any model, as `left_out` says it; empty where it gave one, or is none. That
+    the start's answers are as good as themselves is no verdict."""
+    asked = [found for (role, suite), found in measured.items() if suite == JUDGE and role != start]
+    if not asked or any(found.scores for found in asked):
+        return {}
+    reasons = sorted({reason for found in asked for reason in found.skipped})
+    return {f"suite {JUDGE}": f"the judge gave no verdict: {', '.join(reasons) or 'there is nothing to judge'}"}
 
 
 def _scores(measured: Mapping[tuple[str, str], Measurement], role: str) -> list[Score]:

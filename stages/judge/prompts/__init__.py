@@ -9,7 +9,7 @@ from stages.config.judging import PLACES, SHIPPED_PROMPTS
 def prompt_text(name_or_text: str) -> str:
     """Return a shipped prompt by its name, or the text that was given instead."""
     if name_or_text in SHIPPED_PROMPTS:
-        return files(__package__).joinpath(f"{name_or_text}.txt").read_text(encoding="utf-8")
+        return files("stages.judge.prompts").joinpath(f"{name_or_text}.txt").read_text(encoding="utf-8")
     return name_or_text
 
 
