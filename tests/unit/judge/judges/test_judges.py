@@ -189,7 +189,7 @@ def test_an_endpoint_that_may_not_be_asked_here_costs_the_suite_and_not_the_eval
 def test_a_model_of_this_process_judges_by_its_own_tokenizer(
     world: World, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    other = TokenizeConfig(vocab_size=360, sequence_length=96, bpe_train_bytes=10_000, chat_template=PLAIN)
+    other = TokenizeConfig(vocab_size=340, sequence_length=96, bpe_train_bytes=10_000, chat_template=PLAIN)
     judge = published_model(make_world(tmp_path_factory.mktemp("judge"), other), seed=7)
     report, _ = evaluated(world, judge=judge)
     # Its context of 96 tokens holds none of the questions: counted, and no error.
