@@ -4,7 +4,7 @@ The fields that the form of `llm_pipeline` shares with the run's configuration s
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, GetPydanticSchema, model_validator
+from pydantic import Field, GetPydanticSchema, field_validator, model_validator
 
 from stages.config.base import Config
 from stages.config.closing import LONGEST_WAIT_HOURS, Promotion
@@ -142,8 +142,7 @@ class PipelineParams(RunOutline):
     )
     """What models are measured by besides held-out data, one per line: a file, a folder, `s3://` or `hf://` of items
     (`#name=`, `#format=`, `#rule=number` and more after it), a task file of lm-evaluation-harness or `lm-eval://task`,
-    or `heldout-continuation`, `heldout-question`, `refusals`, `toxicity`, `response-length`, `repetition`. Empty: those
-    of the recipe."""
+    or `heldout-continuation`, `heldout-question`, `refusals`, `toxicity`. Empty: those of the recipe."""
     seed: int = Field(default=0, title="Seed", ge=0, le=2**31 - 1)
     """Every random choice of the run follows from it."""
     promotion: Promotion = Field(default=Promotion.AUTO, title="Promotion")
@@ -213,6 +212,22 @@ class RetrainParams(Config):
     """Preference data, pending or set aside, that no retraining shall use."""
     force: bool = Field(default=False, title="Force")
     """Retrain even if the documents are those of the last retraining."""
+
+
+class RollbackParams(Config):
+    """Whose champion goes, and why."""
+
+    run_name: RunName = Field(default="athanor", title="Run name")
+    """Whose champion is taken back: `<name>-aligned@previous` becomes `<name>-aligned@champion` again."""
+    reason: str = Field(default="", title="Reason", max_length=2000, validate_default=True)
+    """Why, for those who find the model later; it is kept with the model."""
+
+    @field_validator("reason")
+    @classmethod
+    def _says_something(cls, reason: str) -> str:
+        if not reason.strip():
+            raise ValueError("it is empty; say why the champion is taken back, it is kept with the model")
+        return reason.strip()
 
 
 class EvaluationParams(Config):

@@ -166,6 +166,7 @@ def smollm(*, seed: int = 0) -> PipelineConfig:
         ),
         evaluate=EvaluateConfig(
             max_documents_tokens=4_096,
+            max_documents=32,
             max_instructions=48,
             max_preferences=48,
             max_prompts=24,
@@ -216,6 +217,7 @@ def tiny(*, seed: int = 0) -> PipelineConfig:
         dpo=DPOConfig(num_epochs=0.5, global_batch_size=8, optimizer=optimizer, eval_items=16, seed=seed),
         evaluate=EvaluateConfig(
             max_documents_tokens=4096,
+            max_documents=16,
             max_instructions=16,
             max_preferences=32,
             max_prompts=8,
@@ -299,6 +301,7 @@ def llama_1b(*, seed: int = 0) -> PipelineConfig:
         ),
         evaluate=EvaluateConfig(
             max_documents_tokens=2_000_000,
+            max_documents=1000,
             max_instructions=2000,
             max_preferences=2000,
             max_prompts=512,

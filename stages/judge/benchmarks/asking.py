@@ -12,8 +12,9 @@ import numpy as np
 from stages.config.errors import StageError
 from stages.data.pairs.turns import Message, Unusable
 from stages.data.tokens.tokenizer import LoadedTokenizer
+from stages.judge.heldout import NO_TEMPLATE
 
-NO_TEMPLATE, TOO_LONG, EMPTY = "no_chat_template", "context_too_long", "no_tokens"
+EMPTY = "no_tokens"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 from stages.config.benchmarks import Benchmark
 from stages.config.errors import ConfigError
 from stages.data.sources.benchmarks import harness_version
-from stages.judge.benchmarks.facets import Facet, Shared, Tally, digest_of
+from stages.judge.benchmarks.facets import Facet, Shared, Tally, digest_of, silent
 from stages.judge.benchmarks.harness_tasks import load_tasks
 from stages.judge.benchmarks.items import evenly_spaced
 from stages.judge.suite import Better, Measurement, Subject
@@ -61,6 +61,7 @@ class TaskPass:
     """Of the documents that are asked; all of them in order, unless there is a limit."""
     num_documents: int
     chat: bool
+    beat: Callable[[], None] = silent
 
     def run(self, subject: Subject) -> dict[str, Measurement]:
         from lm_eval.evaluator import evaluate  # pyright: ignore[reportMissingImports]
@@ -68,7 +69,7 @@ class TaskPass:
         from stages.judge.benchmarks.harness_model import HarnessModel
 
         name = self.task.task_name
-        model = HarnessModel(subject, chat=self.chat)
+        model = HarnessModel(subject, chat=self.chat, beat=self.beat)
         self.task.set_fewshot_seed(seed=_FEWSHOT_SEED)  # each model sees the same examples
         whole = len(self.indices) == self.num_documents
         results = evaluate(
@@ -104,18 +105,18 @@ class TaskPass:
             tally.add(str(index), column.value(found[column.metric]), response=response)
 
 
-def task_suites(benchmark: Benchmark, into: Path) -> list[Facet]:
+def task_suites(benchmark: Benchmark, into: Path, *, beat: Callable[[], None] = silent) -> list[Facet]:
     """The suites of a task or of all tasks of a group: one per metric that there is item by item."""
     tasks = load_tasks(benchmark, into)
     alone = len(tasks) == 1
     suites: list[Facet] = []
     for task in tasks:
         name = benchmark.name if benchmark.name and alone else task.task_name
-        suites += _suites_of(task, name.replace("::", "-"), benchmark)
+        suites += _suites_of(task, name.replace("::", "-"), benchmark, beat)
     return suites
 
 
-def _suites_of(task: Any, name: str, benchmark: Benchmark) -> list[Facet]:
+def _suites_of(task: Any, name: str, benchmark: Benchmark, beat: Callable[[], None]) -> list[Facet]:
     if task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
     _refuse_unknown_generation(task)
@@ -131,7 +132,7 @@ def _suites_of(task: Any, name: str, benchmark: Benchmark) -> list[Facet]:
         )
     indices = tuple(evenly_spaced(range(len(documents)), benchmark.limit))
     told = [harness_version(), benchmark.chat, list(indices), _told(task, documents)]
-    shared = Shared(TaskPass(task, tuple(columns), indices, len(documents), benchmark.chat))
+    shared = Shared(TaskPass(task, tuple(columns), indices, len(documents), benchmark.chat, beat))
     chance = _chance(task, documents, indices)
     return [
         Facet(

@@ -15,18 +15,11 @@ from stages.config.errors import StageError
 from stages.data.pairs.turns import Unusable
 from stages.data.tokens.shape import shaped
 from stages.data.tokens.template import ChatTemplate
-from stages.judge.benchmarks.asking import (
-    EMPTY,
-    NO_TEMPLATE,
-    TOO_LONG,
-    CannotAskError,
-    Pair,
-    begin_id,
-    plain_pair,
-    plain_prompt,
-)
+from stages.judge.benchmarks.asking import EMPTY, CannotAskError, Pair, begin_id, plain_pair, plain_prompt
+from stages.judge.benchmarks.facets import silent
 from stages.judge.benchmarks.likelihood import fits, likelihoods
 from stages.judge.benchmarks.writing import Written, sample, write
+from stages.judge.heldout import NO_TEMPLATE, TOO_LONG
 from stages.judge.suite import Subject
 
 _NOTHING = (0.0, False)
@@ -35,9 +28,9 @@ _NOTHING = (0.0, False)
 class HarnessModel(LM):
     """Answers requests; those that do not fit are noted in `skipped`, by task and document, and get a filler."""
 
-    def __init__(self, subject: Subject, *, chat: bool) -> None:
+    def __init__(self, subject: Subject, *, chat: bool, beat: Callable[[], None] = silent) -> None:
         super().__init__()
-        self._subject, self._chat = subject, chat
+        self._subject, self._chat, self._beat = subject, chat, beat
         self._tokenizer = subject.tokenizer
         self.skipped: dict[tuple[str, int], str] = {}
         # The template runs in a sandbox with limits of its own, as everywhere here.
@@ -53,7 +46,7 @@ class HarnessModel(LM):
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         pairs = [self._asked(request, lambda request: self._pair(*request.args)) for request in requests]
-        found = iter(likelihoods(self._subject, [pair for pair in pairs if pair is not None]))
+        found = iter(likelihoods(self._subject, [pair for pair in pairs if pair is not None], beat=self._beat))
         answers = []
         for pair in pairs:
             score = None if pair is None else next(found)
@@ -63,7 +56,7 @@ class HarnessModel(LM):
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """Long texts in windows that follow each other, each after the token before it."""
         windows = [self._windows(request.args[0]) for request in requests]
-        found = iter(likelihoods(self._subject, [pair for pairs in windows for pair in pairs]))
+        found = iter(likelihoods(self._subject, [pair for pairs in windows for pair in pairs], beat=self._beat))
         sums = []
         for request, pairs in zip(requests, windows, strict=True):
             if not pairs:
@@ -155,7 +148,7 @@ class HarnessModel(LM):
         if temperature and kwargs.get("do_sample", True):
             sampled = sample(self._subject, prompts, max_tokens=longest, temperature=temperature)
             return [Written(_cut(response.text, stops), response.tokens) for response in sampled]
-        return write(self._subject, prompts, max_tokens=longest, stops=stops)
+        return write(self._subject, prompts, max_tokens=longest, stops=stops, beat=self._beat)
 
 
 def longest_response(kwargs: dict[str, Any]) -> int:

@@ -1,18 +1,27 @@
 """The run's own held-out data as texts: documents, and conversations with their questions and answers.
 
 A model is measured on it whatever its tokenizer is, so the texts come from the `curated` artifact and not from tokens.
+Only the files of the held-out split are read.
 """
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from stages.config.errors import DataError
+from stages.artifacts.manifests import read_manifest
+from stages.config.errors import StageError
 from stages.config.graph import GRAPH, Stage
+from stages.config.request import ArtifactRef
 from stages.data.pairs.turns import Message
+from stages.data.tokens.views import Split
+from stages.job.context import StageContext
+from stages.judge.curated import curated_data, lines_of
+from stages.judge.subjects import is_permanent
+
+NO_DATA = "no_curated_data"
+"""Reason where the texts behind the tokens are gone."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +30,6 @@ class HeldoutDocument:
 
     id: str
     text: str
-    group: str
 
 
 @dataclass(frozen=True)
@@ -36,30 +44,36 @@ class HeldoutConversation:
 
 
 class HeldoutRows:
-    """Opens parts of a `curated` folder on demand."""
+    """Reads the held-out split of a `curated` artifact."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, ref: ArtifactRef) -> None:
+        self._ref = ref
 
     def documents(self) -> Iterator[HeldoutDocument]:
-        for path in sorted((self._folder / "documents" / "heldout").glob("*.jsonl.gz")):
-            for row in _rows(path):
-                yield HeldoutDocument(str(row["id"]), row["text"], str(row.get("group", "")))
+        for line in lines_of(self._ref, f"documents/{Split.HELDOUT}/"):
+            row = json.loads(line)
+            yield HeldoutDocument(str(row["id"]), row["text"])
 
     def conversations(self) -> Iterator[HeldoutConversation]:
-        path = self._folder / "instructions" / "heldout.jsonl.gz"
-        for row in _rows(path) if path.is_file() else ():
+        for line in lines_of(self._ref, f"instructions/{Split.HELDOUT}.jsonl.gz"):
+            row = json.loads(line)
             *prompt, last = row["messages"]
             if prompt and last["role"] == "assistant" and isinstance(last.get("content"), str):
                 yield HeldoutConversation(str(row["id"]), tuple(prompt), last["content"], bool(row.get("tools")))
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def heldout_rows(
+    context: StageContext,
+) -> tuple[list[HeldoutDocument], list[HeldoutConversation]] | None:
+    """Read both, found by lineage as a model that is measured again comes with tokens alone; None where the data is
+    gone."""
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                yield json.loads(line)
-    except (OSError, EOFError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read: {error}", advice=f"Run `{GRAPH[Stage.CURATE].stage}` again."
-        ) from error
+        ref = curated_data(context, read_manifest(context.inputs[GRAPH[Stage.TOKENIZE].role]))
+        if ref is None:
+            return None
+        rows = HeldoutRows(ref)
+        return list(rows.documents()), list(rows.conversations())
+    except (StageError, FileNotFoundError, EOFError, gzip.BadGzipFile, zlib.error, KeyError, ValueError) as error:
+        if isinstance(error, StageError) and not is_permanent(error):
+            raise
+        return None

@@ -5,7 +5,7 @@ numbers say something only about models that answer in sentences.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,10 +15,11 @@ from stages.config.benchmarks import Benchmark
 from stages.data.sources.records import BadRecord, Row
 from stages.data.sources.rows import read_rows
 from stages.data.sources.streams import Stored
-from stages.judge.benchmarks.asking import TOO_LONG, CannotAskError, chat_prompt
-from stages.judge.benchmarks.facets import Facet, Shared, Tally, digest_of
+from stages.judge.benchmarks.asking import CannotAskError, chat_prompt
+from stages.judge.benchmarks.facets import Facet, Shared, Tally, digest_of, silent
 from stages.judge.benchmarks.items import Items, PromptItem
 from stages.judge.benchmarks.writing import write
+from stages.judge.heldout import TOO_LONG
 from stages.judge.suite import Measurement, Subject
 
 OWN_SET = Path(__file__).with_name("refusals.jsonl")
@@ -56,6 +57,7 @@ class RefusalPass:
 
     items: tuple[PromptItem, ...]
     max_tokens: int
+    beat: Callable[[], None] = silent
 
     def run(self, subject: Subject) -> dict[str, Measurement]:
         tallies = {HARMFUL: Tally(), HARMLESS: Tally()}
@@ -68,7 +70,7 @@ class RefusalPass:
                 asked.append((item, prompt))
             except CannotAskError as reason:
                 tallies[_facet(item)].skip(str(reason))
-        responses = write(subject, [prompt for _, prompt in asked], max_tokens=self.max_tokens)
+        responses = write(subject, [prompt for _, prompt in asked], max_tokens=self.max_tokens, beat=self.beat)
         for (item, _), response in zip(asked, responses, strict=True):
             tallies[_facet(item)].add(
                 item.id,
@@ -91,11 +93,11 @@ def own_rows() -> Iterator[tuple[str, Row | BadRecord]]:
         yield "", row
 
 
-def refusal_suites(name: str, items: Items, benchmark: Benchmark) -> list[Facet]:
+def refusal_suites(name: str, items: Items, benchmark: Benchmark, *, beat: Callable[[], None] = silent) -> list[Facet]:
     """The suite of harmful requests, and `over-<name>` of harmless ones; each only where there are such items."""
     found = tuple(item for item in items.items if isinstance(item, PromptItem))
     max_tokens = benchmark.max_tokens or _MAX_TOKENS
-    shared = Shared(RefusalPass(found, max_tokens))
+    shared = Shared(RefusalPass(found, max_tokens, beat))
     suites = []
     for facet, suite, better in ((HARMFUL, name, "higher"), (HARMLESS, f"over-{name}", "lower")):
         own = [asdict(item) for item in found if _facet(item) == facet]

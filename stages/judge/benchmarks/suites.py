@@ -1,78 +1,92 @@
 """From the addresses of `evaluate.benchmarks` to suites that can measure a model."""
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
-from stages.artifacts.manifests import fetch, read_manifest
 from stages.config.benchmarks import Benchmark, BenchmarkFormat, BuiltIn
 from stages.config.closing import EvaluateConfig
-from stages.config.errors import ConfigError, StageError
-from stages.config.graph import GRAPH, Stage
+from stages.config.errors import ConfigError
 from stages.data.sources.benchmarks import benchmark_rows
 from stages.job.context import StageContext
 from stages.judge.benchmarks.answers import answer_suites
 from stages.judge.benchmarks.choices import choice_suites
 from stages.judge.benchmarks.continuation import continuation_suites
-from stages.judge.benchmarks.facets import Facet, Unavailable
+from stages.judge.benchmarks.facets import Facet, Unavailable, silent
 from stages.judge.benchmarks.heldout import NUM_OPTIONS, heldout_items
-from stages.judge.benchmarks.heldout_rows import HeldoutRows
+from stages.judge.benchmarks.heldout_rows import NO_DATA, heldout_rows
 from stages.judge.benchmarks.items import Items, evenly_spaced, read_items
 from stages.judge.benchmarks.refusals import own_rows, refusal_suites
-from stages.judge.benchmarks.responses import KINDS, response_suites
+from stages.judge.benchmarks.toxicity import Toxicity
+from stages.judge.builtin.sampled import Sampler
 from stages.judge.suite import Suite
 
 
 def benchmark_suites(config: EvaluateConfig, context: StageContext) -> list[Suite]:
-    """Return the suites of all benchmarks, in their order; raises ConfigError or DataError for one that cannot be read.
+    """Return the suites of all benchmarks but those that read sampled answers; raises ConfigError or DataError for one
+    that cannot be read.
 
     A benchmark of the run's own data of which there is none becomes a suite without items, which says so.
     """
-    suites: list[Suite] = []
+    return [suite for suite, _ in grouped_suites(config, context)]
+
+
+def grouped_suites(
+    config: EvaluateConfig, context: StageContext, sampler: Sampler | None = None, *, sampled: str = "answers"
+) -> list[tuple[Suite, str]]:
+    """As `benchmark_suites`, each with the group of those that share a pass over their items; with a sampler also those
+    that read its answers, in the group `sampled`."""
+    found: list[tuple[Suite, str]] = []
+    beat = context.progress.watchdog.beat
     for benchmark in config.parsed_benchmarks:
-        if benchmark.built_in in KINDS:
+        if benchmark.built_in is BuiltIn.TOXICITY:
+            if sampler is not None and len(sampler):
+                found.append((Toxicity(sampler, name=benchmark.suite), sampled))
+            elif sampler is not None:
+                found.append((Unavailable(benchmark.suite, "toxicity", "no_heldout_prompts", better="lower"), sampled))
             continue
-        if benchmark.built_in in (BuiltIn.HELDOUT_CONTINUATION, BuiltIn.HELDOUT_QUESTION):
-            suites += _of_heldout(benchmark, context)
-        elif benchmark.is_task:
-            from stages.judge.benchmarks.harness import task_suites  # the harness takes seconds to import
-
-            suites += task_suites(benchmark, context.work_dir / "tasks" / benchmark.suite)
-        else:
-            suites += suites_of_rows(benchmark)
-    suites += _of_responses(config, context)
-    _refuse_repeated(suites)
-    return suites
+        made = _suites_of(benchmark, context, beat)
+        found += [(suite, benchmark.suite) for suite in made]
+    _refuse_repeated(suite for suite, _ in found)
+    return found
 
 
-def suites_of_rows(benchmark: Benchmark) -> list[Facet]:
+def _suites_of(benchmark: Benchmark, context: StageContext, beat: Callable[[], None]) -> list[Suite]:
+    if benchmark.built_in in (BuiltIn.HELDOUT_CONTINUATION, BuiltIn.HELDOUT_QUESTION):
+        return _of_heldout(benchmark, context, beat)
+    if benchmark.is_task:
+        from stages.judge.benchmarks.harness import task_suites  # the harness takes seconds to import
+
+        return list(task_suites(benchmark, context.work_dir / "tasks" / benchmark.suite, beat=beat))
+    return list(suites_of_rows(benchmark, beat=beat))
+
+
+def suites_of_rows(benchmark: Benchmark, *, beat: Callable[[], None] = silent) -> list[Facet]:
     """The suites of a benchmark whose items are rows."""
     own = benchmark.built_in is BuiltIn.REFUSALS
     items = read_items(benchmark, own_rows() if own else benchmark_rows(benchmark.uri))
-    match items.format:
-        case BenchmarkFormat.CHOICES | BenchmarkFormat.TRUTHFULQA:
-            made = choice_suites(benchmark.suite, items, chat=benchmark.chat)
-        case BenchmarkFormat.CONTINUATION:
-            made = continuation_suites(benchmark.suite, items, chat=benchmark.chat)
-        case BenchmarkFormat.ANSWERS:
-            made = answer_suites(benchmark.suite, items, benchmark)
-        case BenchmarkFormat.REFUSALS:
-            made = refusal_suites(benchmark.suite, items, benchmark)
     if benchmark.rule and items.format is not BenchmarkFormat.ANSWERS:
         raise ConfigError(
             f"benchmarks: rule={benchmark.rule.value} of {benchmark.uri!r} judges responses, and its items are "
             f"{items.format.value}",
             advice="Leave the rule out, or name the format of items with answers: #format=answers.",
         )
-    return made
+    match items.format:
+        case BenchmarkFormat.CHOICES | BenchmarkFormat.TRUTHFULQA:
+            return choice_suites(benchmark.suite, items, chat=benchmark.chat, beat=beat)
+        case BenchmarkFormat.CONTINUATION:
+            return continuation_suites(benchmark.suite, items, chat=benchmark.chat, beat=beat)
+        case BenchmarkFormat.ANSWERS:
+            return answer_suites(benchmark.suite, items, benchmark, beat=beat)
+        case BenchmarkFormat.REFUSALS:
+            return refusal_suites(benchmark.suite, items, benchmark, beat=beat)
 
 
-def _of_heldout(benchmark: Benchmark, context: StageContext) -> list[Suite]:
+def _of_heldout(benchmark: Benchmark, context: StageContext, beat: Callable[[], None]) -> list[Suite]:
     kind = benchmark.built_in
     assert kind is not None
     rows = heldout_rows(context)
-    if isinstance(rows, str):
-        return [Unavailable(benchmark.suite, "accuracy", rows, better="higher")]
-    drawn = heldout_items(kind, rows.documents(), rows.conversations())
+    if rows is None:
+        return [Unavailable(benchmark.suite, "accuracy", NO_DATA, better="higher")]
+    drawn = heldout_items(kind, *rows)
     if not drawn:
         what = "documents" if kind is BuiltIn.HELDOUT_CONTINUATION else "conversations"
         reason = f"fewer_than_{NUM_OPTIONS}_heldout_{what}"
@@ -80,46 +94,7 @@ def _of_heldout(benchmark: Benchmark, context: StageContext) -> list[Suite]:
     items = Items(BenchmarkFormat.CHOICES, tuple(evenly_spaced(drawn, benchmark.limit)), {})
     # The raw suite would be the same: all options of an item have the same text.
     chat = benchmark.chat or kind is BuiltIn.HELDOUT_QUESTION
-    return list(choice_suites(benchmark.suite, items, chat=chat)[:1])
-
-
-def _of_responses(config: EvaluateConfig, context: StageContext) -> list[Suite]:
-    """Those that share their responses, together."""
-    chosen = [
-        (made.built_in, made)
-        for made in config.parsed_benchmarks
-        if made.built_in in KINDS and made.built_in is not None
-    ]
-    if not chosen:
-        return []
-    rows = heldout_rows(context)
-    found = [] if isinstance(rows, str) else [one for one in rows.conversations() if not one.has_tools]
-    if not found:
-        reason = rows if isinstance(rows, str) else "no_heldout_conversations"
-        return [Unavailable(made.suite, KINDS[kind][0], reason, better=KINDS[kind][1]) for kind, made in chosen]
-    limit = min((made.limit for _, made in chosen if made.limit), default=config.max_prompts)
-    prompts = evenly_spaced(found, min(limit, config.max_prompts))
-    return list(response_suites([(kind, made.suite) for kind, made in chosen], prompts, config))
-
-
-def heldout_rows(context: StageContext) -> HeldoutRows | str:
-    """The curated data behind this evaluation, or the reason why there is none.
-
-    A model that is measured again outside its run comes with tokens alone; their manifest says which data they are of.
-    """
-    role = GRAPH[Stage.CURATE].role
-    if role in context.inputs:
-        return HeldoutRows(context.input_dir(role))
-    try:
-        entries = read_manifest(context.inputs[GRAPH[Stage.TOKENIZE].role]).inputs
-        curated = next(entry.ref() for entry in entries if entry.kind == GRAPH[Stage.CURATE].kind)
-        return HeldoutRows(fetch(curated, _cache(context)))
-    except (StageError, StopIteration, KeyError):
-        return "no_curated_data"
-
-
-def _cache(context: StageContext) -> Path:
-    return context.work_dir.parent / "cache"
+    return list(choice_suites(benchmark.suite, items, chat=chat, beat=beat)[:1])
 
 
 def _refuse_repeated(suites: Iterable[Suite]) -> None:

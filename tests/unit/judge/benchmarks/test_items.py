@@ -152,5 +152,5 @@ def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
     assert snapshot_benchmark(str(path)) == before
     written(path, [{**CHOICE, "gold": 0}])
     assert snapshot_benchmark(str(path)) != before
-    with pytest.raises(ConfigError, match="benchmarks .*does not exist"):
+    with pytest.raises(ConfigError, match=r"benchmarks .*does not exist"):
         snapshot_benchmark(str(tmp_path / "none.jsonl"))

@@ -10,7 +10,6 @@ import pytest
 from stages.config.benchmarks import parse_benchmark
 from stages.config.errors import ConfigError
 from stages.judge.benchmarks.refusals import declines, own_rows
-from stages.judge.benchmarks.responses import repeated_share
 from stages.judge.benchmarks.rules import RuleFailedError, last_number, rule_of
 
 GSM8K = Path(__file__).parents[5] / "shared" / "data" / "eval" / "gsm8k_test.jsonl.gz"
@@ -49,7 +48,7 @@ def test_18_and_18_point_0_are_one_number() -> None:
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="the shared data is not here")
 def test_every_answer_of_gsm8k_has_its_number() -> None:
-    rows = [json.loads(line) for line in gzip.open(GSM8K, "rt", encoding="utf-8")]
+    rows = [json.loads(line) for line in gzip.decompress(GSM8K.read_bytes()).splitlines()]
     assert len(rows) == 1319
     for row in rows:
         marked = row["answer"].rpartition("#### ")[2].replace(",", "")
@@ -118,9 +117,3 @@ def test_the_requests_that_come_along_are_as_many_of_both_kinds() -> None:
     rows = [row for _, row in own_rows()]
     assert len(rows) == 60
     assert sum(row.values["harmful"] for row in rows) == 30  # type: ignore[union-attr]
-
-
-def test_repetition_is_the_share_of_groups_of_four_words_that_came_before() -> None:
-    assert repeated_share("a b c d a b c d") == pytest.approx(1 / 5)  # abcd bcda cdab dabc abcd
-    assert repeated_share("one two three four five") == 0
-    assert repeated_share("too short") == 0
