@@ -81,8 +81,11 @@ def _use_sandbox() -> None:
 
 
 def _hush() -> None:
-    """The harness logs a line for every default that it uses."""
+    """The harness logs a line for every default that it uses, and `datasets` draws a bar for every file."""
+    from datasets import disable_progress_bars
+
     logging.getLogger(HARNESS).setLevel(logging.ERROR)
+    disable_progress_bars()
 
 
 def _installed(name: str) -> list[Any]:
@@ -140,10 +143,15 @@ def _members(config: dict[str, Any], path: Path, root: Path, address: str) -> It
 
 def _readable(path: Path, root: Path) -> Iterator[dict[str, Any]]:
     for other in sorted(root.rglob("*.y*ml")):
-        if other != path:
+        if other == path:
+            continue
+        try:
             found = _read(other, root)
-            if isinstance(found.get("task"), str):
-                yield found
+        except ConfigError as error:  # it may not be one of the group's
+            logger.warning("%s is not read: %s", other.name, error.message)
+            continue
+        if isinstance(found.get("task"), str):
+            yield found
 
 
 def _read(path: Path, root: Path, depth: int = 0) -> dict[str, Any]:
