@@ -24,7 +24,11 @@ LONGEST_RESPONSE = 256
 _OPTIONS = re.compile(r"#((?:\w+=[^#&]*)(?:&\w+=[^#&]*)*)$")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _YAML = (".yaml", ".yml")
-_TAKEN = ("language", "responses", "preferences", "reward", "gold")
+_TAKEN = (
+    *("language", "rows", "responses", "pairs", "preferences", "preference_margins", "reward_margins", "score", "kl"),
+    *("length", "repetition", "shown", "shown_score"),
+    *("gold", "gold_agreement", "rule", "judge", "judge_agreement"),
+)
 """Names of suites that every evaluation may have."""
 
 
@@ -35,8 +39,6 @@ class BuiltIn(StrEnum):
     HELDOUT_QUESTION = "heldout-question"
     REFUSALS = "refusals"
     TOXICITY = "toxicity"
-    RESPONSE_LENGTH = "response-length"
-    REPETITION = "repetition"
 
 
 class BenchmarkFormat(StrEnum):
@@ -157,10 +159,15 @@ def _check(made: Benchmark, text: str) -> None:
         raise ValueError(f"benchmark {text!r}: metric= is for tasks of lm-evaluation-harness; leave it out")
 
 
+def _names_of(made: Benchmark) -> tuple[str, ...]:
+    """All suites that it may become, by its format."""
+    return (made.suite, f"{made.suite}-raw", f"{made.suite}-greedy", f"over-{made.suite}")
+
+
 def parse_benchmarks(lines: Iterable[str]) -> tuple[Benchmark, ...]:
     """Parse all lines; raises ValueError also for two suites of one name."""
     found = tuple(parse_benchmark(line) for line in lines)
-    names = [made.suite for made in found]
+    names = [name for made in found for name in _names_of(made)]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"benchmarks: {repeated} are the names of more than one suite; give each its own by #name=")
     if taken := sorted(set(names) & set(_TAKEN)):

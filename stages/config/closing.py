@@ -51,6 +51,10 @@ class EvaluateConfig(Config):
     """Sampling temperature for scores and win rates; the samples that are shown are greedy."""
     seed: int = Field(default=0, ge=0)
     """Sampling follows from it."""
+    benchmarks: Annotated[tuple[str, ...], AddedLater(())] = ()
+    """What else models are measured by: a file, a folder, `s3://` or `hf://` with `#name=`, `format=`, `rule=`, ...,
+    a task file (.yaml) of lm-evaluation-harness or `lm-eval://task`, or one that needs no address:
+    `heldout-continuation`, `heldout-question`, `refusals`, `toxicity` (docs/BENCHMARKS.md)."""
     comparison: Annotated[ComparisonConfig, AddedLater(ComparisonConfig())] = ComparisonConfig()
     champion: Annotated[str, AddedLater("")] = ""
     """The champion that the run's models are compared with, `models:/name/version`; filled by Athanor."""
@@ -58,11 +62,6 @@ class EvaluateConfig(Config):
     """Why that champion cannot be measured; filled by Athanor."""
     gold: Annotated[GoldSettings, AddedLater(GoldSettings())] = GoldSettings()
     judge: Annotated[JudgeConfig, AddedLater(JudgeConfig())] = JudgeConfig()
-    benchmarks: Annotated[tuple[str, ...], AddedLater(())] = ()
-    """What else models are measured by: a file, a folder, `s3://` or `hf://` with `#name=`, `format=`, `rule=`, ...,
-    a task file (.yaml) of lm-evaluation-harness or `lm-eval://task`, or one that needs no address:
-    `heldout-continuation`, `heldout-question`, `refusals`, `toxicity`, `response-length`, `repetition`
-    (docs/BENCHMARKS.md)."""
 
     @property
     def parsed_benchmarks(self) -> tuple[Benchmark, ...]:

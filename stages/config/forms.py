@@ -167,8 +167,7 @@ class PipelineParams(RunOutline):
     )
     """What models are measured by besides held-out data, one per line: a file, a folder, `s3://` or `hf://` of items
     (`#name=`, `#format=`, `#rule=number` and more after it), a task file of lm-evaluation-harness or `lm-eval://task`,
-    or `heldout-continuation`, `heldout-question`, `refusals`, `toxicity`, `response-length`, `repetition`. Empty: those
-    of the recipe."""
+    or `heldout-continuation`, `heldout-question`, `refusals`, `toxicity`. Empty: those of the recipe."""
     seed: int = Field(default=0, title="Seed", ge=0, le=2**31 - 1)
     """Every random choice of the run follows from it."""
     promotion: Promotion = Field(default=Promotion.AUTO, title="Promotion")

@@ -22,6 +22,7 @@ from stages.data.tokens.packing import RowBudget
 from stages.data.tokens.views import TokensArtifact
 from stages.job.context import StageContext
 from stages.job.devices import local_device
+from stages.judge.benchmarks.suites import grouped_suites
 from stages.judge.builtin.language import Language, RowLosses
 from stages.judge.builtin.replies import Margins, Pairs, PreferenceMargins, Preferences, Responses, RewardMargins
 from stages.judge.builtin.sampled import Divergence, Length, Repetition, RewardScores, Sampler
@@ -124,8 +125,9 @@ def _further_suites(
 ) -> list[tuple[Suite, str]]:
     """Suites of other rooms, which measure every language model, each with its group: suites that read the answers of
     `sampler` belong to `ANSWERS`, the others to a group of their own name. One line for each room."""
-    del context, heldout, sampler, forward
-    return []
+    del heldout, forward
+    assert isinstance(context.config, EvaluateConfig)
+    return grouped_suites(context.config, context, sampler, sampled=ANSWERS)
 
 
 @dataclass(frozen=True)

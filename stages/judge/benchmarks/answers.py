@@ -1,15 +1,17 @@
 """Items that are answered in writing and judged by a rule, such as GSM8K: the greedy response, and 1 if it is right."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from stages.config.benchmarks import LONGEST_RESPONSE, Benchmark, Rule
-from stages.judge.benchmarks.asking import TOO_LONG, CannotAskError, chat_prompt, plain_prompt
-from stages.judge.benchmarks.facets import Facet, Shared, Tally, digest_of
+from stages.judge.benchmarks.asking import CannotAskError, chat_prompt, plain_prompt
+from stages.judge.benchmarks.facets import Facet, Shared, Tally, digest_of, silent
 from stages.judge.benchmarks.items import AnswerItem, Items
 from stages.judge.benchmarks.rules import Judgement, RuleFailedError, rule_of
 from stages.judge.benchmarks.writing import write
+from stages.judge.heldout import TOO_LONG
 from stages.judge.suite import Measurement, Subject
 
 _ASKED = "Question: {question}\nAnswer:"
@@ -26,6 +28,7 @@ class AnswerPass:
     chat: bool
     max_tokens: int
     stop: str
+    beat: Callable[[], None] = silent
 
     def run(self, subject: Subject) -> dict[str, Measurement]:
         tally = Tally()
@@ -36,7 +39,9 @@ class AnswerPass:
             except CannotAskError as reason:
                 tally.skip(str(reason))
         stops = (self.stop,) if self.stop else ()
-        responses = write(subject, [prompt for _, prompt in asked], max_tokens=self.max_tokens, stops=stops)
+        responses = write(
+            subject, [prompt for _, prompt in asked], max_tokens=self.max_tokens, stops=stops, beat=self.beat
+        )
         for (item, _), response in zip(asked, responses, strict=True):
             try:
                 value = self.rule.value(response.text, item.answers)
@@ -56,7 +61,7 @@ class AnswerPass:
         return prompt
 
 
-def answer_suites(name: str, items: Items, benchmark: Benchmark) -> list[Facet]:
+def answer_suites(name: str, items: Items, benchmark: Benchmark, *, beat: Callable[[], None] = silent) -> list[Facet]:
     """One suite, whose metric is the rule's."""
     found = tuple(item for item in items.items if isinstance(item, AnswerItem))
     rule = rule_of(benchmark)
@@ -74,7 +79,7 @@ def answer_suites(name: str, items: Items, benchmark: Benchmark) -> list[Facet]:
             digest=digest_of("answers", *told),
             items=len(found),
             facet=_FACET,
-            shared=Shared(AnswerPass(found, rule, benchmark.chat, max_tokens, stop)),
+            shared=Shared(AnswerPass(found, rule, benchmark.chat, max_tokens, stop, beat)),
             bad=items.bad,
         )
     ]

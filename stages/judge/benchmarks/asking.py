@@ -12,8 +12,9 @@ import numpy as np
 from stages.config.errors import StageError
 from stages.data.pairs.turns import Message, Unusable
 from stages.data.tokens.tokenizer import LoadedTokenizer
+from stages.judge.heldout import NO_TEMPLATE
 
-NO_TEMPLATE, TOO_LONG, EMPTY = "no_chat_template", "context_too_long", "no_tokens"
+EMPTY = "no_tokens"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ def plain_pair(tokenizer: LoadedTokenizer, context: str, continuation: str) -> P
     """
     if not context:
         (ids,) = tokenizer.encode_plain([continuation])
-        begin = tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id
+        begin = begin_id(tokenizer)
+        if len(ids) and ids[0] == begin:
+            return Pair(ids[:1], ids[1:])
         return Pair(np.asarray([begin], dtype=np.int64), ids)
     bare = context.rstrip()
     continuation, context = context[len(bare) :] + continuation, bare
@@ -47,6 +50,11 @@ def plain_pair(tokenizer: LoadedTokenizer, context: str, continuation: str) -> P
     if not len(prefix) and not len(start):  # a context of spaces only
         return plain_pair(tokenizer, "", continuation)
     return Pair(np.concatenate([prefix, start]), whole[len(start) :])
+
+
+def begin_id(tokenizer: LoadedTokenizer) -> int:
+    """What stands before a text that has nothing before it: the begin token, else the end of another text."""
+    return tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id
 
 
 def chat_pair(tokenizer: LoadedTokenizer, question: str, answer: str) -> Pair:

@@ -4,17 +4,18 @@ Divided by the UTF-8 bytes of the option (`acc_bytes` of lm-evaluation-harness),
 short ones, and models with different tokenizers compare. The same without division is the suite `<name>-raw`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from stages.data.sources.records import utf8_size
 from stages.data.tokens.tokenizer import LoadedTokenizer
-from stages.judge.benchmarks.asking import EMPTY, TOO_LONG, CannotAskError, Pair, chat_pair, plain_pair
-from stages.judge.benchmarks.facets import Facet, Shared, Tally, digest_of
+from stages.judge.benchmarks.asking import EMPTY, CannotAskError, Pair, chat_pair, plain_pair
+from stages.judge.benchmarks.facets import Facet, Shared, Tally, digest_of, silent
 from stages.judge.benchmarks.items import ChoiceItem, Items, Option
 from stages.judge.benchmarks.likelihood import Likelihood, fits, likelihoods
+from stages.judge.heldout import TOO_LONG
 from stages.judge.suite import Measurement, Subject
 
 NORMALISED, RAW = "normalised", "raw"
@@ -26,6 +27,7 @@ class ChoicePass:
 
     items: tuple[ChoiceItem, ...]
     chat: bool
+    beat: Callable[[], None] = silent
 
     def run(self, subject: Subject) -> dict[str, Measurement]:
         tallies = {NORMALISED: Tally(), RAW: Tally()}
@@ -39,7 +41,7 @@ class ChoicePass:
                     tally.skip(str(reason))
                 continue
             asked.append((item, pairs))
-        found = iter(likelihoods(subject, [pair for _, pairs in asked for pair in pairs]))
+        found = iter(likelihoods(subject, [pair for _, pairs in asked for pair in pairs], beat=self.beat))
         for item, pairs in asked:
             scores = [next(found) for _ in pairs]
             sizes = np.array([utf8_size(option.text) for option in item.options])
@@ -73,12 +75,12 @@ def _add(tally: Tally, item: ChoiceItem, scores: np.ndarray, found: Sequence[Lik
     tally.add(item.id, value, cluster=item.cluster, tokens=sum(one.tokens for one in found))
 
 
-def choice_suites(name: str, items: Items, *, chat: bool) -> list[Facet]:
+def choice_suites(name: str, items: Items, *, chat: bool, beat: Callable[[], None] = silent) -> list[Facet]:
     """The suite by bytes, and the raw one."""
     found = tuple(item for item in items.items if isinstance(item, ChoiceItem))
     chance = float(np.mean([len(item.gold) / len(item.options) for item in found]))
     told = [asdict(item) for item in found]
-    shared = Shared(ChoicePass(found, chat))
+    shared = Shared(ChoicePass(found, chat, beat))
     return [
         Facet(
             name=f"{name}-raw" if facet == RAW else name,

@@ -4,13 +4,15 @@ Both compare across tokenizers, which likelihoods by token do not.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from stages.data.sources.records import utf8_size
-from stages.judge.benchmarks.asking import EMPTY, TOO_LONG, CannotAskError, Pair, chat_pair, plain_pair
-from stages.judge.benchmarks.facets import Facet, Shared, Tally, digest_of
+from stages.judge.benchmarks.asking import EMPTY, CannotAskError, Pair, chat_pair, plain_pair
+from stages.judge.benchmarks.facets import Facet, Shared, Tally, digest_of, silent
 from stages.judge.benchmarks.items import ContinuationItem, Items
 from stages.judge.benchmarks.likelihood import fits, likelihoods
+from stages.judge.heldout import TOO_LONG
 from stages.judge.suite import Measurement, Subject
 
 BITS, GREEDY = "bits", "greedy"
@@ -22,6 +24,7 @@ class ContinuationPass:
 
     items: tuple[ContinuationItem, ...]
     chat: bool
+    beat: Callable[[], None] = silent
 
     def run(self, subject: Subject) -> dict[str, Measurement]:
         tallies = {BITS: Tally(), GREEDY: Tally()}
@@ -32,7 +35,7 @@ class ContinuationPass:
             except CannotAskError as reason:
                 for tally in tallies.values():
                     tally.skip(str(reason))
-        found = likelihoods(subject, [pair for _, pair in asked])
+        found = likelihoods(subject, [pair for _, pair in asked], beat=self.beat)
         for (item, _), score in zip(asked, found, strict=True):
             bits = -score.logprob / math.log(2) / utf8_size(item.continuation)
             tallies[BITS].add(item.id, bits, cluster=item.cluster, tokens=score.tokens)
@@ -49,11 +52,11 @@ class ContinuationPass:
         return pair
 
 
-def continuation_suites(name: str, items: Items, *, chat: bool) -> list[Facet]:
+def continuation_suites(name: str, items: Items, *, chat: bool, beat: Callable[[], None] = silent) -> list[Facet]:
     """The suite of bits per byte, and that of exact greedy continuations, as LAMBADA counts them."""
     found = tuple(item for item in items.items if isinstance(item, ContinuationItem))
     told = [asdict(item) for item in found]
-    shared = Shared(ContinuationPass(found, chat))
+    shared = Shared(ContinuationPass(found, chat, beat))
     common = {"chance": None, "items": len(found), "shared": shared, "bad": items.bad}
     bits = digest_of("continuation", BITS, chat, told)
     greedy = digest_of("continuation", GREEDY, chat, told)

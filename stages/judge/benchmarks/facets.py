@@ -46,6 +46,7 @@ class Facet:
     chance: float | None
     digest: str
     items: int
+    """That can be used."""
     facet: str
     """Key of its measurement in what the pass returns."""
     shared: Shared = field(repr=False)
@@ -53,7 +54,7 @@ class Facet:
     """Rows of the benchmark that are no items, by reason: they are skipped for every model."""
 
     def __len__(self) -> int:
-        return self.items
+        return self.items + sum(self.bad.values())
 
     def measure(self, subject: Subject) -> Measurement:
         found = self.shared.measured(subject)[self.facet]
@@ -75,7 +76,7 @@ class Unavailable:
         return digest_of("unavailable", self.name, self.reason)
 
     def __len__(self) -> int:
-        return 0
+        return 1  # the one that stands for all that are missing
 
     def measure(self, subject: Subject) -> Measurement:
         return Measurement(skipped=Counter({self.reason: 1}))
@@ -95,6 +96,10 @@ class Tally:
 
     def skip(self, reason: str, count: int = 1) -> None:
         self.result.skipped[reason] += count
+
+
+def silent() -> None:
+    """In the place of a watchdog's beat, where none watches."""
 
 
 def digest_of(*parts: Any) -> str:

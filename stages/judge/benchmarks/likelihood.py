@@ -6,7 +6,7 @@ compared with what another measures tomorrow.
 Shape legend: N targets, H hidden size, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import nn
 
 from stages.data.tokens.packing import Packed, lay_out, prompt_and_response
 from stages.judge.benchmarks.asking import Pair
+from stages.judge.benchmarks.facets import silent
 from stages.judge.suite import Subject
 from stages.models.forward import before_targets, hidden_states, target_positions
 
@@ -39,8 +40,9 @@ def fits(subject: Subject, pair: Pair) -> bool:
     return len(pair) <= subject.context_length
 
 
-def likelihoods(subject: Subject, pairs: Sequence[Pair]) -> list[Likelihood]:
-    """Return one likelihood per pair, in order; all must fit and have a context and a continuation."""
+def likelihoods(subject: Subject, pairs: Sequence[Pair], *, beat: Callable[[], None] = silent) -> list[Likelihood]:
+    """Return one likelihood per pair, in order; all must fit and have a context and a continuation. `beat` is called
+    after every batch."""
     found: list[Likelihood] = []
     for part in _batches(pairs):
         batch = lay_out([prompt_and_response(pair.context, pair.continuation) for pair in part])
@@ -51,6 +53,7 @@ def likelihoods(subject: Subject, pairs: Sequence[Pair]) -> list[Likelihood]:
             found.append(
                 Likelihood(float(logprobs_N[own].sum()), bool(greedy_N[own].all()), tokens=len(pair.continuation))
             )
+        beat()
     return found
 
 

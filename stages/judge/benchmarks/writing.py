@@ -4,11 +4,12 @@ Greedy responses are written in rounds, so that a model which has reached the st
 each round reads prompt and response so far again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from stages.judge.benchmarks.facets import silent
 from stages.judge.suite import Subject
 from stages.models.answers import Answerer, InProcess
 
@@ -26,7 +27,12 @@ class Written:
 
 
 def write(
-    subject: Subject, prompts: Sequence[np.ndarray], *, max_tokens: int, stops: Sequence[str] = ()
+    subject: Subject,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_tokens: int,
+    stops: Sequence[str] = (),
+    beat: Callable[[], None] = silent,
 ) -> list[Written]:
     """Return the greedy response to each prompt; prompt and response must fit the model's context."""
     responses = [np.empty(0, dtype=np.int64) for _ in prompts]
@@ -36,7 +42,11 @@ def write(
         size = min(_ROUND, *left.values())
         answerer = exact(subject.answerer(size, 0.0))
         asked = [np.concatenate([prompts[number], responses[number]]) for number in waiting]
-        for number, response in zip(waiting, answerer.answers(asked), strict=True):
+        written: list[np.ndarray] = []
+        for batch in answerer.in_batches(asked):
+            written += batch
+            beat()
+        for number, response in zip(waiting, written, strict=True):
             responses[number] = np.concatenate([responses[number], response])
         waiting = [
             number
