@@ -76,7 +76,7 @@ class RunOutline(Config):
     gold_scorer: GoldScorer = Field(default=GoldScorer.RECIPE, title="Gold scorer")
     """A second reward model that judges the models of the run and that none of them is trained with. `train` trains one
     on half of the preference pairs, which reward model and DPO then do without. `recipe`: as the recipe says, where the
-    run trains on pairs anyway."""
+    run trains on pairs anyway and starts from no given model."""
     gold_model: ModelAddress = Field(
         default="", title="Gold model", examples=["models:/athanor-gold@candidate", "org/reward-model"]
     )
