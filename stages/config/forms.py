@@ -270,6 +270,13 @@ class EvaluationParams(Config):
     model's own run."""
     reward: ModelAddress = Field(default="", title="Reward model", examples=["models:/athanor-reward@candidate"])
     """Reward model that scores the answers. Empty: the one that the model was trained with, if any."""
+    gold_model: ModelAddress = Field(default="", title="Gold scorer", examples=["models:/athanor-gold@candidate"])
+    """Scorer that the model was not trained with. Empty: none."""
+    judge: ModelAddress = Field(
+        default="", title="Judge", examples=["models:/big-aligned@champion", "https://judge.example/v1"]
+    )
+    """Model or endpoint that compares the model's responses with those of the model that it was aligned from. Empty:
+    none."""
     benchmarks: Lines = Field(default_factory=list, title="Benchmarks", examples=["refusals", "/tasks/arc.yaml"])
     """What the model is measured by besides held-out data, one per line, as in `llm_pipeline`. Empty: those of the
     recipe."""
