@@ -36,7 +36,17 @@ from stages.config.estimate import (
     workload,
 )
 from stages.config.execution import ExecutionConfig
-from stages.config.graph import BASE_MODEL, DATA_FIELDS, GRAPH, REWARD_MODEL, Stage, pipeline_stages, stage_providing
+from stages.config.graph import (
+    BASE_MODEL,
+    DATA_FIELDS,
+    GOLD_MODEL,
+    GRAPH,
+    JUDGE,
+    REWARD_MODEL,
+    Stage,
+    pipeline_stages,
+    stage_providing,
+)
 from stages.config.look import ModelFacts
 from stages.config.pipeline import CONFIG_CLASSES, PipelineConfig, stage_config_from_json
 from stages.config.request import ArtifactRef, Manifest, RunInfo, StageRequest, digests_of
@@ -247,7 +257,7 @@ class _Walk:
 
     def _start(self, stage: Stage) -> ModelFacts | None:
         """The given model that a stage starts from, or that its start was made from; None for one not looked at."""
-        starts = [role for role in self._config.given_roles(stage) if role != REWARD_MODEL]
+        starts = [role for role in self._config.given_roles(stage) if role not in (REWARD_MODEL, GOLD_MODEL, JUDGE)]
         return self.looked_at.of(next(iter(starts), BASE_MODEL))
 
     def _measured(self, stage: Stage, builds: Builds) -> Measured | None:

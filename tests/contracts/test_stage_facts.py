@@ -169,7 +169,7 @@ def test_promotion_registers_it(ipo: Stage, tmp_path: Path, monkeypatch: pytest.
     request = request_for(Stage.PROMOTE, store, refs_for(Stage.PROMOTE, made))
     with pytest.raises(Enough):
         stages.promote.run(context_for(request, store, PromoteConfig(run_name="demo"), tmp_path))
-    assert registered == ["base", "sft", "reward", "ppo", "dpo", "ipo"]
+    assert registered == ["base", "sft", "reward", "gold", "ppo", "dpo", "ipo"]
 
 
 def test_afterwards_everything_is_as_it_was() -> None:
