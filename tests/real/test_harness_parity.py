@@ -1,4 +1,4 @@
-"""The same task files on the same published model, by lm-evaluation-harness's own command line and through the stages."""
+"""The same tasks on the same published model, by lm-evaluation-harness's own command line and through the stages."""
 
 import json
 import os
