@@ -1,4 +1,4 @@
-"""The same task files on the same published model, by lm-evaluation-harness's own command line and through the stages."""
+"""The same tasks on the same published model, by lm-evaluation-harness's own command line and through the stages."""
 
 import json
 import os
@@ -82,6 +82,9 @@ def both(model_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
                 "recipe": "smollm",
                 "base_model": model_address,
                 "first_stage": "evaluate",
+                "documents": ["installed-docs"],
+                "instructions": ["derived"],
+                "preferences": ["derived"],
                 "benchmarks": [str(path) for path in files.values()],
                 "overrides": _CURATE,
             }
