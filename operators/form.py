@@ -30,6 +30,7 @@ _SECTIONS = {
     "Model and alignment": ("base_model", "continue_pretraining", "previous_data", "alignment"),
     "Reward model": ("reward_model", "reward_base", "train_reward"),
     "Course of the run": ("first_stage", "last_stage", "seed", "promotion", "dry_run"),
+    "Gates": ("override_gates", "override_reason"),
     "Changes to the recipe": ("overrides",),
 }
 

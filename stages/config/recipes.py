@@ -5,6 +5,7 @@ from collections.abc import Callable
 from stages.config.closing import EvaluateConfig
 from stages.config.curate import CurateConfig
 from stages.config.execution import Engine, ExecutionConfig
+from stages.config.gates import GatesConfig
 from stages.config.pipeline import Executions, PipelineConfig
 from stages.config.tokens import TokenizeConfig
 from stages.config.train import (
@@ -172,6 +173,7 @@ def smollm(*, seed: int = 0) -> PipelineConfig:
             num_samples=8,
             max_response_length=40,
         ),
+        gates=GatesConfig(max_pairs=64),
         execution=Executions(
             curate=ExecutionConfig(cpus_per_worker=2),
             tokenize=ExecutionConfig(cpus_per_worker=2),
@@ -222,6 +224,8 @@ def tiny(*, seed: int = 0) -> PipelineConfig:
             num_samples=2,
             max_response_length=8,
         ),
+        # What it trains knows nothing, so a reward model is not asked for more than chance.
+        gates=GatesConfig(bounds=("curate: curate/documents_kept >= 1",), max_pairs=64),
         execution=Executions(pretrain=train, sft=train, reward=train, ppo=train, dpo=train),
     )
 

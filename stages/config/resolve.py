@@ -43,6 +43,8 @@ _FILLED = {
     "tokenize.base_model": "It is the field base_model of the form.",
     "given": "Athanor fills it when the run starts, with what the models and previous_data of the form name.",
     "only": "The DAG evaluate_model fills it; trigger that one to measure a model again.",
+    "gates.override": "It is the field override_gates of the form.",
+    "gates.reason": "It is the field override_reason of the form.",
     "promote.approval": "The task approve fills it, with the answer of the person whom promotion=approval asks.",
 }
 """What `overrides` must not set, and who does: names would no longer agree, or a person's decision would be made up."""
@@ -132,6 +134,7 @@ def _apply_form(tree: dict[str, Any], params: PipelineParams) -> None:
     tree["tokenize"]["base_model"] = "" if params.converts else params.base_model
     tree["promote"] |= {"run_name": params.run_name, "promotion": params.promotion}
     tree["report"]["title"] = params.run_name
+    tree["gates"] |= {"override": params.override_gates, "reason": params.override_reason}
 
 
 def _apply_seed(tree: dict[str, Any], params: PipelineParams) -> None:
