@@ -35,7 +35,16 @@ from stages.config.estimate import (
     workload,
 )
 from stages.config.execution import ExecutionConfig
-from stages.config.graph import BASE_MODEL, DATA_FIELDS, GRAPH, REWARD_MODEL, Stage, pipeline_stages, stage_providing
+from stages.config.graph import (
+    BASE_MODEL,
+    DATA_FIELDS,
+    GRAPH,
+    REWARD_MODEL,
+    Stage,
+    gated_stages,
+    pipeline_stages,
+    stage_providing,
+)
 from stages.config.look import ModelFacts
 from stages.config.pipeline import CONFIG_CLASSES, PipelineConfig, stage_config_from_json
 from stages.config.request import ArtifactRef, Manifest, RunInfo, StageRequest, digests_of
@@ -101,6 +110,11 @@ def _remarks(config: PipelineConfig) -> Iterator[str]:
             stages_by_reason.setdefault(why, []).append(stage.value)
     for why, stages in stages_by_reason.items():
         yield f"{', '.join(stages)}: skipped, {why}"
+    gates = [stage.value for stage in gated_stages() if stage in config.selected]
+    passed_over = (
+        f"; {', '.join(config.gates.override)} may fail: {config.gates.reason}" if config.gates.override else ""
+    )
+    yield f"gates: after {', '.join(gates) or 'no stage'}{passed_over}"
     for name in DATA_FIELDS if Stage.CURATE in config.selected else ():
         if not getattr(config.curate, name):
             yield f"{name}: none are read, no stage of this run needs them"
