@@ -133,7 +133,7 @@ class _Examination:
                 reload.same_text_same_ids("same_ids", mine, theirs, of_mine="the model", of_theirs="the tokens")
             )
             checks += self._given_tokenizer(manifest, theirs)
-        plain = reload.plain_model(folder, scores=scores, pad_id=tokens.pad_id)
+        plain = reload.plain_model(folder, scores=scores)
         model = (load_reward_model if scores else load_causal_lm)(folder, tokens).eval()
         if prompts:
             outputs = reload.plain_outputs(plain, prompts)

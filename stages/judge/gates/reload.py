@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from stages.config.gate_records import Check, compared, skipped
+from stages.config.gate_records import Check, compared
 from stages.data.tokens.packing import TokenSequence, lay_out
 from stages.models.folder import check_folder
 from stages.models.foreign_code import may_run_code
@@ -36,20 +36,18 @@ def plain_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=may_run_code(folder))
 
 
-def plain_model(folder: Path, *, scores: bool, pad_id: int) -> Any:
-    """As transformers loads it, in float32."""
+def plain_model(folder: Path, *, scores: bool) -> Any:
+    """As transformers loads it, in float32; number of scores and padding are what its own config.json says."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     check_folder(folder)
     kind: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-    options: dict[str, Any] = {"num_labels": 1, "pad_token_id": pad_id} if scores else {}
     model = kind.from_pretrained(
         folder,
         dtype=torch.float32,
         use_safetensors=True,
         local_files_only=True,
         trust_remote_code=may_run_code(folder),
-        **options,
     )
     return model.eval()
 
@@ -114,7 +112,3 @@ def same_outputs(name: str, plain: Sequence[torch.Tensor], ours: Sequence[torch.
         f"up to {allowed:.2e}, the largest output is {largest:.3g}",
         "Plain transformers and ours do not compute the same model. " + _REPORT,
     )
-
-
-def no_prompts(name: str, tokenizer_error: Exception) -> Check:
-    return skipped(name, f"its chat template does not take one question: {tokenizer_error}")
