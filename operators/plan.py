@@ -41,7 +41,6 @@ from stages.config.graph import (
     GRAPH,
     REWARD_MODEL,
     Stage,
-    gated_stages,
     pipeline_stages,
     stage_providing,
 )
@@ -110,11 +109,8 @@ def _remarks(config: PipelineConfig) -> Iterator[str]:
             stages_by_reason.setdefault(why, []).append(stage.value)
     for why, stages in stages_by_reason.items():
         yield f"{', '.join(stages)}: skipped, {why}"
-    gates = [stage.value for stage in gated_stages() if stage in config.selected]
-    passed_over = (
-        f"; {', '.join(config.gates.override)} may fail: {config.gates.reason}" if config.gates.override else ""
-    )
-    yield f"gates: after {', '.join(gates) or 'no stage'}{passed_over}"
+    if config.gates.override:
+        yield f"gates that may fail: {', '.join(config.gates.override)}, because {config.gates.reason}"
     for name in DATA_FIELDS if Stage.CURATE in config.selected else ():
         if not getattr(config.curate, name):
             yield f"{name}: none are read, no stage of this run needs them"
