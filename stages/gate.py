@@ -122,7 +122,7 @@ class _Examination:
         execution = self._request.execution
         torch.set_num_threads(max(1, int(execution.cpus_per_worker)))
         tokens, scores = TokensArtifact(inputs["tokens"]), self._spec.scores
-        mine, theirs = reload.plain_tokenizer(folder), reload.plain_tokenizer(tokens.tokenizer_dir)
+        mine, theirs = reload.plain_tokenizer(folder), reload.published_tokenizer(tokens.tokenizer_dir)
         try:
             prompts = reload.fixed_prompts(theirs)
         except Exception as error:  # noqa: BLE001 - templates raise what they like about messages they do not take
@@ -134,7 +134,7 @@ class _Examination:
             )
             checks += self._given_tokenizer(manifest, theirs)
         plain = reload.plain_model(folder, scores=scores)
-        model = (load_reward_model if scores else load_causal_lm)(folder, tokens).eval()
+        model: Any = (load_reward_model if scores else load_causal_lm)(folder, tokens).eval()
         if prompts:
             outputs = reload.plain_outputs(plain, prompts)
             packed = reload.our_outputs(model, prompts, scores=scores, pad_id=tokens.pad_id)

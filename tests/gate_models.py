@@ -4,6 +4,7 @@ A chosen answer says `good`, a rejected one `bad`; both are of any length. In th
 longer three times of four, so a model that only measures length is right that often.
 """
 
+import hashlib
 import json
 import random
 import shutil
@@ -29,7 +30,7 @@ from tests.small_world import CONFIGS, _write, make_context, write_curated, writ
 
 PAIRS = {"train": 240, "heldout": 160}
 REWARD = RewardConfig(
-    num_epochs=3,
+    num_epochs=1,
     global_batch_size=16,
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_fraction=0.1),
     precision="fp32",
@@ -130,7 +131,7 @@ def republished(home: Path, ref: ArtifactRef, change: Callable[[Path], None]) ->
     shutil.copytree(local_path(ref.uri), folder, ignore=shutil.ignore_patterns("manifest.json"))
     change(folder)
     store, _ = split_artifact_uri(ref.uri)
-    fingerprint = f"changed-{before.fingerprint[:40]}"
+    fingerprint = hashlib.sha256(f"{home}{before.fingerprint}".encode()).hexdigest()
     files = upload_files(store, folder, kind=before.kind, fingerprint=fingerprint)
     update = {"fingerprint": fingerprint, "files": files, "digest": content_digest(files)}
     manifest = before.model_copy(update=update)

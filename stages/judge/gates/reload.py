@@ -36,6 +36,13 @@ def plain_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=may_run_code(folder))
 
 
+def published_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a `tokens` artifact, which is no model's folder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
 def plain_model(folder: Path, *, scores: bool) -> Any:
     """As transformers loads it, in float32; number of scores and padding are what its own config.json says."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification

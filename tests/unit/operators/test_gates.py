@@ -336,11 +336,15 @@ def test_a_killed_gate_stops_its_job(world: World, monkeypatch: pytest.MonkeyPat
     def on_signal(signum: int, frame: Any) -> None:
         running[0].on_kill()
 
+    def kill(job: Job) -> None:
+        time.sleep(0.3)  # until the task waits
+        os.kill(os.getpid(), signal.SIGTERM)
+
     monkeypatch.setattr(GateOperator, "_wait", note)
     monkeypatch.setattr(GateOperator, "_is_still_wanted", lambda self, ti: False)
     before = signal.signal(signal.SIGTERM, on_signal)
     try:
-        world.when_submitted(lambda job: (time.sleep(0.3), os.kill(os.getpid(), signal.SIGTERM)))
+        world.when_submitted(kill)
         with pytest.raises(StagePreempted):
             world.gate(Stage.SFT)
     finally:
