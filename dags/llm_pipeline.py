@@ -74,9 +74,11 @@ with DAG(
 
     chain(resolve(), plan(), [tasks[stage] for stage in tasks if not direct_inputs(stage)])
     for stage, gate in gates.items():
-        chain(tasks[stage], gate)
+        # A reward model is also asked for the answers that a gold scorer likes.
+        judges = [gates[other] for other in gates if GRAPH[other].judges and GRAPH[stage].learnt_from]
+        chain([tasks[stage], *judges], gate)
     for stage, stage_task in tasks.items():
-        sources = [(tasks | gates)[source] for source in direct_inputs(stage)]
+        sources = [(tasks | gates)[source] for source in direct_inputs(stage) if not GRAPH[source].judges]
         if stage is Stage.PROMOTE:
             chain(sources, approve, stage_task)
         elif sources:

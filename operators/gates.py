@@ -29,7 +29,7 @@ from stages.config.gate_records import (
     gate_key,
 )
 from stages.config.gates import GatesConfig, gate_name, parse_bounds
-from stages.config.graph import GRAPH, Stage
+from stages.config.graph import GOLD_MODEL, GRAPH, Stage
 from stages.config.invariants import bound_checks, recorded_checks
 from stages.config.records import parse_record
 from stages.config.request import ArtifactRef, Failure, RunInfo
@@ -37,6 +37,7 @@ from stages.config.request import ArtifactRef, Failure, RunInfo
 if TYPE_CHECKING:
     from operators.ray.watch import Outcome as JobOutcome
     from stages.artifacts.store import Store
+    from stages.config.pipeline import PipelineConfig
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ class GateOperator(StageOperator):
             store_uri=store.root_uri,
             artifact=ArtifactRef.model_validate(published),
             inputs=asked.inputs,
+            gold=_gold(ti, config, stage),
             max_pairs=config.gates.max_pairs,
             max_response_length=config.evaluate.max_response_length,
             execution=execution,
@@ -163,6 +165,19 @@ class GateOperator(StageOperator):
         if record.override:
             logger.warning("%s", f"{gate_name(record.stage)} failed and is passed over: {record.summary()}")
         return {"outcome": record.outcome.value, "summary": record.summary(), "job": job}
+
+
+def _gold(ti: Any, config: "PipelineConfig", stage: Stage) -> ArtifactRef | None:
+    """The gold scorer that a reward model is asked about, trained in this run or given to it."""
+    from operators.prepare import selection
+
+    if not GRAPH[stage].learnt_from:
+        return None
+    if (given := config.given.get(GOLD_MODEL)) is not None:
+        return given
+    trained = next((other for other in selection(config) if GRAPH[other].judges), None)
+    published = ti.xcom_pull(task_ids=trained.value) if trained else None
+    return ArtifactRef.model_validate(published) if published else None
 
 
 def judged(request: GateRequest, gates: GatesConfig, findings: Findings, *, job: str, by: str) -> GateRecord:

@@ -257,7 +257,11 @@ class _Examination:
 
         gold = self._request.gold
         if gold is None or "model" not in inputs:
-            why = "the run has no gold scorer" if gold is None else "what it started from is no artifact"
+            why = (
+                "the run has no gold scorer that is an artifact"
+                if gold is None
+                else "what it started from is no artifact"
+            )
             return Findings(unmeasured=dict.fromkeys(METRICS, why))
         policy = load_causal_lm(inputs["model"], tokens).eval().to(computing.device)
         judge = load_reward_model(fetch(gold, self._scratch), tokens).eval().to(computing.device)
@@ -269,8 +273,9 @@ def heldout_rows(stage: Stage, tokens: Any) -> Any:
     """Held-out rows as training evaluates them."""
     import numpy as np
 
+    from stages.data.tokens.rows import DocumentRows
     from stages.data.tokens.views import Split
-    from stages.train.next_token import ConversationRows, DocumentRows
+    from stages.train.next_token import ConversationRows
 
     if stage is Stage.PRETRAIN:
         return DocumentRows(tokens.documents(Split.HELDOUT), tokens.sequence_length)

@@ -213,6 +213,7 @@ def _beside_artifacts(picture: Picture, manifests: Mapping[str, Manifest]) -> It
         ("leases", "lease"),
         ("reference-logprobs", "cache"),
         ("gates", "findings of a gate"),
+        ("measurements", "cache"),
         ("probe", "probe"),
     ):
         for key, folder in sorted(picture.rest.get(room, {}).items()):
@@ -226,7 +227,9 @@ def _beside_artifacts(picture: Picture, manifests: Mapping[str, Manifest]) -> It
                 yield Waste(what, key, folder.size, "left by a probe that was killed")
             elif room == "gates" and fingerprint in published:
                 continue  # they are about an artifact that is there
-            elif room in ("checkpoints", "reference-logprobs", "gates") and not _after(folder, picture.old):
+            elif room in ("checkpoints", "reference-logprobs", "measurements", "gates") and not _after(
+                folder, picture.old
+            ):
                 yield Waste(what, key, folder.size, "not touched for a long time; it can be computed again")
 
 

@@ -76,7 +76,11 @@ def parse_bounds(lines: Iterable[str]) -> tuple[Bound, ...]:
 class GatesConfig(Config):
     """What a run must show to go on after a stage."""
 
-    bounds: tuple[str, ...] = (f"reward: {ACCURACY_LOW} > 0.5", f"reward: {BALANCED_LOW} > 0.5")
+    bounds: tuple[str, ...] = (
+        f"reward: {ACCURACY_LOW} > 0.5",
+        f"reward: {BALANCED_LOW} > 0.5",
+        f"gold: {ACCURACY_LOW} > 0.5",
+    )
     """Bounds on metrics, one a line: `<stage>: <metric> <sign> <number>`, such as `curate: curate/documents_kept >=
     100`. Metrics are those of the stage's manifest, and of a reward model also those of its acceptance
     (docs/GATES.md). The list as a whole replaces the recipe's."""

@@ -97,7 +97,7 @@ def test_a_reward_model_of_quality_is_accepted(world: Trained):
     assert found.metrics["accept/pairs"] == 160
     assert found.metrics["accept/longer_is_better"] == 0.75
     assert found.metrics["accept/over_length_low"] > 0
-    assert found.unmeasured["accept/best_of_n_gold"] == "the run has no gold scorer"
+    assert found.unmeasured["accept/best_of_n_gold"] == "the run has no gold scorer that is an artifact"
     assert len(found.tables["by_length_difference"]) == 4
 
 

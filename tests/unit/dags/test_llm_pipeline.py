@@ -50,7 +50,8 @@ def test_the_drawing_is_the_one_of_the_docstring():
 def test_nothing_reads_what_a_stage_published_before_its_gate_has_let_it_pass():
     for stage, gate in GATES.items():
         assert isinstance(gate, GateOperator)
-        assert (gate.stage, gate.upstream_task_ids) == (stage.value, {stage.value})
+        judges = {"gate_gold"} if stage is Stage.REWARD else set()  # a reward model is asked for what gold likes
+        assert (gate.stage, gate.upstream_task_ids) == (stage.value, {stage.value, *judges})
         assert STAGES[stage].downstream_task_ids == {gate.task_id}
         assert gate.outlets == []
     after = {stage: task.upstream_task_ids for stage, task in STAGES.items()}

@@ -269,6 +269,22 @@ def test_a_model_made_from_another_reference_than_the_runs_is_red(world: World):
         world.gate(Stage.DPO)
 
 
+def test_a_reward_model_is_asked_about_by_the_runs_gold_scorer(world: World):
+    def asked(stage: Stage) -> GateRequest:
+        world.job_finds(stage, FOUND).join(0)
+        world.state = Memory()
+        world.gate(stage)
+        return GateRequest.model_validate(read_json(world.store, gate_key("r", stage, "config.json")))
+
+    assert asked(Stage.REWARD).gold is None
+    world.values["gold_scorer"] = "train"
+    found = asked(Stage.REWARD)
+    assert found.gold is not None
+    assert (found.gold.digest, found.gold.kind) == (world.made[Stage.GOLD].digest, "gold-model")
+    assert asked(Stage.GOLD).gold is None
+    assert len(world.ray.jobs) == 3  # with a gold scorer the same reward model is examined again
+
+
 def test_a_gate_of_a_stage_that_the_run_does_without_skips_itself(world: World):
     world.values["alignment"] = "dpo"
     with pytest.raises(AirflowSkipException, match="ppo is not part of this run: alignment=dpo"):
