@@ -31,6 +31,7 @@ _SECTIONS = {
     "Reward model": ("reward_model", "reward_base", "train_reward"),
     "Judges": ("gold_scorer", "gold_model", "judge"),
     "Course of the run": ("first_stage", "last_stage", "seed", "promotion", "dry_run"),
+    "Gates": ("override_gates", "override_reason"),
     "Changes to the recipe": ("overrides",),
 }
 

@@ -112,6 +112,8 @@ def _remarks(config: PipelineConfig) -> Iterator[str]:
             stages_by_reason.setdefault(why, []).append(stage.value)
     for why, stages in stages_by_reason.items():
         yield f"{', '.join(stages)}: skipped, {why}"
+    if config.gates.override:
+        yield f"gates that may fail: {', '.join(config.gates.override)}, because {config.gates.reason}"
     for name in DATA_FIELDS if Stage.CURATE in config.selected else ():
         if not getattr(config.curate, name):
             yield f"{name}: none are read, no stage of this run needs them"

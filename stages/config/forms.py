@@ -9,6 +9,7 @@ from pydantic import Field, GetPydanticSchema, field_validator, model_validator
 from stages.config.base import Choice, Config
 from stages.config.closing import LONGEST_WAIT_HOURS, Promotion
 from stages.config.endpoints import is_endpoint
+from stages.config.gates import check_override
 from stages.config.graph import (
     BASE_MODEL,
     GIVEN_MODELS,
@@ -173,12 +174,18 @@ class PipelineParams(RunOutline):
     promotion: Promotion = Field(default=Promotion.AUTO, title="Promotion")
     """`auto` moves the alias `champion` when the aligned model wins, `approval`: a person decides in Airflow, `never`
     registers candidates only."""
+    override_gates: Lines = Field(default_factory=list, title="Pass failed gates", examples=["reward", "all"])
+    """Gates that may be passed although they fail, one stage per line, or `all`. What failed, who triggered the run and
+    the reason are kept with it."""
+    override_reason: str = Field(default="", title="Reason for passing them", max_length=1000)
+    """Why these gates may be passed; needed when there are any."""
     overrides: dict[str, Any] = Field(default_factory=dict, title="Overrides")
     """Changes to the recipe by dotted path, as JSON: `{"sft.optimizer.learning_rate": 0.0002}`. Unknown paths are
     refused."""
 
     @model_validator(mode="after")
     def _all_goes_together(self) -> "PipelineParams":
+        check_override(self.override_gates, self.override_reason)
         for role in GIVEN_MODELS:
             if role != JUDGE and is_endpoint(getattr(self, role)):
                 raise ValueError(f"{role}={getattr(self, role)!r} is an endpoint, which only judge may be")

@@ -114,6 +114,8 @@ class StageSpec:
     """Fills the machine: waits for a slot of the pool `gpu` and may take days."""
     dataset: bool = False
     """MLflow shows its artifact as a dataset."""
+    gated: bool = False
+    """A gate after it decides whether the run goes on; so does one after every stage that trains."""
     trains: bool = False
     """A model comes out of the training loop."""
     trained_models: int = 1
@@ -161,6 +163,11 @@ class StageSpec:
         return tuple(role for role, _ in self.inputs if role in {place for _, place in self.given})
 
     @property
+    def learnt_from(self) -> bool:
+        """Whether its artifact is a reward model, whose scores other models are trained by."""
+        return self.trains and self.scores and not self.judges
+
+    @property
     def is_language_model(self) -> bool:
         """Whether its artifact is a model that writes text."""
         return self.trains and not self.scores
@@ -192,6 +199,7 @@ _DATA = (
         asset="llm/documents",
         heavy=True,
         dataset=True,
+        gated=True,
         seeded=True,
         headlines=(
             Headline("curate/documents_kept", "documents", ",.0f"),
@@ -206,6 +214,7 @@ _DATA = (
         given=((BASE_MODEL, ""),),  # its tokenizer
         role="tokens",
         dataset=True,
+        gated=True,
         headlines=(
             Headline("tokens/train", "tokens", ",.0f"),
             Headline("tokens/vocab_size", "vocabulary", ",.0f"),
@@ -393,6 +402,7 @@ def graph_of(data: Iterable[StageSpec], trained: Iterable[StageSpec]) -> dict[St
         role="evaluation",
         heavy=True,
         dataset=True,
+        gated=True,
         frozen_models=2,  # one policy at a time or the reference, and one scorer
         closing=True,
         seeded=True,
@@ -440,6 +450,11 @@ GRAPH: dict[Stage, StageSpec] = graph_of(_DATA, _TRAINED)
 def pipeline_stages() -> tuple[Stage, ...]:
     """Return the stages of `llm_pipeline`, in order."""
     return tuple(stage for stage, spec in GRAPH.items() if spec.in_pipeline)
+
+
+def gated_stages() -> tuple[Stage, ...]:
+    """Return the stages that a gate stands after, in order."""
+    return tuple(stage for stage, spec in GRAPH.items() if spec.gated or spec.trains)
 
 
 def trained_stages() -> tuple[StageSpec, ...]:

@@ -13,6 +13,7 @@ from stages.config.curate import CurateConfig
 from stages.config.errors import ConfigError
 from stages.config.execution import ExecutionConfig
 from stages.config.forms import RunOutline
+from stages.config.gates import GatesConfig
 from stages.config.graph import BASE_MODEL, BENCHMARKS, GRAPH, Stage, stage_providing
 from stages.config.names import ExperimentName
 from stages.config.records import first_error
@@ -98,6 +99,8 @@ class PipelineConfig(RunOutline):
     evaluate: EvaluateConfig = EvaluateConfig()
     promote: PromoteConfig = PromoteConfig()
     report: ReportConfig = ReportConfig()
+    gates: GatesConfig = GatesConfig()
+    """What the run must show to go on after each stage; never part of a fingerprint."""
     execution: Executions = Executions()
     """Resources and layout by stage; never part of a fingerprint."""
 

@@ -6,6 +6,7 @@ from stages.config.closing import EvaluateConfig, Guard, PromoteConfig
 from stages.config.curate import CurateConfig
 from stages.config.execution import Engine, ExecutionConfig
 from stages.config.forms import GoldScorer
+from stages.config.gates import GatesConfig
 from stages.config.pipeline import Executions, PipelineConfig
 from stages.config.tokens import TokenizeConfig
 from stages.config.train import (
@@ -206,6 +207,7 @@ def smollm(*, seed: int = 0) -> PipelineConfig:
             power=0.9,
             least_difference=0.05,
         ),
+        gates=GatesConfig(max_pairs=64),
         execution=Executions(
             curate=ExecutionConfig(cpus_per_worker=2),
             tokenize=ExecutionConfig(cpus_per_worker=2),
@@ -263,6 +265,8 @@ def tiny(*, seed: int = 0) -> PipelineConfig:
         promote=PromoteConfig(
             primary=("pairs",), guards=(Guard(suite="language", margin=1.0),), level=0.05, power=0.9, min_items=4
         ),
+        # What it trains knows nothing, so a reward model is not asked for more than chance.
+        gates=GatesConfig(bounds=("curate: curate/documents_kept >= 1",), max_pairs=64),
         execution=Executions(pretrain=train, sft=train, reward=train, gold=train, ppo=train, dpo=train),
     )
 

@@ -48,6 +48,8 @@ _FILLED = {
     "evaluate.judge.endpoint": "It is the field judge of the form.",
     "given": "Athanor fills it when the run starts, with what the models and previous_data of the form name.",
     "only": "The DAG evaluate_model fills it; trigger that one to measure a model again.",
+    "gates.override": "It is the field override_gates of the form.",
+    "gates.reason": "It is the field override_reason of the form.",
     "evaluate.champion": "The task evaluate fills it, with the champion that it finds when it starts.",
     "evaluate.champion_missing": "The task evaluate fills it, when it cannot find the champion's artifact.",
     "evaluate.comparison": "Set promote.level, promote.power and promote.least_difference, from which it follows.",
@@ -156,6 +158,7 @@ def _apply_form(tree: dict[str, Any], params: PipelineParams) -> None:
     tree["tokenize"]["base_model"] = "" if params.converts else params.base_model
     tree["promote"] |= {"run_name": params.run_name, "promotion": params.promotion}
     tree["report"]["title"] = params.run_name
+    tree["gates"] |= {"override": params.override_gates, "reason": params.override_reason}
     if is_endpoint(params.judge):
         tree["evaluate"]["judge"]["endpoint"] = params.judge
 

@@ -138,11 +138,6 @@ def asks_for_gold(way: Way) -> bool:
     )
 
 
-def _makes_reward(spec: StageSpec) -> bool:
-    """Whether a stage trains a model that others learn from."""
-    return spec.scores and not spec.judges
-
-
 def _aligners(alignment: Alignment) -> set[Stage]:
     return {spec.stage for spec in aligned_models() if alignment in (Alignment.BOTH, spec.stage.value)}
 
@@ -151,7 +146,7 @@ def _wants_reward(way: Way) -> bool:
     """Whether a reward model is asked for: by name, or by a stage that learns from it."""
     if way.train_reward or REWARD_BASE in way.given:
         return True
-    if any(stage is not None and _makes_reward(GRAPH[stage]) for stage in (way.first_stage, way.last_stage)):
+    if any(stage is not None and GRAPH[stage].learnt_from for stage in (way.first_stage, way.last_stage)):
         return True
     return any(learns_from_scores(spec) and not _why_not(spec, way) for spec in aligned_models())
 
@@ -188,7 +183,7 @@ def _wrong_entry(way: Way) -> str:
         )
     if GRAPH[first].aligned and first not in _aligners(way.alignment):
         return f"{here} is not part of a run with alignment={way.alignment.value!r}; choose alignment={first.value!r}"
-    scorers = [spec for spec in GRAPH.values() if _makes_reward(spec)]
+    scorers = [spec for spec in GRAPH.values() if spec.learnt_from]
     order = pipeline_stages()
     before = [spec for spec in scorers if order.index(spec.stage) < order.index(first)]
     replaced_by = GRAPH[first].replaced_by
@@ -243,7 +238,7 @@ def _wrong_reward(way: Way) -> str:
                 f"{role} is given and no stage of this run reads it, because the run has no {names}; leave {role} "
                 f"empty, or choose a last_stage (now {way.last_stage.value!r}) and an alignment with {names}"
             )
-    if way.train_reward and not any(_makes_reward(GRAPH[stage]) for stage in selected):
+    if way.train_reward and not any(GRAPH[stage].learnt_from for stage in selected):
         return (
             f"train_reward=True and last_stage={way.last_stage.value!r}, which comes before the reward model; leave "
             "train_reward off, or end later"
