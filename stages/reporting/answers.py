@@ -1,6 +1,6 @@
 """The same prompt answered by every model of a run: stage by stage, with what each one says differently.
 
-A model is compared with the one that it started from: SFT with its base, PPO and DPO with SFT. Texts are untrusted and
+A model is compared with the one that it started from, such as PPO with SFT. Texts are untrusted and
 escaped by the template; they are cut into pieces here, never put together with mark-up.
 """
 
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
-from stages.config.graph import GRAPH, language_models, trained_stages
+from stages.config.graph import GRAPH, language_models
 from stages.reporting.line_plot import number
+from stages.reporting.names import in_order, name_of
 from stages.reporting.story import Story
 
 LONGEST_SHOWN = 700
@@ -22,7 +23,6 @@ _MOST_WORDS = 1000
 _MOSTLY_NEW = 0.6
 """Of the words: from here on marks would cover the answer and tell nothing."""
 _WORDS = re.compile(r"\s+|\w+|[^\w\s]")
-_GIVEN = "Given model"
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,14 @@ def samples(story: Story) -> list[Sample]:
 def _sample(row: Mapping[str, Any], story: Story) -> Sample:
     responses: dict[str, str] = {str(role): str(text) for role, text in (row.get("responses") or {}).items()}
     scores = row.get("scores") or {}
-    place = {spec.role: position for position, spec in enumerate(language_models())}
     answers = []
-    for role in sorted(responses, key=lambda role: place.get(role, len(place))):
+    for role in in_order(responses):
         start = _started_from(role, responses)
-        pieces, change = _compared(responses[role], responses[start], _name(start, story)) if start else (None, "")
+        pieces, change = _compared(responses[role], responses[start], name_of(start, story)) if start else (None, "")
         text = responses[role]
         answers.append(
             Answer(
-                model=_name(role, story),
+                model=name_of(role, story),
                 pieces=pieces or (Piece(text),),
                 score=number(score) if (score := scores.get(role)) is not None else "",
                 change=change,
@@ -82,13 +81,6 @@ def _sample(row: Mapping[str, Any], story: Story) -> Sample:
             )
         )
     return Sample(prompt=str(row.get("prompt", "")), answers=tuple(answers))
-
-
-def _name(role: str, story: Story) -> str:
-    """The model's name in tables; a base that the run was given, and did not train, is called so."""
-    label = next((spec.label for spec in trained_stages() if spec.role == role), "")
-    is_given = role == next(iter(language_models())).role and role not in story.manifests
-    return _GIVEN if is_given else label or role
 
 
 def _started_from(role: str, responses: Mapping[str, str]) -> str:

@@ -7,6 +7,7 @@ from stages.config.servers import is_web_address
 from stages.config.text import printable
 from stages.lineage.views import to_svg
 from stages.reporting import answers, data_views, mixture_views, model_views
+from stages.reporting.names import label_of
 from stages.reporting.story import Story
 
 
@@ -54,11 +55,11 @@ def render_page(story: Story) -> str:
 
 def verdict(story: Story) -> str:
     """The one sentence at the top."""
-    chosen = model_views.label_of(str(story.promotion.get("chosen") or ""))
-    if not story.promotion:
+    if story.promotion is None:
         return "The run ended without a promotion."
+    chosen = label_of(story.promotion.chosen or "")
     if not chosen:
         return "The run has no aligned model to promote."
-    if story.promotion.get("promoted"):
+    if story.promotion.promoted:
         return f"The {chosen} model is champion."
     return f"The {chosen} model is a candidate; it did not become champion."
