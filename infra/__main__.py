@@ -1,4 +1,4 @@
-"""`python -m infra up|down|status|logs|env|demo|doctor|gc|backup|restore`: what the Makefile calls."""
+"""`python -m infra up|down|status|logs|env|demo|doctor|gc|backup|restore|rollback`: what the Makefile calls."""
 
 from __future__ import annotations
 
@@ -46,6 +46,10 @@ def main() -> int:
 
                 keep(stack, arguments.command, arguments.folder, postgres=arguments.postgres)
                 return 0
+            case "rollback":
+                from infra.rollback import rollback
+
+                return rollback(stack, run_name=arguments.run_name, reason=arguments.reason)
             case _:
                 from infra.demo import demo
 
@@ -101,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
         keeping.add_argument("folder", type=Path)
         postgres = "Postgres by libpq's variables, and ARTIFACT_STORE, instead of the local stack"
         keeping.add_argument("--postgres", action="store_true", help=postgres)
+    back = commands.add_parser("rollback", help="make the previous champion of a run name champion again")
+    back.add_argument("run_name", help="whose champion is taken back: <run name>-aligned")
+    back.add_argument("--reason", required=True, help="why; it is kept with the model")
     demo = commands.add_parser("demo", help="run llm_pipeline and show it live")
     demo.add_argument("--recipe", default="demo")
     demo.add_argument("--params", type=_json_object, default={}, help="JSON object of trigger form fields")

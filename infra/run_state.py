@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -227,16 +228,21 @@ class RunWatch:
         log = self.api.call(
             "GET", f"{self._path(row.name)}/logs/{row.try_number}", headers={"Accept": "application/json"}
         )["content"]
-        errors = []
-        for entry in log:
-            if not isinstance(entry, dict) or entry.get("level") not in ("error", "critical"):
-                continue
-            details = [f"{detail['exc_type']}: {detail['exc_value']}" for detail in entry.get("error_detail") or ()]
-            errors.append(details[-1] if details else str(entry.get("event", "")))
-        return errors[-count:]
+        return errors_of(log)[-count:]
 
     def _path(self, task_id: str) -> str:
         return f"dags/{DAG_ID}/dagRuns/{self.run_id}/taskInstances/{task_id}"
+
+
+def errors_of(log: Iterable[object]) -> list[str]:
+    """The error messages of a task's log, as Airflow's API returns it."""
+    errors = []
+    for entry in log:
+        if not isinstance(entry, dict) or entry.get("level") not in ("error", "critical"):
+            continue
+        details = [f"{detail['exc_type']}: {detail['exc_value']}" for detail in entry.get("error_detail") or ()]
+        errors.append(details[-1] if details else str(entry.get("event", "")))
+    return errors
 
 
 def _is_shown_number(value: object) -> bool:

@@ -10,8 +10,8 @@ from operators.mlflow import MlflowRefusedError, MlflowServer, MlflowUnavailable
 from operators.run import finish_run, open_run
 from stages.artifacts.manifests import read_file, read_manifest, settings_digest
 from stages.config import mlflow_limits as limits
-from stages.config.decision import Evaluation
 from stages.config.errors import ConfigError, StageError
+from stages.config.evaluation import Evaluation
 from stages.config.forms import EvaluationParams
 from stages.config.graph import BASE_MODEL, GRAPH, Stage, spec_of_kind, trained_stages
 from stages.config.mlflow import tracking_server
@@ -94,7 +94,7 @@ def conclude(context: Any, evaluation: dict[str, Any] | None) -> None:
 
 
 def tag_version(address: str, evaluation: ArtifactRef) -> None:
-    """Put the evaluation on the version that was measured, as the tags by which `promote` compares champions."""
+    """Put the evaluation on the version that was measured: its numbers, how it was made and where it lies."""
     manifest = read_manifest(evaluation)
     report = parse_object(read_file(evaluation, "metrics.json"), f"{evaluation.uri}/metrics.json")
     version = find_version(address)
@@ -105,7 +105,7 @@ def tag_version(address: str, evaluation: ArtifactRef) -> None:
         raise ConfigError(
             f"model={address!r} is no longer the model that was evaluated", advice="Name a version instead of an alias."
         )
-    measured_now = Evaluation.from_report(report, settings_digest=settings_digest(manifest))
+    measured_now = Evaluation.from_report(report, settings_digest=settings_digest(manifest), uri=evaluation.uri)
     numbers = measured_now.of(role)
     tags = measured_now.conditions.tags() | {limits.key(key): repr(value) for key, value in numbers.items()}
     try:

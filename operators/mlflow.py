@@ -263,6 +263,14 @@ class MlflowServer:
         body = {"name": version.name, "version": version.version, "key": key, "value": value}
         self._call("POST", "model-versions/set-tag", body)
 
+    def set_alias(self, version: "ModelVersion", alias: str) -> None:
+        """Point an alias of the registered model to this version."""
+        body = {"name": version.name, "alias": alias, "version": version.version}
+        self._call("POST", "registered-models/alias", body)
+
+    def delete_alias(self, name: str, alias: str) -> None:
+        self._call("DELETE", "registered-models/alias", {"name": name, "alias": alias}, absent_ok=True)
+
     def update_run(self, run_id: str, status: str) -> None:
         body: dict[str, Any] = {"run_id": run_id, "status": status}
         if status != "RUNNING":
@@ -331,7 +339,7 @@ class MlflowServer:
             if method == "GET":
                 answer = self._http.get(where, params=dict(values))
             else:
-                answer = self._http.post(where, json=dict(values))
+                answer = self._http.request(method, where, json=dict(values))
         except _no_answer() as error:
             raise _no_use(path, error) from None
         if absent_ok and (answer.status_code == 404 or _says_absent(answer.text)):

@@ -45,7 +45,8 @@ class StageOperator(BaseOperator):
     """Run one stage and return its ArtifactRef as JSON.
 
     The task `resolve_task_id` returned the RunInfo; inputs come from the tasks named after the stages in GRAPH. A stage
-    whose config has an `approval` gets the answer of the task `approve_task_id`.
+    whose config has an `approval` gets the answer of the task `approve_task_id`, one whose config has a `champion` gets
+    the present champion as an input.
     `timeout` bounds the job's time and stops the job; Airflow's own `execution_timeout` does so too, but does not count
     deferred time.
     Give it `retries=MAX_RETRIES` and a StageRetryPolicy.
@@ -287,6 +288,7 @@ class StageOperator(BaseOperator):
         return open_default_store(self.store_uri)
 
     def _request(self, context: Any, *, run: RunInfo, store: "Store") -> StageRequest:
+        from operators.champion import with_champion
         from operators.dispatch import of_mapped, submission_log, within_memory
         from operators.prepare import build_request, input_stages, load_config, selection, with_approval
 
@@ -300,6 +302,8 @@ class StageOperator(BaseOperator):
         request = build_request(stage, run=of_mapped(run, ti.map_index), store=store, config=config, upstream=upstream)
         if "approval" in request.config:
             request = with_approval(request, config, ti.xcom_pull(task_ids=self.approve_task_id))
+        if "champion" in request.config:
+            request = with_champion(request, config)
         execution = within_memory(request.execution, stage=stage, log=submission_log(context))
         return request.model_copy(update={"task_id": ti.task_id, "try_number": ti.try_number, "execution": execution})
 

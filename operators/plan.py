@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from operators.champion import with_champion
 from operators.look import read_look
 from operators.prepare import build_request, input_stages, selection
 from stages.artifacts.addresses import artifact_uri
@@ -22,7 +23,7 @@ from stages.artifacts.hits import other_content
 from stages.artifacts.manifests import DOUBT, find_manifest, fingerprint, input_identity, is_doubted, verify
 from stages.artifacts.store import Store
 from stages.config.base import Config
-from stages.config.errors import DamagedArtifactError
+from stages.config.errors import DamagedArtifactError, StageError
 from stages.config.estimate import (
     DataCounts,
     Devices,
@@ -185,7 +186,14 @@ class _Walk:
         """The request that the stage's task will make, as far as it is known; what is built anew has no identity."""
         anew = ArtifactRef(kind="", uri="", fingerprint=NEW, digest="")
         upstream = {source: self._refs[source] or anew for source in before}
-        return build_request(stage, run=self._run, store=self._store, config=self._config, upstream=upstream)
+        request = build_request(stage, run=self._run, store=self._store, config=self._config, upstream=upstream)
+        if "champion" not in request.config:
+            return request
+        try:
+            return with_champion(request, self._config)
+        except StageError as error:
+            logger.warning("Planned without the champion: %s", error)
+            return request
 
     def _find(self, request: StageRequest, digests: dict[str, str]) -> tuple[Manifest | None, str]:
         """Look for the artifact and remember it, existing or not, for the stages after it."""

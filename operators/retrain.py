@@ -161,8 +161,13 @@ def _by_path(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings_of(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The overrides of the champion's run, without what earlier versions let them set and Athanor fills."""
-    return {path: value for path, value in _by_path(overrides).items() if not filled_by(path)}
+    """The overrides of the champion's run, without what earlier versions let them set: what Athanor fills, and what
+    decides nothing any more."""
+    found = _by_path(overrides)
+    gone = {path: why for path in found if (why := PipelineConfig.instead_of(path))}
+    for path, why in gone.items():
+        logger.warning("The champion's run had %s=%r, which is no longer a setting. %s", path, found[path], why)
+    return {path: value for path, value in found.items() if path not in gone and not filled_by(path)}
 
 
 def _params_of(champion: ModelVersion, store: Store) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`promote`: register the run's models in MLflow by role and decide whether the aligned model becomes champion.
 
 The rules are in `stages.config.decision`, what MLflow is told in `stages.tracking.registry`. A rejected model is
-registered like every other, with the decision in its tags.
+registered like every other, with the decision and its numbers in its tags.
 
 Unlike the other stages this one cannot do its work without MLflow: an outage is a failure, and Airflow retries.
 """
@@ -13,17 +13,8 @@ from pathlib import Path
 
 from stages.artifacts.manifests import read_manifest, settings_digest
 from stages.config.closing import PREFERENCE_ACCURACY, SCORE, WIN_RATE, PromoteConfig
-from stages.config.decision import (
-    CANDIDATE,
-    CHAMPION,
-    PREVIOUS,
-    Candidate,
-    Champion,
-    Decision,
-    Evaluation,
-    choose_aligned,
-    decide,
-)
+from stages.config.decision import CANDIDATE, CHAMPION, PREVIOUS, Candidate, Champion, Decision, decide
+from stages.config.evaluation import Evaluation
 from stages.config.graph import aligned_models, trained_stages
 from stages.config.records import parse_object
 from stages.config.request import Manifest
@@ -44,8 +35,7 @@ def run(context: StageContext) -> StageOutcome:
     measured = context.inputs.get("evaluation")
     evaluation = Evaluation({})
     if measured is not None:
-        evaluation = read_evaluation(context.input_dir("evaluation"), read_manifest(measured))
-    chosen = choose_aligned([spec.role for spec in aligned_models() if spec.role in models], evaluation)
+        evaluation = read_evaluation(context.input_dir("evaluation"), read_manifest(measured), uri=measured.uri)
     # Waiting for this stage's own run also waits until what earlier stages could not deliver to MLflow is there.
     run_id = context.tracker.wait_run_id(_ATTACH_SECONDS)
     with outage_is_infrastructure():
@@ -54,16 +44,12 @@ def run(context: StageContext) -> StageOutcome:
         for done, (role, ref) in enumerate(models.items(), start=1):
             registered.append(registry.register(role, ref, evaluation))
             context.progress(done, len(models), unit="model")
-        aligned = next((model for model in registered if model.role == chosen), None)
-        _mark_candidates(registry, registered, aligned)
-        champion, decision = _decide(registry, aligned, evaluation, config)
+        champion, decision = _decide(registry, registered, evaluation, config)
+        _move_aliases(registry, registered, champion, decision)
         if measured is not None and run_id is not None:
             registry.log_evaluation(registered, evaluation, measured=measured, run_id=run_id)
     record = {
-        "promoted": decision.promoted,
-        "reason": decision.reason,
-        "comparison": decision.comparison,
-        "chosen": chosen,
+        **decision.record(),
         "previous_champion": asdict(champion) if champion else None,
         "approval": config.approval.model_dump(mode="json") if config.approval else None,
         "evaluation": asdict(evaluation),
@@ -72,38 +58,44 @@ def run(context: StageContext) -> StageOutcome:
     text = json.dumps(record, indent=1, ensure_ascii=False)
     (context.output_dir / "promotion.json").write_text(text, encoding="utf-8")
     logger.info("promotion: %s", decision.reason)
-    return StageOutcome(metrics=_outcome_metrics(decision, registered, evaluation.of(chosen or "")))
+    return StageOutcome(metrics=_outcome_metrics(decision, registered, evaluation.of(decision.chosen or "")))
 
 
-def read_evaluation(folder: Path, manifest: Manifest) -> Evaluation:
-    """Read metrics.json of an evaluation artifact."""
+def read_evaluation(folder: Path, manifest: Manifest, *, uri: str = "") -> Evaluation:
+    """Read metrics.json of the evaluation artifact at `uri`."""
     report = parse_object((folder / "metrics.json").read_bytes(), "metrics.json of the evaluation")
-    return Evaluation.from_report(report, settings_digest=settings_digest(manifest))
-
-
-def _mark_candidates(registry: Registry, registered: list[Registered], aligned: Registered | None) -> None:
-    """PPO and DPO share a registered model, so only the chosen one of them gets its alias."""
-    competing = {spec.role for spec in aligned_models()}
-    for model in registered:
-        if model is aligned or model.role not in competing:
-            registry.set_alias(model.name, CANDIDATE, model.version)
+    return Evaluation.from_report(report, settings_digest=settings_digest(manifest), uri=uri)
 
 
 def _decide(
-    registry: Registry, aligned: Registered | None, evaluation: Evaluation, config: PromoteConfig
+    registry: Registry, registered: list[Registered], evaluation: Evaluation, config: PromoteConfig
 ) -> tuple[Champion | None, Decision]:
-    """Decide on the chosen aligned model and move the aliases; returns the previous champion as well."""
-    if aligned is None:
-        return None, Decision(False, "the run has no aligned model", "none")
-    champion = registry.champion(aligned.name)
-    candidate = Candidate(aligned.fingerprint, evaluation.of(aligned.role), evaluation.conditions)
-    decision = decide(candidate, champion, config)
-    if decision.promoted and decision.comparison != "same_model":
-        # `previous` first: a crash between the two calls leaves a champion, and the repeated run completes the move.
-        if champion:
-            registry.set_alias(aligned.name, PREVIOUS, champion.version)
-        registry.set_alias(aligned.name, CHAMPION, aligned.version)
-    return champion, decision
+    """Return the champion of before and what was decided about the aligned models; they compete for one name."""
+    models = {model.role: model for model in registered}
+    aligned = [models[spec.role] for spec in aligned_models() if spec.role in models]
+    candidates = [Candidate(model.role, model.fingerprint, model.rolled_back) for model in aligned]
+    champion = registry.champion(aligned[0].name) if aligned else None
+    return champion, decide(candidates, champion, evaluation, config)
+
+
+def _move_aliases(
+    registry: Registry, registered: list[Registered], champion: Champion | None, decision: Decision
+) -> None:
+    """PPO and DPO share a registered model, so only the chosen one of them is its candidate, and may be champion."""
+    competing = {spec.role for spec in aligned_models()}
+    for model in registered:
+        if model.role not in competing:
+            registry.set_alias(model.name, CANDIDATE, model.version)
+        elif model.role == decision.chosen:
+            registry.set_alias(model.name, CANDIDATE, model.version)
+            if decision.comparison == "same_model":  # what made it champion stays on record
+                continue
+            registry.record_decision(model, decision)
+            if decision.promoted:
+                # `previous` first: a crash in between leaves a champion, and the repeated run completes the move.
+                if champion:
+                    registry.set_alias(model.name, PREVIOUS, champion.version)
+                registry.set_alias(model.name, CHAMPION, model.version)
 
 
 def _outcome_metrics(decision: Decision, registered: list[Registered], chosen: dict[str, float]) -> dict[str, float]:
@@ -112,4 +104,13 @@ def _outcome_metrics(decision: Decision, registered: list[Registered], chosen: d
         "promotion/registered": float(len(registered)),
         "promotion/new_versions": float(sum(model.is_new for model in registered)),
     }
+    ruling = decision.ruling
+    if ruling and ruling.primary and (found := ruling.primary.compared):
+        metrics |= {
+            "promotion/difference": found.difference,
+            "promotion/difference_low": found.low,
+            "promotion/difference_high": found.high,
+            "promotion/p": found.p,
+            "promotion/items": float(found.items),
+        }
     return metrics | {key: chosen[key] for key in (WIN_RATE, SCORE, PREFERENCE_ACCURACY) if key in chosen}

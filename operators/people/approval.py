@@ -18,8 +18,10 @@ from operators.links import mlflow_run_page
 from operators.people.asking import ask_once, comment_of, name_of, with_usable_fields
 from stages.artifacts.manifests import read_file, read_manifest, settings_digest
 from stages.config.closing import PREFERENCE_ACCURACY, SCORE, WIN_RATE, Approval, Sample, Verdict, read_samples
-from stages.config.decision import CHAMPION, CHANCE, Champion, Conditions, Evaluation, choose_aligned
-from stages.config.graph import Stage, aligned_models, registered_name, spec_of_role, trained_stages
+from stages.config.decision import CHAMPION, Candidate, Champion, decide_by_numbers
+from stages.config.decision_table import HEAD, decision_rows, label_of, suite_rows
+from stages.config.evaluation import CHAMPION_ROLE, Evaluation
+from stages.config.graph import Stage, aligned_models, registered_name, trained_stages
 from stages.config.markdown import block, code, link, plain, table
 from stages.config.metrics import EVALUATION_METRICS
 from stages.config.mlflow import tracking_server
@@ -31,10 +33,6 @@ from stages.config.text import one_line
 
 _NUM_SAMPLES = 4
 _SCORES = "Scores come from this run's reward model: they say how well a model pleases it, not how good it is."
-_NO_SCORES = (
-    "No reward model judged this run, so there are no scores and no win rates: preference accuracy says how often a "
-    "model, relative to its start, prefers the chosen one of two held-out answers."
-)
 _LONGEST_PROMPT, _LONGEST_ANSWER = 2_000, 4_000
 _BETTER = {metric.key: metric.arrow for metric in EVALUATION_METRICS}
 """Which way is better; distances and lengths are neither."""
@@ -105,25 +103,30 @@ def question(run: RunInfo, config: PipelineConfig, evaluated: ArtifactRef) -> tu
     """Return subject and Markdown body: the numbers of every model, some answers side by side, and where to look."""
     report = parse_object(read_file(evaluated, "metrics.json"), f"{evaluated.uri}/metrics.json")
     samples = read_samples(read_file(evaluated, "samples.json"), evaluated.uri)
-    evaluation = Evaluation.from_report(report, settings_digest=settings_digest(read_manifest(evaluated)))
-    models: dict[str, Mapping[str, Any]] = {
-        spec.role: report["models"][spec.role]
-        for spec in trained_stages()
-        if not spec.scores and spec.role in report["models"]
-    }
+    manifest = read_manifest(evaluated)
+    evaluation = Evaluation.from_report(report, settings_digest=settings_digest(manifest), uri=evaluated.uri)
+    known = [spec.role for spec in trained_stages() if not spec.scores] + [CHAMPION_ROLE]
+    models: dict[str, Mapping[str, Any]] = {role: report["models"][role] for role in known if role in report["models"]}
+    made = {entry.role: entry.fingerprint for entry in manifest.inputs}
     aligned = [spec.role for spec in aligned_models() if spec.role in models]
-    chosen = choose_aligned(aligned, evaluation)
-    proposed = spec_of_role(chosen).label if chosen else ""
-    judged = any(WIN_RATE in metrics for metrics in models.values())
-    champion, note = _champion(config.promote.run_name, evaluation.conditions)
+    candidates = [Candidate(role, made.get(role, "")) for role in aligned]
+    champion, note = _champion(config.promote.run_name, evaluation)
+    numbers = decide_by_numbers(candidates, champion, evaluation, config.promote)
+    proposed = label_of(numbers.chosen) if numbers.chosen else ""
     parts = [
         f"Run {plain(run.name)}, proposed: **{proposed or 'none'}**, "
-        + (_best_by(judged) if len(aligned) > 1 else "its aligned model."),
-        _rules(config, judged=judged),
+        + ("the best of its aligned models." if len(aligned) > 1 else "its aligned model."),
+        f"By the numbers it would {'' if numbers.promoted else '**not** '}become champion: {plain(numbers.reason)}. {note}",
+        _rules(config),
+        "### What decides",
+        table(HEAD, [[plain(cell) for cell in row] for row in decision_rows(numbers)]),
+        "Differences are the model minus what it is compared with, item by item. Needed: so many items would show the "
+        f"difference with power {config.promote.power:g}.",
+        *_suites(evaluation, list(models)),
         "### Measured on held-out data",
-        _metrics_table(models, champion),
-        f"↑ higher is better, ↓ lower is better. {note}",
-        _SCORES if judged else _NO_SCORES,
+        _metrics_table(models),
+        "↑ higher is better, ↓ lower is better.",
+        _SCORES if any(WIN_RATE in metrics for metrics in models.values()) else "",
         f"### Answers side by side ({min(_NUM_SAMPLES, len(samples))} of {len(samples)} kept)",
         *(_sample(sample, list(models)) for sample in samples[:_NUM_SAMPLES]),
         "### Evidence",
@@ -133,49 +136,50 @@ def question(run: RunInfo, config: PipelineConfig, evaluated: ArtifactRef) -> tu
     return subject, "\n\n".join(part for part in parts if part)
 
 
-def _best_by(judged: bool) -> str:
-    by = "highest win rate against the model that it started from" if judged else "highest preference accuracy"
-    return f"the aligned model with the {by}."
+def _suites(evaluation: Evaluation, roles: list[str]) -> list[str]:
+    """Every suite with what each model got; nothing for evaluations without."""
+    if not evaluation.suites:
+        return []
+    shown = [role for role in roles if any(role in suite.roles for suite in evaluation.suites.values())]
+    rows = [[plain(cell) for cell in row] for row in suite_rows(evaluation.suites, shown)]
+    return ["### Suites, with 95 % intervals", table(["", *map(label_of, shown)], rows)]
 
 
-def _rules(config: PipelineConfig, *, judged: bool) -> str:
+def _rules(config: PipelineConfig) -> str:
     hours = config.promote.approval_timeout_hours
-    rule = f"of win rates (`min_win_rate={config.promote.min_win_rate:g}`)"
-    if not judged:
-        rule = f"of preference accuracy (above {CHANCE:g}, and above a champion's on the same pairs)"
     return (
         "- **Approve**: the model becomes `champion`, the present champion `previous`. Your decision overrides the "
-        f"rule {rule} that decides without you.\n"
+        "numbers.\n"
         "- **Reject**: the models are registered as `candidate`, never `champion`; all evidence is kept.\n"
         f"- **No answer within {hours:g} hours** counts as a rejection and is recorded as timed out.\n\n"
         "Who decided, when, and the comment stay with the models in MLflow and in the manifest of `promote`."
     )
 
 
-def _champion(run_name: str, measured: Conditions) -> tuple[Champion | None, str]:
-    """Return the present champion if it is known, and a sentence on whether its numbers compare with this run's."""
+def _champion(run_name: str, evaluation: Evaluation) -> tuple[Champion | None, str]:
+    """Return the present champion, and a sentence about it; where it is not known, the one that was measured."""
     from operators.mlflow import MlflowServer, MlflowUnavailableError
 
+    seen = evaluation.champion
+    measured = Champion(seen.version, seen.fingerprint, seen.digest) if seen and not seen.missing else None
     tracking_uri = tracking_server()
     if not tracking_uri:
-        return None, "The champion's numbers are not known here: no MLflow server is configured."
+        return measured, "Who is champion now is not known here: no MLflow server is configured."
     name = registered_name(run_name, aligned_models()[0])
     try:
         with MlflowServer(tracking_uri) as server:
             found = server.model_version(name, alias=CHAMPION)
     except MlflowUnavailableError as error:
-        return None, f"The champion's numbers are not known: {plain(str(error), at_most=300)}"
+        return measured, f"Who is champion now is not known: {plain(str(error), at_most=300)}"
     if found is None:
         return None, f"{plain(name)} has no champion yet."
     champion = Champion.from_tags(found.version, found.tags)
-    compares = measured.allow_comparison(champion.conditions)
-    how = "in the same way, so the numbers compare" if compares else "**in another way, so its scores do not compare**"
-    return champion, f"The champion (version {plain(found.version)} of {plain(name)}) was measured {how}."
+    return champion, f"The champion is version {plain(found.version)} of {plain(name)}."
 
 
-def _metrics_table(models: Mapping[str, Mapping[str, Any]], champion: Champion | None) -> str:
+def _metrics_table(models: Mapping[str, Mapping[str, Any]]) -> str:
     names = sorted({name for metrics in models.values() for name in metrics}, key=_importance)
-    head = ["", *(spec_of_role(role).label for role in models)]
+    head = ["", *map(label_of, models)]
     rows = [
         [
             f"{plain(name)} {_BETTER.get(name, '')}".rstrip(),
@@ -183,9 +187,6 @@ def _metrics_table(models: Mapping[str, Mapping[str, Any]], champion: Champion |
         ]
         for name in names
     ]
-    if champion and champion.metrics:
-        head.append("champion")
-        rows = [[*row, _number(champion.metrics.get(name))] for row, name in zip(rows, names, strict=True)]
     return table(head, rows)
 
 
@@ -203,7 +204,7 @@ def _number(value: Any) -> str:
 
 def _sample(sample: Sample, roles: list[str]) -> str:
     answers, scores = [role for role in roles if role in sample.responses], sample.scores
-    labels = {role: spec_of_role(role).label for role in answers}
+    labels = {role: label_of(role) for role in answers}
     head = [f"{label} ({_number(scores[role])})" if role in scores else label for role, label in labels.items()]
     texts = [plain(sample.responses[role], at_most=_LONGEST_ANSWER) or "*(empty)*" for role in answers]
     prompt = sample.prompt

@@ -7,6 +7,9 @@ are found again. Two declarations let the fields of a class change while earlier
 - a field that moves is listed in `moved`, old name to new path. The old name is still read, in stored requests and in
   overrides, and the identity still spells it.
 
+A field that goes without a successor is listed in `retired`: stored settings that name it are still read, and a person
+who sets it is told what to use instead.
+
 Any other change to the fields of a stage's config invalidates the stage's earlier artifacts: they are built again.
 """
 
@@ -41,14 +44,16 @@ class Config(BaseModel):
 
     moved: ClassVar[Mapping[str, str]] = {}
     """Earlier names of fields of this class, each with the current path `group.field`."""
+    retired: ClassVar[Mapping[str, str]] = {}
+    """Earlier fields of this class that decide nothing any more, each with what to use instead."""
 
     @model_validator(mode="before")
     @classmethod
     def _read_earlier_names(cls, data: Any) -> Any:
         """What was written with earlier names, by another version or by hand, keeps its meaning."""
-        if not isinstance(data, Mapping) or not cls.moved.keys() & data.keys():
+        if not isinstance(data, Mapping) or not (cls.moved.keys() | cls.retired.keys()) & data.keys():
             return data
-        tree = dict(data)
+        tree = {name: value for name, value in data.items() if name not in cls.retired}
         for old, new in cls.moved.items():
             if old in tree:
                 cls._put(tree, new, tree.pop(old), old=old)
@@ -94,6 +99,15 @@ class Config(BaseModel):
         head, _, rest = path.partition(".")
         below = _classes(cls.model_fields.get(head)) if rest else []
         return f"{head}.{below[0].current_path(rest)}" if len(below) == 1 else path
+
+    @classmethod
+    def instead_of(cls, path: str) -> str:
+        """Return what to use instead of a field that is no longer there; empty for any other path."""
+        if path in cls.retired:
+            return cls.retired[path]
+        head, _, rest = path.partition(".")
+        below = _classes(cls.model_fields.get(head)) if rest else []
+        return below[0].instead_of(rest) if len(below) == 1 else ""
 
     @classmethod
     def members(cls, path: str) -> dict[str, "type[Config]"]:

@@ -1,10 +1,12 @@
 """Settings of the closing stages: evaluation, promotion, report."""
 
+from collections.abc import Mapping
 from enum import StrEnum
+from typing import Annotated, ClassVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from stages.config.base import Choice, Config
+from stages.config.base import AddedLater, Choice, Config
 from stages.config.errors import DataError
 from stages.config.names import RunName
 from stages.config.records import first_error, parse_json
@@ -12,6 +14,18 @@ from stages.config.records import first_error, parse_json
 WIN_RATE, SCORE, PREFERENCE_ACCURACY = "eval/win_rate", "eval/score_mean", "eval/preference_accuracy"
 LONGEST_WAIT_HOURS = 10 * 365 * 24.0
 """For a person's answer; beyond some thousand years no calendar can tell when the wait is over."""
+
+
+class ComparisonConfig(Config):
+    """How sure a difference between two models must be; filled from `promote` when a run starts."""
+
+    level: float = Field(default=0.05, gt=0, lt=0.5)
+    """Share of equally good models that may be called better: `promote.level`, shared by the aligned models of the
+    run."""
+    power: float = Field(default=0.9, gt=0, lt=1)
+    """Share of the better models that the needed number of items would find: `promote.power`."""
+    least_difference: float = Field(default=0.0, ge=0)
+    """Smallest difference that the needed number of items is for: `promote.least_difference`."""
 
 
 class EvaluateConfig(Config):
@@ -33,6 +47,11 @@ class EvaluateConfig(Config):
     """Sampling temperature for scores and win rates; the samples that are shown are greedy."""
     seed: int = Field(default=0, ge=0)
     """Sampling follows from it."""
+    comparison: Annotated[ComparisonConfig, AddedLater(ComparisonConfig())] = ComparisonConfig()
+    champion: Annotated[str, AddedLater("")] = ""
+    """The champion that the run's models are compared with, `models:/name/version`; filled by Athanor."""
+    champion_missing: Annotated[str, AddedLater("")] = ""
+    """Why that champion cannot be measured; filled by Athanor."""
 
 
 class Sample(Config):
@@ -86,21 +105,64 @@ class Approval(Config):
     """The reason, in the person's own words."""
 
 
+class Guard(Config):
+    """A suite on which the candidate must not be worse by more than a margin."""
+
+    suite: str
+    margin: float = Field(ge=0)
+    """Most that it may be worse by, in units of the suite: the bound of the interval counts, not the difference."""
+
+
 class PromoteConfig(Config):
-    """Registration in MLflow."""
+    """Registration in MLflow, and who becomes champion."""
+
+    retired: ClassVar[Mapping[str, str]] = {
+        "min_win_rate": "A win rate judged by the run's own reward model no longer decides: see promote.primary, and "
+        "promote.margin for promoting a model that is not better.",
+    }
 
     run_name: RunName = "athanor"
     """Prefix of the registered model names."""
     promotion: Promotion = Promotion.AUTO
     """`auto` moves the alias `champion` when the aligned model wins, `approval`: a person decides in Airflow, `never`
     registers candidates only."""
-    min_win_rate: float = Field(default=0.5, ge=0, le=1)
-    """Win rate, against the model that it was aligned from, that a model needs to become champion; a person may decide
-    otherwise. Without a reward model, preference accuracy above 0.5 takes its place."""
+    primary: tuple[str, ...] = Field(default=("gold", "judge", "pairs"), min_length=1)
+    """Suites in order of preference: the first that both models were measured on, and that the candidate was not
+    trained against, decides. A model that learnt from the reward model is never judged by `score` alone."""
+    guards: tuple[Guard, ...] = ()
+    """What must not get worse by more than a margin, whatever the primary suite says."""
+    level: float = Field(default=0.05, gt=0, lt=0.5)
+    """Share of candidates that are no better than the champion and may be promoted all the same. Two aligned models of
+    a run have half of it each."""
+    power: float = Field(default=0.9, gt=0, lt=1)
+    """Share of better candidates that the needed number of items, which every decision states, would find."""
+    least_difference: float = Field(default=0.0, ge=0)
+    """Smallest difference worth finding, in units of the primary suite; the needed number of items is for it, or for
+    the observed difference where that is larger."""
+    margin: float = Field(default=0.0, ge=0)
+    """With 0 a candidate must be better on the primary suite. More lets one become champion that is worse by at most so
+    much, in units of that suite: for retraining that only has to keep up."""
+    min_items: int = Field(default=20, ge=2)
+    """Comparisons of fewer independent items decide nothing; a guard with fewer is not held."""
     approval_timeout_hours: float = Field(default=168.0, gt=0, le=LONGEST_WAIT_HOURS)
     """Hours that `promotion=approval` waits for a person; after them the model counts as rejected, nothing is lost."""
     approval: Approval | None = None
     """The person's answer, filled in by the pipeline; not to be set by hand."""
+
+    @field_validator("primary")
+    @classmethod
+    def _each_suite_once(cls, primary: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := sorted({suite for suite in primary if primary.count(suite) > 1}):
+            raise ValueError(f"{', '.join(twice)} stands there twice; name each suite once, in order of preference")
+        return primary
+
+    @field_validator("guards")
+    @classmethod
+    def _one_margin_each(cls, guards: tuple[Guard, ...]) -> tuple[Guard, ...]:
+        names = [guard.suite for guard in guards]
+        if twice := sorted({suite for suite in names if names.count(suite) > 1}):
+            raise ValueError(f"{', '.join(twice)} has two margins; name each suite once")
+        return guards
 
 
 class ReportConfig(Config):

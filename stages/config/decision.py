@@ -1,158 +1,134 @@
 """Which model becomes champion, and why: the rules alone, without MLflow, so that every branch can be tested.
 
-Two scores compare when they were measured by the same judge on the same data with the same settings. Then the higher
-mean reward score wins. Otherwise the scores say nothing about each other, and the win rate of the candidate against
-the model that it was aligned from decides. A run without a judge has neither: then the accuracy of the candidate's
-implicit reward on held-out preference pairs decides, which must be better than chance, and better than a champion's
-that was measured on the same pairs. With `promotion=approval` a person has decided before, and that decision stands
-whatever the numbers say; the reason states both.
+A candidate becomes champion when the evaluation shows that it is better on the primary suite, and not worse than its
+margin on any guard. It is compared with the champion; without one, with the model that it started from. The primary
+suite is the first of `promote.primary` that both were measured on and that the candidate was not trained against: the
+reward model that PPO optimised never decides that PPO won.
+
+The aligned models of a run compete, and the best of them is proposed. Testing only that one, on the items that it was
+chosen by, would promote too often; so each is tested at its share of the level (Bonferroni), and then all together
+promote one that is no better at most at `promote.level`. Guards need no such share, because all of them must hold.
+
+What decides must have been measured against what is champion now. Where it was not, nothing is promoted by numbers. A
+person asked by `promotion=approval` has decided before, and that stands whatever the numbers say; the reason states
+both.
 """
 
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from stages.config.closing import PREFERENCE_ACCURACY, SCORE, WIN_RATE, Approval, PromoteConfig, Promotion, Verdict
-from stages.config.errors import ConfigError, DataError
-from stages.config.graph import GRAPH, Stage
+from stages.config.closing import Approval, Guard, PromoteConfig, Promotion, Verdict
+from stages.config.errors import ConfigError
+from stages.config.evaluation import CHAMPION_ROLE, REWARD_SUITE, Compared, Evaluation, MeasuredChampion
+from stages.config.graph import aligned_models, spec_of_role
+from stages.config.selection import learns_from_scores
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 """Aliases of registered models in MLflow."""
 
-CHANCE = 0.5
-"""Preference accuracy of a model that prefers neither answer; ties count one half."""
+ROLLED_BACK = "rollback.reason"
+"""Tag of a version that was champion and was taken back."""
 
-
-@dataclass(frozen=True)
-class Conditions:
-    """How a score was measured; scores compare only when all conditions are known and equal."""
-
-    data_digest: str = ""
-    reward_fingerprint: str = ""
-    """Of the judge; empty without one."""
-    settings_digest: str = ""
-    """Over version and configuration of the evaluation."""
-
-    def tags(self) -> dict[str, str]:
-        """As tags of a model version; an unknown condition is an empty tag, with which `evaluate_model` replaces an
-        older value. `promote` leaves empty tags out."""
-        return {f"evaluation.{name}": value for name, value in asdict(self).items()}
-
-    @staticmethod
-    def from_tags(tags: Mapping[str, str]) -> "Conditions":
-        return Conditions(**{field.name: tags.get(f"evaluation.{field.name}", "") for field in fields(Conditions)})
-
-    def allow_comparison(self, other: "Conditions") -> bool:
-        return all(asdict(self).values()) and self == other
-
-    def allow_comparison_of_pairs(self, other: "Conditions") -> bool:
-        """Whether accuracies on preference pairs compare, which no judge has a part in."""
-        mine, theirs = ((one.data_digest, one.settings_digest) for one in (self, other))
-        return all(mine) and mine == theirs
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What `evaluate` measured: metrics by role of the model, and under which conditions."""
-
-    metrics: dict[str, dict[str, float]]
-    conditions: Conditions = Conditions()
-
-    @staticmethod
-    def from_report(report: Mapping[str, Any], *, settings_digest: str) -> "Evaluation":
-        """Read the content of an evaluation's metrics.json; values that are not finite numbers are left out.
-
-        Raises DataError when it names no models.
-        """
-        models = report.get("models") if isinstance(report, Mapping) else None
-        if not isinstance(models, dict) or not all(isinstance(numbers, dict) for numbers in models.values()):
-            raise DataError(
-                "metrics.json of the evaluation has no object `models` with the numbers of each model",
-                advice="Clear the evaluate task to build it again.",
-            )
-        measured = {**models, GRAPH[Stage.REWARD].role: _object(report, "reward")}
-        return Evaluation(
-            metrics={role: _finite(values) for role, values in measured.items()},
-            conditions=Conditions(
-                data_digest=str(_object(report, "data").get("digest") or ""),
-                reward_fingerprint=str(report.get("reward_fingerprint") or ""),
-                settings_digest=settings_digest,
-            ),
-        )
-
-    def of(self, role: str) -> dict[str, float]:
-        return self.metrics.get(role, {})
+_CLEAR = "clear the task `evaluate` with its downstream tasks"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """The aligned model that may become champion, as this run measured it."""
+    """An aligned model of the run, which may become champion."""
 
+    role: str
     fingerprint: str
-    metrics: dict[str, float]
-    conditions: Conditions
+    rolled_back: str = ""
+    """Why it was taken back when it was champion; empty when it was not."""
 
 
 @dataclass(frozen=True)
 class Champion:
-    """The champion before this run, with the evaluation that the tags of its version record."""
+    """The champion before this run."""
 
     version: str
     fingerprint: str
-    metrics: dict[str, float]
-    conditions: Conditions
+    digest: str = ""
 
     @staticmethod
     def from_tags(version: str, tags: Mapping[str, str]) -> "Champion":
-        return Champion(
-            version=version,
-            fingerprint=tags.get("lineage.fingerprint", ""),
-            metrics=_finite({key: value for key, value in tags.items() if key.startswith("eval/")}),
-            conditions=Conditions.from_tags(tags),
-        )
+        return Champion(version, tags.get("lineage.fingerprint", ""), tags.get("lineage.digest", ""))
+
+
+@dataclass(frozen=True)
+class Check:
+    """One suite on which the candidate must be better, or not worse than a margin."""
+
+    suite: str
+    margin: float
+    passed: bool
+    why: str
+    metric: str = ""
+    better: str = ""
+    compared: Compared | None = None
+    """None where the suite was not measured."""
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """What the numbers say about one candidate."""
+
+    role: str
+    opponent: str
+    """`champion`, or the role of the model that it started from; empty when there is nothing to compare with."""
+    level: float
+    """Its share of `promote.level`."""
+    passed: bool
+    reason: str
+    primary: Check | None = None
+    guards: tuple[Check, ...] = ()
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether the candidate becomes champion, and why in words for people."""
+    """Whether a candidate becomes champion, and why in words for people."""
 
     promoted: bool
     reason: str
     comparison: str
-    """`score`, `win_rate`, `preference_accuracy`, `same_model`, `person` or `none`: what decided."""
+    """What decided: `champion` or `start` (what the candidate was compared with), `same_model`, `person` or `none`."""
+    chosen: str | None = None
+    """Role of the aligned model that is proposed."""
+    rulings: tuple[Ruling, ...] = ()
+
+    @property
+    def ruling(self) -> Ruling | None:
+        """That of the proposed model."""
+        return next((one for one in self.rulings if one.role == self.chosen), None)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON, for promotion.json."""
+        return asdict(self)
 
 
-def choose_aligned(roles: Iterable[str], evaluation: Evaluation) -> str | None:
-    """Return the role with the highest win rate against the start; ties, and runs without a judge, go by score, then by
-    preference accuracy, then by order. None without roles."""
-
-    def strength(role: str) -> tuple[float, ...]:
-        measured = evaluation.of(role)
-        return tuple(measured.get(key, -math.inf) for key in (WIN_RATE, SCORE, PREFERENCE_ACCURACY))
-
-    return max(roles, key=strength, default=None)
-
-
-def decide(candidate: Candidate, champion: Champion | None, config: PromoteConfig) -> Decision:
-    """Decide whether the candidate becomes champion.
+def decide(
+    candidates: Sequence[Candidate], champion: Champion | None, evaluation: Evaluation, config: PromoteConfig
+) -> Decision:
+    """Choose among the aligned models of a run, and decide whether the chosen one becomes champion.
 
     Raises ConfigError when a person should have decided and `config` has no answer.
     """
+    numbers = decide_by_numbers(candidates, champion, evaluation, config)
     if config.promotion is Promotion.NEVER:
-        return Decision(False, "promotion=never: the models are registered as candidates only", "none")
-    by_numbers = _decide_by_numbers(candidate, champion, min_win_rate=config.min_win_rate)
-    if config.promotion is not Promotion.APPROVAL:
-        return by_numbers
+        reason = "promotion=never: the models are registered as candidates only"
+        return Decision(False, reason, "none", numbers.chosen, numbers.rulings)
+    if config.promotion is not Promotion.APPROVAL or numbers.chosen is None:
+        return numbers
     if config.approval is None:
         raise ConfigError(
             "promotion=approval needs a decision, and promote.approval is empty",
             advice="Clear the task `approve` together with its downstream tasks.",
         )
-    return _decide_by_person(config.approval, by_numbers)
+    return _decide_by_person(config.approval, numbers)
 
 
-def _decide_by_person(approval: Approval, by_numbers: Decision) -> Decision:
+def _decide_by_person(approval: Approval, numbers: Decision) -> Decision:
     """Rejecting a model that is champion already takes nothing from it: the previous champion stays."""
     promoted = approval.verdict is Verdict.APPROVED
     if approval.verdict is Verdict.TIMED_OUT:
@@ -160,78 +136,178 @@ def _decide_by_person(approval: Approval, by_numbers: Decision) -> Decision:
     else:
         verdict = f"{approval.verdict.value} by {approval.by or 'an unnamed user'} at {approval.at}"
     reason = f"{verdict}: {approval.comment}" if approval.comment else verdict
-    if by_numbers.comparison == "same_model":
-        return Decision(promoted, f"{reason}; {by_numbers.reason}", "same_model" if promoted else "person")
-    agree = "agree" if by_numbers.promoted == promoted else "disagree"
-    return Decision(promoted, f"{reason}; the numbers {agree}: {by_numbers.reason}", "person")
+    if numbers.comparison == "same_model":
+        comparison = "same_model" if promoted else "person"
+        return Decision(promoted, f"{reason}; {numbers.reason}", comparison, numbers.chosen, numbers.rulings)
+    agree = "agree" if numbers.promoted == promoted else "disagree"
+    told = f"{reason}; the numbers {agree}: {numbers.reason}"
+    return Decision(promoted, told, "person", numbers.chosen, numbers.rulings)
 
 
-def _decide_by_numbers(candidate: Candidate, champion: Champion | None, *, min_win_rate: float) -> Decision:
-    if champion and champion.fingerprint == candidate.fingerprint:
-        return Decision(True, f"the model is champion already (version {champion.version})", "same_model")
-    if (
-        champion
-        and candidate.conditions.allow_comparison(champion.conditions)
-        and SCORE in candidate.metrics
-        and SCORE in champion.metrics
-    ):
-        new, old = candidate.metrics[SCORE], champion.metrics[SCORE]
-        verb = "beats" if new > old else "does not beat"
-        reason = (
-            f"mean reward score {new:.4f} {verb} {old:.4f} of the champion (version {champion.version}) "
-            "on the same prompts with the same reward model"
+def decide_by_numbers(
+    candidates: Sequence[Candidate], champion: Champion | None, evaluation: Evaluation, config: PromoteConfig
+) -> Decision:
+    """Say what the numbers decide when no person is asked; `approve` shows it to the person who is."""
+    if not candidates:
+        return Decision(False, "the run has no aligned model", "none")
+    level = config.level / len(candidates)
+    rulings = tuple(_rule(one, candidates, champion, evaluation, config, level=level) for one in candidates)
+    best = max(rulings, key=lambda ruling: _strength(ruling, config))
+    present = next((one for one in candidates if champion and one.fingerprint == champion.fingerprint), None)
+    if present is not None and champion is not None and not best.passed:
+        reason = f"the model is champion already (version {champion.version})"
+        return Decision(True, reason, "same_model", present.role, rulings)
+    comparison = "none" if best.primary is None else "champion" if champion else "start"
+    return Decision(best.passed, best.reason, comparison, best.role, rulings)
+
+
+def _strength(ruling: Ruling, config: PromoteConfig) -> tuple[float, ...]:
+    """Order of the candidates: one that passes before one that does not, one judged by a preferred suite before one
+    judged by another, then by how much better it is at least. The first of equals wins."""
+    primary = ruling.primary
+    if primary is None or primary.compared is None:
+        return (ruling.passed, -len(config.primary), 0.0)
+    return (ruling.passed, -config.primary.index(primary.suite), _least_gain(primary.compared, primary.better))
+
+
+def _rule(
+    candidate: Candidate,
+    candidates: Sequence[Candidate],
+    champion: Champion | None,
+    evaluation: Evaluation,
+    config: PromoteConfig,
+    *,
+    level: float,
+) -> Ruling:
+    label = spec_of_role(candidate.role).label
+    if wrong := _not_comparable(champion, candidates, evaluation.champion):
+        return Ruling(candidate.role, "", level, False, f"{label} is not promoted: {wrong}")
+    opponent = _opponent(candidate, candidates, champion, evaluation)
+    primary, passed_over = _primary(candidate, opponent, evaluation, config, level=level)
+    who = f"the champion (version {champion.version})" if champion else "the model that it started from"
+    if primary is None:
+        why = "; ".join(passed_over)
+        reason = f"{label} is not promoted: no suite of promote.primary compares it with {who}: {why}"
+        return Ruling(candidate.role, opponent, level, False, reason)
+    guards = tuple(_guard(guard, candidate, opponent, evaluation, config, level=level) for guard in config.guards)
+    broken = [guard for guard in guards if not guard.passed]
+    passed = primary.passed and not broken and not candidate.rolled_back
+    share = f" (promote.level={config.level:g}, shared by {len(candidates)})" if len(candidates) > 1 else ""
+    parts = [f"{label} against {who} at level {level:g}{share}: {primary.why}", *(guard.why for guard in broken)]
+    if guards and not broken:
+        parts.append(f"guards hold: {', '.join(guard.suite for guard in guards)}")
+    if candidate.rolled_back:
+        parts.append(f"it was champion and was rolled back ({candidate.rolled_back}), so only a person promotes it")
+    return Ruling(candidate.role, opponent, level, passed, "; ".join(parts), primary, guards)
+
+
+def _not_comparable(
+    champion: Champion | None, candidates: Sequence[Candidate], measured: MeasuredChampion | None
+) -> str:
+    """Why the evaluation says nothing about who should be champion now; empty when it does."""
+    if champion and any(one.fingerprint == champion.fingerprint for one in candidates):
+        return ""
+    if measured is not None and measured.missing:
+        return (
+            f"the champion could not be measured ({measured.missing}); repair it and {_CLEAR}, or let a person decide"
         )
-        return Decision(new > old, reason, "score")
-    if champion is None:
-        why = "there is no champion yet"
-    else:
-        why = (
-            f"the champion (version {champion.version}) was evaluated on other data, by another reward model or with "
-            "other settings, so its scores do not compare"
+    now = f"version {champion.version} is champion now" if champion else "there is no champion any more"
+    if measured is None:
+        return f"when it was evaluated, there was no champion to compare with, and {now}; {_CLEAR}" if champion else ""
+    content = champion and (not champion.digest or not measured.digest or champion.digest == measured.digest)
+    if champion and content and champion.fingerprint == measured.fingerprint:
+        return ""
+    return f"it was compared with version {measured.version or measured.fingerprint[:12]}, and {now}; {_CLEAR}"
+
+
+def _opponent(
+    candidate: Candidate, candidates: Sequence[Candidate], champion: Champion | None, evaluation: Evaluation
+) -> str:
+    """The role of what a candidate must be better than: the champion, which may be one of the candidates themselves,
+    or what it started from."""
+    if champion is not None:
+        own = (one.role for one in candidates if one.fingerprint == champion.fingerprint)
+        return next(own, CHAMPION_ROLE)
+    others = {CHAMPION_ROLE, *(spec.role for spec in aligned_models())}
+    starts = (one.against for one in evaluation.comparisons if one.role == candidate.role and one.against not in others)
+    return next(starts, "")
+
+
+def _primary(
+    candidate: Candidate, opponent: str, evaluation: Evaluation, config: PromoteConfig, *, level: float
+) -> tuple[Check | None, list[str]]:
+    """Return the check that decides, and why the suites before it do not."""
+    passed_over = []
+    for suite in config.primary:
+        compared = evaluation.compared(candidate.role, against=opponent, suite=suite)
+        known = evaluation.suites.get(suite)
+        if suite == REWARD_SUITE and learns_from_scores(spec_of_role(candidate.role)):
+            passed_over.append(f"{suite}: it was trained against this reward model")
+        elif compared is None or known is None:
+            passed_over.append(f"{suite}: not measured on both")
+        elif not known.better:
+            passed_over.append(f"{suite}: its {known.metric} is neither better high nor low")
+        else:
+            return _check(compared, evaluation, config, margin=config.margin, level=level, must_gain=True), passed_over
+    return None, passed_over
+
+
+def _guard(
+    guard: Guard, candidate: Candidate, opponent: str, evaluation: Evaluation, config: PromoteConfig, *, level: float
+) -> Check:
+    """A suite that the evaluation does not have guards nothing; one that only one of the two has is not held."""
+    known = evaluation.suites.get(guard.suite)
+    compared = evaluation.compared(candidate.role, against=opponent, suite=guard.suite)
+    if known is None:
+        return Check(guard.suite, guard.margin, True, f"guard {guard.suite}: the run was not measured on it")
+    if compared is None:
+        why = f"guard {guard.suite} is not held: the two were not measured on items that both have"
+        return Check(guard.suite, guard.margin, False, why, known.metric, known.better)
+    if not known.better:
+        why = f"guard {guard.suite} is not held: its {known.metric} is neither better high nor low"
+        return Check(guard.suite, guard.margin, False, why, known.metric, known.better, compared)
+    return _check(compared, evaluation, config, margin=guard.margin, level=level, must_gain=False)
+
+
+def _check(
+    compared: Compared, evaluation: Evaluation, config: PromoteConfig, *, margin: float, level: float, must_gain: bool
+) -> Check:
+    suite = evaluation.suites[compared.suite]
+    found = (
+        f"{compared.suite} ({suite.metric}) {compared.difference:+.4g} [{compared.low:+.4g}, {compared.high:+.4g}]"
+        f"{'' if suite.better == 'higher' else ', lower is better'}, "
+        f"p={compared.p:.4g}, {compared.items} items"
+    )
+    passed, verdict = _verdict(compared, suite.better, config, margin=margin, level=level, must_gain=must_gain)
+    name = "" if must_gain else "guard "
+    return Check(compared.suite, margin, passed, f"{name}{found}: {verdict}", suite.metric, suite.better, compared)
+
+
+def _verdict(
+    compared: Compared, better: str, config: PromoteConfig, *, margin: float, level: float, must_gain: bool
+) -> tuple[bool, str]:
+    if compared.clusters < config.min_items:
+        return False, f"{compared.clusters} independent items are too few (promote.min_items={config.min_items})"
+    if compared.level > level * (1 + 1e-9):
+        return False, f"its interval is for level {compared.level:g}, not {level:g}; {_CLEAR}"
+    least = _least_gain(compared, better)
+    if not must_gain:
+        held = least >= -margin
+        return held, f"it may be worse by {max(0.0, -least):.4g}, {'within' if held else 'over'} its margin {margin:g}"
+    if margin > 0:
+        held = least > -margin
+        return (
+            held,
+            f"it may be worse by {max(0.0, -least):.4g}, {'within' if held else 'over'} promote.margin={margin:g}",
         )
-    win_rate = candidate.metrics.get(WIN_RATE)
-    if win_rate is None:
-        return _decide_by_pairs(candidate, champion)
-    wins = win_rate >= min_win_rate
-    relation = "reaches" if wins else "is below"
-    against = "against the model that it started from"
-    reason = f"{why}; win rate {win_rate:.3f} {against} {relation} min_win_rate={min_win_rate:g}"
-    return Decision(wins, reason, "win_rate")
+    if least > 0 and compared.p <= level:
+        return True, "it is better"
+    needed = (
+        f"; {compared.needed_items} items would show it with power {config.power:g}" if compared.needed_items else ""
+    )
+    return False, f"it is not shown to be better{needed}"
 
 
-def _decide_by_pairs(candidate: Candidate, champion: Champion | None) -> Decision:
-    """Without a judge: does the candidate, relative to its start, prefer what people chose, and more often than the
-    champion does?"""
-    no_judge = "no reward model has judged its answers"
-    accuracy = candidate.metrics.get(PREFERENCE_ACCURACY)
-    if accuracy is None:
-        return Decision(False, f"{no_judge}, and there are no held-out preference pairs to measure it on", "none")
-    found = f"{no_judge}; it prefers the chosen answer in {accuracy:.1%} of the held-out pairs"
-    if accuracy <= CHANCE:
-        return Decision(False, f"{found}, which is not above chance ({CHANCE:.0%})", "preference_accuracy")
-    if champion is None:
-        return Decision(True, f"{found}, above chance ({CHANCE:.0%}); there is no champion yet", "preference_accuracy")
-    before = champion.metrics.get(PREFERENCE_ACCURACY)
-    who = f"the champion (version {champion.version})"
-    if before is None or not candidate.conditions.allow_comparison_of_pairs(champion.conditions):
-        reason = f"{found}, above chance ({CHANCE:.0%}); {who} was not measured on these pairs with these settings"
-        return Decision(True, reason, "preference_accuracy")
-    relation = "more" if accuracy > before else "not more"
-    return Decision(accuracy > before, f"{found}, {relation} than {who} with {before:.1%}", "preference_accuracy")
-
-
-def _object(report: Mapping[str, Any], name: str) -> dict[str, Any]:
-    found = report.get(name)
-    return found if isinstance(found, dict) else {}
-
-
-def _finite(values: Mapping[str, Any]) -> dict[str, float]:
-    numbers = {}
-    for key, value in values.items():
-        try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError):
-            continue  # the evaluation also holds tables and texts
-        if math.isfinite(number):
-            numbers[key] = number
-    return numbers
+def _least_gain(compared: Compared, better: str) -> float:
+    """How much better the candidate is at least; negative when it may be worse."""
+    return -compared.high if better == "lower" else compared.low

@@ -4,7 +4,7 @@ The fields that the form of `llm_pipeline` shares with the run's configuration s
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, GetPydanticSchema, model_validator
+from pydantic import Field, GetPydanticSchema, field_validator, model_validator
 
 from stages.config.base import Config
 from stages.config.closing import LONGEST_WAIT_HOURS, Promotion
@@ -204,6 +204,22 @@ class RetrainParams(Config):
     """Preference data, pending or set aside, that no retraining shall use."""
     force: bool = Field(default=False, title="Force")
     """Retrain even if the documents are those of the last retraining."""
+
+
+class RollbackParams(Config):
+    """Whose champion goes, and why."""
+
+    run_name: RunName = Field(default="athanor", title="Run name")
+    """Whose champion is taken back: `<name>-aligned@previous` becomes `<name>-aligned@champion` again."""
+    reason: str = Field(default="", title="Reason", max_length=2000, validate_default=True)
+    """Why, for those who find the model later; it is kept with the model."""
+
+    @field_validator("reason")
+    @classmethod
+    def _says_something(cls, reason: str) -> str:
+        if not reason.strip():
+            raise ValueError("it is empty; say why the champion is taken back, it is kept with the model")
+        return reason.strip()
 
 
 class EvaluationParams(Config):

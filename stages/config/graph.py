@@ -370,7 +370,7 @@ def graph_of(data: Iterable[StageSpec], trained: Iterable[StageSpec]) -> dict[St
     promote = StageSpec(
         Stage.PROMOTE,
         kind="promotion",
-        version=1,
+        version=2,
         inputs=_as_inputs(evaluate, *trained),
         role="promotion",
         closing=True,

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from stages.config.closing import ComparisonConfig
 from stages.config.combinations import contradictions
 from stages.config.curate import DERIVED, INSTALLED_DOCS
 from stages.config.errors import ConfigError
@@ -43,6 +44,9 @@ _FILLED = {
     "tokenize.base_model": "It is the field base_model of the form.",
     "given": "Athanor fills it when the run starts, with what the models and previous_data of the form name.",
     "only": "The DAG evaluate_model fills it; trigger that one to measure a model again.",
+    "evaluate.champion": "The task evaluate fills it, with the champion that it finds when it starts.",
+    "evaluate.champion_missing": "The task evaluate fills it, when it cannot find the champion's artifact.",
+    "evaluate.comparison": "Set promote.level, promote.power and promote.least_difference, from which it follows.",
     "promote.approval": "The task approve fills it, with the answer of the person whom promotion=approval asks.",
 }
 """What `overrides` must not set, and who does: names would no longer agree, or a person's decision would be made up."""
@@ -73,7 +77,7 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     _apply_seed(tree, params)
     _place_weights(tree)
     _leave_out_unneeded(tree, params)
-    config = validated(type(template), tree)
+    config = _with_comparison(validated(type(template), tree))
     _refuse_closed_places(config)
     _refuse_nothing_to_read(config)
     _refuse_underivable(config)
@@ -140,6 +144,16 @@ def _apply_seed(tree: dict[str, Any], params: PipelineParams) -> None:
     for stage, spec in GRAPH.items():
         if spec.seeded and f"{stage}.seed" not in overridden:
             tree[stage]["seed"] = params.seed
+
+
+def _with_comparison(config: PipelineConfig) -> PipelineConfig:
+    """The evaluation compares at the level that the promotion asks for: the aligned models of the run share it."""
+    candidates = sum(GRAPH[stage].aligned for stage in config.selected) or 1
+    stated = config.promote
+    comparison = ComparisonConfig(
+        level=stated.level / candidates, power=stated.power, least_difference=stated.least_difference
+    )
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"comparison": comparison})})
 
 
 def _place_weights(tree: dict[str, Any]) -> None:
@@ -283,6 +297,8 @@ def _ordered(overrides: Mapping[str, Any]) -> list[tuple[str, Any]]:
     pairs = []
     for path, value in dotted_once(overrides, "overrides").items():
         current = PipelineConfig.current_path(path)
+        if instead := PipelineConfig.instead_of(current):
+            raise ConfigError(f"overrides: {path!r} is no longer a setting; got {value!r}", advice=instead)
         if who := filled_by(current):
             raise ConfigError(f"overrides: {path!r} cannot be set; got {value!r}", advice=who)
         if current in given:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from stages.artifacts.manifests import read_manifest
 from stages.config import mlflow_limits as limits
 from stages.config.closing import Approval
-from stages.config.decision import CHAMPION, Champion, Evaluation
+from stages.config.decision import CHAMPION, ROLLED_BACK, Champion, Decision
+from stages.config.evaluation import Evaluation
 from stages.config.graph import registered_name, spec_of_role
 from stages.config.request import ArtifactRef, Manifest
 from stages.lineage.graph import started_from
@@ -44,6 +45,8 @@ class Registered:
     model_id: str
     fingerprint: str
     is_new: bool
+    rolled_back: str = ""
+    """Why it was taken back when it was champion; empty when it was not."""
 
 
 class Registry:
@@ -82,6 +85,7 @@ class Registry:
             model_id=model.model_id,
             fingerprint=manifest.fingerprint,
             is_new=is_new,
+            rolled_back=(version.tags or {}).get(ROLLED_BACK, ""),
         )
 
     def _update_tags(self, version: "ModelVersion", tags: dict[str, str]) -> None:
@@ -92,6 +96,23 @@ class Registry:
         for key, value in tags.items():
             if version.tags.get(key) != value:
                 self._client.set_model_version_tag(version.name, version.version, key, value)
+
+    def record_decision(self, model: Registered, decision: Decision) -> None:
+        """Put what was decided about a model, and the numbers, on its version; the last decision counts."""
+        tags = {"promoted": str(decision.promoted).lower(), "by": decision.comparison, "reason": decision.reason}
+        if (ruling := decision.ruling) and ruling.primary and (found := ruling.primary.compared):
+            tags |= {"suite": found.suite, "against": found.against, "level": f"{ruling.level:g}"}
+            numbers = ("difference", "low", "high", "p", "items", "needed_items")
+            tags |= {name: "" if (value := getattr(found, name)) is None else repr(value) for name in numbers}
+        version = self._client.get_model_version(model.name, model.version)
+        written = clean_tags({f"decision.{name}": value for name, value in tags.items()})
+        # A person who promotes what was rolled back has taken that back; its record stays in the store.
+        stale = ("decision.", "rollback.") if decision.promoted else ("decision.",)
+        for key in version.tags.keys() - written.keys():
+            if key.startswith(stale):
+                self._client.delete_model_version_tag(model.name, model.version, key)
+        for key, value in written.items():
+            self._client.set_model_version_tag(model.name, model.version, key, value)
 
     def _version_tags(self, role: str, manifest: Manifest, ref: ArtifactRef, evaluation: Evaluation) -> dict[str, str]:
         tags = {**lineage_tags(manifest, ref.uri), **self._airflow_tags(manifest), **evaluation.conditions.tags()}
