@@ -13,7 +13,9 @@ def run(context: StageContext) -> StageOutcome:
     config = context.config
     if not isinstance(config, ReportConfig):
         raise AssertionError(f"report got a {type(config).__name__}")
-    story = read_story(context.inputs, context.run, title=config.title, max_samples=config.max_samples)
+    story = read_story(
+        context.inputs, context.run, title=config.title, max_samples=config.max_samples, store=context.store
+    )
     context.progress(1, 2, unit="part", phase="read")
     written = _pages(story)
     for name, text in written.items():

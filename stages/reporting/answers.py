@@ -5,14 +5,15 @@ escaped by the template; they are cut into pieces here, never put together with 
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
-from stages.config.graph import GRAPH, language_models
+from stages.config.graph import GRAPH, aligned_models, language_models
 from stages.reporting.line_plot import number
-from stages.reporting.names import in_order, name_of
+from stages.reporting.names import in_order, name_of, start_of
 from stages.reporting.story import Story
 
 LONGEST_SHOWN = 700
@@ -22,6 +23,7 @@ _MOST_WORDS = 1000
 """Comparing takes time that grows with the square of them."""
 _MOSTLY_NEW = 0.6
 """Of the words: from here on marks would cover the answer and tell nothing."""
+_SAID = re.compile(r"\w+|[^\w\s]")
 _WORDS = re.compile(r"\s+|\w+|[^\w\s]")
 
 
@@ -59,8 +61,29 @@ class Sample:
 
 
 def samples(story: Story) -> list[Sample]:
-    """The prompts with the answers of every model, in the order of the pipeline."""
-    return [_sample(row, story) for row in story.samples]
+    """The prompts with the answers of every model, in the order of the pipeline; those that alignment changed most come
+    first, because the others look alike."""
+    rows = sorted(story.samples, key=lambda row: _changed(row, story), reverse=True)
+    return [_sample(row, story) for row in rows[: story.max_samples]]
+
+
+def are_sorted(story: Story) -> bool:
+    """Whether the order says something."""
+    return len(story.samples) > 1 and any(_changed(row, story) for row in story.samples)
+
+
+def _changed(row: Mapping[str, Any], story: Story) -> float:
+    """Share of the words, 0 to 1, that an aligned model says and its start does not, or the other way round; of several
+    aligned models the largest."""
+    responses: dict[str, str] = {str(role): str(text) for role, text in (row.get("responses") or {}).items()}
+    most = 0.0
+    for spec in aligned_models():
+        start = start_of(spec.role, story) or _started_from(spec.role, responses)
+        if spec.role in responses and start in responses:
+            ours, theirs = (Counter(_SAID.findall(responses[role])) for role in (spec.role, start))
+            both = ours.total() + theirs.total()
+            most = max(most, 1 - 2 * (ours & theirs).total() / both if both else 0.0)
+    return most
 
 
 def _sample(row: Mapping[str, Any], story: Story) -> Sample:

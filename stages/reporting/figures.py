@@ -1,4 +1,4 @@
-"""A figure and the numbers behind it: a small table on a click, and all of them as CSV in a link that needs no network."""
+"""A figure and the numbers behind it: a table on a click, and all of them as CSV in a link that needs no network."""
 
 import base64
 import csv

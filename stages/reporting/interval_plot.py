@@ -24,9 +24,7 @@ class Estimate:
     colour: int = 1
 
 
-def interval_plot(
-    estimates: Sequence[Estimate], *, label: str, mark: float | None = None, mark_name: str = ""
-) -> str:
+def interval_plot(estimates: Sequence[Estimate], *, label: str, mark: float | None = None, mark_name: str = "") -> str:
     """Return an SVG with a dot and a line for each estimate, an empty string when there is nothing finite to draw.
 
     `mark` is a value to compare with, such as chance.

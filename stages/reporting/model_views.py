@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from stages.config.evaluation import CHAMPION_ROLE
 from stages.config.graph import (
     GRAPH,
     Curve,
@@ -15,8 +16,9 @@ from stages.config.graph import (
 from stages.config.metrics import EVALUATION_METRICS
 from stages.config.request import Manifest
 from stages.config.text import byte_size, duration
+from stages.reporting.figures import Figure, figure_data
 from stages.reporting.line_plot import Series, line_plot, number
-from stages.reporting.names import CHAMPION, in_order, name_of, start_name, start_of
+from stages.reporting.names import in_order, name_of, start_name, start_of
 from stages.reporting.story import Story
 from stages.reporting.tables import Cell, Table, best_of, num, shown, text
 
@@ -38,21 +40,12 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class Plot:
-    """One figure with its legend (name, colour number)."""
-
-    title: str
-    svg: str
-    legend: tuple[tuple[str, int], ...]
-
-
-@dataclass(frozen=True)
 class Curves:
     """All figures of one model."""
 
     name: str
     steps: int
-    plots: tuple[Plot, ...]
+    plots: tuple[Figure, ...]
 
 
 _BASE, _SFT = GRAPH[Stage.PRETRAIN].role, GRAPH[Stage.SFT].role
@@ -128,19 +121,30 @@ def curves(story: Story) -> list[Curves]:
     return found
 
 
-def _plot(model: str, curve: Curve, history: list[dict[str, Any]]) -> Plot | None:
+def _plot(model: str, curve: Curve, history: list[dict[str, Any]]) -> Figure | None:
     series = []
     for colour, (key, name) in enumerate(curve.lines, start=1):
         points = tuple((float(row["step"]), float(row[key])) for row in history if row.get(key) is not None)
         if points:
             series.append(Series(name, points, colour))
     svg = line_plot(series, label=f"{model} {curve.title}")
-    return Plot(curve.title, svg, tuple((one.name, one.colour) for one in series)) if svg else None
+    if not svg:
+        return None
+    data = figure_data(
+        f"{model} {curve.title}",
+        ("step", *(name for _, name in curve.lines)),
+        [
+            (float(row["step"]), *(row.get(key) for key, _ in curve.lines))
+            for row in history
+            if any(row.get(key) is not None for key, _ in curve.lines)
+        ],
+    )
+    return Figure(curve.title, svg, tuple((one.name, one.colour) for one in series), data)
 
 
 def evaluation_table(story: Story) -> Table | None:
     """All models on the same held-out data."""
-    known = {*(spec.role for spec in language_models()), CHAMPION}
+    known = {*(spec.role for spec in language_models()), CHAMPION_ROLE}
     models = [role for role in in_order(story.evaluation.models) if role in known and story.metrics_of(role)]
     if not models:
         return None

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable
 
+from stages.config.evaluation import CHAMPION_ROLE
 from stages.config.graph import BASE_MODEL, GRAPH, aligned_models, language_models, trained_stages
 from stages.config.request import Manifest
 from stages.reporting.story import Story
 
-CHAMPION = "champion"
-"""Role under which the champion before this run was measured once more."""
 _GIVEN = "Given model"
 
 
@@ -18,9 +17,9 @@ def label_of(role: str) -> str:
 
 def name_of(role: str, story: Story) -> str:
     """The model's name in tables; a base that the run was given, and did not train, is called so."""
-    if role == CHAMPION:
-        version = story.evaluation.champion.get("version")
-        return f"Champion (version {version})" if version else "Champion"
+    if role == CHAMPION_ROLE:
+        champion = story.evaluation.champion
+        return f"Champion (version {champion.version})" if champion and champion.version else "Champion"
     if role == first_role() and role not in story.manifests:
         return _GIVEN
     return label_of(role) or role
@@ -29,7 +28,7 @@ def name_of(role: str, story: Story) -> str:
 def in_order(roles: Iterable[str]) -> list[str]:
     """Roles in the order of the pipeline, the champion behind the models of the run, others last."""
     place = {spec.role: position for position, spec in enumerate(trained_stages())}
-    place[CHAMPION] = len(place)
+    place[CHAMPION_ROLE] = len(place)
     return sorted(roles, key=lambda role: (place.get(role, len(place)), role))
 
 

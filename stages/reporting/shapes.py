@@ -1,11 +1,12 @@
 """What the page needs of the records that it shows; the rest is not looked at. Older records lack most of it."""
 
-import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 
 from stages.config.base import Config
+from stages.config.decision import Decision, Ruling
+from stages.config.evaluation import Compared, MeasuredChampion, SuiteResult
 
 
 def _with_step(row: dict[str, float | None]) -> dict[str, float | None]:
@@ -14,58 +15,13 @@ def _with_step(row: dict[str, float | None]) -> dict[str, float | None]:
     return row
 
 
-def _finite(value: Any) -> Any:
-    """JSON's readers accept NaN and infinities; nothing here can be drawn at either."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-Number = Annotated[float | None, BeforeValidator(_finite)]
-
-
-class Shape(Config):
+class _Shape(Config):
     """Fields that are not named are left alone."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=True)
 
 
-class SuiteScore(Shape):
-    """What one model got on one suite, with its 95 % interval."""
-
-    value: Number = None
-    low: Number = None
-    high: Number = None
-    items: int = 0
-    skipped: dict[str, int] = Field(default_factory=dict)
-
-
-class SuiteResult(Shape):
-    """One suite."""
-
-    metric: str = ""
-    better: Literal["higher", "lower", ""] = ""
-    chance: Number = None
-    digest: str = ""
-    items: int = 0
-    roles: dict[str, SuiteScore] = Field(default_factory=dict)
-
-
-class Compared(Shape):
-    """One model minus another on the items of a suite that both have."""
-
-    role: str
-    against: str
-    suite: str
-    difference: Number = None
-    low: Number = None
-    high: Number = None
-    level: Number = None
-    p: Number = None
-    items: int = 0
-    clusters: int = 0
-    needed_items: int | None = None
-
-
-class Evaluated(Shape):
+class Evaluated(_Shape):
     """metrics.json of an evaluation."""
 
     models: dict[str, dict[str, float | None]] = Field(default_factory=dict)
@@ -75,10 +31,12 @@ class Evaluated(Shape):
     left_out: dict[str, str] = Field(default_factory=dict)
     suites: dict[str, SuiteResult] = Field(default_factory=dict)
     comparisons: tuple[Compared, ...] = ()
-    champion: dict[str, Any] = Field(default_factory=dict)
+    champion: MeasuredChampion | None = None
 
 
-class RegisteredModel(Shape):
+class RegisteredModel(_Shape):
+    """A version that `promote` made or found."""
+
     name: str
     version: str = Field(pattern="^[0-9]+$")
     role: str
@@ -86,14 +44,49 @@ class RegisteredModel(Shape):
     is_new: bool
 
 
-class Promoted(Shape):
+class Promoted(_Shape):
     """promotion.json."""
 
     promoted: bool = False
     reason: str = ""
+    comparison: str = ""
     chosen: str | None = None
+    rulings: tuple[Ruling, ...] = ()
+    """Empty in records of releases that decided by win rates."""
     models: tuple[RegisteredModel, ...] = ()
 
+    @property
+    def decision(self) -> Decision:
+        return Decision(self.promoted, self.reason, self.comparison, self.chosen, self.rulings)
 
+
+class GateCheck(_Shape):
+    """One thing that a gate compared."""
+
+    name: str
+    outcome: str
+    found: str = ""
+    allowed: str = ""
+    advice: str = ""
+
+
+class GatePassed(_Shape):
+    """Who let a failed gate pass, and why."""
+
+    by: str = ""
+    reason: str = ""
+
+
+class GateFound(_Shape):
+    """gate.json of one gate of the run."""
+
+    outcome: str
+    override: GatePassed | None = None
+    checks: tuple[GateCheck, ...] = ()
+    tables: dict[str, Any] = Field(default_factory=dict)
+    at: str = ""
+
+
+GATE = TypeAdapter(GateFound)
 EVALUATION, PROMOTION = TypeAdapter(Evaluated), TypeAdapter(Promoted)
 HISTORY_ROW = TypeAdapter(Annotated[dict[str, float | None], AfterValidator(_with_step)])

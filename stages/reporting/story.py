@@ -11,14 +11,15 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from stages.artifacts.manifests import read_file, read_manifest
+from stages.artifacts.store import Store
 from stages.config.closing import read_samples
 from stages.config.errors import ConfigError, DamagedArtifactError, DataError
-from stages.config.graph import language_models, trained_stages
+from stages.config.graph import GRAPH, language_models, trained_stages
 from stages.config.records import first_error, parse_json
 from stages.config.request import ArtifactRef, Manifest, RunInfo
 from stages.lineage.graph import Graph, ancestors
 from stages.lineage.tags import is_model
-from stages.reporting.shapes import EVALUATION, HISTORY_ROW, PROMOTION, Evaluated, Promoted
+from stages.reporting.shapes import EVALUATION, GATE, HISTORY_ROW, PROMOTION, Evaluated, GateFound, Promoted
 from stages.reporting.sizes import size_of
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,9 @@ class Story:
     evaluation: Evaluated = field(default_factory=Evaluated)
     samples: list[dict[str, Any]] = field(default_factory=list)
     promotion: Promoted | None = None
+    gates: dict[str, GateFound] = field(default_factory=dict)
+    """Outcomes by stage."""
+    max_samples: int = 12
     lineage: Graph | None = None
     no_lineage: str = ""
     """Why there is no graph."""
@@ -50,8 +54,13 @@ class Story:
         return {key: value for key, value in self.evaluation.models.get(role, {}).items() if value is not None}
 
 
-def read_story(inputs: Mapping[str, ArtifactRef], run: RunInfo, *, title: str, max_samples: int) -> Story:
-    """Read what the report needs; every file is checked against its manifest."""
+def read_story(
+    inputs: Mapping[str, ArtifactRef], run: RunInfo, *, title: str, max_samples: int, store: Store | None = None
+) -> Story:
+    """Read what the report needs; every file of an artifact is checked against its manifest.
+
+    `store` has the run's folder with what its gates found; without one, the page has no gates.
+    """
     manifests = {role: read_manifest(ref) for role, ref in inputs.items()}
 
     def read(role: str, name: str, shape: TypeAdapter[Any]) -> Any:
@@ -71,12 +80,30 @@ def read_story(inputs: Mapping[str, ArtifactRef], run: RunInfo, *, title: str, m
             if spec.role in inputs
         },
         evaluation=read("evaluation", "metrics.json", EVALUATION) or Evaluated(),
-        samples=_samples(inputs, manifests)[:max_samples],
+        samples=_samples(inputs, manifests),
         promotion=read("promotion", "promotion.json", PROMOTION),
+        gates=read_gates(store, run.run_id) if store else {},
+        max_samples=max_samples,
         lineage=lineage,
         no_lineage=no_lineage,
         caution=_caution(manifests, lineage),
     )
+
+
+def read_gates(store: Store, run_id: str) -> dict[str, GateFound]:
+    """What the gates of a run found, by stage; a record that cannot be read is named in the log and left out."""
+    found = {}
+    for stage in GRAPH:
+        key = f"runs/{run_id}/gate_{stage.value}/gate.json"
+        where = f"{store.root_uri}/{key}"
+        try:
+            found[stage.value] = GATE.validate_python(parse_json(store.read_bytes(key), where))
+        except FileNotFoundError:
+            continue
+        except (DataError, ValidationError) as error:  # others may write there, and the page is no gate
+            reason = first_error(error) if isinstance(error, ValidationError) else error.message
+            logger.warning("the report leaves out %s: %s", where, reason)
+    return found
 
 
 def _caution(manifests: Mapping[str, Manifest], lineage: Graph | None) -> str:
