@@ -14,13 +14,13 @@ from stages.config.errors import ConfigError, DamagedArtifactError, StageError
 from stages.config.graph import GRAPH, Stage
 from stages.config.request import Manifest
 from stages.export.base import Base, check_base, find_base
-from stages.export.find import Found, find_model
 from stages.export.gguf import Converter, convert, find_converter
 from stages.export.hub import check_repository, push
 from stages.export.request import Dtype, ExportRequest
 from stages.export.target import RECORD, check_room, check_target, published_folder
 from stages.export.weights import INDEX, copy_weights, count_parameters, header_of, with_dtype, write_index
 from stages.lineage.graph import ancestors
+from stages.models.find import Found, find_model
 from stages.reporting.model_card import CardFacts, model_card
 
 logger = logging.getLogger(__name__)

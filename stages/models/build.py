@@ -90,7 +90,14 @@ def load_causal_lm(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig = _
     return model
 
 
-def _load(auto_class: Any, folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+def load_for_text(folder: Path, *, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load a language model that only writes, with the attention that transformers gives it, and what was missing."""
+    return _load(AutoModelForCausalLM, folder, dtype=dtype)
+
+
+def _load(
+    auto_class: Any, folder: Path, *, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[Any, dict[str, Any]]:
     """Load the files of a checked folder and nothing else; code from it runs only where it is allowed.
 
     Raises ConfigError for a folder whose files are malformed, or make no such model.
@@ -99,7 +106,7 @@ def _load(auto_class: Any, folder: Path, **options: Any) -> tuple[Any, dict[str,
     with telling_what_is_malformed(folder, auto_class):
         return auto_class.from_pretrained(
             folder,
-            dtype=torch.float32,
+            dtype=dtype,
             output_loading_info=True,
             use_safetensors=True,
             local_files_only=True,

@@ -103,14 +103,18 @@ def token_columns(
 
 
 def _choose(logits_SV: Tensor, temperature: float, draws_S: Tensor) -> Tensor:
-    """Return the token whose interval of the cumulative distribution holds the draw."""
     if temperature == 0:
         return logits_SV.argmax(-1)
-    cumulative_SV = (logits_SV / temperature).softmax(-1).cumsum(-1)
+    return token_at((logits_SV / temperature).softmax(-1), draws_S)
+
+
+def token_at(probabilities_SV: Tensor, draws_S: Tensor) -> Tensor:
+    """Return the token whose interval of the cumulative distribution holds the draw; the rows need not add up to 1."""
+    cumulative_SV = probabilities_SV.cumsum(-1)
     # Rounding may leave the last entry a little below 1: scale the draw instead of ever pointing past the end.
     # `right=True` skips tokens of probability 0, whose intervals are empty; the clamp is for a draw that rounds to 1.
     return torch.searchsorted(cumulative_SV, (draws_S * cumulative_SV[:, -1])[:, None], right=True)[:, 0].clamp(
-        max=logits_SV.shape[-1] - 1
+        max=probabilities_SV.shape[-1] - 1
     )
 
 

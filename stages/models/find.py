@@ -6,7 +6,8 @@ from pathlib import Path
 
 from stages.artifacts.manifests import fetch, read_manifest
 from stages.config.errors import ConfigError
-from stages.config.graph import spec_of_kind, trained_stages
+from stages.config.graph import kinds_of_start, spec_of_kind, trained_stages
+from stages.config.places import GGUF
 from stages.config.request import ArtifactRef, Manifest
 from stages.lineage.tags import is_model
 
@@ -43,8 +44,11 @@ class Found:
         return fetch(self.ref, cache_dir)
 
 
-def find_model(address: str) -> Found:
-    """Look the address up; raises ConfigError that says what to give when it names no model of Athanor's."""
+def find_model(address: str, *, also_given: bool = False) -> Found:
+    """Look the address up; raises ConfigError that says what to give when it names no model of Athanor's.
+
+    With `also_given`, models that a run was given as a GGUF file count too.
+    """
     address = address.strip()
     digest = ""
     if address.startswith("models:"):
@@ -66,10 +70,17 @@ def find_model(address: str) -> Found:
             f"{address!r} was registered with content {digest[:12]}, and {uri} has {manifest.digest[:12]}",
             advice="The artifact was replaced or built again. Register it anew, or give its own address.",
         )
-    if not is_model(manifest.kind):
+    if not is_model(manifest.kind) and not (also_given and manifest.kind in kinds_of_start()):
         kinds = ", ".join(spec.kind for spec in trained_stages())
         raise ConfigError(f"{uri} is of kind {manifest.kind!r}, which is no model; allowed: {kinds}", advice=_ADVICE)
     return Found(manifest.ref(uri), manifest)
+
+
+def is_artifact_address(address: str) -> bool:
+    """Whether an address can only be that of a registered model or an artifact, and of no model from elsewhere."""
+    if address.startswith(("models:", "s3://")) or "/artifacts/" in address:
+        return not address.lower().endswith(GGUF)
+    return False
 
 
 def _artifact_uri(address: str) -> str:
