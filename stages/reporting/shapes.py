@@ -77,10 +77,18 @@ class GatePassed(_Shape):
     reason: str = ""
 
 
+class Gated(_Shape):
+    """What a gate looked at."""
+
+    fingerprint: str = ""
+    digest: str = ""
+
+
 class GateFound(_Shape):
     """gate.json of one gate of the run."""
 
     outcome: str
+    artifact: Gated | None = None
     override: GatePassed | None = None
     checks: tuple[GateCheck, ...] = ()
     tables: dict[str, Any] = Field(default_factory=dict)

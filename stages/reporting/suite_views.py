@@ -195,8 +195,8 @@ def comparisons_table(story: Story) -> Table | None:
     level = found[0].level
     note = (
         "Mean difference on the items that both models have. The true one is below its range, and above it, at a rate "
-        f"of at most {level:g} each. Clusters are groups of items that depend on each other, such as those of one prompt. "
-        "Needed: so many items would show this difference with the power that the run asks for."
+        f"of at most {level:g} each. Clusters are groups of items that depend on each other, such as those of one "
+        "prompt. Needed: so many items would show this difference with the power that the run asks for."
     )
     head = ("model", "minus", "suite", "metric", "difference", "p", "items", "clusters", "needed")
     return Table("Compared item by item", head, tuple(rows), note)
