@@ -7,11 +7,12 @@ from transformers.modeling_utils import PreTrainedModel
 
 from stages.config.graph import BASE_MODEL
 from stages.config.train import PretrainConfig
+from stages.data.tokens.rows import DocumentRows
 from stages.data.tokens.views import Split, TokensArtifact, require
 from stages.job.context import StageContext, StageOutcome
 from stages.models.build import load_causal_lm, new_causal_lm
 from stages.models.experts import routing_of
-from stages.train.next_token import DocumentRows, Extras, NextTokenObjective
+from stages.train.next_token import Extras, NextTokenObjective
 from stages.train.plan import shuffled
 from stages.train.run import Prepared, train_stage
 

@@ -33,6 +33,8 @@ class EvaluateConfig(Config):
 
     max_documents_tokens: int = Field(default=200_000, ge=1)
     """Held-out document tokens that perplexity is measured on."""
+    max_documents: Annotated[int, AddedLater(256)] = Field(default=256, ge=1)
+    """Held-out documents whose beginnings are the items of the suite `language`: bits per byte, for any tokenizer."""
     max_instructions: int = Field(default=256, ge=1)
     """Held-out conversations that response loss is measured on."""
     max_preferences: int = Field(default=512, ge=1)
@@ -48,6 +50,7 @@ class EvaluateConfig(Config):
     seed: int = Field(default=0, ge=0)
     """Sampling follows from it."""
     comparison: Annotated[ComparisonConfig, AddedLater(ComparisonConfig())] = ComparisonConfig()
+    """How sure a difference between two models must be; filled from `promote` when a run starts."""
     champion: Annotated[str, AddedLater("")] = ""
     """The champion that the run's models are compared with, `models:/name/version`; filled by Athanor."""
     champion_missing: Annotated[str, AddedLater("")] = ""

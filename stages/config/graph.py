@@ -349,7 +349,7 @@ def graph_of(data: Iterable[StageSpec], trained: Iterable[StageSpec]) -> dict[St
     evaluate = StageSpec(
         Stage.EVALUATE,
         kind="evaluation",
-        version=1,
+        version=2,
         inputs=_as_inputs(*data, *trained),
         given=((BASE_MODEL, "base"), (REWARD_MODEL, "reward")),
         role="evaluation",

@@ -1,7 +1,7 @@
 """What `evaluate` measures of every language model, in the order in which the report shows it.
 
 Evaluation computes these numbers, the report and the approval table read this list: a metric added here and computed
-in `stages/evaluate.py` appears in both.
+in `stages/judge/aggregates.py` appears in both.
 """
 
 from dataclasses import dataclass

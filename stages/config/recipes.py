@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from stages.config.closing import EvaluateConfig
+from stages.config.closing import EvaluateConfig, Guard, PromoteConfig
 from stages.config.curate import CurateConfig
 from stages.config.execution import Engine, ExecutionConfig
 from stages.config.pipeline import Executions, PipelineConfig
@@ -87,6 +87,13 @@ def demo(*, seed: int = 0) -> PipelineConfig:
             seed=seed,
         ),
         evaluate=EvaluateConfig(max_documents_tokens=80_000, max_preferences=400, max_response_length=40),
+        promote=PromoteConfig(
+            primary=("gold", "judge", "pairs"),
+            guards=(Guard(suite="language", margin=0.25),),
+            level=0.05,
+            power=0.9,
+            least_difference=0.05,
+        ),
         execution=Executions(
             curate=ExecutionConfig(cpus_per_worker=2),
             pretrain=train,
@@ -166,11 +173,19 @@ def smollm(*, seed: int = 0) -> PipelineConfig:
         ),
         evaluate=EvaluateConfig(
             max_documents_tokens=4_096,
+            max_documents=32,
             max_instructions=48,
             max_preferences=48,
             max_prompts=24,
             num_samples=8,
             max_response_length=40,
+        ),
+        promote=PromoteConfig(
+            primary=("gold", "judge", "pairs"),
+            guards=(Guard(suite="language", margin=0.25),),
+            level=0.05,
+            power=0.9,
+            least_difference=0.05,
         ),
         execution=Executions(
             curate=ExecutionConfig(cpus_per_worker=2),
@@ -216,11 +231,16 @@ def tiny(*, seed: int = 0) -> PipelineConfig:
         dpo=DPOConfig(num_epochs=0.5, global_batch_size=8, optimizer=optimizer, eval_items=16, seed=seed),
         evaluate=EvaluateConfig(
             max_documents_tokens=4096,
+            max_documents=16,
             max_instructions=16,
             max_preferences=32,
             max_prompts=8,
             num_samples=2,
             max_response_length=8,
+        ),
+        # Eight items tell nothing about models that have learnt nothing; here, that the comparison is made.
+        promote=PromoteConfig(
+            primary=("pairs",), guards=(Guard(suite="language", margin=1.0),), level=0.05, power=0.9, min_items=4
         ),
         execution=Executions(pretrain=train, sft=train, reward=train, ppo=train, dpo=train),
     )
@@ -299,10 +319,14 @@ def llama_1b(*, seed: int = 0) -> PipelineConfig:
         ),
         evaluate=EvaluateConfig(
             max_documents_tokens=2_000_000,
+            max_documents=1000,
             max_instructions=2000,
             max_preferences=2000,
             max_prompts=512,
             max_response_length=512,
+        ),
+        promote=PromoteConfig(
+            guards=(Guard(suite="language", margin=0.05), Guard(suite="responses", margin=0.05)), least_difference=0.02
         ),
         execution=Executions(
             curate=ExecutionConfig(entrypoint_cpus=16, cpus_per_worker=16, stall_seconds=seldom),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -26,6 +27,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from stages.config.errors import ConfigError
 from stages.config.train import LoRAConfig, ModelConfig
+from stages.data.tokens.tokenizer import LoadedTokenizer
 from stages.data.tokens.views import TokensArtifact
 from stages.models.attention import attend_within_documents
 from stages.models.folder import check_folder, is_malformed, read_settings, told
@@ -139,6 +141,18 @@ def telling_what_is_malformed(folder: Path, auto_class: Any) -> Iterator[None]:
         ) from error
 
 
+def load_with_own_tokenizer(folder: Path, tokenizer: LoadedTokenizer) -> PreTrainedModel:
+    """Load weights of a language model that reads its own ids, whatever tokens the run has, such as of an earlier
+    champion; raises ConfigError when it is malformed or cannot pack."""
+    model, loading = _load(AutoModelForCausalLM, folder)
+    check_complete(loading, folder)
+    _grow(model, tokenizer.backend)
+    attend_within_documents(model)
+    check_packing(model)
+    model.config.pad_token_id = tokenizer.pad_id
+    return model
+
+
 def load_reward_model(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig = _NO_ADAPTER) -> PreTrainedModel:
     """Load a sequence classifier with one output; a language model's folder gives a head of zeros, so training starts
     at ln 2."""
@@ -209,8 +223,12 @@ def check_complete(loading: dict[str, Any], folder: Path, *, new: Set[str] = fro
 def grow_embeddings(model: PreTrainedModel, tokens: TokensArtifact) -> None:
     """Add rows for tokens that were added to the vocabulary. They start as the mean of all others, so that at first
     none is likelier than a token on average (Hewitt 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html)."""
+    _grow(model, tokens.tokenizer())
+
+
+def _grow(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr, operator]
-    missing = check_growth(tokens.tokenizer(), rows=rows)  # type: ignore[arg-type]
+    missing = check_growth(tokenizer, rows=rows)  # type: ignore[arg-type]
     if not missing:
         return
     model.resize_token_embeddings(rows + missing, mean_resizing=False)  # type: ignore[operator]

@@ -138,12 +138,12 @@ def test_the_approval_table_shows_it(ipo: Stage, tmp_path: Path, monkeypatch: py
 
 
 def test_evaluation_measures_it_beside_the_model_that_it_was_made_from(ipo: Stage, tmp_path: Path) -> None:
-    from stages.evaluate import _model_folders
+    from stages.judge.subjects import model_folders
 
     store, made = published(tmp_path)
     request = request_for(Stage.EVALUATE, store, refs_for(Stage.EVALUATE, made))
     context = context_for(request, store, tiny().evaluate, tmp_path)
-    assert list(_model_folders(context)) == ["base", "sft", "ppo", "dpo", "ipo"]
+    assert list(model_folders(context)) == ["base", "sft", "ppo", "dpo", "ipo"]
     again = evaluation_config(EvaluationParams(model=made[ipo].uri, recipe="tiny"))
     assert {"ipo", "sft", "tokens"} <= again.given.keys()
 

@@ -18,7 +18,7 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
     "stages/config/pipeline.py": ({"tokenize"}, "one setting of one stage"),
     "stages/config/resolve.py": ({"curate", "tokenize", "promote", "report"}, "where each field of the form goes"),
     "stages/config/decision.py": ({"reward"}, "section of metrics.json"),
-    "stages/evaluate.py": ({"reward"}, "section of metrics.json"),
+    "stages/judge/results.py": ({"reward"}, "section of metrics.json"),
     "stages/ppo.py": ({"reward"}, "role of its own input"),
     "stages/reward.py": ({"reward"}, "part of its own checkpoints"),
     "stages/reporting/model_views.py": ({"reward"}, "section of metrics.json"),

@@ -21,7 +21,8 @@ from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import fetch, read_manifest, settings_digest
 from stages.artifacts.store import Store
 from stages.config.closing import PromoteConfig
-from stages.config.decision import Candidate, Evaluation, decide
+from stages.config.decision import Candidate, decide
+from stages.config.evaluation import Evaluation
 from stages.config.graph import GRAPH, Stage, pipeline_stages
 from stages.config.pipeline import PipelineConfig
 from stages.config.request import ArtifactRef, Manifest, RunInfo
@@ -184,12 +185,15 @@ def test_dpo_on_a_given_model(world: World) -> None:
     assert "eval/win_rate" not in measured["dpo"]
     assert measured["base"].get("eval/preference_accuracy") is None
     assert measured["dpo"]["eval/preference_accuracy"] > 0.5
-    # Nothing judges the answers, so promotion goes by the pairs.
+    # Nothing judges the answers, so promotion goes by the pairs, against the given model.
     settings = settings_digest(run.manifest(Stage.EVALUATE))
     evaluation = Evaluation.from_report(run.report(), settings_digest=settings)
-    candidate = Candidate(run.done[Stage.DPO].fingerprint, evaluation.of("dpo"), evaluation.conditions)
-    decision = decide(candidate, None, PromoteConfig())
-    assert (decision.promoted, decision.comparison) == (True, "preference_accuracy")
+    candidate = Candidate("dpo", run.done[Stage.DPO].fingerprint)
+    decision = decide([candidate], None, evaluation, PromoteConfig(min_items=2))
+    ruling = decision.ruling
+    assert ruling is not None
+    assert ruling.primary is not None
+    assert (decision.comparison, ruling.opponent, ruling.primary.suite) == ("start", "base", "pairs")
     page = page_of(world, run)
     assert "preference accuracy" in page
 

@@ -13,8 +13,14 @@ from stages.config.closing import EvaluateConfig
 from stages.config.graph import GRAPH, Stage, StageSpec
 from stages.config.metrics import EVALUATION_METRICS
 from stages.config.request import ArtifactRef
+from stages.config.tokens import TokenizeConfig
+from stages.data.tokens.originals import published_tokenizer
+from stages.data.tokens.packing import collate
 from stages.data.tokens.ragged import Ragged, RaggedWriter
 from stages.data.tokens.views import Split, TokensArtifact
+from stages.judge import aggregates
+from stages.judge.heldout import Heldout
+from stages.judge.subjects import language_roles, scorer_role
 from tests.small_world import make_context, make_models, make_tokens
 
 Inputs = dict[str, ArtifactRef]
@@ -51,8 +57,8 @@ def test_an_aligned_stage_that_joins_the_graph_is_measured_against_its_reference
 def test_a_scoring_stage_that_joins_the_graph_is_not_asked_for_text(monkeypatch: pytest.MonkeyPatch) -> None:
     imaginary: Any = "critic"
     monkeypatch.setitem(GRAPH, imaginary, replace(GRAPH[Stage.REWARD], stage=imaginary, role="critic"))
-    assert evaluate.language_roles() == ["base", "sft", "ppo", "dpo"]
-    assert evaluate.scorer_role() == "reward"
+    assert language_roles() == ["base", "sft", "ppo", "dpo"]
+    assert scorer_role() == "reward"
 
 
 def test_every_metric_of_a_model_is_in_the_list_that_report_and_approval_read(made: tuple[Path, Inputs]) -> None:
@@ -67,17 +73,19 @@ def test_tokens_are_counted_over_all_shards(tmp_path: Path, monkeypatch: pytest.
     for document in ([1, 2, 2], [0, 2, 1, 4], [4, 4]):
         writer.append(np.array(document))
     writer.close()
-    monkeypatch.setattr(evaluate, "_TOKENS_AT_ONCE", 5)
-    assert evaluate.count_tokens(Ragged(tmp_path, "tokens"), vocab_size=6).tolist() == [1, 2, 3, 0, 3, 0]
+    monkeypatch.setattr(aggregates, "_TOKENS_AT_ONCE", 5)
+    assert aggregates.count_tokens(Ragged(tmp_path, "tokens"), vocab_size=6).tolist() == [1, 2, 3, 0, 3, 0]
 
 
 def test_the_unigram_model_is_that_of_the_training_tokens(made: tuple[Path, Inputs]) -> None:
     _, inputs = made
     tokens = TokensArtifact(Path(inputs["tokens"].uri.removeprefix("file://")))
-    bench = evaluate.Bench(EvaluateConfig(), tokens, max_rows=4)
+    settings = TokenizeConfig()
+    found = Heldout(EvaluateConfig(), tokens, published_tokenizer(tokens, settings), settings=settings)
     train = tokens.documents(Split.TRAIN)
     counts = np.bincount(train.slice(0, train.num_items), minlength=tokens.vocab_size) + 1.0
     logprobs = np.log(counts / counts.sum())
-    heldout = [batch.input_ids_BT[batch.loss_mask_BT == 1].numpy() for batch in bench._document_batches()]
+    rows = [collate([found.rows[int(number)]]) for number in found.row_numbers]
+    heldout = [row.input_ids_BT[row.loss_mask_BT == 1].numpy() for row in rows]
     expected = np.exp(-np.concatenate([logprobs[ids] for ids in heldout]).mean())
-    assert bench.unigram_perplexity() == pytest.approx(expected)
+    assert aggregates.unigram_perplexity(found) == pytest.approx(expected)

@@ -15,6 +15,8 @@ from stages.config.errors import DataError
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
 from stages.config.tokens import TokenizeConfig
+from stages.judge.aggregates import without_infinite
+from stages.judge.forward import Forward
 from stages.train.run import train_stage
 from tests.small_world import CONFIGS, make_context, make_models, prepare_of, published, write_curated, write_ledger
 
@@ -84,16 +86,18 @@ def test_with_nothing_to_evaluate_on_the_failure_says_so_before_a_model_is_loade
 
 def test_a_result_that_is_not_finite_is_left_out_and_named() -> None:
     values = {"eval/loss": float("nan"), "eval/perplexity": float("inf"), "eval/kl": 1.0}
-    reasons = evaluate._without_infinite("dpo", values)
+    reasons = without_infinite("dpo", values)
     assert values == {"eval/kl": 1.0}
     assert reasons["dpo eval/loss"] == "the result is not a finite number: nan"
 
 
 def test_a_score_that_is_not_finite_is_null_in_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate.Bench, "_scores", lambda self, reward, answers: np.full(len(answers), np.nan))
+    monkeypatch.setattr(Forward, "scores", lambda self, scorer, sequences, pad_id: np.full(len(sequences), np.nan))
     report, _ = evaluated(tmp_path, tokens_without(tmp_path))
     assert len(report["samples"]) == 2
     assert [sample["scores"] for sample in report["samples"]] == [{"sft": None, "dpo": None}] * 2
+    assert report["suites"]["score"]["roles"]["dpo"] == {"items": 0, "skipped": {"not_finite": 4}}
+    assert "not_finite" in report["left_out"]["suite score"]
 
 
 @pytest.mark.parametrize("stage", [Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.DPO, Stage.PPO])

@@ -6,7 +6,7 @@ Tokens conserve: in = trained + masked + dropped, each counted where it is seen.
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,24 @@ class _Fitted:
     whole: int
 
 
+@dataclass(frozen=True)
+class Chat:
+    """The messages behind a written row, as they were encoded."""
+
+    messages: list[Message]
+    tools: list[Any]
+
+
+@dataclass
+class Originals:
+    """The texts of the rows that were written, in their order: what another tokenizer reads instead of the ids."""
+
+    conversations: list[Chat] = field(default_factory=list)
+    prompts: list[Chat] = field(default_factory=list)
+    pairs: list[tuple[Chat, Chat]] = field(default_factory=list)
+    """Chosen and rejected, the prompt in both."""
+
+
 def _thought(messages: list[Message], config: TokenizeConfig) -> list[Message]:
     """The messages with or without what the assistant thought."""
     if config.thinking == "keep":
@@ -117,7 +135,18 @@ def _thought(messages: list[Message], config: TokenizeConfig) -> list[Message]:
 class ConversationWriter:
     """Writes conversations, and the distinct prompts that PPO answers."""
 
-    def __init__(self, output: Path, split: str, chat: ChatEncoder, config: TokenizeConfig, dtype: np.dtype) -> None:
+    def __init__(
+        self,
+        output: Path,
+        split: str,
+        chat: ChatEncoder,
+        config: TokenizeConfig,
+        dtype: np.dtype,
+        *,
+        originals: Originals | None = None,
+    ) -> None:
+        """`originals` receives the texts of what is written, for callers that need them."""
+        self._originals = originals
         self._folder, self._prompts_folder = output / "conversations" / split, output / "prompts" / split
         self._chat, self._config = chat, config
         self._ids = RaggedWriter(self._folder, "ids", dtype)
@@ -158,7 +187,9 @@ class ConversationWriter:
         if fitted.messages is not messages:
             self._account.count(source, cut=1)
             self._account.count(source, **{"dropped_tokens.cut": fitted.whole - len(fitted.encoded.ids)})
-        self._ask(prompt, fitted.messages[-2]["content"])
+        if self._originals is not None:
+            self._originals.conversations.append(Chat(fitted.messages, tools))
+        self._ask(prompt, Chat(fitted.messages[:-1], tools))
 
     def _fitted(self, messages: list[Message], tools: list[Any]) -> _Fitted:
         """The conversation, or as many of its first exchanges as fit if the policy is to cut."""
@@ -183,7 +214,7 @@ class ConversationWriter:
         turns = trained_turns(messages, self._config.trained_turns)
         return self._chat.encode(messages, tools=tools, turns=turns)
 
-    def _ask(self, prompt: np.ndarray, text: str) -> None:
+    def _ask(self, prompt: np.ndarray, asked: Chat) -> None:
         self._asked["in"] += 1
         if len(prompt) > self._config.max_prompt_length:
             self._asked["dropped.prompt_too_long"] += 1
@@ -192,7 +223,9 @@ class ConversationWriter:
         else:
             self._seen.add(key)
             self._prompts.append(prompt)
-            self._texts.append(text)
+            self._texts.append(asked.messages[-1]["content"])
+            if self._originals is not None:
+                self._originals.prompts.append(asked)
             self._asked["kept"] += 1
             self._asked["tokens"] += len(prompt)
 
@@ -211,7 +244,17 @@ class _TooLong(Exception):
 class PairWriter:
     """Writes preference pairs; the loss masks cover the answers that differ, not the assistant's earlier turns."""
 
-    def __init__(self, output: Path, split: str, chat: ChatEncoder, config: TokenizeConfig, dtype: np.dtype) -> None:
+    def __init__(
+        self,
+        output: Path,
+        split: str,
+        chat: ChatEncoder,
+        config: TokenizeConfig,
+        dtype: np.dtype,
+        *,
+        originals: Originals | None = None,
+    ) -> None:
+        self._originals = originals
         self._folder, self._chat, self._config = output / "preferences" / split, chat, config
         self._writers = {
             f"{side}-{part}": RaggedWriter(self._folder, f"{side}-{part}", dtype if part == "ids" else _MASK)
@@ -248,13 +291,19 @@ class PairWriter:
             for name, side in sides.items():
                 self._writers[f"{name}-ids"].append(side.ids)
                 self._writers[f"{name}-mask"].append(side.loss_mask)
+            if self._originals is not None:
+                chosen, rejected = (Chat(self._messages(row["prompt"], row[side]), tools) for side in _SIDES)
+                self._originals.pairs.append((chosen, rejected))
             self._kinds.append(row.get("kind", "given"))
             self._origins.append(source)
             self._account.keep(source, sides.values(), tokens_in=tokens)
 
     def _side(self, prompt: list[Message], answer: str, tools: list[Any]) -> EncodedChat:
-        messages = _thought([*prompt, {"role": "assistant", "content": answer}], self._config)
+        messages = self._messages(prompt, answer)
         if not messages[-1]["content"]:
             raise Unusable("empty_response")
         # A pair compares only the last turn, so the rest is masked.
         return self._chat.encode(messages, tools=tools, turns={len(messages) - 1})
+
+    def _messages(self, prompt: list[Message], answer: str) -> list[Message]:
+        return _thought([*prompt, {"role": "assistant", "content": answer}], self._config)

@@ -1,5 +1,6 @@
 """The tokenizer that a run trains, or the one that its base model brings, as one small object."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -57,6 +58,14 @@ class LoadedTokenizer:
     def vocab_size(self) -> int:
         """One more than the largest id: ids may have holes, so the number of entries says nothing about their width."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash over all that decides which ids a text or a conversation gets; equal for a copy in another folder."""
+        backend = json.loads(self.backend.to_str())
+        decisive = {name: backend.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+        told = [decisive, self.chat_template, self.special_tokens, self.infer_spans]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     @property
     def bos_id(self) -> int:

@@ -85,6 +85,17 @@ def test_a_young_artifact_stays_with_its_ancestors(two_runs, tmp_path: Path) -> 
     assert key_of(first[Stage.DPO]) in keys(store)
 
 
+def test_measurements_go_when_none_of_their_model_was_kept_for_a_long_time(two_runs, tmp_path: Path) -> None:
+    store, _, _ = two_runs
+    for key in ("measurements/old/a.parquet", "measurements/used/a.parquet"):
+        store.write_bytes(key, b"scores")
+    aged(tmp_path / "store")
+    store.write_bytes("measurements/used/b.parquet", b"scores")
+    found = {entry.key: entry.what for entry in find(store, nobody, POLICY)}
+    assert found["measurements/old"] == "cache"
+    assert "measurements/used" not in found
+
+
 def test_what_people_said_is_never_waste(two_runs, tmp_path: Path) -> None:
     store, first, _ = two_runs
     (tmp_path / "said").mkdir()

@@ -1,0 +1,284 @@
+"""The bench: which models are measured on which suites, and who measures what.
+
+A unit is one model on one suite. Every unit is measured once and kept in the store at once: an evaluation that was
+killed continues with the units that are missing, a model that was measured before is not measured again, and the
+workers of one evaluation hand each other their results that way. Suites of other rooms plug in at `_further_suites`.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from stages.config.closing import EvaluateConfig
+from stages.config.errors import ConfigError, StageError
+from stages.config.evaluation import CHAMPION_ROLE
+from stages.config.graph import aligned_models
+from stages.data.tokens.originals import published_tokenizer
+from stages.data.tokens.packing import RowBudget
+from stages.data.tokens.views import TokensArtifact
+from stages.job.context import StageContext
+from stages.job.devices import local_device
+from stages.judge.builtin.language import Language, RowLosses
+from stages.judge.builtin.replies import Margins, Pairs, PreferenceMargins, Preferences, Responses, RewardMargins
+from stages.judge.builtin.sampled import Divergence, Length, Repetition, RewardScores, Sampler
+from stages.judge.curated import find_texts, tokenize_settings
+from stages.judge.forward import Forward
+from stages.judge.heldout import NOT_FINITE, Heldout
+from stages.judge.kept import Measurements
+from stages.judge.subjects import Subjects, is_permanent, scorer_role
+from stages.judge.suite import Measurement, Subject, Suite
+
+logger = logging.getLogger(__name__)
+
+NO_RESULT = "no_result"
+"""Reason for items of which a suite says nothing, against its promise."""
+ANSWERS = "answers"
+"""Group of the suites that read the sampled answers."""
+_LOOK_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One model on one suite."""
+
+    role: str
+    suite: Suite
+    group: str
+    """Units of one model and group share work, such as sampled answers, and stay on one worker."""
+    is_published: bool = True
+    """Whether its scores are a suite of the report; the others are what aggregates are made of."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.role, self.suite.name
+
+
+Measured = dict[tuple[str, str], Measurement]
+"""By role and name of the suite."""
+
+
+@dataclass
+class Bench:
+    """The items, the models and the units of one evaluation."""
+
+    heldout: Heldout
+    subjects: Subjects
+    units: list[Unit]
+    counts: dict[str, int] = field(default_factory=lambda: {"measured": 0, "kept": 0})
+    """Units that this process measured, and those that were in the store."""
+
+
+def open_bench(context: StageContext) -> Bench:
+    """Choose the items and list the units; no model is loaded yet."""
+    config = context.config
+    assert isinstance(config, EvaluateConfig)
+    tokens, device = TokensArtifact(context.input_dir("tokens")), local_device()
+    settings = tokenize_settings(context)
+    tokenizer = published_tokenizer(tokens, settings)
+    texts = find_texts(context, tokens, tokenizer, settings)
+    heldout = Heldout(config, tokens, tokenizer, settings=settings, originals=texts.originals, texts=texts.documents)
+    subjects = Subjects(context, tokens, tokenizer, device=device)
+    budget = RowBudget(tokens.sequence_length, context.execution.micro_batch_size)
+    forward = Forward(device, budget, beat=context.progress.watchdog.beat)
+    samplers = _Samplers.of(config, heldout, forward)
+    further = _further_suites(context, heldout, samplers.scored, forward)
+    units = _Units(heldout, subjects, forward, samplers, further).all()
+    return Bench(heldout, subjects, units)
+
+
+@dataclass(frozen=True)
+class _Samplers:
+    """Who asks the prompts: once at the temperature of the evaluation, and greedily what people are shown."""
+
+    scored: Sampler
+    shown: Sampler
+
+    @staticmethod
+    def of(config: EvaluateConfig, heldout: Heldout, forward: Forward) -> "_Samplers":
+        def sampler(num_prompts: int, temperature: float) -> Sampler:
+            return Sampler(
+                heldout,
+                heldout.prompts[:num_prompts],
+                max_response_length=config.max_response_length,
+                temperature=temperature,
+                seed=config.seed,
+                beat=forward.beat,
+            )
+
+        return _Samplers(sampler(len(heldout.prompts), config.temperature), sampler(config.num_samples, 0.0))
+
+
+def _further_suites(
+    context: StageContext, heldout: Heldout, sampler: Sampler, forward: Forward
+) -> list[tuple[Suite, str]]:
+    """Suites of other rooms, which measure every language model, each with its group: suites that read the answers of
+    `sampler` belong to `ANSWERS`, the others to a group of their own name. One line for each room."""
+    del context, heldout, sampler, forward
+    return []
+
+
+@dataclass(frozen=True)
+class _Units:
+    """Lists what is measured of whom."""
+
+    heldout: Heldout
+    subjects: Subjects
+    forward: Forward
+    samplers: _Samplers
+    further: Sequence[tuple[Suite, str]]
+
+    def all(self) -> list[Unit]:
+        margins = Margins(self.heldout, self.forward)
+        found = []
+        for role in self.subjects.roles:
+            found += self._of_texts(role)
+            found += self._of_start(role, margins)
+            found += self._of_answers(role)
+            found += [Unit(role, suite, group) for suite, group in self.further]
+        if self.subjects.scorer_identity and self.heldout.pairs:
+            found.append(Unit(scorer_role(), RewardMargins(self.heldout, self.forward), "scorer", is_published=False))
+        _require_different_names(found)
+        return found
+
+    def _of_texts(self, role: str) -> list[Unit]:
+        found = []
+        if len(self.heldout.row_numbers) and self.subjects.reads_run_tokens(role):
+            found.append(Unit(role, RowLosses(self.heldout, self.forward), "rows", is_published=False))
+        if self.heldout.documents:
+            found.append(Unit(role, Language(self.heldout, self.forward), "language"))
+        if self.heldout.conversations:
+            found.append(Unit(role, Responses(self.heldout, self.forward), "responses"))
+        if self.heldout.pairs:
+            found.append(Unit(role, Pairs(self.heldout, self.forward), "pairs"))
+        return found
+
+    def _of_start(self, role: str, margins: Margins) -> list[Unit]:
+        """What is relative to the model that an aligned one started from."""
+        start = self.subjects.start
+        if not start or role not in {spec.role for spec in aligned_models()}:
+            return []
+        identity, opened = self.subjects.identity(start), lambda: self.subjects.open(start)
+        found = []
+        if self.heldout.pairs:
+            found.append(Unit(role, Preferences(self.heldout, margins, opened, identity), "preferences"))
+            told = PreferenceMargins(self.heldout, margins, opened, identity)
+            found.append(Unit(role, told, "preferences", is_published=False))
+        if self.heldout.prompts:
+            found.append(Unit(role, Divergence(self.samplers.scored, self.forward, opened, identity), ANSWERS))
+        return found
+
+    def _of_answers(self, role: str) -> list[Unit]:
+        if not self.heldout.prompts:
+            return []
+        scored, shown = self.samplers.scored, self.samplers.shown
+        found = [Unit(role, Length(scored), ANSWERS), Unit(role, Repetition(scored), ANSWERS)]
+        told = [Unit(role, Length(shown, name="shown"), "shown", is_published=False)]
+        if identity := self.subjects.scorer_identity:
+            scorer = self.subjects.scorer
+            found.append(Unit(role, RewardScores(scored, self.forward, scorer, identity), ANSWERS))
+            judged = RewardScores(shown, self.forward, scorer, identity, name="shown_score")
+            told.append(Unit(role, judged, "shown", is_published=False))
+        return [*found, *told]
+
+
+def _require_different_names(units: Sequence[Unit]) -> None:
+    keys = [unit.key for unit in units]
+    if twice := sorted({name for role, name in keys if keys.count((role, name)) > 1}):
+        raise ConfigError(
+            f"evaluate.benchmarks: two suites are called {twice[0]!r}; every suite needs a name of its own",
+            advice="Add #name=... to the address of the benchmark.",
+        )
+
+
+def measure_units(bench: Bench, context: StageContext, *, rank: int, world_size: int) -> Measured:
+    """Measure this worker's share of the units; on rank 0 return all of them, those of the other workers included."""
+    measurements = Measurements(context.store, context.check_lease)
+    measured: Measured = {}
+    for unit in share(bench.units, rank=rank, world_size=world_size):
+        _measure(unit, bench, measurements, measured)
+        _report(context, bench, measured)
+    while rank == 0 and (missing := [unit for unit in _wanted(bench) if unit.key not in measured]):
+        _collect(missing, bench, measurements, measured)
+        _report(context, bench, measured)
+    logger.info("rank %d measured %s", rank, bench.counts)
+    return measured
+
+
+def share(units: Sequence[Unit], *, rank: int, world_size: int) -> list[Unit]:
+    """Return the units of one worker: groups stay together, and a model's groups mostly do."""
+    groups = list(dict.fromkeys((unit.role, unit.group) for unit in units))
+    mine = {group for place, group in enumerate(groups) if place * world_size // len(groups) == rank}
+    return [unit for unit in units if (unit.role, unit.group) in mine]
+
+
+def _wanted(bench: Bench) -> list[Unit]:
+    """The units of models that can be measured: a champion may turn out to be unreadable."""
+    known = {*bench.subjects.roles, scorer_role()}
+    return [unit for unit in bench.units if unit.role in known]
+
+
+def _measure(unit: Unit, bench: Bench, measurements: Measurements, measured: Measured) -> None:
+    if unit.role not in {*bench.subjects.roles, scorer_role()}:
+        return
+    found = measurements.read(_identity(unit, bench), unit.suite)
+    if found is not None:
+        bench.counts["kept"] += 1
+        measured[unit.key] = found
+        return
+    subject = _opened(unit.role, bench.subjects)
+    if subject is None:
+        return
+    with torch.no_grad():
+        found = _complete(unit.suite.measure(subject), unit)
+    measurements.write(subject, unit.suite, found)
+    bench.counts["measured"] += 1
+    measured[unit.key] = found
+
+
+def _identity(unit: Unit, bench: Bench) -> str:
+    subjects = bench.subjects
+    return subjects.scorer_measured_as if unit.role == scorer_role() else subjects.identity(unit.role)
+
+
+def _opened(role: str, subjects: Subjects) -> Subject | None:
+    """Open a model; a champion that cannot be read is left out, because the run's own models must not fail for it."""
+    if role == scorer_role():
+        return subjects.scorer_as_subject()
+    try:
+        return subjects.open(role)
+    except StageError as error:
+        if role != CHAMPION_ROLE or not is_permanent(error):
+            raise
+        subjects.forget(role, str(error))
+        return None
+
+
+def _collect(missing: list[Unit], bench: Bench, measurements: Measurements, measured: Measured) -> None:
+    """Take what other workers have measured meanwhile. Ray ends all of them when one fails, so waiting ends too."""
+    if any(unit.role == CHAMPION_ROLE for unit in missing) and _opened(CHAMPION_ROLE, bench.subjects) is None:
+        return  # the worker that was to measure it could not open it either
+    for unit in missing:
+        if measurements.is_there(_identity(unit, bench), unit.suite):
+            # Read it, or measure it here in the place of one that is damaged.
+            _measure(unit, bench, measurements, measured)
+    if not all(unit.key in measured for unit in missing):
+        time.sleep(_LOOK_SECONDS)
+
+
+def _complete(found: Measurement, unit: Unit) -> Measurement:
+    """Hold a suite to its promise: a finite score or a reason for every item."""
+    finite = [score for score in found.scores if math.isfinite(score.value)]
+    found.skipped[NOT_FINITE] += len(found.scores) - len(finite)
+    told = len(finite) + found.skipped.total()
+    if told > len(unit.suite) or len({score.item for score in finite}) != len(finite):
+        raise AssertionError(f"suite {unit.suite.name} gave {told} results for {len(unit.suite)} items")
+    found.skipped[NO_RESULT] += len(unit.suite) - told
+    return Measurement(finite, +found.skipped)  # without reasons that no item has
+
+
+def _report(context: StageContext, bench: Bench, measured: Measured) -> None:
+    context.progress(len(measured), len(_wanted(bench)), "measurement")

@@ -1,0 +1,104 @@
+"""Measurements that are kept in the store, so that the same model is not measured twice on the same items.
+
+`measurements/<identity of the model>/<digest of the suite>.parquet`, also across runs: whoever measures a champion
+again finds what the run that made it has measured. One object is one measurement and is written at once, so a reader
+sees a whole one or none, and an evaluation that was killed continues with the measurements that are missing. Nothing
+but speed depends on them: a damaged one is named and measured again, and garbage collection removes old ones.
+"""
+
+import io
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable
+
+from stages.artifacts.store import Store
+from stages.judge.suite import Measurement, Score, Subject, Suite
+
+logger = logging.getLogger(__name__)
+
+ROOM = "measurements"
+_ABOUT = b"athanor"
+_COLUMNS = ("item", "value", "cluster", "tokens", "response")
+
+
+class Measurements:
+    """Reads and writes kept measurements; `check_lease` raises when this process may write nothing any more."""
+
+    def __init__(self, store: Store, check_lease: Callable[[], None]) -> None:
+        self._store, self._check_lease = store, check_lease
+
+    def is_there(self, subject_identity: str, suite: Suite) -> bool:
+        """Whether there is a measurement, be it damaged."""
+        return self._store.exists(_key(subject_identity, suite))
+
+    def read(self, subject_identity: str, suite: Suite) -> Measurement | None:
+        """Return a kept measurement; None where there is none, or only one that cannot be used."""
+        key = _key(subject_identity, suite)
+        try:
+            data = self._store.read_bytes(key)
+        except FileNotFoundError:
+            return None
+        try:
+            return _unpacked(data, about=_about(subject_identity, suite), num_items=len(suite))
+        except _UnusableError as error:
+            logger.warning("%s/%s is not used, and measured again: %s", self._store.root_uri, key, error)
+            return None
+
+    def write(self, subject: Subject, suite: Suite, measured: Measurement) -> None:
+        data = _packed(measured, about=_about(subject.identity, suite))
+        # Whoever lost the lease may be running beside its successor, and must write nothing any more.
+        self._check_lease()
+        self._store.write_bytes(_key(subject.identity, suite), data)
+
+
+class _UnusableError(Exception):
+    """What is wrong with a kept measurement."""
+
+
+def _key(identity: str, suite: Suite) -> str:
+    return f"{ROOM}/{identity}/{suite.digest}.parquet"
+
+
+def _about(identity: str, suite: Suite) -> dict[str, str]:
+    return {"model": identity, "suite": suite.name, "digest": suite.digest}
+
+
+def _packed(measured: Measurement, *, about: dict[str, str]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = (pa.string(), pa.float64(), pa.string(), pa.int64(), pa.string())
+    columns = [
+        pa.array([getattr(score, name) for score in measured.scores], type=kind)
+        for name, kind in zip(_COLUMNS, types, strict=True)
+    ]
+    told = {**about, "skipped": dict(measured.skipped)}
+    table = pa.table(dict(zip(_COLUMNS, columns, strict=True))).replace_schema_metadata({_ABOUT: json.dumps(told)})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
+
+
+def _unpacked(data: bytes, *, about: dict[str, str], num_items: int) -> Measurement:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+        told = json.loads((table.schema.metadata or {}).get(_ABOUT, b"{}"))
+        rows = table.select(_COLUMNS).to_pylist()
+        skipped = Counter({str(reason): int(count) for reason, count in told.pop("skipped").items()})
+        scores = [
+            Score(row["item"], float(row["value"]), row["cluster"], int(row["tokens"]), row["response"]) for row in rows
+        ]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, pa.ArrowException) as error:
+        raise _UnusableError(f"it cannot be read: {error}") from error
+    if told != about:
+        raise _UnusableError(f"it is of {told}")
+    if len(scores) + skipped.total() != num_items or len({score.item for score in scores}) != len(scores):
+        raise _UnusableError(f"it has {len(scores)} scores and {skipped.total()} skipped items of {num_items}")
+    if not all(math.isfinite(score.value) for score in scores):
+        raise _UnusableError("it has values that are not finite")
+    return Measurement(scores, skipped)

@@ -1,0 +1,132 @@
+"""Measurements are kept: an evaluation that was killed continues, workers share the work, damage costs time only."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stages import evaluate
+from stages.artifacts.lease import LeaseLostError
+from stages.config.request import ArtifactRef
+from stages.job.context import StageContext
+from stages.judge.bench import measure_units, open_bench, share
+from stages.judge.kept import Measurements
+from tests.judging import SMALL, World, evaluated, evaluation, make_world
+
+FILES = ("metrics.json", "samples.json", "scores.parquet", "responses.parquet")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def fresh(world: World, tmp_path: Path) -> World:
+    """The same run with a store of its own, where nothing was measured yet."""
+    return World(tmp_path, world.inputs)
+
+
+def kept_files(world: World) -> list[Path]:
+    return sorted((world.home / "store" / "measurements").rglob("*.parquet"))
+
+
+def published_files(context: StageContext) -> list[bytes]:
+    return [(context.output_dir / name).read_bytes() for name in FILES]
+
+
+def test_a_second_evaluation_measures_nothing_and_says_the_same(fresh: World) -> None:
+    _, first = evaluated(fresh)
+    before = published_files(evaluation(fresh))
+    _, second = evaluated(fresh)
+    assert published_files(evaluation(fresh)) == before
+    # SFT and DPO are the same model here, so what is not relative to the start is measured for one of them.
+    assert first.ledger["units"]["measured"] == len(kept_files(fresh))
+    assert second.ledger["units"] == {"measured": 0, "kept": sum(first.ledger["units"].values())}
+
+
+def test_an_evaluation_that_was_killed_continues_with_what_is_missing(fresh: World) -> None:
+    evaluated(fresh)
+    before = published_files(evaluation(fresh))
+    for path in kept_files(fresh)[::2]:
+        path.unlink()
+    left = len(kept_files(fresh))
+    _, outcome = evaluated(fresh)
+    assert outcome.ledger["units"]["measured"] == len(kept_files(fresh)) - left > 0
+    assert published_files(evaluation(fresh)) == before
+
+
+@pytest.mark.parametrize("damage", [b"", b"PAR1 no parquet", None])
+def test_a_damaged_measurement_is_named_and_measured_again(
+    fresh: World, damage: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluated(fresh)
+    before = published_files(evaluation(fresh))
+    first, second, *_ = kept_files(fresh)
+    first.write_bytes(second.read_bytes() if damage is None else damage)  # of another suite, or of none
+    _, outcome = evaluated(fresh)
+    assert outcome.ledger["units"]["measured"] == 1
+    assert first.name in caplog.text
+    assert published_files(evaluation(fresh)) == before
+
+
+def test_other_settings_are_measured_again(fresh: World) -> None:
+    evaluated(fresh)
+    _, outcome = evaluated(fresh, SMALL.model_copy(update={"temperature": 0.5}))
+    # The sampled answers changed, and with them length, repetition, score and KL; the greedy ones did not.
+    assert outcome.ledger["units"]["measured"] == 4
+
+
+def test_two_workers_find_what_one_finds(fresh: World, tmp_path: Path) -> None:
+    context = evaluation(fresh)
+    second = open_bench(context)
+    shared = measure_units(second, context, rank=1, world_size=2)
+    first = open_bench(context)
+    both = measure_units(first, context, rank=0, world_size=2)
+    alone_context = evaluation(World(tmp_path / "alone", fresh.inputs))
+    alone = measure_units(open_bench(alone_context), alone_context, rank=0, world_size=1)
+    assert 0 < len(shared) < len(both)
+    assert both.keys() == alone.keys()
+    assert all(both[key].scores == alone[key].scores for key in both)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 50])
+def test_every_unit_is_one_workers(fresh: World, world_size: int) -> None:
+    units = open_bench(evaluation(fresh)).units
+    shares = [share(units, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert sorted(unit.key for part in shares for unit in part) == sorted(unit.key for unit in units)
+    for part in shares:  # what shares sampled answers stays together
+        groups = {(unit.role, unit.group) for unit in part}
+        assert all(unit in part for unit in units if (unit.role, unit.group) in groups)
+
+
+def test_who_lost_the_lease_keeps_nothing(fresh: World) -> None:
+    def lost() -> None:
+        raise LeaseLostError("another process builds it")
+
+    context = evaluation(fresh)
+    bench = open_bench(context)
+    unit = bench.units[0]
+    subject = bench.subjects.open(unit.role)
+    with pytest.raises(LeaseLostError):
+        Measurements(context.store, lost).write(subject, unit.suite, unit.suite.measure(subject))
+    assert kept_files(fresh) == []
+
+
+def test_the_result_of_a_champion_is_found_by_the_run_that_measures_it_again(fresh: World) -> None:
+    evaluated(fresh)
+    champion: ArtifactRef = fresh.inputs["dpo"]
+    report, outcome = evaluated(fresh, champion=champion)
+    assert outcome.ledger["units"]["measured"] == 0
+    assert report["models"]["champion"]["eval/loss"] == report["models"]["dpo"]["eval/loss"]
+
+
+def test_nothing_published_is_null_or_no_number(fresh: World) -> None:
+    context = evaluation(fresh)
+    evaluate.measure_models(context)
+
+    def refuse(token: str) -> None:
+        raise AssertionError(f"{token} is not JSON")
+
+    for name in ("metrics.json", "samples.json"):
+        json.loads((context.output_dir / name).read_text(), parse_constant=refuse)
