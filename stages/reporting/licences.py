@@ -59,6 +59,8 @@ def _on_hub(source: SourceEntry) -> str:
 def _of_place(path: Path) -> str:
     if path.is_file() and is_gguf(path.name) and (stated := _of_gguf(path)):
         return stated
+    if not path.exists():  # a name such as `installed-docs`; its folder would be the one we run in
+        return ""
     folder = path if path.is_dir() else path.parent
     if (folder / _CARD).is_file() and (stated := _of_card(folder / _CARD)):
         return stated
