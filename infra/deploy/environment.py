@@ -90,6 +90,10 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "S3_BUCKET": ("athanor", ""),
     "ATHANOR_ALLOW_REMOTE_CODE": ("", "digests of models' code that may run, docs/SECURITY.md"),
     "ATHANOR_LOG_FORMAT": ("text", "of stages' jobs; json for Loki, Elastic and the like, docs/OPERATIONS.md"),
+    "ATHANOR_SIGNING_KEY": (
+        "",
+        "private key in Ray's containers that signs artifacts, docs/LINEAGE.md; mount it there",
+    ),
     "ATHANOR_SOURCE_ROOTS": ("", "folders that runs may read, with colons between, docs/CURATION.md"),
     "RAY_HEAD_CPUS": ("2", "cores for stages with num_workers=0"),
     "RAY_HEAD_MEMORY": ("8g", ""),

@@ -111,14 +111,14 @@ def test_every_learning_curve_of_the_run_is_drawn(tmp_path: Path) -> None:
         "Reward model Loss",
         "Reward model Accuracy",
         "PPO Score",
-        "PPO KL to the SFT model (nats a response)",
+        "PPO KL to its start (nats a response)",
         "PPO Loss",
         "DPO Loss",
         "DPO Accuracy",
         "DPO Margin",
         "DPO Drift of the chosen (nats a response)",
     ]
-    assert "PPO KL to the SFT model (nats a response): sampled from 0.04 to 4" in labels
+    assert "PPO KL to its start (nats a response): sampled from 0.04 to 4" in labels
     assert "PPO Score: sampled from -0.98 to 1; held-out prompts from 0.9 to 0.9" in labels
 
 
