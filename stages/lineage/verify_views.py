@@ -20,7 +20,7 @@ def verify_markdown(report: Report) -> str:
     """A table of artifacts, one of what came from outside, then what is wrong, with the way out, and the verdict."""
     rows = [
         (
-            f"{plain(one.kind)} {code(one.fingerprint[:_SHORT])}",
+            code(f"{one.kind}/{one.fingerprint[:_SHORT]}"),
             str(one.num_files),
             byte_size(one.num_bytes),
             code(one.digest[:_SHORT]) if one.digest else "unknown",
@@ -32,7 +32,7 @@ def verify_markdown(report: Report) -> str:
     parts = [table(("artifact", "files", "size", "content", "signature", "result"), rows)]
     if report.outside:
         outside = [
-            (plain(one.role), plain(one.uri, at_most=100), code(one.digest[:_SHORT]), plain(one.found, at_most=200))
+            (plain(one.role), code(one.uri), code(one.digest[:_SHORT]), plain(one.found, at_most=200))
             for one in report.outside
         ]
         parts.append(table(("from outside", "what", "digest", "today"), outside))

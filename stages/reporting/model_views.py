@@ -53,8 +53,18 @@ _BASE, _SFT = GRAPH[Stage.PRETRAIN].role, GRAPH[Stage.SFT].role
 
 def facts(story: Story) -> list[Fact]:
     """The handful of numbers that say whether anything was learned."""
-    found = [_base_fact(story), _sft_fact(story), _reward_fact(story), *_aligned_facts(story)]
+    found = [_decided_fact(story), _base_fact(story), _sft_fact(story), _reward_fact(story), *_aligned_facts(story)]
     return [fact for fact in found if fact]
+
+
+def _decided_fact(story: Story) -> Fact | None:
+    """The difference that decided about the champion."""
+    ruling = story.promotion.decision.ruling if story.promotion else None
+    if ruling is None or ruling.primary is None or (found := ruling.primary.compared) is None:
+        return None
+    against = name_of(ruling.opponent, story)
+    detail = f"{found.low:+.3g} to {found.high:+.3g}, {ruling.primary.metric} of {found.suite}, {found.items} items"
+    return Fact(f"{name_of(ruling.role, story)} minus {against}", f"{found.difference:+.3g}", detail)
 
 
 def _base_fact(story: Story) -> Fact | None:

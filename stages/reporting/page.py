@@ -33,6 +33,7 @@ def render_page(story: Story) -> str:
         curves=model_views.curves(story),
         suites=suite_views.suites_table(story),
         suite_views=suite_views.suite_views(story),
+        judge=suite_views.judge_table(story),
         decision=suite_views.decision_table(story),
         comparisons=suite_views.comparisons_table(story),
         compared=suite_views.comparison_figures(story),

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, field_validator
 
 from stages.config.base import Config
 from stages.config.decision import Decision, Ruling
@@ -21,6 +21,42 @@ class _Shape(Config):
     model_config = ConfigDict(extra="ignore", allow_inf_nan=True)
 
 
+class Agreement(_Shape):
+    """How often a judge prefers what people preferred."""
+
+    accuracy: float
+    low: float
+    high: float
+    items: int
+    decided: float = 0.0
+    accuracy_decided: float | None = None
+    first_place: float | None = None
+
+
+class AtEqualLength(_Shape):
+    """A win rate as if both answers were equally long."""
+
+    win_rate: float
+    low: float
+    high: float
+
+
+class Judge(_Shape):
+    """A model that judges, and what it is worth."""
+
+    model: str = ""
+    method: str = ""
+    agreement: Agreement | None = None
+    better_than_chance: bool = False
+    against: str = ""
+    length_controlled: dict[str, AtEqualLength] = Field(default_factory=dict)
+
+    @field_validator("agreement", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any) -> Any:
+        return value or None
+
+
 class Evaluated(_Shape):
     """metrics.json of an evaluation."""
 
@@ -32,6 +68,7 @@ class Evaluated(_Shape):
     suites: dict[str, SuiteResult] = Field(default_factory=dict)
     comparisons: tuple[Compared, ...] = ()
     champion: MeasuredChampion | None = None
+    judge: Judge | None = None
 
 
 class RegisteredModel(_Shape):

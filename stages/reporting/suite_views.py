@@ -39,7 +39,7 @@ def suites_table(story: Story) -> Table | None:
         return None
     rows = [_row(name, suite, roles) for name, suite in suites.items()]
     head = ("suite", "metric", "chance", "items", *(name_of(role, story) for role in roles))
-    notes = ["Each value with its 95 % interval, by a bootstrap over items that share no prompt."]
+    notes = ["Each value with its 95 % interval, by a bootstrap over groups of items."]
     if any(suite.chance is not None for suite in suites.values()):
         notes.append("Green: the interval is better than chance.")
     champion = story.evaluation.champion
@@ -200,6 +200,35 @@ def comparisons_table(story: Story) -> Table | None:
     )
     head = ("model", "minus", "suite", "metric", "difference", "p", "items", "clusters", "needed")
     return Table("Compared item by item", head, tuple(rows), note)
+
+
+def judge_table(story: Story) -> Table | None:
+    """What the model that judges is worth, and win rates as if all answers were equally long."""
+    judge = story.evaluation.judge
+    if judge is None:
+        return None
+    rows = []
+    if judge.agreement is not None:
+        agreed = judge.agreement
+        between = f"{number(agreed.low)} to {number(agreed.high)}"
+        cell = Cell(number(agreed.accuracy), is_number=True, is_worst=not judge.better_than_chance, detail=between)
+        rows.append((text("agrees with people's pairs (ties count one half)"), cell, num(agreed.items)))
+        rows.append(
+            (text("of the pairs that it decided"), num(agreed.accuracy_decided), shown(f"{agreed.decided:.0%}"))
+        )
+        rows.append((text("prefers what stands first (0.5: neither)"), num(agreed.first_place), shown("")))
+    for role in in_order(judge.length_controlled):
+        found = judge.length_controlled[role]
+        against = name_of(judge.against, story)
+        what = f"{name_of(role, story)} wins against {against}, at equal length"
+        cell = Cell(number(found.win_rate), is_number=True, detail=f"{number(found.low)} to {number(found.high)}")
+        rows.append((text(what), cell, shown("")))
+    if not rows:
+        return None
+    name = judge.model or "the given model"
+    worth = "" if judge.better_than_chance else " It is not shown to agree better than chance: do not rely on it."
+    note = f"{name}, by {judge.method}, both orders; disagreement with itself counts as a tie.{worth}"
+    return Table("The judge that is a model", ("", "value", "items"), tuple(rows), note)
 
 
 def decision_table(story: Story) -> Table | None:

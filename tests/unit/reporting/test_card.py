@@ -209,9 +209,10 @@ def test_promote_attaches_the_card_to_every_version_and_leaves_what_people_wrote
     version = next(
         one for one in client.search_model_versions("name = 'demo-aligned'") if one.tags["alignment"] == "ppo"
     )
-    assert len(version.description) <= 5000
-    assert "| questions |" in version.description
-    assert "cards/ppo.md" in version.description.replace("\\", "")
+    described = version.description or ""
+    assert len(described) <= 5000
+    assert "| questions |" in described
+    assert "cards/ppo.md" in described.replace("\\", "")
     client.update_model_version("demo-aligned", version.version, description="Ask Ada before you use it.")
     promote()
     assert client.get_model_version("demo-aligned", version.version).description == "Ask Ada before you use it."

@@ -218,6 +218,31 @@ def test_the_decision_is_shown_as_the_approver_saw_it(tmp_path: Path) -> None:
     assert rows[2][-1] == "not held"
 
 
+def test_a_judge_stands_next_to_what_it_is_worth(tmp_path: Path) -> None:
+    judge = {
+        "endpoint": "",
+        "model": "judge-1",
+        "method": "generation",
+        "agreement": {"accuracy": 0.52, "low": 0.46, "high": 0.58, "items": 90, "decided": 0.8, "skipped": {}},
+        "better_than_chance": False,
+        "against": "sft",
+        "length_controlled": {"ppo": {"win_rate": 0.55, "low": 0.5, "high": 0.6, "per_length": 0.1}},
+    }
+    page = make(tmp_path, evaluation={**JUDGED, "judge": judge})
+    rows = rows_of(page, "The judge that is a model")
+    assert rows[1][1:] == ["0.52 0.46 to 0.58", "90"]
+    assert rows[4] == ["PPO wins against SFT, at equal length", "0.55 0.5 to 0.6", ""]
+    assert "not shown to agree better than chance" in page
+    silent = {**judge, "agreement": {}, "length_controlled": {}}
+    assert "The judge that is a model" not in make(tmp_path / "b", evaluation={**JUDGED, "judge": silent})
+
+
+def test_the_difference_that_decided_stands_at_the_top(tmp_path: Path) -> None:
+    top = make(tmp_path).split("<nav")[0]
+    assert "PPO minus Champion (version 7)" in top
+    assert "+0.03 to +0.13, accuracy of questions, 200 items" in top
+
+
 def test_gates_are_shown_with_both_numbers_and_who_let_them_pass(tmp_path: Path) -> None:
     page = make(tmp_path, gates={"reward": GATE, "curate": {**GATE, "outcome": "passed", "override": None}})
     rows = rows_of(page, "Gates of the run")
@@ -327,7 +352,7 @@ def test_a_figure_of_many_points_shows_some_and_links_the_rest() -> None:
 def test_intervals_are_drawn_where_they_are_and_never_outside(tmp_path: Path) -> None:
     svg = interval_plot([Estimate("a", 0.5, 0.4, 0.6), Estimate("b" * 99, 0.55)], label="x", mark=0.45)
     dots = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', svg)]
-    low, high = (float(x) for x in re.search(r'd="M([\d.]+) [\d.]+H([\d.]+)M', svg).groups())  # type: ignore[union-attr]
+    low, high = (float(x) for x in re.findall(r'd="M([\d.]+) [\d.]+H([\d.]+)M', svg)[0])
     assert low < dots[0] < dots[1] < high < 380
     assert dots[0] - low == pytest.approx(high - dots[0], abs=0.2)
     assert "…" in svg
