@@ -4,6 +4,7 @@ from stages.config.closing import ReportConfig
 from stages.config.errors import DataError
 from stages.job.context import StageContext, StageOutcome
 from stages.lineage.views import to_json, to_markdown, to_svg
+from stages.reporting.items import with_changes
 from stages.reporting.page import render_page
 from stages.reporting.story import Story, read_story
 
@@ -16,6 +17,7 @@ def run(context: StageContext) -> StageOutcome:
     story = read_story(
         context.inputs, context.run, title=config.title, max_samples=config.max_samples, store=context.store
     )
+    story = with_changes(story)
     context.progress(1, 2, unit="part", phase="read")
     written = _pages(story)
     for name, text in written.items():

@@ -29,6 +29,17 @@ _REBUILD = "Remove the artifact and clear the task of its stage to build it agai
 
 
 @dataclass(frozen=True)
+class ItemChange:
+    """One item of a suite before and after alignment."""
+
+    item: str
+    before: float
+    after: float
+    response_before: str = ""
+    response_after: str = ""
+
+
+@dataclass(frozen=True)
 class Story:
     """Records of one run, by role."""
 
@@ -42,6 +53,10 @@ class Story:
     promotion: Promoted | None = None
     gates: dict[str, GateFound] = field(default_factory=dict)
     """Outcomes by stage."""
+    changed: str = ""
+    """Role of the aligned model that `changes` are about."""
+    changes: dict[str, list[ItemChange]] = field(default_factory=dict)
+    """By suite the items that it and its start differ most on."""
     max_samples: int = 12
     lineage: Graph | None = None
     no_lineage: str = ""

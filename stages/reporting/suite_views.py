@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from stages.config.decision_table import HEAD, decision_rows
 from stages.config.evaluation import CHAMPION_ROLE, Compared, SuiteResult, SuiteScore
 from stages.config.graph import spec_of_role, trained_stages
+from stages.config.text import one_line
 from stages.reporting.figures import Figure, figure_data
 from stages.reporting.interval_plot import Estimate, interval_plot
 from stages.reporting.line_plot import number
-from stages.reporting.names import in_order, name_of
+from stages.reporting.names import in_order, name_of, start_of
 from stages.reporting.story import Story
-from stages.reporting.tables import Cell, Table, num, shown, text
+from stages.reporting.tables import Cell, Table, code, num, shown, text
 
 _ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
 _COLOURS = 4
+_LONGEST = 400
+"""Characters of an answer in a table."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class SuiteView:
     summary: str
     figure: Figure | None
     table: Table
+    changes: Table | None = None
 
 
 def suites_table(story: Story) -> Table | None:
@@ -102,7 +106,31 @@ def _view(name: str, suite: SuiteResult, story: Story) -> SuiteView:
         summary=f"{suite.metric}{_ARROWS[suite.better]}, {suite.items} items{chance}",
         figure=Figure(title, svg, (), data) if svg else None,
         table=Table(f"{name}, {suite.metric}", head, tuple(rows), f"Digest of items and settings: {suite.digest[:16]}"),
+        changes=_changes(name, suite, story),
     )
+
+
+def _changes(name: str, suite: SuiteResult, story: Story) -> Table | None:
+    """The items that alignment changed most, gains first."""
+    found = story.changes.get(name)
+    if not found:
+        return None
+    after, before = name_of(story.changed, story), name_of(start_of(story.changed, story), story)
+    with_text = any(one.response_before or one.response_after for one in found)
+    rows = []
+    for one in sorted(found, key=lambda one: one.before - one.after, reverse=suite.better == "lower"):
+        up = (one.after > one.before) == (suite.better == "higher")
+        value = Cell(number(one.after), is_number=True, is_best=bool(suite.better) and up, is_worst=_is_loss(suite, up))
+        texts = [text(one_line(said, at_most=_LONGEST)) for said in (one.response_before, one.response_after)]
+        rows.append((code(one.item), num(one.before), value, *(texts if with_text else ())))
+    head = ("item", before, after, *((f"{before} said", f"{after} said") if with_text else ()))
+    return Table(
+        f"Items of {name} that changed most", head, tuple(rows), "All scores are in the evaluation's artifact."
+    )
+
+
+def _is_loss(suite: SuiteResult, up: bool) -> bool:
+    return bool(suite.better) and not up
 
 
 def _items(one: Estimate, roles: list[str], suite: SuiteResult, story: Story) -> float:

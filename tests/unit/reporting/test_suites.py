@@ -14,12 +14,22 @@ from stages.artifacts.addresses import open_store
 from stages.config.closing import ReportConfig
 from stages.config.errors import DataError
 from stages.config.graph import Stage
+from stages.judge.scores import write_scores
+from stages.judge.suite import Score
 from stages.report import run
 from stages.reporting.figures import figure_data
 from stages.reporting.interval_plot import Estimate, interval_plot
 from stages.reporting.page import render_page
 from stages.reporting.story import read_gates, read_story
-from tests.pipeline_records import EVALUATION, context_for, publish_run, refs_for, request_for, run_info
+from tests.pipeline_records import (
+    EVALUATION,
+    context_for,
+    publish_artifact,
+    publish_run,
+    refs_for,
+    request_for,
+    run_info,
+)
 from tests.unit.reporting.test_report import CSV, PROMOTION, _Page
 
 
@@ -140,8 +150,24 @@ GATE = {
 }
 
 
-def make(root: Path, *, evaluation: Any = JUDGED, promotion: Any = DECIDED, gates: Any = None) -> str:
+def make(
+    root: Path,
+    *,
+    evaluation: Any = JUDGED,
+    promotion: Any = DECIDED,
+    gates: Any = None,
+    scores: Any = None,
+    damaged: str = "",
+) -> str:
     store, made = publish_run(root, evaluation=evaluation, promotion=promotion)
+    if scores:
+        folder = root / f"content-{Stage.EVALUATE.value}"
+        write_scores(folder, scores)
+        if damaged:
+            (folder / damaged).write_bytes(b"PAR1 no table")
+        made[Stage.EVALUATE], _ = publish_artifact(
+            store, Stage.EVALUATE, refs_for(Stage.EVALUATE, made), folder, salt="with-scores"
+        )
     for stage, gate in (gates or {}).items():
         text = gate if isinstance(gate, str) else json.dumps(gate)
         store.write_bytes(f"runs/{run_info().run_id}/gate_{stage}/gate.json", text.encode())
@@ -335,6 +361,32 @@ def test_samples_that_alignment_changed_most_come_first(tmp_path: Path) -> None:
     assert shown == ["new", "half"]
     assert "changed most" in page
     assert store is not None
+
+
+def test_items_that_changed_most_are_shown_with_both_answers(tmp_path: Path) -> None:
+    """Twenty items gain 0.00 to 0.19, one loses; the five largest gains, the five smallest differences and the loss."""
+    before = [Score(f"item-{number}", 0.5, response=f"old {number}") for number in range(20)]
+    after = [Score(f"item-{number}", 0.5 + number / 100, response="<b>new</b>") for number in range(20)]
+    before.append(Score("lost", 1.0, response="right"))
+    after.append(Score("lost", 0.0, response="wrong"))
+    elsewhere = {("language", "sft"): [Score("a", 1.0)], ("language", "ppo"): [Score("a", 1.2)]}
+    page = make(tmp_path, scores={("questions", "sft"): before, ("questions", "ppo"): after, **elsewhere})
+    rows = rows_of(page, "Items of questions that changed most")
+    assert rows[0] == ["item", "SFT", "PPO", "SFT said", "PPO said"]
+    assert [row[0] for row in rows[1:6]] == [f"item-{number}" for number in (19, 18, 17, 16, 15)]
+    assert rows[1][1:] == ["0.5", "0.69", "old 19", "&lt;b&gt;new&lt;/b&gt;"]
+    assert rows[-1] == ["lost", "1", "0", "right", "wrong"]
+    assert len(rows) == 11
+    assert "item-0" not in [row[0] for row in rows]  # it did not change
+    worse = next(row for row in re.findall(r"<tr>.*?</tr>", page, re.DOTALL) if "<code>a</code>" in row)
+    assert "num worst" in worse  # more bits
+
+
+@pytest.mark.parametrize("name", ["scores.parquet", "responses.parquet"])
+def test_scores_that_are_none_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    scores = {("questions", role): [Score("a", value)] for role, value in (("sft", 0.0), ("ppo", 1.0))}
+    with pytest.raises(DataError, match=name):
+        make(tmp_path, scores=scores, damaged=name)
 
 
 def test_a_figure_of_many_points_shows_some_and_links_the_rest() -> None:
