@@ -8,7 +8,7 @@ from html import escape
 from stages.config.text import one_line
 from stages.reporting.line_plot import Scale, number
 
-_WIDTH, _LEFT, _RIGHT, _TOP, _LINE, _BOTTOM = 380, 118, 16, 10, 22, 24
+_WIDTH, _LEFT, _RIGHT, _TOP, _LINE, _BOTTOM = 380, 136, 16, 10, 22, 24
 _LONGEST_NAME = 18
 _ACROSS = 6
 
