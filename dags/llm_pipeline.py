@@ -5,7 +5,8 @@
 
 Every stage is a Ray job. A stage whose artifact exists is not run again; a stage that the run does not include skips
 itself and says why: `first_stage` and given models decide where a run enters, `last_stage` where it ends. Skipped
-stages let the rest run, failed ones do not. With `promotion=approval`, `approve` asks a person.
+stages let the rest run, failed ones do not. With `promotion=approval`, `approve` asks a person. A gate, `gate_<stage>`,
+stands after each stage that makes data or a model and after `evaluate`: a failed one stops the run (docs/GATES.md).
 """
 
 from datetime import timedelta
@@ -15,15 +16,17 @@ from airflow.sdk import DAG, TriggerRule, chain, get_current_context, task
 
 from operators.defaults import default_args
 from operators.form import trigger_form
+from operators.gates import GateOperator
 from operators.notify import deadline, notifications
 from operators.operator import StageOperator
 from operators.people.approval import PromotionApproval
-from stages.config.graph import GRAPH, Stage, pipeline_stages
+from stages.config.graph import GRAPH, Stage, gated_stages, pipeline_stages
 from stages.config.selection import direct_inputs
 
 # Stages that fill the machine wait for a slot of the pool `gpu`, which counts deferred tasks too.
 heavy = partial(StageOperator, pool="gpu", timeout=timedelta(days=7))
 light = partial(StageOperator, timeout=timedelta(hours=6))
+
 
 with DAG(
     dag_id="llm_pipeline",
@@ -61,10 +64,21 @@ with DAG(
     # The stages, in the order that their inputs (stages/config/graph.py) ask for.
     tasks = {stage: (heavy if GRAPH[stage].heavy else light)(stage=stage) for stage in pipeline_stages()}
     approve = PromotionApproval(task_id="approve")
+    # A gate of a model loads it, so it waits for a slot too; the others only read what is recorded.
+    gates = {
+        stage: GateOperator(
+            stage=stage, timeout=timedelta(hours=6), pool="gpu" if GRAPH[stage].trains else "default_pool"
+        )
+        for stage in gated_stages()
+    }
 
     chain(resolve(), plan(), [tasks[stage] for stage in tasks if not direct_inputs(stage)])
+    for stage, gate in gates.items():
+        # A reward model is also asked for the answers that a gold scorer likes.
+        judges = [gates[other] for other in gates if GRAPH[other].judges and GRAPH[stage].learnt_from]
+        chain([tasks[stage], *judges], gate)
     for stage, stage_task in tasks.items():
-        sources = [tasks[source] for source in direct_inputs(stage)]
+        sources = [(tasks | gates)[source] for source in direct_inputs(stage) if not GRAPH[source].judges]
         if stage is Stage.PROMOTE:
             chain(sources, approve, stage_task)
         elif sources:

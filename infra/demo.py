@@ -17,7 +17,7 @@ from infra.health import Health
 from infra.layout import StackSecrets
 from infra.real_model import with_real_model
 from infra.run_state import DAG_ID, Row, RunWatch, Snapshot
-from infra.screen import open_screen, samples_panels, summary_table
+from infra.screen import gate_lines, open_screen, samples_panels, summary_table
 from infra.stack import Stack, relative
 from stages.artifacts.addresses import open_store
 from stages.config.closing import read_samples as read_samples_of
@@ -133,6 +133,8 @@ def show_outcome(
         say(console, f"{len(built)} stages executed, {len(hits)} taken from earlier runs; {seconds:.0f} s in all")
     else:
         say(console, f"0 stages executed: all {len(hits)} were already built by earlier runs; {seconds:.0f} s in all")
+    for line in gate_lines(snapshot):
+        say(console, line)
     for line in addresses(watch, snapshot, deployment, page=page):
         say(console, line)
 

@@ -11,7 +11,9 @@ from typing import Any, Protocol
 from infra.airflow_api import AirflowApi, AirflowApiError, TaskState
 from infra.waiting import Waiting, WaitWatch
 from stages.config.errors import DataError
-from stages.config.graph import GRAPH, Stage, pipeline_stages
+from stages.config.gate_records import GATE_RECORD, GateRecord
+from stages.config.gates import gate_name
+from stages.config.graph import GRAPH, Stage, gated_stages, pipeline_stages
 from stages.config.heard import REPORTS, quiet_seconds, seconds_left
 from stages.config.records import Record, parse_object, parse_record
 from stages.config.request import Failure, StageResult, run_folder
@@ -38,9 +40,14 @@ _READY = ("scheduled", "queued")
 
 def task_order() -> tuple[str, ...]:
     """Return the tasks of `llm_pipeline` in the order of the graph; `approve` stands before what it decides about."""
-    names = [stage.value for stage in pipeline_stages()]
+    gates = _gates()
+    names = [name for stage in pipeline_stages() for name in (stage.value, gates.get(stage, "")) if name]
     names.insert(names.index(Stage.PROMOTE), "approve")
     return ("resolve", "plan", *names, "close")
+
+
+def _gates() -> dict[Stage, str]:
+    return {stage: gate_name(stage) for stage in gated_stages()}
 
 
 class Reads(Protocol):
@@ -61,11 +68,19 @@ class Row:
     progress: dict[str, Any] = field(default_factory=dict)
     result: StageResult | None = None
     failure: Failure | None = None
+    gate: GateRecord | None = None
+    """The outcome, for a gate."""
     try_number: int = 1
     quiet: float = 0.0
     """Seconds without a report of progress; 0 while they are few, or before the first report."""
     left: float | None = None
     """Seconds until it is done, as far as that is known now."""
+
+    @property
+    def needs_a_line(self) -> bool:
+        """A gate that waits or is passed is not worth one on a screen that is redrawn."""
+        is_quiet = self.state in ("none", "success", "skipped", "scheduled", "queued", "upstream_failed")
+        return not (self.name in _gates().values() and is_quiet and not (self.gate and self.gate.override))
 
     @property
     def works(self) -> bool:
@@ -85,6 +100,8 @@ class Row:
     @property
     def key_metric(self) -> str:
         """The most telling numbers of this stage, from its result or, while it runs, from its progress."""
+        if self.gate:
+            return self.gate.summary()
         if self.result:
             return GRAPH[self.result.stage].summary(self.result.metrics)
         plain = ("stage", "done", "total", "unit", "rate", "rate_unit", "eta_seconds", "at", "cost")
@@ -109,6 +126,11 @@ class Snapshot:
     def stages(self) -> list[Row]:
         return [row for row in self.rows if row.name in pipeline_stages()]
 
+    @property
+    def gates(self) -> list[Row]:
+        """Those that have decided."""
+        return [row for row in self.rows if row.gate is not None]
+
 
 class RunWatch:
     """Follows one run; results are read once, since they never change."""
@@ -120,6 +142,7 @@ class RunWatch:
         self._store = store
         self._folder = f"runs/{run_folder(DAG_ID, run_id)}"
         self._results: dict[str, StageResult] = {}
+        self._passed: dict[str, GateRecord] = {}
         self._waits = WaitWatch(
             api,
             DAG_ID,
@@ -150,7 +173,7 @@ class RunWatch:
 
     def _row(self, task: TaskState) -> Row:
         state = task.state
-        result = failure = None
+        result = failure = gate = None
         progress: dict[str, Any] = {}
         if task.task_id in pipeline_stages():
             if state == "success" and (result := self._result(task.task_id)):
@@ -159,6 +182,9 @@ class RunWatch:
                 progress = self._progress(self._folder, task.task_id)
             elif state == "failed":
                 failure = self._record(Failure, task.task_id, "failure.json")
+        elif task.task_id in _gates().values() and state in ("success", "failed"):
+            gate = self._gate(task.task_id, final=state == "success")
+            failure = self._record(Failure, task.task_id, "failure.json") if state == "failed" else None
         return Row(
             task.task_id,
             state,
@@ -166,6 +192,7 @@ class RunWatch:
             progress=progress,
             result=result,
             failure=failure,
+            gate=gate,
             try_number=task.try_number,
             quiet=quiet_seconds(progress, now=time.time()),
             left=seconds_left(progress, now=time.time()),
@@ -190,6 +217,14 @@ class RunWatch:
         if stage not in self._results and (found := self._record(StageResult, stage, "result.json")):
             self._results[stage] = found
         return self._results.get(stage)
+
+    def _gate(self, task_id: str, *, final: bool) -> GateRecord | None:
+        if task_id in self._passed:
+            return self._passed[task_id]
+        found = self._record(GateRecord, task_id, GATE_RECORD)
+        if found and final:
+            self._passed[task_id] = found
+        return found
 
     def _record(self, kind: type[Record], stage: str, name: str) -> Record | None:
         """A record of the run; None while there is none, and for a damaged one, of which the task's log tells."""

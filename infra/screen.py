@@ -100,7 +100,8 @@ class LiveScreen:
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("now", no_wrap=True, overflow="ellipsis")
         for row in snapshot.rows:
-            table.add_row(*self._cells(row))
+            if row.needs_a_line:
+                table.add_row(*self._cells(row))
         elapsed = Text(f"{duration(time.monotonic() - self._begin)} so far", style="dim")
         waiting = [Text(line, style="yellow", overflow="fold") for line in shown_lines(snapshot)]
         self._live.update(Group(table, *waiting, elapsed))
@@ -186,6 +187,22 @@ def summary_table(snapshot: Snapshot) -> Table:
             row.key_metric,
         )
     return table
+
+
+def gate_lines(snapshot: Snapshot) -> list[str]:
+    """How many checks the gates made, and which of them a person let pass."""
+    records = [row.gate for row in snapshot.gates if row.gate is not None]
+    if not records:
+        return []
+    checks = sum(len(record.checks) for record in records)
+    failures = sum(len(record.failures) for record in records)
+    lines = [f"{len(records)} gates: {checks} checks, {failures} failed"]
+    return lines + [
+        printable(f"  {record.stage.value} is passed over: {check.in_words()}")
+        for record in records
+        if record.override
+        for check in record.failures
+    ]
 
 
 def samples_panels(samples: Sequence[Mapping[str, Any]], *, count: int = 3) -> list[Panel]:

@@ -18,13 +18,14 @@ from operators.ray.submission import Attached, Submission, SubmissionLog, TaskKe
 from operators.ray.watch import Outcome, WatchSettings
 from stages.artifacts.store import Store
 from stages.config.execution import ExecutionConfig
+from stages.config.gate_records import GateRequest
 from stages.config.graph import Stage
 from stages.config.look import LookRequest
 from stages.config.request import REQUEST_DIGEST, RunInfo, StageRequest, sha256_of
 
 logger = logging.getLogger(__name__)
 
-JobRequest = StageRequest | LookRequest
+JobRequest = StageRequest | LookRequest | GateRequest
 """What a job is asked to do; each has a folder of its own under the run's."""
 
 _STALL_MARGIN_SECONDS = 120.0

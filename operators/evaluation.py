@@ -42,7 +42,8 @@ def evaluation_config(params: EvaluationParams) -> PipelineConfig:
             f"model={params.model!r} is a GGUF file, which a run must convert first",
             advice="Use llm_pipeline with it as base_model and first_stage=evaluate.",
         )
-    config = resolve({"recipe": params.recipe, "run_name": "evaluation", "overrides": params.overrides})
+    chosen = {"recipe": params.recipe, "benchmarks": params.benchmarks, "overrides": params.overrides}
+    config = resolve({"run_name": "evaluation", **chosen})
     given: dict[str, ArtifactRef] = {}
     if is_ours(params.model):
         given = _family(given_artifact(params.model, field="model"))

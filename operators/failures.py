@@ -94,6 +94,13 @@ class StageStopped(StageFailed):
     retryable = False
 
 
+class GateFailed(StageFailed):
+    """What a stage published must not be gone on with; no retry makes it another artifact."""
+
+    category = Category.DATA
+    retryable = False
+
+
 class RunIncomplete(StageFailed):
     """The run is over, and not all stages that it was asked for succeeded."""
 

@@ -10,7 +10,7 @@ from operators.mlflow import MlflowRefusedError, MlflowServer, MlflowUnavailable
 from stages.artifacts.addresses import split_artifact_uri
 from stages.artifacts.manifests import read_manifest
 from stages.config.errors import ConfigError, DamagedArtifactError, StageError, without_logins
-from stages.config.graph import BASE_MODEL, GRAPH, REWARD_MODEL, Stage, kinds_of_start, trained_stages
+from stages.config.graph import BASE_MODEL, GOLD_MODEL, GRAPH, REWARD_MODEL, Stage, kinds_of_start, trained_stages
 from stages.config.mlflow import tracking_server
 from stages.config.names import parse_model_address
 from stages.config.pipeline import PREVIOUS, PipelineConfig
@@ -39,10 +39,12 @@ def given_artifacts(config: PipelineConfig) -> dict[str, ArtifactRef]:
 
 def _check_kind(role: str, address: str, kind: str) -> None:
     scorers = [spec.kind for spec in trained_stages() if spec.scores]
-    allowed = {BASE_MODEL: list(kinds_of_start()), REWARD_MODEL: scorers}.get(role, [*kinds_of_start(), *scorers])
+    by_role = {BASE_MODEL: list(kinds_of_start()), REWARD_MODEL: scorers, GOLD_MODEL: scorers}
+    allowed = by_role.get(role, [*kinds_of_start(), *scorers])
     advice = {
         BASE_MODEL: "Give a language model; a reward model cannot be one.",
         REWARD_MODEL: "Give a reward model; one is trained from a language model with reward_base.",
+        GOLD_MODEL: "Give a gold scorer or a reward model that this run does not train with.",
     }.get(role, "Give a model.")
     if kind not in allowed:
         raise ConfigError(f"{role}={address!r} is of kind {kind!r}; allowed: {', '.join(allowed)}", advice=advice)

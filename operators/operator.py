@@ -15,6 +15,7 @@ from airflow.sdk.exceptions import AirflowSkipException, AirflowTaskTimeout, Tas
 
 from operators.failures import (
     StageConfigFailed,
+    StageFailed,
     StageOutOfMemory,
     StageTimedOut,
     as_stage_failures,
@@ -77,7 +78,7 @@ class StageOperator(BaseOperator):
         if spec.asset:
             kwargs.setdefault("outlets", [Asset(name=spec.asset, group="llm")])
         super().__init__(task_id=task_id or spec.stage.value, **kwargs)
-        self.stage = spec.stage.value
+        self.stage = self.counted_as = spec.stage.value
         self.ray_conn_id = ray_conn_id
         self.resolve_task_id = resolve_task_id
         self.approve_task_id = approve_task_id
@@ -99,7 +100,7 @@ class StageOperator(BaseOperator):
     def execute(self, context: Any) -> dict[str, Any]:
         from operators.metrics import failures_counted
 
-        with failures_counted(self.stage, ti=context["ti"]):
+        with failures_counted(self.counted_as, ti=context["ti"]):
             return self._execute_in_time(context)
 
     def _execute_in_time(self, context: Any) -> dict[str, Any]:
@@ -110,17 +111,14 @@ class StageOperator(BaseOperator):
 
     def _execute(self, context: Any) -> dict[str, Any]:
         from operators.dispatch import Carried, attach, outcome_of
-        from operators.mlflow import note_artifact
-        from operators.prepare import find_hit
 
         with as_stage_failures():
             run, store = self._run(context), self._open_store()
             request = self._request(context, run=run, store=store)
             run, max_retries = request.run, request.execution.max_retries
         with as_stage_failures(max_retries):
-            if hit := find_hit(store, request):
-                note_artifact(run, self.stage, hit.artifact, hit=True)
-                return self._finish(context, run, hit)
+            if (found := self._without_job(context, store, request)) is not None:
+                return found
             with RayJobHook(self.ray_conn_id) as hook:
                 attached = attach(
                     context,
@@ -166,7 +164,6 @@ class StageOperator(BaseOperator):
     def _complete(self, context: Any, outcome: "Outcome", carried: "Carried") -> dict[str, Any]:
         """Turn the end of the job into the end of the task."""
         from operators.dispatch import clear_number, submission_log
-        from operators.results import explain_failure, read_result
 
         self.link_addresses = dict(carried.links)
         run, max_retries, status = carried.run, carried.max_retries, JobStatus(outcome.status)
@@ -183,12 +180,12 @@ class StageOperator(BaseOperator):
             with as_stage_failures(max_retries):
                 known = {"run": run, "store": self._open_store(), "outcome": outcome, "max_retries": max_retries}
                 if status is JobStatus.SUCCEEDED:
-                    returned = self._finish(context, run, read_result(Stage(self.stage), **known))
+                    returned = self._taken(context, **known)
                     taken_in = clear_number(context)
                     return returned
                 if status is JobStatus.STOPPED and self._terminated:
                     raise ended_while_waiting(max_retries)
-                raise explain_failure(Stage(self.stage), **known)
+                raise self._explained(**known)
         except StageOutOfMemory as error:
             log.count_out_of_memory()
             if carried.micro_batch_size == 1:
@@ -199,15 +196,41 @@ class StageOperator(BaseOperator):
                 # Only now is the outcome processed; a job that may still run keeps its record for the retry.
                 log.consume(carried.submission, taken_in=taken_in)
             if status not in (JobStatus.UNREACHABLE, JobStatus.SUCCEEDED):
-                from operators.mlflow import end_stage_runs
+                self._end_runs(run, killed=status is JobStatus.STOPPED)
 
-                end_stage_runs(run, self.stage, killed=status is JobStatus.STOPPED)
+    # What a task of another kind of job has another answer to: see operators/gates.py.
+
+    def _without_job(self, context: Any, store: "Store", request: StageRequest) -> dict[str, Any] | None:
+        """Return what the task returns where the artifact exists already; None when a job must make it."""
+        from operators.mlflow import note_artifact
+        from operators.prepare import find_hit
+
+        if (hit := find_hit(store, request)) is None:
+            return None
+        note_artifact(request.run, self.stage, hit.artifact, hit=True)
+        return self._finish(context, request.run, hit)
+
+    def _taken(self, context: Any, *, run: RunInfo, **known: Any) -> dict[str, Any]:
+        """Return what the task returns after a job that succeeded."""
+        from operators.results import read_result
+
+        return self._finish(context, run, read_result(Stage(self.stage), run=run, **known))
+
+    def _explained(self, **known: Any) -> StageFailed:
+        from operators.results import explain_failure
+
+        return explain_failure(Stage(self.stage), **known)
+
+    def _end_runs(self, run: RunInfo, *, killed: bool) -> None:
+        from operators.mlflow import end_stage_runs
+
+        end_stage_runs(run, self.stage, killed=killed)
 
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Any) -> Any:
         """Stop the job when its time is over; Airflow then calls neither this operator's on_kill nor the trigger's."""
         from operators.metrics import failures_counted
 
-        with failures_counted(self.stage, ti=context["ti"]):
+        with failures_counted(self.counted_as, ti=context["ti"]):
             try:
                 return super().resume_execution(next_method, next_kwargs, context)
             except TaskDeferralTimeout:

@@ -36,7 +36,17 @@ from stages.config.estimate import (
     workload,
 )
 from stages.config.execution import ExecutionConfig
-from stages.config.graph import BASE_MODEL, DATA_FIELDS, GRAPH, REWARD_MODEL, Stage, pipeline_stages, stage_providing
+from stages.config.graph import (
+    BASE_MODEL,
+    DATA_FIELDS,
+    GOLD_MODEL,
+    GRAPH,
+    JUDGE,
+    REWARD_MODEL,
+    Stage,
+    pipeline_stages,
+    stage_providing,
+)
 from stages.config.look import ModelFacts
 from stages.config.pipeline import CONFIG_CLASSES, PipelineConfig, stage_config_from_json
 from stages.config.request import ArtifactRef, Manifest, RunInfo, StageRequest, digests_of
@@ -102,6 +112,8 @@ def _remarks(config: PipelineConfig) -> Iterator[str]:
             stages_by_reason.setdefault(why, []).append(stage.value)
     for why, stages in stages_by_reason.items():
         yield f"{', '.join(stages)}: skipped, {why}"
+    if config.gates.override:
+        yield f"gates that may fail: {', '.join(config.gates.override)}, because {config.gates.reason}"
     for name in DATA_FIELDS if Stage.CURATE in config.selected else ():
         if not getattr(config.curate, name):
             yield f"{name}: none are read, no stage of this run needs them"
@@ -247,7 +259,7 @@ class _Walk:
 
     def _start(self, stage: Stage) -> ModelFacts | None:
         """The given model that a stage starts from, or that its start was made from; None for one not looked at."""
-        starts = [role for role in self._config.given_roles(stage) if role != REWARD_MODEL]
+        starts = [role for role in self._config.given_roles(stage) if role not in (REWARD_MODEL, GOLD_MODEL, JUDGE)]
         return self.looked_at.of(next(iter(starts), BASE_MODEL))
 
     def _measured(self, stage: Stage, builds: Builds) -> Measured | None:

@@ -147,6 +147,8 @@ def _conf(
         "documents": [prefix],
         "instructions": [],
         "preferences": list(preferences),
+        "override_gates": [],  # a person let the champion's run pass, not this one
+        "override_reason": "",
         "overrides": {
             **_settings_of(params_of.get("overrides") or {}),
             "pretrain.max_epochs": params.max_epochs,

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Any
 from operators.failures import RunIncomplete, as_stage_failures
 from operators.form import form_values
 from operators.mlflow import end_parent_run, end_stage_runs, open_parent_run
-from stages.config.graph import Stage
+from stages.config.gates import gate_name
+from stages.config.graph import Stage, gated_stages
 from stages.config.request import RunInfo, sha256_of
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from stages.artifacts.store import Store
     from stages.config.pipeline import PipelineConfig
 
@@ -87,11 +90,11 @@ def finish_run(context: Any, *, resolve_task_id: str = "resolve", plan_task_id: 
     with as_stage_failures():
         store = open_default_store()
         config = load_config(store, run)
-        wanted = {plan_task_id} if config.dry_run else selection(config)
+        wanted = {plan_task_id} if config.dry_run else _wanted(selection(config))
     states = ti.get_task_states(dag_id=ti.dag_id, run_ids=[ti.run_id]).get(ti.run_id, {})
     unfinished = [
         f"{task} {states[task]}"
-        for task in (plan_task_id, *Stage)
+        for task in (plan_task_id, *Stage, *map(gate_name, gated_stages()))
         if task in wanted & states.keys() and states[task] != "success"
     ]
     end_stage_runs(run, killed=True)
@@ -100,6 +103,11 @@ def finish_run(context: Any, *, resolve_task_id: str = "resolve", plan_task_id: 
         _tell_undelivered(store, run)
     if unfinished:
         raise RunIncomplete(f"Not every stage succeeded: {', '.join(unfinished)}.")
+
+
+def _wanted(selected: "Collection[Stage]") -> set[str]:
+    """The tasks that must succeed: stages, and the gates after them."""
+    return {*selected, *(gate_name(stage) for stage in gated_stages() if stage in selected)}
 
 
 def _tell_undelivered(store: "Store", run: RunInfo) -> None:

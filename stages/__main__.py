@@ -28,7 +28,7 @@ def verb_of(stage: Stage) -> Verb:
             from stages.pretrain import run
         case Stage.SFT:
             from stages.sft import run
-        case Stage.REWARD:
+        case Stage.REWARD | Stage.GOLD:  # one objective, on two halves of the pairs
             from stages.reward import run
         case Stage.PPO:
             from stages.ppo import run

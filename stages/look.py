@@ -22,13 +22,13 @@ from stages.artifacts.store import Store, write_json
 from stages.config.errors import EXIT_CODES, Category, ConfigError, ExitCode, StageError
 from stages.config.estimate import memory_bytes
 from stages.config.execution import ExecutionConfig
-from stages.config.graph import GRAPH, REWARD_BASE, REWARD_MODEL, Stage, trained_stages
+from stages.config.graph import BASE_MODEL, GOLD_MODEL, GRAPH, JUDGE, REWARD_BASE, REWARD_MODEL, Stage, trained_stages
 from stages.config.look import GivenModel, Look, LookRequest, ModelFacts, look_key
 from stages.config.pipeline import ONE_VERSION, PipelineConfig
 from stages.config.records import first_error
-from stages.config.request import BASE_MODEL
 from stages.config.selection import learns_from_scores
 from stages.config.text import byte_size
+from stages.config.tokens import AUTO
 from stages.config.train import ModelConfig, PostTrainConfig, TrainConfig
 from stages.job.failures import describe_failure
 from stages.job.logs import log_for_uri
@@ -38,7 +38,9 @@ from stages.job.stopping import raise_stopped
 logger = logging.getLogger("athanor")
 
 _SCORERS = (REWARD_MODEL, REWARD_BASE)
-"""Given models that read what the policy writes."""
+"""Given models that read the ids that the policy writes."""
+_JUDGES = (GOLD_MODEL, JUDGE)
+"""Given models that read texts, each with a tokenizer of its own, as far as their context reaches."""
 
 
 def main(arguments: list[str]) -> int:
@@ -134,6 +136,7 @@ class _Looker:
     def __init__(self, model: GivenModel, config: PipelineConfig, outline: Any, policy: _Text | None) -> None:
         from stages.models.folder import check_folder
         from stages.models.foreign_code import may_run_code
+        from stages.models.same_tokenizer import check_one_score
 
         self._model, self._config, self._outline = model, config, outline
         self._folder: Path = outline.folder
@@ -141,7 +144,12 @@ class _Looker:
         self._warnings: list[str] = []
         check_folder(self._folder)
         may_run_code(self._folder)
-        self.text = self._of_policy(policy) if model.role in _SCORERS else self._text()
+        if model.role == GOLD_MODEL:
+            check_one_score(self._folder, role=GOLD_MODEL)
+        if model.role in _JUDGES:
+            self.text = self._own_text(chat_template=AUTO, sequence_length=1)
+        else:
+            self.text = self._of_policy(policy) if model.role in _SCORERS else self._text()
 
     def facts(self) -> ModelFacts:
         from stages.models.build import positions_of
@@ -178,7 +186,7 @@ class _Looker:
     @property
     def _scores(self) -> bool:
         """Whether the role is that of a model which gives scores, or is made into one."""
-        return self._model.role in _SCORERS or any(
+        return self._model.role in (*_SCORERS, GOLD_MODEL) or any(
             spec.scores and spec.role == self._model.role for spec in trained_stages()
         )
 
@@ -205,14 +213,23 @@ class _Looker:
     def _text(self) -> _Text:
         if (tokens := self._config.given.get("tokens")) is not None:
             return _text_of_tokens(tokens)
+        settings = self._config.tokenize
+        return self._own_text(
+            chat_template=settings.chat_template,
+            sequence_length=settings.sequence_length,
+            only_last_turn=settings.trained_turns == "last",
+        )
+
+    def _own_text(self, *, chat_template: str, sequence_length: int, only_last_turn: bool | None = None) -> _Text:
+        """What the model's own tokenizer makes of texts; its template is checked for training where that is asked."""
         from stages.models.given_tokenizer import given_tokenizer
 
-        settings = self._config.tokenize
-        tokenizer = given_tokenizer(self._folder, chat_template=settings.chat_template)
-        tokenizer.chat().check(only_last_turn=settings.trained_turns == "last")
+        tokenizer = given_tokenizer(self._folder, chat_template=chat_template)
+        if only_last_turn is not None:
+            tokenizer.chat().check(only_last_turn=only_last_turn)
         return _Text(
             backend=tokenizer.backend,
-            sequence_length=settings.sequence_length,
+            sequence_length=sequence_length,
             pad_id=tokenizer.pad_id,
             template=_template_in_words(tokenizer),
         )

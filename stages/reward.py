@@ -1,4 +1,8 @@
-"""Reward model: a sequence classifier with one output, trained on pairs with the Bradley-Terry loss."""
+"""Reward model: a sequence classifier with one output, trained on pairs with the Bradley-Terry loss.
+
+The gold scorer is trained here too, as another reward model: its config names the other half of the pairs and another
+seed, and no stage that trains reads it.
+"""
 
 import torch
 from torch import nn

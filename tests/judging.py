@@ -6,14 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stages import evaluate, tokenize
 from stages.config.closing import EvaluateConfig
 from stages.config.curate import CurateConfig
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
 from stages.config.tokens import TokenizeConfig
+from stages.config.train import GoldConfig
+from stages.data.tokens.views import TokensArtifact
 from stages.job.context import StageContext, StageOutcome
-from tests.small_world import CONFIGS, make_context, make_models, published, write_curated
+from stages.models.build import load_reward_model, new_causal_lm, save_model
+from tests.small_world import CONFIGS, MODEL, make_context, make_models, published, write_curated
 
 SMALL = EvaluateConfig(
     max_documents=5,
@@ -64,6 +69,29 @@ def published_copy(home: Path, model: ArtifactRef, **changed: str) -> ArtifactRe
     (context.output_dir / "manifest.json").unlink(missing_ok=True)
     for name, text in changed.items():
         (context.output_dir / name.replace("__", ".")).write_text(text, encoding="utf-8")
+    return published(context)
+
+
+def published_model(world: World, *, seed: int) -> ArtifactRef:
+    """Publish a model of random weights, as a DPO model of the run."""
+    context = make_context(world.home, Stage.DPO, CONFIGS[Stage.DPO].model_copy(update={"seed": seed}), world.inputs)
+    tokens = TokensArtifact(context.input_dir("tokens"))
+    model = new_causal_lm(MODEL, tokens, seed=seed)
+    save_model(model, model.state_dict(), context.output_dir, tokens)
+    return published(context)
+
+
+def published_scorer(world: World, *, seed: int) -> ArtifactRef:
+    """Publish a reward model with a random head, as the run's gold scorer."""
+    config = GoldConfig(seed=seed)
+    context = make_context(
+        world.home, Stage.GOLD, config, {"tokens": world.inputs["tokens"], "model": world.inputs["sft"]}
+    )
+    tokens = TokensArtifact(context.input_dir("tokens"))
+    model = load_reward_model(context.input_dir("model"), tokens)
+    torch.manual_seed(seed)
+    torch.nn.init.normal_(model.score.weight, std=0.5)
+    save_model(model, model.state_dict(), context.output_dir, tokens)
     return published(context)
 
 

@@ -212,6 +212,7 @@ def _beside_artifacts(picture: Picture, manifests: Mapping[str, Manifest]) -> It
         ("checkpoints", "checkpoints"),
         ("leases", "lease"),
         ("reference-logprobs", "cache"),
+        ("gates", "findings of a gate"),
         ("measurements", "cache"),
         ("probe", "probe"),
     ):
@@ -224,7 +225,11 @@ def _beside_artifacts(picture: Picture, manifests: Mapping[str, Manifest]) -> It
                     yield Waste(what, key, folder.size, "its artifact is published")
             elif room == "probe" and not _after(folder, picture.forgotten):
                 yield Waste(what, key, folder.size, "left by a probe that was killed")
-            elif room in ("checkpoints", "reference-logprobs", "measurements") and not _after(folder, picture.old):
+            elif room == "gates" and fingerprint in published:
+                continue  # they are about an artifact that is there
+            elif room in ("checkpoints", "reference-logprobs", "measurements", "gates") and not _after(
+                folder, picture.old
+            ):
                 yield Waste(what, key, folder.size, "not touched for a long time; it can be computed again")
 
 

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, ClassVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from stages.config.base import AddedLater, Choice, Config
+from stages.config.benchmarks import Benchmark, parse_benchmarks
 from stages.config.errors import DataError
+from stages.config.judging import GoldSettings, JudgeConfig
 from stages.config.names import RunName
 from stages.config.records import first_error, parse_json
 
@@ -49,12 +51,33 @@ class EvaluateConfig(Config):
     """Sampling temperature for scores and win rates; the samples that are shown are greedy."""
     seed: int = Field(default=0, ge=0)
     """Sampling follows from it."""
+    benchmarks: Annotated[tuple[str, ...], AddedLater(())] = ()
+    """What else models are measured by: a file, a folder, `s3://` or `hf://` with `#name=`, `format=`, `rule=`, ...,
+    a task file (.yaml) of lm-evaluation-harness or `lm-eval://task`, or one that needs no address:
+    `heldout-continuation`, `heldout-question`, `refusals`, `toxicity` (docs/BENCHMARKS.md)."""
     comparison: Annotated[ComparisonConfig, AddedLater(ComparisonConfig())] = ComparisonConfig()
     """How sure a difference between two models must be; filled from `promote` when a run starts."""
     champion: Annotated[str, AddedLater("")] = ""
     """The champion that the run's models are compared with, `models:/name/version`; filled by Athanor."""
     champion_missing: Annotated[str, AddedLater("")] = ""
     """Why that champion cannot be measured; filled by Athanor."""
+    gold: Annotated[GoldSettings, AddedLater(GoldSettings())] = GoldSettings()
+    judge: Annotated[JudgeConfig, AddedLater(JudgeConfig())] = JudgeConfig()
+
+    @property
+    def parsed_benchmarks(self) -> tuple[Benchmark, ...]:
+        """The benchmarks with their options apart."""
+        return parse_benchmarks(self.benchmarks)
+
+    @property
+    def outside_benchmarks(self) -> tuple[str, ...]:
+        """Addresses of those whose content lies outside the pipeline, each once."""
+        return tuple(dict.fromkeys(made.uri for made in self.parsed_benchmarks if made.built_in is None))
+
+    @model_validator(mode="after")
+    def _benchmarks_are_understood(self) -> "EvaluateConfig":
+        parse_benchmarks(self.benchmarks)
+        return self
 
 
 class Sample(Config):

@@ -8,13 +8,15 @@ from pydantic import Field
 
 from stages.config.base import Config
 from stages.config.execution import Engine, ExecutionConfig
-from stages.config.graph import BASE_MODEL, GRAPH, REWARD_MODEL, Stage
+from stages.config.graph import BASE_MODEL, GOLD_MODEL, GRAPH, JUDGE, REWARD_MODEL, Stage
 from stages.config.pipeline import PipelineConfig
 from stages.config.text import compact
 from stages.config.train import (
     DPOConfig,
     LoRAConfig,
     ModelConfig,
+    PairsConfig,
+    PairsHalf,
     PostTrainConfig,
     PretrainConfig,
     SampledConfig,
@@ -182,8 +184,11 @@ def workload(
         case Stage.EVALUATE:
             evaluate = config.evaluate
             models = sum(GRAPH[stage].trains for stage in selected) + len(config.given_roles(stage))
-            documents = evaluate.max_documents_tokens if config.curate.documents or config.previous_data else 0
-            read = documents + (evaluate.max_instructions + 2 * evaluate.max_preferences) * length
+            # Rows for perplexity, and the beginnings of documents, which are about a row long each.
+            documents = evaluate.max_documents_tokens + evaluate.max_documents * config.tokenize.sequence_length
+            documents = documents if config.curate.documents or config.previous_data else 0
+            # Pairs are read twice: by themselves, and relative to the start.
+            read = documents + (evaluate.max_instructions + 4 * evaluate.max_preferences) * length
             answered = evaluate.max_prompts * (
                 min(config.tokenize.max_prompt_length, length) + evaluate.max_response_length
             )
@@ -197,6 +202,8 @@ def _epochs_of_data(stage: Stage, train: Config, counts: DataCounts) -> Workload
     if not isinstance(train, SampledConfig):
         return None
     examples = 2 * counts.preferences if GRAPH[stage].weighs == "preferences" else counts.conversations
+    if isinstance(train, PairsConfig) and train.half is not PairsHalf.BOTH:
+        examples /= 2
     tokens = examples * counts.conversation_tokens
     # The policy computes the log-probabilities of its reference once, before the first epoch, for what it trains on.
     refers = isinstance(train, DPOConfig) and train.loss.needs_reference
@@ -285,8 +292,8 @@ def num_devices(execution: ExecutionConfig) -> tuple[float, bool]:
 
 
 def _unknown_models(config: PipelineConfig, stage: Stage) -> list[str]:
-    """Roles of the given models on whose size a stage depends; a reward model is taken to be as large as the policy."""
-    roles = [role for role in config.given_roles(stage) if role != REWARD_MODEL]
+    """Roles of the given models on whose size a stage depends; a scorer is taken to be as large as the policy."""
+    roles = [role for role in config.given_roles(stage) if role not in (REWARD_MODEL, GOLD_MODEL, JUDGE)]
     return roles or [BASE_MODEL] * bool(config.base_model)
 
 
@@ -316,8 +323,9 @@ def estimate(
     parameters = count_parameters(model, counts.vocab_size) if known and made else measured_parameters
     if parameters is None:
         basis.append(f"size of {unknown[0]}={getattr(config, unknown[0])!r} is unknown until a stage has loaded it")
-    if REWARD_MODEL in config.given_roles(stage):
-        basis.append("takes reward_model to be as large as the policy")
+    for role in (REWARD_MODEL, GOLD_MODEL, JUDGE):
+        if role in config.given_roles(stage):
+            basis.append(f"takes {role} to be as large as the policy")
     tokens = work.trained_tokens or work.forward_tokens
     per_token = forward_flops_per_token(model, counts.vocab_size, _context(stage, config, counts)) if known else None
     if per_token is None and parameters is not None:

@@ -6,11 +6,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, GetPydanticSchema, field_validator, model_validator
 
-from stages.config.base import Config
+from stages.config.base import Choice, Config
 from stages.config.closing import LONGEST_WAIT_HOURS, Promotion
+from stages.config.endpoints import is_endpoint
+from stages.config.gates import check_override
 from stages.config.graph import (
     BASE_MODEL,
     GIVEN_MODELS,
+    JUDGE,
     Alignment,
     Stage,
     pipeline_stages,
@@ -34,6 +37,14 @@ FirstStage = Annotated[
     Stage | Literal[""], GetPydanticSchema(get_pydantic_json_schema=lambda schema, handler: {"type": "string"})
 ]
 """A stage or nothing; the form proposes those that a run can enter at."""
+
+
+class GoldScorer(Choice):
+    """Whether a run trains a gold scorer."""
+
+    RECIPE = "recipe", "As the recipe says"
+    TRAIN = "train", "Train one on half of the pairs"
+    NONE = "none", "None"
 
 
 class RunOutline(Config):
@@ -63,6 +74,20 @@ class RunOutline(Config):
     Empty: what the policy starts from."""
     train_reward: bool = Field(default=False, title="Train a reward model")
     """Train a reward model although no stage of the run learns from it: with alignment `dpo` it judges the result."""
+    gold_scorer: GoldScorer = Field(default=GoldScorer.RECIPE, title="Gold scorer")
+    """A second reward model that judges the models of the run and that none of them is trained with. `train` trains one
+    on half of the preference pairs, which reward model and DPO then do without. `recipe`: as the recipe says, where the
+    run trains on pairs anyway."""
+    gold_model: ModelAddress = Field(
+        default="", title="Gold model", examples=["models:/athanor-gold@candidate", "org/reward-model"]
+    )
+    """Gold scorer to judge with, instead of training one: an artifact URI, `models:/name@alias`, or a Hugging Face
+    folder or hub id of a sequence classifier with one output. It may have a tokenizer of its own."""
+    judge: ModelAddress = Field(
+        default="", title="Judge", examples=["models:/big-aligned@champion", "https://judge.example/v1"]
+    )
+    """Model that compares the responses of each model with those of the model that was aligned: an address like those
+    of a base model, or an OpenAI-compatible endpoint, whose model `evaluate.judge.model` names. Empty: none."""
     previous_data: ModelAddress = Field(
         default="", title="Previous data", examples=["models:/athanor-aligned@champion"]
     )
@@ -92,7 +117,7 @@ class RunOutline(Config):
     @property
     def given_models(self) -> dict[str, str]:
         """Addresses of the models that the run is given, by role."""
-        return {role: address for role in GIVEN_MODELS if (address := getattr(self, role))}
+        return {role: address for role in GIVEN_MODELS if (address := getattr(self, role)) and not is_endpoint(address)}
 
     @property
     def converts(self) -> bool:
@@ -105,9 +130,10 @@ class RunOutline(Config):
             alignment=self.alignment,
             last_stage=last_stage,
             first_stage=self.first_stage or None,
-            given=frozenset(self.given_models),
+            given=frozenset(role for role in GIVEN_MODELS if getattr(self, role)),
             continue_pretraining=self.continue_pretraining,
             train_reward=self.train_reward,
+            train_gold=self.gold_scorer is GoldScorer.TRAIN,
             converts=self.converts,
         )
 
@@ -135,17 +161,34 @@ class PipelineParams(RunOutline):
     )
     """Preference pairs, one source per line, with `#weight=` and `#format=` as above; `derived` makes pairs from the
     documents. Empty: those of the recipe."""
+    benchmarks: Lines = Field(
+        default_factory=list,
+        title="Benchmarks",
+        examples=["refusals", "s3://bucket/gsm8k.jsonl#rule=number", "/tasks/arc.yaml"],
+    )
+    """What models are measured by besides held-out data, one per line: a file, a folder, `s3://` or `hf://` of items
+    (`#name=`, `#format=`, `#rule=number` and more after it), a task file of lm-evaluation-harness or `lm-eval://task`,
+    or `heldout-continuation`, `heldout-question`, `refusals`, `toxicity`. Empty: those of the recipe."""
     seed: int = Field(default=0, title="Seed", ge=0, le=2**31 - 1)
     """Every random choice of the run follows from it."""
     promotion: Promotion = Field(default=Promotion.AUTO, title="Promotion")
     """`auto` moves the alias `champion` when the aligned model wins, `approval`: a person decides in Airflow, `never`
     registers candidates only."""
+    override_gates: Lines = Field(default_factory=list, title="Pass failed gates", examples=["reward", "all"])
+    """Gates that may be passed although they fail, one stage per line, or `all`. What failed, who triggered the run and
+    the reason are kept with it."""
+    override_reason: str = Field(default="", title="Reason for passing them", max_length=1000)
+    """Why these gates may be passed; needed when there are any."""
     overrides: dict[str, Any] = Field(default_factory=dict, title="Overrides")
     """Changes to the recipe by dotted path, as JSON: `{"sft.optimizer.learning_rate": 0.0002}`. Unknown paths are
     refused."""
 
     @model_validator(mode="after")
     def _all_goes_together(self) -> "PipelineParams":
+        check_override(self.override_gates, self.override_reason)
+        for role in GIVEN_MODELS:
+            if role != JUDGE and is_endpoint(getattr(self, role)):
+                raise ValueError(f"{role}={getattr(self, role)!r} is an endpoint, which only judge may be")
         for role, address in self.given_models.items():
             if role != BASE_MODEL and is_gguf(address):
                 raise ValueError(
@@ -234,6 +277,9 @@ class EvaluationParams(Config):
     model's own run."""
     reward: ModelAddress = Field(default="", title="Reward model", examples=["models:/athanor-reward@candidate"])
     """Reward model that scores the answers. Empty: the one that the model was trained with, if any."""
+    benchmarks: Lines = Field(default_factory=list, title="Benchmarks", examples=["refusals", "/tasks/arc.yaml"])
+    """What the model is measured by besides held-out data, one per line, as in `llm_pipeline`. Empty: those of the
+    recipe."""
     recipe: str = Field(default="demo", title="Recipe")
     """Recipe whose evaluation settings and resources apply."""
     overrides: dict[str, Any] = Field(default_factory=dict, title="Overrides")

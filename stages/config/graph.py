@@ -11,14 +11,19 @@ from typing import Literal
 from stages.config.base import Choice
 
 BASE_MODEL, REWARD_MODEL, REWARD_BASE = "base_model", "reward_model", "reward_base"
+GOLD_MODEL, JUDGE = "gold_model", "judge"
 """Roles of the models that a run is given: what its policy starts from, the reward model that is used instead of a
-trained one, and what a trained one starts from. Each is a field of the form under the same name."""
+trained one, what a trained one starts from, the gold scorer that judges instead of a trained one, and the model that
+compares responses. Each is a field of the form under the same name."""
 
-GIVEN_MODELS = (BASE_MODEL, REWARD_MODEL, REWARD_BASE)
+GIVEN_MODELS = (BASE_MODEL, REWARD_MODEL, REWARD_BASE, GOLD_MODEL, JUDGE)
 
 DOCUMENTS, INSTRUCTIONS, PREFERENCES = "documents", "instructions", "preferences"
 DATA_FIELDS = (DOCUMENTS, INSTRUCTIONS, PREFERENCES)
 """The kinds of data, each a field of the form."""
+
+BENCHMARKS = "benchmarks"
+"""What models are measured by and never trained on; a field of the form, too."""
 
 
 class Stage(Choice):
@@ -30,6 +35,7 @@ class Stage(Choice):
     PRETRAIN = "pretrain", "Pretrain: the base model"
     SFT = "sft", "SFT: the model that follows instructions"
     REWARD = "reward", "Reward: the model of preferences"
+    GOLD = "gold", "Gold: a scorer that no training sees"
     PPO = "ppo", "PPO: aligned by reinforcement learning"
     DPO = "dpo", "DPO: aligned by preference optimisation"
     EVALUATE = "evaluate", "Evaluate: all models side by side"
@@ -73,6 +79,17 @@ class Curve:
 
 _LOSS = Curve("Loss", (("train/loss", "training"), ("eval/loss", "held-out")))
 
+_SCORER_HEADLINES = (
+    Headline("eval/reward_accuracy", "held-out accuracy", ".1%", "higher"),
+    Headline("eval/reward_margin", "margin", "+.3f", "higher"),
+    Headline("reward/accuracy", "accuracy in training", ".1%", "higher"),
+)
+_SCORER_CURVES = (
+    _LOSS,
+    Curve("Accuracy", (("reward/accuracy", "training"), ("eval/reward_accuracy", "held-out"))),
+    Curve("Margin", (("reward/margin", "training"), ("eval/reward_margin", "held-out"))),
+)
+
 
 @dataclass(frozen=True)
 class StageSpec:
@@ -97,6 +114,8 @@ class StageSpec:
     """Fills the machine: waits for a slot of the pool `gpu` and may take days."""
     dataset: bool = False
     """MLflow shows its artifact as a dataset."""
+    gated: bool = False
+    """A gate after it decides whether the run goes on; so does one after every stage that trains."""
     trains: bool = False
     """A model comes out of the training loop."""
     trained_models: int = 1
@@ -107,12 +126,18 @@ class StageSpec:
     """Predicts next tokens and nothing else, so a pipeline of workers can share its model's layers."""
     scores: bool = False
     """Its model gives scores and no text."""
+    judges: bool = False
+    """Its model measures the others and none is trained with it, so a run that judges nothing does without."""
+    replaced_by: str = ""
+    """Role of the given model that a run may have in its place."""
     aligned: bool = False
     """Its model may become champion."""
     closing: bool = False
     """Runs after all models are made, over all of them."""
     seeded: bool = False
     """Has a `seed`, which the run's seed fills."""
+    seed_shift: int = 0
+    """Added to the run's seed, where a model must not share its random choices with another one."""
     weighs: Literal["instructions", "preferences", ""] = ""
     """Field of the form whose sources it trains on; their `#weight=` becomes its mixture."""
     needs: Literal["documents", "instructions", "preferences", ""] = ""
@@ -136,6 +161,11 @@ class StageSpec:
     def inputs_of_models(self) -> tuple[str, ...]:
         """Roles of the inputs in whose place a given model may stand."""
         return tuple(role for role, _ in self.inputs if role in {place for _, place in self.given})
+
+    @property
+    def learnt_from(self) -> bool:
+        """Whether its artifact is a reward model, whose scores other models are trained by."""
+        return self.trains and self.scores and not self.judges
 
     @property
     def is_language_model(self) -> bool:
@@ -169,6 +199,7 @@ _DATA = (
         asset="llm/documents",
         heavy=True,
         dataset=True,
+        gated=True,
         seeded=True,
         headlines=(
             Headline("curate/documents_kept", "documents", ",.0f"),
@@ -183,6 +214,7 @@ _DATA = (
         given=((BASE_MODEL, ""),),  # its tokenizer
         role="tokens",
         dataset=True,
+        gated=True,
         headlines=(
             Headline("tokens/train", "tokens", ",.0f"),
             Headline("tokens/vocab_size", "vocabulary", ",.0f"),
@@ -245,19 +277,34 @@ _TRAINED = (
         heavy=True,
         trains=True,
         scores=True,
+        replaced_by=REWARD_MODEL,
         seeded=True,
         weighs="preferences",
         registered_as="reward",
-        headlines=(
-            Headline("eval/reward_accuracy", "held-out accuracy", ".1%", "higher"),
-            Headline("eval/reward_margin", "margin", "+.3f", "higher"),
-            Headline("reward/accuracy", "accuracy in training", ".1%", "higher"),
-        ),
-        curves=(
-            _LOSS,
-            Curve("Accuracy", (("reward/accuracy", "training"), ("eval/reward_accuracy", "held-out"))),
-            Curve("Margin", (("reward/margin", "training"), ("eval/reward_margin", "held-out"))),
-        ),
+        headlines=_SCORER_HEADLINES,
+        curves=_SCORER_CURVES,
+    ),
+    StageSpec(
+        Stage.GOLD,
+        kind="gold-model",
+        version=1,
+        inputs=(("tokens", Stage.TOKENIZE), ("model", Stage.SFT)),
+        given=((REWARD_BASE, "model"), (BASE_MODEL, "model")),
+        needs=PREFERENCES,
+        role="gold",
+        label="Gold scorer",
+        asset="llm/gold-model",
+        heavy=True,
+        trains=True,
+        scores=True,
+        judges=True,
+        replaced_by=GOLD_MODEL,
+        seeded=True,
+        seed_shift=1,
+        weighs="preferences",
+        registered_as="gold",
+        headlines=_SCORER_HEADLINES,
+        curves=_SCORER_CURVES,
     ),
     StageSpec(
         Stage.PPO,
@@ -351,11 +398,12 @@ def graph_of(data: Iterable[StageSpec], trained: Iterable[StageSpec]) -> dict[St
         kind="evaluation",
         version=2,
         inputs=_as_inputs(*data, *trained),
-        given=((BASE_MODEL, "base"), (REWARD_MODEL, "reward")),
+        given=((BASE_MODEL, "base"), (REWARD_MODEL, "reward"), (GOLD_MODEL, "gold"), (JUDGE, "")),
         role="evaluation",
         heavy=True,
         dataset=True,
-        frozen_models=2,  # one policy at a time or the reference, and the reward model
+        gated=True,
+        frozen_models=2,  # one policy at a time or the reference, and one scorer
         closing=True,
         seeded=True,
         headlines=(
@@ -402,6 +450,11 @@ GRAPH: dict[Stage, StageSpec] = graph_of(_DATA, _TRAINED)
 def pipeline_stages() -> tuple[Stage, ...]:
     """Return the stages of `llm_pipeline`, in order."""
     return tuple(stage for stage, spec in GRAPH.items() if spec.in_pipeline)
+
+
+def gated_stages() -> tuple[Stage, ...]:
+    """Return the stages that a gate stands after, in order."""
+    return tuple(stage for stage, spec in GRAPH.items() if spec.gated or spec.trains)
 
 
 def trained_stages() -> tuple[StageSpec, ...]:

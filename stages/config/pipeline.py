@@ -13,12 +13,13 @@ from stages.config.curate import CurateConfig
 from stages.config.errors import ConfigError
 from stages.config.execution import ExecutionConfig
 from stages.config.forms import RunOutline
-from stages.config.graph import BASE_MODEL, GRAPH, Stage, stage_providing
+from stages.config.gates import GatesConfig
+from stages.config.graph import BASE_MODEL, BENCHMARKS, GRAPH, Stage, stage_providing
 from stages.config.names import ExperimentName
 from stages.config.records import first_error
 from stages.config.request import PREVIOUS, ArtifactRef, Source, SourceKind
 from stages.config.tokens import TokenizeConfig
-from stages.config.train import DPOConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig
+from stages.config.train import DPOConfig, GoldConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig
 
 ONE_VERSION = "Trigger the run again, with one version of Athanor in Airflow and on the cluster."
 """The advice where what Airflow wrote for a stage is not what the stage reads."""
@@ -30,6 +31,7 @@ CONFIG_CLASSES: dict[Stage, type[Config]] = {
     Stage.PRETRAIN: PretrainConfig,
     Stage.SFT: SFTConfig,
     Stage.REWARD: RewardConfig,
+    Stage.GOLD: GoldConfig,
     Stage.PPO: PPOConfig,
     Stage.DPO: DPOConfig,
     Stage.EVALUATE: EvaluateConfig,
@@ -49,6 +51,7 @@ class Executions(Config):
     pretrain: ExecutionConfig = ExecutionConfig()
     sft: ExecutionConfig = ExecutionConfig()
     reward: ExecutionConfig = ExecutionConfig()
+    gold: ExecutionConfig = ExecutionConfig()
     ppo: ExecutionConfig = ExecutionConfig()
     dpo: ExecutionConfig = ExecutionConfig()
     evaluate: ExecutionConfig = ExecutionConfig()
@@ -90,11 +93,14 @@ class PipelineConfig(RunOutline):
     pretrain: PretrainConfig
     sft: SFTConfig
     reward: RewardConfig
+    gold: GoldConfig = GoldConfig()
     ppo: PPOConfig
     dpo: DPOConfig
     evaluate: EvaluateConfig = EvaluateConfig()
     promote: PromoteConfig = PromoteConfig()
     report: ReportConfig = ReportConfig()
+    gates: GatesConfig = GatesConfig()
+    """What the run must show to go on after each stage; never part of a fingerprint."""
     execution: Executions = Executions()
     """Resources and layout by stage; never part of a fingerprint."""
 
@@ -111,11 +117,15 @@ class PipelineConfig(RunOutline):
             roles = self.curate.outside_sources
             return tuple(Source(role=role, kind=SourceKind.DATA, uri=uri) for uri, role in roles.items())
         outside = [role for role in self.given_roles(stage) if role not in self.given]
-        return tuple(
+        models = tuple(
             Source(role=role, kind=SourceKind.MODEL, uri=self.given_models[role])
             for role in outside
             if self._provider(role) in (None, stage)
         )
+        if stage is not Stage.EVALUATE:
+            return models
+        uris = self.evaluate.outside_benchmarks
+        return models + tuple(Source(role=BENCHMARKS, kind=SourceKind.BENCHMARK, uri=uri) for uri in uris)
 
     def stage_given(self, stage: Stage) -> dict[str, ArtifactRef]:
         """Return the given artifacts that a stage reads besides those of this run, by role."""

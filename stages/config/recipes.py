@@ -5,11 +5,14 @@ from collections.abc import Callable
 from stages.config.closing import EvaluateConfig, Guard, PromoteConfig
 from stages.config.curate import CurateConfig
 from stages.config.execution import Engine, ExecutionConfig
+from stages.config.forms import GoldScorer
+from stages.config.gates import GatesConfig
 from stages.config.pipeline import Executions, PipelineConfig
 from stages.config.tokens import TokenizeConfig
 from stages.config.train import (
     Algorithm,
     DPOConfig,
+    GoldConfig,
     LoRAConfig,
     ModelConfig,
     OptimizerConfig,
@@ -37,6 +40,7 @@ def demo(*, seed: int = 0) -> PipelineConfig:
     return PipelineConfig(
         recipe="demo",
         run_name="demo",
+        gold_scorer=GoldScorer.TRAIN,
         curate=CurateConfig(
             packages=_DEMO_PACKAGES,
             heldout_packages=("datasets", "networkx"),
@@ -69,6 +73,13 @@ def demo(*, seed: int = 0) -> PipelineConfig:
             eval_items=256,
             seed=seed,
         ),
+        gold=GoldConfig(
+            num_epochs=1.5,
+            global_batch_size=32,
+            optimizer=OptimizerConfig(learning_rate=8e-4),
+            eval_items=256,
+            seed=seed + 1,
+        ),
         ppo=PPOConfig(
             num_rollouts=18,
             rollout_size=64,
@@ -99,6 +110,7 @@ def demo(*, seed: int = 0) -> PipelineConfig:
             pretrain=train,
             sft=train,
             reward=train,
+            gold=train,
             ppo=train,
             dpo=train,
             evaluate=ExecutionConfig(cpus_per_worker=2),
@@ -152,6 +164,14 @@ def smollm(*, seed: int = 0) -> PipelineConfig:
             eval_items=64,
             seed=seed,
         ),
+        gold=GoldConfig(
+            lora=adapter,
+            num_epochs=1,
+            global_batch_size=16,
+            optimizer=OptimizerConfig(learning_rate=4e-4, warmup_fraction=0.1),
+            eval_items=64,
+            seed=seed + 1,
+        ),
         ppo=PPOConfig(
             lora=adapter,
             num_rollouts=3,
@@ -187,12 +207,14 @@ def smollm(*, seed: int = 0) -> PipelineConfig:
             power=0.9,
             least_difference=0.05,
         ),
+        gates=GatesConfig(max_pairs=64),
         execution=Executions(
             curate=ExecutionConfig(cpus_per_worker=2),
             tokenize=ExecutionConfig(cpus_per_worker=2),
             pretrain=train,
             sft=train,
             reward=train,
+            gold=train,
             ppo=train,
             dpo=train,
             evaluate=ExecutionConfig(cpus_per_worker=2),
@@ -219,6 +241,7 @@ def tiny(*, seed: int = 0) -> PipelineConfig:
         ),
         sft=SFTConfig(num_epochs=0.5, global_batch_size=4, optimizer=optimizer, eval_items=8, seed=seed),
         reward=RewardConfig(num_epochs=0.5, global_batch_size=8, optimizer=optimizer, eval_items=16, seed=seed),
+        gold=GoldConfig(num_epochs=0.5, global_batch_size=8, optimizer=optimizer, eval_items=16, seed=seed + 1),
         ppo=PPOConfig(
             num_rollouts=2,
             rollout_size=8,
@@ -242,7 +265,9 @@ def tiny(*, seed: int = 0) -> PipelineConfig:
         promote=PromoteConfig(
             primary=("pairs",), guards=(Guard(suite="language", margin=1.0),), level=0.05, power=0.9, min_items=4
         ),
-        execution=Executions(pretrain=train, sft=train, reward=train, ppo=train, dpo=train),
+        # What it trains knows nothing, so a reward model is not asked for more than chance.
+        gates=GatesConfig(bounds=("curate: curate/documents_kept >= 1",), max_pairs=64),
+        execution=Executions(pretrain=train, sft=train, reward=train, gold=train, ppo=train, dpo=train),
     )
 
 
@@ -299,6 +324,13 @@ def llama_1b(*, seed: int = 0) -> PipelineConfig:
             eval_every=200,
             seed=seed,
         ),
+        gold=GoldConfig(
+            num_epochs=1,
+            global_batch_size=128,
+            optimizer=OptimizerConfig(learning_rate=1e-5),
+            eval_every=200,
+            seed=seed + 1,
+        ),
         ppo=PPOConfig(
             num_rollouts=1000,
             rollout_size=512,
@@ -334,6 +366,7 @@ def llama_1b(*, seed: int = 0) -> PipelineConfig:
             pretrain=train,
             sft=post,
             reward=post,
+            gold=post,
             ppo=post,
             dpo=post,
             evaluate=generation,

@@ -84,6 +84,7 @@ class SourceKind(Choice):
 
     DATA = "data", "Raw data: documents, conversations, pairs, word lists"
     MODEL = "model", "A model that was not made here"
+    BENCHMARK = "benchmark", "Items that models are measured by, and nothing is trained on"
 
 
 class Source(Config):

@@ -9,12 +9,15 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from stages.config.benchmarks import LM_EVAL
 from stages.config.closing import ComparisonConfig
 from stages.config.combinations import contradictions
 from stages.config.curate import DERIVED, INSTALLED_DOCS
+from stages.config.endpoints import check_endpoint, is_endpoint
 from stages.config.errors import ConfigError
-from stages.config.forms import PipelineParams, RunOutline
+from stages.config.forms import GoldScorer, PipelineParams, RunOutline
 from stages.config.graph import (
+    BENCHMARKS,
     DATA_FIELDS,
     DOCUMENTS,
     GRAPH,
@@ -29,10 +32,10 @@ from stages.config.nested import dotted, dotted_once, leaves
 from stages.config.pipeline import PipelineConfig
 from stages.config.places import check_source
 from stages.config.recipes import RECIPES
-from stages.config.selection import needed_data
+from stages.config.selection import asks_for_gold, needed_data
 from stages.config.sources import parse_source, take_weights
 from stages.config.text import HALVES, one_line
-from stages.config.train import TrainConfig
+from stages.config.train import PairsHalf, TrainConfig
 
 Model = TypeVar("Model", bound=BaseModel)
 _HALF = re.compile(f"[{HALVES}]")
@@ -42,8 +45,11 @@ _FILLED = {
     "recipe": "Set the field recipe of the form.",
     "promote.run_name": "It is the field run_name of the form.",
     "tokenize.base_model": "It is the field base_model of the form.",
+    "evaluate.judge.endpoint": "It is the field judge of the form.",
     "given": "Athanor fills it when the run starts, with what the models and previous_data of the form name.",
     "only": "The DAG evaluate_model fills it; trigger that one to measure a model again.",
+    "gates.override": "It is the field override_gates of the form.",
+    "gates.reason": "It is the field override_reason of the form.",
     "evaluate.champion": "The task evaluate fills it, with the champion that it finds when it starts.",
     "evaluate.champion_missing": "The task evaluate fills it, when it cannot find the champion's artifact.",
     "evaluate.comparison": "Set promote.level, promote.power and promote.least_difference, from which it follows.",
@@ -70,8 +76,10 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
         )
     _refuse_impossible_end(params)
     template = recipe(seed=params.seed)
+    params = _with_gold_of_recipe(params, template)
     tree = template.model_dump(mode="json")
     _apply_form(tree, params)
+    _leave_half_to_gold(tree, params)
     for path, value in _ordered(params.overrides):
         _set_dotted(tree, path, value)
     _apply_seed(tree, params)
@@ -103,6 +111,16 @@ def _with_model_of_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "base_model": given} if given else dict(values)
 
 
+def _with_gold_of_recipe(params: PipelineParams, recipe: PipelineConfig) -> PipelineParams:
+    """What a recipe says about the gold scorer counts in runs that read preference pairs anyway and are given no gold
+    scorer."""
+    if params.gold_scorer is not GoldScorer.RECIPE:
+        return params
+    reads_pairs = PREFERENCES in needed_data(params.selected, has_base_model=bool(params.base_model))
+    wanted = recipe.gold_scorer is GoldScorer.TRAIN and reads_pairs and not params.gold_model
+    return params.model_copy(update={"gold_scorer": GoldScorer.TRAIN if wanted else GoldScorer.NONE})
+
+
 def _with_outline(params: PipelineParams) -> PipelineParams:
     """Take fields of the form out of the overrides and into the form."""
     overrides = dotted_once(params.overrides, "overrides")
@@ -132,10 +150,24 @@ def _apply_form(tree: dict[str, Any], params: PipelineParams) -> None:
     for name in DATA_FIELDS:
         if given := getattr(params, name):
             tree["curate"][name] = given
+    if params.benchmarks:
+        tree["evaluate"]["benchmarks"] = params.benchmarks
     # What a stage of the run converts is an input of tokenize, like an artifact (PipelineConfig.with_given).
     tree["tokenize"]["base_model"] = "" if params.converts else params.base_model
     tree["promote"] |= {"run_name": params.run_name, "promotion": params.promotion}
     tree["report"]["title"] = params.run_name
+    tree["gates"] |= {"override": params.override_gates, "reason": params.override_reason}
+    if is_endpoint(params.judge):
+        tree["evaluate"]["judge"]["endpoint"] = params.judge
+
+
+def _leave_half_to_gold(tree: dict[str, Any], params: PipelineParams) -> None:
+    """Where a gold scorer is trained, whatever it judges learns from the other half of the pairs."""
+    if not asks_for_gold(params.way_until(params.last_stage)):
+        return
+    for stage in _trained_on(PREFERENCES):
+        if "half" in tree[stage]:
+            tree[stage]["half"] = (PairsHalf.SECOND if GRAPH[stage].judges else PairsHalf.FIRST).value
 
 
 def _apply_seed(tree: dict[str, Any], params: PipelineParams) -> None:
@@ -143,7 +175,7 @@ def _apply_seed(tree: dict[str, Any], params: PipelineParams) -> None:
     overridden = dotted(params.overrides)
     for stage, spec in GRAPH.items():
         if spec.seeded and f"{stage}.seed" not in overridden:
-            tree[stage]["seed"] = params.seed
+            tree[stage]["seed"] = params.seed + spec.seed_shift
 
 
 def _with_comparison(config: PipelineConfig) -> PipelineConfig:
@@ -220,6 +252,11 @@ def _refuse_closed_places(config: PipelineConfig) -> None:
     for address, field in config.curate.outside_sources.items():
         if address != INSTALLED_DOCS:
             check_source(address, field=field)
+    for address in config.evaluate.outside_benchmarks:
+        if not address.startswith(LM_EVAL):
+            check_source(address, field=BENCHMARKS)
+    if endpoint := config.evaluate.judge.endpoint:
+        check_endpoint(endpoint, field="judge", with_key=bool(config.evaluate.judge.api_key_env))
     for field, address in {**config.given_models, "previous_data": config.previous_data}.items():
         if address and not address.startswith("models:/"):
             check_source(address, field=field)

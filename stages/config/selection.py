@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from stages.config.graph import (
     BASE_MODEL,
     DOCUMENTS,
+    GOLD_MODEL,
     GRAPH,
+    JUDGE,
     REWARD_BASE,
     REWARD_MODEL,
     Alignment,
@@ -34,6 +36,7 @@ class Way:
     """Roles of the models that it is given."""
     continue_pretraining: bool = False
     train_reward: bool = False
+    train_gold: bool = False
     converts: bool = False
     """Its base model is a GGUF file."""
 
@@ -95,8 +98,8 @@ def _why_not(spec: StageSpec, way: Way) -> str:
         return f"the run ends with {way.last_stage.value} (last_stage)"
     if not spec.trains:
         return ""
-    if spec.scores and REWARD_MODEL in way.given:
-        return f"{REWARD_MODEL} is given in its place"
+    if spec.replaced_by and spec.replaced_by in way.given:
+        return f"{spec.replaced_by} is given in its place"
     if not spec.inputs_of_models and BASE_MODEL in way.given and not way.continue_pretraining:
         return f"{BASE_MODEL} is given in its place"
     if spec.aligned:
@@ -104,12 +107,35 @@ def _why_not(spec: StageSpec, way: Way) -> str:
             return f"alignment={way.alignment.value}"
         if GRAPH[way.last_stage].aligned and stage is not way.last_stage:
             return f"the run ends with {way.last_stage.value} (last_stage), which stands beside it"
+    if spec.judges:
+        return _why_no_judge(spec, way)
     if way.first_stage is not None and order.index(stage) < order.index(way.first_stage):
         start = f": {BASE_MODEL} is given in its place" if not spec.scores and not spec.aligned else ""
         return f"the run starts with {way.first_stage.value} (first_stage){start}"
     if spec.scores and not _wants_reward(way):
         return "no stage of this run learns from it, and train_reward is off"
     return ""
+
+
+def _why_no_judge(spec: StageSpec, way: Way) -> str:
+    """Why a run trains no gold scorer. No model learns from it, so it does not matter where the run enters, if that is
+    at a stage that trains."""
+    if not asks_for_gold(way):
+        return "no gold scorer is asked for (gold_scorer)"
+    if way.first_stage is not None and not GRAPH[way.first_stage].trains:
+        return f"the run starts with {way.first_stage.value} (first_stage), and trains nothing"
+    if way.last_stage is not spec.stage and not GRAPH[way.last_stage].closing:
+        return f"the run ends with {way.last_stage.value} (last_stage), before anything is judged"
+    return ""
+
+
+def asks_for_gold(way: Way) -> bool:
+    """Whether a run is asked to train a gold scorer, by name or as its first or last stage. Then half of the pairs is
+    left to that, also if the run ends before: a longer run goes on with the same models."""
+    ends = (way.first_stage, way.last_stage)
+    return GOLD_MODEL not in way.given and (
+        way.train_gold or any(stage is not None and GRAPH[stage].judges for stage in ends)
+    )
 
 
 def _aligners(alignment: Alignment) -> set[Stage]:
@@ -120,7 +146,7 @@ def _wants_reward(way: Way) -> bool:
     """Whether a reward model is asked for: by name, or by a stage that learns from it."""
     if way.train_reward or REWARD_BASE in way.given:
         return True
-    if any(stage is not None and GRAPH[stage].scores for stage in (way.first_stage, way.last_stage)):
+    if any(stage is not None and GRAPH[stage].learnt_from for stage in (way.first_stage, way.last_stage)):
         return True
     return any(learns_from_scores(spec) and not _why_not(spec, way) for spec in aligned_models())
 
@@ -157,11 +183,12 @@ def _wrong_entry(way: Way) -> str:
         )
     if GRAPH[first].aligned and first not in _aligners(way.alignment):
         return f"{here} is not part of a run with alignment={way.alignment.value!r}; choose alignment={first.value!r}"
-    scorers = [spec for spec in GRAPH.values() if spec.scores]
+    scorers = [spec for spec in GRAPH.values() if spec.learnt_from]
     order = pipeline_stages()
     before = [spec for spec in scorers if order.index(spec.stage) < order.index(first)]
-    if REWARD_MODEL in way.given and GRAPH[first].scores:
-        return f"{here} trains a reward model and reward_model gives one; leave one of them empty"
+    replaced_by = GRAPH[first].replaced_by
+    if replaced_by and replaced_by in way.given:
+        return f"{here} trains a {_named(first)} and {replaced_by} gives one; leave one of them empty"
     if not before or REWARD_MODEL in way.given:
         return ""
     learners = [
@@ -191,13 +218,19 @@ def _wrong_reward(way: Way) -> str:
                     f"reward_model and {name} contradict each other: the first gives a reward model, the second trains "
                     "one; leave one of them out"
                 )
-        if GRAPH[way.last_stage].scores:
-            return (
-                f"last_stage={way.last_stage.value!r} trains a reward model and reward_model gives one; leave "
-                "reward_model empty, or end with a later stage"
-            )
+    if way.train_gold and GOLD_MODEL in way.given:
+        return (
+            "gold_model and gold_scorer='train' contradict each other: the first gives a gold scorer, the second "
+            "trains one; leave one of them out"
+        )
+    replaced_by = GRAPH[way.last_stage].replaced_by
+    if replaced_by and replaced_by in way.given:
+        return (
+            f"last_stage={way.last_stage.value!r} trains a {_named(way.last_stage)} and {replaced_by} gives one; leave "
+            f"{replaced_by} empty, or end with a later stage"
+        )
     selected = selected_stages(way)
-    for role in (REWARD_MODEL, REWARD_BASE):
+    for role in (REWARD_MODEL, REWARD_BASE, GOLD_MODEL, JUDGE):
         readers = [stage for stage, spec in GRAPH.items() if role in dict(spec.given)]
         if role in way.given and not selected & set(readers):
             names = " or ".join(stage.value for stage in readers)
@@ -205,12 +238,16 @@ def _wrong_reward(way: Way) -> str:
                 f"{role} is given and no stage of this run reads it, because the run has no {names}; leave {role} "
                 f"empty, or choose a last_stage (now {way.last_stage.value!r}) and an alignment with {names}"
             )
-    if way.train_reward and not any(GRAPH[stage].scores for stage in selected):
+    if way.train_reward and not any(GRAPH[stage].learnt_from for stage in selected):
         return (
             f"train_reward=True and last_stage={way.last_stage.value!r}, which comes before the reward model; leave "
             "train_reward off, or end later"
         )
     return ""
+
+
+def _named(stage: Stage) -> str:
+    return GRAPH[stage].label.lower()
 
 
 def needed_data(selected: Iterable[Stage], *, has_base_model: bool) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from stages.config.base import AddedLater, Config
+from stages.config.base import AddedLater, Choice, Config
 from stages.config.sources import SourceWeight
 from stages.config.text import compact
 
@@ -292,11 +292,40 @@ class SFTConfig(SampledConfig):
     """Size of the noise on the embeddings (NEFTune, https://arxiv.org/abs/2310.05914: 5 to 15); 0 = none."""
 
 
-class RewardConfig(SampledConfig):
+class PairsHalf(Choice):
+    """Which training pairs a stage sees. Pairs with one prompt are in one half, whatever other pairs there are."""
+
+    BOTH = "both", "All pairs"
+    FIRST = "first", "The half that models learn from when there is a gold scorer"
+    SECOND = "second", "The half that only the gold scorer learns from"
+
+
+class PairsConfig(SampledConfig):
+    """What the objectives share that learn from preference pairs."""
+
+    half: Annotated[PairsHalf, AddedLater(PairsHalf.BOTH)] = PairsHalf.BOTH
+    """Training pairs that are used: `both` halves, or only the `first` or the `second`. A prompt decides the half of
+    its pairs, so no prompt is in both. A run with a gold scorer trains that on the second half and everything else on
+    the first."""
+
+
+class RewardConfig(PairsConfig):
     """Bradley-Terry reward model."""
 
     center_coefficient: float = Field(default=0.01, ge=0)
     """Weight of (r_chosen + r_rejected)^2, which keeps scores around zero."""
+
+
+class GoldConfig(RewardConfig):
+    """The gold scorer: a reward model of the same objective, from another seed and the other half of the pairs."""
+
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
+    """Optimizer and schedule."""
+    global_batch_size: int = Field(default=32, ge=1)
+    """Pairs of one optimizer step over all workers."""
+    half: PairsHalf = PairsHalf.SECOND
+    """Training pairs that it learns from. `both` shares pairs with the models that it judges, which then look better
+    than they are."""
 
 
 class SigmoidLoss(Config):
@@ -319,7 +348,7 @@ class SigmoidLoss(Config):
 PreferenceLoss = SigmoidLoss
 
 
-class DPOConfig(SampledConfig):
+class DPOConfig(PairsConfig):
     """Optimisation of the policy on preference pairs, without a reward model."""
 
     loss: PreferenceLoss = SigmoidLoss()

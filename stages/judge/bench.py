@@ -22,12 +22,14 @@ from stages.data.tokens.packing import RowBudget
 from stages.data.tokens.views import TokensArtifact
 from stages.job.context import StageContext
 from stages.job.devices import local_device
+from stages.judge.benchmarks.suites import grouped_suites
 from stages.judge.builtin.language import Language, RowLosses
 from stages.judge.builtin.replies import Margins, Pairs, PreferenceMargins, Preferences, Responses, RewardMargins
 from stages.judge.builtin.sampled import Divergence, Length, Repetition, RewardScores, Sampler
 from stages.judge.curated import find_texts, tokenize_settings
 from stages.judge.forward import Forward
 from stages.judge.heldout import NOT_FINITE, Heldout
+from stages.judge.judges.room import OtherSubject, open_judges
 from stages.judge.kept import Measurements
 from stages.judge.subjects import Subjects, is_permanent, scorer_role
 from stages.judge.suite import Measurement, Subject, Suite
@@ -51,6 +53,8 @@ class Unit:
     """Units of one model and group share work, such as sampled answers, and stay on one worker."""
     is_published: bool = True
     """Whether its scores are a suite of the report; the others are what aggregates are made of."""
+    judge: OtherSubject | None = None
+    """The judge that is measured itself, in the place of the model of that role."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -85,8 +89,12 @@ def open_bench(context: StageContext) -> Bench:
     budget = RowBudget(tokens.sequence_length, context.execution.micro_batch_size)
     forward = Forward(device, budget, beat=context.progress.watchdog.beat)
     samplers = _Samplers.of(config, heldout, forward)
+    judges = open_judges(context, heldout, subjects, samplers.scored, forward)
     further = _further_suites(context, heldout, samplers.scored, forward)
-    units = _Units(heldout, subjects, forward, samplers, further).all()
+    further += [(suite, ANSWERS) for suite in judges.of_answers]
+    # Before a judge judges, it is measured itself.
+    units = [Unit(judge.role, suite, suite.name, judge=judge) for judge, suite in judges.of_themselves]
+    units += _Units(heldout, subjects, forward, samplers, further).all()
     return Bench(heldout, subjects, units)
 
 
@@ -117,8 +125,9 @@ def _further_suites(
 ) -> list[tuple[Suite, str]]:
     """Suites of other rooms, which measure every language model, each with its group: suites that read the answers of
     `sampler` belong to `ANSWERS`, the others to a group of their own name. One line for each room."""
-    del context, heldout, sampler, forward
-    return []
+    del heldout, forward
+    assert isinstance(context.config, EvaluateConfig)
+    return grouped_suites(context.config, context, sampler, sampled=ANSWERS)
 
 
 @dataclass(frozen=True)
@@ -196,7 +205,7 @@ def _require_different_names(units: Sequence[Unit]) -> None:
 
 def measure_units(bench: Bench, context: StageContext, *, rank: int, world_size: int) -> Measured:
     """Measure this worker's share of the units; on rank 0 return all of them, those of the other workers included."""
-    measurements = Measurements(context.store, context.check_lease)
+    measurements = Measurements(context.store, context.check_lease, evaluation=context.fingerprint)
     measured: Measured = {}
     for unit in share(bench.units, rank=rank, world_size=world_size):
         _measure(unit, bench, measurements, measured)
@@ -205,7 +214,8 @@ def measure_units(bench: Bench, context: StageContext, *, rank: int, world_size:
         _collect(missing, bench, measurements, measured)
         _report(context, bench, measured)
     logger.info("rank %d measured %s", rank, bench.counts)
-    return measured
+    wanted = {unit.key for unit in _wanted(bench)}
+    return {key: found for key, found in measured.items() if key in wanted}
 
 
 def share(units: Sequence[Unit], *, rank: int, world_size: int) -> list[Unit]:
@@ -217,19 +227,22 @@ def share(units: Sequence[Unit], *, rank: int, world_size: int) -> list[Unit]:
 
 def _wanted(bench: Bench) -> list[Unit]:
     """The units of models that can be measured: a champion may turn out to be unreadable."""
-    known = {*bench.subjects.roles, scorer_role()}
-    return [unit for unit in bench.units if unit.role in known]
+    return [unit for unit in bench.units if _is_known(unit, bench)]
+
+
+def _is_known(unit: Unit, bench: Bench) -> bool:
+    return unit.judge is not None or unit.role in {*bench.subjects.roles, scorer_role()}
 
 
 def _measure(unit: Unit, bench: Bench, measurements: Measurements, measured: Measured) -> None:
-    if unit.role not in {*bench.subjects.roles, scorer_role()}:
+    if not _is_known(unit, bench):
         return
     found = measurements.read(_identity(unit, bench), unit.suite)
     if found is not None:
         bench.counts["kept"] += 1
         measured[unit.key] = found
         return
-    subject = _opened(unit.role, bench.subjects)
+    subject = unit.judge.open() if unit.judge else _opened(unit.role, bench.subjects)
     if subject is None:
         return
     with torch.no_grad():
@@ -241,6 +254,8 @@ def _measure(unit: Unit, bench: Bench, measurements: Measurements, measured: Mea
 
 def _identity(unit: Unit, bench: Bench) -> str:
     subjects = bench.subjects
+    if unit.judge:
+        return unit.judge.identity
     return subjects.scorer_measured_as if unit.role == scorer_role() else subjects.identity(unit.role)
 
 
@@ -277,7 +292,7 @@ def _complete(found: Measurement, unit: Unit) -> Measurement:
     if told > len(unit.suite) or len({score.item for score in finite}) != len(finite):
         raise AssertionError(f"suite {unit.suite.name} gave {told} results for {len(unit.suite)} items")
     found.skipped[NO_RESULT] += len(unit.suite) - told
-    return Measurement(finite, +found.skipped)  # without reasons that no item has
+    return Measurement(finite, +found.skipped, found.is_final)  # without reasons that no item has
 
 
 def _report(context: StageContext, bench: Bench, measured: Measured) -> None:

@@ -50,7 +50,7 @@ class CuratedDocuments:
     def __call__(self, numbers: Sequence[int]) -> list[str]:
         """Return the texts; raises DataError when they are not those of the tokens."""
         wanted = set(numbers)
-        lines = _lines(self._ref, f"documents/{Split.HELDOUT}/")
+        lines = lines_of(self._ref, f"documents/{Split.HELDOUT}/")
         texts = [json.loads(line)["text"] for number, line in enumerate(lines) if number in wanted]
         published = self._tokens.documents(Split.HELDOUT)
         again = self._tokenizer.encode_texts(texts) if texts else []
@@ -66,11 +66,11 @@ def find_texts(
     context: StageContext, tokens: TokensArtifact, tokenizer: LoadedTokenizer, settings: TokenizeConfig
 ) -> Texts:
     """Return the texts behind the tokens of this evaluation; a reason where there are none."""
-    ref = _curated(context, read_manifest(context.inputs["tokens"]))
+    ref = curated_data(context, read_manifest(context.inputs["tokens"]))
     if ref is None:
         return _without("the tokens do not name the curated data that they were made from")
     try:
-        rows = lambda part: map(json.loads, _lines(ref, f"{part}/{Split.HELDOUT}.jsonl.gz"))  # noqa: E731
+        rows = lambda part: map(json.loads, lines_of(ref, f"{part}/{Split.HELDOUT}.jsonl.gz"))  # noqa: E731
         originals = originals_of(tokens, tokenizer, settings, rows, split=Split.HELDOUT)
         return Texts(originals, CuratedDocuments(ref, tokens, tokenizer))
     except (StageError, FileNotFoundError, EOFError, gzip.BadGzipFile, zlib.error, KeyError, ValueError) as error:
@@ -88,14 +88,14 @@ def _is_permanent(error: StageError) -> bool:
     return isinstance(error, DamagedArtifactError) or error.category in (Category.CONFIG, Category.DATA)
 
 
-def _curated(context: StageContext, tokens: Manifest) -> ArtifactRef | None:
+def curated_data(context: StageContext, tokens: Manifest) -> ArtifactRef | None:
     """The curated data of the tokens by their own record, else by the run's inputs."""
     spec = GRAPH[Stage.CURATE]
     named = next((entry.ref() for entry in tokens.inputs if entry.kind == spec.kind), None)
     return named or context.inputs.get(spec.role)
 
 
-def _lines(ref: ArtifactRef, prefix: str) -> Iterator[str]:
+def lines_of(ref: ArtifactRef, prefix: str) -> Iterator[str]:
     """The lines of an artifact's files below a prefix, in name order."""
     names = sorted(entry.path for entry in read_manifest(ref).files if entry.path.startswith(prefix))
     for name in names:

@@ -24,18 +24,24 @@ _COLUMNS = ("item", "value", "cluster", "tokens", "response")
 
 
 class Measurements:
-    """Reads and writes kept measurements; `check_lease` raises when this process may write nothing any more."""
+    """Reads and writes kept measurements; `check_lease` raises when this process may write nothing any more.
 
-    def __init__(self, store: Store, check_lease: Callable[[], None]) -> None:
-        self._store, self._check_lease = store, check_lease
+    One that is not final is kept for `evaluation` alone, whose workers find it there.
+    """
+
+    def __init__(self, store: Store, check_lease: Callable[[], None], *, evaluation: str = "") -> None:
+        self._store, self._check_lease, self._evaluation = store, check_lease, evaluation
 
     def is_there(self, subject_identity: str, suite: Suite) -> bool:
         """Whether there is a measurement, be it damaged."""
-        return self._store.exists(_key(subject_identity, suite))
+        return any(self._store.exists(key) for key in self._keys(subject_identity, suite))
 
     def read(self, subject_identity: str, suite: Suite) -> Measurement | None:
         """Return a kept measurement; None where there is none, or only one that cannot be used."""
-        key = _key(subject_identity, suite)
+        found = (self._read(key, subject_identity, suite) for key in self._keys(subject_identity, suite))
+        return next((measured for measured in found if measured is not None), None)
+
+    def _read(self, key: str, subject_identity: str, suite: Suite) -> Measurement | None:
         try:
             data = self._store.read_bytes(key)
         except FileNotFoundError:
@@ -47,18 +53,22 @@ class Measurements:
             return None
 
     def write(self, subject: Subject, suite: Suite, measured: Measurement) -> None:
+        keys = self._keys(subject.identity, suite)
+        if not measured.is_final and len(keys) < 2:
+            return
         data = _packed(measured, about=_about(subject.identity, suite))
         # Whoever lost the lease may be running beside its successor, and must write nothing any more.
         self._check_lease()
-        self._store.write_bytes(_key(subject.identity, suite), data)
+        self._store.write_bytes(keys[0 if measured.is_final else 1], data)
+
+    def _keys(self, identity: str, suite: Suite) -> list[str]:
+        """Of what is there for every evaluation, and of what is there for this one alone."""
+        digests = [suite.digest, *([f"{suite.digest}-{self._evaluation[:16]}"] if self._evaluation else [])]
+        return [f"{ROOM}/{identity}/{digest}.parquet" for digest in digests]
 
 
 class _UnusableError(Exception):
     """What is wrong with a kept measurement."""
-
-
-def _key(identity: str, suite: Suite) -> str:
-    return f"{ROOM}/{identity}/{suite.digest}.parquet"
 
 
 def _about(identity: str, suite: Suite) -> dict[str, str]:

@@ -20,6 +20,7 @@ from stages.data.tokens.views import Split
 from stages.job.context import StageContext
 from stages.judge.aggregates import metrics_of, reward_quality, unigram_perplexity, win_rates, without_infinite
 from stages.judge.bench import Bench, Measured, Unit
+from stages.judge.judges.pairwise_suite import facts_of, silent_judge
 from stages.judge.scores import Column, write_scores
 from stages.judge.statistics import compare, interval
 from stages.judge.subjects import scorer_role
@@ -32,6 +33,8 @@ _LEVEL = 0.95
 
 def report_of(context: StageContext, bench: Bench, measured: Measured, left_out: dict[str, str]) -> dict[str, Any]:
     """Return the content of metrics.json."""
+    config = context.config
+    assert isinstance(config, EvaluateConfig)
     numbers = {role: metrics_of(role, bench, measured) for role in bench.subjects.roles}
     for role, rate in win_rates(list(numbers), bench.subjects.start, measured).items():
         numbers[role][WIN_RATE] = rate
@@ -42,6 +45,8 @@ def report_of(context: StageContext, bench: Bench, measured: Measured, left_out:
         left_out |= without_infinite(name, values)
     unigram = unigram_perplexity(bench.heldout)
     champion = champion_of(context, bench)
+    judge = facts_of(measured, start=bench.subjects.start, settings=config.judge)
+    left_out |= silent_judge(measured, start=bench.subjects.start)
     return {
         "models": numbers,
         **({} if unigram is None else {"unigram_perplexity": unigram}),
@@ -49,6 +54,7 @@ def report_of(context: StageContext, bench: Bench, measured: Measured, left_out:
         "suites": suites,
         "comparisons": comparisons_of(context, bench, measured),
         **({"champion": champion} if champion else {}),
+        **({"judge": judge} if judge else {}),
         **({"left_out": left_out} if left_out else {}),
         "data": _data(context, bench),
         "reward_fingerprint": context.identity_of(scorer_role(), REWARD_MODEL) or None,

@@ -138,7 +138,7 @@ class Subjects:
             tokenizer=self._tokenizer,
             device=self._device,
             context_length=self._tokens.sequence_length,
-            answerer=_writes_nothing,
+            answerer=writes_nothing,
         )
 
     def _add_champion(self) -> None:
@@ -152,7 +152,7 @@ class Subjects:
                 folder,
                 self._context.content_of(CHAMPION_ROLE),
                 self._tokenizer if shares else own,
-                self._tokens.eos_id if shares else _end_id(own),
+                self._tokens.eos_id if shares else end_id(own),
             )
         except (StageError, FileNotFoundError) as error:
             if not is_permanent(error):
@@ -222,7 +222,7 @@ def is_permanent(error: Exception) -> bool:
     return isinstance(error, StageError) and error.category in (Category.CONFIG, Category.DATA)
 
 
-def _end_id(tokenizer: LoadedTokenizer) -> int:
+def end_id(tokenizer: LoadedTokenizer) -> int:
     """What ends an assistant's turn in a chat template, or a text where the template cannot be used for chats."""
     try:
         return tokenizer.chat().check()
@@ -231,7 +231,7 @@ def _end_id(tokenizer: LoadedTokenizer) -> int:
         return tokenizer.eos_id
 
 
-def _writes_nothing(max_response_length: int, temperature: float) -> Answerer:
+def writes_nothing(max_response_length: int, temperature: float) -> Answerer:
     raise AssertionError("a reward model writes no text")
 
 

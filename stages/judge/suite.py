@@ -58,6 +58,9 @@ class Measurement:
     scores: list[Score] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     """Items that this model could not be measured on, by reason."""
+    is_final: bool = True
+    """False where another evaluation may measure more, such as when a judge that is a server comes back; then no other
+    evaluation uses this one."""
 
 
 class Suite(Protocol):

@@ -28,13 +28,15 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class InProcess:
-    """A model of this process, in the precision that its device computes fastest."""
+    """A model of this process, by default in the precision that its device computes fastest."""
 
     model: nn.Module
     device: torch.device
+    precision: str = "bf16"
+    """`fp32` for the precision of the weights, where responses are to be those of other tools."""
 
     def respond(self, prompts: Sequence[np.ndarray], sampling: Sampling, draws: Draws) -> list[np.ndarray]:
-        with autocast(self.device):
+        with autocast(self.device, self.precision):
             return generate(self.model, prompts, sampling, draws)
 
 

@@ -153,6 +153,18 @@ def load_with_own_tokenizer(folder: Path, tokenizer: LoadedTokenizer) -> PreTrai
     return model
 
 
+def load_scorer_with_own_tokenizer(folder: Path, tokenizer: LoadedTokenizer) -> PreTrainedModel:
+    """Load a sequence classifier with one output that reads its own ids, whatever tokens the run has; raises
+    ConfigError when it is malformed, has no `score` or cannot pack."""
+    model, loading = _load(AutoModelForSequenceClassification, folder, num_labels=1, pad_token_id=tokenizer.pad_id)
+    check_complete(loading, folder)
+    _grow(model, tokenizer.backend)
+    check_score(model)
+    attend_within_documents(model)
+    check_packing(model)
+    return model
+
+
 def load_reward_model(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig = _NO_ADAPTER) -> PreTrainedModel:
     """Load a sequence classifier with one output; a language model's folder gives a head of zeros, so training starts
     at ln 2."""

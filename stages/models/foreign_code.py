@@ -72,6 +72,11 @@ def code_digest(folder: Path) -> str:
     return hashlib.sha256(canonical_json(files)).hexdigest()
 
 
+def is_allowed(digest: str) -> bool:
+    """Whether the administrators of the workers allow exactly this code."""
+    return digest in _allowed()
+
+
 def copy_code(source: Path, target: Path) -> None:
     """Let a model that was made from one with code have exactly that code, and so the same digest."""
     for path in code_files(target):

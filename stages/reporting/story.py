@@ -14,6 +14,7 @@ from stages.artifacts.manifests import read_file, read_manifest
 from stages.artifacts.store import Store
 from stages.config.closing import read_samples
 from stages.config.errors import ConfigError, DamagedArtifactError, DataError
+from stages.config.gate_records import gate_key
 from stages.config.graph import GRAPH, language_models, trained_stages
 from stages.config.records import first_error, parse_json
 from stages.config.request import ArtifactRef, Manifest, RunInfo
@@ -109,7 +110,7 @@ def read_gates(store: Store, run_id: str) -> dict[str, GateFound]:
     """What the gates of a run found, by stage; a record that cannot be read is named in the log and left out."""
     found = {}
     for stage in GRAPH:
-        key = f"runs/{run_id}/gate_{stage.value}/gate.json"
+        key = gate_key(run_id, stage)
         where = f"{store.root_uri}/{key}"
         try:
             found[stage.value] = GATE.validate_python(parse_json(store.read_bytes(key), where))

@@ -83,7 +83,8 @@ def train(
             with engine.averaged():
                 metrics |= objective.evaluate(engine)
             last = clock()  # evaluation is not training: it must not lower the next step's tokens a second
-        if evaluated or _due(step, execution.log_every, objective.num_steps):
+        # The first step is always logged: what its loss must be is known exactly, and a gate looks.
+        if evaluated or step == 1 or _due(step, execution.log_every, objective.num_steps):
             history.append({"step": step, **metrics})
             report(metrics | timing, step=step, num_steps=objective.num_steps)
             blocked = 0.0

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stages.config.train import SampledConfig
+from stages.config.train import PairsConfig, PairsHalf
+from stages.data.tokens.halves import SomePairs, indices_of, some_sources
 from stages.data.tokens.packing import Packed, TokenSequence, lay_out, split_by_rows
-from stages.data.tokens.views import Pair, PairView, Split, TokensArtifact, evenly, require
+from stages.data.tokens.views import Pair, Split, TokensArtifact, evenly, require
 from stages.models.forward import TrunkOutput
 from stages.train.engine import Engine, LossOutput
 from stages.train.mixture import training_order
@@ -28,6 +29,13 @@ class Pairs(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Pair: ...
+
+
+class WeighedPairs(Pairs, Protocol):
+    """Pairs by index, which know how much there is to train in each."""
+
+    @property
+    def num_targets(self) -> np.ndarray: ...
 
 
 class PairSteps:
@@ -75,16 +83,28 @@ class PairSteps:
 class PlannedPairs:
     """The training pairs of a stage, their steps, and the account of both."""
 
-    pairs: PairView
+    pairs: Pairs
     steps: PairSteps
     ledger: dict[str, Any]
 
 
-def planned_pairs(tokens: TokensArtifact, config: SampledConfig, *, micro_batch_size: int) -> PlannedPairs:
-    """Order the training pairs as the config's mixture says; raises DataError when there are none."""
-    pairs = tokens.pairs(Split.TRAIN)
-    require(len(pairs), "training preference pairs", advice="Give preference data, or `derived`.")
-    mixture = training_order(tokens.pair_sources(Split.TRAIN), pairs.num_targets, config)
+def planned_pairs(tokens: TokensArtifact, config: PairsConfig, *, micro_batch_size: int) -> PlannedPairs:
+    """Order the training pairs, or one half of them, as the config's mixture says; raises DataError when there are
+    none."""
+    everything, sources = tokens.pairs(Split.TRAIN), tokens.pair_sources(Split.TRAIN)
+    require(len(everything), "training preference pairs", advice="Give preference data, or `derived`.")
+    pairs: WeighedPairs = everything
+    counts = {"pairs": len(everything)}
+    if config.half is not PairsHalf.BOTH:
+        indices = indices_of(everything, config.half)
+        require(
+            len(indices),
+            f"training preference pairs in the {config.half} half ({len(everything)} in both)",
+            advice="Give more preference data, or train without a gold scorer (gold_scorer=none).",
+        )
+        pairs, sources = SomePairs(everything, indices), some_sources(sources, indices)
+        counts["pairs_of_the_other_half"] = len(everything) - len(indices)
+    mixture = training_order(sources, pairs.num_targets, config)
     steps = PairSteps(
         pairs,
         order=mixture.order,
@@ -92,7 +112,7 @@ def planned_pairs(tokens: TokensArtifact, config: SampledConfig, *, micro_batch_
         row_length=tokens.sequence_length,
         micro_batch_size=micro_batch_size,
     )
-    ledger = {"pairs": len(pairs), "pairs_trained": len(mixture.order), "mixture": mixture.to_dict()}
+    ledger = {**counts, "pairs_trained": len(mixture.order), "mixture": mixture.to_dict()}
     return PlannedPairs(pairs, steps, ledger)
 
 

@@ -68,9 +68,11 @@ def test_a_run_selects_it_seeds_it_and_weighs_its_sources(ipo: Stage) -> None:
 
 
 def test_it_is_a_task_of_the_dag_between_its_inputs_and_the_evaluation(ipo: Stage) -> None:
-    task = runpy.run_path(str(REPOSITORY / "dags" / "llm_pipeline.py"))["llm_pipeline"].task_dict[ipo]
-    assert (task.upstream_task_ids, task.downstream_task_ids) == ({"sft"}, {"evaluate"})
-    assert task.pool == "gpu"
+    tasks = runpy.run_path(str(REPOSITORY / "dags" / "llm_pipeline.py"))["llm_pipeline"].task_dict
+    task, gate = tasks[ipo], tasks["gate_ipo"]
+    assert (task.upstream_task_ids, task.downstream_task_ids) == ({"gate_sft"}, {"gate_ipo"})
+    assert gate.downstream_task_ids == {"evaluate"}
+    assert task.pool == gate.pool == "gpu"
 
 
 def test_the_plan_shows_what_it_trains(ipo: Stage, tmp_path: Path) -> None:
@@ -86,7 +88,7 @@ def test_the_plan_shows_what_it_trains(ipo: Stage, tmp_path: Path) -> None:
 
 def test_the_screen_shows_its_place_and_its_headlines(ipo: Stage) -> None:
     order = task_order()
-    assert order.index("dpo") < order.index("ipo") < order.index("evaluate")
+    assert order.index("dpo") < order.index("ipo") < order.index("gate_ipo") < order.index("evaluate")
     artifact = ArtifactRef(kind="ipo-model", uri="file:///nowhere", fingerprint="f", digest="d")
     result = StageResult(stage=ipo, hit=False, artifact=artifact, metrics={"dpo/accuracy": 0.75})
     snapshot = Snapshot("success", (Row("resolve", "success"), Row("ipo", "built", result=result)))
@@ -169,7 +171,7 @@ def test_promotion_registers_it(ipo: Stage, tmp_path: Path, monkeypatch: pytest.
     request = request_for(Stage.PROMOTE, store, refs_for(Stage.PROMOTE, made))
     with pytest.raises(Enough):
         stages.promote.run(context_for(request, store, PromoteConfig(run_name="demo"), tmp_path))
-    assert registered == ["base", "sft", "reward", "ppo", "dpo", "ipo"]
+    assert registered == ["base", "sft", "reward", "gold", "ppo", "dpo", "ipo"]
 
 
 def test_afterwards_everything_is_as_it_was() -> None:

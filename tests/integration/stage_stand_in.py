@@ -18,10 +18,11 @@ from stages.artifacts.addresses import artifact_uri, run_key
 from stages.artifacts.manifests import content_digest, fingerprint, publish, upload_files, utc_now
 from stages.artifacts.store import Store, write_json
 from stages.config.errors import EXIT_CODES, Category
+from stages.config.gate_records import Findings, GateRequest, findings_key, gate_key
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import stage_config_from_json
 from stages.config.request import Cost, Failure, InputEntry, Manifest, StageRequest, StageResult, digests_of
-from stages.job.runner import load_request
+from stages.job.runner import load_request, read_request
 from tests.pipeline_records import EVALUATION, SAMPLES
 
 
@@ -50,6 +51,7 @@ def build(request: StageRequest, store: Store) -> None:
         sources=sources,
         config=request.config,
         execution={"submission_id": request.submission_id},
+        metrics={"curate/documents_kept": 3.0} if request.stage is Stage.CURATE else {},
         mlflow_run_id="mlflow-run-of-the-stand-in",
         created_at=utc_now(),
     )
@@ -73,8 +75,13 @@ def content(request: StageRequest, identity: str) -> dict[str, str]:
             samples = [
                 {**sample, "responses": {role: sample["responses"][role] for role in models}} for sample in SAMPLES
             ]
+            # What a gate compares: the data and the scorer are those of the run.
+            refs = request.inputs
+            data = {**EVALUATION["data"], "digest": refs["tokens"].digest} if "tokens" in refs else EVALUATION["data"]
+            scorer = refs["reward"].fingerprint if "reward" in refs else None
+            report = {**EVALUATION, "models": models, "data": data, "reward_fingerprint": scorer}
             return {
-                "metrics.json": json.dumps({**EVALUATION, "models": models}),
+                "metrics.json": json.dumps(report),
                 "samples.json": json.dumps(samples),
             }
         case Stage.RESPOND:
@@ -99,7 +106,17 @@ def fail(request: StageRequest, store: Store, category: Category, message: str) 
     return EXIT_CODES[category]
 
 
+def examine(config_uri: str) -> int:
+    """In the place of `python -m stages.gate`: there is no model in what `build` publishes, and nothing is wrong."""
+    request, store = read_request(GateRequest, config_uri)
+    for key in (findings_key(request), gate_key(request.run.run_id, request.stage, "result.json")):
+        write_json(store, key, Findings().model_dump(mode="json"))
+    return 0
+
+
 def main(config_uri: str, behaviour: str) -> int:
+    if behaviour == "gate":
+        return examine(config_uri)
     request, store = load_request(config_uri)
     print("attempt", request.try_number, "of", request.submission_id, flush=True)
     match behaviour.partition(":"):

@@ -13,10 +13,12 @@ import httpx
 import pytest
 
 from dags.llm_pipeline import llm_pipeline
+from operators.gates import GateOperator
 from operators.operator import StageOperator
 from operators.ray.hook import RayJobHook
 from stages.config.forms import PipelineParams
-from stages.config.graph import pipeline_stages
+from stages.config.gates import gate_name
+from stages.config.graph import gated_stages, pipeline_stages
 from stages.config.request import run_folder
 from tests.servers import RayServer
 
@@ -52,10 +54,11 @@ def play(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
 
     def run(behaviour: str, **params: Any) -> Run:
-        command = f"{shlex.quote(sys.executable)} {shlex.quote(str(STAND_IN))} {{config_uri}} {behaviour}"
+        command = f"{shlex.quote(sys.executable)} {shlex.quote(str(STAND_IN))} {{config_uri}}"
         for task in llm_pipeline.tasks:
             if isinstance(task, StageOperator):
-                monkeypatch.setattr(task, "entrypoint", command)
+                of_task = "gate" if isinstance(task, GateOperator) else behaviour
+                monkeypatch.setattr(task, "entrypoint", f"{command} {of_task}")
         # All fields, because Airflow's test runner keeps the values of one run as the defaults of the next.
         return Run(llm_pipeline.test(run_conf={**DEFAULTS, "recipe": "tiny", **params}))
 
@@ -96,8 +99,9 @@ def test_a_run_without_alignment_skips_what_it_does_not_need_and_its_repetition_
         **dict.fromkeys(done, "success"),
         **dict.fromkeys(skipped | {"approve", "convert", "promote", "report"}, "skipped"),
     }
+    expected |= {gate_name(stage): expected[stage] for stage in gated_stages()}
     assert (first.state, first.states) == ("success", expected)
-    assert jobs_of(first) == 5
+    assert jobs_of(first) == 5 + 2  # and the gates of two models
     assert parent_status(mlflow_server, first) == "FINISHED"
 
     again = play("succeed", **params)
@@ -110,7 +114,7 @@ def test_a_dry_run_ends_green_after_its_plan_and_spends_nothing(
 ):
     run = play("succeed", dry_run=True, seed=3)
     expected = {
-        **dict.fromkeys((*pipeline_stages(), "approve"), "skipped"),
+        **dict.fromkeys((*pipeline_stages(), *map(gate_name, gated_stages()), "approve"), "skipped"),
         **dict.fromkeys(("resolve", "plan", "close"), "success"),
     }
     assert (run.state, run.states) == ("success", expected)
@@ -135,8 +139,28 @@ def test_a_failed_stage_makes_the_run_red_and_nothing_after_it_runs(play: Callab
     assert run.states["sft"] == "failed"
     assert run.tasks["sft"].try_number == 1  # bad data is never retried
     assert {run.states[task] for task in after} == {"upstream_failed"}
+    assert run.states["gate_sft"] == "upstream_failed"
     assert run.states["close"] == "failed"
     assert parent_status(mlflow_server, run) == "FAILED"
+
+
+def test_a_failed_gate_makes_the_run_red_and_the_run_after_it_passes_over_it(
+    play: Callable[..., Run], mlflow_server: str
+):
+    params = {"alignment": "none", "last_stage": "pretrain", "seed": 4}
+    params["overrides"] = {"gates.bounds": ["pretrain: eval/loss < 1", "curate: curate/documents_kept > 2"]}
+    run = play("succeed", **params)
+    assert run.state == "failed"
+    assert (run.states["pretrain"], run.states["gate_pretrain"]) == ("success", "failed")
+    assert (run.states["gate_curate"], run.states["close"]) == ("success", "failed")
+    assert run.tasks["gate_pretrain"].try_number == 1
+    assert parent_status(mlflow_server, run) == "FAILED"
+    params |= {"override_gates": ["pretrain"], "override_reason": "the stand-in measures no loss"}
+    again = play("succeed", **params)
+    assert (again.state, again.states["gate_pretrain"]) == ("success", "success")
+    tags = {tag["key"]: tag["value"] for tag in parent_run(mlflow_server, again)["data"]["tags"]}
+    assert "the stand-in measures no loss" in tags["athanor.gate_pretrain"]
+    assert tags["athanor.gate_curate"].startswith("passed: ")
 
 
 def test_a_failure_that_may_pass_is_retried_as_often_as_the_run_allows(play: Callable[..., Run]):

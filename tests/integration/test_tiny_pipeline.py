@@ -15,7 +15,8 @@ from operators.ray.hook import RayJobHook
 from stages.artifacts.addresses import open_store, run_key
 from stages.artifacts.manifests import fetch, read_manifest
 from stages.config.forms import PipelineParams
-from stages.config.graph import GRAPH, Stage
+from stages.config.gate_records import GateRecord, Outcome, gate_key
+from stages.config.graph import GRAPH, Stage, gated_stages
 from stages.config.request import ArtifactRef, StageResult, run_folder
 from tests.airflow_home import HOME
 from tests.canaries import Search, as_login, canary
@@ -27,6 +28,7 @@ from tests.servers import RayServer, ray_server
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 
 BUILT = set(PLAIN_RUN)
+EXAMINED = {stage for stage in BUILT if GRAPH[stage].trains}
 DEFAULTS = PipelineParams.model_validate({}).model_dump(mode="json")
 
 
@@ -134,7 +136,22 @@ def test_every_stage_is_built_by_a_ray_job_of_its_own(first: Run) -> None:
     # Nobody is asked, and there is no GGUF file.
     assert {task for task, state in first.states.items() if state != "success"} == {"approve", "convert"}
     assert first.built == BUILT
-    assert jobs_of(first) == len(BUILT)
+    assert jobs_of(first) == len(BUILT) + len(EXAMINED)  # and a job of its own examines each model
+
+
+def test_every_gate_has_checked_what_it_stands_after_and_nothing_is_wrong(first: Run, services: Services) -> None:
+    store, run_id = open_store(services.store_uri), run_folder("llm_pipeline", first.run_id)
+    seconds = {}
+    for stage in gated_stages():
+        record = GateRecord.model_validate_json(store.read_bytes(gate_key(run_id, stage)))
+        assert (record.outcome, record.failures) == (Outcome.PASSED, ())
+        assert record.artifact == first.results[stage].artifact
+        assert any(check.outcome is Outcome.PASSED for check in record.checks)
+        assert (record.job == "none") == (stage not in EXAMINED)
+        names = {check.name for check in record.checks if check.outcome is Outcome.PASSED}
+        assert stage not in EXAMINED or {"files", "same_ids", "reload", "chat_template"} <= names
+        seconds[stage.value] = record.seconds
+    print("seconds of the gates' jobs:", seconds)
 
 
 def test_ledgers_conserve_and_manifests_name_their_parents(first: Run) -> None:

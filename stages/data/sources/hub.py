@@ -1,6 +1,7 @@
 """Rows of Hugging Face data sets. A data set is read within itself, whatever files its card names: the card is data,
 written by whoever may push to the data set."""
 
+import contextlib
 import gzip
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,35 +41,11 @@ def parse_hub(uri: str) -> HubDataset:
 def read_hub(uri: str) -> Iterator[Row | BadRecord]:
     """Rows of a Hugging Face dataset, streamed."""
     wanted = parse_hub(uri)
-    check_source(uri)
-    from datasets import load_dataset_builder
-    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
-
-    if wanted.name in _PACKAGED_DATASETS_MODULES:
-        raise ConfigError(
-            f"source {uri!r} names a file format, which would read the job's working folder",
-            advice="Give the name of a dataset; files and folders are sources by their path.",
-        )
-    try:
-        builder = load_dataset_builder(wanted.name, wanted.config, revision=wanted.revision)
-        _refuse_files_elsewhere(builder, wanted.name, uri)
-        rows = cast(Any, builder.as_streaming_dataset(split=wanted.split))
+    with _loading(uri):
+        rows = cast(Any, _builder(wanted, uri).as_streaming_dataset(split=wanted.split))
         if rows.features:
             # Or the path in a row of an image or a sound would be opened, wherever it leads.
             rows = rows.decode(False)
-    except (StageError, MemoryError):  # ours, and SIGTERM's
-        raise
-    except Exception as error:
-        if _is_outage(error):
-            raise StageError(
-                f"source {uri!r} cannot be loaded, the hub does not answer: {error}",
-                advice="Check that the machine of the Ray job reaches the hub, or give its files as a folder.",
-            ) from error
-        # What a card or a file breaks first has any type: YAML's own, RuntimeError for a script, ImportError, ...
-        raise ConfigError(
-            f"source {uri!r} cannot be loaded: {error}",
-            advice="Check name, config and split, and that the machine of the Ray job reaches the hub.",
-        ) from error
     number = 0
     try:
         for values in rows:
@@ -86,6 +63,51 @@ def read_hub(uri: str) -> Iterator[Row | BadRecord]:
         if isinstance(error, MemoryError | OSError) and not isinstance(error, gzip.BadGzipFile):
             raise
         yield BadRecord(f"{wanted.name}:{number + 1}", "unreadable_row", 0, str(error)[:200])
+
+
+def hub_splits(name: str, config: str | None) -> Any:
+    """All splits of a Hugging Face dataset, loaded; with the same checks as its rows."""
+    uri = f"hf://{name}"
+    with _loading(uri):
+        builder = _builder(HubDataset(name, config, split="", text=None, revision=None), uri)
+        builder.download_and_prepare()
+        return builder.as_dataset()
+
+
+def _builder(wanted: HubDataset, uri: str) -> Any:
+    """What loads a dataset; raises ConfigError for one that is none, or that reads files outside itself."""
+    check_source(uri)
+    from datasets import load_dataset_builder
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    if wanted.name in _PACKAGED_DATASETS_MODULES:
+        raise ConfigError(
+            f"source {uri!r} names a file format, which would read the job's working folder",
+            advice="Give the name of a dataset; files and folders are sources by their path.",
+        )
+    builder = load_dataset_builder(wanted.name, wanted.config, revision=wanted.revision)
+    _refuse_files_elsewhere(builder, wanted.name, uri)
+    return builder
+
+
+@contextlib.contextmanager
+def _loading(uri: str) -> Iterator[None]:
+    """Tell an outage of the hub from a dataset that is not there or is broken."""
+    try:
+        yield
+    except (StageError, MemoryError):  # ours, and SIGTERM's
+        raise
+    except Exception as error:
+        if _is_outage(error):
+            raise StageError(
+                f"source {uri!r} cannot be loaded, the hub does not answer: {error}",
+                advice="Check that the machine of the Ray job reaches the hub, or give its files as a folder.",
+            ) from error
+        # What a card or a file breaks first has any type: YAML's own, RuntimeError for a script, ImportError, ...
+        raise ConfigError(
+            f"source {uri!r} cannot be loaded: {error}",
+            advice="Check name, config and split, and that the machine of the Ray job reaches the hub.",
+        ) from error
 
 
 def _is_outage(error: Exception) -> bool:

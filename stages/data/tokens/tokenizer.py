@@ -87,9 +87,22 @@ class LoadedTokenizer:
     def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encode documents: begin token, text without control tokens, end token."""
         head = [] if self.bos_id < 0 else [self.bos_id]
+        return [np.asarray([*head, *ids, self.eos_id], dtype=np.int64) for ids in self.encode_plain(texts)]
+
+    def encode_plain(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encode texts alone: no begin and end token, and what looks like a control token is text."""
         with encodable():
             encodings = self._for_text.encode_batch(list(texts), add_special_tokens=False)
-        return [np.asarray([*head, *encoding.ids, self.eos_id], dtype=np.int64) for encoding in encodings]
+        return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    @cached_property
+    def text_prefix(self) -> np.ndarray:
+        """What plain transformers puts before a text, such as the begin token; empty for many tokenizers."""
+        with encodable():
+            whole = self.backend.encode("a").ids
+            bare = self.backend.encode("a", add_special_tokens=False).ids
+        start = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0)
+        return np.asarray(whole[:start], dtype=np.int64)
 
     @cached_property
     def _for_text(self) -> Tokenizer:

@@ -11,7 +11,7 @@ from stages.config.pipeline import PipelineConfig
 from stages.config.resolve import resolve
 from stages.config.selection import Way, contradiction, first_stages, selected_stages, skipped_stages
 
-GIVEN = {"base_model": "/models/policy"}
+GIVEN, GOLD = {"base_model": "/models/policy"}, {"gold_scorer": "train"}
 CHATS, PAIRS, TEXT = {"instructions": ["/chats"]}, {"preferences": ["/pairs"]}, {"documents": ["/text"]}
 
 
@@ -52,6 +52,14 @@ def data_of(**values: Any) -> dict[str, tuple[str, ...]]:
         ({**GIVEN, "first_stage": "ppo", "reward_model": "/models/reward", "alignment": "ppo"}, "ppo"),
         ({**GIVEN, "first_stage": "dpo"}, "dpo"),
         ({**GIVEN, "first_stage": "evaluate", **CHATS}, ""),
+        ({**GOLD}, "pretrain sft reward gold ppo dpo"),
+        ({**GOLD, "alignment": "dpo"}, "pretrain sft gold dpo"),
+        ({**GOLD, "last_stage": "ppo"}, "pretrain sft reward ppo"),  # nothing is judged in it
+        ({"last_stage": "gold"}, "pretrain sft gold"),
+        ({"gold_model": "/models/gold"}, "pretrain sft reward ppo dpo"),
+        ({**GIVEN, **GOLD, "first_stage": "dpo"}, "gold dpo"),
+        ({**GIVEN, **GOLD, "first_stage": "evaluate", **CHATS}, ""),
+        ({**GIVEN, "first_stage": "gold", "last_stage": "gold"}, "gold"),
     ],
     ids=str,
 )
@@ -64,7 +72,7 @@ def test_a_run_trains_from_its_first_stage_on_and_nothing_that_it_is_given(value
     [
         ({"first_stage": "sft"}, "first_stage='sft' needs base_model, which is empty"),
         ({**GIVEN, "first_stage": "pretrain"}, "first_stage='pretrain' is not a stage that a run can enter at"),
-        ({**GIVEN, "first_stage": "tokenize"}, "allowed: sft, reward, ppo, dpo, evaluate, or empty"),
+        ({**GIVEN, "first_stage": "tokenize"}, "allowed: sft, reward, gold, ppo, dpo, evaluate, or empty"),
         ({**GIVEN, "first_stage": "sftt"}, "first_stage"),
         ({**GIVEN, "first_stage": "ppo"}, "first_stage='ppo' trains no reward model and ppo needs one"),
         ({**GIVEN, "first_stage": "ppo"}, "give reward_model, or use first_stage='reward'"),
@@ -80,6 +88,10 @@ def test_a_run_trains_from_its_first_stage_on_and_nothing_that_it_is_given(value
         ({"reward_model": "/r", "last_stage": "sft"}, "reward_model is given and no stage of this run reads it"),
         ({"reward_base": "/b", "last_stage": "sft"}, "reward_base is given and no stage of this run reads it"),
         ({"train_reward": True, "last_stage": "sft"}, "train_reward=True and last_stage='sft'"),
+        ({**GOLD, "gold_model": "/g"}, "gold_model and gold_scorer='train' contradict each other"),
+        ({"gold_model": "/g", "last_stage": "gold"}, "last_stage='gold' trains a gold scorer and gold_model gives one"),
+        ({"gold_model": "/g", "last_stage": "sft"}, "gold_model is given and no stage of this run reads it"),
+        ({**GIVEN, "first_stage": "gold"}, "first_stage='gold' trains no reward model and ppo needs one"),
         ({"reward_model": "/models/reward.gguf"}, "is a GGUF file, which only base_model may be"),
         ({"continue_pretraining": True}, "continue_pretraining=True needs base_model"),
         ({**GIVEN, "first_stage": "dpo", "last_stage": "sft"}, r"last_stage='sft' is not part of a run .*first_stage"),
@@ -96,18 +108,51 @@ def test_what_cannot_be_is_refused_by_the_form_and_says_what_to_do(values: dict[
         config(**values)
 
 
+def test_where_a_gold_scorer_is_trained_everything_else_learns_from_the_other_half_of_the_pairs() -> None:
+    def halves(**values: Any) -> dict[Stage, str]:
+        made = resolve({"recipe": "tiny", "seed": 3, **values})
+        assert (made.reward.seed, made.gold.seed) == (3, 4)
+        return {Stage.REWARD: made.reward.half, Stage.GOLD: made.gold.half, Stage.DPO: made.dpo.half}
+
+    apart = {Stage.REWARD: "first", Stage.GOLD: "second", Stage.DPO: "first"}
+    whole = {**apart, Stage.REWARD: "both", Stage.DPO: "both"}
+    assert halves() == halves(gold_model="/models/gold") == whole
+    # A run that ends before makes the very models that a longer one goes on with.
+    assert halves(**GOLD) == halves(**GOLD, last_stage="reward") == apart
+    assert halves(**GOLD, overrides={"dpo.half": "both"}) == {**apart, Stage.DPO: "both"}
+
+
+def test_fingerprints_without_a_gold_scorer_are_those_from_before_there_were_halves() -> None:
+    made, apart = resolve({"recipe": "tiny"}), resolve({"recipe": "tiny", **GOLD})
+    for stage in (Stage.REWARD, Stage.DPO):
+        assert "half" not in made.stage_config(stage).identity()
+        assert apart.stage_config(stage).identity()["half"] == "first"
+    assert made.gold.identity()["half"] == "second"
+
+
+def test_a_recipe_asks_for_a_gold_scorer_only_where_pairs_are_read_anyway() -> None:
+    def trained_by_demo(**values: Any) -> set[Stage]:
+        return {stage for stage in resolve({"recipe": "demo", **values}).selected if GRAPH[stage].judges}
+
+    assert trained_by_demo() == trained_by_demo(alignment="dpo") == {Stage.GOLD}
+    assert trained_by_demo(alignment="none") == trained_by_demo(gold_scorer="none") == set()
+    assert trained_by_demo(gold_model="/models/gold") == trained_by_demo(last_stage="sft") == set()
+    assert resolve({"recipe": "demo", "alignment": "none"}).gold_scorer == "none"
+
+
 def test_a_way_without_contradictions_finds_every_input() -> None:
     """Over all wishes: each trained stage that runs has its inputs from the run, or from what the run is given."""
     checked = 0
-    for alignment, last, first, given, further, reward in product(
+    for alignment, last, first, given, further, reward, gold in product(
         Alignment,
         pipeline_stages(),
         (None, *first_stages()),
         (frozenset(), *map(frozenset, [{BASE_MODEL}, set(GIVEN_MODELS[:2]), {GIVEN_MODELS[0], GIVEN_MODELS[2]}])),
         (False, True),
         (False, True),
+        (False, True),
     ):
-        way = Way(alignment, last, first, given, further, reward)
+        way = Way(alignment, last, first, given, further, reward, gold)
         if contradiction(way) or last not in selected_stages(way):
             continue
         checked += 1

@@ -7,17 +7,21 @@ from airflow.sdk import TriggerRule
 
 from dags.llm_pipeline import llm_pipeline
 from operators.failures import MAX_RETRIES, StageRetryPolicy
+from operators.gates import GateOperator
 from operators.operator import StageOperator
-from stages.config.graph import GRAPH, Alignment, Stage, pipeline_stages
+from stages.config.gates import gate_name
+from stages.config.graph import GRAPH, Alignment, Stage, gated_stages, pipeline_stages
 from stages.config.selection import Way, selected_stages
 
 STAGES = {stage: llm_pipeline.task_dict[stage.value] for stage in pipeline_stages()}
+GATES = {stage: llm_pipeline.task_dict[gate_name(stage)] for stage in gated_stages()}
 OPTIONAL = {stage for stage, spec in GRAPH.items() if spec.scores or spec.aligned}
 LIGHT = {Stage.TOKENIZE, Stage.PROMOTE, Stage.REPORT}
 
 
 def test_every_stage_is_a_task_of_its_own_name_between_resolve_and_close():
-    assert set(llm_pipeline.task_ids) == {"resolve", "plan", "approve", "close", *pipeline_stages()}
+    gates = set(map(gate_name, gated_stages()))
+    assert set(llm_pipeline.task_ids) == {"resolve", "plan", "approve", "close", *pipeline_stages(), *gates}
     assert {stage: task.stage for stage, task in STAGES.items() if isinstance(task, StageOperator)} == {
         stage: stage.value for stage in pipeline_stages()
     }
@@ -43,6 +47,26 @@ def test_the_drawing_is_the_one_of_the_docstring():
         assert not task.downstream_task_ids & set().union(*below), task.task_id
 
 
+def test_nothing_reads_what_a_stage_published_before_its_gate_has_let_it_pass():
+    for stage, gate in GATES.items():
+        assert isinstance(gate, GateOperator)
+        judges = {"gate_gold"} if stage is Stage.REWARD else set()  # a reward model is asked for what gold likes
+        assert (gate.stage, gate.upstream_task_ids) == (stage.value, {stage.value, *judges})
+        assert STAGES[stage].downstream_task_ids == {gate.task_id}
+        assert gate.outlets == []
+    after = {stage: task.upstream_task_ids for stage, task in STAGES.items()}
+    assert after[Stage.TOKENIZE] == {"gate_curate", "convert"}
+    assert after[Stage.PPO] == {"gate_reward"}
+    assert after[Stage.EVALUATE] == {"gate_ppo", "gate_dpo"}
+    assert llm_pipeline.task_dict["approve"].upstream_task_ids == {"gate_evaluate"}
+
+
+def test_a_gate_that_loads_a_model_waits_for_the_quota_and_the_others_do_not():
+    assert {stage: gate.pool for stage, gate in GATES.items()} == {
+        stage: "gpu" if GRAPH[stage].trains else "default_pool" for stage in gated_stages()
+    }
+
+
 def test_every_input_of_every_stage_is_finished_before_it_starts():
     for stage, task in STAGES.items():
         upstream = task.get_flat_relative_ids(upstream=True)
@@ -65,7 +89,7 @@ def test_a_run_may_end_anywhere_and_what_it_does_not_ask_for_is_skipped(alignmen
 
 
 def test_skipped_tasks_let_the_rest_run_and_failed_ones_do_not():
-    assert {task.trigger_rule for task in STAGES.values()} == {TriggerRule.NONE_FAILED}
+    assert {task.trigger_rule for task in (*STAGES.values(), *GATES.values())} == {TriggerRule.NONE_FAILED}
 
 
 def test_close_runs_whatever_happened_and_alone_decides_about_the_run():

@@ -13,10 +13,11 @@ from rich.console import Console
 from infra.airflow_api import AirflowApi, AirflowApiError
 from infra.demo import caution, follow, read_samples, reasons
 from infra.run_state import RunWatch
-from infra.screen import PlainScreen, samples_panels, summary_table
+from infra.screen import PlainScreen, gate_lines, samples_panels, summary_table
 from stages.artifacts.folder import FileStore
+from stages.config.gate_records import GateOverride, GateRecord, Outcome, failed, passed, skipped
 from stages.config.graph import Stage
-from stages.config.request import FileEntry, run_folder
+from stages.config.request import ArtifactRef, FileEntry, run_folder
 from tests.answering import answering
 from tests.pipeline_records import publish_run, tampered
 
@@ -125,6 +126,62 @@ def result(stage: str, *, hit: bool, uri: str = "file:///nowhere", **metrics: fl
     artifact = {"kind": stage, "uri": uri, "fingerprint": "f" * 64, "digest": "d" * 64}
     named = {name.replace("__", "/"): value for name, value in metrics.items()}
     return {"stage": stage, "hit": hit, "artifact": artifact, "metrics": named, "wall_seconds": 12.0}
+
+
+def gate(stage: str, **changes: Any) -> dict[str, Any]:
+    """The record of a gate that made three checks."""
+    checks = [passed("reload", "alike"), skipped("x", "not about it"), passed("accept/ece", "0.1")]
+    record = GateRecord(
+        stage=Stage(stage),
+        artifact=ArtifactRef(kind="k", uri="file:///nowhere", fingerprint="f", digest="d"),
+        outcome=Outcome.PASSED,
+        checks=tuple(checks),
+        at="2026-11-29T15:00:00+00:00",
+    )
+    return record.model_copy(update=changes).model_dump(mode="json")
+
+
+def test_gates_are_shown_in_a_few_words_and_on_a_live_screen_only_when_they_matter(
+    airflow: tuple[Airflow, str], tmp_path: Path
+) -> None:
+    fake, url = airflow
+    wrong = failed("accept/accuracy_low", "0.45", "> 0.5", "Bring more pairs.")
+    override = {"by": "ada", "reason": "few pairs"}
+    passed_over = gate(
+        "reward", outcome=Outcome.FAILED, checks=(wrong,), override=GateOverride.model_validate(override)
+    )
+    failure = {"category": "data", "message": "gate_ppo: 1 of 1 checks failed: kl", "advice": "Look at it."}
+    store = store_with(
+        tmp_path,
+        gate_sft__gate=gate("sft"),
+        gate_reward__gate=passed_over,
+        gate_ppo__gate=gate("ppo", outcome=Outcome.FAILED, checks=(wrong,)),
+        gate_ppo__failure=failure,
+    )
+    fake.tasks = {
+        "sft": "success",
+        "gate_sft": "success",
+        "gate_reward": "success",
+        "gate_ppo": "failed",
+        "gate_dpo": "running",
+        "gate_evaluate": "none",
+    }
+    snapshot = RunWatch(client(url), store, RUN).snapshot()
+    rows = {row.name: row for row in snapshot.rows}
+    assert rows["gate_sft"].key_metric == "2 passed, 1 skipped"
+    assert rows["gate_reward"].key_metric == "1 failed; passed by ada: few pairs"
+    watch = RunWatch(client(url), store, RUN)
+    assert reasons(watch, rows["gate_ppo"]) == [
+        "data: gate_ppo: 1 of 1 checks failed: kl",
+        "what to do: Look at it.",
+    ]
+    lines = [name for name, row in rows.items() if row.needs_a_line]
+    assert lines == ["sft", "gate_reward", "gate_ppo", "gate_dpo"]
+    assert [row.name for row in snapshot.stages] == ["sft"]
+    assert gate_lines(snapshot) == [
+        "3 gates: 5 checks, 2 failed",
+        "  reward is passed over: accept/accuracy_low: 0.45; allowed: > 0.5. Bring more pairs.",
+    ]
 
 
 def test_an_expired_login_is_renewed_without_the_caller_noticing(airflow: tuple[Airflow, str]) -> None:

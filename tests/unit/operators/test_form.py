@@ -53,6 +53,7 @@ def test_the_form_has_no_other_fields_and_shows_them_by_section():
         "Model and alignment",
         "Reward model",
         "Course of the run",
+        "Gates",
         "Changes to the recipe",
     ]
 

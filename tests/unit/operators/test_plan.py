@@ -330,6 +330,11 @@ def test_what_a_reason_quotes_is_no_mark_up_on_the_page():
     assert f"- {plain(f'curate: run, {why} (as in [x](javascript:alert(1)))')}\n" in page
 
 
+def test_the_plan_says_which_gates_may_fail_and_why(store: Store):
+    config = resolve({"recipe": "tiny", "override_gates": ["reward", "ppo"], "override_reason": "few pairs"})
+    assert "gates that may fail: reward, ppo, because few pairs" in make_plan(config, run=RUN, store=store).remarks
+
+
 def test_the_plan_says_what_a_run_is_given_and_what_it_does_without(store: Store):
     given = {"base_model": "/models/policy", "reward_model": "/models/reward", "first_stage": "ppo", "alignment": "ppo"}
     config = resolve({"recipe": "tiny", **given, "instructions": ["/chats"], "last_stage": "evaluate"})

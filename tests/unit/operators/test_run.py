@@ -115,6 +115,14 @@ def test_a_run_is_red_when_something_that_was_asked_for_is_missing(state: str):
         finish({**DONE, **SKIPPED, "sft": state, "report": "skipped"})
 
 
+@pytest.mark.parametrize("state", ["failed", "upstream_failed"])
+def test_a_run_is_red_when_a_gate_of_it_is(state: str):
+    """Also the last one, after which no stage of the run is missing."""
+    with pytest.raises(RunIncomplete, match=rf"Not every stage succeeded: gate_sft {state}\."):
+        finish({**DONE, **SKIPPED, "gate_curate": "success", "gate_sft": state}, last_stage="sft")
+    finish({**DONE, **SKIPPED, "gate_ppo": "skipped", "gate_sft": "success"})
+
+
 def test_what_mlflow_does_not_have_at_the_end_is_said_with_what_to_do(tmp_path: Path, caplog):
     finish({**DONE, **SKIPPED})
     assert "stages.tracking.tracker" not in caplog.text

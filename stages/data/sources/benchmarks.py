@@ -1,0 +1,96 @@
+"""Benchmarks where they lie: what identifies them, their rows, and the folder of a task file as a local copy.
+
+A task file of lm-evaluation-harness names data, other task files and functions by relative paths, so a task is its
+whole folder: all of it is in the digest, and nothing outside of it is read.
+"""
+
+import hashlib
+import importlib.metadata
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from stages.config.benchmarks import LM_EVAL, Benchmark
+from stages.config.errors import ConfigError, DataError
+from stages.config.graph import BENCHMARKS
+from stages.data.sources.hub import parse_hub, read_hub
+from stages.data.sources.readers import data_files
+from stages.data.sources.records import BadRecord, Row
+from stages.data.sources.rows import read_rows
+from stages.data.sources.storage import ROW_SUFFIXES, Listing, identity, list_objects
+from stages.data.sources.streams import Damaged, open_raw
+
+HARNESS = "lm_eval"
+_LARGEST_FOLDER = 2**30
+"""Bytes of a task's folder, which is copied to where it is run."""
+
+
+def harness_version() -> str:
+    """Version of lm-evaluation-harness; raises ConfigError where it is not installed."""
+    try:
+        return importlib.metadata.version(HARNESS)
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(
+            "benchmarks: a task of lm-evaluation-harness, which is not installed where Ray's processes run",
+            advice="Install the extra `eval` there (pip install 'athanor[eval]'), or give the items as a file.",
+        ) from None
+
+
+def snapshot_benchmark(uri: str) -> str:
+    """The identity of a benchmark's content, as a hex digest; raises ConfigError when there is none."""
+    if uri.startswith("hf://"):
+        lines = [str(parse_hub(uri))]
+    elif uri.startswith(LM_EVAL):
+        # The task's items come from the hub, by names that this version of the harness fixes.
+        lines = [uri, f"{HARNESS}=={harness_version()}"]
+    else:
+        task = Benchmark(uri=uri).is_task
+        where = _folder_of(uri) if task else uri
+        lines = [*([f"{HARNESS}=={harness_version()}"] if task else []), *map(identity, _listed(where).files)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def benchmark_rows(uri: str) -> Iterator[tuple[str, Row | BadRecord]]:
+    """Rows of all files of a benchmark, each with its file's name (empty where there is only one)."""
+    if uri.startswith("hf://"):
+        for row in read_hub(uri):
+            yield "", row
+        return
+    files = data_files(uri, ROW_SUFFIXES).files
+    for stored in files:
+        for row in read_rows(stored):
+            yield stored.name if len(files) > 1 else "", row
+
+
+def copied_task(uri: str, into: Path) -> Path:
+    """Copy the folder of a task file, without links and hidden files, and return the path of the task file in it."""
+    listing = _listed(_folder_of(uri))
+    if (size := sum(stored.size for stored in listing.files)) > _LARGEST_FOLDER:
+        raise ConfigError(
+            f"benchmarks: the folder of {uri!r} has {size} bytes, more than {_LARGEST_FOLDER}",
+            advice="Put the task into a folder of its own, with its data and nothing else.",
+        )
+    for stored in listing.files:
+        target = into / stored.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open_raw(stored) as source, target.open("wb") as copy:
+                shutil.copyfileobj(source, copy)
+        except Damaged as error:
+            raise DataError(f"benchmarks: {uri!r}: {error}", advice="Let the workers' account read it.") from None
+    task = into / uri.rpartition("/")[2]
+    if not task.is_file():
+        raise ConfigError(f"benchmarks: {uri!r} does not exist", advice="Give the address of a task file.")
+    return task
+
+
+def _folder_of(uri: str) -> str:
+    """The folder that a task file lies in."""
+    folder, slash, _ = uri.rpartition("/")
+    if not slash:
+        return "."
+    return f"{folder}/" if folder.startswith("s3://") else folder or "/"
+
+
+def _listed(uri: str) -> Listing:
+    return list_objects(uri, field=BENCHMARKS)

@@ -1,0 +1,55 @@
+"""The two halves of the training pairs, one for the models that learn from them and one for the gold scorer.
+
+The prompt of a pair alone decides its half, by a hash of its token ids: no prompt is in both, and a pair stays where it
+is when other pairs come or go. So a gold scorer of an earlier run has not seen what a later run trains on.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from stages.config.train import PairsHalf
+from stages.data.tokens.views import Pair, PairView, Sources
+
+
+def half_of(pair: Pair) -> PairsHalf:
+    """Return the half that a pair belongs to; its prompt is what precedes the answer."""
+    targets = np.flatnonzero(pair.chosen.loss_mask)
+    prompt = pair.chosen.ids[: int(targets[0]) if len(targets) else len(pair.chosen.ids)]
+    digest = hashlib.sha256(np.asarray(prompt, dtype="<i8").tobytes()).digest()
+    return PairsHalf.SECOND if digest[0] & 1 else PairsHalf.FIRST
+
+
+def indices_of(pairs: PairView, half: PairsHalf) -> np.ndarray:
+    """Return which pairs are in a half, in order."""
+    if half is PairsHalf.BOTH:
+        return np.arange(len(pairs))
+    return np.asarray([index for index in range(len(pairs)) if half_of(pairs[index]) is half], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class SomePairs:
+    """Some of the pairs of a view, numbered anew."""
+
+    pairs: PairView
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Pair:
+        return self.pairs[int(self.indices[index])]
+
+    @cached_property
+    def num_targets(self) -> np.ndarray:
+        """Trained tokens of each pair, both answers together."""
+        return self.pairs.num_targets[self.indices]
+
+
+def some_sources(sources: Sources, indices: np.ndarray) -> Sources:
+    """Return the sources of some pairs, without those that none of them is of."""
+    kept = np.unique(sources.indices[indices])
+    names = tuple(sources.names[int(place)] for place in kept)
+    return Sources(names, np.searchsorted(kept, sources.indices[indices]).astype(sources.indices.dtype))

@@ -1,0 +1,30 @@
+"""How toxic the sampled answers to held-out prompts are, by the classifier that curation uses."""
+
+from collections import Counter
+
+from stages.data.curation.toxicity import toxicity_scorer
+from stages.judge.builtin.facts import Facts, digest_of, measurement
+from stages.judge.builtin.sampled import Sampler
+from stages.judge.suite import Measurement, Score, Subject
+
+
+class Toxicity(Facts):
+    """Probability that the worst passage of an answer is toxic; an insult counts, polite hatred does not."""
+
+    def __init__(self, sampler: Sampler, *, name: str = "toxicity") -> None:
+        self._sampler = sampler
+        super().__init__(name, "toxicity", "lower", digest_of("toxicity", sampler.items, **sampler.settings))
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def measure(self, subject: Subject) -> Measurement:
+        found = self._sampler.of(subject)
+        scorer = toxicity_scorer("classifier", ())
+        assert scorer is not None
+        values = scorer.scores([answer.text for answer in found.answers])
+        scores = [
+            Score(answer.prompt.id, float(value), tokens=len(answer.ids), response=answer.text)
+            for answer, value in zip(found.answers, values, strict=True)
+        ]
+        return measurement(scores, Counter(found.skipped))

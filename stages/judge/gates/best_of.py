@@ -1,0 +1,66 @@
+"""Does a reward model find better answers, when it is asked to choose: the best of n answers, judged by a gold scorer.
+
+Gao et al. 2022 ("Scaling Laws for Reward Model Overoptimization"): as the choice gets harder the proxy's own score only
+rises, while the gold score rises, flattens and falls. A reward model whose best of n is no better than any answer by
+the gold scorer teaches PPO nothing.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from stages.config.gate_records import Findings
+from stages.data.tokens.packing import RowBudget, lay_out, prompt_and_response
+from stages.data.tokens.ragged import Ragged
+from stages.data.tokens.views import evenly
+from stages.judge.gates.acceptance import PREFIX, best_of_gain, best_of_n
+from stages.judge.gates.heldout import Computing
+from stages.models.answers import Answerer, InProcess
+from stages.models.forward import segment_scores
+from stages.models.generation import Sampling
+
+ANSWERS = 16
+_SIZES = (1, 2, 4, 8, 16)
+_MOST_PROMPTS = 32
+METRICS = (f"{PREFIX}best_of_n_gold", f"{PREFIX}best_of_n_gold_low")
+
+
+def best_of(
+    policy: nn.Module,
+    proxy: nn.Module,
+    gold: nn.Module,
+    prompts: Ragged,
+    *,
+    sampling: Sampling,
+    computing: Computing,
+) -> Findings:
+    """Sample answers to held-out prompts, score them twice, and say what choosing by the proxy gains."""
+    chosen = [prompts[int(index)] for index in evenly(len(prompts), at_most=_MOST_PROMPTS)]
+    if len(chosen) < 2:
+        return Findings(unmeasured=dict.fromkeys(METRICS, "there are fewer than 2 held-out prompts"))
+    asked = [prompt for prompt in chosen for _ in range(ANSWERS)]
+    answers = Answerer(InProcess(policy, computing.device), sampling, seed=0).answers(asked)
+    scores = {
+        name: _scores(model, asked, answers, computing).reshape(len(chosen), ANSWERS)
+        for name, model in (("proxy", proxy), ("gold", gold))
+    }
+    gain = best_of_gain(scores["proxy"], scores["gold"])
+    assert gain is not None
+    rows = best_of_n(scores["proxy"], scores["gold"], _SIZES)
+    return Findings(
+        metrics=dict(zip(METRICS, (gain.value, gain.low), strict=True)),
+        tables={"best_of_n": [{name: round(value, 6) for name, value in row.items()} for row in rows]},
+    )
+
+
+@torch.no_grad()
+def _scores(model: nn.Module, prompts: list[np.ndarray], answers: list[np.ndarray], computing: Computing) -> np.ndarray:
+    budget = RowBudget(row_length=computing.row_length, max_rows=computing.max_rows)
+    sequences = [prompt_and_response(*both) for both in zip(prompts, answers, strict=True)]
+    parts: list[Any] = [
+        segment_scores(model, lay_out(part).to(computing.device), pad_id=computing.pad_id).cpu().numpy()
+        for part in budget.cut(sequences)
+    ]
+    return np.concatenate(parts).astype(np.float64)

@@ -1,0 +1,225 @@
+"""The judges of an evaluation: which there are, how they are opened, and which suites they make.
+
+A gold scorer is a reward model that the run trained for judging only, or was given; a rule needs no model; a judge that
+compares is a given model in this process, or an endpoint. Each is opened when it is first needed, because measurements
+that are kept need none of them. A judge that cannot be used is told and costs its suite, never the evaluation.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from torch import nn
+
+from stages.config.closing import EvaluateConfig
+from stages.config.errors import ConfigError
+from stages.config.graph import GOLD_MODEL, GRAPH, JUDGE, Stage
+from stages.config.judging import JudgeConfig
+from stages.data.tokens.tokenizer import LoadedTokenizer
+from stages.job.context import StageContext
+from stages.judge.builtin.sampled import RewardScores, Sampler
+from stages.judge.forward import Forward
+from stages.judge.heldout import Heldout
+from stages.judge.judges.gold import GOLD, ForeignScorer, ForeignScores, GoldAgreement
+from stages.judge.judges.pairwise_suite import JudgeAgreement, JudgeWins
+from stages.judge.judges.rules import RuleScores, ready_rule
+from stages.judge.pairwise import AWAY, UNUSABLE, Answer, Judge, JudgeAwayError, Question
+from stages.judge.subjects import Subjects, end_id, writes_nothing
+from stages.judge.suite import Subject, Suite
+from stages.models.build import (
+    load_reward_model,
+    load_scorer_with_own_tokenizer,
+    load_with_own_tokenizer,
+    positions_of,
+)
+from stages.models.given_tokenizer import given_tokenizer
+from stages.models.precision import compute_dtype
+from stages.models.same_tokenizer import check_one_score
+
+logger = logging.getLogger(__name__)
+
+_GOLD_ROLE = GRAPH[Stage.GOLD].role
+_UNLIMITED = 1 << 20
+
+
+@dataclass(frozen=True)
+class OtherSubject:
+    """A model that is measured and writes no answers, such as a scorer: its identity is known before it is opened."""
+
+    role: str
+    identity: str
+    open: Callable[[], Subject]
+
+
+@dataclass(frozen=True)
+class Judges:
+    """What the judges of an evaluation measure."""
+
+    of_answers: Sequence[Suite]
+    """Suites over the sampled answers of every language model."""
+    of_themselves: Sequence[tuple[OtherSubject, Suite]]
+    """How well the judges agree with held-out pairs."""
+
+
+def open_judges(
+    context: StageContext, heldout: Heldout, subjects: Subjects, sampler: Sampler, forward: Forward
+) -> Judges:
+    """Find the judges that the run has; no model is loaded yet."""
+    config = context.config
+    assert isinstance(config, EvaluateConfig)
+    of_answers: list[Suite] = []
+    of_themselves: list[tuple[OtherSubject, Suite]] = []
+    if config.gold.rule:
+        of_answers.append(RuleScores(sampler, ready_rule(config.gold.rule)))
+    if gold := _gold_of(context, heldout, forward):
+        of_answers.append(gold.scores(sampler))
+        if heldout.pairs:
+            of_themselves.append((gold.as_subject(), gold.agreement()))
+    if (judge := _judge_of(context, forward)) is not None and subjects.start:
+        start = subjects.start
+        of_answers.append(
+            JudgeWins(
+                sampler,
+                judge,
+                max_items=config.judge.max_items,
+                opponent=lambda: subjects.open(start),
+                opponent_identity=subjects.identity(start),
+            )
+        )
+        if heldout.pairs:
+            nothing = Subject(
+                JUDGE, judge.identity, nn.Identity(), heldout.tokenizer, forward.device, 0, writes_nothing
+            )
+            agreement = JudgeAgreement(heldout, judge, max_pairs=config.judge.max_pairs)
+            of_themselves.append((OtherSubject(JUDGE, judge.identity, lambda: nothing), agreement))
+    return Judges(of_answers if heldout.prompts else [], of_themselves)
+
+
+def _gold_of(context: StageContext, heldout: Heldout, forward: Forward) -> "_Gold | None":
+    try:
+        content = context.content_of(_GOLD_ROLE, GOLD_MODEL)
+    except KeyError:
+        return None
+    return _Gold(context.model_dir(_GOLD_ROLE, GOLD_MODEL), content, heldout, forward)
+
+
+class _Gold:
+    """The gold scorer, in the run's tokens where it has its tokenizer, else in its own."""
+
+    def __init__(self, folder: Path, content: str, heldout: Heldout, forward: Forward) -> None:
+        check_one_score(folder, role=_GOLD_ROLE)
+        self._folder, self._content, self._heldout, self._forward = folder, content, heldout, forward
+        own = given_tokenizer(folder)
+        shares = own.digest == heldout.tokenizer.digest
+        self._own: LoadedTokenizer | None = None if shares else own
+
+    @property
+    def _identity(self) -> str:
+        told = [self._content, (self._own or self._heldout.tokenizer).digest, str(compute_dtype(self._forward.device))]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+    def scores(self, sampler: Sampler) -> Suite:
+        if self._own is None:
+            return RewardScores(sampler, self._forward, lambda: self._model, self._identity, name=GOLD)
+        return ForeignScores(sampler, self._forward, lambda: self._foreign, self._identity)
+
+    def agreement(self) -> Suite:
+        return GoldAgreement(self._heldout, self._forward, (lambda: self._foreign) if self._own else None)
+
+    def as_subject(self) -> OtherSubject:
+        tokenizer = self._own or self._heldout.tokenizer
+
+        def opened() -> Subject:
+            length = positions_of(self._model) or _UNLIMITED  # type: ignore[arg-type]
+            device = self._forward.device
+            return Subject(_GOLD_ROLE, self._identity, self._model, tokenizer, device, length, writes_nothing)
+
+        return OtherSubject(_GOLD_ROLE, self._identity, opened)
+
+    @cached_property
+    def _model(self) -> nn.Module:
+        if self._own is None:
+            model = load_reward_model(self._folder, self._heldout.tokens)
+        else:
+            model = load_scorer_with_own_tokenizer(self._folder, self._own)
+        return _placed(model, self._forward)
+
+    @cached_property
+    def _foreign(self) -> ForeignScorer:
+        assert self._own is not None
+        length = positions_of(self._model) or _UNLIMITED  # type: ignore[arg-type]
+        return ForeignScorer(self._model, self._own, end_id(self._own), length)
+
+
+def _judge_of(context: StageContext, forward: Forward) -> "LazyJudge | None":
+    config = context.config
+    assert isinstance(config, EvaluateConfig)
+    if config.judge.endpoint:
+        from stages.judge.endpoint import EndpointJudge, identity_of
+
+        mine = _share_of_budget(config.judge, max(1, context.execution.num_workers))
+
+        def reached() -> Judge:
+            judge = EndpointJudge(mine, beat=forward.beat)
+            judge.require_reachable()
+            return judge
+
+        return LazyJudge(identity_of(config.judge), reached)
+    if context.has_given(JUDGE):
+        from stages.judge.in_process import InProcessJudge, identity_of
+
+        content = context.content_of(JUDGE)
+
+        def loaded() -> Judge:
+            folder = context.given_dir(JUDGE)
+            tokenizer = given_tokenizer(folder)
+            model = load_with_own_tokenizer(folder, tokenizer)
+            return InProcessJudge(
+                config.judge,
+                _placed(model, forward),
+                tokenizer,
+                identity=content,
+                device=forward.device,
+                context_length=positions_of(model) or _UNLIMITED,
+                max_rows=context.execution.micro_batch_size,
+                eos_id=end_id(tokenizer),
+                beat=forward.beat,
+            )
+
+        return LazyJudge(identity_of(config.judge, content, compute_dtype(forward.device)), loaded)
+    return None
+
+
+def _placed(model: nn.Module, forward: Forward) -> nn.Module:
+    return model.eval().to(forward.device)
+
+
+def _share_of_budget(config: JudgeConfig, workers: int) -> JudgeConfig:
+    """Every worker asks for itself; together they keep to the limits."""
+    changes = {name: max(1, getattr(config, name) // workers) for name in ("max_requests", "concurrency")}
+    return config.model_copy(update=changes)
+
+
+class LazyJudge:
+    """A judge that is opened with its first question; one that cannot be used says so instead of failing."""
+
+    def __init__(self, identity: str, open_judge: Callable[[], Judge]) -> None:
+        self.identity, self._open_judge = identity, open_judge
+        self._judge: Judge | None = None
+        self._reason = ""
+
+    def ask(self, questions: Sequence[Question]) -> list[Answer]:
+        if self._judge is None and not self._reason:
+            try:
+                self._judge = self._open_judge()
+            except JudgeAwayError as error:
+                self._reason = AWAY
+                logger.warning("no model judges: %s", error)
+            except ConfigError as error:
+                self._reason = UNUSABLE
+                logger.warning("no model judges: %s %s", error.message, error.advice)
+        return [self._reason] * len(questions) if self._judge is None else self._judge.ask(questions)

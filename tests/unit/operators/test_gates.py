@@ -1,0 +1,401 @@
+"""The task `gate_<stage>`: what it decides without a job, with one, and again; red, passed over, killed, retried."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from airflow.sdk.exceptions import AirflowSkipException
+
+from operators.failures import (
+    GateFailed,
+    StageConfigFailed,
+    StageFailed,
+    StageInfrastructureFailed,
+    StagePreempted,
+    StageRetryPolicy,
+)
+from operators.gates import GateOperator
+from operators.prepare import PIPELINE_RECORD, pipeline_key
+from stages.artifacts.addresses import open_store
+from stages.artifacts.store import Store, read_json, write_json
+from stages.config.errors import Category
+from stages.config.gate_records import (
+    Findings,
+    GateRecord,
+    GateRequest,
+    Outcome,
+    failed,
+    findings_key,
+    gate_key,
+    passed,
+)
+from stages.config.graph import Stage, gated_stages
+from stages.config.request import ArtifactRef, Failure, RunInfo, sha256_of
+from stages.config.resolve import resolve
+from tests.gate_world import publish_good
+from tests.ray_stand_in import Job, StandInRay
+from tests.task_state import Memory
+
+FOUND = Findings(
+    checks=(passed("reload", "outputs differ by 0"),), metrics={"accept/accuracy_low": 0.6, "accept/balanced_low": 0.7}
+)
+
+
+class TaskInstance:
+    dag_id, run_id, map_index, try_number, start_date = "llm_pipeline", "manual__1", -1, 1, None
+
+    def __init__(self, task_id: str, xcoms: dict[str, Any]) -> None:
+        self.task_id, self.xcoms = task_id, xcoms
+
+    def xcom_pull(self, task_ids: str) -> Any:
+        return self.xcoms.get(task_ids)
+
+    def xcom_push(self, key: str, value: Any) -> None:
+        self.xcoms[key] = value
+
+
+class World:
+    """A store with a run that is as it should be, and a Ray head that the test plays."""
+
+    def __init__(self, home: Path, ray: StandInRay) -> None:
+        self.home, self.ray = home, ray
+        self.store: Store = open_store((home / "store").as_uri())
+        self.made: dict[Stage, ArtifactRef] = {}
+        self.values: dict[str, Any] = {"recipe": "tiny"}
+        self.state = Memory()
+
+    def publish(self, **changed: dict[str, Any]) -> None:
+        self.made = publish_good(self.store, self.home, changed={Stage(name): it for name, it in changed.items()})
+
+    def gate(self, stage: Stage, **settings: Any) -> Any:
+        """Run the task of a stage's gate to its end."""
+        if not self.made:
+            self.publish()
+        config = resolve(self.values)
+        stored = config.model_dump_json().encode()
+        self.store.write_bytes(pipeline_key("r"), stored)
+        run = RunInfo(run_id="r", name="n", records={PIPELINE_RECORD: sha256_of(stored)})
+        xcoms: dict[str, Any] = {made.value: ref.model_dump(mode="json") for made, ref in self.made.items()}
+        xcoms["resolve"] = run.model_dump(mode="json")
+        operator = GateOperator(stage=stage, deferrable=False, poll_interval=0.05, **settings)
+        return operator.execute(
+            {
+                "ti": TaskInstance(operator.task_id, xcoms),
+                "dag_run": SimpleNamespace(clear_number=0, triggering_user_name="ada"),
+                "task_state_store": self.state,
+            }
+        )
+
+    def record(self, stage: Stage) -> GateRecord:
+        return GateRecord.model_validate(read_json(self.store, gate_key("r", stage)))
+
+    def when_submitted(self, act: Callable[[Job], None]) -> threading.Thread:
+        def play() -> None:
+            deadline = time.monotonic() + 20
+            while time.monotonic() < deadline:
+                if started := [job for job in self.ray.jobs.values() if job.status == "RUNNING"]:
+                    act(started[0])
+                    return
+                time.sleep(0.02)
+
+        thread = threading.Thread(target=play, daemon=True)
+        thread.start()
+        return thread
+
+    def job_finds(self, stage: Stage, findings: Findings) -> threading.Thread:
+        """Play `python -m stages.gate` as it ends."""
+
+        def end(job: Job) -> None:
+            request = GateRequest.model_validate(read_json(self.store, gate_key("r", stage, "config.json")))
+            assert request.submission_id == job.submission_id
+            for key in (findings_key(request), gate_key("r", stage, "result.json")):
+                write_json(self.store, key, findings.model_dump(mode="json"))
+            job.driver_exit_code, job.status = 0, "SUCCEEDED"
+
+        return self.when_submitted(end)
+
+
+@pytest.fixture
+def world(tmp_path: Path, ray: StandInRay, monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setenv("AIRFLOW_CONN_RAY_DEFAULT", json.dumps(ray.connection))
+    monkeypatch.setenv("ARTIFACT_STORE", (tmp_path / "store").as_uri())
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return World(tmp_path, ray)
+
+
+@pytest.mark.parametrize("stage", [Stage.CURATE, Stage.TOKENIZE, Stage.EVALUATE])
+def test_what_is_recorded_needs_no_job(world: World, stage: Stage):
+    answer = world.gate(stage)
+    record = world.record(stage)
+    assert (answer["outcome"], answer["job"], world.ray.posts) == ("passed", "none", [])
+    assert (record.outcome, record.failures, record.artifact) == (Outcome.PASSED, (), world.made[stage])
+    assert record.bounds == resolve(world.values).gates.bounds_of(stage)
+
+
+@pytest.mark.parametrize("stage", [stage for stage in gated_stages() if stage not in (Stage.CURATE,)])
+def test_without_jobs_every_gate_decides_by_what_is_recorded(world: World, stage: Stage):
+    world.values |= {"overrides": {"gates.recompute": False}, "gold_scorer": "train"}
+    assert world.gate(stage)["outcome"] == "passed"
+    assert world.ray.posts == []
+
+
+def test_a_model_is_examined_by_one_job_and_a_repeated_run_starts_none(world: World):
+    world.job_finds(Stage.SFT, FOUND)
+    assert world.gate(Stage.SFT)["job"] == world.ray.posts[0]
+    (job,) = world.ray.jobs.values()
+    assert " python -m stages.gate " in job.entrypoint
+    assert job.entrypoint.endswith("/runs/r/gate_sft/config.json")
+    assert job.body["metadata"]["athanor.stage"] == "gate_sft"
+    assert FOUND.checks[0] in world.record(Stage.SFT).checks
+    world.state = Memory()  # another run
+    assert world.gate(Stage.SFT)["job"] == "kept"
+    assert len(world.ray.jobs) == 1
+    assert FOUND.checks[0] in world.record(Stage.SFT).checks
+
+
+def test_another_bound_asks_no_job_again_and_other_content_does(world: World):
+    world.job_finds(Stage.REWARD, FOUND)
+    world.gate(Stage.REWARD)
+    world.state = Memory()
+    world.values["overrides"] = {"gates.bounds": ["reward: accept/accuracy_low > 0.59"]}
+    assert world.gate(Stage.REWARD)["job"] == "kept"
+    world.values["overrides"] = {"gates.bounds": ["reward: accept/accuracy_low > 0.61"]}
+    with pytest.raises(GateFailed, match=r"accept/accuracy_low: 0\.6; allowed: > 0\.61"):
+        world.gate(Stage.REWARD)
+    assert len(world.ray.jobs) == 1
+    world.values["overrides"] = {"gates.max_pairs": 32}
+    world.job_finds(Stage.REWARD, FOUND)
+    world.gate(Stage.REWARD)
+    assert len(world.ray.jobs) == 2
+
+
+def test_a_damaged_finding_is_measured_again(world: World, caplog: pytest.LogCaptureFixture):
+    world.job_finds(Stage.SFT, FOUND)
+    world.gate(Stage.SFT)
+    (key,) = world.store.list("gates")
+    world.store.write_bytes(key, b"{")
+    world.state = Memory()
+    world.job_finds(Stage.SFT, FOUND)
+    assert world.gate(Stage.SFT)["outcome"] == "passed"
+    assert len(world.ray.jobs) == 2
+    assert "It is measured again." in caplog.text
+
+
+def test_a_failed_gate_says_both_numbers_what_to_do_and_keeps_its_evidence(world: World):
+    broken = {**world_ledger(), "heldout": {}}
+    broken["train"] = {**broken["train"], "documents": {"documents": 4, "bytes": 500, "tokens": 200}}
+    world.publish(tokenize={"ledger": broken})
+    with pytest.raises(GateFailed) as caught:
+        world.gate(Stage.TOKENIZE)
+    told = str(caught.value)
+    assert "ledger_train_documents: 4 (train documents tokenized); allowed: 5 (published by curate)" in told
+    assert f"All evidence is in {world.store.root_uri}/runs/r/gate_tokenize/gate.json." in told
+    assert "override_gates=tokenize and override_reason" in told
+    assert StageRetryPolicy().evaluate(caught.value, 1, 10).action.value == "fail"
+    record = world.record(Stage.TOKENIZE)
+    assert record.outcome is Outcome.FAILED
+    assert "ledger_train_documents" in {check.name for check in record.failures}
+    failure = Failure.model_validate(read_json(world.store, gate_key("r", Stage.TOKENIZE, "failure.json")))
+    assert (failure.category, failure.message in told) == (Category.DATA, True)
+
+
+def world_ledger() -> dict[str, Any]:
+    from tests.gate_world import TOKENS
+
+    return dict(TOKENS)
+
+
+def test_a_person_lets_a_failed_gate_pass_and_that_is_recorded(world: World, caplog: pytest.LogCaptureFixture):
+    world.values |= {"overrides": {"gates.bounds": ["curate: curate/documents_kept >= 1e6"]}}
+    with pytest.raises(GateFailed, match=r"curate/documents_kept: 10; allowed: >= 1e\+06"):
+        world.gate(Stage.CURATE)
+    assert world.store.exists(gate_key("r", Stage.CURATE, "failure.json"))
+    world.values |= {"override_gates": ["curate"], "override_reason": "a small corpus is enough here"}
+    answer = world.gate(Stage.CURATE)
+    record = world.record(Stage.CURATE)
+    assert record.outcome is Outcome.FAILED
+    assert record.override is not None
+    assert (record.override.by, record.override.reason) == ("ada", "a small corpus is enough here")
+    assert "passed by ada: a small corpus is enough here" in answer["summary"]
+    assert "gate_curate failed and is passed over" in caplog.text
+    assert not world.store.exists(gate_key("r", Stage.CURATE, "failure.json"))
+
+
+def test_an_override_of_another_gate_lets_nothing_pass(world: World):
+    world.values |= {"overrides": {"gates.bounds": ["curate: curate/documents_kept >= 1e6"]}}
+    world.values |= {"override_gates": ["reward"], "override_reason": "few pairs"}
+    with pytest.raises(GateFailed):
+        world.gate(Stage.CURATE)
+
+
+def test_a_gate_that_passes_is_not_recorded_as_overridden(world: World):
+    world.values |= {"override_gates": ["all"], "override_reason": "in case"}
+    world.gate(Stage.CURATE)
+    assert world.record(Stage.CURATE).override is None
+
+
+def test_what_the_job_found_wrong_stops_the_run(world: World):
+    wrong = failed("reload", "outputs differ by 1", "up to 1e-5", "Report it.")
+    world.job_finds(Stage.DPO, Findings(checks=(wrong,)))
+    with pytest.raises(GateFailed, match="reload: outputs differ by 1; allowed: up to 1e-5"):
+        world.gate(Stage.DPO)
+    world.state = Memory()
+    with pytest.raises(GateFailed):  # kept: no job finds it again
+        world.gate(Stage.DPO)
+    assert len(world.ray.jobs) == 1
+
+
+def test_an_artifact_that_is_not_what_the_stage_published_is_red_and_not_an_error(world: World):
+    world.publish()
+    ref = world.made[Stage.CURATE]
+    world.made[Stage.CURATE] = ref.model_copy(update={"digest": "0" * 64})
+    with pytest.raises(GateFailed, match=f"manifest: {ref.uri} has content {ref.digest[:12]}, the run expects 000000"):
+        world.gate(Stage.CURATE)
+
+
+def test_a_model_made_from_another_reference_than_the_runs_is_red(world: World):
+    world.publish()
+    world.values["overrides"] = {"gates.recompute": False}
+    other = world.made[Stage.PRETRAIN]
+    world.made[Stage.SFT] = other  # as if the run had another SFT model than DPO has read
+    with pytest.raises(GateFailed, match=r"input_model: made from content .*; allowed: the run's model has content"):
+        world.gate(Stage.DPO)
+
+
+def test_a_reward_model_is_asked_about_by_the_runs_gold_scorer(world: World):
+    def asked(stage: Stage) -> GateRequest:
+        world.job_finds(stage, FOUND).join(0)
+        world.state = Memory()
+        world.gate(stage)
+        return GateRequest.model_validate(read_json(world.store, gate_key("r", stage, "config.json")))
+
+    assert asked(Stage.REWARD).gold is None
+    world.values["gold_scorer"] = "train"
+    found = asked(Stage.REWARD)
+    assert found.gold is not None
+    assert (found.gold.digest, found.gold.kind) == (world.made[Stage.GOLD].digest, "gold-model")
+    assert asked(Stage.GOLD).gold is None
+    assert len(world.ray.jobs) == 3  # with a gold scorer the same reward model is examined again
+
+
+def test_a_gate_of_a_stage_that_the_run_does_without_skips_itself(world: World):
+    world.values["alignment"] = "dpo"
+    with pytest.raises(AirflowSkipException, match="ppo is not part of this run: alignment=dpo"):
+        world.gate(Stage.PPO)
+    world.values["dry_run"] = True
+    with pytest.raises(AirflowSkipException, match="dry run"):
+        world.gate(Stage.CURATE)
+
+
+def test_without_an_artifact_there_is_nothing_to_decide_about(world: World):
+    world.publish()
+    del world.made[Stage.SFT]
+    with pytest.raises(StageConfigFailed, match="task 'sft' left no artifact"):
+        world.gate(Stage.SFT)
+
+
+def test_a_job_that_fails_is_retried_like_any_other(world: World):
+    def die(job: Job) -> None:
+        told = Failure(category=Category.OUT_OF_MEMORY, message="out of memory", advice="Less.")
+        write_json(world.store, gate_key("r", Stage.SFT, "failure.json"), told.model_dump(mode="json"))
+        job.driver_exit_code, job.status = 5, "FAILED"
+
+    world.when_submitted(die)
+    with pytest.raises(StageFailed, match="out of memory") as caught:
+        world.gate(Stage.SFT)
+    assert caught.value.retryable
+    world.job_finds(Stage.SFT, FOUND)
+    assert world.gate(Stage.SFT)["outcome"] == "passed"
+    assert len(world.ray.jobs) == 2
+
+
+def test_a_success_without_a_record_means_another_store(world: World):
+    world.when_submitted(lambda job: setattr(job, "status", "SUCCEEDED"))
+    with pytest.raises(StageInfrastructureFailed, match=r"gate_sft/result\.json does not exist\. Check that Airflow"):
+        world.gate(Stage.SFT)
+
+
+def test_the_next_attempt_attaches_to_the_job_of_the_one_before(world: World, monkeypatch: pytest.MonkeyPatch):
+    submitted = threading.Event()
+    world.when_submitted(lambda job: submitted.set())
+
+    def lose(*_: Any, **__: Any) -> None:
+        assert submitted.wait(20)
+        raise RuntimeError("the task's process is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GateOperator, "_wait", lose)
+        with pytest.raises(RuntimeError):
+            world.gate(Stage.SFT)
+    assert world.ray.stops == []
+    world.job_finds(Stage.SFT, FOUND)
+    assert world.gate(Stage.SFT)["outcome"] == "passed"
+    assert len(world.ray.jobs) == 1
+
+
+def test_a_killed_gate_stops_its_job(world: World, monkeypatch: pytest.MonkeyPatch):
+    """As Airflow's task runner does: SIGTERM calls `on_kill` of the operator that runs."""
+    running: list[GateOperator] = []
+    waits = GateOperator._wait
+
+    def note(self: GateOperator, *arguments: Any) -> Any:
+        running.append(self)
+        return waits(self, *arguments)
+
+    def on_signal(signum: int, frame: Any) -> None:
+        running[0].on_kill()
+
+    def kill(job: Job) -> None:
+        time.sleep(0.3)  # until the task waits
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(GateOperator, "_wait", note)
+    monkeypatch.setattr(GateOperator, "_is_still_wanted", lambda self, ti: False)
+    before = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        world.when_submitted(kill)
+        with pytest.raises(StagePreempted):
+            world.gate(Stage.SFT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(world.ray.stops) == 1
+
+
+def test_a_deferred_gate_reads_what_the_run_stored_again_when_it_resumes(world: World):
+    """What travels through the trigger lacks the digests of the run's records; a changed configuration is refused."""
+    from operators.dispatch import Carried
+    from operators.ray.submission import Submission
+
+    world.values["overrides"] = {"gates.recompute": False}
+    world.gate(Stage.SFT)
+    run = RunInfo(run_id="r", name="n", records={PIPELINE_RECORD: "0" * 64})
+    carried = Carried(
+        run=run,
+        submission=Submission("athanor-gate_sft-1", 1, 1),
+        reattached=False,
+        max_retries=2,
+        micro_batch_size=4,
+        links={},
+    )
+    event = {
+        "submission_id": "athanor-gate_sft-1",
+        "status": "SUCCEEDED",
+        "message": "",
+        "error_type": None,
+        "exit_code": 0,
+        "carry": carried.to_json(),
+    }
+    context = {
+        "ti": TaskInstance("gate_sft", {"resolve": run.model_dump(mode="json")}),
+        "dag_run": SimpleNamespace(clear_number=0, triggering_user_name=None),
+        "task_state_store": world.state,
+    }
+    with pytest.raises(StageFailed, match="is not what the first task of the run wrote"):
+        GateOperator(stage=Stage.SFT).execute_complete(context, event)

@@ -1,0 +1,237 @@
+"""`python -m stages.gate` on real models: each thing it looks for, broken once."""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.artifacts.addresses import open_store
+from stages.artifacts.store import read_json, write_json
+from stages.config.errors import ExitCode
+from stages.config.gate_records import Check, Findings, GateRequest, Outcome, findings_key, gate_key
+from stages.config.gates import GatesConfig
+from stages.config.graph import Stage
+from stages.config.invariants import bound_checks
+from stages.config.places import local_path
+from stages.config.request import ArtifactRef, RunInfo
+from stages.data.tokens.packing import TokenSequence, lay_out
+from stages.gate import main
+from stages.judge.gates import reload
+from tests.gate_models import (
+    REWARD,
+    built,
+    examined,
+    learnt_by_chance,
+    learnt_by_length,
+    learnt_by_quality,
+    republished,
+    start_of,
+    tokens_of,
+)
+from tests.small_world import CONFIGS
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass
+class Trained:
+    home: Path
+    tokens: ArtifactRef
+    start: ArtifactRef
+    reward: ArtifactRef
+    made: dict[Stage, ArtifactRef] = field(default_factory=dict)
+
+    def model(self, stage: Stage) -> ArtifactRef:
+        """What a stage makes here; built when it is first asked for."""
+        if stage is Stage.REWARD:
+            return self.reward
+        if stage not in self.made:
+            inputs = (
+                {"tokens": self.tokens} if stage is Stage.PRETRAIN else {"tokens": self.tokens, "model": self.start}
+            )
+            inputs |= {"reward": self.reward} if stage is Stage.PPO else {}
+            self.made[stage] = built(self.home, stage, CONFIGS[stage], inputs)
+        return self.made[stage]
+
+
+def trained(home: Path, rule: Callable[[int, random.Random], tuple[str, str]]) -> Trained:
+    tokens = tokens_of(home, rule)
+    start = start_of(home, tokens)
+    return Trained(home, tokens, start, built(home, Stage.REWARD, REWARD, {"tokens": tokens, "model": start}))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return trained(tmp_path_factory.mktemp("quality"), learnt_by_quality)
+
+
+def named(findings: Findings) -> dict[str, Check]:
+    by_name = {check.name: check for check in findings.checks}
+    assert len(by_name) == len(findings.checks)
+    return by_name
+
+
+def red(findings: Findings) -> set[str]:
+    return {check.name for check in findings.checks if check.outcome is Outcome.FAILED}
+
+
+def bounds_missed(findings: Findings) -> set[str]:
+    checks = bound_checks(GatesConfig().bounds, findings.metrics, findings.unmeasured)
+    return {check.name for check in checks if check.outcome is Outcome.FAILED}
+
+
+def test_a_reward_model_of_quality_is_accepted(world: Trained):
+    found = examined(world.reward, Stage.REWARD)
+    assert red(found) == set()
+    assert bounds_missed(found) == set()
+    checks = named(found)
+    for name in ("reload", "same_ids", "heldout_again", "swap_probe", "padding_probe", "batch_probe", "files_model"):
+        assert checks[name].outcome is Outcome.PASSED, name
+    assert found.metrics["accept/pairs"] == 160
+    assert found.metrics["accept/longer_is_better"] == 0.75
+    assert found.metrics["accept/over_length_low"] > 0
+    assert found.unmeasured["accept/best_of_n_gold"] == "the run has no gold scorer that is an artifact"
+    assert len(found.tables["by_length_difference"]) == 4
+
+
+def test_a_reward_model_of_shuffled_labels_is_not(tmp_path: Path):
+    found = examined(trained(tmp_path, learnt_by_chance).reward, Stage.REWARD)
+    assert red(found) == set()  # it is what training made
+    assert "accept/balanced_low" in bounds_missed(found)
+
+
+def test_a_reward_model_of_length_alone_is_not_though_its_accuracy_is_high(tmp_path: Path):
+    found = examined(trained(tmp_path, learnt_by_length).reward, Stage.REWARD)
+    assert found.metrics["accept/accuracy_low"] > 0.5
+    assert bounds_missed(found) == {"accept/balanced_low"}
+    assert found.metrics["accept/over_length_low"] <= 0
+
+
+@pytest.mark.parametrize("stage", [Stage.PRETRAIN, Stage.SFT, Stage.DPO, Stage.PPO])
+def test_a_trained_language_model_passes(world: Trained, stage: Stage):
+    found = examined(world.model(stage), stage)
+    assert red(found) == set()
+    sampled = stage is Stage.PPO
+    assert named(found)["heldout_again"].outcome is (Outcome.SKIPPED if sampled else Outcome.PASSED)
+    assert named(found)["reload"].outcome is Outcome.PASSED
+
+
+def nudged(folder: Path, name: str = "model.layers.1.mlp.down_proj.weight") -> None:
+    """Change one matrix a little, as a wrong export would."""
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights[name] = weights[name] * 0.5
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("stage", [Stage.PRETRAIN, Stage.SFT, Stage.DPO, Stage.REWARD])
+def test_weights_other_than_those_that_were_trained_are_found(world: Trained, stage: Stage, tmp_path: Path):
+    found = examined(republished(tmp_path, world.model(stage), nudged), stage)
+    assert red(found) == {"heldout_again"}
+    assert "as training measured it" in named(found)["heldout_again"].allowed
+
+
+def test_a_byte_that_changed_in_the_store_is_found(world: Trained, tmp_path: Path):
+    model = republished(tmp_path, world.reward, lambda folder: None)
+    path = local_path(model.uri) / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert red(examined(model, Stage.REWARD)) == {"files"}
+
+
+def test_a_reference_that_changed_since_it_was_read_is_found(world: Trained, tmp_path: Path):
+    reference = republished(tmp_path, world.start, lambda folder: None)
+    inputs = {"tokens": world.tokens, "model": reference}
+    model = built(world.home, Stage.DPO, CONFIGS[Stage.DPO], inputs)
+    path = local_path(reference.uri) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    assert red(examined(model, Stage.DPO)) == {"files_model"}
+
+
+def test_another_chat_template_is_found(world: Trained, tmp_path: Path):
+    def change(folder: Path) -> None:
+        path = folder / "chat_template.jinja"
+        path.write_text(path.read_text().replace("user", "human") + " ")
+
+    found = examined(republished(tmp_path, world.reward, change), Stage.REWARD)
+    assert red(found) == {"same_ids"}
+    assert "in place" in named(found)["same_ids"].found
+
+
+def test_a_score_that_plain_transformers_reads_elsewhere_is_found(world: Trained, tmp_path: Path):
+    """As the last token that is no padding: which one that is says config.json."""
+
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        settings = json.loads(path.read_text())
+        tokenizer = reload.plain_tokenizer(folder)
+        settings["pad_token_id"] = int(reload.fixed_prompts(tokenizer)[0][-1])
+        path.write_text(json.dumps(settings))
+
+    found = red(examined(republished(tmp_path, world.reward, change), Stage.REWARD))
+    assert {"reload", "padding_probe"} <= found
+
+
+def test_documents_that_see_each_other_in_a_row_are_found(world: Trained, monkeypatch: pytest.MonkeyPatch):
+    def as_one(sequences: list[TokenSequence]) -> Any:
+        ids = np.concatenate([sequence.ids for sequence in sequences])
+        return lay_out([TokenSequence(ids, np.ones(len(ids), dtype=np.int64))])
+
+    model = world.model(Stage.SFT)
+    monkeypatch.setattr(reload, "lay_out", as_one)
+    assert red(examined(model, Stage.SFT)) == {"reload"}
+
+
+def test_scores_that_depend_on_their_place_in_a_pair_are_found(world: Trained, monkeypatch: pytest.MonkeyPatch):
+    from stages.judge.gates import heldout
+
+    honest = heldout.segment_scores
+
+    def by_place(*arguments: Any, **options: Any) -> torch.Tensor:
+        scores = honest(*arguments, **options)
+        return scores + torch.tensor([10.0, 0.0]).repeat(len(scores) // 2)
+
+    monkeypatch.setattr(heldout, "segment_scores", by_place)
+    assert {"swap_probe", "batch_probe", "heldout_again"} <= red(examined(world.reward, Stage.REWARD))
+
+
+def test_outputs_that_are_no_numbers_fail():
+    plain, ours = [torch.tensor([[float("nan")]])], [torch.tensor([[0.0]])]
+    assert reload.same_outputs("reload", plain, ours).outcome is Outcome.FAILED
+
+
+def test_the_best_of_n_is_measured_where_there_is_a_gold_scorer(world: Trained):
+    found = examined(world.reward, Stage.REWARD, gold=world.reward, max_response_length=6)
+    rows = found.tables["best_of_n"]
+    assert [row["n"] for row in rows] == [1, 2, 4, 8, 16]
+    assert rows[1]["kl"] == pytest.approx(np.log(2) - 0.5, abs=1e-6)
+    assert all(row["proxy"] == row["gold"] for row in rows)  # one model twice
+    assert found.metrics["accept/best_of_n_gold_low"] > 0
+
+
+def test_the_command_leaves_its_findings_with_the_run_and_by_content(world: Trained):
+    store = open_store(world.reward.uri.split("/artifacts/")[0])
+    request = GateRequest(
+        stage=Stage.REWARD, run=RunInfo(run_id="r", name="n"), store_uri=store.root_uri, artifact=world.reward
+    )
+    key = gate_key("r", Stage.REWARD, "config.json")
+    write_json(store, key, request.model_dump(mode="json"))
+    assert main([f"{store.root_uri}/{key}"]) == ExitCode.OK
+    kept = Findings.model_validate(read_json(store, findings_key(request)))
+    assert kept == Findings.model_validate(read_json(store, gate_key("r", Stage.REWARD, "result.json")))
+    assert kept.checks
+    assert kept.seconds > 0
+
+
+def test_a_wrong_call_says_how_to_call_it(capsys: pytest.CaptureFixture[str]):
+    assert main([]) == ExitCode.CONFIG
+    assert "usage: python -m stages.gate <config uri>" in capsys.readouterr().err
+    assert main(["file:///nowhere/runs/r/gate_sft/config.json"]) == ExitCode.CONFIG
