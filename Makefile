@@ -3,7 +3,7 @@
 # and shells would read spaces, quotes and $ in them. So no rule has a file as target or prerequisite outside the checkout.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: export setup-peers setup-browser doctor gc backup restore audit sbom compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-stores test-exact test-chaos test-live test-real test-browser bench test-compose check format reference lock screenshots clean
+.PHONY: chat serve export setup-peers setup-browser doctor gc backup restore audit sbom compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-stores test-exact test-chaos test-live test-real test-browser bench test-compose check format reference lock screenshots clean
 
 ifeq ($(value ATHANOR_HOME),)
 export ATHANOR_VENV := $(CURDIR)/.venv
@@ -31,10 +31,15 @@ BENCH   ?=
 GC      ?=
 # folder of backup and restore
 BACKUP  ?=
-# what make export exports, where to, and its other options: make export MODEL=models:/athanor-aligned@champion TO=/folder
+# the model that make export, chat and serve are about: make chat MODEL=models:/athanor-aligned@champion
 MODEL   ?=
+# where make export exports to, and its other options
 TO      ?=
 EXPORT  ?=
+# the run whose models make serve serves, and the other options of make chat and make serve
+RUN     ?=
+CHAT    ?=
+SERVE   ?=
 PEERS   := $(STATE)/bench-venv
 CYCLONEDX := cyclonedx-bom==7.5.0
 # what `make test` runs; `make test TESTS=tests/unit`
@@ -45,7 +50,7 @@ STORE_TESTS := tests/unit/artifacts/test_manifests.py tests/unit/artifacts/test_
 # several tests at once, the tests of a file in one process; most of their time is spent waiting for servers
 PYTEST_PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
 # through the environment, so that quotes in JSON survive the shell
-export RECIPE PARAMS BACKUP MODEL TO
+export RECIPE PARAMS BACKUP MODEL TO RUN
 
 COMPOSE = ATHANOR_GIT_COMMIT=$$(git rev-parse HEAD 2>/dev/null || echo unknown) docker compose
 
@@ -101,6 +106,15 @@ export: setup ## export a model: make export MODEL=models:/athanor-aligned@champ
 	@settings="$$($(PYTHON) -m infra env 2>/dev/null)" && eval "$$settings"; \
 	$(PYTHON) -m stages.export "$${MODEL:?name a model: make export MODEL=models:/athanor-aligned@champion TO=/folder}" \
 	  $${TO:+--to "$$TO"} $(EXPORT)
+
+# Ctrl-c ends an answer and not the chat; make, which gets it too, waits for the chat and then ends as interrupted.
+chat: setup ## talk to a model in the terminal: make chat MODEL=models:/athanor-aligned@champion CHAT='--temperature 0.7'
+	@settings="$$($(PYTHON) -m infra env 2>/dev/null)" && eval "$$settings"; \
+	exec $(PYTHON) -m stages.serve.chat "$${MODEL:?name a model: make chat MODEL=models:/athanor-aligned@champion}" $(CHAT)
+
+serve: setup ## OpenAI's API and a page for a model, or for all models of a run: make serve RUN=<run id> SERVE='--port 8000'
+	@settings="$$($(PYTHON) -m infra env 2>/dev/null)" && eval "$$settings"; \
+	exec $(PYTHON) -m stages.serve $${MODEL:+"$$MODEL"} $${RUN:+--run "$$RUN"} $(SERVE)
 
 test: setup ## all tests except test-exact, test-chaos, test-live, test-real and test-compose
 	$(PYTHON) -m pytest $(PYTEST_PARALLEL) -m 'not exact and not chaos and not live and not real and not compose' $(TESTS)

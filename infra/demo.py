@@ -3,6 +3,7 @@ results. The run belongs to Airflow: ending this program does not end the run.""
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,8 @@ class Deployment:
     "Words that tell how to stop everything."
     task_logs: Path | None = None
     "Folder of Airflow's task logs, where this machine has it."
+    asking: str = ""
+    "Command that serves all models of a run, up to the run's id; empty where there is none."
 
 
 def demo(stack: Stack, *, recipe: str, params: dict[str, Any]) -> int:
@@ -70,6 +73,7 @@ def demo(stack: Stack, *, recipe: str, params: dict[str, Any]) -> int:
         login=f"user admin, password in {relative(stack.layout.airflow_passwords)}",
         stopping="`make down`",
         task_logs=stack.layout.logs / "tasks",
+        asking="make serve RUN=",
     )
     return run(deployment, recipe=recipe, params=params, begin=begin)
 
@@ -172,6 +176,10 @@ def addresses(watch: RunWatch, snapshot: Snapshot, deployment: Deployment, *, pa
         lines += [f"report   {link}"] if link else []
         if reported.artifact.uri.startswith("file://"):
             lines.append(f"         {relative(local_path(reported.artifact.uri) / 'report.html')}")
+    if deployment.asking and any(row.result and GRAPH[row.result.stage].is_language_model for row in snapshot.stages):
+        lines.append(
+            f"ask all  {deployment.asking}{shlex.quote(watch.run_id)}   (the models of this run, side by side)"
+        )
     return lines
 
 

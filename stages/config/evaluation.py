@@ -7,6 +7,7 @@ whoever decides needs no arithmetic beyond reading this.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 from pydantic import FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
@@ -153,11 +154,16 @@ def _read(kind: Any, report: Mapping[str, Any], name: str, missing: _T) -> _T:
     if report.get(name) is None:
         return missing
     try:
-        return TypeAdapter(kind).validate_python(report[name])
+        return _adapter(kind).validate_python(report[name])
     except ValidationError as error:
         raise DataError(
             f"metrics.json of the evaluation: {name} is not valid: {first_error(error)}", advice=_ADVICE
         ) from None
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def _object(report: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -67,8 +67,8 @@ class Chat:
     """One model, one conversation, and the terminal."""
 
     def __init__(self, worker: "Worker", settings: Settings, *, system: str = "", out: TextIO = sys.stdout) -> None:
-        self._worker, self._served, self._settings, self._out = worker, worker.served, settings, out
-        self._talk = Conversation(system)
+        self._worker, self._served, self._out = worker, worker.served, out
+        self.settings, self.talk = settings, Conversation(system)
         self._reason: str | None = None
 
     def command(self, line: str) -> bool:
@@ -81,20 +81,20 @@ class Chat:
             case "help":
                 self._say(_HELP)
             case "reset":
-                self._talk.turns.clear()
+                self.talk.turns.clear()
                 self._say("the conversation begins anew")
             case "system":
-                self._talk = Conversation(value)
+                self.talk = Conversation(value)
                 self._say("system message set; the conversation begins anew" if value else "no system message any more")
             case "temperature":
-                self._settings = replace(self._settings, temperature=_number(value, name))
-                self._say(f"temperature {self._settings.temperature:g}")
+                self.settings = replace(self.settings, temperature=_number(value, name))
+                self._say(f"temperature {self.settings.temperature:g}")
             case "length":
-                self._settings = replace(self._settings, length=int(_number(value, name)))
-                self._say(f"answers have at most {self._settings.length} tokens")
+                self.settings = replace(self.settings, length=_whole(value, name))
+                self._say(f"answers have at most {self.settings.length} tokens")
             case "seed":
-                self._settings = replace(self._settings, seed=int(_number(value, name)) if value else None)
-                self._say(f"seed {self._settings.seed}" if value else "every answer is a new one")
+                self.settings = replace(self.settings, seed=_whole(value, name) if value else None)
+                self._say(f"seed {self.settings.seed}" if value else "every answer is a new one")
             case _:
                 raise ConfigError(f"/{name} is no command", advice="/help lists them.")
         return True
@@ -105,7 +105,7 @@ class Chat:
         from stages.serve.asking import chat_prompt, room
         from stages.serve.protocol import RequestError
 
-        messages = [*self._talk.messages(), {"role": "user", "content": question}]
+        messages = [*self.talk.messages(), {"role": "user", "content": question}]
         try:
             prompt = chat_prompt(self._served, messages)
         except RequestError as error:
@@ -118,7 +118,7 @@ class Chat:
                 f"{self._served.name} reads and writes at most {self._served.context_length}",
                 advice="/reset begins anew; the question was not asked.",
             )
-        length = min(left, self._settings.length)
+        length = min(left, self.settings.length)
         texts: list[str] = []
         ended = ""
         try:
@@ -138,7 +138,7 @@ class Chat:
         self._out.write("\n")
         if ended:
             self._say(ended)
-        self._talk.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": "".join(texts)}]
+        self.talk.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": "".join(texts)}]
 
     def _pieces(self, prompt: "Prompt", length: int) -> Iterator[str]:
         from stages.serve.answer import Answer, Choice, Piece
@@ -146,11 +146,11 @@ class Chat:
         arrived: list[Piece] = []
         choice = Choice(
             max_tokens=length,
-            temperature=self._settings.temperature,
-            top_p=self._settings.top_p,
+            temperature=self.settings.temperature,
+            top_p=self.settings.top_p,
             stops=self._served.chat_stops,
             end_ids=self._served.end_ids,
-            seed=self._settings.seed,
+            seed=self.settings.seed,
         )
         answer = Answer(prompt.ids, choice, emit=arrived.append, tokenizer=self._served.tokenizer.backend)
         self._worker.add([answer])
@@ -177,6 +177,13 @@ def _number(text: str, name: str) -> float:
         return float(text)
     except ValueError:
         raise ConfigError(f"/{name} {text!r} is no number", advice=f"Write /{name} NUMBER.") from None
+
+
+def _whole(text: str, name: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"/{name} {text!r} is no whole number", advice=f"Write /{name} NUMBER.") from None
 
 
 def talk(chat: Chat, lines: Iterator[str], out: TextIO) -> None:
@@ -213,7 +220,7 @@ def typed_lines(out: TextIO) -> Iterator[str]:
 def loaded_worker(address: Address, options: argparse.Namespace) -> Iterator["Worker"]:
     """The model, ready to answer."""
     from stages.job.scratch import scratch_folder
-    from stages.serve.devices import serving_device, serving_dtype
+    from stages.serve.devices import serving_device, serving_dtype, use_threads
     from stages.serve.engine import Worker
     from stages.serve.loading import load_model, model_files
 
@@ -222,6 +229,7 @@ def loaded_worker(address: Address, options: argparse.Namespace) -> Iterator["Wo
     with scratch_folder() as scratch:
         files = model_files(address, scratch.parent / "cache")
         served = load_model(address, files, device=device, dtype=dtype, context_length=options.context)
+        use_threads(sum(weight.numel() for weight in served.model.parameters()))
         yield Worker(served, max_batch=1)
 
 

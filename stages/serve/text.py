@@ -24,13 +24,21 @@ class TextStream:
         """Tokens whose text is out."""
         self._context = 0
         """Where decoding begins: some tokens earlier, so that the first one of a piece is not the first of a text."""
+        self._given = 0
+        """Characters that are out of the text of the other tokens."""
+        self._is_stable = _is_byte_level(tokenizer)
+        """Whether more bytes can change the last character only; others take a whole run back for one bad byte."""
 
     def push(self, token: int) -> str:
         """Return the text that this token completes, which may be none, or more than its own."""
         self._ids.append(token)
         text = self._new_text()
-        # A lasting U+FFFD, of bytes that no token will ever complete, comes out with the next character.
-        return "" if text.endswith(_UNFINISHED) else self._out(text)
+        if not text.endswith(_UNFINISHED):
+            return self._out(text)
+        # The last one may be a character that is not whole yet; those before it are of bytes that are none.
+        certain = text[:-1] if self._is_stable else ""
+        self._given += len(certain)
+        return certain
 
     def finish(self) -> str:
         """Return what is left, with U+FFFD for bytes that are no character."""
@@ -38,12 +46,13 @@ class TextStream:
 
     def _new_text(self) -> str:
         before = self._tokenizer.decode(self._ids[self._context : self._known], skip_special_tokens=True)
-        return self._tokenizer.decode(self._ids[self._context :], skip_special_tokens=True)[len(before) :]
+        whole = self._tokenizer.decode(self._ids[self._context :], skip_special_tokens=True)
+        return whole[len(before) + self._given :]
 
     def _out(self, text: str) -> str:
         if not text:  # a control token alone would make the next token the first of a text
             return ""
-        self._context, self._known = self._known, len(self._ids)
+        self._context, self._known, self._given = self._known, len(self._ids), 0
         return text
 
 

@@ -36,9 +36,19 @@ def test_the_demo_names_the_report_where_it_is(uri: str) -> None:
     row = SimpleNamespace(name=Stage.REPORT, result=SimpleNamespace(artifact=SimpleNamespace(uri=uri)))
     watch: Any = SimpleNamespace(parameters=dict, links=lambda stage: {})
     snapshot: Any = SimpleNamespace(rows=[row])
-    deployment: Any = SimpleNamespace(mlflow_url="http://mlflow")
+    deployment: Any = SimpleNamespace(mlflow_url="http://mlflow", asking="")
     lines = addresses(watch, snapshot, deployment, page="http://airflow/run")
     assert lines[-1].strip() == "/data/exp#1/artifacts/report/ab/report.html"
+
+
+@pytest.mark.parametrize(("stage", "is_told"), [(Stage.SFT, True), (Stage.REWARD, False)])
+def test_the_demo_says_how_to_ask_the_models_of_the_run_when_it_has_some(stage: Stage, is_told: bool) -> None:
+    row = SimpleNamespace(name=stage, result=SimpleNamespace(stage=stage))
+    watch: Any = SimpleNamespace(parameters=dict, run_id="manual__1 a")
+    snapshot: Any = SimpleNamespace(rows=[row], stages=[row])
+    deployment: Any = SimpleNamespace(mlflow_url="http://mlflow", asking="make serve RUN=")
+    told = "\n".join(addresses(watch, snapshot, deployment, page="http://airflow/run"))
+    assert ("make serve RUN='manual__1 a'" in told) == is_told
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,12 @@ def test_what_is_no_character_comes_out_at_the_end_and_is_not_lost() -> None:
     assert streamed(BYTES, ids) == ["a", "", "", "\ufffd"]
 
 
+def test_bytes_that_are_no_characters_do_not_hold_the_text_up() -> None:
+    """A model may loop on them, and whoever waits should see that."""
+    (byte,) = BYTES.encode("é").ids[1:]
+    assert streamed(BYTES, [byte] * 4) == ["", "\ufffd", "\ufffd", "\ufffd", "\ufffd"]
+
+
 def test_text_survives_byte_by_byte() -> None:
     pieces = streamed(BYTES, BYTES.encode(TEXT).ids)
     assert "".join(pieces) == TEXT
@@ -62,7 +68,7 @@ def test_pieces_of_any_bytes_are_together_what_decoding_gives(ids: list[int]) ->
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from([[0], [1], [2], [3], [4 + 0xE4, 4 + 0xB8, 4 + 0x96], [4 + 0x41]]), max_size=16))
 def test_pieces_keep_the_spaces_that_decoding_keeps(units: list[list[int]]) -> None:
-    """Of bytes only whole characters: this decoder spoils a whole run of bytes, what is out included, for one bad byte."""
+    """Of bytes only whole characters: for one bad byte this decoder takes back the whole run, what is out included."""
     ids = [token for unit in units for token in unit]
     assert "".join(streamed(PIECES, ids)) == PIECES.decode(ids)
 
