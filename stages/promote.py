@@ -11,14 +11,19 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
+from stages.artifacts.addresses import artifact_uri
 from stages.artifacts.manifests import read_manifest, settings_digest
 from stages.config.closing import PREFERENCE_ACCURACY, SCORE, WIN_RATE, PromoteConfig
 from stages.config.decision import CANDIDATE, CHAMPION, PREVIOUS, Candidate, Champion, Decision, decide
 from stages.config.evaluation import Evaluation
-from stages.config.graph import aligned_models, trained_stages
+from stages.config.graph import GRAPH, Stage, aligned_models, trained_stages
+from stages.config.mlflow_limits import VERSION_DESCRIPTION
 from stages.config.records import parse_object
 from stages.config.request import Manifest
 from stages.job.context import StageContext, StageOutcome
+from stages.reporting.evidence import evidence_of
+from stages.reporting.model_card import CardFacts, card_summary, model_card
+from stages.reporting.shapes import Promoted
 from stages.tracking.registry import Registered, Registry, outage_is_infrastructure
 
 _ATTACH_SECONDS = 20.0
@@ -57,8 +62,27 @@ def run(context: StageContext) -> StageOutcome:
     }
     text = json.dumps(record, indent=1, ensure_ascii=False)
     (context.output_dir / "promotion.json").write_text(text, encoding="utf-8")
+    with outage_is_infrastructure():
+        _attach_cards(context, registry, registered, Promoted.model_validate_json(text))
     logger.info("promotion: %s", decision.reason)
     return StageOutcome(metrics=_outcome_metrics(decision, registered, evaluation.of(decision.chosen or "")))
+
+
+def _attach_cards(context: StageContext, registry: Registry, registered: list[Registered], promotion: Promoted) -> None:
+    """Write a card for each version: into this artifact, into the pipeline run, and in short as its description."""
+    folder = context.output_dir / "cards"
+    folder.mkdir()
+    uri = artifact_uri(context.store, GRAPH[Stage.PROMOTE].kind, context.fingerprint)
+    measured, run_id = context.inputs.get("evaluation"), context.run.run_id
+    for model in registered:
+        evidence = evidence_of(context.inputs[model.role], evaluation=measured, promotion=promotion, run_id=run_id)
+        facts = CardFacts(f"{model.name} version {model.version}", evidence, is_public=False)
+        path = folder / f"{model.role}.md"
+        path.write_text(model_card(facts), encoding="utf-8")
+        name = f"model-cards/{model.name}-{model.version}.md"
+        context.tracker.log_artifact(path, name, parent=True)
+        whole = f"{name} of the pipeline run, and {uri}/cards/{path.name}"
+        registry.describe(model, card_summary(facts, whole=whole, at_most=VERSION_DESCRIPTION))
 
 
 def read_evaluation(folder: Path, manifest: Manifest, *, uri: str = "") -> Evaluation:

@@ -4,6 +4,7 @@ from stages.config.closing import ReportConfig
 from stages.config.errors import DataError
 from stages.job.context import StageContext, StageOutcome
 from stages.lineage.views import to_json, to_markdown, to_svg
+from stages.reporting.items import with_changes
 from stages.reporting.page import render_page
 from stages.reporting.story import Story, read_story
 
@@ -13,7 +14,10 @@ def run(context: StageContext) -> StageOutcome:
     config = context.config
     if not isinstance(config, ReportConfig):
         raise AssertionError(f"report got a {type(config).__name__}")
-    story = read_story(context.inputs, context.run, title=config.title, max_samples=config.max_samples)
+    story = read_story(
+        context.inputs, context.run, title=config.title, max_samples=config.max_samples, store=context.store
+    )
+    story = with_changes(story)
     context.progress(1, 2, unit="part", phase="read")
     written = _pages(story)
     for name, text in written.items():

@@ -92,6 +92,10 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "ATHANOR_JUDGE_ENDPOINTS": ("", "addresses where judges may be asked, with commas between, docs/EVALUATION.md"),
     "ATHANOR_JUDGE_API_KEY": ("", "key for them, where runs name it in evaluate.judge.api_key_env"),
     "ATHANOR_LOG_FORMAT": ("text", "of stages' jobs; json for Loki, Elastic and the like, docs/OPERATIONS.md"),
+    "ATHANOR_SIGNING_KEY": (
+        "",
+        "private key in Ray's containers that signs artifacts, docs/LINEAGE.md; mount it there",
+    ),
     "ATHANOR_SOURCE_ROOTS": ("", "folders that runs may read, with colons between, docs/CURATION.md"),
     "RAY_HEAD_CPUS": ("2", "cores for stages with num_workers=0"),
     "RAY_HEAD_MEMORY": ("8g", ""),

@@ -8,10 +8,11 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +27,7 @@ from stages.config.errors import BadManifestError, DamagedArtifactError, NewerMa
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import stored_identity
 from stages.config.records import first_error, without_non_finite
-from stages.config.request import ArtifactRef, FileEntry, InputEntry, Manifest
+from stages.config.request import ArtifactRef, FileEntry, InputEntry, Manifest, digests_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,9 @@ MANIFEST = "manifest.json"
 DOUBT = "doubt.json"
 """Left next to a manifest by a reader that found different content: the next check of the artifact hashes every file,
 where it would otherwise compare sizes."""
+SIGNATURES = "signatures"
+"""Folder next to a manifest with the signatures over it, see `stages.lineage.signatures`; no part of the content."""
+_SIGNATURE = re.compile(rf"{SIGNATURES}/[0-9a-f]{{64}}-[0-9a-f]{{64}}\.json")
 _CHUNK = 1 << 20
 
 
@@ -52,17 +56,40 @@ def fingerprint(
     and RunInfo, which this function never sees. `store_uri` is the root of the store that will hold the result; see
     `input_identity`. `with_content` gives the second identity of a stage: `stages.artifacts.hits` says when it is used.
     """
-    identity = {
-        "stage": stage.value,
-        "version": GRAPH[stage].version,
-        "config": config.identity(),
-        "inputs": {
-            role: input_identity(ref, store_uri) + (f" content:{ref.digest}" if with_content else "")
-            for role, ref in inputs.items()
-        },
-        "sources": dict(sources or {}),
-    }
-    return hashlib.sha256(canonical_json(identity)).hexdigest()
+    return _hashed(
+        stage,
+        version=GRAPH[stage].version,
+        config=config.identity(),
+        inputs={role: _identified(ref, store_uri, with_content) for role, ref in inputs.items()},
+        sources=dict(sources or {}),
+    )
+
+
+def recorded_fingerprints(manifest: Manifest, store_uri: str) -> tuple[str, str]:
+    """The two fingerprints that an artifact can have, by what its manifest says that it was made from.
+
+    Only for stages of the pipeline: pairs from raters list an input more than their fingerprint covers.
+    """
+    config, _ = without_non_finite(stored_identity(manifest.stage, manifest.config))
+    first, second = (
+        _hashed(
+            manifest.stage,
+            version=manifest.version,
+            config=config,
+            inputs={entry.role: _identified(entry, store_uri, with_content) for entry in manifest.inputs},
+            sources=digests_of(manifest.sources),
+        )
+        for with_content in (False, True)
+    )
+    return first, second
+
+
+def _hashed(stage: Stage, **identity: Any) -> str:
+    return hashlib.sha256(canonical_json({"stage": stage.value, **identity})).hexdigest()
+
+
+def _identified(ref: ArtifactRef | InputEntry, store_uri: str, with_content: bool) -> str:
+    return input_identity(ref, store_uri) + (f" content:{ref.digest}" if with_content else "")
 
 
 def input_identity(ref: ArtifactRef | InputEntry, store_uri: str) -> str:
@@ -194,10 +221,15 @@ def upload_files(store: Store, folder: Path, *, kind: str, fingerprint: str) -> 
         return tuple(pool.map(upload, paths))
 
 
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """A manifest as `publish` writes it, which is what signatures cover."""
+    return manifest.model_dump_json(indent=1).encode()
+
+
 def publish(store: Store, manifest: Manifest) -> ArtifactRef:
     """Write the manifest; from here on the artifact exists. A concurrent identical build keeps the first manifest."""
     key = artifact_key(manifest.kind, manifest.fingerprint)
-    store.put_if_absent(f"{key}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
+    store.put_if_absent(f"{key}/{MANIFEST}", manifest_bytes(manifest))
     return load_manifest(store, key).ref(artifact_uri(store, manifest.kind, manifest.fingerprint))
 
 
@@ -270,7 +302,7 @@ def fetch(ref: ArtifactRef, cache_dir: Path) -> Path:
     folder = store.local_path(key)
     if folder is None:
         return target
-    if not (others := _unlisted(folder, files)):
+    if not (others := unlisted_files(folder, files)):
         return folder
     logger.warning("%s has files that its manifest does not list; they are not used: %s", ref.uri, others[:5])
     for entry in files:
@@ -278,11 +310,16 @@ def fetch(ref: ArtifactRef, cache_dir: Path) -> Path:
     return target
 
 
-def _unlisted(folder: Path, files: tuple[FileEntry, ...]) -> list[str]:
+def unlisted_files(folder: Path, files: tuple[FileEntry, ...]) -> list[str]:
     """What else lies in an artifact's folder: left by an attempt that died, or put there to be read."""
-    known = {entry.path for entry in files} | {MANIFEST, DOUBT}
     found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return sorted(name for path in found if (name := path.relative_to(folder).as_posix()) not in known)
+    return unlisted((path.relative_to(folder).as_posix() for path in found), files)
+
+
+def unlisted(names: Iterable[str], files: tuple[FileEntry, ...]) -> list[str]:
+    """Those of the names, relative to an artifact, that are neither its files nor records about it."""
+    known = {entry.path for entry in files} | {MANIFEST, DOUBT}
+    return sorted(name for name in names if name not in known and not _SIGNATURE.fullmatch(name))
 
 
 def _linked(path: Path, copy: Path, entry: FileEntry) -> None:

@@ -334,7 +334,7 @@ _TRAINED = (
                 "Score",
                 (("ppo/score", "sampled"), ("eval/score", "held-out prompts"), ("ppo/reward", "after KL penalty")),
             ),
-            Curve("KL to the SFT model (nats a response)", (("ppo/kl", "sampled"), ("eval/kl", "held-out prompts"))),
+            Curve("KL to its start (nats a response)", (("ppo/kl", "sampled"), ("eval/kl", "held-out prompts"))),
             Curve("Loss", (("train/loss", "policy and value"), ("ppo/value_loss", "value"))),
             Curve(
                 "Response length (tokens)",

@@ -12,6 +12,8 @@ KEY = 250
 """Metrics, params and tags of runs and models."""
 PARAM_VALUE = 5000  # MLflow 3 allows 6000
 TAG_VALUE = 5000  # of runs: 8000; but the column of a model version's tags holds 5000
+VERSION_DESCRIPTION = 5000
+"""Of a model version: the column's length, no check is in front of it."""
 DESCRIPTION = 8000
 """The tag `mlflow.note.content` of a run, which MLflow shows as its description."""
 RUN_NAME = 250

@@ -8,19 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts.addresses import split_artifact_uri
-from stages.artifacts.manifests import MANIFEST, hash_file, load_manifest, read_manifest
-from stages.config.errors import ConfigError, DamagedArtifactError, StageError
-from stages.config.graph import GRAPH, Stage
-from stages.config.request import Manifest
+from stages.artifacts.manifests import hash_file
+from stages.config.errors import ConfigError
 from stages.export.base import Base, check_base, find_base
 from stages.export.gguf import Converter, convert, find_converter
 from stages.export.hub import check_repository, push
 from stages.export.request import Dtype, ExportRequest
 from stages.export.target import RECORD, check_room, check_target, published_folder
 from stages.export.weights import INDEX, copy_weights, count_parameters, header_of, with_dtype, write_index
-from stages.lineage.graph import ancestors
 from stages.models.find import Found, find_model
+from stages.reporting.evidence import evidence_of
 from stages.reporting.model_card import CardFacts, model_card
 
 logger = logging.getLogger(__name__)
@@ -99,14 +96,11 @@ def _fill(
     if converter is not None:
         gguf = f"model-{request.gguf}.gguf"
         convert(folder, folder / gguf, outtype=request.gguf, converter=converter)
-    family, missing = _family(found)
     facts = CardFacts(
         title=_title(request, found),
-        family=family,
-        missing=missing,
+        evidence=evidence_of(found.ref),
         dtype=_dtype_of(weights),
         parameters=count_parameters(weights),
-        evaluation=_evaluation_of(found),
         licence=request.licence,
         is_adapter=base is not None,
         base=base.name if base else "",
@@ -179,35 +173,6 @@ def _title(request: ExportRequest, found: Found) -> str:
     if request.address.startswith("models:/"):
         return request.address.removeprefix("models:/").partition("@")[0].partition("/")[0]
     return request.to.name if request.to else found.manifest.kind
-
-
-def _family(found: Found) -> tuple[list[Manifest], str]:
-    """The manifests of the model and of what it was made from; or its own alone, and why."""
-    try:
-        graph = ancestors([found.ref.uri])
-        family = [read_manifest(node.uri) for node in graph.nodes if node.stage and node.id != found.ref.fingerprint]
-    except StageError as error:
-        logger.warning("the card has no full lineage: %s", error.message)
-        # the message may hold addresses, which strangers need not know
-        return [found.manifest], "what the model was made from is not in the store any more"
-    return [*family, found.manifest], ""
-
-
-def _evaluation_of(found: Found) -> Manifest | None:
-    """The newest evaluation in the model's store that measured exactly these weights."""
-    store, _ = split_artifact_uri(found.ref.uri)
-    kind = GRAPH[Stage.EVALUATE].kind
-    keys = [key for key in store.list(f"artifacts/{kind}") if key.endswith(f"/{MANIFEST}") and key.count("/") == 3]
-    measured = []
-    for key in keys:
-        try:
-            manifest = load_manifest(store, key.removesuffix(f"/{MANIFEST}"))
-        except (DamagedArtifactError, FileNotFoundError) as error:
-            logger.warning("an evaluation is left out of the card: %s", error)
-            continue
-        if any(entry.digest == found.manifest.digest for entry in manifest.inputs):
-            measured.append(manifest)
-    return max(measured, key=lambda manifest: manifest.created_at, default=None)
 
 
 def _write_record(folder: Path, request: ExportRequest, found: Found, *, dtype: str) -> None:

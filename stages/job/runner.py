@@ -15,7 +15,7 @@ from collections.abc import Callable
 from stages.artifacts.addresses import artifact_key, artifact_uri, open_store, run_key
 from stages.artifacts.hits import find_hit
 from stages.artifacts.lease import Fence, Owner, acquire
-from stages.artifacts.manifests import content_digest, publish, upload_files, utc_now
+from stages.artifacts.manifests import content_digest, manifest_bytes, publish, upload_files, utc_now
 from stages.artifacts.store import Store, write_json
 from stages.config.base import Config
 from stages.config.curate import CurateConfig
@@ -42,6 +42,7 @@ from stages.job.failures import record_failure
 from stages.job.logs import log_for_request, log_for_uri
 from stages.job.progress import Progress, read_progress
 from stages.job.stopping import raise_stopped
+from stages.lineage.signatures import Signer
 from stages.tracking.tracker import record_hit
 
 logger = logging.getLogger("athanor")
@@ -139,10 +140,11 @@ def execute(request: StageRequest, store: Store, verb_of: VerbOf) -> StageResult
 
 def identify_sources(request: StageRequest, config: Config) -> tuple[SourceEntry, ...]:
     """Return the outside sources with the digests of their content; cheap enough to run before every cache look-up."""
-    return tuple(source.identified(_digest(source, config)) for source in request.sources)
+    return tuple(source.identified(digest_of(source, config)) for source in request.sources)
 
 
-def _digest(source: Source, config: Config) -> str:
+def digest_of(source: Source, config: Config) -> str:
+    """The digest of an outside source as it is now; `config` is that of the stage that reads it."""
     match source.kind:
         case SourceKind.DATA:
             from stages.data.sources.readers import snapshot_source
@@ -186,6 +188,7 @@ def _waiting(request: StageRequest, store: Store) -> Callable[[Owner, float], No
 def _build(
     verb: Verb, request: StageRequest, store: Store, *, sources: tuple[SourceEntry, ...], identity: str, fence: Fence
 ) -> Manifest:
+    signer = Signer.from_environment()  # a key that cannot be read is an error now, not after days of training
     with opened_context(request, store, fingerprint=identity, sources=sources, fence=fence) as context:
         outcome = verb(context)
         context.check_lease()
@@ -194,6 +197,8 @@ def _build(
         run_id, model_id = context.tracker.finish(manifest, history=_history(store, manifest))
         manifest = manifest.model_copy(update={"mlflow_run_id": run_id, "mlflow_model_id": model_id})
         context.check_lease()
+        if signer is not None:
+            signer.sign(store, manifest, manifest_bytes(manifest))
         publish(store, manifest)
     store.delete(f"checkpoints/{identity}")
     return manifest
@@ -226,6 +231,7 @@ def _manifest(context: StageContext, outcome: StageOutcome) -> Manifest:
             **request.execution.model_dump(mode="json"),
             **outcome.execution,
             "submission_id": request.submission_id,
+            "run_id": request.run.run_id,
             "git_commit": git_commit(),
             "python": platform.python_version(),
             "versions": _versions(),

@@ -1,17 +1,19 @@
 """The same prompt answered by every model of a run: stage by stage, with what each one says differently.
 
-A model is compared with the one that it started from: SFT with its base, PPO and DPO with SFT. Texts are untrusted and
+A model is compared with the one that it started from, such as PPO with SFT. Texts are untrusted and
 escaped by the template; they are cut into pieces here, never put together with mark-up.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
-from stages.config.graph import GRAPH, language_models, trained_stages
+from stages.config.graph import GRAPH, aligned_models, language_models
 from stages.reporting.line_plot import number
+from stages.reporting.names import in_order, name_of, start_of
 from stages.reporting.story import Story
 
 LONGEST_SHOWN = 700
@@ -21,8 +23,8 @@ _MOST_WORDS = 1000
 """Comparing takes time that grows with the square of them."""
 _MOSTLY_NEW = 0.6
 """Of the words: from here on marks would cover the answer and tell nothing."""
+_SAID = re.compile(r"\w+|[^\w\s]")
 _WORDS = re.compile(r"\s+|\w+|[^\w\s]")
-_GIVEN = "Given model"
 
 
 @dataclass(frozen=True)
@@ -59,22 +61,42 @@ class Sample:
 
 
 def samples(story: Story) -> list[Sample]:
-    """The prompts with the answers of every model, in the order of the pipeline."""
-    return [_sample(row, story) for row in story.samples]
+    """The prompts with the answers of every model, in the order of the pipeline; those that alignment changed most come
+    first, because the others look alike."""
+    rows = sorted(story.samples, key=lambda row: _changed(row, story), reverse=True)
+    return [_sample(row, story) for row in rows[: story.max_samples]]
+
+
+def are_sorted(story: Story) -> bool:
+    """Whether the order says something."""
+    return len(story.samples) > 1 and any(_changed(row, story) for row in story.samples)
+
+
+def _changed(row: Mapping[str, Any], story: Story) -> float:
+    """Share of the words, 0 to 1, that an aligned model says and its start does not, or the other way round; of several
+    aligned models the largest."""
+    responses: dict[str, str] = {str(role): str(text) for role, text in (row.get("responses") or {}).items()}
+    most = 0.0
+    for spec in aligned_models():
+        start = start_of(spec.role, story) or _started_from(spec.role, responses)
+        if spec.role in responses and start in responses:
+            ours, theirs = (Counter(_SAID.findall(responses[role])) for role in (spec.role, start))
+            both = ours.total() + theirs.total()
+            most = max(most, 1 - 2 * (ours & theirs).total() / both if both else 0.0)
+    return most
 
 
 def _sample(row: Mapping[str, Any], story: Story) -> Sample:
     responses: dict[str, str] = {str(role): str(text) for role, text in (row.get("responses") or {}).items()}
     scores = row.get("scores") or {}
-    place = {spec.role: position for position, spec in enumerate(language_models())}
     answers = []
-    for role in sorted(responses, key=lambda role: place.get(role, len(place))):
+    for role in in_order(responses):
         start = _started_from(role, responses)
-        pieces, change = _compared(responses[role], responses[start], _name(start, story)) if start else (None, "")
+        pieces, change = _compared(responses[role], responses[start], name_of(start, story)) if start else (None, "")
         text = responses[role]
         answers.append(
             Answer(
-                model=_name(role, story),
+                model=name_of(role, story),
                 pieces=pieces or (Piece(text),),
                 score=number(score) if (score := scores.get(role)) is not None else "",
                 change=change,
@@ -82,13 +104,6 @@ def _sample(row: Mapping[str, Any], story: Story) -> Sample:
             )
         )
     return Sample(prompt=str(row.get("prompt", "")), answers=tuple(answers))
-
-
-def _name(role: str, story: Story) -> str:
-    """The model's name in tables; a base that the run was given, and did not train, is called so."""
-    label = next((spec.label for spec in trained_stages() if spec.role == role), "")
-    is_given = role == next(iter(language_models())).role and role not in story.manifests
-    return _GIVEN if is_given else label or role
 
 
 def _started_from(role: str, responses: Mapping[str, str]) -> str:

@@ -216,18 +216,17 @@ def _goodput(costs: list[Cost]) -> str:
 
 def registered_table(story: Story) -> Table | None:
     """Versions in the model registry."""
-    models = story.promotion.get("models") or []
-    if not models:
+    if story.promotion is None or not story.promotion.models:
         return None
     rows = tuple(
         (
-            text(model["name"]),
-            num(float(model["version"])),
-            text(model["role"]),
-            text("new" if model["is_new"] else "registered before"),
-            code(model["model_id"]),
+            text(model.name),
+            num(float(model.version)),
+            text(model.role),
+            text("new" if model.is_new else "registered before"),
+            code(model.model_id),
         )
-        for model in models
+        for model in story.promotion.models
     )
     return Table("Registered models", ("name", "version", "made by", "", "MLflow model"), rows)
 

@@ -30,8 +30,8 @@ def line_plot(series: Sequence[Series], *, label: str, x_label: str = "step") ->
         return ""
     xs = [x for one in drawn for x, _ in one.points]
     ys = [y for one in drawn for _, y in one.points]
-    x_scale = _Scale.around(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT, count=5, padded=False)
-    y_scale = _Scale.around(min(ys), max(ys), _HEIGHT - _BOTTOM, _TOP, count=5, padded=True)
+    x_scale = Scale.around(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT, count=5, padded=False)
+    y_scale = Scale.around(min(ys), max(ys), _HEIGHT - _BOTTOM, _TOP, count=5, padded=True)
     summary = f"{label}: " + "; ".join(
         f"{one.name} from {number(one.points[0][1])} to {number(one.points[-1][1])}" for one in drawn
     )
@@ -46,7 +46,9 @@ def line_plot(series: Sequence[Series], *, label: str, x_label: str = "step") ->
 
 
 @dataclass(frozen=True)
-class _Scale:
+class Scale:
+    """From values to places on one axis, with round ticks."""
+
     low: float
     high: float
     start: float
@@ -54,13 +56,13 @@ class _Scale:
     ticks: tuple[float, ...]
 
     @staticmethod
-    def around(low: float, high: float, start: float, end: float, *, count: int, padded: bool) -> "_Scale":
+    def around(low: float, high: float, start: float, end: float, *, count: int, padded: bool) -> "Scale":
         if low == high:
             low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
         if padded:
             margin = (high - low) * 0.05
             low, high = low - margin, high + margin
-        return _Scale(low, high, start, end, _ticks(low, high, count))
+        return Scale(low, high, start, end, _ticks(low, high, count))
 
     def __call__(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
@@ -98,7 +100,7 @@ def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
     return out
 
 
-def _grid(x_scale: _Scale, y_scale: _Scale, x_label: str) -> list[str]:
+def _grid(x_scale: Scale, y_scale: Scale, x_label: str) -> list[str]:
     right, floor = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     parts = [f'<path class="axis" d="M{_LEFT} {_TOP}V{floor}H{right}"/>']
     for tick in y_scale.ticks:
@@ -111,7 +113,7 @@ def _grid(x_scale: _Scale, y_scale: _Scale, x_label: str) -> list[str]:
     return parts
 
 
-def _draw(series: Series, x_scale: _Scale, y_scale: _Scale) -> list[str]:
+def _draw(series: Series, x_scale: Scale, y_scale: Scale) -> list[str]:
     style = f'style="stroke:var(--series-{series.colour})"'
     name = f"<title>{escape(series.name)}</title>"
     if len(series.points) == 1:
@@ -128,7 +130,7 @@ def _draw(series: Series, x_scale: _Scale, y_scale: _Scale) -> list[str]:
     ]
 
 
-def _path(points: Sequence[tuple[float, float]], x_scale: _Scale, y_scale: _Scale) -> str:
+def _path(points: Sequence[tuple[float, float]], x_scale: Scale, y_scale: Scale) -> str:
     return "M" + "L".join(f"{x_scale(x):.1f} {y_scale(y):.1f}" for x, y in points)
 
 

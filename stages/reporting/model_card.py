@@ -4,22 +4,28 @@ All of it is copied from manifests. Cards are read by strangers, so addresses in
 are left out: a source is named by its last part and its digest, data sets and models of the hub in full.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.config.errors import without_logins
 from stages.config.graph import Stage, spec_of_kind
-from stages.config.markdown import block, code, plain, table
+from stages.config.markdown import code, plain, table
 from stages.config.places import hub_name
 from stages.config.request import Manifest, SourceEntry, SourceKind
-from stages.config.text import compact, duration
-from stages.reporting.sizes import size_of
+from stages.config.text import compact
+from stages.reporting import card_sections
+from stages.reporting.evidence import Evidence
+from stages.reporting.sizes import size_of, stored_parameters
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _ADDRESS = re.compile(r"[a-z0-9+]+://|[/~]|\.{1,2}/")
+_WITHIN = re.compile(r"\b(?:s3|file)://[^\s'\"),;]+|(?<![\w./:<>{%-])/(?:[\w.@-]+/)+[\w.@-]+")
+"""Addresses and absolute paths within a sentence; not the slashes of web addresses, fractions and templates."""
 _DIGITS = 12
 
 
@@ -28,25 +34,27 @@ class CardFacts:
     """What a card says that is not in the manifests."""
 
     title: str
-    family: Sequence[Manifest]
-    """The model's manifest last, before it those of everything that it was made from, in the order of the pipeline."""
-    dtype: str
-    parameters: int
-    evaluation: Manifest | None = None
-    """The newest evaluation that measured the model."""
+    evidence: Evidence
+    dtype: str = "float32"
+    parameters: int = 0
+    """0 = by the size of the weights."""
     licence: str = ""
     is_adapter: bool = False
     base: str = ""
     """Of an adapter: where its base model is found, as adapter_config.json says."""
     base_revision: str = ""
-    missing: str = ""
-    """Why `family` is not complete; empty when it is."""
     gguf: str = ""
     """Name of the GGUF file in the folder."""
+    is_public: bool = True
+    """Read by strangers: addresses inside the deployment are left out."""
+
+    @property
+    def family(self) -> Sequence[Manifest]:
+        return self.evidence.family
 
     @property
     def model(self) -> Manifest:
-        return self.family[-1]
+        return self.evidence.model
 
 
 def model_card(facts: CardFacts) -> str:
@@ -56,16 +64,61 @@ def model_card(facts: CardFacts) -> str:
         _summary(facts),
         "## Use it",
         _use(facts),
+        "## What it is for",
+        _intended(facts),
         "## Where it came from",
         _lineage(facts),
+        "## Gates that it passed",
+        card_sections.gates(facts.evidence, _hidden(facts)),
         "## Measured on held-out data",
-        _measured(facts),
+        card_sections.measured(facts.evidence),
+        *_decided(facts),
         "## Make it again",
-        _reproduce(facts),
+        card_sections.reproduce(facts.evidence, _hidden(facts), is_public=facts.is_public),
         "## Limits",
         _limits(facts),
     ]
     return f"---\n{_header(facts)}---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def card_summary(facts: CardFacts, *, whole: str, at_most: int) -> str:
+    """The card in short, for places with little room; `whole` says where all of it is."""
+    numbers = card_sections.measured(facts.evidence)
+    parts = [
+        _summary(facts),
+        *_decided(facts),
+        "## Gates that it passed",
+        card_sections.gates(facts.evidence, _hidden(facts)),
+        "## Measured on held-out data",
+        numbers,
+        f"The whole card: {plain(whole)}",
+    ]
+    while len("\n\n".join(parts)) > at_most and len(parts) > 2:
+        del parts[-2]  # whole sections, for half a table reads as the whole
+    return "\n\n".join(parts)[:at_most]
+
+
+def _decided(facts: CardFacts) -> list[str]:
+    text = card_sections.decision(facts.evidence, _hidden(facts))
+    return ["## Champion or not", text] if text else []
+
+
+def _hidden(facts: CardFacts) -> card_sections.Hidden:
+    return _without_addresses if facts.is_public else lambda value: value
+
+
+def _intended(facts: CardFacts) -> str:
+    if _scores(facts.model):
+        return (
+            "It orders answers to the same prompt, to train or to choose among them. It does not measure how good a "
+            "model is that was trained against it, and it is no filter for what people are shown."
+        )
+    if facts.model.stage is Stage.PRETRAIN:
+        return "A start for further training, and for measuring text. It is not meant to talk with people."
+    return (
+        "Answers in the languages and the subjects of its data, to people who can check them. It is not meant to "
+        "decide about people, or where a wrong answer does harm."
+    )
 
 
 def _header(facts: CardFacts) -> str:
@@ -73,7 +126,10 @@ def _header(facts: CardFacts) -> str:
 
     scores = _scores(facts.model)
     bases = [facts.base] if facts.is_adapter and _is_hub_id(facts.base) else _hub_models(facts.family)
+    results = _results(facts)
     data = ModelCardData(
+        eval_results=results or None,
+        model_name=facts.title if results else None,
         license=facts.licence or "unknown",
         base_model=bases or None,
         base_model_relation=None if not bases else "adapter" if facts.is_adapter else "finetune",
@@ -83,6 +139,24 @@ def _header(facts: CardFacts) -> str:
         pipeline_tag="text-classification" if scores else "text-generation",
     )
     return f"{data.to_yaml()}\n"
+
+
+def _results(facts: CardFacts) -> "list[EvalResult]":
+    """What the hub shows next to a model; values only, the intervals are in the text."""
+    from huggingface_hub import EvalResult
+
+    role, suites = facts.evidence.role, facts.evidence.judged.suites
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=name,
+            dataset_name=name,
+            metric_type=suite.metric or "value",
+            metric_value=round(value, 6),
+        )
+        for name, suite in suites.items()
+        if role in suite.roles and (value := suite.roles[role].value) is not None
+    ]
 
 
 def _summary(facts: CardFacts) -> str:
@@ -95,7 +169,8 @@ def _summary(facts: CardFacts) -> str:
     )
     start = f" It belongs on {code(facts.base)}{_at(facts.base_revision)}." if facts.is_adapter else ""
     note = _size_note(facts)
-    return f"{what}, made by Athanor: {compact(facts.parameters)} parameters in {facts.dtype}.{start}" + (
+    parameters = facts.parameters or stored_parameters(facts.model)
+    return f"{what}, made by Athanor: {compact(parameters)} parameters in {facts.dtype}.{start}" + (
         f"\n\n> {note}" if note else ""
     )
 
@@ -108,7 +183,8 @@ def _article(label: str) -> str:
 def _size_note(facts: CardFacts) -> str:
     """By the whole model's parameters, also for an adapter; what the manifests say includes the files' headers."""
     size = size_of(facts.model, facts.family)
-    return size.note() if facts.is_adapter else replace(size, parameters=facts.parameters).note()
+    known = facts.parameters and not facts.is_adapter
+    return (replace(size, parameters=facts.parameters) if known else size).note()
 
 
 def _at(revision: str) -> str:
@@ -167,64 +243,22 @@ def _lineage(facts: CardFacts) -> str:
     parts = [table(("stage", "content (sha256)", "fingerprint", "made from", "on"), rows)]
     if sources := _sources(facts.family):
         outside = [
-            (plain(source.role), plain(_public(source)), code(source.digest.removeprefix("sha256:")[:_DIGITS]))
+            (
+                plain(source.role),
+                plain(_public(source) if facts.is_public else without_logins(source.uri)),
+                code(source.digest.removeprefix("sha256:")[:_DIGITS]),
+                plain(facts.evidence.licences.get(source.uri, "not stated")),
+            )
             for source in sources
         ]
-        parts.append(table(("came from outside", "what", "digest"), outside))
-    if facts.missing:
-        parts.append(f"This is not all: {plain(facts.missing, at_most=500)}.")
+        parts.append(table(("came from outside", "what", "digest", "licence"), outside))
+    if facts.evidence.missing:
+        parts.append(f"This is not all: {plain(facts.evidence.missing, at_most=500)}.")
     parts.append(
         "Digests are cut to twelve digits here. Those who have the store get all of it from "
         f"`python -m stages.lineage ancestors` of {code(f'{facts.model.kind}/{facts.model.fingerprint}')}."
     )
     return "\n\n".join(parts)
-
-
-def _measured(facts: CardFacts) -> str:
-    own = [(plain(name), f"{value:.6g}") for name, value in sorted(facts.model.metrics.items())]
-    parts = [table(("at the end of its training", "value"), own)] if own else []
-    if facts.evaluation is not None:
-        role = next(entry.role for entry in facts.evaluation.inputs if entry.digest == facts.model.digest)
-        prefix = f"{role}/"
-        found = sorted(
-            (name.removeprefix(prefix), value)
-            for name, value in facts.evaluation.metrics.items()
-            if name.startswith(prefix)
-        )
-        if found:
-            head = (f"evaluated {facts.evaluation.created_at[:10]}", "value")
-            parts.append(table(head, [(plain(name), f"{value:.6g}") for name, value in found]))
-            parts.append(
-                "Scores and win rates are those of the run's own reward model, against the SFT model: they say how "
-                "well the model pleases it."
-            )
-    return "\n\n".join(parts) or "Nothing was measured: the run held no data back."
-
-
-def _reproduce(facts: CardFacts) -> str:
-    execution = facts.model.execution
-    versions = execution.get("versions")
-    known = versions.items() if isinstance(versions, Mapping) else ()
-    commit = str(execution.get("git_commit", ""))
-    made_with = [f"{name} {version}" for name, version in known if version != "not installed"]
-    lines = [
-        "The same settings and the same inputs have the same fingerprints; on CPUs they give the same weights.",
-        f"Code: Athanor{f', commit {code(commit)}' if commit else ''}."
-        + (f" Libraries: {plain(', '.join(map(str, made_with)))}." if made_with else "")
-        + f" The last stage took {duration(facts.model.cost.wall_seconds)}.",
-    ]
-    for manifest in facts.family:
-        settings = json.dumps(_without_addresses(manifest.config), indent=1, ensure_ascii=False, sort_keys=True)
-        lines.append(
-            f"<details><summary>Settings of {plain(manifest.stage.value)} (version {manifest.version})</summary>\n\n"
-            f"{_json_block(settings)}\n\n</details>"
-        )
-    return "\n\n".join(lines)
-
-
-def _json_block(text: str) -> str:
-    fenced = block(text)
-    return fenced.replace("text\n", "json\n", 1)
 
 
 def _limits(facts: CardFacts) -> str:
@@ -317,6 +351,8 @@ def _without_addresses(value: Any) -> Any:
         case [*entries]:
             return [_without_addresses(entry) for entry in entries]
         case str() if not value.startswith("hf://"):
-            return _last_part(value) if _ADDRESS.match(value) and "\n" not in value else value
+            if _ADDRESS.match(value) and not re.search(r"\s", value):
+                return _last_part(value)
+            return _WITHIN.sub(lambda found: _last_part(found[0]), value)
         case _:
             return value

@@ -1,9 +1,9 @@
 """What the report says about models: facts, learning curves, evaluation, aligned models side by side."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from stages.config.evaluation import CHAMPION_ROLE
 from stages.config.graph import (
     GRAPH,
     Curve,
@@ -16,7 +16,9 @@ from stages.config.graph import (
 from stages.config.metrics import EVALUATION_METRICS
 from stages.config.request import Manifest
 from stages.config.text import byte_size, duration
+from stages.reporting.figures import Figure, figure_data
 from stages.reporting.line_plot import Series, line_plot, number
+from stages.reporting.names import in_order, name_of, start_name, start_of
 from stages.reporting.story import Story
 from stages.reporting.tables import Cell, Table, best_of, num, shown, text
 
@@ -38,61 +40,59 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class Plot:
-    """One figure with its legend (name, colour number)."""
-
-    title: str
-    svg: str
-    legend: tuple[tuple[str, int], ...]
-
-
-@dataclass(frozen=True)
 class Curves:
     """All figures of one model."""
 
     name: str
     steps: int
-    plots: tuple[Plot, ...]
+    plots: tuple[Figure, ...]
 
 
 _BASE, _SFT = GRAPH[Stage.PRETRAIN].role, GRAPH[Stage.SFT].role
 
 
-def label_of(role: str) -> str:
-    """Return the name of a model in tables, empty when no stage of this version makes it."""
-    return next((spec.label for spec in trained_stages() if spec.role == role), "")
-
-
 def facts(story: Story) -> list[Fact]:
     """The handful of numbers that say whether anything was learned."""
-    found = [_base_fact(story), _sft_fact(story), _reward_fact(story), *_aligned_facts(story)]
+    found = [_decided_fact(story), _base_fact(story), _sft_fact(story), _reward_fact(story), *_aligned_facts(story)]
     return [fact for fact in found if fact]
 
 
+def _decided_fact(story: Story) -> Fact | None:
+    """The difference that decided about the champion."""
+    ruling = story.promotion.decision.ruling if story.promotion else None
+    if ruling is None or ruling.primary is None or (found := ruling.primary.compared) is None:
+        return None
+    against = name_of(ruling.opponent, story)
+    detail = f"{found.low:+.3g} to {found.high:+.3g}, {ruling.primary.metric} of {found.suite}, {found.items} items"
+    return Fact(f"{name_of(ruling.role, story)} minus {against}", f"{found.difference:+.3g}", detail)
+
+
 def _base_fact(story: Story) -> Fact | None:
-    value, unigram = story.metrics_of(_BASE).get("eval/perplexity"), story.evaluation.get("unigram_perplexity")
+    value, unigram = story.metrics_of(_BASE).get("eval/perplexity"), story.evaluation.unigram_perplexity
     if value is None:
         return None
     detail = (
         f"unigram model {number(unigram)}: {number(unigram / value, 2)} times higher" if unigram else "held-out text"
     )
-    return Fact("Base perplexity", number(value), detail)
+    return Fact(f"{name_of(_BASE, story)} perplexity".capitalize(), number(value), detail)
 
 
 def _sft_fact(story: Story) -> Fact | None:
-    base, sft = (story.metrics_of(role).get("eval/response_loss") for role in (_BASE, _SFT))
+    before = start_of(_SFT, story) or _BASE
+    base, sft = (story.metrics_of(role).get("eval/response_loss") for role in (before, _SFT))
     if sft is None:
         return None
-    detail = f"{(sft - base) / base:+.0%} against base ({number(base)})" if base else "held-out answers"
+    name = "base" if before in story.manifests else start_name(_SFT, story)
+    detail = f"{(sft - base) / base:+.0%} against {name} ({number(base)})" if base else "held-out answers"
     return Fact("SFT response loss", number(sft), detail)
 
 
 def _reward_fact(story: Story) -> Fact | None:
-    reward = story.evaluation.get("reward") or {}
-    if "reward/accuracy" not in reward:
+    reward = story.evaluation.reward
+    if (accuracy := reward.get("reward/accuracy")) is None:
         return None
     margin = f"margin {number(reward['reward/margin'])}, " if "reward/margin" in reward else ""
-    return Fact("Reward accuracy", f"{reward['reward/accuracy']:.0%}", f"{margin}held-out pairs")
+    return Fact("Reward accuracy", f"{accuracy:.0%}", f"{margin}held-out pairs")
 
 
 def _aligned_facts(story: Story) -> list[Fact]:
@@ -102,7 +102,8 @@ def _aligned_facts(story: Story) -> list[Fact]:
         if "eval/win_rate" not in metrics:
             continue
         gain = score_gain(story, spec.role)
-        detail = f"score {gain:+.2f} SD over SFT" if gain is not None else "against SFT"
+        start = start_name(spec.role, story)
+        detail = f"score {gain:+.2f} SD over {start}" if gain is not None else f"against {start}"
         if "eval/kl" in metrics:
             detail += f", KL {number(metrics['eval/kl'])} nats"
         found.append(Fact(f"{spec.label} win rate", f"{metrics['eval/win_rate']:.0%}", detail))
@@ -110,13 +111,13 @@ def _aligned_facts(story: Story) -> list[Fact]:
 
 
 def score_gain(story: Story, role: str) -> float | None:
-    """Mean score above SFT in standard deviations of the SFT scores."""
-    sft, metrics = story.metrics_of(_SFT), story.metrics_of(role)
-    if not {"eval/score_mean", "eval/score_std"} <= sft.keys() or "eval/score_mean" not in metrics:
+    """Mean score above that of the model that this one started from, in standard deviations of the latter's scores."""
+    start, metrics = story.metrics_of(start_of(role, story) or _SFT), story.metrics_of(role)
+    if not {"eval/score_mean", "eval/score_std"} <= start.keys() or "eval/score_mean" not in metrics:
         return None
-    if not sft["eval/score_std"]:
+    if not start["eval/score_std"]:
         return None
-    return (metrics["eval/score_mean"] - sft["eval/score_mean"]) / sft["eval/score_std"]
+    return (metrics["eval/score_mean"] - start["eval/score_mean"]) / start["eval/score_std"]
 
 
 def curves(story: Story) -> list[Curves]:
@@ -130,49 +131,59 @@ def curves(story: Story) -> list[Curves]:
     return found
 
 
-def _plot(model: str, curve: Curve, history: list[dict[str, Any]]) -> Plot | None:
+def _plot(model: str, curve: Curve, history: list[dict[str, Any]]) -> Figure | None:
     series = []
     for colour, (key, name) in enumerate(curve.lines, start=1):
         points = tuple((float(row["step"]), float(row[key])) for row in history if row.get(key) is not None)
         if points:
             series.append(Series(name, points, colour))
     svg = line_plot(series, label=f"{model} {curve.title}")
-    return Plot(curve.title, svg, tuple((one.name, one.colour) for one in series)) if svg else None
+    if not svg:
+        return None
+    data = figure_data(
+        f"{model} {curve.title}",
+        ("step", *(name for _, name in curve.lines)),
+        [
+            (float(row["step"]), *(row.get(key) for key, _ in curve.lines))
+            for row in history
+            if any(row.get(key) is not None for key, _ in curve.lines)
+        ],
+    )
+    return Figure(curve.title, svg, tuple((one.name, one.colour) for one in series), data)
 
 
 def evaluation_table(story: Story) -> Table | None:
     """All models on the same held-out data."""
-    models = [spec.role for spec in language_models() if story.metrics_of(spec.role)]
+    known = {*(spec.role for spec in language_models()), CHAMPION_ROLE}
+    models = [role for role in in_order(story.evaluation.models) if role in known and story.metrics_of(role)]
     if not models:
         return None
     columns = [column for column in _EVALUATION_COLUMNS if any(column[0] in story.metrics_of(role) for role in models)]
     rows = []
     for role in models:
-        cells = [text(label_of(role))]
+        cells = [text(name_of(role, story))]
         for key, _, higher in columns:
             value = story.metrics_of(role).get(key)
             others = [story.metrics_of(other).get(key) for other in models]
             best = best_of(others, higher=higher) if higher is not None else None
             cells.append(num(value, best=value is not None and value == best))
         rows.append(tuple(cells))
-    unigram = story.evaluation.get("unigram_perplexity")
-    if unigram is not None:
+    if (unigram := story.evaluation.unigram_perplexity) is not None:
         blank = [Cell("") for _ in columns]
         for position, (key, _, _) in enumerate(columns):
             if key == "eval/perplexity":
                 blank[position] = num(unigram)
         rows.append((text("Unigram model"), *blank))
-    prompts = (story.evaluation.get("data") or {}).get("num_prompts")
+    prompts = story.evaluation.data.get("num_prompts")
     notes = [f"Scores and win rates on {prompts} held-out prompts."] if prompts else []
-    left_out: Mapping[str, str] = story.evaluation.get("left_out") or {}
-    notes += [f"Not measured: {what}, because {reason}." for what, reason in left_out.items()]
+    notes += [f"Not measured: {what}, because {reason}." for what, reason in story.evaluation.left_out.items()]
     note = " ".join(notes)
     return Table("Evaluation on held-out data", ("model", *(head for _, head, _ in columns)), tuple(rows), note)
 
 
 def reward_table(story: Story) -> Table | None:
     """Accuracy of the reward model, by kind of pair."""
-    reward = story.evaluation.get("reward") or {}
+    reward = story.evaluation.reward
     if not reward:
         return None
     rows = tuple(
@@ -207,7 +218,9 @@ def alignment_table(story: Story) -> Table | None:
             rows.append((text(label), *(num(value, best=value is not None and value == best) for value in values)))
     gains = [score_gain(story, role) for role in roles]
     if any(gain is not None for gain in gains):
-        rows.append((text("score over SFT (SD)"), *(num(gain) for gain in gains)))
+        starts = {start_name(role, story) for role in roles}
+        over = starts.pop() if len(starts) == 1 else "its start"
+        rows.append((text(f"score over {over} (SD)"), *(num(gain) for gain in gains)))
     return Table(
         "What each costs and reaches",
         ("", *(spec.label for spec in aligned)),

@@ -6,7 +6,8 @@ from stages.artifacts.manifests import utc_now
 from stages.config.servers import is_web_address
 from stages.config.text import printable
 from stages.lineage.views import to_svg
-from stages.reporting import answers, data_views, mixture_views, model_views
+from stages.reporting import answers, data_views, gate_views, gold_views, mixture_views, model_views, suite_views
+from stages.reporting.names import label_of
 from stages.reporting.story import Story
 
 
@@ -16,6 +17,7 @@ def render_page(story: Story) -> str:
     from markupsafe import Markup
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["drawing"] = Markup  # only for what we draw, texts in it are escaped
     template = environment.from_string(files("stages.reporting").joinpath("report.html.jinja").read_text("utf-8"))
     commit = next((manifest.execution.get("git_commit", "") for manifest in story.manifests.values()), "")
     page = template.render(
@@ -28,11 +30,17 @@ def render_page(story: Story) -> str:
         caution=story.caution,
         promotion=story.promotion,
         facts=model_views.facts(story),
-        curves=[
-            # drawn by us, texts in it are escaped
-            (group, [(plot, Markup(plot.svg)) for plot in group.plots])  # noqa: S704
-            for group in model_views.curves(story)
-        ],
+        curves=model_views.curves(story),
+        suites=suite_views.suites_table(story),
+        suite_views=suite_views.suite_views(story),
+        judge=suite_views.judge_table(story),
+        decision=suite_views.decision_table(story),
+        comparisons=suite_views.comparisons_table(story),
+        compared=suite_views.comparison_figures(story),
+        proxy_and_gold=gold_views.figures(story),
+        gates=gate_views.gates_table(story),
+        gate_checks=gate_views.gate_checks(story),
+        sorted_samples=answers.are_sorted(story),
         evaluation=model_views.evaluation_table(story),
         reward=model_views.reward_table(story),
         alignment=model_views.alignment_table(story),
@@ -54,11 +62,11 @@ def render_page(story: Story) -> str:
 
 def verdict(story: Story) -> str:
     """The one sentence at the top."""
-    chosen = model_views.label_of(str(story.promotion.get("chosen") or ""))
-    if not story.promotion:
+    if story.promotion is None:
         return "The run ended without a promotion."
+    chosen = label_of(story.promotion.chosen or "")
     if not chosen:
         return "The run has no aligned model to promote."
-    if story.promotion.get("promoted"):
+    if story.promotion.promoted:
         return f"The {chosen} model is champion."
     return f"The {chosen} model is a candidate; it did not become champion."

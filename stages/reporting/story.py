@@ -6,19 +6,21 @@ Only the small files are read. Fetching a model as a whole would copy gigabytes 
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from stages.artifacts.manifests import read_file, read_manifest
-from stages.config.base import Config
+from stages.artifacts.store import Store
 from stages.config.closing import read_samples
 from stages.config.errors import ConfigError, DamagedArtifactError, DataError
-from stages.config.graph import language_models, trained_stages
+from stages.config.gate_records import gate_key
+from stages.config.graph import GRAPH, language_models, trained_stages
 from stages.config.records import first_error, parse_json
 from stages.config.request import ArtifactRef, Manifest, RunInfo
 from stages.lineage.graph import Graph, ancestors
 from stages.lineage.tags import is_model
+from stages.reporting.shapes import EVALUATION, GATE, HISTORY_ROW, PROMOTION, Evaluated, GateFound, Promoted
 from stages.reporting.sizes import size_of
 
 logger = logging.getLogger(__name__)
@@ -27,43 +29,15 @@ _HISTORY = "history.jsonl"
 _REBUILD = "Remove the artifact and clear the task of its stage to build it again."
 
 
-def _with_step(row: dict[str, float | None]) -> dict[str, float | None]:
-    if row.get("step") is None:
-        raise ValueError("a line without a step")
-    return row
+@dataclass(frozen=True)
+class ItemChange:
+    """One item of a suite before and after alignment."""
 
-
-class _Shape(Config):
-    """What the page needs of a record; the rest is not looked at."""
-
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=True)
-
-
-class _Evaluation(_Shape):
-    models: dict[str, dict[str, float | None]] = Field(default_factory=dict)
-    reward: dict[str, float | None] = Field(default_factory=dict)
-    unigram_perplexity: float | None = None
-    data: dict[str, Any] = Field(default_factory=dict)
-    left_out: dict[str, str] = Field(default_factory=dict)
-
-
-class _Registered(_Shape):
-    name: str
-    version: str = Field(pattern="^[0-9]+$")
-    role: str
-    model_id: str
-    is_new: bool
-
-
-class _Promotion(_Shape):
-    promoted: bool = False
-    reason: str = ""
-    chosen: str | None = None
-    models: tuple[_Registered, ...] = ()
-
-
-_EVALUATION, _PROMOTION = TypeAdapter(_Evaluation), TypeAdapter(_Promotion)
-_ROW = TypeAdapter(Annotated[dict[str, float | None], AfterValidator(_with_step)])
+    item: str
+    before: float
+    after: float
+    response_before: str = ""
+    response_after: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,9 +49,16 @@ class Story:
     manifests: dict[str, Manifest]
     uris: dict[str, str]
     histories: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    evaluation: dict[str, Any] = field(default_factory=dict)
+    evaluation: Evaluated = field(default_factory=Evaluated)
     samples: list[dict[str, Any]] = field(default_factory=list)
-    promotion: dict[str, Any] = field(default_factory=dict)
+    promotion: Promoted | None = None
+    gates: dict[str, GateFound] = field(default_factory=dict)
+    """Outcomes by stage."""
+    changed: str = ""
+    """Role of the aligned model that `changes` are about."""
+    changes: dict[str, list[ItemChange]] = field(default_factory=dict)
+    """By suite the items that it and its start differ most on."""
+    max_samples: int = 12
     lineage: Graph | None = None
     no_lineage: str = ""
     """Why there is no graph."""
@@ -86,16 +67,21 @@ class Story:
 
     def metrics_of(self, role: str) -> dict[str, float]:
         """What `evaluate` measured of a model."""
-        return (self.evaluation.get("models") or {}).get(role) or {}
+        return {key: value for key, value in self.evaluation.models.get(role, {}).items() if value is not None}
 
 
-def read_story(inputs: Mapping[str, ArtifactRef], run: RunInfo, *, title: str, max_samples: int) -> Story:
-    """Read what the report needs; every file is checked against its manifest."""
+def read_story(
+    inputs: Mapping[str, ArtifactRef], run: RunInfo, *, title: str, max_samples: int, store: Store | None = None
+) -> Story:
+    """Read what the report needs; every file of an artifact is checked against its manifest.
+
+    `store` has the run's folder with what its gates found; without one, the page has no gates.
+    """
     manifests = {role: read_manifest(ref) for role, ref in inputs.items()}
 
     def read(role: str, name: str, shape: TypeAdapter[Any]) -> Any:
         if role not in inputs or not _has(manifests[role], name):
-            return {}
+            return None
         return _parsed(read_file(inputs[role], name), inputs[role], name, shape)
 
     lineage, no_lineage = _whole_lineage(inputs)
@@ -109,13 +95,31 @@ def read_story(inputs: Mapping[str, ArtifactRef], run: RunInfo, *, title: str, m
             for spec in trained_stages()
             if spec.role in inputs
         },
-        evaluation=read("evaluation", "metrics.json", _EVALUATION),
-        samples=_samples(inputs, manifests)[:max_samples],
-        promotion=read("promotion", "promotion.json", _PROMOTION),
+        evaluation=read("evaluation", "metrics.json", EVALUATION) or Evaluated(),
+        samples=_samples(inputs, manifests),
+        promotion=read("promotion", "promotion.json", PROMOTION),
+        gates=read_gates(store, run.run_id) if store else {},
+        max_samples=max_samples,
         lineage=lineage,
         no_lineage=no_lineage,
         caution=_caution(manifests, lineage),
     )
+
+
+def read_gates(store: Store, run_id: str) -> dict[str, GateFound]:
+    """What the gates of a run found, by stage; a record that cannot be read is named in the log and left out."""
+    found = {}
+    for stage in GRAPH:
+        key = gate_key(run_id, stage)
+        where = f"{store.root_uri}/{key}"
+        try:
+            found[stage.value] = GATE.validate_python(parse_json(store.read_bytes(key), where))
+        except FileNotFoundError:
+            continue
+        except (DataError, ValidationError) as error:  # others may write there, and the page is no gate
+            reason = first_error(error) if isinstance(error, ValidationError) else error.message
+            logger.warning("the report leaves out %s: %s", where, reason)
+    return found
 
 
 def _caution(manifests: Mapping[str, Manifest], lineage: Graph | None) -> str:
@@ -152,18 +156,17 @@ def _whole_lineage(inputs: Mapping[str, ArtifactRef]) -> tuple[Graph | None, str
 def _history(ref: ArtifactRef, manifest: Manifest) -> list[dict[str, Any]]:
     if not is_model(manifest.kind) or not _has(manifest, _HISTORY):
         return []
-    return [_parsed(line, ref, _HISTORY, _ROW) for line in read_file(ref, _HISTORY).splitlines()]
+    return [_parsed(line, ref, _HISTORY, HISTORY_ROW) for line in read_file(ref, _HISTORY).splitlines()]
 
 
 def _parsed(data: bytes, ref: ArtifactRef, name: str, shape: TypeAdapter[Any]) -> Any:
-    """Return the content as it is, once it is known to have the shape that the page shows."""
+    """Return the content in the shape that the page shows."""
     where = f"{ref.uri}/{name}"
     found = parse_json(data, where, advice=_REBUILD)
     try:
-        shape.validate_python(found)
+        return shape.validate_python(found)
     except ValidationError as error:
         raise DataError(f"{where} cannot be read: {first_error(error)}", advice=_REBUILD) from None
-    return found
 
 
 def _has(manifest: Manifest, name: str) -> bool:

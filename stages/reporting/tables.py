@@ -8,13 +8,15 @@ from stages.reporting.line_plot import number
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell; `share` (0 to 1) draws a bar behind the text."""
+    """One cell; `share` (0 to 1) draws a bar behind the text, `detail` stands below it, small."""
 
     text: str
     is_number: bool = False
     is_best: bool = False
     is_code: bool = False
     share: float | None = None
+    is_worst: bool = False
+    detail: str = ""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from stages.serve.vllm import Listening, choose_vllm, vllm_command, vllm_environ
 
 if TYPE_CHECKING:
     from stages.serve.app import Server
+    from stages.serve.loading import ServedModel
 
 logger = logging.getLogger("stages.serve")
 
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", default="auto", help="auto, own or vllm; auto is vllm for one model where it runs")
     parser.add_argument("--dtype", default="auto", help="format of the weights: auto, float32, bfloat16, float16")
     parser.add_argument("--context", type=int, default=0, metavar="TOKENS", help="limit prompt and answer together")
+    parser.add_argument("--threads", type=int, default=0, help="default: one a core; one in all for small models")
     parser.add_argument("--max-batch", type=int, default=16, help="answers that one model writes at the same time")
     return parser
 
@@ -113,6 +115,10 @@ def _listening(options: argparse.Namespace) -> Listening:
 def _check_numbers(options: argparse.Namespace) -> None:
     if options.max_batch < 1:
         raise ConfigError(f"--max-batch={options.max_batch}; allowed: at least 1", advice="Leave it out for 16.")
+    if options.threads < 0:
+        raise ConfigError(
+            f"--threads={options.threads}; allowed: at least 1", advice="Leave it out for as many as fit."
+        )
     if options.context < 0:
         raise ConfigError(f"--context={options.context}; allowed: at least 1", advice="Leave it out for all there is.")
 
@@ -162,7 +168,7 @@ def _run_vllm(program: str, address: Address, cache: Path, listening: Listening,
 
 def _run_own(addresses: list[Address], cache: Path, listening: Listening, options: argparse.Namespace) -> int:
     from stages.serve.app import Access, Server
-    from stages.serve.devices import serving_device, serving_dtype
+    from stages.serve.devices import serving_device, serving_dtype, use_threads
     from stages.serve.engine import Engine, Worker
     from stages.serve.loading import load_model, model_files
 
@@ -174,7 +180,7 @@ def _run_own(addresses: list[Address], cache: Path, listening: Listening, option
         begin = time.monotonic()
         files = model_files(address, cache)
         served = load_model(address, files, device=device, dtype=dtype, context_length=options.context)
-        size = compact(sum(weight.numel() for weight in served.model.parameters()))
+        size = compact(_size(served))
         logger.info(
             "%s: %s parameters, %s on %s, context %d, loaded in %s",
             printable(served.name), size, str(dtype).removeprefix("torch."), device, served.context_length,
@@ -183,9 +189,16 @@ def _run_own(addresses: list[Address], cache: Path, listening: Listening, option
         if not served.has_own_template:
             logger.info("%s has no chat template; chats are plain text with `User:` and `Assistant:`", served.name)
         workers.append(Worker(served, max_batch=options.max_batch))
+    largest = max(_size(worker.served) for worker in workers)
+    if (threads := use_threads(largest, options.threads)) > 1 and device.type == "cpu":
+        logger.info("%d threads", threads)
     access = Access(listening.api_key, loopback_only=listening.host in _LOOPBACK)
     server = Server(Engine(workers), access=access, title=options.run)
     return asyncio.run(_until_stopped(server, port, addresses[0].name, listening))
+
+
+def _size(served: "ServedModel") -> int:
+    return sum(weight.numel() for weight in served.model.parameters())
 
 
 def _bound(listening: Listening) -> socket.socket:

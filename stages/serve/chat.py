@@ -220,7 +220,7 @@ def typed_lines(out: TextIO) -> Iterator[str]:
 def loaded_worker(address: Address, options: argparse.Namespace) -> Iterator["Worker"]:
     """The model, ready to answer."""
     from stages.job.scratch import scratch_folder
-    from stages.serve.devices import serving_device, serving_dtype
+    from stages.serve.devices import serving_device, serving_dtype, use_threads
     from stages.serve.engine import Worker
     from stages.serve.loading import load_model, model_files
 
@@ -229,6 +229,7 @@ def loaded_worker(address: Address, options: argparse.Namespace) -> Iterator["Wo
     with scratch_folder() as scratch:
         files = model_files(address, scratch.parent / "cache")
         served = load_model(address, files, device=device, dtype=dtype, context_length=options.context)
+        use_threads(sum(weight.numel() for weight in served.model.parameters()))
         yield Worker(served, max_batch=1)
 
 

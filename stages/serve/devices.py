@@ -5,12 +5,21 @@ import torch
 from stages.config.errors import ConfigError
 from stages.models.precision import compute_dtype
 
+_SMALL = 30_000_000
+"""Parameters. Below, the products of one token are over sooner than a second thread has begun."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def serving_device() -> torch.device:
     """The first GPU, or the CPU. This process is no worker of Ray's, which would know of a GPU of its own."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def use_threads(parameters: int, wanted: int = 0) -> int:
+    """Set how many threads compute, and return it: by default one for a small model, else one a core."""
+    if wanted or parameters < _SMALL:
+        torch.set_num_threads(wanted or 1)
+    return torch.get_num_threads()
 
 
 def serving_dtype(name: str, device: torch.device) -> torch.dtype:

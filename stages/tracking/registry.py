@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 
+MADE_BY = "made by Athanor"
+"""Words of every description that `promote` writes."""
+
+
 @dataclass(frozen=True)
 class Registered:
     """One model of the run in the registry."""
@@ -162,6 +166,13 @@ class Registry:
 
     def set_alias(self, name: str, alias: str, version: str) -> None:
         self._client.set_registered_model_alias(name, alias, version)
+
+    def describe(self, model: Registered, text: str) -> None:
+        """Show a card as a version's description, unless a person has written another one there."""
+        found = self._client.get_model_version(model.name, model.version).description or ""
+        if not found or MADE_BY in found:
+            shown = limits.shortened(text, limits.VERSION_DESCRIPTION)
+            self._client.update_model_version(model.name, model.version, description=shown)
 
     def log_evaluation(
         self, models: Iterable[Registered], evaluation: Evaluation, *, measured: ArtifactRef, run_id: str

@@ -117,7 +117,7 @@ def hostile_story(root: Path) -> Story:
         manifests={role: manifest.model_copy(update=changes) for role, manifest in story.manifests.items()},
         uris=dict.fromkeys(story.uris, everything),
         samples=samples_of(texts),
-        evaluation={**story.evaluation, "reward": {**story.evaluation["reward"], **rewards}},
+        evaluation=story.evaluation.model_copy(update={"reward": {**story.evaluation.reward, **rewards}}),
         promotion={
             "promoted": False,
             "chosen": "ppo",

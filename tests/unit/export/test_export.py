@@ -133,7 +133,8 @@ def test_the_card_tells_lineage_numbers_and_limits_and_no_address_of_the_house(h
     folder.mkdir()
     (folder / "metrics.json").write_text("{}")
     measured = {"dpo/eval/win_rate": 0.625, "sft/eval/perplexity": 9.5}
-    publish_artifact(house.store, Stage.EVALUATE, {"dpo": house.made[Stage.DPO]}, folder, metrics=measured)
+    sft, dpo = house.made[Stage.SFT], house.made[Stage.DPO]
+    publish_artifact(house.store, Stage.EVALUATE, {"sft": sft, "dpo": dpo}, folder, metrics=measured)
     export(asked(house, Stage.DPO, tmp_path / "my-model", licence="apache-2.0"))
     card = card_of(tmp_path / "my-model")
     assert card.data.to_dict() == {
@@ -154,6 +155,9 @@ def test_the_card_tells_lineage_numbers_and_limits_and_no_address_of_the_house(h
         "trained on 5 M tokens cannot write sentences that are right",
         "c0ffee",
         '"rank": 2',
+        "against the SFT model that it started from",
+        "## What it is for",
+        "No gate has left a record of it.",
     ):
         assert said in card.content, said
     assert "secret-project" not in card.content
