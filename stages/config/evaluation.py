@@ -117,7 +117,7 @@ class Evaluation:
     comparisons: tuple[Compared, ...] = ()
     champion: MeasuredChampion | None = None
     judge_is_proven: bool = True
-    """Whether the judge that is a model agrees with known pairs more often than chance, by the bound of its interval."""
+    """Whether the judge that is a model agrees with known pairs more often than chance."""
 
     @staticmethod
     def from_report(report: Mapping[str, Any], *, settings_digest: str, uri: str = "") -> "Evaluation":
