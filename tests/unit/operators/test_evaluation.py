@@ -53,7 +53,7 @@ def test_it_may_be_judged_by_a_gold_scorer_and_a_model(house: House) -> None:
     outside = EvaluationParams(model=house.dpo.uri, judge="/models/judge", recipe="tiny")
     sources = evaluation_config(outside).stage_sources(Stage.EVALUATE)
     assert [(source.role, source.uri) for source in sources] == [("judge", "/models/judge")]
-    with pytest.raises(ConfigError, match="gold_model=.* is of kind 'dpo-model'; allowed: reward-model, gold-model"):
+    with pytest.raises(ConfigError, match=r"gold_model=.* is of kind 'dpo-model'; allowed: reward-model, gold-model"):
         evaluation_config(EvaluationParams(model=house.dpo.uri, gold_model=house.dpo.uri, recipe="tiny"))
 
 
