@@ -3,7 +3,11 @@
 # and shells would read spaces, quotes and $ in them. So no rule has a file as target or prerequisite outside the checkout.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
+<<<<<<< HEAD
 .PHONY: chat serve export setup-peers setup-browser setup-eval doctor gc backup restore audit sbom compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-stores test-exact test-chaos test-live test-real test-browser bench test-compose check format reference lock screenshots clean
+=======
+.PHONY: chat serve export verify setup-peers setup-browser doctor gc backup restore audit sbom compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-stores test-exact test-chaos test-live test-real test-browser bench test-compose check format reference lock screenshots clean
+>>>>>>> judge-trust
 
 ifeq ($(value ATHANOR_HOME),)
 export ATHANOR_VENV := $(CURDIR)/.venv
@@ -31,11 +35,13 @@ BENCH   ?=
 GC      ?=
 # folder of backup and restore
 BACKUP  ?=
-# the model that make export, chat and serve are about: make chat MODEL=models:/athanor-aligned@champion
+# the model that make export, verify, chat and serve are about: make chat MODEL=models:/athanor-aligned@champion
 MODEL   ?=
 # where make export exports to, and its other options
 TO      ?=
 EXPORT  ?=
+# other options of make verify
+VERIFY  ?=
 # the run whose models make serve serves, and the other options of make chat and make serve
 RUN     ?=
 CHAT    ?=
@@ -106,6 +112,10 @@ export: setup ## export a model: make export MODEL=models:/athanor-aligned@champ
 	@settings="$$($(PYTHON) -m infra env 2>/dev/null)" && eval "$$settings"; \
 	$(PYTHON) -m stages.export "$${MODEL:?name a model: make export MODEL=models:/athanor-aligned@champion TO=/folder}" \
 	  $${TO:+--to "$$TO"} $(EXPORT)
+
+verify: setup ## hash a model and all that it was made from: make verify MODEL=models:/athanor-aligned@champion VERIFY='--key signing.pub.pem'
+	@settings="$$($(PYTHON) -m infra env 2>/dev/null)" && eval "$$settings"; \
+	$(PYTHON) -m stages.lineage verify "$${MODEL:?name a model: make verify MODEL=models:/athanor-aligned@champion}" $(VERIFY)
 
 # Ctrl-c ends an answer and not the chat; make, which gets it too, waits for the chat and then ends as interrupted.
 chat: setup ## talk to a model in the terminal: make chat MODEL=models:/athanor-aligned@champion CHAT='--temperature 0.7'

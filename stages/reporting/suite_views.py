@@ -89,17 +89,14 @@ def _view(name: str, suite: SuiteResult, story: Story) -> SuiteView:
     rows = [_score_row(role, suite.roles[role], story) for role in roles]
     head = ("model", suite.metric or "value", "low", "high", "items", "skipped", "why")
     title = f"{name}: {suite.metric}{_ARROWS[suite.better]}"
-    estimates = [
-        Estimate(name_of(role, story), score.value, score.low, score.high, _colour(role, roles))
-        for role in roles
-        if (score := suite.roles[role]).value is not None
-    ]
+    estimates, numbers = [], []
+    for position, role in enumerate(roles):
+        score, model = suite.roles[role], name_of(role, story)
+        if score.value is not None:
+            estimates.append(Estimate(model, score.value, score.low, score.high, 1 + position % _COLOURS))
+            numbers.append((model, score.value, score.low, score.high, score.items))
     svg = interval_plot(estimates, label=title, mark=suite.chance, mark_name="chance")
-    data = figure_data(
-        f"suite {name}",
-        ("model", suite.metric or "value", "low", "high", "items"),
-        [(one.name, one.value, one.low, one.high, _items(one, roles, suite, story)) for one in estimates],
-    )
+    data = figure_data(f"suite {name}", ("model", suite.metric or "value", "low", "high", "items"), numbers)
     chance = "" if suite.chance is None else f", chance {number(suite.chance)}"
     return SuiteView(
         name=name,
@@ -119,8 +116,8 @@ def _changes(name: str, suite: SuiteResult, story: Story) -> Table | None:
     with_text = any(one.response_before or one.response_after for one in found)
     rows = []
     for one in sorted(found, key=lambda one: one.before - one.after, reverse=suite.better == "lower"):
-        up = (one.after > one.before) == (suite.better == "higher")
-        value = Cell(number(one.after), is_number=True, is_best=bool(suite.better) and up, is_worst=_is_loss(suite, up))
+        gained = bool(suite.better) and (one.after > one.before) == (suite.better == "higher")
+        value = Cell(number(one.after), is_number=True, is_best=gained, is_worst=bool(suite.better) and not gained)
         texts = [text(one_line(said, at_most=_LONGEST)) for said in (one.response_before, one.response_after)]
         rows.append((code(one.item), num(one.before), value, *(texts if with_text else ())))
     head = ("item", before, after, *((f"{before} said", f"{after} said") if with_text else ()))
@@ -129,22 +126,10 @@ def _changes(name: str, suite: SuiteResult, story: Story) -> Table | None:
     )
 
 
-def _is_loss(suite: SuiteResult, up: bool) -> bool:
-    return bool(suite.better) and not up
-
-
-def _items(one: Estimate, roles: list[str], suite: SuiteResult, story: Story) -> float:
-    return next(suite.roles[role].items for role in roles if name_of(role, story) == one.name)
-
-
 def _score_row(role: str, score: SuiteScore, story: Story) -> tuple[Cell, ...]:
     why = ", ".join(f"{reason} {count}" for reason, count in sorted(score.skipped.items()))
     values = (num(score.value), num(score.low), num(score.high), num(score.items), num(sum(score.skipped.values())))
     return (text(name_of(role, story)), *values, text(why or "–"))
-
-
-def _colour(role: str, roles: list[str]) -> int:
-    return 1 + roles.index(role) % _COLOURS
 
 
 def comparison_figures(story: Story) -> list[Figure]:
