@@ -3,11 +3,7 @@
 # and shells would read spaces, quotes and $ in them. So no rule has a file as target or prerequisite outside the checkout.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
-.PHONY: chat serve export setup-peers setup-browser setup-eval doctor gc backup restore audit sbom compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-stores test-exact test-chaos test-live test-real test-browser bench test-compose check format reference lock screenshots clean
-=======
-.PHONY: chat serve export verify setup-peers setup-browser doctor gc backup restore audit sbom compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-stores test-exact test-chaos test-live test-real test-browser bench test-compose check format reference lock screenshots clean
->>>>>>> judge-trust
+.PHONY: chat serve export verify setup-peers setup-browser setup-eval doctor gc backup restore audit sbom compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-stores test-exact test-chaos test-live test-real test-browser bench test-compose check format reference lock screenshots clean
 
 ifeq ($(value ATHANOR_HOME),)
 export ATHANOR_VENV := $(CURDIR)/.venv
