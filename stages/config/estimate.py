@@ -182,8 +182,11 @@ def workload(
         case Stage.EVALUATE:
             evaluate = config.evaluate
             models = sum(GRAPH[stage].trains for stage in selected) + len(config.given_roles(stage))
-            documents = evaluate.max_documents_tokens if config.curate.documents or config.previous_data else 0
-            read = documents + (evaluate.max_instructions + 2 * evaluate.max_preferences) * length
+            # Rows for perplexity, and the beginnings of documents, which are about a row long each.
+            documents = evaluate.max_documents_tokens + evaluate.max_documents * config.tokenize.sequence_length
+            documents = documents if config.curate.documents or config.previous_data else 0
+            # Pairs are read twice: by themselves, and relative to the start.
+            read = documents + (evaluate.max_instructions + 4 * evaluate.max_preferences) * length
             answered = evaluate.max_prompts * (
                 min(config.tokenize.max_prompt_length, length) + evaluate.max_response_length
             )

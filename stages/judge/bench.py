@@ -205,7 +205,8 @@ def measure_units(bench: Bench, context: StageContext, *, rank: int, world_size:
         _collect(missing, bench, measurements, measured)
         _report(context, bench, measured)
     logger.info("rank %d measured %s", rank, bench.counts)
-    return measured
+    wanted = {unit.key for unit in _wanted(bench)}
+    return {key: found for key, found in measured.items() if key in wanted}
 
 
 def share(units: Sequence[Unit], *, rank: int, world_size: int) -> list[Unit]:

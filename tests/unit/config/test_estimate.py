@@ -131,7 +131,7 @@ def test_pretraining_costs_six_flops_a_weight_and_token():
         # 2 rollouts of 8 responses, 40 + 8 tokens each = 768; twice over, policy and critic; five forward passes
         (Stage.PPO, 768 * 2 * 2, 768 * 5),
         # five models read 4096 + (16 + 2*32) * 40 tokens and answer 8 prompts of 40 + 8 tokens, twice
-        (Stage.EVALUATE, 0, 5 * (4096 + 80 * 40 + 2 * 8 * 48)),
+        (Stage.EVALUATE, 0, 5 * (4096 + 16 * 128 + 144 * 40 + 2 * 8 * 48)),
     ],
 )
 def test_tokens_through_models(stage: Stage, trained: float, forward: float):
