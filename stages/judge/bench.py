@@ -68,6 +68,8 @@ class Bench:
     heldout: Heldout
     subjects: Subjects
     units: list[Unit]
+    texts_missing: str = ""
+    """Why the texts of the items are not known, if so."""
     counts: dict[str, int] = field(default_factory=lambda: {"measured": 0, "kept": 0})
     """Units that this process measured, and those that were in the store."""
 
@@ -87,7 +89,7 @@ def open_bench(context: StageContext) -> Bench:
     samplers = _Samplers.of(config, heldout, forward)
     further = _further_suites(context, heldout, samplers.scored, forward)
     units = _Units(heldout, subjects, forward, samplers, further).all()
-    return Bench(heldout, subjects, units)
+    return Bench(heldout, subjects, units, texts.missing)
 
 
 @dataclass(frozen=True)
