@@ -40,6 +40,7 @@ def test_a_champion_with_another_tokenizer_is_measured_on_the_same_items(
     with_stranger: tuple[dict[str, Any], Path],
 ) -> None:
     report, folder = with_stranger
+    assert "texts_missing" not in report["data"]
     table = ScoreTable(folder / "scores.parquet")
     for suite in FOR_ALL:
         ours, theirs = (table.column(suite, role) for role in ("dpo", "champion"))
@@ -136,3 +137,4 @@ def test_without_the_curated_texts_a_stranger_is_measured_on_documents_and_the_r
     for suite in ("responses", "pairs", "score", "length"):
         result = report["suites"][suite]["roles"]["champion"]
         assert result == {"items": 0, "skipped": {"no_text_for_another_tokenizer": 6}}, suite
+    assert "do not name the curated data" in report["data"]["texts_missing"]
