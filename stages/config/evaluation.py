@@ -7,6 +7,7 @@ whoever decides needs no arithmetic beyond reading this.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 from pydantic import FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
@@ -19,6 +20,9 @@ CHAMPION_ROLE = "champion"
 """Under which an evaluation keeps what the champion got."""
 REWARD_SUITE = "score"
 """The suite whose scorer is the run's reward model, which some models were trained against."""
+
+JUDGE_SUITE = "judge"
+"""The suite of a judge that is a model, which must first have shown that it agrees with known pairs."""
 
 _ADVICE = "Clear the evaluate task to build it again."
 _T = TypeVar("_T")
@@ -112,6 +116,8 @@ class Evaluation:
     suites: dict[str, SuiteResult] = field(default_factory=dict)
     comparisons: tuple[Compared, ...] = ()
     champion: MeasuredChampion | None = None
+    judge_is_proven: bool = True
+    """Whether the judge that is a model agrees with known pairs more often than chance."""
 
     @staticmethod
     def from_report(report: Mapping[str, Any], *, settings_digest: str, uri: str = "") -> "Evaluation":
@@ -137,6 +143,7 @@ class Evaluation:
             suites=_read(dict[str, SuiteResult], report, "suites", {}),
             comparisons=tuple(_read(list[Compared], report, "comparisons", [])),
             champion=_read(MeasuredChampion | None, report, "champion", None),
+            judge_is_proven=_object(report, "judge").get("better_than_chance", True) is True,
         )
 
     def of(self, role: str) -> dict[str, float]:
@@ -153,11 +160,16 @@ def _read(kind: Any, report: Mapping[str, Any], name: str, missing: _T) -> _T:
     if report.get(name) is None:
         return missing
     try:
-        return TypeAdapter(kind).validate_python(report[name])
+        return _adapter(kind).validate_python(report[name])
     except ValidationError as error:
         raise DataError(
             f"metrics.json of the evaluation: {name} is not valid: {first_error(error)}", advice=_ADVICE
         ) from None
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def _object(report: Mapping[str, Any], name: str) -> dict[str, Any]:

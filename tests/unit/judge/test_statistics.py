@@ -8,14 +8,12 @@ import pytest
 
 from stages.config.closing import PromoteConfig
 from stages.config.decision import Candidate, Champion, decide
-from stages.config.evaluation import Evaluation
+from stages.config.evaluation import Compared, Evaluation, MeasuredChampion, SuiteResult
 from stages.judge.scores import Column
 from stages.judge.statistics import Comparison, compare, interval
-from tests.comparisons import CHAMPION, with_comparisons
-from tests.pipeline_records import EVALUATION
 
 LEVEL, POWER = 0.05, 0.9
-ITEMS = 620
+ITEMS = 700
 """What docs/EVALUATION.md states for five points of accuracy where one item in six changes."""
 
 
@@ -40,8 +38,12 @@ def found(candidate: Column, champion: Column, *, level: float = LEVEL) -> Compa
 
 def is_promoted(comparison: Comparison) -> bool:
     """By the rule that promotes, and not by a copy of it."""
-    entry = {"role": "dpo", "against": "champion", "suite": "pairs", **asdict(comparison)}
-    evaluation = Evaluation.from_report(with_comparisons(EVALUATION, entry, champion=CHAMPION), settings_digest="s")
+    evaluation = Evaluation(
+        metrics={},
+        suites={"pairs": SuiteResult(metric="accuracy", better="higher")},
+        comparisons=(Compared(role="dpo", against="champion", suite="pairs", **asdict(comparison)),),
+        champion=MeasuredChampion(version="4", fingerprint="old"),
+    )
     config = PromoteConfig(level=comparison.level, power=POWER)
     return decide([Candidate("dpo", "new")], Champion("4", "old"), evaluation, config).promoted
 
@@ -54,11 +56,13 @@ def promoted_share(rng: np.random.Generator, times: int, *, items: int, gain: fl
 AT_MOST = LEVEL + 2.58 * (LEVEL * (1 - LEVEL) / 1000) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("items", [30, 100, 500])
 def test_a_thousand_ties_promote_at_most_at_the_stated_level(items: int) -> None:
     assert promoted_share(np.random.default_rng(items), 1000, items=items, gain=0.0) <= LEVEL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("items", [30, 200])
 def test_a_thousand_ties_of_continuous_scores_in_clusters_promote_at_most_at_the_stated_level(items: int) -> None:
     """Four answers to each prompt share what the prompt does to both models, and heavy tails."""
@@ -77,25 +81,28 @@ def test_a_thousand_ties_of_continuous_scores_in_clusters_promote_at_most_at_the
     assert promoted / 1000 <= AT_MOST
 
 
+@pytest.mark.slow
 def test_a_true_gain_of_five_points_is_promoted_with_the_stated_power_at_the_stated_items() -> None:
     assert promoted_share(np.random.default_rng(1), 1000, items=ITEMS, gain=0.05) >= POWER
 
 
+@pytest.mark.slow
 def test_far_fewer_items_do_not_find_it() -> None:
     assert promoted_share(np.random.default_rng(2), 300, items=ITEMS // 4, gain=0.05) < 0.6
 
 
+@pytest.mark.slow
 def test_the_needed_items_are_those_that_find_the_gain() -> None:
-    """A tenth of the items asks for about the number that then finds the difference with the stated power."""
+    """(1.6449 + 1.2816)^2 x (1/6 - 0.05^2) / 0.05^2 = 562, whatever the number of items that it is estimated from. The
+    exact test finds a little less, so ITEMS is more."""
     rng = np.random.default_rng(3)
     needed = [
-        compare(*pairs_of_models(rng, items=300, gain=0.05), level=LEVEL, power=POWER, least_difference=0.05)
-        for _ in range(200)
+        compare(*pairs_of_models(rng, items=300, gain=0.02), level=LEVEL, power=POWER, least_difference=0.05)
+        for _ in range(100)
     ]
-    typical = float(
-        np.median([one.needed_items for one in needed if one and one.needed_items and one.difference < 0.05])
-    )
-    assert 0.85 * ITEMS < typical < 1.1 * ITEMS
+    asked = [one.needed_items for one in needed if one and one.needed_items and one.difference <= 0.05]
+    assert len(asked) > 80
+    assert float(np.median(asked)) == pytest.approx(562, rel=0.1)
 
 
 def test_needed_items_by_hand() -> None:
@@ -162,6 +169,7 @@ def test_copies_of_an_item_make_an_interval_no_narrower() -> None:
     assert naive.high - naive.low < 0.5 * (copied.high - copied.low)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
     rng = np.random.default_rng(7)
     covered = 0
