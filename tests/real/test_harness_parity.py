@@ -29,8 +29,8 @@ from tests.real.harness_tasks import write_tasks
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 _METRICS = {
-    "small_capitals": ("small_capitals", "acc,none"),
-    "small_capitals-acc_norm": ("small_capitals", "acc_norm,none"),
+    "small_products": ("small_products", "acc,none"),
+    "small_products-acc_norm": ("small_products", "acc_norm,none"),
     "small_sentences": ("small_sentences", "acc,none"),
     "small_sums": ("small_sums", "exact_match,strict"),
     "small_sums-exact_match-first-number": ("small_sums", "exact_match,first-number"),
