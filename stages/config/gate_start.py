@@ -7,8 +7,9 @@ from typing import Any
 from stages.config.gate_evidence import DEFECT, Evidence
 from stages.config.gate_ledgers import number_at
 from stages.config.gate_records import Check, compared, skipped
-from stages.config.graph import BASE_MODEL, GRAPH, REWARD_BASE, Stage
+from stages.config.graph import BASE_MODEL, GRAPH, PREFERENCES, REWARD_BASE, Stage
 from stages.config.request import Manifest
+from stages.config.selection import learns_from_scores
 
 EXACT = "float32"
 """Number format in which initial losses and ratios are exact but for the last digits."""
@@ -17,26 +18,26 @@ EXACT = "float32"
 def initial_facts(evidence: Evidence) -> Iterable[Check]:
     """Facts that hold before anything is learned: ln V, ln 2, ratio 1."""
     row, manifest = evidence.first_row, evidence.manifest
-    name = "initial_ratio" if manifest.stage is Stage.PPO else "initial_loss"
-    if manifest.stage not in (Stage.PRETRAIN, Stage.PPO, Stage.DPO) and not GRAPH[manifest.stage].scores:
+    spec = GRAPH[manifest.stage]
+    samples, compares = learns_from_scores(spec), spec.needs == PREFERENCES
+    if not (samples or compares or spec.stage is Stage.PRETRAIN):
         return
+    name = "initial_ratio" if samples else "initial_loss"
     if row is None or row.get("step") != 1:
         first = "it has no history" if row is None else f"its history begins with step {row.get('step')}"
         yield skipped(name, f"{first}; earlier versions logged the first step only with log_every=1")
         return
     exact = manifest.execution.get("compute_dtype") == EXACT
-    if manifest.stage is Stage.PRETRAIN:
+    if spec.stage is Stage.PRETRAIN:
         yield _uniform(evidence, row)
-    elif manifest.stage is Stage.PPO:
+    elif samples:
         yield from _ratio(row, exact=exact)
-    elif GRAPH[manifest.stage].scores:
+    elif spec.scores:
         yield _even_scores(evidence, row, exact=exact)
+    elif (kind := manifest.config.get("loss", {}).get("kind", "sigmoid")) == "sigmoid":
+        yield _even("initial_loss", row, exact=exact)
     else:
-        kind = manifest.config.get("loss", {}).get("kind", "sigmoid")
-        if kind == "sigmoid":
-            yield _even("initial_loss", row, exact=exact)
-        else:
-            yield skipped("initial_loss", f"loss {kind} has no known value at its start")
+        yield skipped("initial_loss", f"loss {kind} has no known value at its start")
 
 
 def _reads(manifest: Manifest, role: str) -> bool:

@@ -99,9 +99,9 @@ def _evaluated(evidence: Evidence) -> Iterable[Check]:
             "heldout_data", same, f"content {str(digest)[:12]}", f"the run's {refs['tokens'].digest[:12]}", DEFECT
         )
     judge = report.get("reward_fingerprint")
-    if "reward" in refs:
-        same = judge == refs["reward"].fingerprint
-        yield compared("scorer", same, f"{str(judge)[:12]}", f"the run's {refs['reward'].fingerprint[:12]}", DEFECT)
+    if (scorer := refs.get(GRAPH[Stage.REWARD].role)) is not None:
+        same = judge == scorer.fingerprint
+        yield compared("scorer", same, f"{str(judge)[:12]}", f"the run's {scorer.fingerprint[:12]}", DEFECT)
 
 
 def bound_checks(bounds: Sequence[str], metrics: Mapping[str, float], unmeasured: Mapping[str, str]) -> list[Check]:
