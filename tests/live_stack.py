@@ -31,7 +31,8 @@ from tests.places import REPOSITORY
 
 PIPELINE, RETRAIN, COLLECT, EVALUATE = "llm_pipeline", "retrain", "collect_preferences", "evaluate_model"
 OVERRIDES = {
-    "promote.min_win_rate": 0.0,  # models that have learnt nothing
+    "promote.margin": 1e6,  # models that have learnt nothing become champion all the same
+    "promote.guards": [],
     "min_new_bytes": 1000,
 }
 TINY: dict[str, Any] = {"recipe": "tiny", "alignment": "dpo", "train_reward": True, "overrides": OVERRIDES}

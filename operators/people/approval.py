@@ -116,7 +116,8 @@ def question(run: RunInfo, config: PipelineConfig, evaluated: ArtifactRef) -> tu
     parts = [
         f"Run {plain(run.name)}, proposed: **{proposed or 'none'}**, "
         + ("the best of its aligned models." if len(aligned) > 1 else "its aligned model."),
-        f"By the numbers it would {'' if numbers.promoted else '**not** '}become champion: {plain(numbers.reason)}. {note}",
+        f"By the numbers it would {'' if numbers.promoted else '**not** '}become champion: {plain(numbers.reason)}. "
+        f"{note}",
         _rules(config),
         "### What decides",
         table(HEAD, [[plain(cell) for cell in row] for row in decision_rows(numbers)]),

@@ -56,6 +56,7 @@ class EvaluateConfig(Config):
     a task file (.yaml) of lm-evaluation-harness or `lm-eval://task`, or one that needs no address:
     `heldout-continuation`, `heldout-question`, `refusals`, `toxicity` (docs/BENCHMARKS.md)."""
     comparison: Annotated[ComparisonConfig, AddedLater(ComparisonConfig())] = ComparisonConfig()
+    """How sure a difference between two models must be; filled from `promote` when a run starts."""
     champion: Annotated[str, AddedLater("")] = ""
     """The champion that the run's models are compared with, `models:/name/version`; filled by Athanor."""
     champion_missing: Annotated[str, AddedLater("")] = ""

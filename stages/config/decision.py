@@ -15,7 +15,7 @@ both.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from stages.config.closing import Approval, Guard, PromoteConfig, Promotion, Verdict
@@ -151,14 +151,26 @@ def decide_by_numbers(
     if not candidates:
         return Decision(False, "the run has no aligned model", "none")
     level = config.level / len(candidates)
-    rulings = tuple(_rule(one, candidates, champion, evaluation, config, level=level) for one in candidates)
+    wrong = _not_comparable(champion, candidates, evaluation.champion)
+    rulings = tuple(
+        # Against what they started from, models still rank, so that the best of them is the one proposed.
+        _overruled(_rule(one, candidates, None, evaluation, config, level=level), wrong)
+        if wrong
+        else _rule(one, candidates, champion, evaluation, config, level=level)
+        for one in candidates
+    )
     best = max(rulings, key=lambda ruling: _strength(ruling, config))
     present = next((one for one in candidates if champion and one.fingerprint == champion.fingerprint), None)
     if present is not None and champion is not None and not best.passed:
         reason = f"the model is champion already (version {champion.version})"
         return Decision(True, reason, "same_model", present.role, rulings)
-    comparison = "none" if best.primary is None else "champion" if champion else "start"
+    comparison = "none" if wrong or best.primary is None else "champion" if champion else "start"
     return Decision(best.passed, best.reason, comparison, best.role, rulings)
+
+
+def _overruled(ruling: Ruling, wrong: str) -> Ruling:
+    reason = f"{spec_of_role(ruling.role).label} is not promoted: {wrong}"
+    return replace(ruling, passed=False, reason=reason)
 
 
 def _strength(ruling: Ruling, config: PromoteConfig) -> tuple[float, ...]:
@@ -180,8 +192,6 @@ def _rule(
     level: float,
 ) -> Ruling:
     label = spec_of_role(candidate.role).label
-    if wrong := _not_comparable(champion, candidates, evaluation.champion):
-        return Ruling(candidate.role, "", level, False, f"{label} is not promoted: {wrong}")
     opponent = _opponent(candidate, candidates, champion, evaluation)
     primary, passed_over = _primary(candidate, opponent, evaluation, config, level=level)
     who = f"the champion (version {champion.version})" if champion else "the model that it started from"

@@ -1,4 +1,4 @@
-"""The decision about a champion as a table of plain texts: the question of `approve` and the report show the same one."""
+"""The decision about a champion as a table of plain texts, one for `approve` and the report alike."""
 
 from collections.abc import Iterator, Mapping
 

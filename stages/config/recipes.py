@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from stages.config.closing import EvaluateConfig
+from stages.config.closing import EvaluateConfig, Guard, PromoteConfig
 from stages.config.curate import CurateConfig
 from stages.config.execution import Engine, ExecutionConfig
 from stages.config.forms import GoldScorer
@@ -98,6 +98,13 @@ def demo(*, seed: int = 0) -> PipelineConfig:
             seed=seed,
         ),
         evaluate=EvaluateConfig(max_documents_tokens=80_000, max_preferences=400, max_response_length=40),
+        promote=PromoteConfig(
+            primary=("gold", "judge", "pairs"),
+            guards=(Guard(suite="language", margin=0.25),),
+            level=0.05,
+            power=0.9,
+            least_difference=0.05,
+        ),
         execution=Executions(
             curate=ExecutionConfig(cpus_per_worker=2),
             pretrain=train,
@@ -193,6 +200,13 @@ def smollm(*, seed: int = 0) -> PipelineConfig:
             num_samples=8,
             max_response_length=40,
         ),
+        promote=PromoteConfig(
+            primary=("gold", "judge", "pairs"),
+            guards=(Guard(suite="language", margin=0.25),),
+            level=0.05,
+            power=0.9,
+            least_difference=0.05,
+        ),
         gates=GatesConfig(max_pairs=64),
         execution=Executions(
             curate=ExecutionConfig(cpus_per_worker=2),
@@ -246,6 +260,10 @@ def tiny(*, seed: int = 0) -> PipelineConfig:
             max_prompts=8,
             num_samples=2,
             max_response_length=8,
+        ),
+        # Eight items tell nothing about models that have learnt nothing; here, that the comparison is made.
+        promote=PromoteConfig(
+            primary=("pairs",), guards=(Guard(suite="language", margin=1.0),), level=0.05, power=0.9, min_items=4
         ),
         # What it trains knows nothing, so a reward model is not asked for more than chance.
         gates=GatesConfig(bounds=("curate: curate/documents_kept >= 1",), max_pairs=64),
@@ -338,6 +356,9 @@ def llama_1b(*, seed: int = 0) -> PipelineConfig:
             max_preferences=2000,
             max_prompts=512,
             max_response_length=512,
+        ),
+        promote=PromoteConfig(
+            guards=(Guard(suite="language", margin=0.05), Guard(suite="responses", margin=0.05)), least_difference=0.02
         ),
         execution=Executions(
             curate=ExecutionConfig(entrypoint_cpus=16, cpus_per_worker=16, stall_seconds=seldom),

@@ -82,8 +82,8 @@ def suites_of(bench: Bench, measured: Measured) -> dict[str, Any]:
 
 
 def comparisons_of(context: StageContext, bench: Bench, measured: Measured) -> list[dict[str, Any]]:
-    """Return each aligned model compared with the champion and with the model that it started from, suite by suite, on
-    the items that both have a score for."""
+    """Return each aligned model compared with the champion, with the model that it started from, and with the other
+    aligned ones, of which one may be champion already; suite by suite, on the items that both have a score for."""
     config = context.config
     assert isinstance(config, EvaluateConfig)
     chosen, start = config.comparison, bench.subjects.start
@@ -91,7 +91,7 @@ def comparisons_of(context: StageContext, bench: Bench, measured: Measured) -> l
     suites = {unit.suite.name: unit.suite for unit in _published(bench, measured) if unit.suite.better}
     found = []
     for role in aligned:
-        for against in (CHAMPION_ROLE, start):
+        for against in (CHAMPION_ROLE, start, *(other for other in aligned if other != role)):
             for suite in suites.values():
                 ours, theirs = (measured.get((one, suite.name)) for one in (role, against))
                 if ours is None or theirs is None:

@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.integration, pyte
 DAGS = [Path(__file__).with_name("chaos_dags.py"), REPOSITORY / "dags" / "llm_pipeline.py"]
 TINY: dict[str, Any] = {"recipe": "tiny", "alignment": "none"}
 TRAINED = (Stage.PRETRAIN, Stage.SFT)
-OVERRIDES = {"promote.min_win_rate": 0.0}
+OVERRIDES = {"promote.margin": 1e6, "promote.guards": []}
 NUM_STEPS, CHECKPOINT_EVERY = 16, 4
 "Of pretraining in the recipe `tiny`."
 DOWN_SECONDS = 10

@@ -122,7 +122,14 @@ def modules_of(name: str) -> list[str]:
 
 def test_the_dags_survive_serialisation_with_operators_and_links(probe: dict[str, Any]) -> None:
     tasks = probe["tasks"]
-    assert set(tasks) == {"llm_pipeline", "retrain", "evaluate_model", "collect_preferences", "reap_orphans"}
+    assert set(tasks) == {
+        "llm_pipeline",
+        "retrain",
+        "evaluate_model",
+        "collect_preferences",
+        "reap_orphans",
+        "rollback",
+    }
     assert tasks["llm_pipeline"]["report"] == ["StageOperator", ["Ray job", "MLflow run", "Artifact", "Report"]]
     assert tasks["llm_pipeline"]["approve"][0] == "PromotionApproval"
     assert tasks["collect_preferences"]["rate"][0] == "PreferenceRating"

@@ -17,10 +17,12 @@ import pytest
 
 from infra.components import mlflow_server as mlflow_component
 from infra.ports import any_free
+from operators.rollback import roll_back
 from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import read_manifest
 from stages.artifacts.store import Store
-from stages.config.closing import PromoteConfig, Promotion
+from stages.config.closing import Approval, PromoteConfig, Promotion, Verdict
+from stages.config.forms import RollbackParams
 from stages.config.graph import GRAPH, Stage
 from stages.config.request import ArtifactRef, RunInfo
 from stages.lineage.__main__ import main as lineage_main
@@ -29,6 +31,7 @@ from stages.tracking.__main__ import main as replay_main
 from stages.tracking.client import artifact_uri_of_model, connect, registered_versions
 from stages.tracking.spool import SPOOL_NAME
 from stages.tracking.tracker import Tracker, record_hit
+from tests.comparisons import TIE, WORSE, compared, win_over_start, with_comparisons
 from tests.pipeline_records import (
     EVALUATION,
     PLAIN_RUN,
@@ -388,9 +391,11 @@ def check_delivered(tracked: Tracked) -> None:
 # ----------------------------------------------------------- promotion
 
 
-def promote_run(
-    root: Path, *, salt: str = "", evaluation: Any = EVALUATION, without=frozenset(), name: str, **config: Any
-):
+WIN = win_over_start(EVALUATION, level=0.025)
+"""PPO is clearly better than its SFT model, and there is no champion."""
+
+
+def promote_run(root: Path, *, salt: str = "", evaluation: Any = WIN, without=frozenset(), name: str, **config: Any):
     store, made = publish_run(root, salt=salt, evaluation=evaluation, without=without)
     settings = PromoteConfig(run_name=name, **config)
     request = request_for(
@@ -405,11 +410,6 @@ def promote_run(
     return json.loads((context.output_dir / "promotion.json").read_text()), outcome, made
 
 
-def scored(ppo: float, **changes: Any) -> dict[str, Any]:
-    models = EVALUATION["models"] | {"ppo": EVALUATION["models"]["ppo"] | {"eval/score_mean": ppo}}
-    return EVALUATION | {"models": models} | changes
-
-
 @pytest.fixture
 def name(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
@@ -422,7 +422,12 @@ def aliases(model: str) -> dict[str, str]:
 
 def test_the_first_run_registers_every_role_and_makes_a_champion(name: str, tmp_path: Path) -> None:
     record, outcome, made = promote_run(tmp_path, name=name)
-    assert (record["promoted"], record["chosen"], record["comparison"]) == (True, "ppo", "win_rate")
+    assert (record["promoted"], record["chosen"], record["comparison"]) == (True, "ppo", "start")
+    assert {key: outcome.metrics[f"promotion/{key}"] for key in ("difference", "difference_low", "items")} == {
+        "difference": 0.06,
+        "difference_low": 0.03,
+        "items": 400.0,
+    }
     assert outcome.metrics["promotion/new_versions"] == 5.0
     by_role = {model["role"]: model for model in record["models"]}
     assert {role: model["name"] for role, model in by_role.items()} == {
@@ -441,6 +446,11 @@ def test_the_first_run_registers_every_role_and_makes_a_champion(name: str, tmp_
     assert version.tags["lineage.parent.reward"] == made[Stage.REWARD].fingerprint
     assert version.tags["eval/score_mean"] == "0.3"
     assert version.tags["evaluation.data_digest"] == "d" * 64
+    assert version.tags["evaluation.uri"] == made[Stage.EVALUATE].uri
+    decided = {key: version.tags[f"decision.{key}"] for key in ("promoted", "by", "suite", "against", "difference")}
+    assert decided == {"promoted": "true", "by": "start", "suite": "pairs", "against": "sft", "difference": "0.06"}
+    numbers = {key: version.tags[f"decision.{key}"] for key in ("low", "high", "p", "items", "needed_items", "level")}
+    assert [float(value) for value in numbers.values()] == [0.03, 0.09, 0.001, 400, 120, 0.025]
     assert artifact_uri_of_model(f"models:/{name}-aligned@champion") == made[Stage.PPO].uri
     model: Any = connect().get_logged_model(by_role["ppo"]["model_id"])
     assert {metric.key: metric.value for metric in model.metrics}["eval/win_rate"] == 0.71
@@ -457,24 +467,68 @@ def test_promoting_again_makes_no_second_version_and_moves_nothing(name: str, tm
     assert len(connect().search_model_versions(f"name = '{name}-aligned'")) == 2
 
 
-def test_a_better_model_dethrones_the_champion_and_a_worse_one_does_not(name: str, tmp_path: Path) -> None:
-    first, _, _ = promote_run(tmp_path, name=name, evaluation=scored(0.3))
-    old = next(model["version"] for model in first["models"] if model["role"] == "ppo")
-    worse, _, _ = promote_run(tmp_path, name=name, salt="b", evaluation=scored(0.2))
-    assert (worse["promoted"], worse["comparison"]) == (False, "score")
+def against_champion(name: str, version: str, ref: ArtifactRef, **numbers: Any) -> dict[str, Any]:
+    """An evaluation that measured this champion next to PPO."""
+    champion = {"name": f"{name}-aligned", "version": version, "fingerprint": ref.fingerprint, "digest": ref.digest}
+    comparisons = (compared(level=0.025, **numbers), compared("dpo", level=0.025, **WORSE))
+    return with_comparisons(EVALUATION, *comparisons, champion={**champion, "uri": ref.uri})
+
+
+def version_of(record: dict[str, Any], role: str = "ppo") -> str:
+    return next(model["version"] for model in record["models"] if model["role"] == role)
+
+
+def test_a_better_model_dethrones_the_champion_and_a_tie_does_not(name: str, tmp_path: Path) -> None:
+    first, _, made = promote_run(tmp_path, name=name)
+    old = version_of(first)
+    tie = against_champion(name, old, made[Stage.PPO], **TIE)
+    worse, _, _ = promote_run(tmp_path, name=name, salt="b", evaluation=tie)
+    assert (worse["promoted"], worse["comparison"]) == (False, "champion")
+    assert worse["rulings"][0]["primary"]["compared"]["needed_items"] == TIE["needed_items"]
     assert aliases(f"{name}-aligned")["champion"] == old
-    assert aliases(f"{name}-aligned")["candidate"] != old
-    better, _, _ = promote_run(tmp_path, name=name, salt="c", evaluation=scored(0.4))
-    new = next(model["version"] for model in better["models"] if model["role"] == "ppo")
+    assert aliases(f"{name}-aligned")["candidate"] == version_of(worse) != old
+    tags = connect().get_model_version(f"{name}-aligned", version_of(worse)).tags
+    assert (tags["decision.promoted"], tags["decision.p"]) == ("false", "0.4")
+
+    win = against_champion(name, old, made[Stage.PPO])
+    better, _, _ = promote_run(tmp_path, name=name, salt="c", evaluation=win)
+    new = version_of(better)
     assert (better["promoted"], better["previous_champion"]["version"]) == (True, old)
     assert aliases(f"{name}-aligned") == {"candidate": new, "champion": new, "previous": old}
 
 
-def test_another_reward_model_makes_scores_incomparable(name: str, tmp_path: Path) -> None:
-    promote_run(tmp_path, name=name, evaluation=scored(5.0))
-    record, _, _ = promote_run(tmp_path, name=name, salt="b", evaluation=scored(0.1, reward_fingerprint="x" * 64))
-    assert (record["promoted"], record["comparison"]) == (True, "win_rate")
-    assert "do not compare" in record["reason"]
+def test_a_champion_that_changed_after_the_evaluation_stays(name: str, tmp_path: Path) -> None:
+    first, _, made = promote_run(tmp_path, name=name)
+    elsewhere = against_champion(name, "77", made[Stage.DPO])
+    record, _, _ = promote_run(tmp_path, name=name, salt="b", evaluation=elsewhere)
+    assert (record["promoted"], record["comparison"]) == (False, "none")
+    assert "it was compared with version 77" in record["reason"]
+    assert aliases(f"{name}-aligned")["champion"] == version_of(first)
+
+
+def test_a_rollback_gives_the_title_back_and_keeps_it_from_the_model_until_a_person_says_otherwise(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _, made = promote_run(tmp_path, name=name)
+    old = version_of(first)
+    win = against_champion(name, old, made[Stage.PPO])
+    new = version_of(promote_run(tmp_path, name=name, salt="b", evaluation=win)[0])
+    monkeypatch.setenv("ARTIFACT_STORE", (tmp_path / "store").as_uri())
+    done = roll_back(RollbackParams(run_name=name, reason="it insults people"), by="ada")
+    assert (done["from_version"], done["to_version"]) == (new, old)
+    assert aliases(f"{name}-aligned") == {"candidate": new, "champion": old}
+    assert connect().get_model_version(f"{name}-aligned", new).tags["rollback.reason"] == "it insults people"
+
+    again, _, _ = promote_run(tmp_path, name=name, salt="b", evaluation=win)
+    assert again["promoted"] is False
+    assert "rolled back (it insults people)" in again["reason"]
+    approval = Approval(verdict=Verdict.APPROVED, by="ada", at="2026-11-24T09:30:15+00:00", comment="repaired")
+    approved = {"promotion": Promotion.APPROVAL, "approval": approval}
+    promote_run(tmp_path, name=name, salt="b", evaluation=win, **approved)
+    assert aliases(f"{name}-aligned") == {"candidate": new, "champion": new, "previous": old}
+    tags = connect().get_model_version(f"{name}-aligned", new).tags
+    assert "rollback.reason" not in tags
+    assert (tags["decision.by"], tags["approval.comment"]) == ("person", "repaired")
 
 
 def test_never_registers_candidates_only(name: str, tmp_path: Path) -> None:

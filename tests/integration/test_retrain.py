@@ -30,7 +30,7 @@ from tests.servers import ray_server
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
 DEFAULTS = PipelineParams.model_validate({}).model_dump(mode="json")
-QUICK = {"promote.min_win_rate": 0.0, "min_new_bytes": 1000}
+QUICK = {"promote.margin": 1e6, "promote.guards": [], "min_new_bytes": 1000}
 
 
 @pytest.fixture(scope="module")

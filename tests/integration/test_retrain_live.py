@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,16 @@ from typing import Any
 import pytest
 
 from infra.airflow_api import AirflowApiError
+from infra.layout import Layout
+from infra.rollback import rollback
+from infra.stack import Stack, StackError
 from operators.retrain import read_watermark
 from operators.watcher import list_prefix
 from stages.artifacts.addresses import open_store
-from stages.artifacts.manifests import fetch, read_manifest
+from stages.artifacts.manifests import fetch, read_file, read_manifest
+from stages.artifacts.store import read_json
 from stages.config.graph import Stage
+from stages.judge.scores import ScoreTable
 from stages.lineage.graph import ancestors
 from tests.live_stack import EVALUATE, PIPELINE, RETRAIN, LiveStack
 from tests.raw_text import a_document_of, jsonl, prose
@@ -108,6 +114,36 @@ def test_the_candidate_has_the_old_champion_as_parent(live: LiveStack, first_run
     assert {live.artifact(first_run, stage).fingerprint for stage in (Stage.DPO, Stage.CURATE)} <= family
 
 
+def record_of(live: LiveStack, run_id: str) -> dict[str, Any]:
+    """promotion.json of a pipeline run."""
+    return json.loads(read_file(live.artifact(run_id, Stage.PROMOTE), "promotion.json"))
+
+
+def test_champion_and_candidate_are_compared_on_the_same_items(
+    live: LiveStack, retrained: Retraining, tmp_path: Path
+) -> None:
+    evaluation = live.artifact(retrained.pipeline_run_id, Stage.EVALUATE)
+    inputs = {entry.role: entry.fingerprint for entry in read_manifest(evaluation).inputs}
+    assert inputs["champion"] == retrained.before["lineage.fingerprint"]
+    table = ScoreTable(fetch(evaluation, tmp_path) / "scores.parquet")
+    ours, theirs = (table.column("pairs", role) for role in ("dpo", "champion"))
+    assert len(ours.items) > 4
+    assert list(ours.items) == list(theirs.items)
+
+    record = record_of(live, retrained.pipeline_run_id)
+    (ruling,) = record["rulings"]
+    found = ruling["primary"]["compared"]
+    assert (record["comparison"], ruling["opponent"], found["suite"]) == ("champion", "champion", "pairs")
+    assert record["previous_champion"]["fingerprint"] == retrained.before["lineage.fingerprint"]
+    assert found["difference"] == pytest.approx(float(ours.values.mean() - theirs.values.mean()))
+    assert found["low"] <= found["difference"] <= found["high"]
+    assert (found["items"], found["level"]) == (len(ours.items), 0.05)
+    tags = tags_of(live, CHAMPION, "candidate")
+    assert float(tags["decision.low"]) == found["low"]
+    assert int(tags["decision.items"]) == found["items"]
+    assert tags["evaluation.uri"] == evaluation.uri
+
+
 def test_the_end_of_a_run_is_told(live: LiveStack, retrained: Retraining) -> None:
     live.wait("notices", lambda: "success" in live.inbox.about(retrained.run_id), seconds=60)
     live.wait("notices", lambda: "success" in live.inbox.about(retrained.pipeline_run_id), seconds=60)
@@ -141,6 +177,48 @@ def test_there_is_no_catching_up_and_a_backfill_finds_nothing_new(live: LiveStac
         states = live.states(RETRAIN, run["dag_run_id"])
         assert states == dict.fromkeys(("decide", "train", "remember", "set_aside"), "skipped")
     assert len(live.runs(PIPELINE)) == pipelines
+
+
+def test_a_retrained_model_that_is_worse_is_not_promoted(live: LiveStack, retrained: Retraining) -> None:
+    """A learning rate of 0.3 ruins the alignment; how well replies are predicted tells."""
+    before = tags_of(live, CHAMPION, "champion")
+    new = live.home / "more"
+    new.mkdir()
+    (new / "tuesday.jsonl").write_text(jsonl([prose(100 + seed) for seed in range(NEW_DOCUMENTS)]))
+    rule = {"promote.margin": 0.0, "promote.primary": ["responses"]}
+    ruin = {"dpo.optimizer.learning_rate": 0.3}
+    run_id = live.trigger(RETRAIN, run_name="athanor", documents=new.as_uri(), overrides={**rule, **ruin})
+    assert live.wait_end(RETRAIN, run_id, seconds=900) == "success", "a model that is not promoted is no failure"
+
+    pipeline_run_id = f"retrain__{run_id}"
+    record = record_of(live, pipeline_run_id)
+    found = record["rulings"][0]["primary"]["compared"]
+    assert (record["promoted"], record["comparison"], found["suite"]) == (False, "champion", "responses")
+    assert found["low"] > 0, "nats per byte have risen for sure"
+    assert "it is not shown to be better" in record["reason"]
+    assert tags_of(live, CHAMPION, "champion")["lineage.fingerprint"] == before["lineage.fingerprint"]
+    candidate = tags_of(live, CHAMPION, "candidate")
+    assert candidate["lineage.fingerprint"] == live.artifact(pipeline_run_id, Stage.DPO).fingerprint
+    assert (candidate["decision.promoted"], candidate["decision.suite"]) == ("false", "responses")
+
+
+def test_a_rollback_makes_the_champion_of_before_champion_again(live: LiveStack, retrained: Retraining) -> None:
+    told: list[str] = []
+    stack = Stack(Layout(live.home), say=told.append)
+    retaken = tags_of(live, CHAMPION, "champion")
+    assert retaken["lineage.fingerprint"] == live.artifact(retrained.pipeline_run_id, Stage.DPO).fingerprint
+    assert rollback(stack, run_name="athanor", reason="it forgot its manners") == 0
+    assert "is champion again" in told[0]
+    now = tags_of(live, CHAMPION, "champion")
+    assert now["lineage.fingerprint"] == retrained.before["lineage.fingerprint"]
+    assert live.aliased(CHAMPION, "previous") is None
+    store = open_store(live.record.artifact_store)
+    (key,) = store.list(f"rollbacks/{CHAMPION}")
+    record = read_json(store, key)
+    assert (record["reason"], record["by"]) == ("it forgot its manners", "admin")
+    assert record["to_fingerprint"] == retrained.before["lineage.fingerprint"]
+    with pytest.raises(StackError, match="has no previous champion"):
+        rollback(stack, run_name="athanor", reason="once more")
 
 
 def test_any_model_is_measured_again(live: LiveStack, first_run: str) -> None:

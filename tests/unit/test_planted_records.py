@@ -13,8 +13,8 @@ from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import read_manifest
 from stages.artifacts.s3 import S3Store
 from stages.config.closing import ReportConfig, read_samples
-from stages.config.decision import Evaluation
 from stages.config.errors import BadManifestError, ConfigError, DataError, without_logins
+from stages.config.evaluation import Evaluation
 from stages.config.graph import Stage
 from stages.lineage.graph import started_from
 from stages.report import run as report

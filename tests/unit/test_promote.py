@@ -12,6 +12,7 @@ from stages.config.errors import Category, ConfigError, StageError
 from stages.config.graph import Stage, StageSpec
 from stages.promote import read_evaluation, run
 from stages.tracking.client import connect
+from tests.comparisons import compared, with_comparisons
 from tests.imaginary import publish_imaginary
 from tests.pipeline_records import EVALUATION, context_for, publish_artifact, publish_run, refs_for, request_for
 
@@ -22,10 +23,11 @@ def test_an_evaluation_is_read_with_the_settings_that_it_was_made_with(tmp_path:
     store, made = publish_run(tmp_path)
     folder = tmp_path / f"content-{Stage.EVALUATE.value}"
     _, manifest = publish_artifact(store, Stage.EVALUATE, refs_for(Stage.EVALUATE, made), folder, salt="2")
-    evaluation = read_evaluation(folder, manifest)
+    evaluation = read_evaluation(folder, manifest, uri="file:///there")
     assert evaluation.of("ppo") == EVALUATION["models"]["ppo"]
     assert evaluation.of("reward") == EVALUATION["reward"]
     assert evaluation.conditions.settings_digest == settings_digest(manifest)
+    assert evaluation.conditions.tags()["evaluation.uri"] == "file:///there"
 
 
 @pytest.mark.slow
@@ -54,8 +56,9 @@ def test_a_stage_that_only_the_graph_knows_is_registered_and_may_become_champion
     tmp_path: Path, monkeypatch, imaginary_stage: StageSpec
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    models = {**EVALUATION["models"], "ipo": {"eval/win_rate": 0.99, "eval/score_mean": 0.5}}
-    store, made = publish_run(tmp_path, without=frozenset({Stage.PPO}), evaluation={**EVALUATION, "models": models})
+    models = {**EVALUATION["models"], "ipo": {"eval/score_mean": 0.5}}
+    evaluation = with_comparisons({**EVALUATION, "models": models}, compared("ipo", "sft"))
+    store, made = publish_run(tmp_path, without=frozenset({Stage.PPO}), evaluation=evaluation)
     inputs = {**refs_for(Stage.PROMOTE, made), "ipo": publish_imaginary(store, made[Stage.DPO])}
     context = context_for(request_for(Stage.PROMOTE, store, inputs, AUTO), store, AUTO, tmp_path)
     run(context)

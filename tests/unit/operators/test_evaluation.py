@@ -12,8 +12,8 @@ from operators.evaluation import conclude, evaluation_config, tag_version
 from operators.failures import RunIncomplete
 from operators.prepare import build_request, input_stages
 from stages.artifacts.manifests import read_manifest, settings_digest
-from stages.config.decision import Champion, Conditions
 from stages.config.errors import ConfigError
+from stages.config.evaluation import Conditions
 from stages.config.forms import EvaluationParams
 from stages.config.graph import Stage, StageSpec
 from tests.answering import answering
@@ -41,6 +41,20 @@ def test_data_and_judge_may_be_others(house: House):
         EvaluationParams(model=house.base.uri, data=house.sft.uri, reward=house.reward.uri, recipe="tiny")
     )
     assert config.given == {"base": house.base, "tokens": house.tokens, "reward": house.reward}
+
+
+def test_it_may_be_judged_by_a_gold_scorer_and_a_model(house: House) -> None:
+    params = EvaluationParams(
+        model=house.dpo.uri, gold_model=house.reward.uri, judge=house.base.uri, reward=house.reward.uri, recipe="tiny"
+    )
+    config = evaluation_config(params)
+    assert config.given["gold_model"] == house.reward
+    assert config.given["judge"] == house.base
+    outside = EvaluationParams(model=house.dpo.uri, judge="/models/judge", recipe="tiny")
+    sources = evaluation_config(outside).stage_sources(Stage.EVALUATE)
+    assert [(source.role, source.uri) for source in sources] == [("judge", "/models/judge")]
+    with pytest.raises(ConfigError, match=r"gold_model=.* is of kind 'dpo-model'; allowed: reward-model, gold-model"):
+        evaluation_config(EvaluationParams(model=house.dpo.uri, gold_model=house.dpo.uri, recipe="tiny"))
 
 
 def test_somebody_elses_model_is_left_to_the_job(house: House):
@@ -77,18 +91,17 @@ class Version(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None: ...
 
 
-def test_a_version_measured_without_a_judge_no_longer_compares_with_what_one_scored(tmp_path: Path, monkeypatch):
+def test_a_version_measured_again_says_by_what_and_where_its_scores_lie(tmp_path: Path, monkeypatch):
     unjudged = {**EVALUATION, "reward_fingerprint": None}
     _, made = publish_run(tmp_path, evaluation=unjudged)
-    judged = Conditions("d" * 64, "r" * 64, settings_digest(read_manifest(made[Stage.EVALUATE])))
+    judged = Conditions("d" * 64, "r" * 64, settings_digest(read_manifest(made[Stage.EVALUATE])), "file:///before")
     monkeypatch.setattr(Version, "tags", {"lineage.fingerprint": made[Stage.SFT].fingerprint, **judged.tags()})
     with answering(Version) as url:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
         tag_version("models:/n-sft/3", made[Stage.EVALUATE])
     assert Version.tags["eval/perplexity"] == "70.0"
-    after = Champion.from_tags("3", Version.tags)
-    assert (after.conditions.data_digest, after.conditions.settings_digest) == ("d" * 64, judged.settings_digest)
-    assert not judged.allow_comparison(after.conditions)
+    after = Conditions.from_tags(Version.tags)
+    assert after == Conditions("d" * 64, "", judged.settings_digest, made[Stage.EVALUATE].uri)
 
 
 def test_numbers_of_other_content_are_not_written_on_a_version_with_the_same_fingerprint(tmp_path: Path, monkeypatch):

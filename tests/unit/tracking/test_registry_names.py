@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from stages.config.decision import Evaluation
 from stages.config.errors import ConfigError
+from stages.config.evaluation import Evaluation
 from stages.config.graph import Stage
 from stages.tracking.client import artifact_uri_of_model
 from stages.tracking.registry import Registered, Registry

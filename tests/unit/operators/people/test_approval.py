@@ -14,13 +14,16 @@ from operators.people.approval import PromotionApproval, question, read_answer
 from operators.prepare import asks_for_approval, build_request, pipeline_key, with_approval
 from stages.artifacts.manifests import fingerprint
 from stages.config.closing import Approval, PromoteConfig, Verdict
+from stages.config.decision_table import HEAD
 from stages.config.errors import ConfigError, DamagedArtifactError
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import PipelineConfig, stage_config_from_json
 from stages.config.request import ArtifactRef, RunInfo
 from stages.config.resolve import resolve
 from tests import pipeline_records
+from tests.comparisons import CHAMPION, TIE, compared, win_over_start, with_comparisons
 from tests.pipeline_records import EVALUATION, SAMPLES, publish_run, run_info
+from tests.registry import RegisteredModels, serving
 
 ANSWERED = datetime(2026, 11, 24, 9, 30, 15, 123, tzinfo=UTC)
 
@@ -32,7 +35,7 @@ def config(**params: Any) -> PipelineConfig:
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[RunInfo, ArtifactRef]:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    _, made = publish_run(tmp_path)
+    _, made = publish_run(tmp_path, evaluation=win_over_start(EVALUATION, level=0.025))
     return run_info(airflow_url="http://airflow/dags/llm_pipeline/runs/1", parent_run_id="p1"), made[Stage.EVALUATE]
 
 
@@ -51,15 +54,57 @@ def test_the_question_shows_every_model_side_by_side_and_proposes_the_one_that_p
     assert "|  | Base | SFT | PPO | DPO |" in body
     assert "| eval/win\\_rate ↑ | – | – | 0.71 | 0.64 |" in body
     assert body.index("win\\_rate ↑ | –") < body.index("eval/perplexity ↓")
-    assert (
-        "proposed: **PPO**, the aligned model with the highest win rate against the model that it started from." in body
-    )
+    assert "proposed: **PPO**, the best of its aligned models." in body
+
+
+def test_the_question_shows_the_table_that_decides_without_a_person(asked) -> None:
+    _, body = question(asked[0], config(), asked[1])
+    assert "By the numbers it would become champion: PPO against the model that it started from" in body
+    head, _, *rows = body[body.index("| model |") :].split("\n\n")[0].splitlines()
+    assert [cell.strip() for cell in head.strip("|").split("|")] == list(HEAD)
+    numbers = r"\+0\.06 | \+0\.03 to \+0\.09 | 0\.001 | 400 | 120"
+    assert rows[0] == f"| PPO | SFT | pairs, accuracy ↑ | {numbers} | better | passes |"
+    assert "| at most 1 worse | held |" in rows[1]
+    assert rows[2].startswith("| DPO | SFT | pairs")
+    assert rows[2].endswith("| fails |")
+    assert "| pairs, accuracy ↑ | 0\\.6 \\[0\\.55, 0\\.65\\] |" in body, "suites with their intervals"
+
+
+def test_a_tie_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    tie = with_comparisons(EVALUATION, compared(against="sft", **TIE))
+    _, made = publish_run(tmp_path, evaluation=tie)
+    _, body = question(run_info(), config(), made[Stage.EVALUATE])
+    assert "it would **not** become champion" in body
+    assert "3000 items would show it with power 0\\.9" in body
+
+
+def test_a_measured_champion_stands_next_to_the_models_and_is_the_opponent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    champion = {**CHAMPION, "name": "tiny-aligned"}
+    models = {**EVALUATION["models"], "champion": {"eval/perplexity": 71.0}}
+    evaluation = with_comparisons({**EVALUATION, "models": models}, compared(), champion=champion)
+    _, made = publish_run(tmp_path, evaluation=evaluation)
+    registered = RegisteredModels({("tiny-aligned", "4"): {"lineage.fingerprint": "old"}})
+    registered.aliases["tiny-aligned", "champion"] = "4"
+    with serving(registered) as url:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        _, body = question(run_info(), config(run_name="tiny"), made[Stage.EVALUATE])
+        registered.versions["tiny-aligned", "5"] = {"lineage.fingerprint": "newer"}
+        registered.aliases["tiny-aligned", "champion"] = "5"
+        _, later = question(run_info(), config(run_name="tiny"), made[Stage.EVALUATE])
+    assert "|  | Base | SFT | PPO | DPO | Champion |" in body
+    assert "| PPO | Champion | pairs, accuracy ↑ |" in body
+    assert "The champion is version 4 of tiny\\-aligned" in body
+    assert "and version 5 is champion now" in later
 
 
 @pytest.mark.usefixtures("imaginary_stage")
 def test_a_model_that_only_the_graph_knows_is_in_the_table_and_may_be_proposed(tmp_path: Path) -> None:
     models = {**EVALUATION["models"], "ipo": {"eval/win_rate": 0.99}}
-    _, made = publish_run(tmp_path, evaluation={**EVALUATION, "models": models})
+    evaluation = with_comparisons({**EVALUATION, "models": models}, compared("ipo", "sft", level=0.01))
+    _, made = publish_run(tmp_path, evaluation=evaluation)
     subject, body = question(run_info(), config(), made[Stage.EVALUATE])
     assert subject == "demo: promote the Imaginary PO model to champion?"
     assert "|  | Base | SFT | PPO | DPO | Imaginary PO |" in body
@@ -69,7 +114,7 @@ def test_a_model_that_only_the_graph_knows_is_in_the_table_and_may_be_proposed(t
 def test_the_question_says_what_each_answer_and_silence_mean(asked) -> None:
     _, body = question(asked[0], config(overrides={"promote.approval_timeout_hours": 36}), asked[1])
     assert "No answer within 36 hours** counts as a rejection" in body
-    assert "overrides the rule of win rates (`min_win_rate=0.5`)" in body
+    assert "Your decision overrides the numbers" in body
     assert "never `champion`" in body
 
 
@@ -88,7 +133,7 @@ def test_the_question_links_to_the_run_and_the_evidence(asked, monkeypatch: pyte
     assert "(http://127.0.0.1:9/#/runs/p1)" in body
     assert "(http://airflow/dags/llm_pipeline/runs/1)" in body
     assert asked[1].uri in body
-    assert "The champion's numbers are not known" in body
+    assert "Who is champion now is not known" in body
 
 
 def test_a_damaged_evaluation_is_not_put_before_anybody(asked) -> None:
@@ -206,16 +251,16 @@ def test_no_answer_of_a_model_becomes_a_link(tmp_path: Path, monkeypatch: pytest
     assert "| http<!---->\\://evil\\.example/login | www<!---->\\.evil\\.example |" in body
 
 
-def test_without_a_reward_model_the_question_says_what_decides_instead(
+def test_without_a_reward_model_the_question_speaks_of_no_scores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     models = {"base": {"eval/response_loss": 2.0}, "dpo": {"eval/preference_accuracy": 0.7}}
     evaluation = {**EVALUATION, "models": models, "reward": {}, "reward_fingerprint": None}
-    _, made = publish_run(tmp_path, evaluation=evaluation)
+    _, made = publish_run(tmp_path, evaluation=with_comparisons(evaluation, compared("dpo", "base")))
     subject, body = question(run_info(), config(alignment="dpo"), made[Stage.EVALUATE])
     assert "promote the DPO model" in subject
-    assert "rule of preference accuracy (above 0.5, and above a champion's on the same pairs)" in body
-    assert "No reward model judged this run" in body
-    assert "win rate" not in body.replace("no win rates", "")
+    assert "| DPO | Base | pairs, accuracy ↑ |" in body
+    assert "win rate" not in body
+    assert "Scores come from" not in body
     assert "| eval/preference\\_accuracy ↑ | – | 0.7 |" in body
