@@ -271,6 +271,7 @@ def test_a_bad_request_names_field_value_and_what_is_allowed(
         ({"prompt": [-1]}, "prompt"),
         ({"max_tokens": 0}, "add echo=true"),
         ({"best_of": 3}, "best_of=3 is not supported"),
+        ({"prompt": ["x"] * 5, "n": 60}, "n=60 answers to 5 prompts; allowed: 256 together"),
         ({"logprobs": 21}, "less than or equal to 20"),
         ({"suffix": "x"}, "suffix"),
     ],
