@@ -23,7 +23,7 @@ from stages.artifacts.manifests import (
     unlisted_files,
 )
 from stages.artifacts.store import Store
-from stages.config.errors import StageError
+from stages.config.errors import ConfigError, DamagedArtifactError, DataError, StageError
 from stages.config.graph import GRAPH
 from stages.config.request import FileEntry, InputEntry, Manifest, SourceEntry
 from stages.lineage.signatures import SignatureFinding, Signed, Verifier, check_signature
@@ -31,6 +31,8 @@ from stages.lineage.signatures import SignatureFinding, Signed, Verifier, check_
 logger = logging.getLogger(__name__)
 
 _READERS = 4
+_FINDINGS = (DamagedArtifactError, ConfigError, DataError)
+"""Errors that tell of the artifact. Others, such as an outage of the store, end the look: they say nothing of it."""
 Again = Callable[[SourceEntry, Manifest], str]
 """Returns the digest that a source outside has today; raises StageError when it cannot be reached."""
 
@@ -102,7 +104,8 @@ def verify_all(
     """Check an artifact and all its ancestors.
 
     `digest` is what `registered_as` names, such as a version in MLflow. `again` reads outside sources once more;
-    without it they are only listed. All that is found is in the report, a missing target included.
+    without it they are only listed. All that is found is in the report, a missing target included; raises StageError
+    when the store does not answer.
     """
     trusted = tuple(trusted)
     report = Report(uri, tuple(verifier.key_id for verifier in trusted))
@@ -141,7 +144,7 @@ def _manifest_at(uri: str) -> tuple[Store, str, Manifest] | Checked:
         return store, key, load_manifest(store, key)
     except FileNotFoundError:
         problem = f"{MANIFEST} is missing: the artifact was removed, or was never complete"
-    except StageError as error:
+    except _FINDINGS as error:
         problem = error.message
     _, _, tail = uri.rpartition("/artifacts/")
     kind, _, fingerprint = tail.partition("/")
@@ -156,7 +159,11 @@ def _checked(
     expectations: Iterable[_Expected],
     trusted: tuple[Verifier, ...],
 ) -> Checked:
-    signature = check_signature(store, key, manifest, store.read_bytes(f"{key}/{MANIFEST}"), trusted=trusted)
+    try:
+        signature = check_signature(store, key, manifest, store.read_bytes(f"{key}/{MANIFEST}"), trusted=trusted)
+    except _FINDINGS as error:  # such as a link in place of a signature
+        logger.warning("a signature cannot be read: %s", error.message)
+        signature = SignatureFinding(Signed.WRONG)
     problems = [
         *_problems_of_record(store, manifest),
         *_disagreements(manifest, expectations),
@@ -227,7 +234,7 @@ def _problem_of(store: Store, key: str, entry: FileEntry) -> str:
         found = _sha256(store, f"{key}/{entry.path}")
     except FileNotFoundError:
         return f"{entry.path} is missing"
-    except (StageError, OSError) as error:
+    except (*_FINDINGS, OSError) as error:
         return f"{entry.path} cannot be read: {error}"
     return "" if found == entry.sha256 else f"{entry.path} has other content than the manifest says ({found[:12]})"
 

@@ -153,6 +153,8 @@ def _params(store: Store, run_id: str) -> dict[str, Any]:
     key = f"runs/{run_id}/{_PARAMS}"
     try:
         return parse_object(store.read_bytes(key), f"{store.root_uri}/{key}")
-    except (StageError, FileNotFoundError) as error:
-        logger.warning("the card does not say how the run was started: %s", error)
+    except FileNotFoundError:  # garbage collection removes the folders of old runs
+        return {}
+    except StageError as error:
+        logger.warning("the card does not say how the run was started: %s", error.message)
         return {}

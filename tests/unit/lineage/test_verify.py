@@ -17,7 +17,7 @@ from stages.artifacts.folder import FileStore
 from stages.artifacts.manifests import content_digest, fetch, hash_file, read_manifest
 from stages.artifacts.store import Store
 from stages.config.closing import ReportConfig
-from stages.config.errors import ConfigError
+from stages.config.errors import ConfigError, StageError
 from stages.config.graph import Stage
 from stages.config.request import FileEntry
 from stages.job.context import StageContext, StageOutcome
@@ -289,6 +289,30 @@ def test_a_damaged_signature_is_a_finding_and_no_traceback(store: Store, root: P
     uri = signed(store, keys, "base-model")
     next((folder_of(root, "base-model") / "signatures").iterdir()).write_bytes(damage)
     assert verify_all(uri, trusted=[keys.verifier]).checked[0].signature.signed is Signed.WRONG
+
+
+def test_a_link_in_place_of_a_signature_or_a_file_is_a_finding(store: Store, root: Path, keys: Keys, tmp_path) -> None:
+    uri = signed(store, keys, "base-model")
+    folder = folder_of(root, "base-model")
+    for path in (next((folder / "signatures").iterdir()), folder / "config.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+        path.unlink()
+        path.symlink_to(tmp_path / path.name)
+    report = verify_all(uri, trusted=[keys.verifier])
+    assert "config.json cannot be read" in problems(report)
+    assert report.checked[0].signature.signed is not Signed.VALID
+
+
+def test_an_outage_of_the_store_says_nothing_about_the_artifact(
+    store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(self: FileStore, key: str) -> bytes:
+        raise StageError("the store does not answer", advice="Try again.")
+
+    uri = uri_of(store, "sft-model")
+    monkeypatch.setattr(FileStore, "read_bytes", away)
+    assert main(["verify", uri]) == 2
+    assert "the store does not answer" in capsys.readouterr().err
 
 
 def test_damaged_artifacts_are_not_signed(

@@ -201,7 +201,7 @@ def test_promote_attaches_the_card_to_every_version_and_leaves_what_people_wrote
         return context.output_dir
 
     folder = promote()
-    assert sorted(path.stem for path in (folder / "cards").iterdir()) == ["base", "dpo", "ppo", "reward", "sft"]
+    assert sorted(path.stem for path in (folder / "cards").iterdir()) == ["base", "dpo", "gold", "ppo", "reward", "sft"]
     text = (folder / "cards" / "ppo.md").read_text()
     assert "/srv/secret-project/books" in text  # the house's own card
     assert "| ppo | passed |" in text

@@ -97,7 +97,7 @@ def test_the_page_tells_the_whole_story(tmp_path: Path) -> None:
         "What does `html.escape` do?",
         "foreign",
         "1.00 GiB",
-        "13 min 30 s",  # 9 stages of 90 s
+        "15 min 00 s",  # 10 stages of 90 s
     ):
         assert said in text, said
 
@@ -110,6 +110,7 @@ def test_every_learning_curve_of_the_run_is_drawn(tmp_path: Path) -> None:
         "SFT Loss",
         "Reward model Loss",
         "Reward model Accuracy",
+        "Gold scorer Loss",
         "PPO Score",
         "PPO KL to its start (nats a response)",
         "PPO Loss",
