@@ -5,7 +5,7 @@ from typing import Any
 
 from operators.failures import as_stage_failures
 from operators.form import form_values
-from operators.given import data_of, find_version, given_artifact, is_ours
+from operators.given import data_of, find_version, given_artifact, given_artifacts, is_ours
 from operators.mlflow import MlflowRefusedError, MlflowServer, MlflowUnavailableError
 from operators.run import finish_run, open_run
 from stages.artifacts.manifests import read_file, read_manifest, settings_digest
@@ -43,7 +43,8 @@ def evaluation_config(params: EvaluationParams) -> PipelineConfig:
             advice="Use llm_pipeline with it as base_model and first_stage=evaluate.",
         )
     chosen = {"recipe": params.recipe, "benchmarks": params.benchmarks, "overrides": params.overrides}
-    config = resolve({"run_name": "evaluation", **chosen})
+    judges = {"gold_model": params.gold_model, "judge": params.judge}
+    config = resolve({"run_name": "evaluation", **chosen, **judges})
     given: dict[str, ArtifactRef] = {}
     if is_ours(params.model):
         given = _family(given_artifact(params.model, field="model"))
@@ -60,6 +61,8 @@ def evaluation_config(params: EvaluationParams) -> PipelineConfig:
                 f"reward={params.reward!r} is of kind {given['reward'].kind!r}; allowed: {GRAPH[Stage.REWARD].kind}",
                 advice="Give a reward model, or leave it empty.",
             )
+    found = given_artifacts(config)  # a Hugging Face folder or a hub id is left to the job, which sees it
+    given |= {role: found[role] for role in judges if role in found}
     base_model = "" if is_ours(params.model) else params.model
     return config.model_copy(update={"only": Stage.EVALUATE, "given": given, "base_model": base_model})
 

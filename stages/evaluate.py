@@ -31,7 +31,7 @@ def measure_models(context: StageContext) -> StageOutcome:
     torch.set_num_threads(max(1, int(context.execution.cpus_per_worker)))
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     bench = open_bench(context)
-    left_out = bench.heldout.left_out()
+    left_out = bench.heldout.left_out() | bench.left_out
     measured = measure_units(bench, context, rank=rank, world_size=world_size)
     if rank:
         return StageOutcome()

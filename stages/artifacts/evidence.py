@@ -5,8 +5,8 @@ from typing import Any
 
 from stages.artifacts.manifests import content_digest, read_file, read_manifest
 from stages.config.errors import DamagedArtifactError
+from stages.config.gate_evidence import Evidence
 from stages.config.graph import GRAPH, Stage
-from stages.config.invariants import Evidence
 from stages.config.records import parse_object
 from stages.config.request import ArtifactRef, InputEntry, Manifest
 

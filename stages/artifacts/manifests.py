@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -287,22 +287,23 @@ def is_doubted(store: Store, kind: str, fingerprint: str) -> bool:
     return store.exists(f"{artifact_key(kind, fingerprint)}/{DOUBT}")
 
 
-def fetch(ref: ArtifactRef, cache_dir: Path) -> Path:
+def fetch(ref: ArtifactRef, cache_dir: Path, *, wanted: Callable[[str], bool] = lambda path: True) -> Path:
     """Return a local folder with the artifact's files, contents verified against the manifest, and no others.
 
     A `file://` store is read in place, unless something else lies there too; an `s3://` store is copied once into
-    `cache_dir`.
+    `cache_dir`. Files that are not `wanted` are neither copied nor verified, and must not be read.
     """
     store, key = split_artifact_uri(ref.uri)
     manifest = read_manifest(ref)
-    files = _listed_in(manifest, ref.uri)
+    listed = _listed_in(manifest, ref.uri)
+    files = tuple(entry for entry in listed if wanted(entry.path))
     target = cache_dir / manifest.kind / manifest.digest
     with ThreadPoolExecutor(max_workers=4) as pool:
         list(pool.map(lambda entry: _verified_file(store, key, entry, target), files))
     folder = store.local_path(key)
     if folder is None:
         return target
-    if not (others := unlisted_files(folder, files)):
+    if not (others := unlisted_files(folder, listed)):
         return folder
     logger.warning("%s has files that its manifest does not list; they are not used: %s", ref.uri, others[:5])
     for entry in files:

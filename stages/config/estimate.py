@@ -230,7 +230,7 @@ def memory_bytes(
     held = max(0, num_weights - embeddings) / execution.workers_per_copy + min(num_weights, embeddings)
     spec = GRAPH[stage]
     if not spec.trains:
-        return _FLOAT32 * spec.frozen_models * num_weights
+        return _FLOAT32 * (spec.frozen_models + _num_judges(stage, config)) * num_weights
     train = config.stage_config(stage)
     assert isinstance(train, TrainConfig)
     numbers = _numbers_per_weight(execution, average=train.optimizer.ema_decay > 0)
@@ -243,6 +243,12 @@ def memory_bytes(
     tokens = execution.micro_batch_size * config.tokenize.sequence_length
     logits = _LOGITS_CHUNK * vocab_size * (width + _FLOAT32)
     return states + _activation_bytes(model, execution, tokens=tokens, width=width) + logits
+
+
+def _num_judges(stage: Stage, config: PipelineConfig) -> int:
+    """Models that only judge, which a stage holds next to those that it measures."""
+    made = sum(GRAPH[source].judges for source in config.stage_inputs(stage).values())
+    return made + sum(role in (GOLD_MODEL, JUDGE) for role in config.given_roles(stage))
 
 
 def _frozen_bytes(lora: LoRAConfig, num_weights: float) -> float:

@@ -77,7 +77,7 @@ class RunOutline(Config):
     gold_scorer: GoldScorer = Field(default=GoldScorer.RECIPE, title="Gold scorer")
     """A second reward model that judges the models of the run and that none of them is trained with. `train` trains one
     on half of the preference pairs, which reward model and DPO then do without. `recipe`: as the recipe says, where the
-    run trains on pairs anyway."""
+    run trains on pairs anyway and starts from no given model."""
     gold_model: ModelAddress = Field(
         default="", title="Gold model", examples=["models:/athanor-gold@candidate", "org/reward-model"]
     )
@@ -277,6 +277,13 @@ class EvaluationParams(Config):
     model's own run."""
     reward: ModelAddress = Field(default="", title="Reward model", examples=["models:/athanor-reward@candidate"])
     """Reward model that scores the answers. Empty: the one that the model was trained with, if any."""
+    gold_model: ModelAddress = Field(default="", title="Gold scorer", examples=["models:/athanor-gold@candidate"])
+    """Scorer that the model was not trained with. Empty: none."""
+    judge: ModelAddress = Field(
+        default="", title="Judge", examples=["models:/big-aligned@champion", "https://judge.example/v1"]
+    )
+    """Model or endpoint that compares the model's responses with those of the model that it was aligned from. Empty:
+    none."""
     benchmarks: Lines = Field(default_factory=list, title="Benchmarks", examples=["refusals", "/tasks/arc.yaml"])
     """What the model is measured by besides held-out data, one per line, as in `llm_pipeline`. Empty: those of the
     recipe."""

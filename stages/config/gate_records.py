@@ -109,7 +109,7 @@ class GateRequest(Config):
             "version": GATE_VERSION,
             "artifact": [self.artifact.fingerprint, self.artifact.digest],
             "inputs": {role: ref.digest for role, ref in self.inputs.items()},
-            "gold": self.gold.digest if self.gold else "",
+            "gold_scorer": self.gold.digest if self.gold else "",
             "max_pairs": self.max_pairs,
             "max_response_length": self.max_response_length if self.gold else 0,
         }

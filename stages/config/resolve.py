@@ -113,11 +113,13 @@ def _with_model_of_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_gold_of_recipe(params: PipelineParams, recipe: PipelineConfig) -> PipelineParams:
     """What a recipe says about the gold scorer counts in runs that read preference pairs anyway and are given no gold
-    scorer."""
+    scorer; and whose models the recipe sizes, because a given model may be of any size. Retraining starts from one of
+    the recipe's own."""
     if params.gold_scorer is not GoldScorer.RECIPE:
         return params
     reads_pairs = PREFERENCES in needed_data(params.selected, has_base_model=bool(params.base_model))
-    wanted = recipe.gold_scorer is GoldScorer.TRAIN and reads_pairs and not params.gold_model
+    of_its_size = not params.base_model or bool(params.previous_data)
+    wanted = recipe.gold_scorer is GoldScorer.TRAIN and reads_pairs and of_its_size and not params.gold_model
     return params.model_copy(update={"gold_scorer": GoldScorer.TRAIN if wanted else GoldScorer.NONE})
 
 

@@ -74,6 +74,8 @@ class Bench:
     units: list[Unit]
     counts: dict[str, int] = field(default_factory=lambda: {"measured": 0, "kept": 0})
     """Units that this process measured, and those that were in the store."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Suites that cannot be made, each with the reason."""
 
 
 def open_bench(context: StageContext) -> Bench:
@@ -95,7 +97,7 @@ def open_bench(context: StageContext) -> Bench:
     # Before a judge judges, it is measured itself.
     units = [Unit(judge.role, suite, suite.name, judge=judge) for judge, suite in judges.of_themselves]
     units += _Units(heldout, subjects, forward, samplers, further).all()
-    return Bench(heldout, subjects, units)
+    return Bench(heldout, subjects, units, left_out=judges.left_out)
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class EndpointJudge:
         beat: Callable[[], None] = lambda: None,
     ) -> None:
         """Raises ConfigError for an endpoint that may not be asked, or a key that is not there. `beat` is called after
-        every answer."""
+        every attempt."""
         check_endpoint(config.endpoint, field="evaluate.judge.endpoint", with_key=bool(config.api_key_env))
         key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
         if config.api_key_env and not key:
@@ -150,6 +150,7 @@ class EndpointJudge:
                     return self._given_up(failure)
                 with self._account.lock:
                     self._account.retried[failure.reason] += 1
+                self._beat()
                 self._sleep(max(failure.wait, _backoff(attempt)))
                 continue
             with self._account.lock:

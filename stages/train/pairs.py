@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from stages.config.train import PairsConfig, PairsHalf
-from stages.data.tokens.halves import SomePairs, indices_of, some_sources
+from stages.data.tokens.halves import indices_of, some_sources
 from stages.data.tokens.packing import Packed, TokenSequence, lay_out, split_by_rows
-from stages.data.tokens.views import Pair, Split, TokensArtifact, evenly, require
+from stages.data.tokens.views import Pair, PairView, Split, TokensArtifact, evenly, require
 from stages.models.forward import TrunkOutput
 from stages.train.engine import Engine, LossOutput
 from stages.train.mixture import training_order
@@ -29,13 +29,6 @@ class Pairs(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Pair: ...
-
-
-class WeighedPairs(Pairs, Protocol):
-    """Pairs by index, which know how much there is to train in each."""
-
-    @property
-    def num_targets(self) -> np.ndarray: ...
 
 
 class PairSteps:
@@ -83,7 +76,7 @@ class PairSteps:
 class PlannedPairs:
     """The training pairs of a stage, their steps, and the account of both."""
 
-    pairs: Pairs
+    pairs: PairView
     steps: PairSteps
     ledger: dict[str, Any]
 
@@ -91,23 +84,23 @@ class PlannedPairs:
 def planned_pairs(tokens: TokensArtifact, config: PairsConfig, *, micro_batch_size: int) -> PlannedPairs:
     """Order the training pairs, or one half of them, as the config's mixture says; raises DataError when there are
     none."""
-    everything, sources = tokens.pairs(Split.TRAIN), tokens.pair_sources(Split.TRAIN)
-    require(len(everything), "training preference pairs", advice="Give preference data, or `derived`.")
-    pairs: WeighedPairs = everything
-    counts = {"pairs": len(everything)}
+    pairs, sources = tokens.pairs(Split.TRAIN), tokens.pair_sources(Split.TRAIN)
+    require(len(pairs), "training preference pairs", advice="Give preference data, or `derived`.")
+    counts, indices, sizes = {"pairs": len(pairs)}, np.arange(len(pairs)), pairs.num_targets
     if config.half is not PairsHalf.BOTH:
-        indices = indices_of(everything, config.half)
+        indices = indices_of(pairs, config.half)
         require(
             len(indices),
-            f"training preference pairs in the {config.half} half ({len(everything)} in both)",
+            f"training preference pairs in the {config.half} half ({len(pairs)} in both)",
             advice="Give more preference data, or train without a gold scorer (gold_scorer=none).",
         )
-        pairs, sources = SomePairs(everything, indices), some_sources(sources, indices)
-        counts["pairs_of_the_other_half"] = len(everything) - len(indices)
-    mixture = training_order(sources, pairs.num_targets, config)
+        sources, sizes = some_sources(sources, indices), sizes[indices]
+        counts["pairs_of_the_other_half"] = len(pairs) - len(indices)
+    mixture = training_order(sources, sizes, config)
     steps = PairSteps(
         pairs,
-        order=mixture.order,
+        # By their numbers among all pairs: what is kept about a pair is kept under its number.
+        order=indices[mixture.order],
         global_batch_size=config.global_batch_size,
         row_length=tokens.sequence_length,
         micro_batch_size=micro_batch_size,

@@ -19,6 +19,8 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
     "stages/config/resolve.py": ({"curate", "tokenize", "promote", "report"}, "where each field of the form goes"),
     "stages/config/decision.py": ({"reward"}, "section of metrics.json"),
     "stages/judge/results.py": ({"reward"}, "section of metrics.json"),
+    "stages/judge/gates/acceptance.py": ({"gold"}, "column of a table: the gain by the gold scorer"),
+    "stages/judge/gates/best_of.py": ({"gold"}, "column of a table: the gain by the gold scorer"),
     "stages/ppo.py": ({"reward"}, "role of its own input"),
     "stages/reward.py": ({"reward"}, "part of its own checkpoints"),
     "stages/reporting/model_views.py": ({"reward"}, "section of metrics.json"),

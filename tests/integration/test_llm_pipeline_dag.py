@@ -93,7 +93,7 @@ def test_a_run_without_alignment_skips_what_it_does_not_need_and_its_repetition_
     first = play("succeed", **params)
     done, skipped = (
         {"resolve", "plan", "curate", "tokenize", "pretrain", "sft", "evaluate", "close"},
-        {"reward", "ppo", "dpo"},
+        {"reward", "gold", "ppo", "dpo"},
     )
     expected = {
         **dict.fromkeys(done, "success"),

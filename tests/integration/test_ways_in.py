@@ -285,6 +285,48 @@ def test_evaluation_only(world: World) -> None:
     assert run.report()["reward_fingerprint"] == world.first.done[Stage.REWARD].fingerprint
 
 
+def test_a_gold_scorer_learns_from_the_other_half_and_judges_what_learnt_from_the_first(world: World) -> None:
+    given = {"base_model": world.policy, "instructions": [world.instructions], "preferences": [world.preferences]}
+    run = play(world.store, "gold", **given, first_stage="reward", gold_scorer="train", last_stage="evaluate")
+    assert built(run) == {"curate", "tokenize", "reward", "gold", "ppo", "dpo", "evaluate"}
+    assert "gold" not in run.reads(Stage.PPO)
+    assert "gold" not in run.reads(Stage.DPO)
+    assert run.reads(Stage.EVALUATE)["gold"] == run.done[Stage.GOLD].fingerprint
+    ledgers = {stage: run.manifest(stage).ledger for stage in (Stage.REWARD, Stage.DPO, Stage.GOLD)}
+    used = {stage: ledger["pairs"] - ledger["pairs_of_the_other_half"] for stage, ledger in ledgers.items()}
+    assert used[Stage.REWARD] == used[Stage.DPO] > 0
+    assert used[Stage.REWARD] + used[Stage.GOLD] == ledgers[Stage.GOLD]["pairs"]
+    assert "eval/reward_accuracy" in run.manifest(Stage.GOLD).metrics
+    suites = run.report()["suites"]
+    assert suites["gold"]["roles"].keys() == {"base", "ppo", "dpo"}
+    assert suites["gold_agreement"]["roles"].keys() == {"gold"}
+    assert {"suite/gold/score"} <= {name.partition("/")[2] for name in run.manifest(Stage.EVALUATE).metrics}
+
+
+def test_a_given_gold_scorer_and_a_given_model_judge_without_being_trained(world: World) -> None:
+    run = play(
+        world.store,
+        "judged",
+        base_model=world.policy,
+        gold_model=world.reward,
+        judge=world.first.done[Stage.SFT].uri,
+        first_stage="dpo",
+        last_stage="evaluate",
+        alignment="dpo",
+        instructions=[world.instructions],
+        preferences=[world.preferences],
+    )
+    assert built(run) == {"curate", "tokenize", "dpo", "evaluate"}
+    assert run.reads(Stage.EVALUATE)["gold_model"] == world.reward
+    assert run.reads(Stage.EVALUATE)["judge"] == world.first.done[Stage.SFT].fingerprint
+    assert "pairs_of_the_other_half" not in run.manifest(Stage.DPO).ledger  # it was not trained on these pairs
+    report = run.report()
+    assert report["suites"]["gold"]["roles"].keys() == {"base", "dpo"}
+    # A judge with 128 tokens of context reads none of the questions, which is said and costs nothing else.
+    assert report["left_out"]["suite judge"] == "the judge gave no verdict: judge_context_too_short"
+    assert report["judge"]["better_than_chance"] is False
+
+
 def test_continued_pretraining_then_sft(world: World) -> None:
     run = play(
         world.store,

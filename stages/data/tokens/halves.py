@@ -5,8 +5,6 @@ is when other pairs come or go. So a gold scorer of an earlier run has not seen 
 """
 
 import hashlib
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -27,25 +25,6 @@ def indices_of(pairs: PairView, half: PairsHalf) -> np.ndarray:
     if half is PairsHalf.BOTH:
         return np.arange(len(pairs))
     return np.asarray([index for index in range(len(pairs)) if half_of(pairs[index]) is half], dtype=np.int64)
-
-
-@dataclass(frozen=True)
-class SomePairs:
-    """Some of the pairs of a view, numbered anew."""
-
-    pairs: PairView
-    indices: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Pair:
-        return self.pairs[int(self.indices[index])]
-
-    @cached_property
-    def num_targets(self) -> np.ndarray:
-        """Trained tokens of each pair, both answers together."""
-        return self.pairs.num_targets[self.indices]
 
 
 def some_sources(sources: Sources, indices: np.ndarray) -> Sources:

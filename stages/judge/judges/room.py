@@ -26,7 +26,7 @@ from stages.judge.forward import Forward
 from stages.judge.heldout import Heldout
 from stages.judge.judges.gold import GOLD, ForeignScorer, ForeignScores, GoldAgreement
 from stages.judge.judges.pairwise_suite import JudgeAgreement, JudgeWins
-from stages.judge.judges.rules import RuleScores, ready_rule
+from stages.judge.judges.rules import RULE, RuleScores, ready_rule
 from stages.judge.pairwise import AWAY, UNUSABLE, Answer, Judge, JudgeAwayError, Question
 from stages.judge.subjects import Subjects, end_id, writes_nothing
 from stages.judge.suite import Subject, Suite
@@ -63,6 +63,8 @@ class Judges:
     """Suites over the sampled answers of every language model."""
     of_themselves: Sequence[tuple[OtherSubject, Suite]]
     """How well the judges agree with held-out pairs."""
+    left_out: dict[str, str]
+    """Suites that cannot be made, each with the reason."""
 
 
 def open_judges(
@@ -73,14 +75,20 @@ def open_judges(
     assert isinstance(config, EvaluateConfig)
     of_answers: list[Suite] = []
     of_themselves: list[tuple[OtherSubject, Suite]] = []
+    left_out: dict[str, str] = {}
     if config.gold.rule:
-        of_answers.append(RuleScores(sampler, ready_rule(config.gold.rule)))
+        try:
+            of_answers.append(RuleScores(sampler, ready_rule(config.gold.rule)))
+        except ConfigError as error:  # known here alone, where Ray's processes run, and after all was trained
+            left_out[f"suite {RULE}"] = f"{error.message} {error.advice}"
     if gold := _gold_of(context, heldout, forward):
         of_answers.append(gold.scores(sampler))
         if heldout.pairs:
             of_themselves.append((gold.as_subject(), gold.agreement()))
-    if (judge := _judge_of(context, forward)) is not None and subjects.start:
-        start = subjects.start
+    judge, start = _judge_of(context, forward), subjects.start
+    if judge is not None and not start:
+        left_out[f"suite {JUDGE}"] = "no model that an aligned one started from is measured, so there is no opponent"
+    elif judge is not None:
         of_answers.append(
             JudgeWins(
                 sampler,
@@ -96,7 +104,7 @@ def open_judges(
             )
             agreement = JudgeAgreement(heldout, judge, max_pairs=config.judge.max_pairs)
             of_themselves.append((OtherSubject(JUDGE, judge.identity, lambda: nothing), agreement))
-    return Judges(of_answers if heldout.prompts else [], of_themselves)
+    return Judges(of_answers if heldout.prompts else [], of_themselves, left_out)
 
 
 def _gold_of(context: StageContext, heldout: Heldout, forward: Forward) -> "_Gold | None":

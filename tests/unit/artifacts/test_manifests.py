@@ -126,6 +126,18 @@ def test_files_without_a_manifest_are_no_artifact(store: Store, tmp_path: Path) 
     assert find_manifest(store, "tokens", "f" * 64) is None
 
 
+def test_of_what_is_not_wanted_nothing_is_fetched_or_verified(store: Store, tmp_path: Path) -> None:
+    ref = make_artifact(store, tmp_path)
+    damaged = f"artifacts/tokens/{'f' * 64}/inner/b.bin"
+    store.delete(damaged)
+    store.write_bytes(damaged, b"other")
+    folder = fetch(ref, tmp_path / "cache", wanted=lambda path: path == "a.txt")
+    assert (folder / "a.txt").read_text() == "alpha"
+    assert not (tmp_path / "cache").exists() or not (folder / "inner").exists()
+    with pytest.raises(DamagedArtifactError):
+        fetch(ref, tmp_path / "cache")
+
+
 def test_publish_verify_fetch(store: Store, tmp_path: Path) -> None:
     ref = make_artifact(store, tmp_path)
     found = find_manifest(store, "tokens", "f" * 64)

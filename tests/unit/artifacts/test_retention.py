@@ -85,6 +85,17 @@ def test_a_young_artifact_stays_with_its_ancestors(two_runs, tmp_path: Path) -> 
     assert key_of(first[Stage.DPO]) in keys(store)
 
 
+def test_findings_of_a_gate_stay_as_long_as_their_artifact(two_runs, tmp_path: Path) -> None:
+    store, first, _ = two_runs
+    kept, gone = f"gates/{first[Stage.SFT].fingerprint}", f"gates/{'0' * 64}"
+    for key in (kept, gone):
+        store.write_bytes(f"{key}/a.json", b"{}")
+    aged(tmp_path / "store")
+    found = keys(store, {first[Stage.SFT].fingerprint})
+    assert gone in found
+    assert kept not in found
+
+
 def test_measurements_go_when_none_of_their_model_was_kept_for_a_long_time(two_runs, tmp_path: Path) -> None:
     store, _, _ = two_runs
     for key in ("measurements/old/a.parquet", "measurements/used/a.parquet"):

@@ -184,6 +184,15 @@ def test_memory_of_a_tensor_parallel_model():
     assert before - after == layers / 2 * 16
 
 
+def test_judges_are_held_next_to_what_they_judge():
+    def held(**values: str) -> float:
+        return memory_bytes(Stage.EVALUATE, resolve({"recipe": "tiny", **values}), vocab_size=512)
+
+    one = held() / 2  # a language model and the reward model
+    assert held(gold_scorer="train") == held(gold_model="/models/gold") == 3 * one
+    assert held(gold_scorer="train", judge="/models/judge") == 4 * one
+
+
 def test_frozen_models_cost_their_weights_alone():
     dpo, sft = (memory_bytes(stage, tiny(), vocab_size=512) for stage in (Stage.DPO, Stage.SFT))
     assert dpo == sft  # the log-probabilities of its reference are computed before training, by the policy itself

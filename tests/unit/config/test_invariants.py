@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from stages.config.gate_evidence import Evidence
 from stages.config.gate_records import Check, Outcome
 from stages.config.graph import GRAPH, Stage
-from stages.config.invariants import Evidence, bound_checks, recorded_checks
+from stages.config.invariants import bound_checks, recorded_checks
 from stages.config.request import ArtifactRef, FileEntry, InputEntry, Manifest
 from tests.gate_world import CURATED, META, MODEL_FILES, SIZES, TOKENS, VOCABULARY, WIDTH
 

@@ -137,6 +137,8 @@ def test_a_recipe_asks_for_a_gold_scorer_only_where_pairs_are_read_anyway() -> N
     assert trained_by_demo() == trained_by_demo(alignment="dpo") == {Stage.GOLD}
     assert trained_by_demo(alignment="none") == trained_by_demo(gold_scorer="none") == set()
     assert trained_by_demo(gold_model="/models/gold") == trained_by_demo(last_stage="sft") == set()
+    assert trained_by_demo(**GIVEN, **PAIRS, first_stage="dpo") == set()  # a given model may be large
+    assert trained_by_demo(**GIVEN, **TEXT, continue_pretraining=True, previous_data="/previous") == {Stage.GOLD}
     assert resolve({"recipe": "demo", "alignment": "none"}).gold_scorer == "none"
 
 

@@ -279,7 +279,13 @@ def test_airflow_and_rays_workers_have_the_same_store_and_the_same_open_folders(
     airflow = {entry["name"]: entry["value"] for entry in values["env"]}
     lines = (KUBERNETES / "base" / "athanor.env").read_text().splitlines()
     ray = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
-    for name in ("ARTIFACT_STORE", "ATHANOR_SOURCE_ROOTS", "AWS_REGION", "MLFLOW_TRACKING_URI"):
+    for name in (
+        "ARTIFACT_STORE",
+        "ATHANOR_JUDGE_ENDPOINTS",
+        "ATHANOR_SOURCE_ROOTS",
+        "AWS_REGION",
+        "MLFLOW_TRACKING_URI",
+    ):
         assert airflow[name] == ray[name], name
 
 

@@ -43,6 +43,20 @@ def test_data_and_judge_may_be_others(house: House):
     assert config.given == {"base": house.base, "tokens": house.tokens, "reward": house.reward}
 
 
+def test_it_may_be_judged_by_a_gold_scorer_and_a_model(house: House) -> None:
+    params = EvaluationParams(
+        model=house.dpo.uri, gold_model=house.reward.uri, judge=house.base.uri, reward=house.reward.uri, recipe="tiny"
+    )
+    config = evaluation_config(params)
+    assert config.given["gold_model"] == house.reward
+    assert config.given["judge"] == house.base
+    outside = EvaluationParams(model=house.dpo.uri, judge="/models/judge", recipe="tiny")
+    sources = evaluation_config(outside).stage_sources(Stage.EVALUATE)
+    assert [(source.role, source.uri) for source in sources] == [("judge", "/models/judge")]
+    with pytest.raises(ConfigError, match=r"gold_model=.* is of kind 'dpo-model'; allowed: reward-model, gold-model"):
+        evaluation_config(EvaluationParams(model=house.dpo.uri, gold_model=house.dpo.uri, recipe="tiny"))
+
+
 def test_somebody_elses_model_is_left_to_the_job(house: House):
     config = evaluation_config(EvaluationParams(model="/models/llama", data=house.tokens.uri, recipe="tiny"))
     request = build_request(Stage.EVALUATE, run=RUN, store=house.store, config=config, upstream={})

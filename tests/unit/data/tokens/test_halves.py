@@ -9,7 +9,8 @@ import pytest
 from stages.config.errors import DataError
 from stages.config.graph import Stage
 from stages.config.train import OptimizerConfig, PairsHalf, RewardConfig
-from stages.data.tokens.halves import SomePairs, half_of, indices_of, some_sources
+from stages.data.tokens import halves
+from stages.data.tokens.halves import half_of, indices_of, some_sources
 from stages.data.tokens.packing import TokenSequence
 from stages.data.tokens.ragged import Ragged, RaggedWriter
 from stages.data.tokens.views import Pair, PairView, SequenceView, Sources, Split, TokensArtifact
@@ -84,28 +85,27 @@ def test_sources_of_a_half_are_those_that_it_has_pairs_of() -> None:
 
 
 def test_reward_and_gold_train_on_different_prompts_and_count_what_they_leave_out(tokens: TokensArtifact) -> None:
+    whole = tokens.pairs(Split.TRAIN)
+    prompts = [pair.chosen.ids[: int(np.flatnonzero(pair.chosen.loss_mask)[0])].tobytes() for pair in whole]
     seen: dict[PairsHalf, set[bytes]] = {}
     for half in PairsHalf:
         planned = planned_pairs(tokens, small(half=half), micro_batch_size=4)
-        prompts: set[bytes] = set()
-        for index in planned.steps.indices:
-            chosen = planned.pairs[int(index)].chosen
-            prompts.add(chosen.ids[: int(np.flatnonzero(chosen.loss_mask)[0])].tobytes())
-        seen[half] = prompts
+        # Pairs keep their numbers: DPO keeps the reference's log-probabilities under them, for other runs too.
+        trained = planned.steps.indices
+        assert trained.tolist() == indices_of(whole, half).tolist()
+        seen[half] = {prompts[index] for index in trained}
         left_out = planned.ledger.get("pairs_of_the_other_half", 0)
-        assert planned.ledger["pairs"] == len(tokens.pairs(Split.TRAIN)) == len(planned.pairs) + left_out
-        assert planned.ledger["pairs_trained"] == len(planned.pairs)
+        assert planned.ledger["pairs"] == len(whole) == len(trained) + left_out
+        assert planned.ledger["pairs_trained"] == len(trained)
     assert not seen[PairsHalf.FIRST] & seen[PairsHalf.SECOND]
-    assert seen[PairsHalf.FIRST] | seen[PairsHalf.SECOND] == seen[PairsHalf.BOTH]
+    assert seen[PairsHalf.FIRST] | seen[PairsHalf.SECOND] == seen[PairsHalf.BOTH] == set(prompts)
 
 
 def test_a_half_without_pairs_is_an_error_that_says_what_to_do(
     tokens: TokensArtifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = tokens.pairs(Split.TRAIN)
-    only = half_of(whole[0])
-    some = SomePairs(whole, np.array([index for index in range(len(whole)) if half_of(whole[index]) is only]))
-    monkeypatch.setattr(TokensArtifact, "pairs", lambda self, split: some)
+    only = half_of(tokens.pairs(Split.TRAIN)[0])
+    monkeypatch.setattr(halves, "half_of", lambda pair: only)  # as if all pairs had one prompt
     other = PairsHalf.SECOND if only is PairsHalf.FIRST else PairsHalf.FIRST
     with pytest.raises(DataError, match=f"training preference pairs in the {other} half .* in both"):
         planned_pairs(tokens, small(half=other), micro_batch_size=4)

@@ -106,6 +106,13 @@ def test_a_rule_scores_what_was_said(world: World) -> None:
     assert set(values("json").values()) <= {0.0, 1.0}
 
 
+def test_a_rule_that_may_not_run_here_costs_its_suite_and_not_the_evaluation(world: World) -> None:
+    config = SMALL.model_copy(update={"gold": GoldSettings(rule="python:os:getcwd")})
+    report, _ = evaluated(world, config)
+    assert "runs code, and ATHANOR_RULE_MODULES does not hold 'os'" in report["left_out"]["suite rule"]
+    assert "rule" not in report["suites"]
+
+
 def test_a_judge_at_an_endpoint_prefers_and_its_agreement_stands_next_to_its_verdicts(world: World) -> None:
     with judge_server() as server:
         config = by_endpoint(server.url)

@@ -1,0 +1,109 @@
+"""Facts about the first step of a training, which hold before anything is learned: ln V, ln 2, ratio 1."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from stages.config.gate_evidence import DEFECT, Evidence
+from stages.config.gate_ledgers import number_at
+from stages.config.gate_records import Check, compared, skipped
+from stages.config.graph import BASE_MODEL, GRAPH, PREFERENCES, REWARD_BASE, Stage
+from stages.config.request import Manifest
+from stages.config.selection import learns_from_scores
+
+EXACT = "float32"
+"""Number format in which initial losses and ratios are exact but for the last digits."""
+
+
+def initial_facts(evidence: Evidence) -> Iterable[Check]:
+    """Facts that hold before anything is learned: ln V, ln 2, ratio 1."""
+    row, manifest = evidence.first_row, evidence.manifest
+    spec = GRAPH[manifest.stage]
+    samples, compares = learns_from_scores(spec), spec.needs == PREFERENCES
+    if not (samples or compares or spec.stage is Stage.PRETRAIN):
+        return
+    name = "initial_ratio" if samples else "initial_loss"
+    if row is None or row.get("step") != 1:
+        first = "it has no history" if row is None else f"its history begins with step {row.get('step')}"
+        yield skipped(name, f"{first}; earlier versions logged the first step only with log_every=1")
+        return
+    exact = manifest.execution.get("compute_dtype") == EXACT
+    if spec.stage is Stage.PRETRAIN:
+        yield _uniform(evidence, row)
+    elif samples:
+        yield from _ratio(row, exact=exact)
+    elif spec.scores:
+        yield _even_scores(evidence, row, exact=exact)
+    elif (kind := manifest.config.get("loss", {}).get("kind", "sigmoid")) == "sigmoid":
+        yield _even("initial_loss", row, exact=exact)
+    else:
+        yield skipped("initial_loss", f"loss {kind} has no known value at its start")
+
+
+def _reads(manifest: Manifest, role: str) -> bool:
+    return role in {entry.role for entry in (*manifest.inputs, *manifest.sources)}
+
+
+def _loss(row: Mapping[str, Any]) -> float | None:
+    found = row.get("train/loss")
+    return float(found) if isinstance(found, int | float) else None
+
+
+def _uniform(evidence: Evidence, row: Mapping[str, Any]) -> Check:
+    """A new model knows nothing: its loss is ln V plus half the variance of its logits, up to sampling."""
+    manifest, tokens, loss = evidence.manifest, evidence.inputs.get("tokens"), _loss(row)
+    if _reads(manifest, BASE_MODEL):
+        return skipped("initial_loss", "the model goes on from a given one")
+    size = number_at(tokens.metrics if tokens else {}, "tokens/vocab_size")
+    if loss is None or not size:
+        return skipped("initial_loss", "vocabulary or loss was not recorded")
+    model = manifest.config.get("model", {})
+    # Hidden states leave the last norm with a mean square of 1 in each dimension.
+    spread = float(model.get("initializer_range", 0.02)) * math.sqrt(float(model.get("hidden_size", 1)))
+    loss -= float(row.get("train/z_loss", 0.0))
+    center, tolerance = math.log(size) + spread**2 / 2, 0.02 + spread / 2
+    return compared(
+        "initial_loss",
+        abs(loss - center) <= tolerance,
+        f"{loss:.4f} in the first step",
+        f"{center:.4f} ± {tolerance:.4f}, of which ln({size:,.0f}) = {math.log(size):.4f}",
+        "Labels, loss mask or initial weights are not what they should be. " + DEFECT,
+    )
+
+
+def _even(name: str, row: Mapping[str, Any], *, exact: bool) -> Check:
+    """Equal scores, or a policy that still is its reference: ln 2 a pair."""
+    loss, tolerance = _loss(row), 1e-4 if exact else 2e-2
+    if loss is None:
+        return skipped(name, "no loss was recorded")
+    return compared(
+        name,
+        abs(loss - math.log(2)) <= tolerance,
+        f"{loss:.6f} in the first step",
+        f"ln 2 = {math.log(2):.6f} ± {tolerance:g}",
+        "The reference is not the model that training started from, or scores do not start at zero. " + DEFECT,
+    )
+
+
+def _even_scores(evidence: Evidence, row: Mapping[str, Any], *, exact: bool) -> Check:
+    if _reads(evidence.manifest, REWARD_BASE):
+        return skipped("initial_loss", "it starts from a given reward base, which may bring a head that is not zero")
+    return _even("initial_loss", row, exact=exact)
+
+
+def _ratio(row: Mapping[str, Any], *, exact: bool) -> Iterable[Check]:
+    """The first minibatch is judged by the very policy that sampled it."""
+    allowed = {"ppo/approx_kl": 1e-6 if exact else 1e-3, "ppo/clip_fraction": 0.0 if exact else 0.01}
+    for metric, tolerance in allowed.items():
+        name, found = f"initial_{metric.removeprefix('ppo/')}", row.get(metric)
+        if not isinstance(found, int | float):
+            yield skipped(name, f"{metric} was not recorded")
+            continue
+        yield compared(
+            name,
+            abs(found) <= tolerance,
+            f"{found:g} in the first minibatch",
+            f"0 ± {tolerance:g}, because the ratio is 1",
+            "Rollout and training do not compute the same log-probabilities: temperature, packing or number format "
+            "differ. " + DEFECT,
+        )
