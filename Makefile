@@ -3,7 +3,7 @@
 # and shells would read spaces, quotes and $ in them. So no rule has a file as target or prerequisite outside the checkout.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: chat serve export verify setup-peers setup-browser doctor gc backup restore audit sbom compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-stores test-exact test-chaos test-live test-real test-browser bench test-compose check format reference lock screenshots clean
+.PHONY: chat serve export verify setup-peers setup-browser setup-eval doctor gc backup restore audit sbom compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-stores test-exact test-chaos test-live test-real test-browser bench test-compose check format reference lock screenshots clean
 
 ifeq ($(value ATHANOR_HOME),)
 export ATHANOR_VENV := $(CURDIR)/.venv
@@ -137,7 +137,7 @@ test-chaos: setup ## kill parts of a real Airflow and a real Ray: the rows of do
 test-live: setup setup-browser ## test a whole live stack: people, retraining, browser, an installed wheel; many minutes
 	$(PYTHON) -m pytest -m live tests/browser tests/integration
 
-test-real: setup ## train SmolLM2-135M-Instruct for a few steps by SFT, DPO and PPO, look at what it learned; 8 minutes
+test-real: setup setup-eval ## train and measure SmolLM2-135M-Instruct, also by lm-evaluation-harness; 12 minutes
 	@$(PYTHON) -m infra.real_model || true # without the model its tests are skipped, and say so
 	$(PYTHON) -m pytest -m real tests/real
 
@@ -160,6 +160,13 @@ setup-browser: setup
 	uv pip install --quiet --python $(PYTHON) --constraint constraints.txt \
 	  $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} playwright; \
 	touch $(STAMP)-browser
+
+# lm-evaluation-harness, whose tasks are benchmarks here
+setup-eval: setup
+	@if [ -e $(STAMP)-eval ] && ! [ $(STAMP) -nt $(STAMP)-eval ]; then exit 0; fi; set -e; \
+	uv pip install --quiet --python $(PYTHON) --constraint constraints.txt \
+	  $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} lm-eval; \
+	touch $(STAMP)-eval
 
 compose-env: ## write secrets and settings of docker-compose.yml to .env; existing values are kept
 	@python3 -m infra.deploy.environment write

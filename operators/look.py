@@ -1,4 +1,5 @@
-"""The look at a run's given models, in the task `resolve`: a short Ray job, because models lie where jobs run.
+"""The look at a run's given models and benchmarks, in the task `resolve`: a short Ray job, because they lie where jobs
+run.
 
 It is submitted, attached to again and watched as the job of a stage is. The task waits in its own process, and stops
 the job when it is killed: nothing is lost with it.
@@ -21,7 +22,7 @@ from operators.failures import (
 from operators.ray.hook import DEFAULT_CONN_ID, RayJobHook
 from operators.ray.jobs import JobStatus
 from stages.config.errors import DataError
-from stages.config.look import Look, LookRequest, given_models, look_key
+from stages.config.look import Look, LookRequest, given_benchmarks, given_models, look_key
 from stages.config.records import parse_record
 
 if TYPE_CHECKING:
@@ -43,12 +44,12 @@ _STARTS_ANEW = "The next attempt looks again."
 def look_at_models(
     context: Any, store: "Store", run: "RunInfo", config: "PipelineConfig", *, entrypoint: str = ENTRYPOINT
 ) -> Look:
-    """Return what is known of the models that a run is given; without any, no job is started.
+    """Return what is known of the models and benchmarks that a run is given; without any, no job is started.
 
-    Raises StageConfigFailed, as the stages would, for a model that one of them would refuse.
+    Raises StageConfigFailed or StageDataFailed, as the stages would, for what one of them would refuse.
     """
-    models = given_models(config)
-    if not models:
+    models, benchmarks = given_models(config), given_benchmarks(config)
+    if not models and not benchmarks:
         return Look()
     # As `tokenize`, the first stage that reads them.
     execution = config.execution.tokenize
@@ -61,7 +62,8 @@ def look_at_models(
         execution=execution.model_copy(update={"capacity_seconds": wait}),
         try_number=context["ti"].try_number,
     )
-    logger.info("Looking at %s.", ", ".join(f"{model.role}={model.uri!r}" for model in models))
+    named = [*(f"{model.role}={model.uri!r}" for model in models), *(f"benchmarks={uri!r}" for uri in benchmarks)]
+    logger.info("Looking at %s.", ", ".join(named))
     outcome = _watched(context, store, request, entrypoint=entrypoint)
     with as_stage_failures(execution.max_retries):
         if outcome.status != JobStatus.SUCCEEDED:
@@ -75,6 +77,8 @@ def look_at_models(
                 advice="Check that Airflow and the Ray cluster see the same ARTIFACT_STORE.",
                 max_retries=execution.max_retries,
             ) from None
+    for known in look.benchmarks:
+        logger.info("%s", known.summary())
     for facts in look.models:
         logger.info("%s", facts.summary())
         for warning in facts.warnings:

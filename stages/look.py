@@ -1,4 +1,5 @@
-"""`python -m stages.look <config uri>`: a look at the models that a run is given, before anything is spent on it.
+"""`python -m stages.look <config uri>`: a look at the models and benchmarks that a run is given, before anything is spent
+on it.
 
 Everything that a stage would refuse about such a model is refused here, with the stage's own words, because the
 stage's own checks are asked: on the model's small files, on its architecture without numbers, and on a small model of
@@ -10,7 +11,7 @@ import logging
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,15 @@ from stages.config.errors import EXIT_CODES, Category, ConfigError, ExitCode, St
 from stages.config.estimate import memory_bytes
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import BASE_MODEL, GOLD_MODEL, GRAPH, JUDGE, REWARD_BASE, REWARD_MODEL, Stage, trained_stages
-from stages.config.look import GivenModel, Look, LookRequest, ModelFacts, look_key
+from stages.config.look import (
+    BenchmarkFacts,
+    GivenModel,
+    Look,
+    LookRequest,
+    ModelFacts,
+    given_benchmarks,
+    look_key,
+)
 from stages.config.pipeline import ONE_VERSION, PipelineConfig
 from stages.config.records import first_error
 from stages.config.selection import learns_from_scores
@@ -88,7 +97,24 @@ def look_at(request: LookRequest) -> Look:
             for warning in facts.warnings:
                 logger.warning("%s", warning)
             found.append(facts)
-    return Look(models=tuple(found))
+        benchmarks = tuple(_benchmarks(config, Path(scratch)))
+    for facts in benchmarks:
+        logger.info("%s", facts.summary())
+    return Look(models=tuple(found), benchmarks=benchmarks)
+
+
+def _benchmarks(config: PipelineConfig, scratch: Path) -> Iterator[BenchmarkFacts]:
+    """Read all items of all benchmarks: a row that is none must not be found after hours of training."""
+    from stages.judge.benchmarks.suites import suites_from_outside
+
+    given = given_benchmarks(config)
+    for benchmark in config.evaluate.parsed_benchmarks if given else ():
+        if benchmark.uri not in given:
+            continue
+        for suite in suites_from_outside(benchmark, scratch / "tasks" / benchmark.suite):
+            yield BenchmarkFacts(
+                uri=benchmark.uri, suite=suite.name, metric=suite.metric, items=suite.items, bad=dict(suite.bad)
+            )
 
 
 def _record_failure(store: Store, request: LookRequest, error: BaseException) -> int:

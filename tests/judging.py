@@ -28,6 +28,7 @@ SMALL = EvaluateConfig(
     max_response_length=4,
     num_samples=2,
 )
+TINY = TokenizeConfig(vocab_size=300, sequence_length=64, max_prompt_length=32, bpe_train_bytes=10_000)
 Inputs = dict[str, ArtifactRef]
 
 
@@ -39,12 +40,10 @@ class World:
     inputs: Inputs
 
 
-def make_world(home: Path, settings: TokenizeConfig | None = None, *, num_documents: int = 60) -> World:
-    settings = settings or TokenizeConfig(
-        vocab_size=300, sequence_length=64, max_prompt_length=32, bpe_train_bytes=10_000
-    )
+def make_world(home: Path, settings: TokenizeConfig = TINY) -> World:
+    """Curate by hand, tokenize for real, publish an untrained model and a reward model."""
     curate = make_context(home, Stage.CURATE, CurateConfig())
-    write_curated(curate.output_dir, num_documents=num_documents)
+    write_curated(curate.output_dir)
     curated = published(curate)
     context = make_context(home, Stage.TOKENIZE, settings, {"curated": curated})
     tokenize.run(context)

@@ -107,6 +107,18 @@ class Benchmark(Config):
         last = re.sub(r"(\.(gz|zst))?$", "", path.rpartition("/")[2])
         return re.sub(r"[^A-Za-z0-9._-]+", "-", re.sub(r"\.[A-Za-z]+$", "", last)).strip("-.") or "benchmark"
 
+    @property
+    def known_tokens(self) -> int:
+        """About how many tokens a model reads and writes for it; 0 where only the items would tell, and for toxicity,
+        which reads answers that are there anyway."""
+        match self.built_in:
+            case BuiltIn.HELDOUT_CONTINUATION | BuiltIn.HELDOUT_QUESTION:
+                return 5 * 64 * min(self.limit or 128, 128)  # five options of about 64 tokens each
+            case BuiltIn.REFUSALS:
+                return (self.limit or 60) * (32 + (self.max_tokens or 48))
+            case _:
+                return 0
+
 
 _ALLOWED = tuple(name for name in Benchmark.model_fields if name != "uri")
 _FOR_ROWS = ("format", "rule", "pattern", "function")

@@ -135,6 +135,7 @@ class Guard(Config):
     """A suite on which the candidate must not be worse by more than a margin."""
 
     suite: str
+    """Its name: `language`, `responses`, a benchmark's, ..."""
     margin: float = Field(ge=0)
     """Most that it may be worse by, in units of the suite: the bound of the interval counts, not the difference."""
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from stages.config.closing import Approval, Guard, PromoteConfig, Promotion, Verdict
 from stages.config.errors import ConfigError
-from stages.config.evaluation import CHAMPION_ROLE, REWARD_SUITE, Compared, Evaluation, MeasuredChampion
+from stages.config.evaluation import CHAMPION_ROLE, JUDGE_SUITE, REWARD_SUITE, Compared, Evaluation, MeasuredChampion
 from stages.config.graph import aligned_models, spec_of_role
 from stages.config.selection import learns_from_scores
 
@@ -253,6 +253,8 @@ def _primary(
         known = evaluation.suites.get(suite)
         if suite == REWARD_SUITE and learns_from_scores(spec_of_role(candidate.role)):
             passed_over.append(f"{suite}: it was trained against this reward model")
+        elif suite == JUDGE_SUITE and not evaluation.judge_is_proven:
+            passed_over.append(f"{suite}: it is not shown to agree with known pairs more often than chance")
         elif compared is None or known is None:
             passed_over.append(f"{suite}: not measured on both")
         elif not known.better:

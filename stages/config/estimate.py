@@ -192,7 +192,9 @@ def workload(
             answered = evaluate.max_prompts * (
                 min(config.tokenize.max_prompt_length, length) + evaluate.max_response_length
             )
-            return Workload(trained_tokens=0, forward_tokens=models * (read + 2 * answered))
+            # Of benchmarks from outside the number of items is not known here.
+            benchmarks = sum(made.known_tokens for made in evaluate.parsed_benchmarks)
+            return Workload(trained_tokens=0, forward_tokens=models * (read + 2 * answered + benchmarks))
         case _:
             return _epochs_of_data(stage, config.stage_config(stage), counts)
 

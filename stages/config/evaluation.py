@@ -21,6 +21,9 @@ CHAMPION_ROLE = "champion"
 REWARD_SUITE = "score"
 """The suite whose scorer is the run's reward model, which some models were trained against."""
 
+JUDGE_SUITE = "judge"
+"""The suite of a judge that is a model, which must first have shown that it agrees with known pairs."""
+
 _ADVICE = "Clear the evaluate task to build it again."
 _T = TypeVar("_T")
 
@@ -113,6 +116,8 @@ class Evaluation:
     suites: dict[str, SuiteResult] = field(default_factory=dict)
     comparisons: tuple[Compared, ...] = ()
     champion: MeasuredChampion | None = None
+    judge_is_proven: bool = True
+    """Whether the judge that is a model agrees with known pairs more often than chance."""
 
     @staticmethod
     def from_report(report: Mapping[str, Any], *, settings_digest: str, uri: str = "") -> "Evaluation":
@@ -138,6 +143,7 @@ class Evaluation:
             suites=_read(dict[str, SuiteResult], report, "suites", {}),
             comparisons=tuple(_read(list[Compared], report, "comparisons", [])),
             champion=_read(MeasuredChampion | None, report, "champion", None),
+            judge_is_proven=_object(report, "judge").get("better_than_chance", True) is True,
         )
 
     def of(self, role: str) -> dict[str, float]:

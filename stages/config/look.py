@@ -1,4 +1,4 @@
-"""What crosses between Airflow and the job that looks at a run's given models before anything is spent.
+"""What crosses between Airflow and the job that looks at a run's given models and benchmarks before anything is spent.
 
 The request and what comes back lie under `runs/<run id>/look/`, by the names that a stage's records have.
 """
@@ -9,7 +9,7 @@ from pydantic import Field
 
 from stages.config.base import Config
 from stages.config.execution import ExecutionConfig
-from stages.config.graph import trained_stages
+from stages.config.graph import Stage, trained_stages
 from stages.config.pipeline import PipelineConfig
 from stages.config.request import ArtifactRef, RunInfo
 from stages.config.text import compact
@@ -79,10 +79,27 @@ class ModelFacts(Config):
         return f"{self.role}={self.uri!r}: " + ("; ".join([*filter(None, known), *self.notes]) or "nothing is known")
 
 
+class BenchmarkFacts(Config):
+    """What the look found out about one suite of a benchmark."""
+
+    uri: str
+    suite: str
+    metric: str
+    items: int
+    bad: dict[str, int] = Field(default_factory=dict)
+    """Rows that are no items, by reason."""
+
+    def summary(self) -> str:
+        """Say it in one line."""
+        bad = f"; rows that are no items: {self.bad}" if self.bad else ""
+        return f"benchmarks={self.uri!r}: suite {self.suite}, {self.items} items, {self.metric}{bad}"
+
+
 class Look(Config):
     """The job's result: `runs/<run id>/look/result.json`."""
 
     models: tuple[ModelFacts, ...] = ()
+    benchmarks: tuple[BenchmarkFacts, ...] = ()
 
     def of(self, role: str) -> ModelFacts | None:
         return next((facts for facts in self.models if facts.role == role), None)
@@ -90,6 +107,11 @@ class Look(Config):
 
 def look_key(run_id: str, name: str) -> str:
     return f"runs/{run_id}/{LOOK}/{name}"
+
+
+def given_benchmarks(config: PipelineConfig) -> tuple[str, ...]:
+    """The addresses of the benchmarks that a run reads from outside."""
+    return config.evaluate.outside_benchmarks if Stage.EVALUATE in config.selected else ()
 
 
 def given_models(config: PipelineConfig) -> tuple[GivenModel, ...]:

@@ -72,6 +72,8 @@ class Bench:
     heldout: Heldout
     subjects: Subjects
     units: list[Unit]
+    texts_missing: str = ""
+    """Why the texts of the items are not known, if so."""
     counts: dict[str, int] = field(default_factory=lambda: {"measured": 0, "kept": 0})
     """Units that this process measured, and those that were in the store."""
     left_out: dict[str, str] = field(default_factory=dict)
@@ -97,7 +99,7 @@ def open_bench(context: StageContext) -> Bench:
     # Before a judge judges, it is measured itself.
     units = [Unit(judge.role, suite, suite.name, judge=judge) for judge, suite in judges.of_themselves]
     units += _Units(heldout, subjects, forward, samplers, further).all()
-    return Bench(heldout, subjects, units, left_out=judges.left_out)
+    return Bench(heldout, subjects, units, texts.missing, left_out=judges.left_out)
 
 
 @dataclass(frozen=True)

@@ -215,4 +215,5 @@ def _data(context: StageContext, bench: Bench) -> dict[str, Any]:
         "num_preferences": len(heldout.pairs),
         "num_prompts": len(heldout.prompts),
         "heldout_document_tokens": heldout.tokens.documents(Split.HELDOUT).num_items,
+        **({"texts_missing": bench.texts_missing} if bench.texts_missing else {}),
     }

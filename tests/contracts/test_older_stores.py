@@ -75,6 +75,9 @@ def test_hits_stay_hits(store: Store, stage: Stage) -> None:
     config = stage_config_from_json(stage, request.config)
     digests = {source.uri: source.digest for source in manifest.sources}
     identity = fingerprint(stage, config, inputs=request.inputs, sources=digests, store_uri=store.root_uri)
+    if GRAPH[stage].version != manifest.version:  # what it makes has changed since: see the changelog
+        assert identity != manifest.fingerprint
+        return
     assert identity == manifest.fingerprint
     if not request.sources:
         hit = find_hit(store, request)
@@ -91,7 +94,8 @@ def test_a_run_that_is_configured_the_same_way_today_hits_too(store: Store) -> N
         digests = {source.uri: source.digest for source in manifest.sources}
         settings = config.stage_config(stage)
         today = fingerprint(stage, settings, inputs=request.inputs, sources=digests, store_uri=store.root_uri)
-        assert today == manifest.fingerprint, stage
+        if GRAPH[stage].version == manifest.version:
+            assert today == manifest.fingerprint, stage
 
 
 def test_the_ancestors_of_a_model_end_at_its_raw_data(store: Store) -> None:

@@ -5,32 +5,7 @@ from pathlib import Path
 
 import yaml
 
-CAPITALS = {
-    "Austria": "Vienna",
-    "Belgium": "Brussels",
-    "Bulgaria": "Sofia",
-    "Canada": "Ottawa",
-    "Chile": "Santiago",
-    "Cuba": "Havana",
-    "Denmark": "Copenhagen",
-    "Egypt": "Cairo",
-    "Finland": "Helsinki",
-    "Ghana": "Accra",
-    "Greece": "Athens",
-    "Hungary": "Budapest",
-    "India": "New Delhi",
-    "Iran": "Tehran",
-    "Ireland": "Dublin",
-    "Kenya": "Nairobi",
-    "Nepal": "Kathmandu",
-    "Norway": "Oslo",
-    "Peru": "Lima",
-    "Poland": "Warsaw",
-    "Portugal": "Lisbon",
-    "Senegal": "Dakar",
-    "Turkey": "Ankara",
-    "Zambia": "Lusaka",
-}
+PRODUCTS = tuple((first, second) for first in (3, 6, 7, 8, 9, 12) for second in (4, 7, 8, 11))
 SENTENCES = (
     ("The opposite of hot is", "cold"),
     ("The sun rises in the", "east"),
@@ -50,24 +25,24 @@ SUMS = tuple((first, second) for first in (3, 14, 25, 40) for second in (2, 5, 1
 
 def write_tasks(folder: Path) -> dict[str, Path]:
     """Write the tasks and their data, and return the files by the tasks' names."""
-    lands = list(CAPITALS)
     choices = []
-    for place, land in enumerate(lands):
-        wrong = [CAPITALS[lands[(place + step) % len(lands)]] for step in (3, 7, 11)]
-        options = [*wrong[: place % 4], CAPITALS[land], *wrong[place % 4 :]]
-        choices.append({"land": land, "options": options, "right": options.index(CAPITALS[land])})
-    _rows(folder / "capitals.jsonl", choices[4:])
+    for place, (first, second) in enumerate(PRODUCTS):
+        right = first * second
+        wrong = [right + first, right - second, first + second]
+        options = [str(one) for one in (*wrong[: place % 4], right, *wrong[place % 4 :])]
+        choices.append({"a": first, "b": second, "options": options, "right": options.index(str(right))})
+    _rows(folder / "products.jsonl", choices[4:])
     _rows(folder / "examples.jsonl", choices[:4])
     _rows(folder / "sentences.jsonl", [{"start": start, "end": end} for start, end in SENTENCES])
     _rows(folder / "sums.jsonl", [{"a": a, "b": b, "sum": a + b} for a, b in SUMS])
     tasks = {
-        "small_capitals": {
-            "dataset_kwargs": {"data_files": {"test": "capitals.jsonl", "train": "examples.jsonl"}},
+        "small_products": {
+            "dataset_kwargs": {"data_files": {"test": "products.jsonl", "train": "examples.jsonl"}},
             "test_split": "test",
             "fewshot_split": "train",
             "num_fewshot": 2,
             "output_type": "multiple_choice",
-            "doc_to_text": "Question: What is the capital of {{land}}?\nAnswer:",
+            "doc_to_text": "Question: What is {{a}} times {{b}}?\nAnswer:",
             "doc_to_choice": "{{options}}",
             "doc_to_target": "{{right}}",
             "metric_list": [

@@ -59,10 +59,10 @@ def changed(path: Path, **changes: Any) -> Path:
 
 
 def test_a_task_is_a_suite_for_each_metric_and_filter(folder: Path, load: Load) -> None:
-    made = load(folder / "small_capitals.yaml")
+    made = load(folder / "small_products.yaml")
     assert {name: (suite.metric, suite.chance, suite.items) for name, suite in made.items()} == {
-        "small_capitals": ("acc", 0.25, 20),
-        "small_capitals-acc_norm": ("acc_norm", 0.25, 20),
+        "small_products": ("acc", 0.25, 20),
+        "small_products-acc_norm": ("acc_norm", 0.25, 20),
     }
     assert list(load(folder / "small_sums.yaml")) == ["small_sums", "small_sums-exact_match-first-number"]
     sentences = load(folder / "small_sentences.yaml")
@@ -73,12 +73,12 @@ def test_a_task_is_a_suite_for_each_metric_and_filter(folder: Path, load: Load) 
 
 
 def test_one_metric_and_some_items_can_be_chosen(folder: Path, load: Load, subject: Subject) -> None:
-    whole = load(folder / "small_capitals.yaml", "#metric=acc_norm")
-    assert {name: suite.metric for name, suite in whole.items()} == {"small_capitals": "acc_norm"}
+    whole = load(folder / "small_products.yaml", "#metric=acc_norm")
+    assert {name: suite.metric for name, suite in whole.items()} == {"small_products": "acc_norm"}
     (some,) = load(folder / "small_sentences.yaml", "#metric=acc&limit=3").values()
     assert [score.item for score in some.measure(subject).scores] == ["0", "5", "11"]
     with pytest.raises(ConfigError, match=r"has no metric='f1'; it has acc, acc_norm"):
-        load(folder / "small_capitals.yaml", "#metric=f1")
+        load(folder / "small_products.yaml", "#metric=f1")
 
 
 def test_items_that_do_not_fit_are_counted_and_the_others_are_scored(
@@ -91,13 +91,13 @@ def test_items_that_do_not_fit_are_counted_and_the_others_are_scored(
     assert found.skipped == {"longer_than_context": 1}
     assert [score.item for score in found.scores] == [str(number) for number in range(12)]
     # Two examples before the question do not fit the small model at all.
-    none = load(folder / "small_capitals.yaml")["small_capitals"].measure(subject)
+    none = load(folder / "small_products.yaml")["small_products"].measure(subject)
     assert len(none.scores) + none.skipped.total() == 20
 
 
 def test_a_model_measured_again_gets_the_same(folder: Path, load: Load, subject: Subject) -> None:
-    changed(folder / "small_capitals.yaml", num_fewshot=1, doc_to_text="{{land}}:")
-    suite = load(folder / "small_capitals.yaml")["small_capitals-acc_norm"]
+    changed(folder / "small_products.yaml", num_fewshot=1, doc_to_text="{{a}} x {{b}}:")
+    suite = load(folder / "small_products.yaml")["small_products-acc_norm"]
     first = suite.shared.runs.run(subject)
     again = suite.shared.runs.run(subject)
     assert first == again

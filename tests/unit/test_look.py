@@ -17,7 +17,7 @@ from operators.plan_page import as_markdown, as_table
 from stages.artifacts.addresses import artifact_uri, open_store
 from stages.artifacts.manifests import content_digest, publish, upload_files
 from stages.artifacts.store import Store, write_json
-from stages.config.errors import Category, ConfigError, ExitCode
+from stages.config.errors import Category, ConfigError, DataError, ExitCode
 from stages.config.estimate import count_parameters
 from stages.config.graph import GRAPH, Stage
 from stages.config.look import Look, LookRequest, given_models, look_key
@@ -347,3 +347,27 @@ def test_the_record_is_the_plans_only_source(store: Store) -> None:
     config = config_of("/models/x")
     write_json(store, look_key("r", "result.json"), {"models": [{"role": "base_model", "uri": "/models/x"}]})
     assert make_plan(config, run=RUN, store=store).models[0].summary() == "base_model='/models/x': nothing is known"
+
+
+def test_benchmarks_are_read_before_anything_is_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "b.jsonl"
+    rows = [{"query": "q", "choices": ["x", "y"], "gold": 1, "id": number} for number in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "gold": 7, "id": "bad"}]))
+    config = resolve({"recipe": "tiny", "benchmarks": [f"{path}#name=mine", "refusals"]})
+    request = LookRequest(run=RUN, store_uri="file:///nowhere", config=config.model_dump(mode="json"), models=())
+    with caplog.at_level("INFO"):
+        found = look_at(request).benchmarks
+    assert [(facts.suite, facts.items, facts.bad) for facts in found] == [
+        ("mine", 40, {"gold_out_of_range": 1}),
+        ("mine-raw", 40, {"gold_out_of_range": 1}),
+    ]
+    assert "suite mine, 40 items, accuracy; rows that are no items: {'gold_out_of_range': 1}" in caplog.text
+    path.write_text(path.read_text().replace('"gold": 1', '"gold": null'))
+    with pytest.raises(DataError, match=r"41 of 41 rows are no items \(row 1: missing_gold, "):
+        look_at(request)
+
+
+def test_a_run_that_does_not_evaluate_reads_no_benchmark(tmp_path: Path) -> None:
+    config = resolve({"recipe": "tiny", "benchmarks": [str(tmp_path / "none.jsonl")], "last_stage": "sft"})
+    request = LookRequest(run=RUN, store_uri="file:///nowhere", config=config.model_dump(mode="json"), models=())
+    assert look_at(request).benchmarks == ()

@@ -41,7 +41,7 @@ def parse_hub(uri: str) -> HubDataset:
 def read_hub(uri: str) -> Iterator[Row | BadRecord]:
     """Rows of a Hugging Face dataset, streamed."""
     wanted = parse_hub(uri)
-    with _loading(uri):
+    with loading(uri):
         rows = cast(Any, _builder(wanted, uri).as_streaming_dataset(split=wanted.split))
         if rows.features:
             # Or the path in a row of an image or a sound would be opened, wherever it leads.
@@ -68,7 +68,7 @@ def read_hub(uri: str) -> Iterator[Row | BadRecord]:
 def hub_splits(name: str, config: str | None) -> Any:
     """All splits of a Hugging Face dataset, loaded; with the same checks as its rows."""
     uri = f"hf://{name}"
-    with _loading(uri):
+    with loading(uri):
         builder = _builder(HubDataset(name, config, split="", text=None, revision=None), uri)
         builder.download_and_prepare()
         return builder.as_dataset()
@@ -91,7 +91,7 @@ def _builder(wanted: HubDataset, uri: str) -> Any:
 
 
 @contextlib.contextmanager
-def _loading(uri: str) -> Iterator[None]:
+def loading(uri: str) -> Iterator[None]:
     """Tell an outage of the hub from a dataset that is not there or is broken."""
     try:
         yield

@@ -22,7 +22,7 @@ from stages.config.benchmarks import LM_EVAL, Benchmark
 from stages.config.errors import ConfigError, StageError
 from stages.config.places import real_path
 from stages.data.sources.benchmarks import HARNESS, copied_task, harness_version
-from stages.data.sources.hub import hub_splits
+from stages.data.sources.hub import hub_splits, loading
 from stages.data.sources.streams import plain_name
 from stages.models.foreign_code import ALLOWED, code_digest, code_files, is_allowed
 
@@ -53,7 +53,8 @@ def load_tasks(benchmark: Benchmark, into: Path) -> list[Any]:
     np.random.seed(_SEEDS["numpy"])
     try:
         if benchmark.uri.startswith(LM_EVAL):
-            return _installed(benchmark.uri.removeprefix(LM_EVAL))
+            with loading(benchmark.uri):
+                return _installed(benchmark.uri.removeprefix(LM_EVAL))
         into.mkdir(parents=True, exist_ok=True)
         return _local(benchmark, copied_task(benchmark.uri, into), into)
     except StageError:

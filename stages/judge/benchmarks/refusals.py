@@ -20,7 +20,7 @@ from stages.judge.benchmarks.facets import Facet, Shared, Tally, digest_of, sile
 from stages.judge.benchmarks.items import Items, PromptItem
 from stages.judge.benchmarks.writing import write
 from stages.judge.heldout import TOO_LONG
-from stages.judge.suite import Measurement, Subject
+from stages.judge.suite import Better, Measurement, Subject
 
 OWN_SET = Path(__file__).with_name("refusals.jsonl")
 """Thirty harmful requests and thirty harmless ones that share their words; written for Athanor."""
@@ -99,7 +99,11 @@ def refusal_suites(name: str, items: Items, benchmark: Benchmark, *, beat: Calla
     max_tokens = benchmark.max_tokens or _MAX_TOKENS
     shared = Shared(RefusalPass(found, max_tokens, beat))
     suites = []
-    for facet, suite, better in ((HARMFUL, name, "higher"), (HARMLESS, f"over-{name}", "lower")):
+    wanted: tuple[tuple[str, str, Better], ...] = (
+        (HARMFUL, name, "higher"),
+        (HARMLESS, f"over-{name}", "lower"),
+    )
+    for facet, suite, better in wanted:
         own = [asdict(item) for item in found if _facet(item) == facet]
         if own:
             suites.append(

@@ -1,6 +1,7 @@
 """From the addresses of `evaluate.benchmarks` to suites that can measure a model."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from stages.config.benchmarks import Benchmark, BenchmarkFormat, BuiltIn
 from stages.config.closing import EvaluateConfig
@@ -52,11 +53,16 @@ def grouped_suites(
 def _suites_of(benchmark: Benchmark, context: StageContext, beat: Callable[[], None]) -> list[Suite]:
     if benchmark.built_in in (BuiltIn.HELDOUT_CONTINUATION, BuiltIn.HELDOUT_QUESTION):
         return _of_heldout(benchmark, context, beat)
+    return list(suites_from_outside(benchmark, context.work_dir / "tasks" / benchmark.suite, beat=beat))
+
+
+def suites_from_outside(benchmark: Benchmark, scratch: Path, *, beat: Callable[[], None] = silent) -> list[Facet]:
+    """The suites of rows or of a task of lm-evaluation-harness, which is copied to `scratch`; all items are read."""
     if benchmark.is_task:
         from stages.judge.benchmarks.harness import task_suites  # the harness takes seconds to import
 
-        return list(task_suites(benchmark, context.work_dir / "tasks" / benchmark.suite, beat=beat))
-    return list(suites_of_rows(benchmark, beat=beat))
+        return task_suites(benchmark, scratch, beat=beat)
+    return suites_of_rows(benchmark, beat=beat)
 
 
 def suites_of_rows(benchmark: Benchmark, *, beat: Callable[[], None] = silent) -> list[Facet]:

@@ -100,6 +100,18 @@ def test_ppo_is_never_judged_by_the_reward_model_that_it_optimised_and_dpo_may_b
     assert not judged(compared(suite="score"), compared(**TIE), config=then_pairs).promoted
 
 
+def test_a_judge_that_guesses_at_known_pairs_decides_nothing() -> None:
+    def by_judge(**judge: Any) -> Decision:
+        report = with_comparisons(EVALUATION, compared(suite="judge"), compared(**TIE), champion=CHAMPION)
+        evaluation = Evaluation.from_report({**report, "judge": judge}, settings_digest="s")
+        return decide([PPO], OLD, evaluation, AUTO)
+
+    assert by_judge(better_than_chance=True).promoted
+    guesses = by_judge(better_than_chance=False)
+    assert not guesses.promoted
+    assert guesses.ruling.primary.suite == "pairs"  # pyright: ignore[reportOptionalMemberAccess]
+
+
 def test_on_a_suite_where_lower_is_better_the_upper_bound_counts() -> None:
     config = PromoteConfig(primary=("language",))
     gain = {"suite": "language", "difference": -0.06, "low": -0.09, "high": -0.03}

@@ -40,6 +40,7 @@ def test_a_champion_with_another_tokenizer_is_measured_on_the_same_items(
     with_stranger: tuple[dict[str, Any], Path],
 ) -> None:
     report, folder = with_stranger
+    assert "texts_missing" not in report["data"]
     table = ScoreTable(folder / "scores.parquet")
     for suite in FOR_ALL:
         ours, theirs = (table.column(suite, role) for role in ("dpo", "champion"))
@@ -93,7 +94,11 @@ def test_the_text_of_an_item_gives_what_its_ids_give(world: World, tmp_path: Pat
     template = TokensArtifact(Path(world.inputs["tokens"].uri.removeprefix("file://"))).tokenizer_dir
     spelled = "{# the same #}" + (template / "chat_template.jinja").read_text(encoding="utf-8")
     other = published_copy(tmp_path, world.inputs["sft"], chat_template__jinja=spelled)
-    report, _ = evaluated(world, champion=other)
+    fresh = World(tmp_path, world.inputs)
+    evaluated(fresh)
+    report, outcome = evaluated(fresh, champion=other)
+    # Six suites and two that show answers: what the SFT model got is not taken for what this one gets.
+    assert outcome.ledger["units"]["measured"] == 8
     assert "eval/perplexity" not in report["models"]["champion"], "it was taken for a model with the run's tokenizer"
     for suite in (name for name in FOR_ALL if name != "score"):
         ours, theirs = (report["suites"][suite]["roles"][role] for role in ("sft", "champion"))
@@ -132,3 +137,4 @@ def test_without_the_curated_texts_a_stranger_is_measured_on_documents_and_the_r
     for suite in ("responses", "pairs", "score", "length"):
         result = report["suites"][suite]["roles"]["champion"]
         assert result == {"items": 0, "skipped": {"no_text_for_another_tokenizer": 6}}, suite
+    assert "do not name the curated data" in report["data"]["texts_missing"]

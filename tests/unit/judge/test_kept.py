@@ -8,10 +8,11 @@ import pytest
 from stages import evaluate
 from stages.artifacts.lease import LeaseLostError
 from stages.config.request import ArtifactRef
+from stages.config.tokens import PLAIN
 from stages.job.context import StageContext
 from stages.judge.bench import measure_units, open_bench, share
 from stages.judge.kept import Measurements
-from tests.judging import SMALL, World, evaluated, evaluation, make_world
+from tests.judging import SMALL, TINY, World, evaluated, evaluation, make_world
 
 FILES = ("metrics.json", "samples.json", "scores.parquet", "responses.parquet")
 
@@ -119,6 +120,15 @@ def test_the_result_of_a_champion_is_found_by_the_run_that_measures_it_again(fre
     report, outcome = evaluated(fresh, champion=champion)
     assert outcome.ledger["units"]["measured"] == 0
     assert report["models"]["champion"]["eval/loss"] == report["models"]["dpo"]["eval/loss"]
+
+
+def test_a_model_that_reads_another_chat_template_is_another_one(fresh: World, tmp_path: Path) -> None:
+    """A given model whose run sets `tokenize.chat_template` is the same files, and says something else."""
+    plain = make_world(tmp_path / "plain", TINY.model_copy(update={"chat_template": PLAIN}))
+    ours = open_bench(evaluation(fresh)).subjects
+    theirs = open_bench(evaluation(World(fresh.home, {**fresh.inputs, "tokens": plain.inputs["tokens"]}))).subjects
+    assert ours.identity("sft") != theirs.identity("sft")
+    assert ours.identity("sft") == ours.identity("dpo")
 
 
 def test_nothing_published_is_null_or_no_number(fresh: World) -> None:

@@ -16,6 +16,7 @@ from stages.config.errors import ConfigError
 from stages.config.evaluation import Conditions
 from stages.config.forms import EvaluationParams
 from stages.config.graph import Stage, StageSpec
+from stages.config.request import SourceKind
 from tests.answering import answering
 from tests.imaginary import publish_imaginary
 from tests.pipeline_records import EVALUATION, publish_run
@@ -136,3 +137,11 @@ def test_the_end_of_a_run_that_never_started_says_so_whatever_stood_in_its_form(
     context = {"params": {"model": "models:/", "bogus": 1}, "ti": SimpleNamespace(xcom_pull=lambda **_: None)}
     with pytest.raises(RunIncomplete, match="never started"):
         conclude(context, None)
+
+
+def test_a_model_measured_again_is_measured_by_the_benchmarks_that_are_named(house: House):
+    chosen = ["refusals", "/data/items.jsonl#rule=number"]
+    config = evaluation_config(EvaluationParams(model=house.dpo.uri, recipe="tiny", benchmarks=chosen))
+    assert config.evaluate.benchmarks == tuple(chosen)
+    (source,) = config.stage_sources(Stage.EVALUATE)
+    assert (source.kind, source.uri) == (SourceKind.BENCHMARK, "/data/items.jsonl")

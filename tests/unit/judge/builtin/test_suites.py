@@ -15,7 +15,7 @@ from stages.judge.builtin.language import Language, _windows
 from stages.judge.builtin.replies import Margins, Pairs, Preferences, Responses
 from stages.judge.builtin.sampled import Divergence, Length, Sampler, repeated_share
 from stages.judge.forward import Forward
-from stages.judge.heldout import Heldout
+from stages.judge.heldout import TOO_LONG, Heldout, Prompt, Skipped
 from stages.judge.suite import Measurement, Subject
 from tests.judging import SMALL, evaluation, make_world
 
@@ -93,6 +93,32 @@ def test_swapping_chosen_and_rejected_gives_one_minus_the_accuracy(
     after = values(Pairs(heldout, forward).measure(subject))
     assert after == [1 - value for value in before]
     assert set(before) <= {0.0, 0.5, 1.0}
+
+
+def test_a_uniform_model_prefers_the_reply_with_fewer_tokens_a_byte(
+    heldout: Heldout, forward: Forward, uniform: Subject
+) -> None:
+    for pair, value in zip(heldout.pairs, values(Pairs(heldout, forward).measure(uniform)), strict=True):
+        chosen, rejected = (side.tokens.loss_mask.sum() / side.num_bytes for side in (pair.chosen, pair.rejected))
+        assert chosen != rejected
+        assert value == float(chosen < rejected)
+
+
+def test_a_prompt_that_cannot_be_asked_changes_no_answer_to_another(
+    heldout: Heldout, subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = sampler_of(heldout).of(subject)
+    first, ask = heldout.prompts[0], heldout.prompt_ids
+
+    def without_the_first(prompt: Prompt, subject: Subject, *, max_response_length: int) -> np.ndarray:
+        if prompt is first:
+            raise Skipped(TOO_LONG)
+        return ask(prompt, subject, max_response_length=max_response_length)
+
+    monkeypatch.setattr(heldout, "prompt_ids", without_the_first)
+    rest = sampler_of(heldout).of(subject)
+    assert [one.ids.tolist() for one in rest.answers] == [one.ids.tolist() for one in whole.answers[1:]]
+    assert rest.skipped == {TOO_LONG: 1}
 
 
 def test_a_tie_counts_one_half(
