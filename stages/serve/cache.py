@@ -51,7 +51,7 @@ class GrowingLayer(DynamicLayer):
 
 def new_cache(model: Any) -> Any:
     """An empty cache: of growing layers where the model has plain attention only, else the one it wants."""
-    cache = DynamicCache(config=model.config)
+    cache: Any = DynamicCache(config=model.config)
     if cache.layers and all(type(layer) is DynamicLayer for layer in cache.layers):
         cache.layers = [GrowingLayer() for _ in cache.layers]
     return cache
@@ -62,7 +62,8 @@ def is_plain(cache: Any) -> bool:
     return all(type(layer) is GrowingLayer for layer in cache.layers)
 
 
-def _layers(cache: Any) -> list[GrowingLayer]:
+def _layers(cache: Any) -> list[Any]:
+    """Those that hold something: layers may share what an earlier one holds."""
     return [layer for layer in cache.layers if layer.get_seq_length()]
 
 

@@ -112,6 +112,7 @@ def load_model(
     """Load weights in `dtype`; raises ConfigError for a context that the model does not have, and for files that make
     no model. `context_length` 0 is all that the model has."""
     tokenizer = given_tokenizer(files.folder)
+    model: Any
     model, loading = load_for_text(files.folder, dtype=dtype)
     check_complete(loading, files.folder)
     rows = model.get_input_embeddings().weight.shape[0]

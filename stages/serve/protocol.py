@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 MOST_ANSWERS = 64
 """To one prompt."""
 MOST_PROMPTS = 256
+"""Of one request; all their answers together are as many at most."""
 _MOST_STOPS = 16
 _ABOUT_THE_CALLER = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier")
 """Say who asks, or how the provider keeps and bills it; no answer depends on them."""
@@ -144,6 +145,8 @@ class CompletionAsked(Asked):
             raise ValueError(f"best_of={self.best_of} is not supported by this server; leave it out, or set it to n")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens=0 asks for nothing; add echo=true to get the prompt's log-probabilities")
+        if len(self.prompts) * self.n > MOST_PROMPTS:
+            raise ValueError(f"n={self.n} answers to {len(self.prompts)} prompts; allowed: {MOST_PROMPTS} together")
         return self
 
     @property

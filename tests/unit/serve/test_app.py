@@ -271,6 +271,7 @@ def test_a_bad_request_names_field_value_and_what_is_allowed(
         ({"prompt": [-1]}, "prompt"),
         ({"max_tokens": 0}, "add echo=true"),
         ({"best_of": 3}, "best_of=3 is not supported"),
+        ({"prompt": ["x"] * 5, "n": 60}, "n=60 answers to 5 prompts; allowed: 256 together"),
         ({"logprobs": 21}, "less than or equal to 20"),
         ({"suffix": "x"}, "suffix"),
     ],
@@ -324,7 +325,7 @@ def test_a_page_elsewhere_cannot_reach_the_server_by_a_name_of_its_own(url: str)
 def test_with_a_key_nothing_is_told_without_it(models: list[ServedModel]) -> None:
     with serving(models[:1], access=Access(api_key="sesame", loopback_only=False)) as url:
         assert refused(httpx.get(f"{url}/v1/models"), 401)["code"] == "invalid_api_key"
-        assert refused(httpx.get(f"{url}/v1/models", headers={"Authorization": b"Bearer ses\xe4me"}), 401)
+        assert refused(httpx.get(f"{url}/v1/models", headers={b"Authorization": b"Bearer ses\xe4me"}), 401)
         assert refused(post(url, model="base", messages=HELLO, headers={"Authorization": "Bearer x"}), 401)
         key = {"Authorization": "Bearer sesame"}
         assert post(url, model="base", messages=HELLO, max_tokens=2, headers=key).status_code == 200
