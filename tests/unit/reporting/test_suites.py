@@ -145,7 +145,8 @@ GATE = {
         },
         {"name": "best_of_n", "outcome": "skipped", "found": "there is no gold scorer"},
     ],
-    "tables": {"accuracy_by_source": {"s3://b/<b>": {"pairs": 12, "accuracy": 0.5}, "other": {"pairs": 3}},
+    "tables": {
+        "accuracy_by_source": {"s3://b/<b>": {"pairs": 12, "accuracy": 0.5}, "other": {"pairs": 3}},
         "best_of_n": [{"n": 1, "gain": 0.0}, {"n": 4, "gain": 0.25}],
         "odd": 7,
     },
