@@ -81,7 +81,10 @@ def evidence_of(
         promotion=promotion or _record(decided, "promotion.json", PROMOTION),
         gates=_gates(store, [*family, *([measured] if measured else [])], run_id),
         params=_params(store, run_id),
-        licences=licences_of(source for manifest in family for source in manifest.sources),
+        licences=licences_of(
+            (source for manifest in family for source in manifest.sources),
+            packages={str(name) for manifest in family for name in manifest.config.get("packages") or ()},
+        ),
     )
 
 

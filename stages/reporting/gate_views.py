@@ -88,13 +88,14 @@ def _view(stage: str, gate: GateFound) -> GateView:
 def _numbers(name: str, found: Any) -> Table | None:
     """Numbers by group, such as a reward model's accuracy by source: rows of equal keys as a table, others flat."""
     caption = name.replace("_", " ").capitalize()
-    groups = (
-        list(found.items()) if isinstance(found, dict) else list(enumerate(found)) if isinstance(found, list) else []
-    )
-    if groups and all(isinstance(row, dict) for _, row in groups):
-        keys = list(dict.fromkeys(key for _, row in groups for key in row))
-        rows = tuple((text(label), *(_value(row.get(key)) for key in keys)) for label, row in groups)
+    if isinstance(found, dict) and found and all(isinstance(row, dict) for row in found.values()):
+        keys = list(dict.fromkeys(key for row in found.values() for key in row))
+        rows = tuple((text(label), *(_value(row.get(key)) for key in keys)) for label, row in found.items())
         return Table(caption, ("", *(str(key).replace("_", " ") for key in keys)), rows)
+    if isinstance(found, list) and found and all(isinstance(row, dict) for row in found):
+        keys = list(dict.fromkeys(key for row in found for key in row))
+        rows = tuple(tuple(_value(row.get(key)) for key in keys) for row in found)
+        return Table(caption, tuple(str(key).replace("_", " ") for key in keys), rows)
     flat = dotted(found) if isinstance(found, dict) else {}
     rows = tuple((text(key), _value(value)) for key, value in flat.items())
     return Table(caption, ("", "value"), rows) if rows else None

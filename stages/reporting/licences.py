@@ -1,14 +1,17 @@
-"""Which licence a source states: in its folder's README or LICENSE, in its card on the hub, in the head of a GGUF file.
+"""Which licence a source states: in its folder's README or LICENSE, in its card on the hub, in the head of a GGUF file;
+of the documentation of installed packages, in their metadata.
 
 Only what lies here already is read, so a card costs no network; what states nothing is unknown, and the card says so.
 """
 
+import importlib.metadata
 import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from stages.config.curate import INSTALLED_DOCS
 from stages.config.errors import StageError
 from stages.config.places import PACKAGE, check_source, hub_name, is_gguf, local_path, package_file
 from stages.config.request import SourceEntry, SourceKind
@@ -21,14 +24,35 @@ _KEY = "general.license"
 _LONGEST, _MOST_READ = 80, 1 << 16
 
 
-def licences_of(sources: Iterable[SourceEntry]) -> dict[str, str]:
-    """The licences by URI of the source, without those that are not known."""
+def licences_of(sources: Iterable[SourceEntry], *, packages: Iterable[str] = ()) -> dict[str, str]:
+    """The licences by URI of the source, without those that are not known; `packages` are those whose documentation was
+    read."""
     found = {source.uri: _licence(source) for source in dict.fromkeys(sources)}
+    if INSTALLED_DOCS in found:
+        found[INSTALLED_DOCS] = _of_packages(packages)
     return {uri: licence for uri, licence in found.items() if licence}
+
+
+def _of_packages(names: Iterable[str]) -> str:
+    """`BSD-3-Clause (click, jinja2), MIT (rich)`, of the packages that are installed here."""
+    holders: dict[str, list[str]] = {}
+    for name in sorted(names):
+        try:
+            facts = importlib.metadata.metadata(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        trove = [line.rpartition(" :: ")[2] for line in facts.get_all("Classifier") or () if line.startswith("License")]
+        named = [facts[key] for key in ("License-Expression", "License") if key in facts]
+        stated = named[0] if "License-Expression" in facts else [*trove, *named, ""][0]
+        if stated:
+            holders.setdefault(_short(stated), []).append(name)
+    return ", ".join(f"{licence} ({', '.join(found)})" for licence, found in sorted(holders.items()))
 
 
 def _licence(source: SourceEntry) -> str:
     try:
+        if source.uri == INSTALLED_DOCS:
+            return ""
         if source.uri.startswith("hf://") or _is_on_hub(source):
             return _on_hub(source)
         if source.uri.startswith(("s3://", "models:/")) or "/artifacts/" in source.uri:

@@ -160,6 +160,15 @@ def test_licences_are_read_where_the_sources_state_them(tmp_path: Path, monkeypa
     assert found == {uris[0]: "cc-by-4.0", uris[1]: "Apache License"}
 
 
+def test_the_licences_of_packages_whose_documentation_was_read_are_in_their_metadata() -> None:
+    found = licences_of([source("installed-docs")], packages=["pytest", "jinja2", "no-such-package"])
+    assert found["installed-docs"] in (
+        "BSD License (jinja2), MIT (pytest)",
+        "BSD License (jinja2), MIT License (pytest)",
+    )
+    assert licences_of([source("installed-docs")]) == {}
+
+
 def test_the_licence_of_a_gguf_file_is_in_its_header(tmp_path: Path) -> None:
     from gguf import GGUFWriter
 

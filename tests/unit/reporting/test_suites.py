@@ -145,7 +145,11 @@ GATE = {
         },
         {"name": "best_of_n", "outcome": "skipped", "found": "there is no gold scorer"},
     ],
-    "tables": {"accuracy_by_source": {"s3://b/<b>": {"pairs": 12, "accuracy": 0.5}, "other": {"pairs": 3}}},
+    "tables": {
+        "accuracy_by_source": {"s3://b/<b>": {"pairs": 12, "accuracy": 0.5}, "other": {"pairs": 3}},
+        "best_of_n": [{"n": 1, "gain": 0.0}, {"n": 4, "gain": 0.25}],
+        "odd": 7,
+    },
     "at": "2026-11-29T12:00:00+00:00",
 }
 
@@ -281,6 +285,7 @@ def test_gates_are_shown_with_both_numbers_and_who_let_them_pass(tmp_path: Path)
     assert "s3://b/&lt;b&gt;" in page
     assert "s3://b/<b>" not in page
     assert len(re.findall(r"<details open>", page)) == 1  # the failed one
+    assert rows_of(page, "Best of n") == [["n", "gain"], ["1", "0"], ["4", "0.25"]]
 
 
 @pytest.mark.parametrize("damaged", ["", "{", "[]", '{"outcome": 3}', '{"checks": [{}], "outcome": "passed"}'])
