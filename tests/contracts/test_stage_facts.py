@@ -36,6 +36,7 @@ from stages.lineage.tags import lineage_tags
 from stages.lineage.views import to_svg
 from stages.reporting.page import render_page
 from stages.reporting.story import read_story
+from tests.comparisons import compared, with_comparisons
 from tests.imaginary import imaginary
 from tests.pipeline_records import EVALUATION, context_for, publish_run, refs_for, request_for, run_info
 from tests.places import REPOSITORY
@@ -133,10 +134,13 @@ def test_people_may_start_from_it_and_compare_what_it_says(ipo: Stage, tmp_path:
 
 def test_the_approval_table_shows_it(ipo: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    _, made = published(tmp_path)
+    models = {**EVALUATION["models"], "ipo": {"eval/perplexity": 71.0}}
+    evaluation = with_comparisons({**EVALUATION, "models": models}, compared("ipo", "sft", level=0.01))
+    _, made = publish_run(tmp_path, evaluation=evaluation)
     subject, body = question(run_info(), resolve({"recipe": "tiny"}), made[Stage.EVALUATE])
     assert "Imaginary PO" in subject
     assert "| Imaginary PO |" in body
+    assert "| Imaginary PO | SFT | pairs, accuracy ↑ |" in body
 
 
 def test_evaluation_measures_it_beside_the_model_that_it_was_made_from(ipo: Stage, tmp_path: Path) -> None:

@@ -16,8 +16,11 @@ NAMES = {stage.value for stage in Stage}
 ALLOWED: dict[str, tuple[set[str], str]] = {
     "stages/config/graph.py": (NAMES, "the facts"),
     "stages/config/pipeline.py": ({"tokenize"}, "one setting of one stage"),
-    "stages/config/resolve.py": ({"curate", "tokenize", "promote", "report"}, "where each field of the form goes"),
-    "stages/config/decision.py": ({"reward"}, "section of metrics.json"),
+    "stages/config/resolve.py": (
+        {"curate", "tokenize", "evaluate", "promote", "report"},
+        "where each field of the form goes, and the level of the promotion",
+    ),
+    "stages/config/evaluation.py": ({"reward"}, "section of metrics.json"),
     "stages/judge/results.py": ({"reward"}, "section of metrics.json"),
     "stages/judge/gates/acceptance.py": ({"gold"}, "column of a table: the gain by the gold scorer"),
     "stages/judge/gates/best_of.py": ({"gold"}, "column of a table: the gain by the gold scorer"),
