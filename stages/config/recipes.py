@@ -97,7 +97,12 @@ def demo(*, seed: int = 0) -> PipelineConfig:
             eval_items=256,
             seed=seed,
         ),
-        evaluate=EvaluateConfig(max_documents_tokens=80_000, max_preferences=400, max_response_length=40),
+        evaluate=EvaluateConfig(
+            max_documents_tokens=80_000,
+            max_documents=96,
+            max_preferences=400,
+            max_response_length=40,
+        ),
         promote=PromoteConfig(
             primary=("gold", "judge", "pairs"),
             guards=(Guard(suite="language", margin=0.25),),

@@ -75,7 +75,7 @@ class Bench:
     texts_missing: str = ""
     """Why the texts of the items are not known, if so."""
     counts: dict[str, int] = field(default_factory=lambda: {"measured": 0, "kept": 0})
-    """Units that this process measured, and those that were in the store."""
+    """Units that this process measured, and those that it found in the store, from before or by another worker."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Suites that cannot be made, each with the reason."""
 

@@ -112,7 +112,9 @@ class RewardScores(Facts):
         name: str = "score",
     ) -> None:
         self._sampler, self._forward, self._scorer = sampler, forward, scorer
-        told = digest_of(name, sampler.items, **sampler.settings, scorer=scorer_identity)
+        # The scorer reads the run's tokens, and answers of others are encoded with the run's chat template.
+        reads = sampler.heldout.tokenizer.digest
+        told = digest_of(name, sampler.items, **sampler.settings, scorer=scorer_identity, reads=reads)
         super().__init__(name, "score", "higher", told)
 
     def __len__(self) -> int:
