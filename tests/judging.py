@@ -87,7 +87,7 @@ def published_scorer(world: World, *, seed: int) -> ArtifactRef:
         world.home, Stage.GOLD, config, {"tokens": world.inputs["tokens"], "model": world.inputs["sft"]}
     )
     tokens = TokensArtifact(context.input_dir("tokens"))
-    model = load_reward_model(context.input_dir("model"), tokens)
+    model: Any = load_reward_model(context.input_dir("model"), tokens)
     torch.manual_seed(seed)
     torch.nn.init.normal_(model.score.weight, std=0.5)
     save_model(model, model.state_dict(), context.output_dir, tokens)

@@ -321,6 +321,20 @@ def test_a_model_of_two_outputs_and_one_of_text_are_no_reward_models(
             look_at(request_for(config_of(folder, alignment="ppo", reward_model=str(wrong))))
 
 
+def test_what_judges_may_have_a_tokenizer_of_its_own_and_must_be_of_its_kind(folder: Path, tmp_path: Path) -> None:
+    config = TokenizeConfig(vocab_size=300, sequence_length=64)
+    other = train_tokenizer(iter([(REPOSITORY / "README.md").read_text()]), config).backend
+    gold = scorer(tmp_path / "gold", other)
+    given = {"gold_model": str(gold), "judge": str(folder)}
+    policy, looked_at, judge = look_at(request_for(config_of(folder, alignment="dpo", **given))).models
+    assert set(policy.memory_bytes) == {"sft", "dpo"}
+    assert (looked_at.role, looked_at.architecture) == ("gold_model", "LlamaForSequenceClassification")
+    assert (judge.role, judge.architecture) == ("judge", "LlamaForCausalLM")
+    assert not looked_at.memory_bytes | judge.memory_bytes  # neither is trained
+    with pytest.raises(ConfigError, match=r"gold_model=.*which gives no scores"):
+        look_at(request_for(config_of(folder, alignment="dpo", gold_model=str(folder))))
+
+
 def test_what_a_reward_model_is_trained_from_may_be_smaller(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     smaller = scorer(tmp_path / "smaller", tokenizer)
     policy, base = look_at(request_for(config_of(folder, alignment="ppo", reward_base=str(smaller)))).models
