@@ -86,7 +86,13 @@ def demo(*, seed: int = 0) -> PipelineConfig:
             eval_items=256,
             seed=seed,
         ),
-        evaluate=EvaluateConfig(max_documents_tokens=80_000, max_preferences=400, max_response_length=40),
+        evaluate=EvaluateConfig(
+            max_documents_tokens=80_000,
+            max_preferences=400,
+            max_response_length=40,
+            # Easy enough for a model of this size, see docs/BENCHMARKS.md.
+            benchmarks=("heldout-continuation#limit=96", "heldout-question#limit=96"),
+        ),
         execution=Executions(
             curate=ExecutionConfig(cpus_per_worker=2),
             pretrain=train,
@@ -306,6 +312,7 @@ def llama_1b(*, seed: int = 0) -> PipelineConfig:
             max_preferences=2000,
             max_prompts=512,
             max_response_length=512,
+            benchmarks=("heldout-continuation", "heldout-question", "refusals", "toxicity"),
         ),
         execution=Executions(
             curate=ExecutionConfig(entrypoint_cpus=16, cpus_per_worker=16, stall_seconds=seldom),
