@@ -102,6 +102,8 @@ def demo(*, seed: int = 0) -> PipelineConfig:
             max_documents=96,
             max_preferences=400,
             max_response_length=40,
+            # Easy enough for a model of this size, see docs/BENCHMARKS.md.
+            benchmarks=("heldout-continuation#limit=96", "heldout-question#limit=96"),
         ),
         promote=PromoteConfig(
             primary=("gold", "judge", "pairs"),
@@ -361,6 +363,7 @@ def llama_1b(*, seed: int = 0) -> PipelineConfig:
             max_preferences=2000,
             max_prompts=512,
             max_response_length=512,
+            benchmarks=("heldout-continuation", "heldout-question", "refusals", "toxicity"),
         ),
         promote=PromoteConfig(
             guards=(Guard(suite="language", margin=0.05), Guard(suite="responses", margin=0.05)), least_difference=0.02

@@ -114,18 +114,23 @@ def test_the_likeliest_option_by_byte_is_the_answer_and_the_raw_suite_takes_the_
     subject: Subject, tmp_path: Path
 ) -> None:
     choices = ["count the tensor.", "it", "queue and tree and array and tensor and table and graph"]
-    rows = [{"query": f"{text} and", "choices": choices, "gold": 0} for text in TEXTS]
+
+    def likeliest(text: str, sizes: list[int]) -> int:
+        pairs = [plain_pair(subject.tokenizer, f"{text} and", f" {choice}") for choice in choices]
+        scores = [plain_likelihood(subject, pair)[0] / size for pair, size in zip(pairs, sizes, strict=True)]
+        return int(np.argmax(scores))
+
+    by_byte = [likeliest(text, [len(choice) for choice in choices]) for text in TEXTS]
+    raw = [likeliest(text, [1, 1, 1]) for text in TEXTS]
+    rows = [
+        {"query": f"{text} and", "choices": choices, "gold": gold} for text, gold in zip(TEXTS, by_byte, strict=True)
+    ]
     made = suites(written(tmp_path / "c.jsonl", rows))
     assert made["c"].chance == pytest.approx(1 / 3)
-    for name, sizes in (("c", [len(choice) for choice in choices]), ("c-raw", [1, 1, 1])):
-        right = []
-        for text in TEXTS:
-            pairs = [plain_pair(subject.tokenizer, f"{text} and", f" {choice}") for choice in choices]
-            scores = [plain_likelihood(subject, pair)[0] / size for pair, size in zip(pairs, sizes, strict=True)]
-            right.append(float(np.argmax(scores) == 0))
-        assert values(made[name], subject) == right
-    # An untrained model finds the shortest text likeliest, whatever it says.
-    assert values(made["c-raw"], subject) == [0.0] * len(TEXTS)
+    assert values(made["c"], subject) == [1.0] * len(TEXTS)
+    assert values(made["c-raw"], subject) == [float(one == other) for one, other in zip(raw, by_byte, strict=True)]
+    assert set(raw) == {1}  # an untrained model finds the shortest text likeliest, whatever it says
+    assert raw != by_byte
 
 
 def test_options_that_share_the_first_place_share_the_point(uniform: Subject, tmp_path: Path) -> None:
