@@ -345,6 +345,7 @@ def test_the_plan_says_what_a_run_is_given_and_what_it_does_without(store: Store
         "pretrain: skipped, base_model is given in its place",
         "sft: skipped, the run starts with ppo (first_stage): base_model is given in its place",
         "reward: skipped, reward_model is given in its place",
+        "gold: skipped, no gold scorer is asked for (gold_scorer)",
         "dpo: skipped, alignment=ppo",
         "promote, report: skipped, the run ends with evaluate (last_stage)",
         "documents: none are read, no stage of this run needs them",
