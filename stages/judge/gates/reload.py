@@ -33,14 +33,14 @@ def plain_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     check_folder(folder)
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=may_run_code(folder))
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def published_tokenizer(folder: Path) -> Any:
     """The tokenizer of a `tokens` artifact, which is no model's folder."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def plain_model(folder: Path, *, scores: bool) -> Any:
