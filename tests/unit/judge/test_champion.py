@@ -9,6 +9,7 @@ import pytest
 from stages.config.request import ArtifactRef
 from stages.config.tokens import PLAIN, TokenizeConfig
 from stages.data.tokens.views import TokensArtifact
+from stages.judge.bench import open_bench
 from stages.judge.scores import ScoreTable
 from tests.judging import SMALL, World, evaluated, evaluation, make_world, published_copy
 
@@ -48,6 +49,17 @@ def test_a_champion_with_another_tokenizer_is_measured_on_the_same_items(
         assert ours.items.tolist() == theirs.items.tolist(), suite
         assert ours.clusters.tolist() == theirs.clusters.tolist(), suite
         assert report["suites"][suite]["roles"]["champion"]["skipped"] == {}, suite
+
+
+def test_a_champion_reads_the_texts_in_its_own_tokens(world: World, stranger: ArtifactRef) -> None:
+    bench = open_bench(evaluation(world, champion=stranger))
+    champion = bench.subjects.open("champion")
+    for reply in bench.heldout.conversations:
+        read = bench.heldout.sequence(reply, champion)
+        said = champion.tokenizer.backend.decode(read.ids[read.loss_mask == 1].tolist())
+        assert reply.chat is not None
+        assert said.strip() == reply.chat.messages[-1]["content"]
+        assert read.ids.tolist() != reply.tokens.ids.tolist()
 
 
 def test_what_only_the_runs_tokens_can_tell_is_not_said_of_it(with_stranger: tuple[dict[str, Any], Path]) -> None:
