@@ -1,5 +1,4 @@
-"""`python -m stages.look <config uri>`: a look at the models and benchmarks that a run is given, before it spends
-anything.
+"""`python -m stages.look <config uri>`: a look at a run's given models and benchmarks, before anything is spent on it.
 
 Everything that a stage would refuse about such a model is refused here, with the stage's own words, because the
 stage's own checks are asked: on the model's small files, on its architecture without numbers, and on a small model of
