@@ -21,13 +21,13 @@ from stages.config.request import ArtifactRef, StageResult, run_folder
 from tests.airflow_home import HOME
 from tests.canaries import Search, as_login, canary
 from tests.inbox import open_inbox
-from tests.pipeline_records import PLAIN_RUN
+from tests.pipeline_records import WHOLE_RUN
 from tests.s3 import S3Server
 from tests.servers import RayServer, ray_server
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 
-BUILT = set(PLAIN_RUN)
+BUILT = set(WHOLE_RUN)
 EXAMINED = {stage for stage in BUILT if GRAPH[stage].trains}
 DEFAULTS = PipelineParams.model_validate({}).model_dump(mode="json")
 
@@ -94,7 +94,7 @@ def play(services: Services, **params: Any) -> Run:
     dag_run = llm_pipeline.test(run_conf=values)
     store, run_id = open_store(services.store_uri), run_folder(dag_run.dag_id, dag_run.run_id)
     results = {}
-    for stage in PLAIN_RUN:
+    for stage in WHOLE_RUN:
         key = run_key(run_id, stage, "result.json")
         if store.exists(key):
             results[stage] = StageResult.model_validate_json(store.read_bytes(key))
@@ -275,7 +275,7 @@ def test_a_changed_setting_changes_its_stage_and_what_descends_from_it_alone() -
     def identities(**overrides: Any) -> dict[Stage, str]:
         config = resolve({"recipe": "tiny", "overrides": overrides})
         refs: dict[Stage, ArtifactRef] = {}
-        for stage in PLAIN_RUN:
+        for stage in WHOLE_RUN:
             inputs = {role: refs[source] for role, source in GRAPH[stage].inputs}
             identity = fingerprint(stage, config.stage_config(stage), inputs=inputs, store_uri="s")
             refs[stage] = ArtifactRef(kind="x", uri=f"s/artifacts/x/{identity}", fingerprint=identity, digest="x")
