@@ -126,8 +126,8 @@ def demo(*, seed: int = 0) -> PipelineConfig:
 
 
 def smollm(*, seed: int = 0) -> PipelineConfig:
-    """SmolLM2-135M-Instruct learns by adapters to answer about software in one sentence, on two CPU cores in half an
-    hour."""
+    """SmolLM2-135M-Instruct learns by adapters to answer about software in one sentence, on two CPU cores in twenty
+    minutes."""
     train = ExecutionConfig(micro_batch_size=4, checkpoint_every=10, cpus_per_worker=2)
     adapter = LoRAConfig(rank=16, alpha=32.0)
     return PipelineConfig(
