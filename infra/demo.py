@@ -135,8 +135,12 @@ def show_outcome(
     hits = [row.name for row in snapshot.stages if row.state == "hit"]
     if built:
         say(console, f"{len(built)} stages executed, {len(hits)} taken from earlier runs; {seconds:.0f} s in all")
-    else:
+    elif hits:
         say(console, f"0 stages executed: all {len(hits)} were already built by earlier runs; {seconds:.0f} s in all")
+    else:
+        say(console, f"0 stages executed; {seconds:.0f} s in all")
+    if not built and (plan := watch.plan_key()):
+        say(console, f"plan     {deployment.artifact_store}/{plan}")
     for line in gate_lines(snapshot):
         say(console, line)
     for line in addresses(watch, snapshot, deployment, page=page):

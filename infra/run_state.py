@@ -253,6 +253,11 @@ class RunWatch:
             return {}
         return entry["value"] if isinstance(entry["value"], dict) else {}
 
+    def plan_key(self) -> str | None:
+        """Where the store has the plan as a page; None before there is one."""
+        key = f"{self._folder}/plan.md"
+        return key if self._store.exists(key) else None
+
     def links(self, task_id: str) -> dict[str, str]:
         """The task's buttons in the Airflow UI: name -> address."""
         found = self.api.call("GET", f"{self._path(task_id)}/links")["extra_links"]

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from infra.airflow_api import AirflowApi, AirflowApiError
-from infra.demo import caution, follow, read_samples, reasons
+from infra.demo import Deployment, caution, follow, read_samples, reasons, show_outcome
 from infra.run_state import RunWatch
 from infra.screen import PlainScreen, gate_lines, samples_panels, summary_table
 from stages.artifacts.folder import FileStore
@@ -67,6 +67,8 @@ class Airflow:
             return 400, {"detail": "Invalid input for param alignment: 'x' is not one of\n\nFailed validating: schema"}
         if path.endswith("/taskInstances"):
             return 200, {"task_instances": [self.task(name, state) for name, state in self.tasks.items()]}
+        if "/xcomEntries/" in path:
+            return 200, {"value": {}}
         if "/logs/" in path:
             return 200, {"content": self.log}
         return 200, {"state": self.state}
@@ -330,3 +332,27 @@ def test_with_the_samples_of_a_small_model_the_screen_says_what_to_judge_it_by(
     }
     snapshot = RunWatch(client(url), store_with(tmp_path / "records", **records), RUN).snapshot()
     assert caution(snapshot).startswith("A model of 2.6 M parameters trained on 5 M tokens cannot write sentences")
+
+
+def test_a_dry_run_says_where_its_plan_is_and_does_not_speak_of_earlier_runs(
+    airflow: tuple[Airflow, str], tmp_path: Path
+) -> None:
+    fake, url = airflow
+    fake.tasks = {"resolve": "success", "plan": "success", "sft": "skipped"}
+    store = FileStore(tmp_path)
+    store.write_bytes(f"runs/{KEY}/plan.md", b"# Plan")
+    api = client(url)
+    watch = RunWatch(api, store, RUN)
+    shown = StringIO()
+    deployment = Deployment(
+        api=api,
+        artifact_store=store.root_uri,
+        airflow_url=url,
+        mlflow_url=url,
+        login="",
+        stopping="",
+        task_logs=tmp_path,
+    )
+    show_outcome(watch, watch.snapshot(), deployment, Console(file=shown, width=400), page="", seconds=3.0)
+    assert f"plan     {store.root_uri}/runs/{KEY}/plan.md" in shown.getvalue()
+    assert "0 stages executed; 3 s in all" in shown.getvalue()
