@@ -3,7 +3,7 @@
 ATHANOR_TEST_ENGINE=own, as root on Debian, installs docker.io and debootstrap with apt-get, fetches the Compose plugin
 from Debian trixie, starts dockerd on a private socket and stops it by its process id afterwards. Such a machine may be
 unable to pull images: the base image then comes from debootstrap, Postgres and S3 from infra/compose/local-images.yml.
-The directory, ATHANOR_TEST_ENGINE_DIR, is kept: it holds the build cache.
+The directory, ATHANOR_TEST_ENGINE_DIR, is kept: it holds the build cache, which is cut back after each use.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BASE_IMAGE = "athanor/debian:bookworm"
+CACHE = "8gb"
+"What is kept of images that no tag names and of the build cache; one set of images is about 6 GB."
+FREE_GB = 10
+"What one build and one run need on the disk; Ceph's monitor stops on a full one."
 
 
 class NoEngine(RuntimeError):
@@ -77,6 +81,11 @@ def _own_engine() -> Iterator[Engine]:
     _requirements()
     for name in ("data", "exec", "config/cli-plugins"):
         (root / name).mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(root).free / 1e9) < FREE_GB:
+        raise AssertionError(
+            f"{root} has {free:.1f} GB free; the images and one run need {FREE_GB}: free some, or set "
+            "ATHANOR_TEST_ENGINE_DIR to a directory on another disk"
+        )
     shutil.copy(compose_program(root / "trixie"), root / "config" / "cli-plugins" / "docker-compose")
     environment = {"DOCKER_HOST": f"unix://{root}/docker.sock", "DOCKER_CONFIG": str(root / "config")}
     engine = Engine(environment, local_images=True)
@@ -94,7 +103,10 @@ def _own_engine() -> Iterator[Engine]:
     try:
         _wait(engine, daemon, root)
         _base_image(engine, root)
-        yield engine
+        try:
+            yield engine
+        finally:
+            _prune(engine)
     finally:
         daemon.terminate()
         try:
@@ -159,6 +171,12 @@ def _wait(engine: Engine, daemon: subprocess.Popen[bytes], root: Path, seconds: 
     raise NoEngine(
         f"dockerd did not start; the end of {root}/dockerd.log:\n{(root / 'dockerd.log').read_text()[-2000:]}"
     )
+
+
+def _prune(engine: Engine) -> None:
+    """Drop the images of earlier builds and the oldest of the build cache: each commit adds about 5 GB."""
+    engine.docker("image", "prune", "--force", seconds=600)
+    engine.docker("builder", "prune", "--force", "--keep-storage", CACHE, seconds=600)
 
 
 def _mirror() -> str:
