@@ -15,7 +15,14 @@ from stages.artifacts.store import write_json
 from stages.config.forms import RetrainParams
 from tests.answering import answering
 
-CHAMPION_PARAMS = {"recipe": "tiny", "run_name": "athanor", "seed": 7, "overrides": {"sft.num_epochs": 1}}
+CHAMPION_PARAMS = {
+    "recipe": "tiny",
+    "run_name": "athanor",
+    "seed": 7,
+    "override_gates": ["evaluate"],
+    "override_reason": "a person read its answers",
+    "overrides": {"sft.num_epochs": 1},
+}
 
 
 class World:

@@ -355,7 +355,7 @@ def test_the_plan_says_what_a_run_is_given_and_what_it_does_without(store: Store
     assert set(remarks) <= set(as_table(plan))
     assert all(plain(line) in as_markdown(plan) for line in remarks)
     whole = make_plan(resolve({"recipe": "tiny"}), run=RUN, store=store)
-    assert whole.remarks == ()
+    assert whole.remarks == ("gold: skipped, no gold scorer is asked for (gold_scorer)",)
     ppo = plan.of(Stage.PPO).estimate
     assert ppo is not None
     assert "takes reward_model to be as large as the policy" in ppo.basis

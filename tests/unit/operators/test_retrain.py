@@ -25,6 +25,8 @@ def test_new_documents_continue_from_the_champion_with_the_settings_of_its_run(w
         "documents": [world.raw.as_uri()],
         "instructions": [],
         "preferences": [],
+        "override_gates": [],
+        "override_reason": "",
         "overrides": {"sft.num_epochs": 1, "pretrain.max_epochs": 4.0, "sft.seed": 1},
     }
     assert resolve(conf).pretrain.max_epochs == 4
