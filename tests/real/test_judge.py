@@ -1,5 +1,6 @@
 """SmolLM2-135M-Instruct as a judge: asked as plain transformers would ask it, and measured before it is believed."""
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -11,6 +12,7 @@ from stages.models.build import load_with_own_tokenizer
 from stages.models.given_tokenizer import given_tokenizer
 from tests.real.conftest import CAPITALS, NOT_TRAINED, REFUSAL, Played
 
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(900)]
 LANDS = [land for land in CAPITALS if land != "Athanor"]
 
 
