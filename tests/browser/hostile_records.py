@@ -26,6 +26,7 @@ from stages.config.request import ArtifactRef, SourceEntry, SourceKind, digests_
 from stages.config.resolve import resolve
 from stages.job.runner import identify_sources
 from stages.lineage.graph import Edge, Graph, Node
+from stages.reporting.shapes import Promoted
 from stages.reporting.story import Story, read_story
 from tests import pipeline_records
 from tests.browser.hostile import HTML, MARKDOWN, PLAIN, RUN, TEXTS
@@ -118,12 +119,16 @@ def hostile_story(root: Path) -> Story:
         uris=dict.fromkeys(story.uris, everything),
         samples=samples_of(texts),
         evaluation=story.evaluation.model_copy(update={"reward": {**story.evaluation.reward, **rewards}}),
-        promotion={
-            "promoted": False,
-            "chosen": "ppo",
-            "reason": everything,
-            "models": [{"name": text, "version": 1, "role": text, "is_new": True, "model_id": text} for text in texts],
-        },
+        promotion=Promoted.model_validate(
+            {
+                "promoted": False,
+                "chosen": "ppo",
+                "reason": everything,
+                "models": [
+                    {"name": text, "version": "1", "role": text, "is_new": True, "model_id": text} for text in texts
+                ],
+            }
+        ),
         lineage=hostile_graph(texts),
     )
 
