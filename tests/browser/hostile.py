@@ -132,13 +132,14 @@ class Watch:
 
 
 def _obeyed(frame: Frame) -> list[str]:
-    """Elements of the texts, and links that run or lead out."""
+    """Elements of the texts, and links that run or lead out; those to tables as base64 are the report's own."""
     try:
         return frame.evaluate(
             """outside => [
                 ...[...document.querySelectorAll('[data-planted]')].map(found => 'element ' + found.outerHTML),
                 ...[...document.querySelectorAll('a, area, form, iframe, object, img')].flatMap(found =>
                     ['href', 'xlink:href', 'action', 'src', 'data'].map(name => found.getAttribute(name) || '')
+                    .filter(value => !/^data:text\\/csv;charset=utf-8;base64,[A-Za-z0-9+\\/=]*$/.test(value))
                     .filter(value => /^\\s*(javascript|data:text|vbscript):?/i.test(value) || value.includes(outside))
                     .map(value => found.tagName + ' to ' + value.slice(0, 200)))]""",
             OUTSIDE,

@@ -98,7 +98,7 @@ def hostile_ledger(texts: Sequence[str]) -> dict[str, Any]:
 def hostile_story(root: Path) -> Story:
     """A run whose records say nothing but hostile texts, wherever a record may hold a text."""
     _, made = publish_run(root)
-    story = read_story(refs_for(Stage.REPORT, made), run_info(), title="t", max_samples=1)
+    story = read_story(refs_for(Stage.REPORT, made), run_info(), title="t", max_samples=len(TEXTS))
     texts = list(TEXTS.values())
     everything = " ".join(texts)
     changes = {
