@@ -8,15 +8,17 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import pytest
 
+from stages.config.errors import ConfigError
 from stages.config.graph import Stage
 from stages.serve import __main__ as command
 from stages.serve import chat
+from stages.serve.vllm import Listening
 from tests.places import REPOSITORY
 from tests.unit.serve.conftest import House
 
@@ -60,6 +62,15 @@ def test_a_port_that_is_taken_is_an_error_when_it_was_asked_for(
         port = taken.getsockname()[1]
         assert command.main([house.uri(Stage.SFT), "--port", str(port)]) == 2
     assert f"--port: 127.0.0.1 port {port} cannot be listened on: Address already in use" in capsys.readouterr().err
+
+
+def test_a_port_is_taken_before_the_models_are_loaded() -> None:
+    """Two servers that start at the same time: the second one is told at once, and not when its models are loaded."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        listening = Listening(port=free.getsockname()[1])
+    with command._bound(listening), pytest.raises(ConfigError, match="cannot be listened on: Address already in use"):
+        command._bound(listening)
 
 
 def test_a_chat_without_a_model_says_what_to_give(
@@ -108,6 +119,50 @@ def test_a_run_is_served_by_its_id_and_ends_on_a_signal(house: House, tmp_path: 
         assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+
+
+_STAND_IN = """#!/bin/sh
+trap 'sleep 1; echo interrupted; exit 3' INT
+trap 'sleep 1; echo terminated; exit 4' TERM
+echo "$VLLM_API_KEY"
+while :; do sleep 0.1; done
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_vllm_first_and_gives_it_the_time_it_needs(
+    house: House, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Ctrl-c reaches all processes of the terminal, a supervisor's SIGTERM ours alone."""
+    program = tmp_path / "vllm"
+    program.write_text(_STAND_IN)
+    program.chmod(0o755)
+    code = (
+        "import sys, torch\ntorch.cuda.is_available = lambda: True\n"
+        "from stages.serve.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    environment = {**os.environ, "ATHANOR_SCRATCH": str(tmp_path), "ATHANOR_VLLM": str(program)}
+    environment.pop("ATHANOR_API_KEY", None)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, house.uri(Stage.SFT)],
+        cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        told = "".join(iter(process.stdout.readline, "vLLM says below when it answers; the key is new each time\n"))
+        key = process.stdout.readline().strip()
+        assert len(key) >= 32
+        assert f'-H "Authorization: Bearer {key}"' in told
+        if number is signal.SIGINT:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        rest, _ = process.communicate(timeout=30)
+        assert (rest, process.returncode) == (("interrupted\n", 3) if number is signal.SIGINT else ("terminated\n", 4))
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.mark.slow
