@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from stages.config.errors import ConfigError
 from stages.serve.address import Address
@@ -87,10 +88,20 @@ def run_program(command: Sequence[str], environment: Mapping[str, str]) -> int:
     earlier = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     # The terminal sends ctrl-c to the program, too. A handler and not SIG_IGN, which the program would inherit.
     signal.signal(signal.SIGINT, lambda *_: None)
+    started: list[subprocess.Popen[bytes]] = []
+    asked_to_end: list[int] = []
+
+    def end(number: int, _frame: Any) -> None:
+        asked_to_end.append(number)
+        for process in started:
+            process.terminate()
+
+    signal.signal(signal.SIGTERM, end)
     try:
-        process = subprocess.Popen(command, env=environment)
-        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        status = process.wait()
+        started.append(subprocess.Popen(command, env=environment))
+        if asked_to_end:  # before there was anything to end
+            started[0].terminate()
+        status = started[0].wait()
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)

@@ -121,44 +121,61 @@ def test_a_run_is_served_by_its_id_and_ends_on_a_signal(house: House, tmp_path: 
         assert process.wait(20) == 0
 
 
-_STAND_IN = """#!/bin/sh
-trap 'sleep 1; echo interrupted; exit 3' INT
-trap 'sleep 1; echo terminated; exit 4' TERM
-echo "$VLLM_API_KEY"
-while :; do sleep 0.1; done
-"""
+def stand_in(folder: Path, text: str) -> Path:
+    """A program in place of vLLM."""
+    program = folder / "vllm"
+    program.write_text(f"#!/bin/sh\n{text}")
+    program.chmod(0o755)
+    return program
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_vllm_is_started_with_a_new_key_that_the_line_to_copy_has(
+    house: House, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = stand_in(tmp_path, 'printf %s "$VLLM_API_KEY" >"$(dirname "$0")/key"\nexit 7\n')
+    monkeypatch.delenv("ATHANOR_API_KEY", raising=False)
+    monkeypatch.setenv("ATHANOR_SCRATCH", str(tmp_path))
+    monkeypatch.setenv("ATHANOR_VLLM", str(program))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert command.main([f"sft={house.uri(Stage.SFT)}", "--port", "9000"]) == 7
+    key = (tmp_path / "key").read_text()
+    assert len(key) >= 32
+    told = capsys.readouterr().out
+    assert f'curl http://127.0.0.1:9000/v1/chat/completions -H "Authorization: Bearer {key}"' in told
+    monkeypatch.setenv("ATHANOR_API_KEY", "sesame")
+    assert command.main([f"sft={house.uri(Stage.SFT)}"]) == 7
+    assert (tmp_path / "key").read_text() == "sesame"
+    told = capsys.readouterr().out
+    assert "Bearer $ATHANOR_API_KEY" in told
+    assert "sesame" not in told
+
+
+@pytest.mark.parametrize(
+    ("number", "ended"), [(signal.SIGINT, ("interrupted\n", 3)), (signal.SIGTERM, ("terminated\n", 4))]
+)
 def test_a_signal_ends_vllm_first_and_gives_it_the_time_it_needs(
-    house: House, tmp_path: Path, number: signal.Signals
+    tmp_path: Path, number: signal.Signals, ended: tuple[str, int]
 ) -> None:
     """Ctrl-c reaches all processes of the terminal, a supervisor's SIGTERM ours alone."""
-    program = tmp_path / "vllm"
-    program.write_text(_STAND_IN)
-    program.chmod(0o755)
-    code = (
-        "import sys, torch\ntorch.cuda.is_available = lambda: True\n"
-        "from stages.serve.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+    program = stand_in(
+        tmp_path,
+        "trap 'sleep 1; echo interrupted; exit 3' INT\ntrap 'sleep 1; echo terminated; exit 4' TERM\n"
+        "echo ready\nwhile :; do sleep 0.1; done\n",
     )
-    environment = {**os.environ, "ATHANOR_SCRATCH": str(tmp_path), "ATHANOR_VLLM": str(program)}
-    environment.pop("ATHANOR_API_KEY", None)
+    code = "import os, sys; from stages.serve.vllm import run_program; sys.exit(run_program(sys.argv[1:], os.environ))"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, house.uri(Stage.SFT)],
-        cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        [sys.executable, "-c", code, str(program)],
+        cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:
         assert process.stdout is not None
-        told = "".join(iter(process.stdout.readline, "vLLM says below when it answers; the key is new each time\n"))
-        key = process.stdout.readline().strip()
-        assert len(key) >= 32
-        assert f'-H "Authorization: Bearer {key}"' in told
+        assert process.stdout.readline() == "ready\n"
         if number is signal.SIGINT:
             os.killpg(process.pid, number)
         else:
             process.send_signal(number)
         rest, _ = process.communicate(timeout=30)
-        assert (rest, process.returncode) == (("interrupted\n", 3) if number is signal.SIGINT else ("terminated\n", 4))
+        assert (rest, process.returncode) == ended
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
