@@ -202,8 +202,14 @@ def test_no_error_ends_the_thread_that_computes(served: ServedModel, monkeypatch
 
     def ask(prompt: list[int]) -> Answer:
         answer = answer_to(served, prompt, temperature=0.0)
-        emit = answer.emit
-        answer.emit = lambda piece: (emit(piece), ended.set() if piece.is_last else None)
+        kept = answer.emit
+
+        def emit(piece: Piece) -> None:
+            kept(piece)
+            if piece.is_last:
+                ended.set()
+
+        answer.emit = emit
         ended.clear()
         engine.call(lambda: worker.add([answer]))
         assert ended.wait(20)
