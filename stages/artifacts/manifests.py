@@ -111,7 +111,11 @@ def canonical_json(value: Any) -> bytes:
 def load_manifest(store: Store, key: str) -> Manifest:
     """Read the manifest of the artifact at `key`; FileNotFoundError when there is none, BadManifestError that names the
     first wrong field when it is not valid or not this artifact's."""
-    data = store.read_bytes(f"{key}/{MANIFEST}")
+    return parse_manifest(store, key, store.read_bytes(f"{key}/{MANIFEST}"))
+
+
+def parse_manifest(store: Store, key: str, data: bytes) -> Manifest:
+    """The same for the bytes of a manifest that were read already."""
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:

@@ -3,19 +3,20 @@ and all that it was made from are as they were published; signatures for what ha
 """
 
 import argparse
+import hashlib
 import logging
 import os
 import sys
 
 from stages.artifacts.addresses import open_store, split_artifact_uri
-from stages.artifacts.manifests import MANIFEST, load_manifest
+from stages.artifacts.manifests import MANIFEST, parse_manifest
 from stages.config.errors import ConfigError, StageError
 from stages.config.request import Manifest, SourceEntry
 from stages.config.text import printable
 from stages.lineage.graph import Graph, ancestors, descendants
 from stages.lineage.signatures import SIGNING_KEY, VERIFY_KEY, Signed, Signer, Verifier
 from stages.lineage.tags import is_model
-from stages.lineage.verification import Report, verify_all
+from stages.lineage.verification import Report, signature_of, verify_all
 from stages.lineage.verify_views import verify_json, verify_markdown
 from stages.lineage.views import to_json, to_markdown, to_svg
 
@@ -43,7 +44,9 @@ def main(arguments: list[str]) -> int:
             case _:
                 return _walk(options)
     except StageError as error:
-        return _fail(error)
+        return _fail(f"{error.message}\n{error.advice}")
+    except OSError as error:  # such as a manifest that this account may not read: it says nothing about the artifact
+        return _fail(f"{error}\nThe look itself failed. Make it readable for this account, and run the command again.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,13 +89,34 @@ def _walk(options: argparse.Namespace) -> int:
     render = {"markdown": to_markdown, "json": to_json, "svg": to_svg}[options.format]
     target = resolve_target(options.target)
     if options.command == "ancestors":
-        graph = ancestors([target])
+        graph = ancestors([_artifact_address(target)])
     else:
         graph = descendants(open_store(options.store or _store_of(target)), target)
     sys.stdout.write(render(graph))
     if options.command == "descendants" and options.format == "markdown":
         sys.stdout.write(printable(_registered_versions(graph)))
     return 0
+
+
+def _artifact_address(target: str) -> str:
+    """Return the target when it has the form of an address; raises ConfigError for what can name no artifact."""
+    if target.startswith("models:/"):
+        return target
+    root, _, tail = target.rstrip("/").rpartition("/artifacts/")
+    parts = tail.split("/")
+    if not root or len(parts) != 2 or not all(parts):
+        problem = "it does not end in /artifacts/<kind>/<fingerprint>"
+    else:
+        try:
+            open_store(root)
+            return target
+        except ConfigError as error:
+            problem = error.message.replace("ARTIFACT_STORE=", "")
+    raise ConfigError(
+        f"target={target!r} is no address of an artifact: {problem}; allowed: models:/<name>@<alias>, "
+        "models:/<name>/<version>, <store>/artifacts/<kind>/<fingerprint>",
+        advice="MLflow shows the address as the tag artifact.uri, and the task in Airflow as a button.",
+    )
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -105,7 +129,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _checked(target: str, trusted: list[Verifier], *, read_sources: bool = False) -> Report:
     digest = ""
-    uri = target
+    uri = _artifact_address(target)
     if target.startswith("models:/"):
         from stages.tracking.client import registered_artifact
 
@@ -138,10 +162,15 @@ def _sign(options: argparse.Namespace) -> int:
     signed = 0
     for one in report.checked:
         store, key = split_artifact_uri(one.uri)
-        manifest, data = load_manifest(store, key), store.read_bytes(f"{key}/{MANIFEST}")
-        if manifest.digest != one.digest:
-            raise ConfigError(f"{one.uri} was replaced while it was read", advice="Say it again.")
-        if one.signature.signed is Signed.UNCHECKED and verifier.key_id in one.signature.keys:
+        data = store.read_bytes(f"{key}/{MANIFEST}")
+        if hashlib.sha256(data).hexdigest() != one.manifest_sha256:
+            raise ConfigError(
+                f"{one.uri} was replaced while it was read",
+                advice="Run the same command again, which verifies it anew.",
+            )
+        manifest = parse_manifest(store, key, data)
+        # What a signature's file is called proves nothing, and only signing again mends a damaged one.
+        if signature_of(store, key, manifest, data, trusted=[verifier]).signed is Signed.VALID:
             continue
         signer.sign(store, manifest, data)
         signed += 1
@@ -156,8 +185,8 @@ def _say(line: str) -> None:
     sys.stderr.write(f"{printable(line)}\n")
 
 
-def _fail(error: StageError) -> int:
-    sys.stderr.write(printable(f"error: {error.message}\n{error.advice}\n"))
+def _fail(error: str) -> int:
+    sys.stderr.write(printable(f"error: {error}\n"))
     return FAILED
 
 

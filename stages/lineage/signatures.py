@@ -162,8 +162,10 @@ def check_signature(
     """Say whether one of the trusted keys signed this manifest; without trusted keys, who claims to have."""
     trusted = list(trusted)
     covered = hashlib.sha256(manifest_data).hexdigest()
-    names = [name.rpartition("/")[2] for name in store.list(f"{key}/{SIGNATURES}")]
-    claims = [name.removesuffix(".json").partition("-") for name in names if name.endswith(".json")]
+    # Those of a folder in it are no signatures: they are not where a signature is read.
+    listed = (name.removeprefix(f"{key}/{SIGNATURES}/") for name in store.list(f"{key}/{SIGNATURES}"))
+    names = [name for name in listed if name.endswith(".json") and "/" not in name]
+    claims = [name.removesuffix(".json").partition("-") for name in names]
     ours = tuple(sorted(key_id for digest, _, key_id in claims if digest == covered))
     if not trusted:
         return SignatureFinding(Signed.UNCHECKED if ours else Signed.UNSIGNED, ours)

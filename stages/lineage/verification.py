@@ -5,6 +5,7 @@ place, their fingerprint, what their descendants say of them and, given a public
 not end the walk, so that one look tells all.
 """
 
+import hashlib
 import logging
 import tempfile
 from collections.abc import Callable, Iterable
@@ -17,7 +18,7 @@ from stages.artifacts.manifests import (
     MANIFEST,
     content_digest,
     hash_file,
-    load_manifest,
+    parse_manifest,
     recorded_fingerprints,
     unlisted,
     unlisted_files,
@@ -49,6 +50,8 @@ class Checked:
     num_bytes: int
     signature: SignatureFinding
     problems: tuple[str, ...] = ()
+    manifest_sha256: str = ""
+    """Of the manifest's bytes, of which the digest covers the files alone."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,16 @@ class _Expected:
     by: str = ""
 
 
+@dataclass(frozen=True)
+class _Read:
+    """A manifest, and the bytes that it was read from: all that is said of it is of the same bytes."""
+
+    store: Store
+    key: str
+    manifest: Manifest
+    data: bytes
+
+
 def verify_all(
     uri: str,
     *,
@@ -111,7 +124,7 @@ def verify_all(
     report = Report(uri, tuple(verifier.key_id for verifier in trusted))
     waiting = [_Expected(uri.rstrip("/"), digest, registered_as)]
     expectations: dict[str, list[_Expected]] = {}
-    manifests: dict[str, tuple[Store, str, Manifest] | Checked] = {}
+    manifests: dict[str, _Read | Checked] = {}
     while waiting:  # first all manifests: one artifact may be an ancestor on several ways, with what each says of it
         expected = waiting.pop(0)
         expectations.setdefault(expected.uri, []).append(expected)
@@ -120,15 +133,15 @@ def verify_all(
         found = _manifest_at(expected.uri)
         manifests[expected.uri] = found
         if not isinstance(found, Checked):
-            waiting += [_expected(entry, expected.uri) for entry in found[2].inputs]
+            waiting += [_expected(entry, expected.uri) for entry in found.manifest.inputs]
     sources: dict[SourceEntry, Manifest] = {}
     for place, found in manifests.items():
         if isinstance(found, Checked):
             report.checked.append(found)
             continue
-        store, key, manifest = found
+        manifest = found.manifest
         progress(f"{manifest.kind} {manifest.fingerprint[:12]}: {len(manifest.files)} files")
-        report.checked.append(_checked(store, key, manifest, place, expectations[place], trusted))
+        report.checked.append(_checked(found, place, expectations[place], trusted))
         sources |= {source: manifest for source in manifest.sources if source not in sources}
     report.outside += [_outside(source, manifest, again) for source, manifest in sources.items()]
     return report
@@ -138,10 +151,11 @@ def _expected(entry: InputEntry, child: str) -> _Expected:
     return _Expected(entry.uri.rstrip("/"), entry.digest, child)
 
 
-def _manifest_at(uri: str) -> tuple[Store, str, Manifest] | Checked:
+def _manifest_at(uri: str) -> _Read | Checked:
     try:
         store, key = split_artifact_uri(uri)
-        return store, key, load_manifest(store, key)
+        data = store.read_bytes(f"{key}/{MANIFEST}")
+        return _Read(store, key, parse_manifest(store, key, data), data)
     except FileNotFoundError:
         problem = f"{MANIFEST} is missing: the artifact was removed, or was never complete"
     except _FINDINGS as error:
@@ -151,19 +165,9 @@ def _manifest_at(uri: str) -> tuple[Store, str, Manifest] | Checked:
     return Checked(uri, kind, fingerprint, "", 0, 0, SignatureFinding(Signed.UNSIGNED), (problem,))
 
 
-def _checked(
-    store: Store,
-    key: str,
-    manifest: Manifest,
-    uri: str,
-    expectations: Iterable[_Expected],
-    trusted: tuple[Verifier, ...],
-) -> Checked:
-    try:
-        signature = check_signature(store, key, manifest, store.read_bytes(f"{key}/{MANIFEST}"), trusted=trusted)
-    except _FINDINGS as error:  # such as a link in place of a signature
-        logger.warning("a signature cannot be read: %s", error.message)
-        signature = SignatureFinding(Signed.WRONG)
+def _checked(read: _Read, uri: str, expectations: Iterable[_Expected], trusted: tuple[Verifier, ...]) -> Checked:
+    store, key, manifest = read.store, read.key, read.manifest
+    signature = signature_of(store, key, manifest, read.data, trusted=trusted)
     problems = [
         *_problems_of_record(store, manifest),
         *_disagreements(manifest, expectations),
@@ -179,7 +183,19 @@ def _checked(
         num_bytes=sum(entry.size for entry in manifest.files),
         signature=signature,
         problems=tuple(problems),
+        manifest_sha256=hashlib.sha256(read.data).hexdigest(),
     )
+
+
+def signature_of(
+    store: Store, key: str, manifest: Manifest, data: bytes, *, trusted: Iterable[Verifier]
+) -> SignatureFinding:
+    """What the signatures next to a manifest say; one that cannot be read is a wrong one."""
+    try:
+        return check_signature(store, key, manifest, data, trusted=trusted)
+    except (*_FINDINGS, FileNotFoundError) as error:  # such as a link or a folder in place of a signature
+        logger.warning("a signature cannot be read: %s", error)
+        return SignatureFinding(Signed.WRONG)
 
 
 def _problems_of_record(store: Store, manifest: Manifest) -> list[str]:

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.artifacts.manifests import fetch, read_manifest
+from stages.artifacts.manifests import MANIFEST, fetch, read_manifest
 from stages.config.errors import ConfigError
 from stages.config.graph import kinds_of_start, spec_of_kind, trained_stages
 from stages.config.places import GGUF
@@ -78,9 +78,19 @@ def find_model(address: str, *, also_given: bool = False) -> Found:
 
 def is_artifact_address(address: str) -> bool:
     """Whether an address can only be that of a registered model or an artifact, and of no model from elsewhere."""
-    if address.startswith(("models:", "s3://")) or "/artifacts/" in address:
-        return not address.lower().endswith(GGUF)
-    return False
+    if address.lower().endswith(GGUF):
+        return False
+    if address.startswith(("models:", "s3://")):
+        return True
+    return "/artifacts/" in address and not _is_plain_folder(Path(os.path.expanduser(address)))
+
+
+def _is_plain_folder(path: Path) -> bool:
+    """Whether it is a folder that only happens to lie below one called `artifacts`; an artifact without its manifest
+    was removed or is not complete, and is not read as a model from elsewhere."""
+    if not path.is_dir() or (path / MANIFEST).is_file():
+        return False
+    return path.parent.parent.name != "artifacts" or spec_of_kind(path.parent.name) is None
 
 
 def _artifact_uri(address: str) -> str:

@@ -120,15 +120,16 @@ def decision(evidence: Evidence, hidden: Hidden) -> str:
     decided = evidence.promotion
     if decided is None or not evidence.role:
         return ""
-    if decided.chosen != evidence.role:
+    role = evidence.own_role  # a later run may have measured it as its champion
+    if decided.chosen != role:
         chosen = f"; {label_of(decided.chosen)} was proposed" if decided.chosen else ""
         return f"It was not proposed as champion{plain(chosen)}."
     verdict = "It became champion" if decided.promoted else "It did not become champion"
     parts = [f"{verdict}: {plain(hidden(decided.reason), at_most=1000)}"]
     known = {spec.role for spec in trained_stages()} | {CHAMPION_ROLE, ""}
-    own = [ruling for ruling in decided.rulings if ruling.role == evidence.role and ruling.opponent in known]
+    own = [ruling for ruling in decided.rulings if ruling.role == role and ruling.opponent in known]
     if own:
-        rows = [row for row in decision_rows(decided.decision) if row[0] == label_of(evidence.role)]
+        rows = [row for row in decision_rows(decided.decision) if row[0] == label_of(role)]
         parts.append(table(HEAD, [[plain(cell) for cell in row] for row in rows]))
     return "\n\n".join(parts)
 

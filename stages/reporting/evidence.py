@@ -15,7 +15,7 @@ from stages.artifacts.addresses import split_artifact_uri
 from stages.artifacts.manifests import MANIFEST, load_manifest, read_file, read_manifest
 from stages.artifacts.store import Store
 from stages.config.errors import DamagedArtifactError, StageError
-from stages.config.graph import GRAPH, Stage
+from stages.config.graph import GRAPH, Stage, spec_of_kind
 from stages.config.records import first_error, parse_object
 from stages.config.request import ArtifactRef, Manifest
 from stages.lineage.graph import ancestors
@@ -37,7 +37,8 @@ class Evidence:
     missing: str = ""
     """Why `family` is not complete; empty when it is."""
     evaluation: Manifest | None = None
-    """The newest evaluation that measured exactly this model."""
+    """The newest evaluation that measured exactly this model in the role that it was made for; later runs measure it
+    as their champion or as the model that they start from, and that counts only where there is no other."""
     judged: Evaluated = field(default_factory=Evaluated)
     promotion: Promoted | None = None
     gates: Mapping[str, GateFound] = field(default_factory=dict)
@@ -52,10 +53,15 @@ class Evidence:
         return self.family[-1]
 
     @property
+    def own_role(self) -> str:
+        """The role that the model was made for; empty for what no stage makes."""
+        return _own_role(self.model)
+
+    @property
     def role(self) -> str:
-        """Under which the evaluation measured the model; empty when it did not."""
-        entries = self.evaluation.inputs if self.evaluation else ()
-        return next((entry.role for entry in entries if entry.digest == self.model.digest), "")
+        """Under which the evaluation measured the model, its own one first; empty when it did not."""
+        roles = _roles_of(self.model, self.evaluation) if self.evaluation else []
+        return self.own_role if self.own_role in roles else next(iter(roles), "")
 
 
 def evidence_of(
@@ -70,7 +76,8 @@ def evidence_of(
     model = read_manifest(ref)
     family, missing = family_of(ref.uri, model)
     evaluation = evaluation or _newest(store, Stage.EVALUATE, model)
-    decided = None if promotion is not None else _newest(store, Stage.PROMOTE, model)
+    # A decision is about the models of its run, never about the champion that they were compared with.
+    decided = None if promotion is not None else _newest(store, Stage.PROMOTE, model, in_other_roles=False)
     measured = _quietly(lambda: read_manifest(evaluation)) if evaluation else None
     run_id = run_id or str(model.execution.get("run_id", ""))
     return Evidence(
@@ -100,20 +107,34 @@ def family_of(uri: str, model: Manifest) -> tuple[list[Manifest], str]:
     return [*family, model], ""
 
 
-def _newest(store: Store, stage: Stage, model: Manifest) -> ArtifactRef | None:
-    """The newest artifact of a closing stage that had exactly this model as an input."""
+def _own_role(model: Manifest) -> str:
+    spec = spec_of_kind(model.kind)
+    return spec.role if spec else ""
+
+
+def _roles_of(model: Manifest, closing: Manifest) -> list[str]:
+    """The roles in which an artifact of a closing stage had exactly this model as an input."""
+    return [entry.role for entry in closing.inputs if entry.digest == model.digest]
+
+
+def _newest(store: Store, stage: Stage, model: Manifest, *, in_other_roles: bool = True) -> ArtifactRef | None:
+    """The newest artifact of a closing stage that had exactly this model as an input: in its own role, or else in
+    another one."""
     kind = GRAPH[stage].kind
     keys = [key for key in store.list(f"artifacts/{kind}") if key.endswith(f"/{MANIFEST}") and key.count("/") == 3]
-    found: list[tuple[str, ArtifactRef]] = []
+    own_role = _own_role(model)
+    found: list[tuple[bool, str, ArtifactRef]] = []
     for key in keys:
         try:
             manifest = load_manifest(store, key.removesuffix(f"/{MANIFEST}"))
         except (DamagedArtifactError, FileNotFoundError) as error:
             logger.warning("%s is left out of the card: %s", kind, error)
             continue
-        if any(entry.digest == model.digest for entry in manifest.inputs):
-            found.append((manifest.created_at, manifest.ref(f"{store.root_uri}/{key.removesuffix(f'/{MANIFEST}')}")))
-    return max(found, key=lambda one: one[0])[1] if found else None
+        roles = _roles_of(model, manifest)
+        if own_role in roles or (roles and in_other_roles):
+            ref = manifest.ref(f"{store.root_uri}/{key.removesuffix(f'/{MANIFEST}')}")
+            found.append((own_role in roles, manifest.created_at, ref))
+    return max(found, key=lambda one: one[:2])[2] if found else None
 
 
 def _record(ref: ArtifactRef | None, name: str, shape: TypeAdapter[Any]) -> Any:

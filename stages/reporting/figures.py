@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,4 +78,6 @@ def _csv(head: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> s
 def _harmless(cell: str | float) -> str:
     if isinstance(cell, str):
         return f"'{cell}" if _FORMULA.match(cell) else cell
+    if not math.isfinite(cell):  # of a step that training skipped and still logged
+        return str(cell)
     return repr(float(cell)) if cell != int(cell) else str(int(cell))

@@ -9,17 +9,25 @@ import os
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.config.errors import ConfigError, StageError
 from stages.config.text import compact, duration, printable
 from stages.serve.address import Address, parse_addresses
-from stages.serve.vllm import Listening, choose_vllm, vllm_command, vllm_environment, vllm_program
+from stages.serve.vllm import (
+    LOOPBACK,
+    Listening,
+    choose_vllm,
+    run_program,
+    vllm_command,
+    vllm_environment,
+    vllm_program,
+)
 
 if TYPE_CHECKING:
     from stages.serve.app import Server
@@ -30,7 +38,6 @@ logger = logging.getLogger("stages.serve")
 API_KEY = "ATHANOR_API_KEY"
 _PORT = 8000
 _PORTS_TRIED = 20
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _EXAMPLES = f"""examples:
   python -m stages.serve models:/athanor-aligned@champion
   python -m stages.serve --run manual__2026-01-31T12:00:00+00:00
@@ -74,11 +81,13 @@ def _parser() -> argparse.ArgumentParser:
         "NAME is what clients call it",
     )
     parser.add_argument("--run", default="", metavar="RUN", help="all models of a run: its run id, or its run name")
-    parser.add_argument("--host", default=_LOOPBACK[0], help="address to listen on; other machines only with a key")
+    parser.add_argument("--host", default=LOOPBACK[0], help="address to listen on; other machines only with a key")
     parser.add_argument(
         "--port", type=int, default=0, help=f"default: {_PORT}, or the next free one; fails when a given one is taken"
     )
-    parser.add_argument("--backend", default="auto", help="auto, own or vllm; auto is vllm for one model where it runs")
+    parser.add_argument(
+        "--backend", default="auto", help="auto, own or vllm; auto is vllm for one model on loopback, where it runs"
+    )
     parser.add_argument("--dtype", default="auto", help="format of the weights: auto, float32, bfloat16, float16")
     parser.add_argument("--context", type=int, default=0, metavar="TOKENS", help="limit prompt and answer together")
     parser.add_argument("--threads", type=int, default=0, help="default: one a core; one in all for small models")
@@ -95,14 +104,15 @@ def serve(options: argparse.Namespace) -> int:
         import torch  # what can be refused without is refused within a second
 
         program = vllm_program() if options.backend in ("auto", "vllm") else ""
-        if choose_vllm(options.backend, addresses, has_gpu=torch.cuda.is_available(), program=program):
+        has_gpu = torch.cuda.is_available()
+        if choose_vllm(options.backend, addresses, has_gpu=has_gpu, program=program, host=listening.host):
             return _run_vllm(program, addresses[0], cache, listening, options)
         return _run_own(addresses, cache, listening, options)
 
 
 def _listening(options: argparse.Namespace) -> Listening:
     key = os.environ.get(API_KEY, "")
-    if options.host not in _LOOPBACK and not key:
+    if options.host not in LOOPBACK and not key:
         raise ConfigError(
             f"--host={options.host} opens the server to other machines, and there is no key",
             advice=f"Set {API_KEY} to a secret that clients send as their API key, or leave --host out.",
@@ -156,14 +166,20 @@ def _cache() -> Iterator[Path]:
 def _run_vllm(program: str, address: Address, cache: Path, listening: Listening, options: argparse.Namespace) -> int:
     from stages.serve.loading import model_files
 
-    listening = Listening(listening.host, listening.port or _PORT, listening.api_key)
+    given_key = listening.api_key
+    listening = replace(listening, port=listening.port or _PORT).with_key()
     folder = model_files(address, cache).folder
     command = vllm_command(
         program, address, folder, listening=listening, dtype=options.dtype, context_length=options.context
     )
-    logger.info("vLLM serves %s: %s", address.name, " ".join(command))
+    logger.info("vLLM serves %s: %s", printable(address.name), printable(" ".join(command)))
+    key = f"${API_KEY}" if given_key else listening.api_key
+    _say(
+        _curl(_url(listening.host, listening.port), address.name, key)
+        + f"vLLM says below when it answers; the key is {f'that of {API_KEY}' if given_key else 'new each time'}\n"
+    )
     # Not exec: files in the scratch folder are locked as long as this process lives.
-    return subprocess.call(command, env=vllm_environment(listening))
+    return run_program(command, vllm_environment(listening))
 
 
 def _run_own(addresses: list[Address], cache: Path, listening: Listening, options: argparse.Namespace) -> int:
@@ -192,7 +208,7 @@ def _run_own(addresses: list[Address], cache: Path, listening: Listening, option
     largest = max(_size(worker.served) for worker in workers)
     if (threads := use_threads(largest, options.threads)) > 1 and device.type == "cpu":
         logger.info("%d threads", threads)
-    access = Access(listening.api_key, loopback_only=listening.host in _LOOPBACK)
+    access = Access(listening.api_key, loopback_only=listening.is_loopback)
     server = Server(Engine(workers), access=access, title=options.run)
     return asyncio.run(_until_stopped(server, port, addresses[0].name, listening))
 
@@ -210,6 +226,8 @@ def _bound(listening: Listening) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             bound.bind((listening.host, port))
+            # At once: SO_REUSEADDR lets a second server bind the port of one that does not listen yet.
+            bound.listen(128)
             return bound
         except OSError as error:
             bound.close()
@@ -243,18 +261,28 @@ async def _until_stopped(server: "Server", bound: socket.socket, model: str, lis
 
 
 def _say_where(bound: socket.socket, model: str, listening: Listening) -> None:
-    host, port = bound.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    key = f' -H "Authorization: Bearer ${API_KEY}"' if listening.api_key else ""
+    url = _url(*bound.getsockname()[:2])
+    key = f"${API_KEY}" if listening.api_key else ""
+    _say(f"\npage  {url}/\n{_curl(url, model, key)}stop with ctrl-c\n")
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _curl(url: str, model: str, key: str) -> str:
+    """Where the API is, and a line to copy."""
+    sent = f' -H "Authorization: Bearer {key}"' if key else ""
     asked = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
-    sys.stdout.write(
-        printable(
-            f"\npage  {url}/\nAPI   {url}/v1   (OpenAI's; model {model!r})\n"
-            f"      curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"
-            f"        -d {shlex.quote(asked)}\n"
-            "stop with ctrl-c\n"
-        )
+    return (
+        f"API   {url}/v1   (OpenAI's; model {model!r})\n"
+        f"      curl {url}/v1/chat/completions{sent} -H 'Content-Type: application/json' \\\n"
+        f"        -d {shlex.quote(asked)}\n"
     )
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(printable(text))
     sys.stdout.flush()
 
 

@@ -116,14 +116,32 @@ class Server:
         return web.Response(text=text, content_type=kind, charset="utf-8", headers=_HEADERS)
 
     async def _health(self, _: web.Request) -> web.StreamResponse:
-        return web.json_response({"status": "ok", "answers": {name: self._open[name] for name in self.engine.workers}})
+        # Without a key, so it tells neither names nor load.
+        if not self.engine.is_running:
+            message = "the thread that computes has ended; start the server again"
+            raise RequestError(message, status=503, kind="server_error")
+        return web.json_response({"status": "ok"})
 
     async def _models(self, _: web.Request) -> web.StreamResponse:
-        data = [_described(worker) for worker in self.engine.workers.values()]
+        data = [self._described(worker) for worker in self.engine.workers.values()]
         return web.json_response({"object": "list", "data": data, "title": self._title})
 
     async def _model(self, request: web.Request) -> web.StreamResponse:
-        return web.json_response(_described(self._worker(request.match_info["name"])))
+        return web.json_response(self._described(self._worker(request.match_info["name"])))
+
+    def _described(self, worker: Worker) -> dict[str, Any]:
+        served = worker.served
+        return {
+            "id": served.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "athanor",
+            "max_model_len": served.context_length,
+            "kind": served.kind or None,
+            "digest": served.digest or None,
+            "has_chat_template": served.has_own_template,
+            "open_answers": self._open[served.name],
+        }
 
     def _worker(self, name: str) -> Worker:
         workers = self.engine.workers
@@ -298,17 +316,3 @@ async def _read(request: web.Request, kind: Kind) -> Any:
 def _refused(error: RequestError) -> web.Response:
     headers = {"Retry-After": "1"} if error.status == 429 else {}
     return web.json_response(error.body(), status=error.status, headers=headers)
-
-
-def _described(worker: Worker) -> dict[str, Any]:
-    served = worker.served
-    return {
-        "id": served.name,
-        "object": "model",
-        "created": 0,
-        "owned_by": "athanor",
-        "max_model_len": served.context_length,
-        "kind": served.kind or None,
-        "digest": served.digest or None,
-        "has_chat_template": served.has_own_template,
-    }

@@ -62,10 +62,10 @@ def completion_prompts(served: ServedModel, asked: CompletionAsked) -> list[Prom
         if isinstance(given, str):
             prompts.append(Prompt(_encoded(served, given), given))
             continue
-        ids = np.asarray(given, dtype=np.int64)
         rows = served.model.get_input_embeddings().weight.shape[0]
-        if ids.max() >= rows:
-            raise RequestError(f"prompt holds the token {ids.max()}; the model has {rows}", param="prompt")
+        if (largest := max(given)) >= rows:  # before numpy sees it, which has no integers of more than 64 bits
+            raise RequestError(f"prompt holds the token {str(largest)[:80]}; the model has {rows}", param="prompt")
+        ids = np.asarray(given, dtype=np.int64)
         prompts.append(Prompt(ids, served.tokenizer.backend.decode(given, skip_special_tokens=False)))
     return prompts
 

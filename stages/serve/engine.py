@@ -78,10 +78,12 @@ class Worker:
         return True
 
     def _enter(self, group: Group) -> None:
-        if self._groups and self._shares and can_join(self._groups[0], group):
-            self._groups[0].join(group)
-        else:
+        if not (self._groups and self._shares and can_join(self._groups[0], group)):
             self._groups.append(group)
+            return
+        first = self._groups[0]
+        if self._guarded([*first.answers, *group.answers], lambda: first.join(group)) is _END:
+            del self._groups[0]  # some of its layers have the new rows and others do not
 
     def _guarded(self, answers: list[Answer], work: Callable[[], Any]) -> Any:
         """Return what `work` returns; when it fails, the answers end with the reason and the result is no group."""
@@ -126,6 +128,11 @@ class Engine:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether answers can be written at all."""
+        return self._thread.is_alive()
+
     def stop(self) -> None:
         """End all answers, and the thread after the step that it is in."""
         self._calls.put(None)
@@ -163,4 +170,14 @@ class Engine:
             worked = True
 
     def _turn(self) -> bool:
-        return any([worker.turn() for worker in self.workers.values()])
+        return any([_turned(worker) for worker in self.workers.values()])
+
+
+def _turned(worker: Worker) -> bool:
+    """A turn of one model. Without this thread every later request would wait for ever, so it survives any error."""
+    try:
+        return worker.turn()
+    except Exception as error:  # told to whoever asked
+        logger.exception("%s failed between two steps", worker.served.name)
+        worker.fail_all(f"the model {worker.served.name} failed: {type(error).__name__}: {str(error)[:300]}")
+        return False  # nothing is left to do

@@ -24,9 +24,10 @@ function say(problem) {
 
 async function problemOf(response) {
   try {
-    return (await response.json()).error.message;
+    const { message, code } = (await response.json()).error;
+    return { message, code };
   } catch {
-    return `the server answered ${response.status}`;
+    return { message: `the server answered ${response.status}`, code: null };
   }
 }
 
@@ -39,7 +40,7 @@ async function loadModels() {
     return;
   }
   if (!response.ok) {
-    say(await problemOf(response));
+    say((await problemOf(response)).message);
     return;
   }
   const found = await response.json();
@@ -87,6 +88,22 @@ function settings() {
   return wanted;
 }
 
+// The response to a question. Where the wished length does not fit into a small model's context, the answer may fill it.
+async function answered(body, signal) {
+  const send = (asked) =>
+    fetch("v1/chat/completions", { method: "POST", headers: headers(), body: JSON.stringify(asked), signal });
+  let response = await send(body);
+  if (response.ok) return response;
+  let problem = await problemOf(response);
+  if (problem.code === "context_length_exceeded") {
+    const { max_tokens, ...rest } = body;
+    response = await send(rest);
+    if (response.ok) return response;
+    problem = await problemOf(response);
+  }
+  throw new Error(problem.message);
+}
+
 async function ask(one, question, signal) {
   const system = element("system").value.trim();
   const earlier = one.messages.slice();
@@ -106,9 +123,7 @@ async function ask(one, question, signal) {
   let text = "";
   try {
     const body = { model: one.id, messages, stream: true, stream_options: { include_usage: true }, ...settings() };
-    const response = await fetch("v1/chat/completions", { method: "POST", headers: headers(), body: JSON.stringify(body), signal });
-    if (!response.ok) throw new Error(await problemOf(response));
-    for await (const event of events(response)) {
+    for await (const event of events(await answered(body, signal))) {
       if (event.error) throw new Error(event.error.message);
       if (event.usage) usage = event.usage;
       const choice = event.choices[0];

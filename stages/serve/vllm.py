@@ -5,16 +5,21 @@ libraries than ours, so it lives in an environment of its own and is started as 
 """
 
 import os
+import secrets
 import shutil
+import signal
+import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from stages.config.errors import ConfigError
 from stages.serve.address import Address
 
 PROGRAM = "ATHANOR_VLLM"
 """Environment variable: where the program `vllm` is; empty = the one on PATH."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,14 @@ class Listening:
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str = ""
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in LOOPBACK
+
+    def with_key(self) -> "Listening":
+        """The same with a random key where there is none."""
+        return self if self.api_key else replace(self, api_key=secrets.token_urlsafe(24))
 
 
 def vllm_program(environment: Mapping[str, str] = os.environ) -> str:
@@ -55,21 +68,52 @@ def vllm_command(
         dtype,
         "--generation-config",
         "vllm",  # temperature 1 unless the client says otherwise, as in our own server
+        "--allowed-origins",
+        "[]",  # its default lets every web page that a browser on this machine has open read the answers
     ]
     return [*command, "--max-model-len", str(context_length)] if context_length else command
 
 
 def vllm_environment(listening: Listening, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Offline, because the folder is complete; with the key where there is one."""
+    """Offline, because the folder is complete; with the key that clients must send."""
     ours = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     # our Python's settings must not reach into vLLM's own environment
     kept = {name: value for name, value in environment.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     return {**kept, **ours, **({"VLLM_API_KEY": listening.api_key} if listening.api_key else {})}
 
 
-def choose_vllm(backend: str, addresses: Sequence[Address], *, has_gpu: bool, program: str) -> bool:
+def run_program(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a server until it ends, and return its exit status; it gets every signal that asks it to end, and the time
+    that it needs for that."""
+    earlier = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # The terminal sends ctrl-c to the program, too. A handler and not SIG_IGN, which the program would inherit.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    started: list[subprocess.Popen[bytes]] = []
+    asked_to_end: list[int] = []
+
+    def end(number: int, _frame: Any) -> None:
+        asked_to_end.append(number)
+        for process in started:
+            process.terminate()
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        started.append(subprocess.Popen(command, env=environment))
+        if asked_to_end:  # before there was anything to end
+            started[0].terminate()
+        status = started[0].wait()
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status  # as a shell spells the signal that ended it
+
+
+def choose_vllm(
+    backend: str, addresses: Sequence[Address], *, has_gpu: bool, program: str, host: str = LOOPBACK[0]
+) -> bool:
     """Whether vLLM serves; raises ConfigError when it was asked for and cannot."""
-    if backend == "own" or (backend == "auto" and (len(addresses) > 1 or not has_gpu or not program)):
+    can = len(addresses) == 1 and has_gpu and program and host in LOOPBACK
+    if backend == "own" or (backend == "auto" and not can):
         return False
     if backend not in ("auto", "vllm"):
         raise ConfigError(
@@ -79,6 +123,12 @@ def choose_vllm(backend: str, addresses: Sequence[Address], *, has_gpu: bool, pr
         raise ConfigError(
             f"--backend=vllm serves one model, and {len(addresses)} were given",
             advice="Start one server for each model on its own --port, or leave --backend out.",
+        )
+    if host not in LOOPBACK:
+        raise ConfigError(
+            f"--backend=vllm with --host={host}: vLLM's key guards /v1 alone, and not /invocations, /tokenize and "
+            "others, which answer everyone who reaches the port; allowed: loopback",
+            advice="Leave --host out and put a proxy in front that lets /v1 alone through, or use --backend own.",
         )
     if not program:
         raise ConfigError(

@@ -155,18 +155,33 @@ def test_stop_ends_the_answers_and_frees_the_server(seen: Watch, models: list[Se
             page.locator("#send:enabled").wait_for()
             assert page.locator(".assistant").text_content()
             page.wait_for_timeout(500)
-            assert httpx.get(f"{url}/health").json()["answers"] == {"pretrain": 0}
+            assert httpx.get(f"{url}/v1/models/pretrain").json()["open_answers"] == 0
     finally:
         hook.remove()
+
+
+def test_a_length_that_does_not_fit_into_a_small_model_is_what_it_has_room_for(
+    seen: Watch, models: list[ServedModel]
+) -> None:
+    """The page asks for 128 tokens unless told otherwise, and the models of the smallest recipe read and write 128."""
+    small = replace(models[0], end_ids=frozenset())
+    with serving([small]) as url:
+        seen.open(url)
+        settled(seen.page, length=128)
+        ask(seen.page, "sort?")
+        assert seen.page.locator(".failed").count() == 0
+        prompt = len(small.chat.encode_prompt([{"role": "user", "content": "sort?"}]))
+        measured = seen.page.locator(".measured").text_content() or ""
+        assert f"{64 - prompt} tokens" in measured
+        assert "cut at its longest" in measured
 
 
 def test_a_problem_is_said_where_the_answer_would_be(seen: Watch, models: list[ServedModel]) -> None:
     with serving(models[:1]) as url:
         seen.open(url)
-        settled(seen.page, length=60)
-        ask(seen.page, "sort?")
+        settled(seen.page)
+        ask(seen.page, "sort? " * 90)
         assert "reads and writes at most 64" in (seen.page.locator(".failed").text_content() or "")
-        seen.page.get_by_label("Answer, tokens at most").fill("6")
         ask(seen.page, "sort?")
         assert answers(seen.page)[0][1] == said(url, "pretrain", "sort?"), "what failed is no part of the conversation"
 

@@ -324,6 +324,100 @@ def test_damaged_artifacts_are_not_signed(
     assert not list(root.rglob("signatures"))
 
 
+def test_signing_again_mends_what_only_has_the_name_of_a_signature(
+    store: Store, root: Path, keys: Keys, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = signed(store, keys)
+    next((folder_of(root, "base-model") / "signatures").iterdir()).write_bytes(b"{}")
+    assert not verify_all(uri, trusted=[keys.verifier]).is_intact
+    capsys.readouterr()
+    signed(store, keys)
+    assert "1 of 6 artifacts signed" in capsys.readouterr().out
+    report = verify_all(uri, trusted=[keys.verifier])
+    assert report.is_intact, problems(report)
+
+
+def test_a_manifest_that_changes_after_it_was_verified_is_not_signed(
+    store: Store, root: Path, keys: Keys, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where its digest, which covers the files alone, stays the same."""
+    from stages.lineage import __main__ as command
+
+    def verified_and_then_improved(*args: Any, **options: Any) -> Report:
+        report = verify_all(*args, **options)
+        rewrite(folder_of(root, "base-model"), lambda manifest: manifest["metrics"].update(cheated=1.0))
+        return report
+
+    monkeypatch.setattr(command, "verify_all", verified_and_then_improved)
+    assert main(["sign", uri_of(store, "base-model"), "--key", str(keys.private)]) == 2
+    assert "was replaced while it was read" in capsys.readouterr().err
+    assert not list((folder_of(root, "base-model")).rglob("signatures/*"))
+
+
+def test_a_signature_in_a_folder_of_its_own_is_none(store: Store, root: Path, keys: Keys) -> None:
+    uri = signed(store, keys, "base-model")
+    envelope = next((folder_of(root, "base-model") / "signatures").iterdir())
+    elsewhere = envelope.parent / "old"
+    elsewhere.mkdir()
+    envelope.rename(elsewhere / envelope.name)
+    report = verify_all(uri, trusted=[keys.verifier])
+    assert report.checked[0].signature.signed is Signed.UNSIGNED
+    assert f"signatures/old/{envelope.name} is not in the manifest" in problems(report)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/tmp",
+        "ppo-model",
+        "models:ppo",
+        "s3://bucket/model",
+        "file:///store/artifacts/ppo-model",
+        "file:///store/artifacts/ppo-model/abc/model.safetensors",
+        "/store/artifacts/ppo-model/abc",
+        "https://host/artifacts/ppo-model/abc",
+    ],
+)
+@pytest.mark.parametrize("command", ["verify", "ancestors"])
+def test_what_can_name_no_artifact_is_a_mistake_and_no_finding(
+    command: str, target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, target]) == 2
+    shown = capsys.readouterr()
+    assert f"error: target={target!r} is no address of an artifact" in shown.err
+    assert "<store>/artifacts/<kind>/<fingerprint>" in shown.err
+    assert "ARTIFACT_STORE" not in shown.err
+    assert shown.out == ""
+
+
+def test_a_manifest_that_may_not_be_read_says_nothing_about_the_artifact(
+    store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(self: FileStore, key: str) -> bytes:
+        raise PermissionError(13, "Permission denied", key)
+
+    uri = uri_of(store, "sft-model")
+    monkeypatch.setattr(FileStore, "read_bytes", forbidden)
+    assert main(["verify", uri]) == 2
+    assert "Permission denied" in capsys.readouterr().err
+
+
+def test_a_registered_model_is_verified_down_to_its_raw_data_and_against_its_registration(
+    store: Store, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages.tracking.client import RegisteredArtifact
+
+    uri = uri_of(store, "ppo-model")
+    before = read_manifest(uri).digest
+    monkeypatch.setattr("stages.tracking.client.registered_artifact", lambda _: RegisteredArtifact(uri, before))
+    assert main(["verify", "models:/demo-aligned@champion"]) == 0
+    assert capsys.readouterr().out.count("| intact |") == 6
+    forge_weights(folder_of(root, "ppo-model"))
+    assert main(["verify", "models:/demo-aligned@champion"]) == 1
+    told = capsys.readouterr().out.replace("\\", "")  # Markdown's escapes
+    assert f"models:/demo-aligned@champion names the content {before[:12]}" in told
+
+
 @pytest.mark.parametrize("key", [ed25519.Ed25519PrivateKey.generate(), ec.generate_private_key(ec.SECP256R1())])
 def test_openssl_accepts_the_signature_without_any_code_of_ours(
     store: Store, root: Path, tmp_path: Path, key: Any

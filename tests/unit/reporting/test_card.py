@@ -18,7 +18,15 @@ from stages.reporting.evidence import Evidence, evidence_of
 from stages.reporting.licences import licences_of
 from stages.reporting.model_card import CardFacts, card_summary, model_card
 from stages.tracking.client import connect
-from tests.pipeline_records import context_for, fingerprint_of, publish_run, refs_for, request_for, run_info
+from tests.pipeline_records import (
+    context_for,
+    fingerprint_of,
+    publish_artifact,
+    publish_run,
+    refs_for,
+    request_for,
+    run_info,
+)
 from tests.unit.reporting.test_suites import DECIDED, GATE, JUDGED
 
 PARAMS = {
@@ -72,6 +80,41 @@ def test_the_card_says_whether_it_became_champion_and_by_which_numbers(world) ->
     assert "It did not become champion: there is no champion yet" in text
     assert "not held" in text
     assert "It was not proposed as champion; PPO was proposed." in card(evidence_of(made[Stage.DPO]))
+
+
+def measured_later(store: Store, made: dict[Stage, ArtifactRef], folder: Path) -> ArtifactRef:
+    """A later run's evaluation, which has the PPO model as its champion, and its decision for a model of its own."""
+    folder.mkdir()
+    numbers = json.loads(json.dumps(JUDGED))
+    for name, value in (("champion", 0.11), ("ppo", 0.99)):
+        numbers["suites"]["questions"]["roles"][name]["value"] = value
+    (folder / "metrics.json").write_text(json.dumps(numbers))
+    other = made[Stage.DPO].model_copy(update={"digest": "e" * 64})
+    inputs = {"ppo": other, "champion": made[Stage.PPO], "base_model": made[Stage.PPO]}
+    ref, _ = publish_artifact(
+        store, Stage.EVALUATE, inputs, folder, salt="later", created_at="2026-12-24T09:00:00+00:00"
+    )
+    return ref
+
+
+def test_a_champion_keeps_its_card_when_a_later_run_has_measured_it(world, tmp_path: Path) -> None:
+    store, made = world
+    gate(store, made[Stage.EVALUATE], Stage.EVALUATE, outcome="passed", override=None, checks=[])
+    before = card(evidence_of(made[Stage.PPO]))
+    assert "| evaluate | passed |" in before
+    measured_later(store, made, tmp_path / "later")
+    assert card(evidence_of(made[Stage.PPO])) == before
+
+
+def test_a_model_that_only_a_later_run_measured_has_its_numbers_as_champion(world, tmp_path: Path) -> None:
+    store, made = world
+    store.delete(f"artifacts/evaluation/{made[Stage.EVALUATE].fingerprint}/manifest.json")
+    measured_later(store, made, tmp_path / "later")
+    evidence = evidence_of(made[Stage.PPO])
+    assert evidence.role == "champion"
+    text = card(evidence)
+    assert "| questions | accuracy ↑ | 0.11 |" in text
+    assert "It did not become champion: there is no champion yet" in text
 
 
 def test_only_gates_that_looked_at_exactly_these_artifacts_are_in_the_card(world) -> None:

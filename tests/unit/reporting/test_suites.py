@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -404,6 +405,16 @@ def test_a_figure_of_many_points_shows_some_and_links_the_rest() -> None:
     assert len(linked) == 5_001
     assert linked[-1].startswith("12344,")
     assert "The file has 5,000 of them" in found.note
+
+
+def test_a_step_that_was_not_finite_is_in_the_numbers_of_its_figure() -> None:
+    """Training skips such a step, and logs it."""
+    rows = [(1.0, 2.5), (2.0, math.nan), (3.0, math.inf), (4.0, -math.inf), (5.0, None)]
+    found = figure_data("x", ("step", "loss"), rows)
+    assert found is not None
+    assert [row[1] for row in found.rows] == ["2.5", "–", "–", "–", "–"]
+    linked = base64.b64decode(found.csv.removeprefix(CSV)).decode().splitlines()
+    assert linked == ["step,loss", "1,2.5", "2,nan", "3,inf", "4,-inf", "5,"]
 
 
 def test_intervals_are_drawn_where_they_are_and_never_outside(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import threading
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from stages.models.generation import Draws, Sampling, generate
 from stages.serve import batch
 from stages.serve.answer import Answer, Choice, Piece
 from stages.serve.batch import chosen_tokens
-from stages.serve.engine import Worker
+from stages.serve.engine import Engine, Worker
 from stages.serve.loading import ServedModel
 
 PROMPTS = [[0, 5, 9, 30], [0, 7], [0, *range(40, 60)]]
@@ -170,6 +171,64 @@ def test_a_model_that_fails_ends_its_answer_with_the_reason_and_no_other(served:
     assert pieces_of(bad) == [Piece(error="the model sft failed: RuntimeError: no memory for token 9")]
     assert tokens_of(early) == alone(served, [0, 5], temperature=0.0)
     assert tokens_of(late) == alone(served, [0, 7], temperature=0.0)
+
+
+def test_memory_that_is_too_small_for_another_answer_ends_those_that_it_was_for(
+    served: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    worker = Worker(served, max_batch=4)
+    first, second = (answer_to(served, prompt, temperature=0.0) for prompt in PROMPTS[:2])
+    worker.add([first])
+    worker.turn()
+    monkeypatch.setattr(batch, "joined", full)
+    worker.add([second])
+    finish(worker, [first, second])
+    for answer in (first, second):
+        assert pieces_of(answer)[-1].error == "the model sft failed: RuntimeError: out of memory"
+    later = answer_to(served, PROMPTS[2], temperature=0.0)
+    worker.add([later])
+    finish(worker, [later])
+    assert tokens_of(later) == alone(served, PROMPTS[2], temperature=0.0)
+
+
+@pytest.mark.timeout(60)
+def test_no_error_ends_the_thread_that_computes(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker(served, max_batch=4)
+    engine = Engine([worker])
+    ended = threading.Event()
+
+    def ask(prompt: list[int]) -> Answer:
+        answer = answer_to(served, prompt, temperature=0.0)
+        kept = answer.emit
+
+        def emit(piece: Piece) -> None:
+            kept(piece)
+            if piece.is_last:
+                ended.set()
+
+        answer.emit = emit
+        ended.clear()
+        engine.call(lambda: worker.add([answer]))
+        assert ended.wait(20)
+        return answer
+
+    def broken() -> bool:
+        raise ValueError("nobody thought of this")
+
+    engine.start()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(worker, "turn", broken)
+            answer = ask(PROMPTS[0])
+        assert pieces_of(answer) == [Piece(error="the model sft failed: ValueError: nobody thought of this")]
+        assert tokens_of(ask(PROMPTS[1])) == alone(served, PROMPTS[1], temperature=0.0)
+        assert engine.is_running
+    finally:
+        engine.stop()
+    assert not engine.is_running
 
 
 def test_a_model_that_gives_nan_says_so_instead_of_writing(served: ServedModel) -> None:

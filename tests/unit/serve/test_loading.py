@@ -92,6 +92,20 @@ def test_a_plain_folder_is_served_too_and_answers_the_same(folder: Path, served:
         assert torch.equal(plain.model(input_ids=ids).logits, served.model(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("place", ["artifacts/model", "artifacts/mine/model", "artifacts/ours/mine/model"])
+def test_a_plain_folder_may_lie_below_one_called_artifacts(folder: Path, place: str, tmp_path: Path) -> None:
+    target = tmp_path / "home" / place
+    shutil.copytree(folder, target)
+    assert model_files(Address("x", str(target)), tmp_path / "cache").folder == target
+
+
+def test_an_artifact_without_its_manifest_is_no_plain_folder(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "home" / "artifacts" / "sft-model" / ("0" * 64)
+    shutil.copytree(folder, target)
+    with pytest.raises(ConfigError, match="there is no artifact"):
+        model_files(Address("x", str(target)), tmp_path / "cache")
+
+
 def test_answers_end_where_publisher_tokenizer_and_template_say(folder: Path, served: ServedModel) -> None:
     assert served.end_ids == {served.tokenizer.eos_id}
     generation = json.loads((folder / "generation_config.json").read_text())
@@ -132,6 +146,24 @@ def test_vllm_serves_one_model_where_it_can_run() -> None:
             choose_vllm(backend, models, has_gpu=has_gpu, program=program)
 
 
+def test_vllm_is_never_opened_to_other_machines() -> None:
+    """Its key does not guard all that it answers."""
+    one = [Address("a", "x")]
+    for host in ("0.0.0.0", "::", "192.0.2.7"):
+        assert not choose_vllm("auto", one, has_gpu=True, program="/bin/vllm", host=host)
+        with pytest.raises(ConfigError, match="guards /v1 alone") as raised:
+            choose_vllm("vllm", one, has_gpu=True, program="/bin/vllm", host=host)
+        assert "a proxy in front" in raised.value.advice
+    assert choose_vllm("vllm", one, has_gpu=True, program="/bin/vllm", host="::1")
+
+
+def test_vllm_always_has_a_key_and_a_random_one_where_none_was_given() -> None:
+    keys = {Listening().with_key().api_key for _ in range(2)}
+    assert len(keys) == 2
+    assert min(map(len, keys)) >= 32
+    assert Listening(api_key="sesame").with_key().api_key == "sesame"
+
+
 def test_the_command_of_vllm_serves_the_verified_folder_under_the_models_name(tmp_path: Path) -> None:
     """A stand-in for the program writes down how it was called."""
     program = tmp_path / "vllm"
@@ -154,7 +186,7 @@ def test_the_command_of_vllm_serves_the_verified_folder_under_the_models_name(tm
     )
     assert (tmp_path / "called").read_text().splitlines() == [
         "serve", str(folder), "--served-model-name", "sft", "--host", "127.0.0.1", "--port", "9000", "--dtype", "auto",
-        "--generation-config", "vllm", "--max-model-len", "4096", "sesame",
+        "--generation-config", "vllm", "--allowed-origins", "[]", "--max-model-len", "4096", "sesame",
     ]  # fmt: skip
     assert "sesame" not in " ".join(command)
     assert "PYTHONPATH" not in vllm_environment(listening, {"PYTHONPATH": "/ours"})
