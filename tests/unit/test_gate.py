@@ -29,6 +29,7 @@ from tests.gate_models import (
     Rule,
     built,
     examined,
+    heldout,
     learnt_by_chance,
     learnt_by_length,
     learnt_by_quality,
@@ -62,8 +63,8 @@ class Trained:
         return self.made[stage]
 
 
-def trained(home: Path, rule: Rule, **held: Rule | None) -> Trained:
-    tokens = tokens_of(home, rule, **held)
+def trained(home: Path, rule: Rule, *, held: Rule | None = heldout) -> Trained:
+    tokens = tokens_of(home, rule, held=held)
     start = start_of(home, tokens)
     return Trained(home, tokens, start, built(home, Stage.REWARD, REWARD, {"tokens": tokens, "model": start}))
 

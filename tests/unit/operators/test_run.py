@@ -103,7 +103,10 @@ def finish(states: dict[str, str], records: Mapping[str, GateRecord | None] | No
     store = open_default_store()
     for task in [task for task, state in states.items() if task.startswith("gate_") and state == "success"]:
         stage = Stage(task.removeprefix("gate_"))
-        if (record := (records or {}).get(task, decided(stage))) is not None:
+        record = (records or {}).get(task, decided(stage))
+        if record is None:
+            store.delete(gate_key(run["run_id"], stage))
+        else:
             write_json(store, gate_key(run["run_id"], stage), record.model_dump(mode="json"))
     finish_run({"ti": Task(states, run)})
 
