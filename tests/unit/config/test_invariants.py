@@ -378,7 +378,8 @@ def missed(metrics: dict[str, float], unmeasured: dict[str, str], bounds: list[s
 
 
 def test_a_reward_model_that_nothing_was_measured_of_is_not_accepted():
-    nothing: dict[str, str] = dict.fromkeys(("accept/accuracy_low", "accept/balanced_low"), "there are no held-out preference pairs")
+    names: tuple[str, ...] = ("accept/accuracy_low", "accept/balanced_low")
+    nothing = dict.fromkeys(names, "there are no held-out preference pairs")
     found = missed({}, nothing)
     assert set(found) == set(nothing)
     assert "override_gates=reward and a reason" in found["accept/accuracy_low"].advice
