@@ -1,5 +1,7 @@
 """Where models of transformers keep their dropout, and that of adapters, which is none when training starts."""
 
+from typing import Any
+
 import pytest
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
@@ -7,8 +9,8 @@ from stages.config.train import LoRAConfig
 from stages.models.dropout import largest_dropout
 from stages.models.lora import add_adapter
 
-SMALL = {"vocab_size": 32}
-LLAMA = {**SMALL, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL: dict[str, Any] = {"vocab_size": 32}
+LLAMA: dict[str, Any] = {**SMALL, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @pytest.mark.parametrize(
