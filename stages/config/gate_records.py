@@ -18,7 +18,7 @@ from stages.config.graph import Stage
 from stages.config.request import ArtifactRef, Metrics, RunInfo
 
 GATE_RECORD = "gate.json"
-WANT_OF_COMPUTE = "too many for the CPU of a gate"
+WANT_OF_COMPUTE = "on a CPU a gate spends"
 """In the words of a check that was left out because another machine could have made it."""
 
 

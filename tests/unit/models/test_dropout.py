@@ -10,7 +10,8 @@ from stages.models.dropout import largest_dropout
 from stages.models.lora import add_adapter
 
 SMALL: dict[str, Any] = {"vocab_size": 32}
-LLAMA: dict[str, Any] = {**SMALL, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+LLAMA: dict[str, Any] = {**SMALL, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+LLAMA |= {"num_attention_heads": 2}
 
 
 @pytest.mark.parametrize(
