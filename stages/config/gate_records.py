@@ -18,8 +18,8 @@ from stages.config.graph import Stage
 from stages.config.request import ArtifactRef, Metrics, RunInfo
 
 GATE_RECORD = "gate.json"
-WANT_OF_COMPUTE = "on a CPU a gate spends"
-"""In the words of a check that was left out because another machine could have made it."""
+WANT_OF_COMPUTE = "FLOPs"
+"""In the words of every check that was left out because another machine could have made it, and of no other."""
 
 
 class Outcome(StrEnum):

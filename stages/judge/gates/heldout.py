@@ -42,7 +42,7 @@ class Computing:
         flops = 2.0 * num_tokens * sum(weight.numel() for weight in model.parameters())
         if self.device.type != "cpu" or flops <= _MOST_FLOPS:
             return ""
-        return f"{num_tokens:,} tokens take {flops:.1e} FLOPs, and on a CPU a gate spends {_MOST_FLOPS:.0e}"
+        return f"{num_tokens:,} tokens take {flops:.1e} FLOPs, too many for the CPU of a gate"
 
 
 def compare_again(manifest: Manifest, metric: str, found: float | None, why_not: str = "") -> Check:

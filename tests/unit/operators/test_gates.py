@@ -311,7 +311,7 @@ def test_what_was_wrong_and_is_put_right_turns_the_gate_green(world: World):
 
 
 def test_what_was_left_out_for_want_of_compute_is_asked_again(world: World):
-    left = Findings(checks=(skipped("heldout_again", f"9e99 FLOPs, {WANT_OF_COMPUTE}"),))
+    left = Findings(checks=(skipped("heldout_again", f"512 of them take 9e+99 {WANT_OF_COMPUTE}"),))
     world.job_finds(Stage.SFT, left)
     world.gate(Stage.SFT)
     world.state = Memory()
