@@ -2,11 +2,13 @@
 
 What is recorded is checked in the task itself, in milliseconds. What only the model can answer is asked in a short Ray
 job, which is submitted, attached to again and stopped as the job of a stage is. What the job found is kept by the
-artifact's content, so a repeated run starts none. A gate that fails is red, keeps its evidence in `gate.json`, and
-stops what comes after it, unless the run's form lets it pass for a reason.
+artifact's content where nothing was wrong, so a repeated run starts none. A gate that fails is red, keeps its evidence
+in `gate.json`, and stops what comes after it, unless the run's form lets it pass for a reason.
 """
 
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from operators.operator import StageOperator
 from operators.ray.jobs import JobStatus
 from stages.config.errors import ConfigError, DamagedArtifactError, DataError
 from stages.config.gate_records import (
+    GATE_RECORD,
     Check,
     Findings,
     GateOverride,
@@ -27,8 +30,9 @@ from stages.config.gate_records import (
     failed,
     findings_key,
     gate_key,
+    skipped,
 )
-from stages.config.gates import GatesConfig, gate_name, parse_bounds
+from stages.config.gates import GatesConfig, gate_name
 from stages.config.graph import GOLD_MODEL, GRAPH, Stage
 from stages.config.invariants import bound_checks, recorded_checks
 from stages.config.records import parse_record
@@ -43,8 +47,8 @@ logger = logging.getLogger(__name__)
 
 ENTRYPOINT = "python -m stages.gate {config_uri}"
 NO_JOB, KEPT = "none", "kept"
-_OFF = "gates.recompute is off"
-_MEASURED_BY_JOB = "accept/"
+_RECOMPUTED = "recomputed"
+"""The check that stands for all that the job would have made."""
 _STARTS_ANEW = "The retry examines the artifact again."
 _MOST_NAMED = 5
 
@@ -95,16 +99,19 @@ class GateOperator(StageOperator):
         )
 
     def _without_job(self, context: Any, store: "Store", request: Any) -> dict[str, Any] | None:
-        """Decide at once where no job is needed, or where what it would find is kept."""
-        gates = self._gates(context, store)
+        """Decide at once where no job is needed, or could not help, or where what it would find is kept."""
+        gates, known = self._gates(context, store), what_is_recorded(request)
         if not GRAPH[request.stage].trains:
-            return self._decide(context, store, request, Findings(), job=NO_JOB)
+            return self._decide(context, store, known, Findings(), job=NO_JOB)
+        # An artifact that is wrong by its records may be one that no job can load, and red it is already.
+        if known.is_red:
+            why = "what is recorded is wrong already"
+            return self._decide(context, store, known, _left_out(why), job=NO_JOB, no_job=why)
         if not gates.recompute:
-            named = [bound.metric for bound in parse_bounds(gates.bounds_of(request.stage))]
-            unmeasured = {metric: _OFF for metric in named if metric.startswith(_MEASURED_BY_JOB)}
-            return self._decide(context, store, request, Findings(unmeasured=unmeasured), job=NO_JOB)
+            why = f"gates.recompute is off, because {gates.reason}"
+            return self._decide(context, store, known, _left_out(why), job=NO_JOB, no_job=why)
         if (kept := _kept(store, request)) is not None:
-            return self._decide(context, store, request, kept, job=KEPT)
+            return self._decide(context, store, known, kept, job=KEPT)
         return None
 
     def _taken(self, context: Any, *, run: RunInfo, store: "Store", outcome: "JobOutcome", **known: Any) -> Any:
@@ -119,7 +126,22 @@ class GateOperator(StageOperator):
                 advice="Check that Airflow and the Ray cluster see the same ARTIFACT_STORE.",
                 max_retries=known["max_retries"],
             ) from None
-        return self._decide(context, store, request, findings, job=outcome.submission_id)
+        return self._decide(context, store, what_is_recorded(request), findings, job=outcome.submission_id)
+
+    def _settled(
+        self, context: Any, *, run: RunInfo, store: "Store", outcome: "JobOutcome", max_retries: int | None
+    ) -> dict[str, Any] | None:
+        """A job that died of what no retry can help is a failed check, so that there is a record and a way on."""
+        if outcome.status != JobStatus.FAILED:
+            return None
+        error = self._explained(run=run, store=store, outcome=outcome, max_retries=max_retries)
+        if error.retryable:
+            return None
+        request = self._request(context, run=self._run(context), store=store)
+        wrong = failed(_RECOMPUTED, error.message, "a model that its job can load and measure", error.advice)
+        findings = Findings(checks=(wrong,))
+        why = "its job died"
+        return self._decide(context, store, what_is_recorded(request), findings, job=outcome.submission_id, no_job=why)
 
     def _explained(
         self, *, run: RunInfo, store: "Store", outcome: "JobOutcome", max_retries: int | None
@@ -143,21 +165,23 @@ class GateOperator(StageOperator):
         return load_config(store, self._run(context)).gates
 
     def _decide(
-        self, context: Any, store: "Store", request: GateRequest, findings: Findings, *, job: str
+        self, context: Any, store: "Store", known: "Recorded", findings: Findings, *, job: str, no_job: str = ""
     ) -> dict[str, Any]:
         """Make the checks, keep the outcome with its evidence, and raise GateFailed unless the run may go on."""
         from stages.artifacts.store import write_json
 
         gates = self._gates(context, store)
-        record = judged(request, gates, findings, job=job, by=context["dag_run"].triggering_user_name or "")
-        run_id = request.run.run_id
-        write_json(store, gate_key(run_id, request.stage), record.model_dump(mode="json"))
+        by = context["dag_run"].triggering_user_name or ""
+        record = judged(known, gates, findings, job=job, no_job=no_job, by=by)
+        run = known.request.run
+        keep_earlier_failure(store, run.run_id, record.stage)
+        write_json(store, gate_key(run.run_id, record.stage), record.model_dump(mode="json"))
         for check in record.checks:
             logger.log(logging.ERROR if check.outcome is Outcome.FAILED else logging.INFO, "%s", _line(check))
-        tell_mlflow(request.run, record)
-        failure_key = gate_key(run_id, request.stage, "failure.json")
+        tell_mlflow(run, record)
+        failure_key = gate_key(run.run_id, record.stage, "failure.json")
         if not record.lets_pass:
-            error = as_failure(record, where=f"{store.root_uri}/{gate_key(run_id, request.stage)}")
+            error = as_failure(record, where=f"{store.root_uri}/{gate_key(run.run_id, record.stage)}")
             told = Failure(category=error.category, message=error.message, advice=error.advice)
             write_json(store, failure_key, told.model_dump(mode="json"))
             raise error
@@ -180,25 +204,41 @@ def _gold(ti: Any, config: "PipelineConfig", stage: Stage) -> ArtifactRef | None
     return ArtifactRef.model_validate(published) if published else None
 
 
-def judged(request: GateRequest, gates: GatesConfig, findings: Findings, *, job: str, by: str) -> GateRecord:
-    """Put everything together that is known of an artifact, and say whether the run may go on."""
+@dataclass(frozen=True)
+class Recorded:
+    """What the records tell of an artifact."""
+
+    request: GateRequest
+    checks: tuple[Check, ...]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def is_red(self) -> bool:
+        return any(check.outcome is Outcome.FAILED for check in self.checks)
+
+
+def what_is_recorded(request: GateRequest) -> Recorded:
+    """Make all checks that need no job; an artifact that cannot be read has failed one."""
     from stages.artifacts.evidence import read_evidence
 
-    bounds = gates.bounds_of(request.stage)
-    metrics: dict[str, float] = {}
-    checks: list[Check] = []
     try:
         evidence = read_evidence(request.artifact)
     except (DamagedArtifactError, DataError, FileNotFoundError) as error:
         told = str(error) or "it is gone"
-        checks.append(
-            failed("manifest", told, "the artifact that the stage published", f"Clear {request.stage.value} again.")
-        )
-    else:
-        metrics = dict(evidence.manifest.metrics)
-        checks += recorded_checks(evidence, request.inputs)
-    checks += findings.checks
-    checks += bound_checks(bounds, {**metrics, **findings.metrics}, findings.unmeasured)
+        advice = f"Clear {request.stage.value} again."
+        return Recorded(request, (failed("manifest", told, "the artifact that the stage published", advice),))
+    return Recorded(request, tuple(recorded_checks(evidence, request.inputs)), evidence.manifest.metrics)
+
+
+def judged(
+    known: Recorded, gates: GatesConfig, findings: Findings, *, job: str, by: str, no_job: str = ""
+) -> GateRecord:
+    """Put everything together that is known of an artifact, and say whether the run may go on."""
+    request = known.request
+    bounds = gates.bounds_of(request.stage)
+    metrics = {**known.metrics, **findings.metrics}
+    kept_bounds = bound_checks(bounds, metrics, findings.unmeasured, no_job=no_job)
+    checks = (*known.checks, *findings.checks, *kept_bounds)
     is_failed = any(check.outcome is Outcome.FAILED for check in checks)
     override = GateOverride(by=by, reason=gates.reason) if is_failed and gates.overrides(request.stage) else None
     return GateRecord(
@@ -207,7 +247,7 @@ def judged(request: GateRequest, gates: GatesConfig, findings: Findings, *, job:
         outcome=Outcome.FAILED if is_failed else Outcome.PASSED,
         override=override,
         bounds=bounds,
-        checks=tuple(checks),
+        checks=checks,
         metrics=findings.metrics,
         tables=findings.tables,
         job=job,
@@ -233,20 +273,48 @@ def _line(check: Check) -> str:
     return f"{check.outcome.value:<7} {check.in_words()}"
 
 
+def _left_out(why: str) -> Findings:
+    return Findings(checks=(skipped(_RECOMPUTED, f"reload, probes and acceptance are left out: {why}"),))
+
+
 def _kept(store: "Store", request: GateRequest) -> Findings | None:
-    """What a job found about this artifact before; a damaged record counts as none."""
+    """What a job found about this artifact before, unless it is worth another look: what was wrong may have been put
+    right since with the same content, what was left undone may be done now, and a damaged record counts as none."""
     key = findings_key(request)
     try:
-        return parse_record(Findings, store.read_bytes(key), f"{store.root_uri}/{key}")
+        kept = parse_record(Findings, store.read_bytes(key), f"{store.root_uri}/{key}")
     except FileNotFoundError:
         return None
     except DataError as error:
         logger.warning("%s It is measured again.", error.message)
         return None
+    if again := kept.worth_another_look:
+        logger.info("What was found before is not kept, it is measured again: %s", again)
+        return None
+    return kept
+
+
+def keep_earlier_failure(store: "Store", run_id: str, stage: Stage) -> None:
+    """Put a failed record of this run aside, as gate-<n>.json, before another one takes its place."""
+    key = gate_key(run_id, stage)
+    try:
+        data = store.read_bytes(key)
+    except FileNotFoundError:
+        return
+    try:
+        if parse_record(GateRecord, data, f"{store.root_uri}/{key}").outcome is not Outcome.FAILED:
+            return
+    except DataError as error:
+        logger.warning("%s It is put aside, too.", error.message)
+    number = 1
+    while store.exists(earlier := gate_key(run_id, stage, f"gate-{number}.json")):
+        number += 1
+    store.write_bytes(earlier, data)
 
 
 def tell_mlflow(run: RunInfo, record: GateRecord) -> None:
-    """Put the outcome on the stage's run, as tag and as gate.json, and on the parent run; warns when MLflow is away."""
+    """Put the outcome on the parent run, and on the run that built the artifact, which other runs share: as
+    gate-<run id>.json, and the newest one as tag and as gate.json. Warns when MLflow is away."""
     from operators.mlflow import MlflowServer, MlflowUnavailableError
     from stages.config import mlflow_limits as limits
     from stages.config.mlflow import tracking_server
@@ -262,6 +330,7 @@ def tell_mlflow(run: RunInfo, record: GateRecord) -> None:
                 server.set_tag(run.parent_run_id, f"athanor.{gate_name(record.stage)}", told)
             if stage_run is not None:
                 server.set_tag(stage_run, "athanor.gate", told)
-                server.log_text(stage_run, "gate.json", record.model_dump_json(indent=1))
+                for name in (f"gate-{run.run_id}.json", GATE_RECORD):
+                    server.log_text(stage_run, name, record.model_dump_json(indent=1))
     except MlflowUnavailableError as error:
         logger.warning("MLflow does not have the outcome of %s: %s", gate_name(record.stage), error)

@@ -185,6 +185,8 @@ class StageOperator(BaseOperator):
                     return returned
                 if status is JobStatus.STOPPED and self._terminated:
                     raise ended_while_waiting(max_retries)
+                if (settled := self._settled(context, **known)) is not None:
+                    return settled
                 raise self._explained(**known)
         except StageOutOfMemory as error:
             log.count_out_of_memory()
@@ -215,6 +217,10 @@ class StageOperator(BaseOperator):
         from operators.results import read_result
 
         return self._finish(context, run, read_result(Stage(self.stage), run=run, **known))
+
+    def _settled(self, context: Any, **known: Any) -> dict[str, Any] | None:
+        """Return what the task returns although its job failed; None where it fails with it."""
+        return None
 
     def _explained(self, **known: Any) -> StageFailed:
         from operators.results import explain_failure

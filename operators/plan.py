@@ -114,6 +114,8 @@ def _remarks(config: PipelineConfig) -> Iterator[str]:
         yield f"{', '.join(stages)}: skipped, {why}"
     if config.gates.override:
         yield f"gates that may fail: {', '.join(config.gates.override)}, because {config.gates.reason}"
+    if not config.gates.recompute:
+        yield f"gates do not load the models (gates.recompute=false), because {config.gates.reason}"
     for name in DATA_FIELDS if Stage.CURATE in config.selected else ():
         if not getattr(config.curate, name):
             yield f"{name}: none are read, no stage of this run needs them"

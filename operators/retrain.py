@@ -169,6 +169,10 @@ def _settings_of(overrides: Mapping[str, Any]) -> dict[str, Any]:
     gone = {path: why for path in found if (why := PipelineConfig.instead_of(path))}
     for path, why in gone.items():
         logger.warning("The champion's run had %s=%r, which is no longer a setting. %s", path, found[path], why)
+    if found.pop("gates.recompute", True) is not True:
+        logger.warning(
+            "The champion's run left out the jobs of its gates, for a reason of its own; this run starts them."
+        )
     return {path: value for path, value in found.items() if path not in gone and not filled_by(path)}
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from operators.failures import RunIncomplete, as_stage_failures
 from operators.form import form_values
 from operators.mlflow import end_parent_run, end_stage_runs, open_parent_run
+from stages.config.errors import DataError
 from stages.config.gates import gate_name
 from stages.config.graph import Stage, gated_stages
 from stages.config.request import RunInfo, sha256_of
@@ -97,6 +98,13 @@ def finish_run(context: Any, *, resolve_task_id: str = "resolve", plan_task_id: 
         for task in (plan_task_id, *Stage, *map(gate_name, gated_stages()))
         if task in wanted & states.keys() and states[task] != "success"
     ]
+    with as_stage_failures():
+        unfinished += [
+            told
+            for stage in gated_stages()
+            if gate_name(stage) in wanted and states.get(gate_name(stage)) == "success"
+            if (told := _passed_by_hand(store, run, stage))
+        ]
     end_stage_runs(run, killed=True)
     end_parent_run(run, succeeded=not unfinished)
     with as_stage_failures():
@@ -108,6 +116,25 @@ def finish_run(context: Any, *, resolve_task_id: str = "resolve", plan_task_id: 
 def _wanted(selected: "Collection[Stage]") -> set[str]:
     """The tasks that must succeed: stages, and the gates after them."""
     return {*selected, *(gate_name(stage) for stage in gated_stages() if stage in selected)}
+
+
+def _passed_by_hand(store: "Store", run: RunInfo, stage: Stage) -> str:
+    """What is wrong with a green gate: a person who marks it as success in Airflow gives no reason; empty if nothing
+    is."""
+    from stages.config.gate_records import GateRecord, gate_key
+    from stages.config.records import parse_record
+
+    key = gate_key(run.run_id, stage)
+    way = f"trigger the run again with override_gates={stage.value} and override_reason"
+    try:
+        record = parse_record(GateRecord, store.read_bytes(key), f"{store.root_uri}/{key}")
+    except FileNotFoundError:
+        return f"{gate_name(stage)} was marked as success before it had decided; clear it, or {way}"
+    except DataError as error:
+        return f"{gate_name(stage)}: {error.message}"
+    if record.lets_pass:
+        return ""
+    return f"{gate_name(stage)} was marked as success, but failed ({record.summary()}); {way}"
 
 
 def _tell_undelivered(store: "Store", run: RunInfo) -> None:

@@ -24,7 +24,8 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     assert isinstance(config, SFTConfig)
     conversations, heldout = tokens.conversations(Split.TRAIN), tokens.conversations(Split.HELDOUT)
     require(len(conversations), "training conversations", advice="Give instruction data, or `derived`.")
-    mixture = training_order(tokens.conversation_sources(Split.TRAIN), conversations.num_targets, config)
+    targets = conversations.num_targets
+    mixture = training_order(tokens.conversation_sources(Split.TRAIN), targets, config)
     order = mixture.order
     rows = ConversationRows(conversations, order, tokens.sequence_length)
     start = load_causal_lm(context.model_dir("model", BASE_MODEL), tokens, lora=config.lora)
@@ -49,6 +50,8 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         exported="policy",
         ledger={
             "conversations": len(conversations),
+            "tokens_available": int(conversations.lengths.sum()),
+            "targets_available": int(targets.sum()),
             "conversations_trained": len(order),
             "mixture": mixture.to_dict(),
             "rows": len(rows),

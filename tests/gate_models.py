@@ -81,14 +81,22 @@ def _published(context: Any, manifest: Manifest) -> ArtifactRef:
     return manifest.ref(artifact_uri(context.store, manifest.kind, manifest.fingerprint))
 
 
-def tokens_of(home: Path, rule: Callable[[int, random.Random], tuple[str, str]]) -> ArtifactRef:
-    """Curate by hand, with the account that gates read, and tokenize for real."""
+Rule = Callable[[int, random.Random], tuple[str, str]]
+"""Chosen and rejected answer, by number."""
+
+
+def tokens_of(
+    home: Path, rule: Rule, *, held: Rule | None = heldout, lose: Callable[[Path], None] = lambda folder: None
+) -> ArtifactRef:
+    """Curate by hand, with the account that gates read, and tokenize for real. Without `held` there are no held-out
+    pairs; `lose` changes what was curated behind the back of its account."""
     curate = make_context(home, Stage.CURATE, CurateConfig())
     folder = write_curated(curate.output_dir)
     rng = random.Random(7)
-    for split, how in (("train", rule), ("heldout", heldout)):
+    counts = {"train": PAIRS["train"], "heldout": PAIRS["heldout"] if held else 0}
+    for split, how in (("train", rule), ("heldout", held or rule)):
         rows = []
-        for number in range(PAIRS[split]):
+        for number in range(counts[split]):
             chosen, rejected = how(number, rng)
             prompt = [{"role": "user", "content": f"How is number {number}?"}]
             kinds = {"kind": "given", "group": "small", "origin": "given"}
@@ -98,8 +106,9 @@ def tokens_of(home: Path, rule: Callable[[int, random.Random], tuple[str, str]])
     instructions = {"train": 60, "heldout": 15}
     ledger["published_pairs"] = {
         **{f"instructions/{split}": count for split, count in instructions.items()},
-        **{f"preferences/{split}": count for split, count in PAIRS.items()},
+        **{f"preferences/{split}": count for split, count in counts.items()},
     }
+    lose(folder)
     from stages.job.context import StageOutcome
 
     curated = _published(curate, _manifest(curate, StageOutcome(ledger=ledger)))

@@ -19,6 +19,7 @@ _SPLIT = {
     "preferences": _ACCOUNT,
     "prompts": {"kept": 7},
 }
+_EXAMPLES = {"tokens_available": 80, "targets_available": 50}
 CURATED: dict[str, Any] = {
     "documents": {
         "steps": [
@@ -66,12 +67,12 @@ def ledger_of(stage: Stage) -> dict[str, Any]:
     known: dict[Stage, dict[str, Any]] = {
         Stage.CURATE: CURATED,
         Stage.TOKENIZE: TOKENS,
-        Stage.PRETRAIN: {"tokens_available": 200, "rows_trained": 6, "tokens_trained": 60},
-        Stage.SFT: {"conversations": 8},
+        Stage.PRETRAIN: {"tokens_available": 200, "rows_available": 20, "rows_trained": 6, "tokens_trained": 60},
+        Stage.SFT: {"conversations": 8, **_EXAMPLES},
         Stage.PPO: {"prompts": 7},
         Stage.EVALUATE: {},
     }
-    return known.get(stage, {"pairs": 8})
+    return known.get(stage, {"pairs": 8, **_EXAMPLES})
 
 
 def settings_of(stage: Stage) -> dict[str, Any]:

@@ -178,14 +178,15 @@ class PipelineParams(RunOutline):
     """Gates that may be passed although they fail, one stage per line, or `all`. What failed, who triggered the run and
     the reason are kept with it."""
     override_reason: str = Field(default="", title="Reason for passing them", max_length=1000)
-    """Why these gates may be passed; needed when there are any."""
+    """Why these gates may be passed; needed when there are any, and with `gates.recompute=false`."""
     overrides: dict[str, Any] = Field(default_factory=dict, title="Overrides")
     """Changes to the recipe by dotted path, as JSON: `{"sft.optimizer.learning_rate": 0.0002}`. Unknown paths are
     refused."""
 
     @model_validator(mode="after")
     def _all_goes_together(self) -> "PipelineParams":
-        check_override(self.override_gates, self.override_reason)
+        if self.override_gates:  # a reason alone may be for gates.recompute=false: GatesConfig knows
+            check_override(self.override_gates, self.override_reason)
         for role in GIVEN_MODELS:
             if role != JUDGE and is_endpoint(getattr(self, role)):
                 raise ValueError(f"{role}={getattr(self, role)!r} is an endpoint, which only judge may be")

@@ -8,16 +8,31 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from stages.config.gate_evidence import DEFECT, Evidence
-from stages.config.gate_records import Check, compared, skipped
+from stages.config.gate_records import Check, compared, failed, skipped
+from stages.config.graph import DOCUMENTS, GRAPH, INSTRUCTIONS, PREFERENCES, StageSpec
 from stages.config.request import Manifest
+from stages.config.selection import learns_from_scores
 
 
-def _equal(name: str, found: Any, allowed: Any, *, found_is: str, allowed_is: str) -> Check:
-    """Compare two counts, which must be one number."""
+def _equal(name: str, found: Any, allowed: Any, *, found_is: str, allowed_is: str, is_older: bool = False) -> Check:
+    """Compare two counts, which must be one number. A number that is not there fails where the other one says that
+    something should be; only with an artifact that `is_older` than this code it is skipped."""
     if found is None or allowed is None:
-        missing = found_is if found is None else allowed_is
-        return skipped(name, f"{missing}: not recorded by the version that built it")
+        missing, other = (found_is, allowed) if found is None else (allowed_is, found)
+        if is_older or not other:
+            return skipped(name, f"{missing}: not recorded by the version that built it")
+        return failed(
+            name,
+            f"no number ({found_is})" if found is None else f"{found:,} ({found_is})",
+            f"no number ({allowed_is})" if allowed is None else f"{allowed:,} ({allowed_is})",
+            DEFECT,
+        )
     return compared(name, found == allowed, f"{found:,} ({found_is})", f"{allowed:,} ({allowed_is})", DEFECT)
+
+
+def _is_older(*manifests: Manifest | None) -> bool:
+    """Whether a version of a stage before today's made one of them."""
+    return any(made is None or made.version < GRAPH[made.stage].version for made in manifests)
 
 
 def number_at(tree: Any, *path: str) -> Any:
@@ -64,29 +79,34 @@ def curated(manifest: Manifest) -> Iterable[Check]:
         before,
         found_is="documents published, without those taken over",
         allowed_is="kept by the last step",
+        is_older=_is_older(manifest),
     )
 
 
 def tokenized(evidence: Evidence) -> Iterable[Check]:
     """What curate published is what tokenize counts in, and every row and token is kept or dropped."""
     curated = evidence.inputs.get("curated")
+    published = curated.ledger if curated else {}
+    is_older = _is_older(evidence.manifest, curated)
     for split in ("train", "heldout"):
         mine = evidence.manifest.ledger.get(split, {})
         for unit in ("documents", "bytes"):
             yield _equal(
                 f"ledger_{split}_{unit}",
                 number_at(mine, "documents", unit),
-                number_at(curated.ledger if curated else {}, "documents", "published", split, unit),
+                number_at(published, "documents", "published", split, unit),
                 found_is=f"{split} {unit} tokenized",
                 allowed_is="published by curate",
+                is_older=is_older,
             )
         for part, theirs in (("conversations", "instructions"), ("preferences", "preferences")):
             yield _equal(
                 f"ledger_{split}_{part}",
                 number_at(mine, part, "in"),
-                number_at(curated.ledger if curated else {}, "published_pairs", f"{theirs}/{split}"),
+                number_at(published, "published_pairs", f"{theirs}/{split}"),
                 found_is=f"{split} {part} that came in",
                 allowed_is="published by curate",
+                is_older=is_older,
             )
             yield from _conserves(f"{split}_{part}", mine.get(part))
 
@@ -110,14 +130,18 @@ def _conserves(name: str, account: Any) -> Iterable[Check]:
 
 
 def recounted(evidence: Evidence) -> Iterable[Check]:
-    """The published files hold as many documents, rows and tokens as the ledger says.
+    """The published files hold as many documents, rows and tokens as the ledger says; what has no file is zero.
 
     Counted by the sizes of the arrays, whose headers (128 bytes) and items have a fixed size.
     """
     sizes = {entry.path: entry.size for entry in evidence.manifest.files}
-    width = {"uint16": 2, "uint32": 4}.get(str((evidence.meta or {}).get("dtype")))
+    dtype = (evidence.meta or {}).get("dtype")
+    width, is_older = {"uint16": 2, "uint32": 4}.get(str(dtype)), _is_older(evidence.manifest)
     if width is None:
-        yield skipped("files", "meta.json does not name the width of a token")
+        if is_older or not evidence.manifest.ledger:
+            yield skipped("files", "meta.json does not name the width of a token")
+        else:
+            yield failed("files", f"meta.json says that tokens are {dtype}", "uint16 or uint32", DEFECT)
         return
     for split in ("train", "heldout"):
         mine = evidence.manifest.ledger.get(split, {})
@@ -133,23 +157,29 @@ def recounted(evidence: Evidence) -> Iterable[Check]:
                 number_at(mine, "preferences", "kept"),
             ),
         }
-        for what, (found, allowed) in counted.items():
-            yield _equal(f"files_{split}_{what}", found, allowed, found_is="in the files", allowed_is="in the ledger")
+        for what, (found, told) in counted.items():
+            yield _equal(
+                f"files_{split}_{what}",
+                found,
+                told,
+                found_is="in the files",
+                allowed_is="in the ledger",
+                is_older=is_older,
+            )
 
 
-def _items(sizes: Mapping[str, int], path: str, width: int) -> int | None:
-    return (sizes[path] - 128) // width if path in sizes else None
+def _items(sizes: Mapping[str, int], path: str, width: int) -> int:
+    return (sizes[path] - 128) // width if path in sizes else 0
 
 
-def _rows(sizes: Mapping[str, int], path: str) -> int | None:
+def _rows(sizes: Mapping[str, int], path: str) -> int:
     """Offsets are one more than rows."""
-    found = _items(sizes, path, 8)
-    return None if found is None else found - 1
+    return max(0, _items(sizes, path, 8) - 1)
 
 
-def _tokens(sizes: Mapping[str, int], prefix: str, width: int) -> int | None:
+def _tokens(sizes: Mapping[str, int], prefix: str, width: int) -> int:
     shards = [path for path in sizes if path.startswith(prefix) and not path.endswith("offsets.npy")]
-    return sum(_items(sizes, path, width) or 0 for path in shards) if shards else None
+    return sum(_items(sizes, path, width) for path in shards)
 
 
 def trained_on(evidence: Evidence) -> Iterable[Check]:
@@ -159,18 +189,34 @@ def trained_on(evidence: Evidence) -> Iterable[Check]:
         yield skipped("ledger_tokens", "its tokens are no input with a manifest")
         return
     train, mine = tokens.ledger.get("train", {}), evidence.manifest.ledger
-    found = {
-        "tokens_available": number_at(train, "documents", "tokens"),
-        "conversations": number_at(train, "conversations", "kept"),
-        "pairs": number_at(train, "preferences", "kept"),
-        "prompts": number_at(train, "prompts", "kept"),
-    }
-    for name, published in found.items():
-        if name in mine:
-            yield _equal(
-                f"ledger_{name}", mine[name], published or 0, found_is="found by training", allowed_is="published"
-            )
+    is_older = _is_older(evidence.manifest, tokens)
+    spec = GRAPH[evidence.manifest.stage]
+    part = _part_of(spec)
+    told = {_COUNTED[part]: number_at(train, part, "tokens" if part == DOCUMENTS else "kept")}
+    if part in ("conversations", "preferences"):
+        trained, masked = (number_at(train, part, f"{kind}_tokens") for kind in ("target", "masked"))
+        told["targets_available"] = trained
+        told["tokens_available"] = None if trained is None or masked is None else trained + masked
+    for name, published in told.items():
+        yield _equal(
+            f"ledger_{name}",
+            number_at(mine, name),
+            published,
+            found_is="found by training",
+            allowed_is="published",
+            # Trainings of today's version count tokens of examples only since their gates compare them.
+            is_older=is_older or (name != _COUNTED[part] and name not in mine),
+        )
     length = tokens.config.get("sequence_length")
+    if spec.needs == DOCUMENTS and isinstance(length, int) and (available := number_at(mine, "tokens_available")):
+        yield _equal(
+            "ledger_rows_available",
+            number_at(mine, "rows_available"),
+            available // length,
+            found_is="rows found by training",
+            allowed_is=f"whole rows of {length:,} in {available:,} tokens",
+            is_older=is_older,
+        )
     if "rows_trained" in mine and isinstance(length, int):
         yield _equal(
             "ledger_tokens_trained",
@@ -179,3 +225,18 @@ def trained_on(evidence: Evidence) -> Iterable[Check]:
             found_is="tokens trained",
             allowed_is=f"{mine['rows_trained']:,} rows of {length:,}",
         )
+
+
+_COUNTED = {
+    "documents": "tokens_available",
+    "conversations": "conversations",
+    "preferences": "pairs",
+    "prompts": "prompts",
+}
+"""What a training counts, by the part of the tokens that it reads."""
+
+
+def _part_of(spec: StageSpec) -> str:
+    if learns_from_scores(spec):
+        return "prompts"
+    return {DOCUMENTS: "documents", INSTRUCTIONS: "conversations", PREFERENCES: "preferences"}[spec.needs]

@@ -18,6 +18,8 @@ from stages.config.graph import Stage
 from stages.config.request import ArtifactRef, Metrics, RunInfo
 
 GATE_RECORD = "gate.json"
+WANT_OF_COMPUTE = "FLOPs"
+"""In the words of every check that was left out because another machine could have made it, and of no other."""
 
 
 class Outcome(StrEnum):
@@ -75,6 +77,16 @@ class Findings(Config):
     tables: dict[str, Any] = Field(default_factory=dict)
     """Numbers by group, for people and the report: accuracy by source and by difference of length."""
     seconds: float = 0.0
+
+    @property
+    def worth_another_look(self) -> str:
+        """Why these findings are measured again when they are asked for; empty where they can be kept."""
+        for check in self.checks:
+            if check.outcome is Outcome.FAILED:
+                return f"{check.name} failed"
+            if check.outcome is Outcome.SKIPPED and WANT_OF_COMPUTE in check.found:
+                return f"{check.name} was left out: {check.found}"
+        return next((f"{name}: {why}" for name, why in self.unmeasured.items() if WANT_OF_COMPUTE in why), "")
 
 
 class GateRequest(Config):

@@ -27,6 +27,10 @@ def initial_facts(evidence: Evidence) -> Iterable[Check]:
         first = "it has no history" if row is None else f"its history begins with step {row.get('step')}"
         yield skipped(name, f"{first}; earlier versions logged the first step only with log_every=1")
         return
+    if dropout := number_at(manifest.execution, "dropout"):
+        for of in ("initial_approx_kl", "initial_clip_fraction") if samples else (name,):
+            yield skipped(of, f"the model drops {dropout:g} of its values at random while it is trained")
+        return
     exact = manifest.execution.get("compute_dtype") == EXACT
     if spec.stage is Stage.PRETRAIN:
         yield _uniform(evidence, row)

@@ -18,8 +18,11 @@ from stages.config.graph import Stage, gated_stages
 GATE_VERSION = 1
 """Raise it when what a gate's job measures changes: outcomes that are kept then no longer count."""
 ALL = "all"
+MEASURED_BY_JOB = "accept/"
+"""How metrics begin that only the job of a gate measures."""
 ACCURACY_LOW, BALANCED_LOW = "accept/accuracy_low", "accept/balanced_low"
 """What a reward model is accepted by: lower ends of 95 % intervals, see `stages/judge/gates/acceptance.py`."""
+OVER_LENGTH_LOW, CHANCE = "accept/over_length_low", 0.5
 
 _BOUND = re.compile(r"(?P<stage>[a-z_]+)\s*:\s*(?P<metric>[^\s<>=]+)\s*(?P<sign>>=|<=|>|<)\s*(?P<number>\S+)")
 _SIGNS: dict[str, Callable[[float, float], bool]] = {
@@ -86,13 +89,14 @@ class GatesConfig(Config):
     (docs/GATES.md). The list as a whole replaces the recipe's."""
     recompute: bool = True
     """Load each published model again and compare: in plain transformers, with what training measured, and for a
-    reward model its acceptance. A short Ray job for each model. Off: only what manifests and histories tell."""
+    reward model its acceptance. A short Ray job for each model. Off, which takes the form's override_reason: only what
+    manifests and histories tell."""
     max_pairs: int = Field(default=512, ge=2)
     """Held-out pairs that a reward model is accepted by."""
     override: tuple[str, ...] = ()
     """Gates that a person lets pass though they fail: names of stages, or `all`; filled from the form."""
     reason: str = ""
-    """Why; filled from the form."""
+    """Why, and why without `recompute`; filled from the form."""
 
     @field_validator("bounds")
     @classmethod
@@ -102,7 +106,7 @@ class GatesConfig(Config):
 
     @model_validator(mode="after")
     def _overridden_for_a_reason(self) -> "GatesConfig":
-        check_override(self.override, self.reason)
+        check_override(self.override, self.reason, recompute=self.recompute)
         return self
 
     def bounds_of(self, stage: Stage) -> tuple[str, ...]:
@@ -112,8 +116,9 @@ class GatesConfig(Config):
         return bool({ALL, stage.value} & set(self.override))
 
 
-def check_override(gates: Iterable[str], reason: str) -> None:
-    """Raise ValueError for a gate that there is not, and for an override that nobody gives a reason for."""
+def check_override(gates: Iterable[str], reason: str, *, recompute: bool = True) -> None:
+    """Raise ValueError for a gate that there is not, and for an override, or gates without their jobs, that nobody
+    gives a reason for."""
     names, allowed = list(gates), [stage.value for stage in gated_stages()]
     if wrong := [name for name in names if name not in (ALL, *allowed)]:
         raise ValueError(f"override_gates={wrong[0]!r} is no gate; allowed: {', '.join(allowed)}, or {ALL}")
@@ -122,9 +127,15 @@ def check_override(gates: Iterable[str], reason: str) -> None:
             f"override_gates={names} needs override_reason, which is empty; say why these gates may be passed, it is "
             "kept with the run"
         )
-    if reason.strip() and not names:
+    if not recompute and not reason.strip():
         raise ValueError(
-            f"override_reason={reason!r} without override_gates; name the gates that it is about, or leave it empty"
+            "gates.recompute=false leaves out reload, probes and the acceptance of reward models, and needs "
+            "override_reason, which is empty; say why, it is kept with the run, or use gates.recompute=true"
+        )
+    if reason.strip() and not names and recompute:
+        raise ValueError(
+            f"override_reason={reason!r} without override_gates or gates.recompute=false; name the gates that it is "
+            "about, or leave it empty"
         )
 
 

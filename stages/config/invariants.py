@@ -11,7 +11,15 @@ from stages.config.gate_evidence import DEFECT, REBUILD, Evidence
 from stages.config.gate_ledgers import curated, recounted, tokenized, trained_on
 from stages.config.gate_records import Check, compared, failed, skipped
 from stages.config.gate_start import initial_facts
-from stages.config.gates import closest, parse_bounds
+from stages.config.gates import (
+    BALANCED_LOW,
+    CHANCE,
+    MEASURED_BY_JOB,
+    OVER_LENGTH_LOW,
+    Bound,
+    closest,
+    parse_bounds,
+)
 from stages.config.graph import GRAPH, Stage
 from stages.config.request import ArtifactRef
 
@@ -104,31 +112,37 @@ def _evaluated(evidence: Evidence) -> Iterable[Check]:
         yield compared("scorer", same, f"{str(judge)[:12]}", f"the run's {scorer.fingerprint[:12]}", DEFECT)
 
 
-def bound_checks(bounds: Sequence[str], metrics: Mapping[str, float], unmeasured: Mapping[str, str]) -> list[Check]:
-    """Compare metrics with the run's bounds."""
-    checks = []
-    for bound in parse_bounds(bounds):
-        if bound.metric in metrics:
-            value = metrics[bound.metric]
-            checks.append(
-                compared(
-                    bound.metric,
-                    bound.allows(value),
-                    f"{value:.6g}",
-                    f"{bound.sign} {bound.number:g}",
-                    f"Change data or settings of {bound.stage.value}, or the bound in gates.bounds; a person may let "
-                    f"it pass with override_gates={bound.stage.value} and a reason.",
-                )
-            )
-        elif bound.metric in unmeasured:
-            checks.append(skipped(bound.metric, f"not measured: {unmeasured[bound.metric]}"))
-        else:
-            checks.append(
-                failed(
-                    bound.metric,
-                    f"{bound.stage.value} has no such metric",
-                    f"{bound.sign} {bound.number:g}",
-                    f"Correct the name in gates.bounds. {closest(bound.metric, metrics)}",
-                )
-            )
-    return checks
+def bound_checks(
+    bounds: Sequence[str], metrics: Mapping[str, float], unmeasured: Mapping[str, str], *, no_job: str = ""
+) -> list[Check]:
+    """Compare metrics with the run's bounds. What could not be measured does not keep its bound; `no_job` says why no
+    job was asked for the metrics that only a job measures."""
+    return [_bound_check(bound, metrics, unmeasured, no_job) for bound in parse_bounds(bounds)]
+
+
+def _bound_check(bound: Bound, metrics: Mapping[str, float], unmeasured: Mapping[str, str], no_job: str) -> Check:
+    name, allowed = bound.metric, f"{bound.sign} {bound.number:g}"
+    if name in metrics:
+        advice = f"Change data or settings of {bound.stage.value}, or the bound in gates.bounds; {_passed_by(bound)}"
+        return compared(name, bound.allows(metrics[name]), f"{metrics[name]:.6g}", allowed, advice)
+    if no_job and name.startswith(MEASURED_BY_JOB):
+        return skipped(name, f"not measured: {no_job}")
+    if name not in unmeasured:
+        known = {**metrics, **dict.fromkeys(unmeasured, 0.0)}
+        advice = f"Correct the name in gates.bounds. {closest(name, known)}"
+        return failed(name, f"{bound.stage.value} has no such metric", allowed, advice)
+    why = f"not measured: {unmeasured[name]}"
+    advice = (
+        "Bring more held-out preference pairs (curate.heldout_fraction, curate.max_heldout_pairs), of which some have "
+        f"the shorter answer chosen, or change or leave out the bound in gates.bounds; {_passed_by(bound)}"
+    )
+    if name == BALANCED_LOW and bound.sign in (">", ">=") and bound.number <= CHANCE and OVER_LENGTH_LOW in metrics:
+        # With few pairs on one side, that it is more than length is asked of all pairs together.
+        value = metrics[OVER_LENGTH_LOW]
+        found = f"{OVER_LENGTH_LOW} is {value:.6g}; {why}"
+        return compared(name, value > 0, found, f"{OVER_LENGTH_LOW} > 0 in its place", advice)
+    return failed(name, why, allowed, advice)
+
+
+def _passed_by(bound: Bound) -> str:
+    return f"a person may let it pass with override_gates={bound.stage.value} and a reason."

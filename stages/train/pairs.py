@@ -86,7 +86,9 @@ def planned_pairs(tokens: TokensArtifact, config: PairsConfig, *, micro_batch_si
     none."""
     pairs, sources = tokens.pairs(Split.TRAIN), tokens.pair_sources(Split.TRAIN)
     require(len(pairs), "training preference pairs", advice="Give preference data, or `derived`.")
-    counts, indices, sizes = {"pairs": len(pairs)}, np.arange(len(pairs)), pairs.num_targets
+    indices, sizes = np.arange(len(pairs)), pairs.num_targets
+    num_tokens = sum(int(side.lengths.sum()) for side in (pairs.chosen, pairs.rejected))
+    counts = {"pairs": len(pairs), "tokens_available": num_tokens, "targets_available": int(sizes.sum())}
     if config.half is not PairsHalf.BOTH:
         indices = indices_of(pairs, config.half)
         require(

@@ -18,6 +18,7 @@ from stages.job.context import StageContext, StageOutcome
 from stages.job.devices import local_device
 from stages.job.workers import launch
 from stages.models.build import save_model
+from stages.models.dropout import largest_dropout
 from stages.models.precision import compute_dtype
 from stages.train.best import BestBy
 from stages.train.checkpoint import Checkpointer
@@ -61,6 +62,7 @@ def train_on_worker(context: StageContext, prepare: Prepare) -> StageOutcome:
     prepared = prepare(context, tokens)
     dtype = compute_dtype(local_device(), config.precision)
     meter = Meter.of(prepared.parts, device=local_device(), dtype=dtype)
+    dropout = largest_dropout(prepared.parts.values())  # before an engine wraps them
     engine = make_engine(prepared.parts, config, execution)
     objective = prepared.objective(engine)
     _check_size(objective, context)
@@ -97,7 +99,11 @@ def train_on_worker(context: StageContext, prepare: Prepare) -> StageOutcome:
     return StageOutcome(
         metrics=final,
         ledger=prepared.ledger | {"steps": objective.num_steps} | unmeasured,
-        execution={"device": engine.device.type, "compute_dtype": str(dtype).removeprefix("torch.")},
+        execution={
+            "device": engine.device.type,
+            "compute_dtype": str(dtype).removeprefix("torch."),
+            "dropout": dropout,
+        },
     )
 
 

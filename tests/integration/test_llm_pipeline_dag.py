@@ -163,6 +163,15 @@ def test_a_failed_gate_makes_the_run_red_and_the_run_after_it_passes_over_it(
     assert tags["athanor.gate_curate"].startswith("passed: ")
 
 
+def test_a_failed_gate_stops_what_reads_its_model_and_nothing_beside_it(play: Callable[..., Run]):
+    bounds = {"gates.bounds": ["reward: eval/reward_accuracy > 0.9"]}
+    run = play("succeed", alignment="both", seed=5, overrides=bounds)
+    assert (run.state, run.states["reward"], run.states["gate_reward"]) == ("failed", "success", "failed")
+    after = ("ppo", "gate_ppo", "evaluate", "gate_evaluate", "promote", "report")
+    assert {run.states[task] for task in after} == {"upstream_failed"}
+    assert (run.states["dpo"], run.states["gate_dpo"]) == ("success", "success")
+
+
 def test_a_failure_that_may_pass_is_retried_as_often_as_the_run_allows(play: Callable[..., Run]):
     run = play("fail_once:infrastructure", last_stage="curate", seed=1)
     assert (run.state, run.tasks["curate"].try_number, jobs_of(run)) == ("success", 2, 2)

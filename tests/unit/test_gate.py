@@ -1,8 +1,7 @@
 """`python -m stages.gate` on real models: each thing it looks for, broken once."""
 
+import gzip
 import json
-import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.artifacts.addresses import open_store
+from stages.artifacts.evidence import read_evidence
 from stages.artifacts.store import read_json, write_json
 from stages.config.errors import ExitCode
 from stages.config.gate_records import Check, Findings, GateRequest, Outcome, findings_key, gate_key
 from stages.config.gates import GatesConfig
 from stages.config.graph import Stage
-from stages.config.invariants import bound_checks
+from stages.config.invariants import bound_checks, recorded_checks
 from stages.config.places import local_path
 from stages.config.request import ArtifactRef, RunInfo
 from stages.data.tokens.packing import TokenSequence, lay_out
@@ -26,8 +26,10 @@ from stages.gate import main
 from stages.judge.gates import reload
 from tests.gate_models import (
     REWARD,
+    Rule,
     built,
     examined,
+    heldout,
     learnt_by_chance,
     learnt_by_length,
     learnt_by_quality,
@@ -61,8 +63,8 @@ class Trained:
         return self.made[stage]
 
 
-def trained(home: Path, rule: Callable[[int, random.Random], tuple[str, str]]) -> Trained:
-    tokens = tokens_of(home, rule)
+def trained(home: Path, rule: Rule, *, held: Rule | None = heldout) -> Trained:
+    tokens = tokens_of(home, rule, held=held)
     start = start_of(home, tokens)
     return Trained(home, tokens, start, built(home, Stage.REWARD, REWARD, {"tokens": tokens, "model": start}))
 
@@ -112,6 +114,34 @@ def test_a_reward_model_of_length_alone_is_not_though_its_accuracy_is_high(tmp_p
     assert found.metrics["accept/accuracy_low"] > 0.5
     assert bounds_missed(found) == {"accept/balanced_low"}
     assert found.metrics["accept/over_length_low"] <= 0
+
+
+def test_a_reward_model_of_length_alone_is_not_where_all_pairs_prefer_the_longer_answer(tmp_path: Path):
+    """There, length tells every pair right, and nothing tells it from quality."""
+    found = examined(trained(tmp_path, learnt_by_length, held=learnt_by_length).reward, Stage.REWARD)
+    assert found.metrics["accept/accuracy_low"] > 0.9
+    assert "accept/balanced_low" in found.unmeasured
+    assert bounds_missed(found) == {"accept/balanced_low"}
+
+
+def test_a_reward_model_that_no_held_out_pair_can_judge_is_not(tmp_path: Path):
+    found = examined(trained(tmp_path, learnt_by_quality, held=None).reward, Stage.REWARD)
+    assert bounds_missed(found) == {"accept/accuracy_low", "accept/balanced_low"}
+
+
+def test_a_document_that_is_lost_from_a_published_file_is_found(tmp_path: Path):
+    def lose(folder: Path) -> None:
+        path = folder / "documents" / "train" / "part-00000.jsonl.gz"
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            kept = list(lines)[:-1]
+        with gzip.open(path, "wt", encoding="utf-8") as file:
+            file.writelines(kept)
+
+    checks = recorded_checks(read_evidence(tokens_of(tmp_path, learnt_by_quality, lose=lose)), {})
+    found = {check.name: check for check in checks if check.outcome is Outcome.FAILED}
+    assert set(found) == {"ledger_train_documents", "ledger_train_bytes"}
+    assert found["ledger_train_documents"].found == "59 (train documents tokenized)"
+    assert found["ledger_train_documents"].allowed == "60 (published by curate)"
 
 
 @pytest.mark.parametrize("stage", [Stage.PRETRAIN, Stage.SFT, Stage.DPO, Stage.PPO])

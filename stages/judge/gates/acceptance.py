@@ -4,13 +4,14 @@ all.
 Accuracy counts ties one half. A model that knows nothing but length can have a high accuracy where chosen answers are
 longer, so two more numbers are there. `over_length` is accuracy minus that of the best rule on length alone.
 `balanced` is the mean of the accuracies on pairs whose chosen answer is longer and on those where it is shorter: length
-alone gives 0.5 whatever the data, and so do shuffled labels. Intervals are 95 %, clustered by prompt.
+alone gives 0.5 whatever the data, and so do shuffled labels. Intervals are 95 %, clustered by prompt, and as wide as
+both a bootstrap and Wilson's interval: where all pairs are told right the bootstrap is a point, be it of one pair.
 
 Shape legend: P pairs.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ _HOTTEST, _COLDEST = 100.0, 0.01
 _LONGEST_TABLE = 50
 _LEAST = 10
 """Pairs on each side of a balanced accuracy; the interval of fewer says nothing."""
+_Z = 1.959964
+"""Of a normal distribution, 95 % lie within so many standard deviations."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,10 @@ def acceptance(pairs: JudgedPairs) -> Findings:
     if not len(pairs.margins_P):
         return Findings(unmeasured=dict.fromkeys(_NAMES, "there are no held-out preference pairs"))
     right_P, longer_P = wins(pairs.margins_P), pairs.longer_P
-    accuracy = _interval(right_P, pairs)
+    accuracy = of_shares(right_P, pairs.prompts_P)
     weight = length_weight(longer_P)
     by_rule_P = wins(weight * longer_P)
-    over = _interval(right_P - by_rule_P, pairs)
+    over = of_differences(right_P - by_rule_P, pairs.prompts_P)
     temperature = best_temperature(pairs.margins_P)
     metrics = {
         "pairs": float(len(right_P)),
@@ -102,10 +105,36 @@ _NAMES = tuple(
 )
 
 
-def _interval(values_P: np.ndarray, pairs: JudgedPairs) -> Interval:
-    found = interval(values_P, pairs.prompts_P)
+def wilson(share: float, observations: float) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927), which has a width also where all observations agree: 3 of 3 may be 0.44
+    in truth."""
+    if observations <= 0:
+        return 0.0, 1.0
+    scale = 1 + _Z**2 / observations
+    center = share + _Z**2 / (2 * observations)
+    width = _Z * math.sqrt(max(0.0, share * (1 - share) / observations) + _Z**2 / (4 * observations**2))
+    return (center - width) / scale, (center + width) / scale
+
+
+def of_shares(values_P: np.ndarray, prompts_P: np.ndarray, *, observations: float | None = None) -> Interval:
+    """The mean of values between 0 and 1, whose observations are the prompts unless something else is said."""
+    found = interval(values_P, prompts_P)
     assert found is not None
-    return found
+    low, high = wilson(found.value, len(set(prompts_P.tolist())) if observations is None else observations)
+    return replace(found, low=min(found.low, low), high=max(found.high, high))
+
+
+def of_differences(values_P: np.ndarray, prompts_P: np.ndarray) -> Interval:
+    """The mean of differences of two shares: only prompts for which the two differ tell which one is better."""
+    found = interval(values_P, prompts_P)
+    assert found is not None
+    size = float(np.abs(values_P).mean())
+    differ_P = values_P != 0
+    if not differ_P.any():
+        return found
+    better = float(values_P[values_P > 0].sum()) / float(np.abs(values_P).sum())
+    low, high = wilson(better, len(set(prompts_P[differ_P].tolist())))
+    return replace(found, low=min(found.low, size * (2 * low - 1)), high=max(found.high, size * (2 * high - 1)))
 
 
 def balanced_accuracy(right_P: np.ndarray, longer_P: np.ndarray, pairs: JudgedPairs) -> Interval | str:
@@ -121,9 +150,9 @@ def balanced_accuracy(right_P: np.ndarray, longer_P: np.ndarray, pairs: JudgedPa
     told_P = is_longer_P | is_shorter_P
     total = counts[0] + counts[1]
     values_P = np.where(is_longer_P, right_P * total / (2 * counts[0]), right_P * total / (2 * counts[1]))
-    found = interval(values_P[told_P], pairs.prompts_P[told_P])
-    assert found is not None
-    return found
+    # The variance of the mean of two means: as of so many observations of a single one.
+    prompts = [len(set(pairs.prompts_P[side_P].tolist())) for side_P in (is_longer_P, is_shorter_P)]
+    return of_shares(values_P[told_P], pairs.prompts_P[told_P], observations=4 / sum(1 / count for count in prompts))
 
 
 def length_weight(longer_P: np.ndarray) -> float:
@@ -184,8 +213,7 @@ def _by_length(right_P: np.ndarray, pairs: JudgedPairs) -> list[dict[str, Any]]:
 
 
 def _row(name: str, inside_P: np.ndarray, right_P: np.ndarray, pairs: JudgedPairs) -> dict[str, Any]:
-    found = interval(right_P[inside_P], pairs.prompts_P[inside_P])
-    assert found is not None
+    found = of_shares(right_P[inside_P], pairs.prompts_P[inside_P])
     numbers = {"accuracy": found.value, "low": found.low, "high": found.high}
     return {"name": name, "pairs": found.items, **{key: round(value, 6) for key, value in numbers.items()}}
 

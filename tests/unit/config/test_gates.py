@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from stages.config.errors import ConfigError
-from stages.config.gates import GatesConfig, parse_bound
+from stages.config.gates import ACCURACY_LOW, BALANCED_LOW, GatesConfig, parse_bound
 from stages.config.graph import Stage, gated_stages, pipeline_stages
 from stages.config.recipes import RECIPES
 from stages.config.resolve import resolve
@@ -64,11 +64,26 @@ def test_a_person_lets_gates_pass_by_name_and_for_a_reason():
         ({"override_reason": "why not"}, "without override_gates"),
         ({"override_gates": ["rewards"], "override_reason": "x"}, "'rewards' is no gate; allowed: curate, tokenize"),
         ({"overrides": {"gates.override": ["all"]}}, "cannot be set"),
+        ({"overrides": {"gates.recompute": False}}, "gates.recompute=false leaves out .* needs override_reason"),
     ],
 )
 def test_an_override_without_name_or_reason_is_refused(values: dict, told: str):
     with pytest.raises(ConfigError, match=told):
         resolve({"recipe": "tiny", **values})
+
+
+def test_gates_do_without_their_jobs_for_a_reason():
+    values = {"overrides": {"gates.recompute": False}, "override_reason": "a smoke test"}
+    gates = resolve({"recipe": "tiny", **values}).gates
+    assert (gates.recompute, gates.reason, gates.overrides(Stage.REWARD)) == (False, "a smoke test", False)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "tiny"])
+def test_a_reward_model_must_be_above_chance_and_more_than_length_in_every_recipe_that_teaches(name: str):
+    gates = RECIPES[name]().gates
+    asked = {(bound.stage, bound.metric, bound.sign, bound.number) for bound in map(parse_bound, gates.bounds)}
+    above_chance = (ACCURACY_LOW, ">", 0.5)
+    assert {(Stage.REWARD, *above_chance), (Stage.REWARD, BALANCED_LOW, ">", 0.5), (Stage.GOLD, *above_chance)} <= asked
 
 
 def test_gates_are_in_no_fingerprint():

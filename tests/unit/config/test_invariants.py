@@ -12,7 +12,7 @@ from stages.config.gate_records import Check, Outcome
 from stages.config.graph import GRAPH, Stage
 from stages.config.invariants import bound_checks, recorded_checks
 from stages.config.request import ArtifactRef, FileEntry, InputEntry, Manifest
-from tests.gate_world import CURATED, META, MODEL_FILES, SIZES, TOKENS, VOCABULARY, WIDTH
+from tests.gate_world import CURATED, META, MODEL_FILES, SIZES, TOKENS, VOCABULARY, WIDTH, ledger_of
 
 
 def file(path: str, sha256: str = "0", size: int = 1) -> FileEntry:
@@ -24,7 +24,7 @@ def manifest(stage: Stage, **fields: Any) -> Manifest:
         **{
             "kind": GRAPH[stage].kind,
             "stage": stage,
-            "version": 1,
+            "version": GRAPH[stage].version,
             "fingerprint": f"f-{stage.value}",
             "digest": f"d-{stage.value}",
             "files": (),
@@ -74,17 +74,12 @@ def evidence(stage: Stage) -> Evidence:
             }
             inputs = tuple(edge(role, source) for role, source in roles.items())
             return Evidence(manifest(stage, inputs=inputs), report=report)
-    ledger = {
-        Stage.PRETRAIN: {"tokens_available": 200, "rows_trained": 6, "tokens_trained": 60},
-        Stage.SFT: {"conversations": 8},
-        Stage.PPO: {"prompts": 7},
-    }.get(stage, {"pairs": 8})
     loss = math.log(VOCABULARY) if stage is Stage.PRETRAIN else math.log(2)
     inputs = (edge("tokens", Stage.TOKENIZE), *((edge("model", Stage.SFT),) if stage is not Stage.PRETRAIN else ()))
     made = manifest(
         stage,
         inputs=inputs,
-        ledger=ledger,
+        ledger=ledger_of(stage),
         config={"model": {"initializer_range": 0.02, "hidden_size": WIDTH}} if stage is Stage.PRETRAIN else {},
         files=tuple(file(name, sha256) for name, sha256 in MODEL_FILES.items()),
     )
@@ -176,6 +171,51 @@ def test_files_that_hold_less_than_the_ledger_says_are_found():
     )
     broken = replace(found, manifest=found.manifest.model_copy(update={"files": files}))
     assert failures(broken)["files_train_tokens"].found == "199 (in the files)"
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("part", ["documents", "conversations", "preferences"])
+def test_files_of_a_whole_part_that_are_gone_are_found(split: str, part: str):
+    found = evidence(Stage.TOKENIZE)
+    files = tuple(entry for entry in found.manifest.files if not entry.path.startswith(f"{part}/{split}/"))
+    for version in (found.manifest.version, 0):  # whatever version recorded that there was something
+        lost = found.manifest.model_copy(update={"files": files, "version": version})
+        check = failures(replace(found, manifest=lost))[f"files_{split}_{part}"]
+        assert (check.found, check.allowed[0]) == ("0 (in the files)", "5" if part == "documents" else "8")
+
+
+def test_a_ledger_without_a_split_is_found():
+    broken = with_ledger(evidence(Stage.TOKENIZE), lambda it: it.update(train={}))
+    found = failures(broken)
+    assert found["ledger_train_documents"].found == "no number (train documents tokenized)"
+    assert found["ledger_train_documents"].allowed == "5 (published by curate)"
+    assert {"ledger_train_conversations", "ledger_train_preferences", "files_train_tokens"} <= set(found)
+    assert "files" in failures(replace(evidence(Stage.TOKENIZE), meta=None))
+
+
+@pytest.mark.parametrize("stage", [Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.GOLD, Stage.PPO, Stage.DPO])
+def test_a_training_that_does_not_say_what_it_found_is_red(stage: Stage):
+    bare = with_ledger(evidence(stage), lambda it: it.clear())
+    (check,) = failures(bare).values()
+    assert check.found == "no number (found by training)"
+    found = evidence(stage)
+    gone = found.inputs["tokens"].model_copy(update={"ledger": {}})
+    assert failures(replace(found, inputs={**found.inputs, "tokens": gone}))[check.name].allowed.startswith("no number")
+
+
+@pytest.mark.parametrize("stage", [Stage.SFT, Stage.REWARD, Stage.DPO])
+@pytest.mark.parametrize(("name", "published"), [("tokens_available", 80), ("targets_available", 50)])
+def test_tokens_of_examples_are_those_that_tokenize_accounted_for(stage: Stage, name: str, published: int):
+    broken = with_ledger(evidence(stage), lambda it: it.update({name: published - 1}))
+    check = failures(broken)[f"ledger_{name}"]
+    assert (check.found, check.allowed) == (f"{published - 1} (found by training)", f"{published} (published)")
+    earlier = with_ledger(evidence(stage), lambda it: it.pop(name))
+    assert outcomes(earlier)[f"ledger_{name}"].outcome is Outcome.SKIPPED
+
+
+def test_the_rows_of_pretraining_are_all_its_tokens():
+    broken = with_ledger(evidence(Stage.PRETRAIN), lambda it: it.update(rows_available=19))
+    assert failures(broken)["ledger_rows_available"].allowed == "20 (whole rows of 10 in 200 tokens)"
 
 
 @pytest.mark.parametrize(
@@ -271,6 +311,17 @@ def test_without_the_first_step_nothing_is_claimed(row: dict[str, Any] | None):
     assert found["initial_loss"].outcome is Outcome.SKIPPED
 
 
+@pytest.mark.parametrize("stage", [Stage.PRETRAIN, Stage.REWARD, Stage.DPO, Stage.PPO])
+def test_a_model_with_dropout_starts_anywhere_near_that(stage: Stage):
+    off = starting(stage, **{"train/loss": 1.2, "ppo/approx_kl": 0.01, "ppo/clip_fraction": 0.2})
+    assert failures(off)
+    execution = {**off.manifest.execution, "dropout": 0.1}
+    found = outcomes(replace(off, manifest=off.manifest.model_copy(update={"execution": execution})))
+    told = {check.found for name, check in found.items() if name.startswith("initial_")}
+    assert told == {"the model drops 0.1 of its values at random while it is trained"}
+    assert not [check for check in found.values() if check.outcome is Outcome.FAILED]
+
+
 def test_a_model_that_goes_on_from_a_given_one_knows_something_already():
     found = starting(Stage.PRETRAIN, **{"train/loss": 2.0})
     given = (*found.manifest.inputs, edge("base_model", Stage.SFT))
@@ -293,7 +344,8 @@ def test_an_evaluation_that_left_a_model_out_or_measured_on_other_data_is_found(
 @pytest.mark.parametrize("stage", GATED)
 def test_what_earlier_versions_did_not_record_is_said_and_not_passed(stage: Stage):
     found = evidence(stage)
-    bare = replace(found, manifest=found.manifest.model_copy(update={"ledger": {}}), first_row=None, meta=None)
+    older = found.manifest.model_copy(update={"ledger": {}, "version": 0})
+    bare = replace(found, manifest=older, first_row=None, meta=None)
     assert not failures(bare)
     named = {name for name, check in outcomes(bare).items() if check.outcome is Outcome.SKIPPED}
     assert named or stage in (Stage.EVALUATE, Stage.SFT)
@@ -307,7 +359,39 @@ def test_bounds_are_compared_and_what_is_missing_fails_with_the_nearest_name():
         "eval/loss": "failed",
         "eval/los": "failed",
         "eval/perplexity": "passed",
-        "accept/ece": "skipped",
+        "accept/ece": "failed",
     }
+    assert found["accept/ece"].found == "not measured: there are no pairs"
+    without = bound_checks(["sft: accept/ece < 1"], {}, {}, no_job="gates.recompute is off")
+    assert [check.outcome.value for check in without] == ["skipped"]
     assert (found["eval/loss"].found, found["eval/loss"].allowed) == ("2.5", "<= 2")
     assert "Did you mean 'eval/loss'?" in found["eval/los"].advice
+
+
+ACCEPTED = ["reward: accept/accuracy_low > 0.5", "reward: accept/balanced_low > 0.5"]
+FEW = {"accept/balanced_low": "the chosen answer is longer in 40 held-out pairs and shorter in 2"}
+
+
+def missed(metrics: dict[str, float], unmeasured: dict[str, str], bounds: list[str] = ACCEPTED) -> dict[str, Check]:
+    checks = bound_checks(bounds, metrics, unmeasured)
+    return {check.name: check for check in checks if check.outcome is Outcome.FAILED}
+
+
+def test_a_reward_model_that_nothing_was_measured_of_is_not_accepted():
+    why = "there are no held-out preference pairs"
+    nothing = {"accept/accuracy_low": why, "accept/balanced_low": why}
+    found = missed({}, nothing)
+    assert set(found) == set(nothing)
+    assert "override_gates=reward and a reason" in found["accept/accuracy_low"].advice
+    assert "more held-out preference pairs" in found["accept/accuracy_low"].advice
+
+
+def test_where_one_side_has_few_pairs_a_reward_model_must_be_better_than_the_best_rule_of_length():
+    high = {"accept/accuracy_low": 0.9}
+    assert not missed({**high, "accept/over_length_low": 0.01}, FEW)
+    found = missed({**high, "accept/over_length_low": 0.0}, FEW)["accept/balanced_low"]
+    assert found.found == f"accept/over_length_low is 0; not measured: {FEW['accept/balanced_low']}"
+    assert found.allowed == "accept/over_length_low > 0 in its place"
+    assert missed(high, FEW)
+    # A bound above chance asks for more than that.
+    assert missed({**high, "accept/over_length_low": 0.01}, FEW, ["reward: accept/balanced_low > 0.6"])

@@ -21,12 +21,13 @@ from operators.failures import (
     StagePreempted,
     StageRetryPolicy,
 )
-from operators.gates import GateOperator
+from operators.gates import GateOperator, tell_mlflow
 from operators.prepare import PIPELINE_RECORD, pipeline_key
 from stages.artifacts.addresses import open_store
 from stages.artifacts.store import Store, read_json, write_json
 from stages.config.errors import Category
 from stages.config.gate_records import (
+    WANT_OF_COMPUTE,
     Findings,
     GateRecord,
     GateRequest,
@@ -35,8 +36,10 @@ from stages.config.gate_records import (
     findings_key,
     gate_key,
     passed,
+    skipped,
 )
-from stages.config.graph import Stage, gated_stages
+from stages.config.gates import GatesConfig
+from stages.config.graph import GRAPH, Stage, gated_stages
 from stages.config.request import ArtifactRef, Failure, RunInfo, sha256_of
 from stages.config.resolve import resolve
 from tests.gate_world import publish_good
@@ -46,6 +49,7 @@ from tests.task_state import Memory
 FOUND = Findings(
     checks=(passed("reload", "outputs differ by 0"),), metrics={"accept/accuracy_low": 0.6, "accept/balanced_low": 0.7}
 )
+WITHOUT_JOBS = {"overrides": {"gates.recompute": False}, "override_reason": "a smoke test"}
 
 
 class TaskInstance:
@@ -141,9 +145,24 @@ def test_what_is_recorded_needs_no_job(world: World, stage: Stage):
 
 @pytest.mark.parametrize("stage", [stage for stage in gated_stages() if stage not in (Stage.CURATE,)])
 def test_without_jobs_every_gate_decides_by_what_is_recorded(world: World, stage: Stage):
-    world.values |= {"overrides": {"gates.recompute": False}, "gold_scorer": "train"}
+    world.values |= {**WITHOUT_JOBS, "gold_scorer": "train"}
     assert world.gate(stage)["outcome"] == "passed"
     assert world.ray.posts == []
+    left_out = [check for check in world.record(stage).checks if check.name == "recomputed"]
+    assert len(left_out) == GRAPH[stage].trains
+    for check in left_out:
+        assert check.found == (
+            "reload, probes and acceptance are left out: gates.recompute is off, because a smoke test"
+        )
+
+
+def test_without_jobs_a_reward_model_is_not_accepted_and_that_is_said(world: World):
+    overrides = {"gates.recompute": False, "gates.bounds": list(GatesConfig().bounds)}
+    world.values |= {"overrides": overrides, "override_reason": "a smoke test"}
+    world.gate(Stage.REWARD)
+    found = {check.name: check for check in world.record(Stage.REWARD).checks}
+    assert found["accept/accuracy_low"].outcome is Outcome.SKIPPED
+    assert "a smoke test" in found["accept/accuracy_low"].found
 
 
 def test_a_model_is_examined_by_one_job_and_a_repeated_run_starts_none(world: World):
@@ -174,6 +193,35 @@ def test_another_bound_asks_no_job_again_and_other_content_does(world: World):
     world.job_finds(Stage.REWARD, FOUND)
     world.gate(Stage.REWARD)
     assert len(world.ray.jobs) == 2
+
+
+def test_runs_that_share_a_model_keep_their_records_apart_in_mlflow(world: World, monkeypatch: pytest.MonkeyPatch):
+    """A hit belongs to the run of MLflow that built it, whichever run asks."""
+    files: dict[tuple[str, str], str] = {}
+
+    class Server:
+        def __init__(self, tracking_uri: str) -> None: ...
+
+        def __enter__(self) -> "Server":
+            return self
+
+        def __exit__(self, *exception: object) -> None: ...
+
+        def set_tag(self, run_id: str, key: str, value: str) -> None: ...
+
+        def log_text(self, run_id: str, name: str, text: str) -> None:
+            files[run_id, name] = text
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow")
+    monkeypatch.setattr("operators.mlflow.MlflowServer", Server)
+    world.publish()
+    artifact = world.made[Stage.SFT].model_copy(update={"mlflow_run_id": "built"})
+    at = "2026-11-29T00:00:00+00:00"
+    for run_id, outcome in (("a", Outcome.FAILED), ("b", Outcome.PASSED)):
+        record = GateRecord(stage=Stage.SFT, artifact=artifact, outcome=outcome, at=at)
+        tell_mlflow(RunInfo(run_id=run_id, name="n"), record)
+    kept = {name: GateRecord.model_validate_json(text).outcome for (_, name), text in files.items()}
+    assert kept == {"gate-a.json": Outcome.FAILED, "gate-b.json": Outcome.PASSED, "gate.json": Outcome.PASSED}
 
 
 def test_a_damaged_finding_is_measured_again(world: World, caplog: pytest.LogCaptureFixture):
@@ -246,10 +294,77 @@ def test_what_the_job_found_wrong_stops_the_run(world: World):
     world.job_finds(Stage.DPO, Findings(checks=(wrong,)))
     with pytest.raises(GateFailed, match="reload: outputs differ by 1; allowed: up to 1e-5"):
         world.gate(Stage.DPO)
-    world.state = Memory()
-    with pytest.raises(GateFailed):  # kept: no job finds it again
+
+
+def test_what_was_wrong_and_is_put_right_turns_the_gate_green(world: World):
+    """The repaired artifact has the content that the manifest always named, so nothing else tells the two apart."""
+    damaged = failed("files", "model.safetensors has other bytes", "those of the manifest", "Clear dpo.")
+    world.job_finds(Stage.DPO, Findings(checks=(damaged,)))
+    with pytest.raises(GateFailed, match=r"files: model\.safetensors has other bytes"):
         world.gate(Stage.DPO)
-    assert len(world.ray.jobs) == 1
+    world.state = Memory()
+    world.job_finds(Stage.DPO, FOUND)
+    assert world.gate(Stage.DPO)["outcome"] == "passed"
+    assert len(world.ray.jobs) == 2
+    world.state = Memory()
+    assert world.gate(Stage.DPO)["job"] == "kept"
+
+
+def test_what_was_left_out_for_want_of_compute_is_asked_again(world: World):
+    left = Findings(checks=(skipped("heldout_again", f"512 of them take 9e+99 {WANT_OF_COMPUTE}"),))
+    world.job_finds(Stage.SFT, left)
+    world.gate(Stage.SFT)
+    world.state = Memory()
+    world.job_finds(Stage.SFT, FOUND)
+    assert world.gate(Stage.SFT)["job"] != "kept"
+
+
+def test_what_is_recorded_wrong_stops_the_run_before_any_job(world: World):
+    world.publish(sft={"ledger": {"conversations": 7}})
+    with pytest.raises(GateFailed, match=r"ledger_conversations: 7 .*; allowed: 8") as caught:
+        world.gate(Stage.SFT)
+    assert world.ray.posts == []
+    assert "1 of" in str(caught.value)
+    found = {check.name: check for check in world.record(Stage.SFT).checks}
+    assert found["recomputed"].outcome is Outcome.SKIPPED
+
+
+def dying(world: World, stage: Stage, category: Category) -> Callable[[Job], None]:
+    def die(job: Job) -> None:
+        told = Failure(category=category, message="config.json names no architecture.", advice="Build it again.")
+        write_json(world.store, gate_key("r", stage, "failure.json"), told.model_dump(mode="json"))
+        job.driver_exit_code, job.status = 4, "FAILED"
+
+    return die
+
+
+def test_a_job_that_no_retry_can_help_is_a_failed_check_that_a_person_may_pass(world: World):
+    world.values["overrides"] = {"gates.bounds": list(GatesConfig().bounds)}
+    world.when_submitted(dying(world, Stage.REWARD, Category.DATA))
+    with pytest.raises(GateFailed, match=r"recomputed: config\.json names no architecture\."):
+        world.gate(Stage.REWARD)
+    (check,) = world.record(Stage.REWARD).failures
+    assert (check.name, check.advice) == ("recomputed", "Build it again.")
+    world.values |= {"override_gates": ["reward"], "override_reason": "known"}
+    world.when_submitted(dying(world, Stage.REWARD, Category.DATA))
+    assert "passed by ada: known" in world.gate(Stage.REWARD)["summary"]
+    assert len(world.ray.jobs) == 2
+
+
+def test_a_failed_record_is_put_aside_and_not_replaced(world: World):
+    world.values |= {"overrides": {"gates.bounds": ["curate: curate/documents_kept >= 1e6"]}}
+    for _ in range(2):
+        with pytest.raises(GateFailed):
+            world.gate(Stage.CURATE)
+    world.values["overrides"] = {}
+    for _ in range(2):
+        world.gate(Stage.CURATE)
+    names = {key.rpartition("/")[2] for key in world.store.list("runs/r/gate_curate")}
+    assert names >= {"gate.json", "gate-1.json", "gate-2.json"}
+    assert "gate-3.json" not in names
+    earlier = GateRecord.model_validate(read_json(world.store, gate_key("r", Stage.CURATE, "gate-2.json")))
+    assert [check.name for check in earlier.failures] == ["curate/documents_kept"]
+    assert world.record(Stage.CURATE).outcome is Outcome.PASSED
 
 
 def test_an_artifact_that_is_not_what_the_stage_published_is_red_and_not_an_error(world: World):
@@ -262,7 +377,7 @@ def test_an_artifact_that_is_not_what_the_stage_published_is_red_and_not_an_erro
 
 def test_a_model_made_from_another_reference_than_the_runs_is_red(world: World):
     world.publish()
-    world.values["overrides"] = {"gates.recompute": False}
+    world.values |= WITHOUT_JOBS
     other = world.made[Stage.PRETRAIN]
     world.made[Stage.SFT] = other  # as if the run had another SFT model than DPO has read
     with pytest.raises(GateFailed, match=r"input_model: made from content .*; allowed: the run's model has content"):
@@ -373,7 +488,7 @@ def test_a_deferred_gate_reads_what_the_run_stored_again_when_it_resumes(world: 
     from operators.dispatch import Carried
     from operators.ray.submission import Submission
 
-    world.values["overrides"] = {"gates.recompute": False}
+    world.values |= WITHOUT_JOBS
     world.gate(Stage.SFT)
     run = RunInfo(run_id="r", name="n", records={PIPELINE_RECORD: "0" * 64})
     carried = Carried(

@@ -1,6 +1,7 @@
 """Beginning and end of a run, without servers: what is refused, what is stored, what an absent MLflow does."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from operators.failures import RunIncomplete, StageConfigFailed
 from operators.links import mlflow_artifact_page, mlflow_run_page
 from operators.prepare import build_request, find_hit, input_stages, load_config
 from operators.run import finish_run, start_run
-from stages.artifacts.addresses import artifact_key, open_store
+from stages.artifacts.addresses import artifact_key, open_default_store, open_store
 from stages.artifacts.manifests import DOUBT, fingerprint
 from stages.artifacts.store import write_json
 from stages.config.errors import ConfigError, DataError
+from stages.config.gate_records import GateOverride, GateRecord, Outcome, gate_key
 from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import PipelineConfig, stage_config_from_json
 from stages.config.request import ArtifactRef, InputEntry, RunInfo, run_folder
@@ -95,9 +97,34 @@ def test_the_configuration_is_stored_and_the_run_told_even_when_mlflow_is_away(t
     assert "No MLflow parent run yet" in caplog.text
 
 
-def finish(states: dict[str, str], **params: Any) -> None:
+def finish(states: dict[str, str], records: Mapping[str, GateRecord | None] | None = None, **params: Any) -> None:
+    """End a run whose green gates have decided so, if nothing else is said."""
     run = start(recipe="tiny", alignment="none", **params)
+    store = open_default_store()
+    for task in [task for task, state in states.items() if task.startswith("gate_") and state == "success"]:
+        stage = Stage(task.removeprefix("gate_"))
+        record = (records or {}).get(task, decided(stage))
+        if record is None:
+            store.delete(gate_key(run["run_id"], stage))
+        else:
+            write_json(store, gate_key(run["run_id"], stage), record.model_dump(mode="json"))
     finish_run({"ti": Task(states, run)})
+
+
+def decided(stage: Stage, *, outcome: Outcome = Outcome.PASSED, override: GateOverride | None = None) -> GateRecord:
+    artifact = ArtifactRef(kind=GRAPH[stage].kind, uri="u", fingerprint="f", digest="d")
+    at = "2026-11-29T00:00:00+00:00"
+    return GateRecord(stage=stage, artifact=artifact, outcome=outcome, override=override, at=at)
+
+
+def test_a_failed_gate_that_a_person_marks_as_success_is_passed_without_a_reason():
+    states = {**DONE, **SKIPPED, "gate_sft": "success"}
+    red = decided(Stage.SFT, outcome=Outcome.FAILED)
+    with pytest.raises(RunIncomplete, match=r"gate_sft was marked as success, but failed .*override_gates=sft"):
+        finish(states, {"gate_sft": red})
+    with pytest.raises(RunIncomplete, match="gate_sft was marked as success before it had decided"):
+        finish(states, {"gate_sft": None})
+    finish(states, {"gate_sft": red.model_copy(update={"override": GateOverride(by="ada", reason="known")})})
 
 
 DONE = dict.fromkeys(("curate", "tokenize", "pretrain", "sft", "evaluate", "promote", "report"), "success")

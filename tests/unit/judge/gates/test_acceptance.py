@@ -13,6 +13,7 @@ from stages.judge.gates.acceptance import (
     best_of_n,
     best_temperature,
     length_weight,
+    wilson,
 )
 
 
@@ -77,6 +78,37 @@ def test_a_model_of_quality_passes_both_whatever_the_lengths(lengths: np.ndarray
     found = numbers(judged(margins, lengths))
     assert found["accuracy_low"] > 0.5
     assert found["balanced_low"] > 0.5
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_few_pairs_that_happen_to_be_told_right_are_no_proof(count: int):
+    """A coin tells three of three right once in eight times."""
+    found = numbers(judged([1.0] * count))
+    assert found["accuracy"] == 1
+    assert found["accuracy_low"] < 0.5
+    assert found["over_length_low"] < 0.5
+    assert numbers(judged([-1.0] * count))["accuracy_high"] > 0.5
+    assert all(row["low"] < 0.5 for row in acceptance(judged([1.0] * count)).tables["by_kind"])
+
+
+def test_many_pairs_of_one_prompt_told_right_are_no_proof_either():
+    found = numbers(judged([1.0] * 40, np.array([1, -1] * 20), prompts_P=np.full(40, "one")))
+    assert max(found["accuracy_low"], found["balanced_low"]) < 0.5
+
+
+@pytest.mark.parametrize(("share", "count", "low"), [(1.0, 3, 0.4385), (1.0, 10, 0.7225), (0.5, 10, 0.2366)])
+def test_the_interval_of_a_share_is_wilsons(share: float, count: int, low: float):
+    """Of all right, n / (n + 1.96^2)."""
+    assert wilson(share, count)[0] == pytest.approx(low, abs=1e-4)
+    assert wilson(1 - share, count)[1] == pytest.approx(1 - low, abs=1e-4)
+
+
+def test_only_pairs_for_which_quality_and_length_differ_tell_them_apart():
+    """Two of twenty: both for the better, which a coin does once in four times."""
+    longer = np.array([1] * 18 + [-1] * 2)
+    found = numbers(judged(np.ones(20), longer))
+    assert found["over_length"] == pytest.approx(0.1)
+    assert found["over_length_low"] <= 0
 
 
 def test_shuffled_labels_are_not_above_chance(lengths: np.ndarray):
