@@ -32,7 +32,7 @@ from stages.config.gate_records import (
     gate_key,
     skipped,
 )
-from stages.config.gates import GatesConfig, gate_name
+from stages.config.gates import GatesConfig, gate_name, parse_bounds
 from stages.config.graph import GOLD_MODEL, GRAPH, Stage
 from stages.config.invariants import bound_checks, recorded_checks
 from stages.config.records import parse_record
@@ -168,11 +168,14 @@ class GateOperator(StageOperator):
         self, context: Any, store: "Store", known: "Recorded", findings: Findings, *, job: str, no_job: str = ""
     ) -> dict[str, Any]:
         """Make the checks, keep the outcome with its evidence, and raise GateFailed unless the run may go on."""
+        from operators.prepare import load_config
         from stages.artifacts.store import write_json
 
-        gates = self._gates(context, store)
+        config = load_config(store, self._run(context))
         by = context["dag_run"].triggering_user_name or ""
-        record = judged(known, gates, findings, job=job, no_job=no_job, by=by)
+        record = judged(
+            known, config.gates, findings, job=job, no_job=no_job, by=by, pointless=pointless(config, known)
+        )
         run = known.request.run
         keep_earlier_failure(store, run.run_id, record.stage)
         write_json(store, gate_key(run.run_id, record.stage), record.model_dump(mode="json"))
@@ -230,14 +233,37 @@ def what_is_recorded(request: GateRequest) -> Recorded:
     return Recorded(request, tuple(recorded_checks(evidence, request.inputs)), evidence.manifest.metrics)
 
 
+def pointless(config: "PipelineConfig", known: Recorded) -> str:
+    """Why the run's bounds are not asked of the artifact, "" where they are: a retraining that ends with curate,
+    because nothing is new, ends well."""
+    from operators.prepare import brings_nothing_new
+    from stages.config.curate import NEW_BYTES, NEW_PAIRS
+
+    if known.request.stage is not Stage.CURATE or not {NEW_BYTES, NEW_PAIRS} <= set(known.metrics):
+        return ""
+    return "nothing is new, and the run ends here" if brings_nothing_new(config, known.metrics) else ""
+
+
 def judged(
-    known: Recorded, gates: GatesConfig, findings: Findings, *, job: str, by: str, no_job: str = ""
+    known: Recorded,
+    gates: GatesConfig,
+    findings: Findings,
+    *,
+    job: str,
+    by: str,
+    no_job: str = "",
+    pointless: str = "",
 ) -> GateRecord:
-    """Put everything together that is known of an artifact, and say whether the run may go on."""
+    """Put everything together that is known of an artifact, and say whether the run may go on; with a reason why
+    bounds are pointless, they are skipped."""
     request = known.request
     bounds = gates.bounds_of(request.stage)
     metrics = {**known.metrics, **findings.metrics}
-    kept_bounds = bound_checks(bounds, metrics, findings.unmeasured, no_job=no_job)
+    kept_bounds = (
+        [skipped(bound.metric, pointless) for bound in parse_bounds(bounds)]
+        if pointless
+        else bound_checks(bounds, metrics, findings.unmeasured, no_job=no_job)
+    )
     checks = (*known.checks, *findings.checks, *kept_bounds)
     is_failed = any(check.outcome is Outcome.FAILED for check in checks)
     override = GateOverride(by=by, reason=gates.reason) if is_failed and gates.overrides(request.stage) else None

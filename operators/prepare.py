@@ -69,10 +69,9 @@ def as_far_as_there_is_new_data(config: PipelineConfig, curated: Mapping[str, fl
     Without enough new text there is no pretraining; without new pairs either, the run ends there and succeeds. Text
     alone is nothing new for a run that enters after pretraining.
     """
-    enters_late = bool(config.first_stage)
-    if curated[NEW_BYTES] >= max(1, config.min_new_bytes) and not enters_late:
+    if _has_enough_text(config, curated):
         return config
-    if curated[NEW_PAIRS] and config.base_model:
+    if not brings_nothing_new(config, curated):
         logger.info("New pairs, but %d bytes of new text: no pretraining.", curated[NEW_BYTES])
         return config.model_copy(update={"continue_pretraining": False})
     logger.info(
@@ -82,6 +81,17 @@ def as_far_as_there_is_new_data(config: PipelineConfig, curated: Mapping[str, fl
         curated[NEW_PAIRS],
     )
     return config.model_copy(update={"last_stage": Stage.CURATE})
+
+
+def brings_nothing_new(config: PipelineConfig, curated: Mapping[str, float]) -> bool:
+    """Whether a run that builds on previous data ends with curate, because there is nothing to train on."""
+    if PREVIOUS not in config.given or _has_enough_text(config, curated):
+        return False
+    return not (curated[NEW_PAIRS] and config.base_model)
+
+
+def _has_enough_text(config: PipelineConfig, curated: Mapping[str, float]) -> bool:
+    return curated[NEW_BYTES] >= max(1, config.min_new_bytes) and not config.first_stage
 
 
 def selection(config: PipelineConfig) -> frozenset[Stage]:

@@ -21,10 +21,11 @@ from operators.failures import (
     StagePreempted,
     StageRetryPolicy,
 )
-from operators.gates import GateOperator, tell_mlflow
+from operators.gates import GateOperator, Recorded, judged, pointless, tell_mlflow
 from operators.prepare import PIPELINE_RECORD, pipeline_key
 from stages.artifacts.addresses import open_store
 from stages.artifacts.store import Store, read_json, write_json
+from stages.config.curate import NEW_BYTES, NEW_PAIRS
 from stages.config.errors import Category
 from stages.config.gate_records import (
     WANT_OF_COMPUTE,
@@ -40,6 +41,7 @@ from stages.config.gate_records import (
 )
 from stages.config.gates import GatesConfig
 from stages.config.graph import GRAPH, Stage, gated_stages
+from stages.config.pipeline import PREVIOUS
 from stages.config.request import ArtifactRef, Failure, RunInfo, sha256_of
 from stages.config.resolve import resolve
 from tests.gate_world import publish_good
@@ -252,6 +254,21 @@ def test_a_failed_gate_says_both_numbers_what_to_do_and_keeps_its_evidence(world
     assert "ledger_train_documents" in {check.name for check in record.failures}
     failure = Failure.model_validate(read_json(world.store, gate_key("r", Stage.TOKENIZE, "failure.json")))
     assert (failure.category, failure.message in told) == (Category.DATA, True)
+
+
+@pytest.mark.parametrize(("new_bytes", "outcome"), [(0.0, Outcome.PASSED), (1e6, Outcome.FAILED)])
+def test_a_retraining_without_anything_new_meets_no_bounds(world: World, new_bytes: float, outcome: Outcome):
+    """It ends with curate and is a success, whatever a run that trains would have to show."""
+    world.publish()
+    config = resolve({"recipe": "tiny", "overrides": {"gates.bounds": ["curate: curate/documents_kept >= 100"]}})
+    given = config.with_given({PREVIOUS: world.made[Stage.CURATE]})
+    request = GateRequest.model_construct(stage=Stage.CURATE, artifact=world.made[Stage.CURATE])
+    metrics = {NEW_BYTES: new_bytes, NEW_PAIRS: 0.0, "curate/documents_kept": 3.0}
+    for one, expected in ((given, outcome), (config, Outcome.FAILED)):
+        known = Recorded(request, (), metrics)
+        record = judged(known, one.gates, Findings(), job="none", by="", pointless=pointless(one, known))
+        assert record.outcome is expected
+        assert [check.name for check in record.checks] == ["curate/documents_kept"]
 
 
 def world_ledger() -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 
 from operators.given import given_artifacts
 from operators.people.collect import find_model
-from operators.prepare import as_far_as_there_is_new_data, build_request
+from operators.prepare import as_far_as_there_is_new_data, brings_nothing_new, build_request
 from stages.artifacts.addresses import artifact_uri, open_store
 from stages.artifacts.manifests import publish, read_manifest, utc_now
 from stages.artifacts.store import Store
@@ -220,7 +220,9 @@ def test_a_run_goes_as_far_as_there_is_new_data(
     base = {"base_model": house.dpo.uri, "continue_pretraining": True} if base_model else {}
     config = resolve({"recipe": "tiny", "documents": ["/new"], "previous_data": house.dpo.uri, **base})
     metrics = {"curate/bytes_new": new_bytes, "curate/pairs_new": new_pairs}
-    left = as_far_as_there_is_new_data(config.with_given(given_artifacts(config)), metrics)
+    config = config.with_given(given_artifacts(config))
+    left = as_far_as_there_is_new_data(config, metrics)
+    assert brings_nothing_new(config, metrics) == (left.last_stage is Stage.CURATE)
     not_in_tiny = {Stage.CONVERT, Stage.GOLD}
     assert set(pipeline_stages()) - left.selected - not_in_tiny == ends_without - not_in_tiny
     assert (Stage.PRETRAIN in left.selected) == pretrains
