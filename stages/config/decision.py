@@ -20,7 +20,15 @@ from typing import Any
 
 from stages.config.closing import Approval, Guard, PromoteConfig, Promotion, Verdict
 from stages.config.errors import ConfigError
-from stages.config.evaluation import CHAMPION_ROLE, JUDGE_SUITE, REWARD_SUITE, Compared, Evaluation, MeasuredChampion
+from stages.config.evaluation import (
+    CHAMPION_ROLE,
+    JUDGE_SUITE,
+    REWARD_SUITE,
+    Compared,
+    Evaluation,
+    MeasuredChampion,
+    SuiteResult,
+)
 from stages.config.graph import aligned_models, spec_of_role
 from stages.config.selection import learns_from_scores
 
@@ -31,6 +39,10 @@ ROLLED_BACK = "rollback.reason"
 """Tag of a version that was champion and was taken back."""
 
 _CLEAR = "clear the task `evaluate` with its downstream tasks"
+
+_MISSING_AT_MOST = 0.02
+"""Share of the opponent's items that a candidate may lack a score for. What it was not measured on may be just what it
+fails at: an answer that the rule cannot read, or a value that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -255,6 +267,8 @@ def _primary(
             passed_over.append(f"{suite}: it was trained against this reward model")
         elif suite == JUDGE_SUITE and not evaluation.judge_is_proven:
             passed_over.append(f"{suite}: it is not shown to agree with known pairs more often than chance")
+        elif known is not None and (lacking := _lacks_all(candidate.role, opponent, known)):
+            return Check(suite, config.margin, False, f"{suite}: {lacking}", known.metric, known.better), passed_over
         elif compared is None or known is None:
             passed_over.append(f"{suite}: not measured on both")
         elif not known.better:
@@ -290,9 +304,37 @@ def _check(
         f"{'' if suite.better == 'higher' else ', lower is better'}, "
         f"p={compared.p:.4g}, {compared.items} items"
     )
-    passed, verdict = _verdict(compared, suite.better, config, margin=margin, level=level, must_gain=must_gain)
+    if incomplete := _incomplete(compared, suite):
+        passed, verdict = False, incomplete
+    else:
+        passed, verdict = _verdict(compared, suite.better, config, margin=margin, level=level, must_gain=must_gain)
     name = "" if must_gain else "guard "
     return Check(compared.suite, margin, passed, f"{name}{found}: {verdict}", suite.metric, suite.better, compared)
+
+
+def _incomplete(compared: Compared, suite: SuiteResult) -> str:
+    """Why a comparison says nothing because the candidate has too few of its opponent's items; empty when it has."""
+    both, missing = compared.items, compared.missing
+    if missing <= _MISSING_AT_MOST * (both + missing):
+        return ""
+    return (
+        f"it has no score on {missing} of the {both + missing} items that the other has one on, and at most "
+        f"{_MISSING_AT_MOST:.0%} may be missing{_reasons(compared.role, suite)}"
+    )
+
+
+def _lacks_all(role: str, opponent: str, suite: SuiteResult) -> str:
+    """Why a candidate cannot be compared with an opponent that was measured; empty when it was measured too."""
+    ours, theirs = suite.roles.get(role), suite.roles.get(opponent)
+    if ours is None or ours.items or theirs is None or not theirs.items:
+        return ""
+    return f"it has no score on any of the {theirs.items} items that the other has one on{_reasons(role, suite)}"
+
+
+def _reasons(role: str, suite: SuiteResult) -> str:
+    known = suite.roles.get(role)
+    skipped = ", ".join(f"{reason} {count}" for reason, count in known.skipped.items()) if known else ""
+    return f" (skipped: {skipped})" if skipped else ""
 
 
 def _verdict(

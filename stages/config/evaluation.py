@@ -67,6 +67,8 @@ class Compared:
     """Share of equally good models that differ at least so much for the better."""
     items: NonNegativeInt
     clusters: NonNegativeInt
+    missing: NonNegativeInt = 0
+    """Items that `against` has a score for and `role` has not; unknown, and so 0, in earlier evaluations."""
     needed_items: NonNegativeInt | None = None
     """So many items would find the difference with the stated power; None where there is nothing to find."""
 

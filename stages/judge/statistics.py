@@ -52,6 +52,8 @@ class Comparison:
     """Share of equally good models that differ at least so much for the better; 1 where nothing differs."""
     items: int
     clusters: int
+    missing: int
+    """Items that `b` has a score for and `a` has not."""
     needed_items: int | None
     """So many items would find the difference with the stated power; None where there is nothing to find."""
 
@@ -117,6 +119,7 @@ def compare(
         p=_flip_signs(sign * grouped.sums_G),
         items=len(in_a),
         clusters=len(grouped.sums_G),
+        missing=len(b.items) - len(in_b),
         needed_items=_needed_items(grouped, gain, items=len(in_a), level=level, power=power),
     )
 

@@ -141,6 +141,45 @@ def test_a_guard_holds_by_the_bound_and_not_by_the_difference(high: float, promo
         assert "it may be worse by 0.1001, over its margin 0.1" in decision.reason
 
 
+@pytest.mark.parametrize(("missing", "promoted"), [(8, True), (9, False)])
+def test_a_candidate_may_lack_two_in_a_hundred_of_the_items_that_its_opponent_has(missing: int, promoted: bool) -> None:
+    """Of 400 + 8 items 8 are 1.96 %; of 400 + 9 they are 2.2 %."""
+    decision = judged(compared(missing=missing))
+    assert decision.promoted is promoted
+    wrong = "it has no score on 9 of the 409 items that the other has one on, and at most 2% may be missing"
+    assert (wrong in decision.reason) is not promoted
+    held = compared(suite="language", difference=0.0, low=-0.01, high=0.01, missing=missing)
+    guarded = judged(compared(), held, config=GUARDED)
+    assert guarded.promoted is promoted
+    assert (
+        f"guard language (bits_per_byte) +0 [-0.01, +0.01], lower is better, p=0.001, 400 items: {wrong}"
+        in guarded.reason
+    ) is not promoted
+    margin = PromoteConfig(margin=0.03)
+    assert judged(compared(missing=missing), config=margin).promoted is promoted
+
+
+def test_why_a_candidate_has_no_score_is_said_and_the_table_counts_the_items() -> None:
+    report = with_comparisons(EVALUATION, compared(items=200, missing=200), champion=CHAMPION)
+    report["suites"]["pairs"]["roles"]["ppo"]["skipped"] = {"rule_failed_ValueError": 200}
+    decision = decide([PPO], OLD, Evaluation.from_report(report, settings_digest="s"), AUTO)
+    assert not decision.promoted
+    assert decision.reason.endswith("may be missing (skipped: rule_failed_ValueError 200)")
+    assert decision_rows(decision)[0][HEAD.index("items")] == "200, 200 missing"
+
+
+def test_a_candidate_without_any_score_on_the_primary_suite_is_not_judged_by_the_next_one() -> None:
+    report = with_comparisons(EVALUATION, compared(), compared(suite="gold", against="dpo"), champion=CHAMPION)
+    report["suites"]["gold"]["roles"]["ppo"] = {"items": 0, "skipped": {"not_finite": 400}}
+    decision = decide([PPO], OLD, Evaluation.from_report(report, settings_digest="s"), AUTO)
+    assert not decision.promoted
+    assert "gold: it has no score on any of the 400 items that the other has one on (skipped: not_finite 400)" in (
+        decision.reason
+    )
+    report["suites"]["gold"]["roles"]["champion"] = {"items": 0, "skipped": {"no_text_for_another_tokenizer": 400}}
+    assert decide([PPO], OLD, Evaluation.from_report(report, settings_digest="s"), AUTO).promoted, "by pairs"
+
+
 def test_a_guard_that_only_one_of_the_two_was_measured_on_does_not_hold() -> None:
     decision = judged(compared(), compared(against="sft", suite="language"), config=GUARDED)
     assert not decision.promoted

@@ -155,6 +155,19 @@ def test_only_items_that_both_have_are_compared_whatever_their_order() -> None:
     assert compare(whole, nothing) is None
 
 
+def test_a_candidate_whose_wrong_answers_have_no_score_is_not_promoted() -> None:
+    """Both are right on half of 400 items. What the candidate gets wrong has no score: on the rest it is ahead by half a
+    point for each item, and that is no gain."""
+    rng = np.random.default_rng(11)
+    mine, theirs = (column((rng.random(400) < 0.5).astype(float)) for _ in range(2))
+    right = mine.values == 1
+    comparison = found(Column(mine.items[right], mine.clusters[right], mine.values[right]), theirs)
+    assert comparison.missing == 400 - right.sum()
+    assert comparison.difference == pytest.approx(0.5, abs=0.1)
+    assert not is_promoted(comparison)
+    assert found(mine, Column(theirs.items[:100], theirs.clusters[:100], theirs.values[:100])).missing == 0
+
+
 def test_copies_of_an_item_make_an_interval_no_narrower() -> None:
     """Ten answers to each prompt that say the same are one piece of evidence, not ten."""
     rng = np.random.default_rng(6)
