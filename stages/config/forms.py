@@ -195,9 +195,18 @@ class PipelineParams(RunOutline):
                     f"{role}={address!r} is a GGUF file, which only base_model may be; give a Hugging Face folder or "
                     "an artifact"
                 )
+        if self.gold_model and _spelled_alike(self.gold_model, self.reward_model):
+            raise ValueError(
+                f"gold_model={self.gold_model!r} is reward_model too, and a scorer that a model learnt from cannot say "
+                "whether it won; give another gold_model, or leave it empty"
+            )
         if wrong := contradiction(self.way_until(self.last_stage)):
             raise ValueError(wrong)
         return self
+
+
+def _spelled_alike(one: str, other: str) -> bool:
+    return one.rstrip("/") == other.rstrip("/")
 
 
 class CollectParams(Config):
