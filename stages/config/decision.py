@@ -22,6 +22,7 @@ from stages.config.closing import Approval, Guard, PromoteConfig, Promotion, Ver
 from stages.config.errors import ConfigError
 from stages.config.evaluation import (
     CHAMPION_ROLE,
+    GOLD_SUITE,
     JUDGE_SUITE,
     REWARD_SUITE,
     Compared,
@@ -31,6 +32,7 @@ from stages.config.evaluation import (
 )
 from stages.config.graph import aligned_models, spec_of_role
 from stages.config.selection import learns_from_scores
+from stages.config.suites import SUITES
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 """Aliases of registered models in MLflow."""
@@ -216,8 +218,10 @@ def _rule(
     passed = primary.passed and not broken and not candidate.rolled_back
     share = f" (promote.level={config.level:g}, shared by {len(candidates)})" if len(candidates) > 1 else ""
     parts = [f"{label} against {who} at level {level:g}{share}: {primary.why}", *(guard.why for guard in broken)]
-    if guards and not broken:
-        parts.append(f"guards hold: {', '.join(guard.suite for guard in guards)}")
+    if not broken and (held := [guard.suite for guard in guards if guard.compared]):
+        parts.append(f"guards hold: {', '.join(held)}")
+    if unmeasured := [guard.suite for guard in guards if guard.passed and not guard.compared]:
+        parts.append(f"guards that no model could be measured on: {', '.join(unmeasured)}")
     if candidate.rolled_back:
         parts.append(f"it was champion and was rolled back ({candidate.rolled_back}), so only a person promotes it")
     return Ruling(candidate.role, opponent, level, passed, "; ".join(parts), primary, guards)
@@ -267,6 +271,8 @@ def _primary(
             passed_over.append(f"{suite}: it was trained against this reward model")
         elif suite == JUDGE_SUITE and not evaluation.judge_is_proven:
             passed_over.append(f"{suite}: it is not shown to agree with known pairs more often than chance")
+        elif suite == GOLD_SUITE and not evaluation.gold_is_proven(min_items=config.min_items):
+            passed_over.append(f"{suite}: it is not shown to agree with held-out pairs more often than chance")
         elif known is not None and (lacking := _lacks_all(candidate.role, opponent, known)):
             return Check(suite, config.margin, False, f"{suite}: {lacking}", known.metric, known.better), passed_over
         elif compared is None or known is None:
@@ -281,11 +287,15 @@ def _primary(
 def _guard(
     guard: Guard, candidate: Candidate, opponent: str, evaluation: Evaluation, config: PromoteConfig, *, level: float
 ) -> Check:
-    """A suite that the evaluation does not have guards nothing; one that only one of the two has is not held."""
+    """A suite on which no model could be measured guards nothing, and is told; one that only one of the two has is not
+    held, nor is one of a name that no evaluation knows."""
     known = evaluation.suites.get(guard.suite)
     compared = evaluation.compared(candidate.role, against=opponent, suite=guard.suite)
-    if known is None:
-        return Check(guard.suite, guard.margin, True, f"guard {guard.suite}: the run was not measured on it")
+    if known is None and guard.suite not in SUITES:
+        why = f"guard {guard.suite} is not held: the evaluation has no suite of this name"
+        return Check(guard.suite, guard.margin, False, why)
+    if known is None or not any(score.items for score in known.roles.values()):
+        return Check(guard.suite, guard.margin, True, f"guard {guard.suite}: no model could be measured on it")
     if compared is None:
         why = f"guard {guard.suite} is not held: the two were not measured on items that both have"
         return Check(guard.suite, guard.margin, False, why, known.metric, known.better)

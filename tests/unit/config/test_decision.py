@@ -112,6 +112,26 @@ def test_a_judge_that_guesses_at_known_pairs_decides_nothing() -> None:
     assert guesses.ruling.primary.suite == "pairs"  # pyright: ignore[reportOptionalMemberAccess]
 
 
+@pytest.mark.parametrize(
+    ("agreement", "decides"),
+    [
+        ({"value": 0.6, "low": 0.51, "high": 0.7, "items": 400}, "gold"),
+        ({"value": 0.55, "low": 0.5, "high": 0.6, "items": 400}, "pairs"),
+        ({"value": 1.0, "low": 1.0, "high": 1.0, "items": 1}, "pairs"),
+        ({"items": 0, "skipped": {"no_text_for_another_tokenizer": 400}}, "gold"),
+    ],
+    ids=["proven", "guesses", "one pair", "none that it could read"],
+)
+def test_a_gold_scorer_that_guesses_at_known_pairs_decides_nothing(agreement: dict[str, Any], decides: str) -> None:
+    report = with_comparisons(EVALUATION, compared(suite="gold"), compared(**TIE), champion=CHAMPION)
+    report["suites"]["gold_agreement"] = {"metric": "accuracy", "better": "higher", "roles": {"gold": agreement}}
+    decision = decide([PPO], OLD, Evaluation.from_report(report, settings_digest="s"), AUTO)
+    assert decision.ruling is not None
+    assert decision.ruling.primary is not None
+    assert decision.ruling.primary.suite == decides
+    assert decision.promoted is (decides == "gold")
+
+
 def test_on_a_suite_where_lower_is_better_the_upper_bound_counts() -> None:
     config = PromoteConfig(primary=("language",))
     gain = {"suite": "language", "difference": -0.06, "low": -0.09, "high": -0.03}
@@ -189,7 +209,21 @@ def test_a_guard_that_only_one_of_the_two_was_measured_on_does_not_hold() -> Non
 def test_a_guard_on_a_suite_that_the_run_does_not_have_is_told_and_blocks_nothing() -> None:
     decision = judged(compared(), config=GUARDED)
     assert decision.promoted
+    assert decision.reason.endswith("it is better; guards that no model could be measured on: language")
     assert decision_rows(decision)[1][-1] == "not measured"
+    report = with_comparisons(EVALUATION, compared(), compared(suite="language"), champion=CHAMPION)
+    report["suites"]["language"]["roles"] = {role: {"items": 0} for role in ("ppo", "champion")}
+    report["comparisons"].pop()
+    nobody = decide([PPO], OLD, Evaluation.from_report(report, settings_digest="s"), GUARDED)
+    assert (nobody.promoted, nobody.reason) == (True, decision.reason)
+    report["suites"]["language"]["roles"]["champion"]["items"] = 400
+    assert not decide([PPO], OLD, Evaluation.from_report(report, settings_digest="s"), GUARDED).promoted
+
+
+def test_a_guard_of_a_name_that_the_evaluation_does_not_know_is_not_held() -> None:
+    decision = judged(compared(), config=PromoteConfig(guards=(Guard(suite="langauge", margin=0.1),)))
+    assert not decision.promoted
+    assert "guard langauge is not held: the evaluation has no suite of this name" in decision.reason
 
 
 def test_few_items_decide_nothing_and_hold_no_guard() -> None:
