@@ -28,7 +28,7 @@ RUN = RunInfo(run_id="r", name="n")
 
 
 def put(
-    store: Store, stage: Stage, name: str, *, settings: Mapping[str, Any] | None = None, **inputs: ArtifactRef
+    store: Store, stage: Stage, name: str, settings: Mapping[str, Any] | None = None, /, **inputs: ArtifactRef
 ) -> ArtifactRef:
     """Publish a manifest of no files: lineage is all that counts here."""
     identity = (name.encode().hex() * 32)[:64]
@@ -254,7 +254,7 @@ def test_the_reward_model_is_no_gold_scorer_under_another_name(house: House):
 def test_what_a_given_gold_scorer_judges_learns_from_the_other_half_of_the_pairs(
     house: House, learnt: str, left: str
 ) -> None:
-    gold = put(house.store, Stage.GOLD, "g", settings={"half": learnt}, tokens=house.tokens, model=house.sft)
+    gold = put(house.store, Stage.GOLD, "g", {"half": learnt}, tokens=house.tokens, model=house.sft)
 
     def halves(**overrides: Any) -> tuple[str, str]:
         config = resolve({"recipe": "tiny", "alignment": "both", "gold_model": gold.uri, "overrides": overrides})
