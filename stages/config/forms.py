@@ -82,7 +82,8 @@ class RunOutline(Config):
         default="", title="Gold model", examples=["models:/athanor-gold@candidate", "org/reward-model"]
     )
     """Gold scorer to judge with, instead of training one: an artifact URI, `models:/name@alias`, or a Hugging Face
-    folder or hub id of a sequence classifier with one output. It may have a tokenizer of its own."""
+    folder or hub id of a sequence classifier with one output. It may have a tokenizer of its own. The run's reward
+    model and DPO learn from the half of the pairs that an artifact of Athanor's did not learn from."""
     judge: ModelAddress = Field(
         default="", title="Judge", examples=["models:/big-aligned@champion", "https://judge.example/v1"]
     )
