@@ -5,7 +5,7 @@ from typing import Any
 
 from operators.failures import as_stage_failures
 from operators.form import form_values
-from operators.given import data_of, find_version, given_artifact, given_artifacts, is_ours
+from operators.given import data_of, find_version, given_artifact, given_artifacts, is_ours, refuse_one_scorer
 from operators.mlflow import MlflowRefusedError, MlflowServer, MlflowUnavailableError
 from operators.run import finish_run, open_run
 from stages.artifacts.manifests import read_file, read_manifest, settings_digest
@@ -13,7 +13,7 @@ from stages.config import mlflow_limits as limits
 from stages.config.errors import ConfigError, StageError
 from stages.config.evaluation import Evaluation
 from stages.config.forms import EvaluationParams
-from stages.config.graph import BASE_MODEL, GRAPH, Stage, spec_of_kind, trained_stages
+from stages.config.graph import BASE_MODEL, GOLD_MODEL, GRAPH, Stage, spec_of_kind, trained_stages
 from stages.config.mlflow import tracking_server
 from stages.config.pipeline import PipelineConfig
 from stages.config.places import is_gguf
@@ -63,6 +63,7 @@ def evaluation_config(params: EvaluationParams) -> PipelineConfig:
             )
     found = given_artifacts(config)  # a Hugging Face folder or a hub id is left to the job, which sees it
     given |= {role: found[role] for role in judges if role in found}
+    refuse_one_scorer(given.get("reward"), given.get(GOLD_MODEL), params.gold_model)
     base_model = "" if is_ours(params.model) else params.model
     return config.model_copy(update={"only": Stage.EVALUATE, "given": given, "base_model": base_model})
 

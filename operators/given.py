@@ -4,7 +4,10 @@ Addresses are followed once, when the run starts: `models:/name@alias` may point
 stage of the run must start from the same thing.
 """
 
+import logging
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from operators.mlflow import MlflowRefusedError, MlflowServer, MlflowUnavailableError, ModelVersion
 from stages.artifacts.addresses import split_artifact_uri
@@ -13,9 +16,13 @@ from stages.config.errors import ConfigError, DamagedArtifactError, StageError, 
 from stages.config.graph import BASE_MODEL, GOLD_MODEL, GRAPH, REWARD_MODEL, Stage, kinds_of_start, trained_stages
 from stages.config.mlflow import tracking_server
 from stages.config.names import parse_model_address
+from stages.config.nested import dotted_once
 from stages.config.pipeline import PREVIOUS, PipelineConfig
 from stages.config.places import check_source, is_gguf
 from stages.config.request import ArtifactRef, Manifest
+from stages.config.train import PairsConfig, PairsHalf
+
+logger = logging.getLogger(__name__)
 
 _CURATED, _TOKENS = GRAPH[Stage.CURATE].kind, GRAPH[Stage.TOKENIZE].kind
 
@@ -32,9 +39,44 @@ def given_artifacts(config: PipelineConfig) -> dict[str, ArtifactRef]:
             model = given_artifact(address, field=role)
             _check_kind(role, address, model.kind)
             given[role] = model
+    refuse_one_scorer(given.get(REWARD_MODEL), given.get(GOLD_MODEL), config.gold_model)
     if config.previous_data:
         given[PREVIOUS] = data_of(config.previous_data, kind=_CURATED, field="previous_data")
     return given
+
+
+def refuse_one_scorer(reward: ArtifactRef | None, gold: ArtifactRef | None, address: str) -> None:
+    """Raise ConfigError where the gold scorer at `address` is the reward model, whatever the two are called."""
+    if reward and gold and reward.digest == gold.digest:
+        raise ConfigError(
+            f"gold_model={address!r} and the reward model at {reward.uri} have the same content {gold.digest[:12]}, "
+            "and a scorer that a model learnt from cannot say whether it won",
+            advice="Give another gold scorer, or leave gold_model empty.",
+        )
+
+
+def kept_apart_from_gold(config: PipelineConfig, overrides: Mapping[str, Any]) -> PipelineConfig:
+    """Return a copy in which what a given gold scorer judges learns from the half of the pairs that the scorer did not
+    learn from; an override of a stage's `half` stands."""
+    gold = config.given.get(GOLD_MODEL)
+    if gold is None:
+        return config
+    learnt = read_manifest(gold).config.get("half")
+    other = {PairsHalf.FIRST.value: PairsHalf.SECOND, PairsHalf.SECOND.value: PairsHalf.FIRST}.get(str(learnt))
+    if other is None:
+        logger.warning(
+            "%s learnt from both halves of its pairs. Models that learn from the same pairs will look better to it "
+            "than they are.",
+            gold.uri,
+        )
+        return config
+    stated = {PipelineConfig.current_path(path) for path in dotted_once(overrides, "overrides")}
+    for stage, spec in GRAPH.items():
+        train = config.stage_config(stage) if stage in config.selected and spec.trains else None
+        if isinstance(train, PairsConfig) and f"{stage.value}.half" not in stated:
+            logger.info("%s learns from the %s half of the pairs, and gold_model from the other.", stage, other)
+            config = config.model_copy(update={stage.value: train.model_copy(update={"half": other})})
+    return config
 
 
 def _check_kind(role: str, address: str, kind: str) -> None:

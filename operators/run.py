@@ -25,13 +25,14 @@ def start_run(context: Any) -> dict[str, Any]:
 
     Raises StageConfigFailed, which is never retried, naming field, value and what is allowed.
     """
-    from operators.given import given_artifacts
-    from stages.config.resolve import resolve
+    from operators.given import given_artifacts, kept_apart_from_gold
+    from stages.config.resolve import parse_params, resolve
 
     with as_stage_failures():
         values = form_values(context["params"])
         config = resolve(values)
         config = config.with_given(given_artifacts(config))
+        config = kept_apart_from_gold(config, parse_params(values).overrides)
     return open_run(context, config, values)
 
 
@@ -46,6 +47,7 @@ def open_run(context: Any, config: "PipelineConfig", values: dict[str, Any]) -> 
     from operators.prepare import PIPELINE_RECORD, params_key, pipeline_key
     from stages.artifacts.addresses import open_default_store
     from stages.artifacts.store import write_json
+    from stages.config.suites import check_suites
 
     ti = context["ti"]
     with as_stage_failures():
@@ -63,8 +65,10 @@ def open_run(context: Any, config: "PipelineConfig", values: dict[str, Any]) -> 
         experiment=config.experiment,
         records={PIPELINE_RECORD: sha256_of(stored)},
     )
-    look_at_models(context, store, run, config)
+    look = look_at_models(context, store, run, config)
     with as_stage_failures():
+        if look.benchmarks:
+            check_suites(config, look.suites())
         run = run.model_copy(update={"parent_run_id": open_parent_run(run)})
     logger.info(
         "Run %s: recipe %s, alignment %s, until %s.", run_id, config.recipe, config.alignment, config.last_stage

@@ -112,8 +112,8 @@ def _move_aliases(
             registry.set_alias(model.name, CANDIDATE, model.version)
         elif model.role == decision.chosen:
             registry.set_alias(model.name, CANDIDATE, model.version)
-            if decision.comparison == "same_model":  # what made it champion stays on record
-                continue
+            if champion and champion.fingerprint == model.fingerprint:
+                continue  # what made it champion stays on record, whatever this run or a person says about it now
             registry.record_decision(model, decision)
             if decision.promoted:
                 # `previous` first: a crash in between leaves a champion, and the repeated run completes the move.

@@ -20,9 +20,19 @@ from typing import Any
 
 from stages.config.closing import Approval, Guard, PromoteConfig, Promotion, Verdict
 from stages.config.errors import ConfigError
-from stages.config.evaluation import CHAMPION_ROLE, JUDGE_SUITE, REWARD_SUITE, Compared, Evaluation, MeasuredChampion
+from stages.config.evaluation import (
+    CHAMPION_ROLE,
+    GOLD_SUITE,
+    JUDGE_SUITE,
+    REWARD_SUITE,
+    Compared,
+    Evaluation,
+    MeasuredChampion,
+    SuiteResult,
+)
 from stages.config.graph import aligned_models, spec_of_role
 from stages.config.selection import learns_from_scores
+from stages.config.suites import SUITES
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 """Aliases of registered models in MLflow."""
@@ -31,6 +41,10 @@ ROLLED_BACK = "rollback.reason"
 """Tag of a version that was champion and was taken back."""
 
 _CLEAR = "clear the task `evaluate` with its downstream tasks"
+
+_MISSING_AT_MOST = 0.02
+"""Share of the opponent's items that a candidate may lack a score for. What it was not measured on may be just what it
+fails at: an answer that the rule cannot read, or a value that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -204,8 +218,10 @@ def _rule(
     passed = primary.passed and not broken and not candidate.rolled_back
     share = f" (promote.level={config.level:g}, shared by {len(candidates)})" if len(candidates) > 1 else ""
     parts = [f"{label} against {who} at level {level:g}{share}: {primary.why}", *(guard.why for guard in broken)]
-    if guards and not broken:
-        parts.append(f"guards hold: {', '.join(guard.suite for guard in guards)}")
+    if not broken and (held := [guard.suite for guard in guards if guard.compared]):
+        parts.append(f"guards hold: {', '.join(held)}")
+    if unmeasured := [guard.suite for guard in guards if guard.passed and not guard.compared]:
+        parts.append(f"guards that no model could be measured on: {', '.join(unmeasured)}")
     if candidate.rolled_back:
         parts.append(f"it was champion and was rolled back ({candidate.rolled_back}), so only a person promotes it")
     return Ruling(candidate.role, opponent, level, passed, "; ".join(parts), primary, guards)
@@ -255,6 +271,10 @@ def _primary(
             passed_over.append(f"{suite}: it was trained against this reward model")
         elif suite == JUDGE_SUITE and not evaluation.judge_is_proven:
             passed_over.append(f"{suite}: it is not shown to agree with known pairs more often than chance")
+        elif suite == GOLD_SUITE and not evaluation.gold_is_proven(min_items=config.min_items):
+            passed_over.append(f"{suite}: it is not shown to agree with held-out pairs more often than chance")
+        elif known is not None and (lacking := _lacks_all(candidate.role, opponent, known)):
+            return Check(suite, config.margin, False, f"{suite}: {lacking}", known.metric, known.better), passed_over
         elif compared is None or known is None:
             passed_over.append(f"{suite}: not measured on both")
         elif not known.better:
@@ -267,11 +287,15 @@ def _primary(
 def _guard(
     guard: Guard, candidate: Candidate, opponent: str, evaluation: Evaluation, config: PromoteConfig, *, level: float
 ) -> Check:
-    """A suite that the evaluation does not have guards nothing; one that only one of the two has is not held."""
+    """A suite on which no model could be measured guards nothing, and is told; one that only one of the two has is not
+    held, nor is one of a name that no evaluation knows."""
     known = evaluation.suites.get(guard.suite)
     compared = evaluation.compared(candidate.role, against=opponent, suite=guard.suite)
-    if known is None:
-        return Check(guard.suite, guard.margin, True, f"guard {guard.suite}: the run was not measured on it")
+    if known is None and guard.suite not in SUITES:
+        why = f"guard {guard.suite} is not held: the evaluation has no suite of this name"
+        return Check(guard.suite, guard.margin, False, why)
+    if known is None or not any(score.items for score in known.roles.values()):
+        return Check(guard.suite, guard.margin, True, f"guard {guard.suite}: no model could be measured on it")
     if compared is None:
         why = f"guard {guard.suite} is not held: the two were not measured on items that both have"
         return Check(guard.suite, guard.margin, False, why, known.metric, known.better)
@@ -290,9 +314,37 @@ def _check(
         f"{'' if suite.better == 'higher' else ', lower is better'}, "
         f"p={compared.p:.4g}, {compared.items} items"
     )
-    passed, verdict = _verdict(compared, suite.better, config, margin=margin, level=level, must_gain=must_gain)
+    if incomplete := _incomplete(compared, suite):
+        passed, verdict = False, incomplete
+    else:
+        passed, verdict = _verdict(compared, suite.better, config, margin=margin, level=level, must_gain=must_gain)
     name = "" if must_gain else "guard "
     return Check(compared.suite, margin, passed, f"{name}{found}: {verdict}", suite.metric, suite.better, compared)
+
+
+def _incomplete(compared: Compared, suite: SuiteResult) -> str:
+    """Why a comparison says nothing because the candidate has too few of its opponent's items; empty when it has."""
+    both, missing = compared.items, compared.missing
+    if missing <= _MISSING_AT_MOST * (both + missing):
+        return ""
+    return (
+        f"it has no score on {missing} of the {both + missing} items that the other has one on, and at most "
+        f"{_MISSING_AT_MOST:.0%} may be missing{_reasons(compared.role, suite)}"
+    )
+
+
+def _lacks_all(role: str, opponent: str, suite: SuiteResult) -> str:
+    """Why a candidate cannot be compared with an opponent that was measured; empty when it was measured too."""
+    ours, theirs = suite.roles.get(role), suite.roles.get(opponent)
+    if ours is None or ours.items or theirs is None or not theirs.items:
+        return ""
+    return f"it has no score on any of the {theirs.items} items that the other has one on{_reasons(role, suite)}"
+
+
+def _reasons(role: str, suite: SuiteResult) -> str:
+    known = suite.roles.get(role)
+    skipped = ", ".join(f"{reason} {count}" for reason, count in known.skipped.items()) if known else ""
+    return f" (skipped: {skipped})" if skipped else ""
 
 
 def _verdict(

@@ -35,7 +35,8 @@ def _numbers(check: Check) -> tuple[str, ...]:
         return (name, *("–",) * 5)
     needed = "–" if found.needed_items is None else str(found.needed_items)
     interval = f"{found.low:+.4g} to {found.high:+.4g}"
-    return (name, f"{found.difference:+.4g}", interval, f"{found.p:.3g}", str(found.items), needed)
+    items = f"{found.items}, {found.missing} missing" if found.missing else str(found.items)
+    return (name, f"{found.difference:+.4g}", interval, f"{found.p:.3g}", items, needed)
 
 
 def suite_rows(suites: Mapping[str, SuiteResult], roles: list[str]) -> list[tuple[str, ...]]:

@@ -21,6 +21,9 @@ CHAMPION_ROLE = "champion"
 REWARD_SUITE = "score"
 """The suite whose scorer is the run's reward model, which some models were trained against."""
 
+GOLD_SUITE, GOLD_AGREEMENT = "gold", "gold_agreement"
+"""The suite of the gold scorer, and how often that agrees with held-out pairs, under its own role."""
+
 JUDGE_SUITE = "judge"
 """The suite of a judge that is a model, which must first have shown that it agrees with known pairs."""
 
@@ -67,6 +70,8 @@ class Compared:
     """Share of equally good models that differ at least so much for the better."""
     items: NonNegativeInt
     clusters: NonNegativeInt
+    missing: NonNegativeInt = 0
+    """Items that `against` has a score for and `role` has not; unknown, and so 0, in earlier evaluations."""
     needed_items: NonNegativeInt | None = None
     """So many items would find the difference with the stated power; None where there is nothing to find."""
 
@@ -148,6 +153,15 @@ class Evaluation:
 
     def of(self, role: str) -> dict[str, float]:
         return self.metrics.get(role, {})
+
+    def gold_is_proven(self, *, min_items: int) -> bool:
+        """Whether the gold scorer agrees with known pairs more often than chance; true where none were there to ask it
+        about."""
+        measured = self.suites.get(GOLD_AGREEMENT)
+        known = measured.roles.get(GRAPH[Stage.GOLD].role) if measured else None
+        if known is None or known.low is None:
+            return True
+        return known.low > 0.5 and known.items >= min_items
 
     def compared(self, role: str, *, against: str, suite: str) -> Compared | None:
         """Return the comparison of two models on a suite, None when there is none."""

@@ -82,7 +82,8 @@ class RunOutline(Config):
         default="", title="Gold model", examples=["models:/athanor-gold@candidate", "org/reward-model"]
     )
     """Gold scorer to judge with, instead of training one: an artifact URI, `models:/name@alias`, or a Hugging Face
-    folder or hub id of a sequence classifier with one output. It may have a tokenizer of its own."""
+    folder or hub id of a sequence classifier with one output. It may have a tokenizer of its own. The run's reward
+    model and DPO learn from the half of the pairs that an artifact of Athanor's did not learn from."""
     judge: ModelAddress = Field(
         default="", title="Judge", examples=["models:/big-aligned@champion", "https://judge.example/v1"]
     )
@@ -196,9 +197,18 @@ class PipelineParams(RunOutline):
                     f"{role}={address!r} is a GGUF file, which only base_model may be; give a Hugging Face folder or "
                     "an artifact"
                 )
+        if self.gold_model and _spelled_alike(self.gold_model, self.reward_model):
+            raise ValueError(
+                f"gold_model={self.gold_model!r} is reward_model too, and a scorer that a model learnt from cannot say "
+                "whether it won; give another gold_model, or leave it empty"
+            )
         if wrong := contradiction(self.way_until(self.last_stage)):
             raise ValueError(wrong)
         return self
+
+
+def _spelled_alike(one: str, other: str) -> bool:
+    return one.rstrip("/") == other.rstrip("/")
 
 
 class CollectParams(Config):

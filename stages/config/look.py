@@ -101,6 +101,13 @@ class Look(Config):
     models: tuple[ModelFacts, ...] = ()
     benchmarks: tuple[BenchmarkFacts, ...] = ()
 
+    def suites(self) -> dict[str, list[str]]:
+        """Names of the suites that each benchmark has, by its address."""
+        found: dict[str, list[str]] = {}
+        for facts in self.benchmarks:
+            found.setdefault(facts.uri, []).append(facts.suite)
+        return found
+
     def of(self, role: str) -> ModelFacts | None:
         return next((facts for facts in self.models if facts.role == role), None)
 

@@ -366,7 +366,11 @@ def llama_1b(*, seed: int = 0) -> PipelineConfig:
             benchmarks=("heldout-continuation", "heldout-question", "refusals", "toxicity"),
         ),
         promote=PromoteConfig(
-            guards=(Guard(suite="language", margin=0.05), Guard(suite="responses", margin=0.05)), least_difference=0.02
+            primary=("gold", "judge", "pairs"),
+            guards=(Guard(suite="language", margin=0.05), Guard(suite="responses", margin=0.05)),
+            level=0.05,
+            power=0.9,
+            least_difference=0.02,
         ),
         execution=Executions(
             curate=ExecutionConfig(entrypoint_cpus=16, cpus_per_worker=16, stall_seconds=seldom),

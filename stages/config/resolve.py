@@ -34,6 +34,7 @@ from stages.config.places import check_source
 from stages.config.recipes import RECIPES
 from stages.config.selection import asks_for_gold, needed_data
 from stages.config.sources import parse_source, take_weights
+from stages.config.suites import check_suites
 from stages.config.text import HALVES, one_line
 from stages.config.train import PairsHalf, TrainConfig
 
@@ -91,6 +92,7 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     _refuse_underivable(config)
     _refuse_uncuttable(config)
     _refuse_contradictions(config)
+    check_suites(config)
     return config
 
 

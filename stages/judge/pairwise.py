@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from stages.judge.statistics import interval
+from stages.judge.statistics import interval, p_of_chance
 
 UNCLEAR, CUT, TOO_LONG = "judge_unclear", "judge_cut_off", "judge_context_too_short"
 NOT_FINITE = "judge_not_finite"
@@ -130,6 +130,10 @@ class Agreement:
     high: float
     """Of a 95 % interval over prompts."""
     items: int
+    clusters: int
+    """Different prompts."""
+    p: float
+    """How often a judge that guesses would agree at least so much."""
     decided: float
     """Share of the items that are no ties."""
     accuracy_decided: float | None
@@ -144,7 +148,8 @@ def agreement(found: Sequence[Verdict], clusters: Sequence[str]) -> Agreement | 
     skipped = Counter(verdict.reason for verdict in found if verdict.value is None)
     judged = [(verdict, cluster) for verdict, cluster in zip(found, clusters, strict=True) if verdict.value is not None]
     values = np.array([verdict.value for verdict, _ in judged], dtype=np.float64)
-    known = interval(values, np.array([cluster for _, cluster in judged], dtype=object))
+    prompts = np.array([cluster for _, cluster in judged], dtype=object)
+    known = interval(values, prompts)
     if known is None:
         return None
     decided = values[values != 0.5]
@@ -153,6 +158,8 @@ def agreement(found: Sequence[Verdict], clusters: Sequence[str]) -> Agreement | 
         low=known.low,
         high=known.high,
         items=known.items,
+        clusters=len(set(prompts.tolist())),
+        p=p_of_chance(values, prompts, chance=0.5),
         decided=len(decided) / len(values),
         accuracy_decided=float(decided.mean()) if len(decided) else None,
         first_place=first_place([verdict for verdict, _ in judged]),

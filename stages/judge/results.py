@@ -83,7 +83,8 @@ def suites_of(bench: Bench, measured: Measured) -> dict[str, Any]:
 
 def comparisons_of(context: StageContext, bench: Bench, measured: Measured) -> list[dict[str, Any]]:
     """Return each aligned model compared with the champion, with the model that it started from, and with the other
-    aligned ones, of which one may be champion already; suite by suite, on the items that both have a score for."""
+    aligned ones, of which one may be champion already; suite by suite, on the items that both have a score for. What
+    only the other has is counted: a model must not win by the items that it failed."""
     config = context.config
     assert isinstance(config, EvaluateConfig)
     chosen, start = config.comparison, bench.subjects.start

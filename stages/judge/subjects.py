@@ -166,10 +166,11 @@ class Subjects:
         self.missing_champion = reason
 
     def _loaded(self, known: _Known) -> Subject:
-        if known.tokenizer is self._tokenizer:
-            loaded = load_causal_lm(known.folder, self._tokens)
-        else:
+        if known.role == CHAMPION_ROLE:
+            # Also with the run's tokenizer it may have fewer positions: then what is longer is skipped.
             loaded = load_with_own_tokenizer(known.folder, known.tokenizer)
+        else:
+            loaded = load_causal_lm(known.folder, self._tokens)
         model = self._placed(loaded)
         pad_id = self._tokens.pad_id if known.tokenizer is self._tokenizer else known.tokenizer.pad_id
 

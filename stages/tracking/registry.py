@@ -106,7 +106,7 @@ class Registry:
         tags = {"promoted": str(decision.promoted).lower(), "by": decision.comparison, "reason": decision.reason}
         if (ruling := decision.ruling) and ruling.primary and (found := ruling.primary.compared):
             tags |= {"suite": found.suite, "against": found.against, "level": f"{ruling.level:g}"}
-            numbers = ("difference", "low", "high", "p", "items", "needed_items")
+            numbers = ("difference", "low", "high", "p", "items", "missing", "needed_items")
             tags |= {name: "" if (value := getattr(found, name)) is None else repr(value) for name in numbers}
         version = self._client.get_model_version(model.name, model.version)
         written = clean_tags({f"decision.{name}": value for name, value in tags.items()})

@@ -428,12 +428,13 @@ def test_the_first_run_registers_every_role_and_makes_a_champion(name: str, tmp_
         "difference_low": 0.03,
         "items": 400.0,
     }
-    assert outcome.metrics["promotion/new_versions"] == 5.0
+    assert outcome.metrics["promotion/new_versions"] == 6.0
     by_role = {model["role"]: model for model in record["models"]}
     assert {role: model["name"] for role, model in by_role.items()} == {
         "base": f"{name}-base",
         "sft": f"{name}-sft",
         "reward": f"{name}-reward",
+        "gold": f"{name}-gold",
         "ppo": f"{name}-aligned",
         "dpo": f"{name}-aligned",
     }

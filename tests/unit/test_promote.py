@@ -8,10 +8,12 @@ import pytest
 from infra.ports import any_free
 from stages.artifacts.manifests import settings_digest
 from stages.config.closing import PromoteConfig
+from stages.config.decision import Champion, Decision
 from stages.config.errors import Category, ConfigError, StageError
 from stages.config.graph import Stage, StageSpec
-from stages.promote import read_evaluation, run
+from stages.promote import _move_aliases, read_evaluation, run
 from stages.tracking.client import connect
+from stages.tracking.registry import Registered
 from tests.comparisons import compared, with_comparisons
 from tests.imaginary import publish_imaginary
 from tests.pipeline_records import EVALUATION, context_for, publish_artifact, publish_run, refs_for, request_for
@@ -70,3 +72,36 @@ def test_a_stage_that_only_the_graph_knows_is_registered_and_may_become_champion
     client = connect()
     assert client.get_registered_model("demo-aligned").aliases["champion"] == int(registered["version"])
     assert client.get_model_version("demo-aligned", registered["version"]).tags["alignment"] == "ipo"
+
+
+class Recorder:
+    """Takes down what the registry would be told."""
+
+    def __init__(self) -> None:
+        self.aliases: list[tuple[str, str]] = []
+        self.decided: list[str] = []
+
+    def set_alias(self, name: str, alias: str, version: str) -> None:
+        self.aliases.append((alias, version))
+
+    def record_decision(self, model: Registered, decision: Decision) -> None:
+        self.decided.append(model.version)
+
+
+@pytest.mark.parametrize(
+    "decision",
+    [
+        Decision(False, "rejected by ada", "person", "ppo"),
+        Decision(False, "promotion=never: the models are registered as candidates only", "none", "ppo"),
+        Decision(True, "the model is champion already", "same_model", "ppo"),
+    ],
+    ids=["a person rejects it", "nothing is promoted", "it stays"],
+)
+def test_what_made_a_model_champion_stays_on_record_whatever_is_said_about_it_later(decision: Decision) -> None:
+    model = Registered("ppo", "demo-aligned", "4", "m-1", "f" * 64, is_new=False)
+    registry = Recorder()
+    _move_aliases(registry, [model], Champion("4", model.fingerprint), decision)  # pyright: ignore[reportArgumentType]
+    assert (registry.aliases, registry.decided) == ([("candidate", "4")], [])
+    other = Recorder()
+    _move_aliases(other, [model], Champion("3", "e" * 64), decision)  # pyright: ignore[reportArgumentType]
+    assert other.decided == ["4"]

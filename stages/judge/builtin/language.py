@@ -13,7 +13,7 @@ import numpy as np
 from stages.data.tokens.packing import TokenSequence, collate
 from stages.judge.builtin.facts import Facts, digest_of, measurement
 from stages.judge.forward import Forward
-from stages.judge.heldout import EMPTY, Heldout
+from stages.judge.heldout import EMPTY, TOO_LONG, Heldout
 from stages.judge.suite import Measurement, Score, Subject
 from stages.losses import bits_per_byte
 
@@ -83,6 +83,9 @@ class RowLosses(Facts):
 
     def measure(self, subject: Subject) -> Measurement:
         numbers = [int(number) for number in self._heldout.row_numbers]
+        if any(len(piece.ids) > subject.context_length for number in numbers for piece in self._heldout.rows[number]):
+            # Perplexities compare over the same rows only, so that of some rows would say nothing.
+            return measurement([], Counter({TOO_LONG: len(numbers)}))
         size = self._forward.budget.max_rows
         scores = []
         for start in range(0, len(numbers), size):

@@ -18,12 +18,15 @@ from stages.judge.builtin.facts import Facts, digest_of, measurement
 from stages.judge.builtin.sampled import Answers, Sampler
 from stages.judge.heldout import NO_TEXT, Heldout, PairItem
 from stages.judge.length_control import LengthControlled, length_controlled
-from stages.judge.pairwise import AWAY, BUDGET, Judge, Match, Verdict, agreement, verdicts
+from stages.judge.pairwise import AWAY, BUDGET, Agreement, Judge, Match, Verdict, agreement, verdicts
 from stages.judge.prompts import prompt_digest
 from stages.judge.suite import Measurement, Score, Subject
 
 JUDGE, AGREEMENT = "judge", "judge_agreement"
 """Names of the suites."""
+_LEAST_PROMPTS, _LEAST_P = 20, 0.025
+"""What proves a judge: it must not be able to do as well by guessing. Of fewer prompts an interval says nothing; that
+of one right verdict is 1 to 1."""
 NO_OPPONENT = "no_answer_to_compare_with"
 
 _PASSING = (AWAY, BUDGET)
@@ -125,10 +128,16 @@ def facts_of(measured: Mapping[tuple[str, str], Measurement], *, start: str, set
         "method": "generation" if settings.endpoint else settings.method,
         "prompt_digest": prompt_digest(settings.prompt),
         "agreement": {} if agreed is None else {**asdict(agreed), "skipped": dict(known.skipped)},
-        "better_than_chance": agreed is not None and agreed.low > 0.5,
+        "better_than_chance": agreed is not None and is_better_than_chance(agreed),
+        "least_prompts": _LEAST_PROMPTS,
         "against": start,
         "length_controlled": controlled,
     }
+
+
+def is_better_than_chance(agreed: Agreement) -> bool:
+    """Whether the agreement proves that a judge does not guess."""
+    return agreed.clusters >= _LEAST_PROMPTS and agreed.p <= _LEAST_P and agreed.low > 0.5
 
 
 def _at_equal_length(scores: Sequence[Score], against: Mapping[str, int]) -> LengthControlled | None:

@@ -81,7 +81,10 @@ def open_judges(
             of_answers.append(RuleScores(sampler, ready_rule(config.gold.rule)))
         except ConfigError as error:  # known here alone, where Ray's processes run, and after all was trained
             left_out[f"suite {RULE}"] = f"{error.message} {error.advice}"
-    if gold := _gold_of(context, heldout, forward):
+    if (content := _gold_content(context)) and content == subjects.scorer_identity:
+        left_out[f"suite {GOLD}"] = "the gold scorer is the reward model itself, which models were trained against"
+    elif content:
+        gold = _Gold(context.model_dir(_GOLD_ROLE, GOLD_MODEL), content, heldout, forward)
         of_answers.append(gold.scores(sampler))
         if heldout.pairs:
             of_themselves.append((gold.as_subject(), gold.agreement()))
@@ -107,12 +110,12 @@ def open_judges(
     return Judges(of_answers if heldout.prompts else [], of_themselves, left_out)
 
 
-def _gold_of(context: StageContext, heldout: Heldout, forward: Forward) -> "_Gold | None":
+def _gold_content(context: StageContext) -> str:
+    """Digest of the gold scorer; empty without one."""
     try:
-        content = context.content_of(_GOLD_ROLE, GOLD_MODEL)
+        return context.content_of(_GOLD_ROLE, GOLD_MODEL)
     except KeyError:
-        return None
-    return _Gold(context.model_dir(_GOLD_ROLE, GOLD_MODEL), content, heldout, forward)
+        return ""
 
 
 class _Gold:

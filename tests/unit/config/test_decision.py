@@ -112,6 +112,26 @@ def test_a_judge_that_guesses_at_known_pairs_decides_nothing() -> None:
     assert guesses.ruling.primary.suite == "pairs"  # pyright: ignore[reportOptionalMemberAccess]
 
 
+@pytest.mark.parametrize(
+    ("agreement", "decides"),
+    [
+        ({"value": 0.6, "low": 0.51, "high": 0.7, "items": 400}, "gold"),
+        ({"value": 0.55, "low": 0.5, "high": 0.6, "items": 400}, "pairs"),
+        ({"value": 1.0, "low": 1.0, "high": 1.0, "items": 1}, "pairs"),
+        ({"items": 0, "skipped": {"no_text_for_another_tokenizer": 400}}, "gold"),
+    ],
+    ids=["proven", "guesses", "one pair", "none that it could read"],
+)
+def test_a_gold_scorer_that_guesses_at_known_pairs_decides_nothing(agreement: dict[str, Any], decides: str) -> None:
+    report = with_comparisons(EVALUATION, compared(suite="gold"), compared(**TIE), champion=CHAMPION)
+    report["suites"]["gold_agreement"] = {"metric": "accuracy", "better": "higher", "roles": {"gold": agreement}}
+    decision = decide([PPO], OLD, Evaluation.from_report(report, settings_digest="s"), AUTO)
+    assert decision.ruling is not None
+    assert decision.ruling.primary is not None
+    assert decision.ruling.primary.suite == decides
+    assert decision.promoted is (decides == "gold")
+
+
 def test_on_a_suite_where_lower_is_better_the_upper_bound_counts() -> None:
     config = PromoteConfig(primary=("language",))
     gain = {"suite": "language", "difference": -0.06, "low": -0.09, "high": -0.03}
@@ -141,6 +161,45 @@ def test_a_guard_holds_by_the_bound_and_not_by_the_difference(high: float, promo
         assert "it may be worse by 0.1001, over its margin 0.1" in decision.reason
 
 
+@pytest.mark.parametrize(("missing", "promoted"), [(8, True), (9, False)])
+def test_a_candidate_may_lack_two_in_a_hundred_of_the_items_that_its_opponent_has(missing: int, promoted: bool) -> None:
+    """Of 400 + 8 items 8 are 1.96 %; of 400 + 9 they are 2.2 %."""
+    decision = judged(compared(missing=missing))
+    assert decision.promoted is promoted
+    wrong = "it has no score on 9 of the 409 items that the other has one on, and at most 2% may be missing"
+    assert (wrong in decision.reason) is not promoted
+    held = compared(suite="language", difference=0.0, low=-0.01, high=0.01, missing=missing)
+    guarded = judged(compared(), held, config=GUARDED)
+    assert guarded.promoted is promoted
+    assert (
+        f"guard language (bits_per_byte) +0 [-0.01, +0.01], lower is better, p=0.001, 400 items: {wrong}"
+        in guarded.reason
+    ) is not promoted
+    margin = PromoteConfig(margin=0.03)
+    assert judged(compared(missing=missing), config=margin).promoted is promoted
+
+
+def test_why_a_candidate_has_no_score_is_said_and_the_table_counts_the_items() -> None:
+    report = with_comparisons(EVALUATION, compared(items=200, missing=200), champion=CHAMPION)
+    report["suites"]["pairs"]["roles"]["ppo"]["skipped"] = {"rule_failed_ValueError": 200}
+    decision = decide([PPO], OLD, Evaluation.from_report(report, settings_digest="s"), AUTO)
+    assert not decision.promoted
+    assert decision.reason.endswith("may be missing (skipped: rule_failed_ValueError 200)")
+    assert decision_rows(decision)[0][HEAD.index("items")] == "200, 200 missing"
+
+
+def test_a_candidate_without_any_score_on_the_primary_suite_is_not_judged_by_the_next_one() -> None:
+    report = with_comparisons(EVALUATION, compared(), compared(suite="gold", against="dpo"), champion=CHAMPION)
+    report["suites"]["gold"]["roles"]["ppo"] = {"items": 0, "skipped": {"not_finite": 400}}
+    decision = decide([PPO], OLD, Evaluation.from_report(report, settings_digest="s"), AUTO)
+    assert not decision.promoted
+    assert "gold: it has no score on any of the 400 items that the other has one on (skipped: not_finite 400)" in (
+        decision.reason
+    )
+    report["suites"]["gold"]["roles"]["champion"] = {"items": 0, "skipped": {"no_text_for_another_tokenizer": 400}}
+    assert decide([PPO], OLD, Evaluation.from_report(report, settings_digest="s"), AUTO).promoted, "by pairs"
+
+
 def test_a_guard_that_only_one_of_the_two_was_measured_on_does_not_hold() -> None:
     decision = judged(compared(), compared(against="sft", suite="language"), config=GUARDED)
     assert not decision.promoted
@@ -150,7 +209,21 @@ def test_a_guard_that_only_one_of_the_two_was_measured_on_does_not_hold() -> Non
 def test_a_guard_on_a_suite_that_the_run_does_not_have_is_told_and_blocks_nothing() -> None:
     decision = judged(compared(), config=GUARDED)
     assert decision.promoted
+    assert decision.reason.endswith("it is better; guards that no model could be measured on: language")
     assert decision_rows(decision)[1][-1] == "not measured"
+    report = with_comparisons(EVALUATION, compared(), compared(suite="language"), champion=CHAMPION)
+    report["suites"]["language"]["roles"] = {role: {"items": 0} for role in ("ppo", "champion")}
+    report["comparisons"].pop()
+    nobody = decide([PPO], OLD, Evaluation.from_report(report, settings_digest="s"), GUARDED)
+    assert (nobody.promoted, nobody.reason) == (True, decision.reason)
+    report["suites"]["language"]["roles"]["champion"]["items"] = 400
+    assert not decide([PPO], OLD, Evaluation.from_report(report, settings_digest="s"), GUARDED).promoted
+
+
+def test_a_guard_of_a_name_that_the_evaluation_does_not_know_is_not_held() -> None:
+    decision = judged(compared(), config=PromoteConfig(guards=(Guard(suite="langauge", margin=0.1),)))
+    assert not decision.promoted
+    assert "guard langauge is not held: the evaluation has no suite of this name" in decision.reason
 
 
 def test_few_items_decide_nothing_and_hold_no_guard() -> None:

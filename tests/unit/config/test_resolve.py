@@ -1,14 +1,18 @@
 """Right input becomes a frozen config, wrong input a sentence that names the field."""
 
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
 from stages.config.errors import ConfigError
 from stages.config.graph import GRAPH, Alignment, Stage, pipeline_stages
+from stages.config.pipeline import PipelineConfig
 from stages.config.recipes import RECIPES
 from stages.config.request import SourceKind
 from stages.config.resolve import resolve
 from stages.config.selection import Way, selected_stages
+from stages.config.suites import check_suites
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -325,3 +329,39 @@ def test_text_that_no_file_can_hold_is_refused_by_the_name_of_its_field() -> Non
         resolve({"overrides": {"report.title": "\ud800"}})
     with pytest.raises(ConfigError, match=r"curate\.exclude_packages: it holds half a character"):
         resolve({"overrides": {"curate.exclude_packages": ["x", "\udfff"]}})
+
+
+def resolved_with(primary: list[str] | None = None, guards: list[str] | None = None, **values: Any) -> PipelineConfig:
+    overrides: dict[str, Any] = {"promote.guards": [{"suite": name, "margin": 0.1} for name in guards or ()]}
+    if primary:
+        overrides["promote.primary"] = primary
+    return resolve({"recipe": "tiny", **values, "overrides": overrides})
+
+
+def test_a_misspelled_suite_would_guard_nothing_so_it_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"promote\.guards names the suite 'langauge'.*allowed: language, ") as guard:
+        resolved_with(guards=["pairs", "langauge"])
+    assert guard.value.advice == "Did you mean 'language'?"
+    with pytest.raises(ConfigError, match=r"promote\.primary names the suite 'golden'") as primary:
+        resolved_with(primary=["pairs", "golden"])
+    assert primary.value.advice == "Did you mean 'gold'?"
+    with pytest.raises(ConfigError, match="'gold_agreement'"):
+        resolved_with(primary=["gold_agreement"])  # it measures no language model
+
+
+def test_suites_of_the_benchmarks_of_the_run_may_guard() -> None:
+    of_rows = {"benchmarks": ["/data/arc.jsonl", "/data/b.csv#name=facts", "refusals", "heldout-question"]}
+    names = ["arc", "arc-raw", "facts", "refusals", "over-refusals", "heldout-question"]
+    config = resolved_with(guards=names, **of_rows)
+    assert [guard.suite for guard in config.promote.guards] == names
+    for name in ("arc", "heldout-question-raw", "refusals-greedy"):
+        with pytest.raises(ConfigError, match=f"'{name}'"):
+            resolved_with(guards=[name], benchmarks=["refusals", "heldout-question"])
+
+
+def test_suites_of_a_task_are_known_when_it_has_been_looked_at() -> None:
+    config = resolved_with(guards=["my_task_em"], benchmarks=["/tasks/my.yaml", "/data/arc.jsonl"])
+    check_suites(config, {"/tasks/my.yaml": ["my_task_em"], "/data/arc.jsonl": ["arc", "arc-raw"]})
+    with pytest.raises(ConfigError, match=r"'my_task_em'.*allowed: .*, my_task_f1, arc") as caught:
+        check_suites(config, {"/tasks/my.yaml": ["my_task_f1"], "/data/arc.jsonl": ["arc", "arc-raw"]})
+    assert caught.value.advice == "Did you mean 'my_task_f1'?"

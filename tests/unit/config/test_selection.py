@@ -88,6 +88,10 @@ def test_a_run_trains_from_its_first_stage_on_and_nothing_that_it_is_given(value
         ({"reward_model": "/r", "last_stage": "sft"}, "reward_model is given and no stage of this run reads it"),
         ({"reward_base": "/b", "last_stage": "sft"}, "reward_base is given and no stage of this run reads it"),
         ({"train_reward": True, "last_stage": "sft"}, "train_reward=True and last_stage='sft'"),
+        (
+            {"reward_model": "/r", "gold_model": "/r/"},
+            "gold_model='/r/' is reward_model too, and a scorer that a model",
+        ),
         ({**GOLD, "gold_model": "/g"}, "gold_model and gold_scorer='train' contradict each other"),
         ({"gold_model": "/g", "last_stage": "gold"}, "last_stage='gold' trains a gold scorer and gold_model gives one"),
         ({"gold_model": "/g", "last_stage": "sft"}, "gold_model is given and no stage of this run reads it"),

@@ -1,5 +1,6 @@
 """A champion that another run made: measured on the same items, whatever tokenizer it has, and never in the way."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,20 @@ def test_a_champion_with_the_runs_tokenizer_reads_its_ids(world: World, tmp_path
     report, outcome = evaluated(world, champion=published_copy(tmp_path, world.inputs["sft"]))
     assert report["models"]["champion"]["eval/perplexity"] == report["models"]["sft"]["eval/perplexity"]
     assert outcome.metrics["champion/suite/pairs/accuracy"] == outcome.metrics["sft/suite/pairs/accuracy"]
+
+
+def test_a_champion_with_the_runs_tokenizer_and_fewer_positions_is_measured_on_what_it_can_read(
+    world: World, tmp_path: Path
+) -> None:
+    """Rows have 64 tokens. What fits is compared; the perplexity of some of the rows would compare with nothing."""
+    start = Path(world.inputs["sft"].uri.removeprefix("file://"))
+    config = json.loads((start / "config.json").read_text()) | {"max_position_embeddings": 40}
+    short = published_copy(tmp_path, world.inputs["sft"], config__json=json.dumps(config))
+    report, _ = evaluated(world, champion=short)
+    assert "missing" not in report["champion"]
+    assert report["suites"]["language"]["roles"]["champion"]["items"] == 5
+    assert {one["suite"] for one in report["comparisons"] if one["against"] == "champion"} >= {"language", "pairs"}
+    assert "eval/perplexity" not in report["models"]["champion"]
 
 
 def test_a_champion_that_is_gone_costs_nothing_but_the_comparison(world: World, tmp_path: Path) -> None:

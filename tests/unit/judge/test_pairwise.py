@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from stages.judge.judges.pairwise_suite import is_better_than_chance
 from stages.judge.pairwise import (
     UNCLEAR,
     Answer,
@@ -90,6 +91,25 @@ def test_pairs_of_one_prompt_count_as_one_for_the_interval() -> None:
     assert together is not None
     assert apart.accuracy == together.accuracy == 0.5
     assert together.high - together.low > 2 * (apart.high - apart.low)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "prompts", "proven"),
+    [
+        (1, 0, 1, False),
+        (19, 0, 19, False),
+        (20, 0, 20, True),
+        (15, 5, 20, True),  # a coin gives 15 of 20 or more once in 48 times
+        (14, 6, 20, False),  # and 14 once in 17
+        (200, 0, 4, False),  # fifty pairs to each prompt
+    ],
+)
+def test_a_judge_is_proven_by_what_a_coin_seldom_does(right: int, wrong: int, prompts: int, proven: bool) -> None:
+    found = [Verdict(1.0)] * right + [Verdict(0.0)] * wrong
+    known = agreement(found, [str(number % prompts) for number in range(right + wrong)])
+    assert known is not None
+    assert known.clusters == prompts
+    assert is_better_than_chance(known) is proven
 
 
 def test_preference_for_a_place_is_counted_over_orders() -> None:

@@ -20,7 +20,7 @@ from stages.config.request import SourceKind
 from tests.answering import answering
 from tests.imaginary import publish_imaginary
 from tests.pipeline_records import EVALUATION, publish_run
-from tests.unit.operators.test_given import RUN, House
+from tests.unit.operators.test_given import RUN, House, put
 
 
 @pytest.fixture
@@ -45,17 +45,20 @@ def test_data_and_judge_may_be_others(house: House):
 
 
 def test_it_may_be_judged_by_a_gold_scorer_and_a_model(house: House) -> None:
+    gold = put(house.store, Stage.GOLD, "g", tokens=house.tokens, model=house.sft)
     params = EvaluationParams(
-        model=house.dpo.uri, gold_model=house.reward.uri, judge=house.base.uri, reward=house.reward.uri, recipe="tiny"
+        model=house.dpo.uri, gold_model=gold.uri, judge=house.base.uri, reward=house.reward.uri, recipe="tiny"
     )
     config = evaluation_config(params)
-    assert config.given["gold_model"] == house.reward
+    assert config.given["gold_model"] == gold
     assert config.given["judge"] == house.base
     outside = EvaluationParams(model=house.dpo.uri, judge="/models/judge", recipe="tiny")
     sources = evaluation_config(outside).stage_sources(Stage.EVALUATE)
     assert [(source.role, source.uri) for source in sources] == [("judge", "/models/judge")]
     with pytest.raises(ConfigError, match=r"gold_model=.* is of kind 'dpo-model'; allowed: reward-model, gold-model"):
         evaluation_config(EvaluationParams(model=house.dpo.uri, gold_model=house.dpo.uri, recipe="tiny"))
+    with pytest.raises(ConfigError, match=r"gold_model=.* and the reward model at .* have the same content"):
+        evaluation_config(params.model_copy(update={"gold_model": house.reward.uri}))
 
 
 def test_somebody_elses_model_is_left_to_the_job(house: House):

@@ -1,14 +1,15 @@
 """Addresses of base models and earlier data become artifacts when the run starts; MLflow's part is a small server."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from operators.given import given_artifacts
+from operators.given import given_artifacts, kept_apart_from_gold
 from operators.people.collect import find_model
 from operators.prepare import as_far_as_there_is_new_data, brings_nothing_new, build_request
 from stages.artifacts.addresses import artifact_uri, open_store
@@ -26,7 +27,9 @@ from tests.answering import answering
 RUN = RunInfo(run_id="r", name="n")
 
 
-def put(store: Store, stage: Stage, name: str, **inputs: ArtifactRef) -> ArtifactRef:
+def put(
+    store: Store, stage: Stage, name: str, settings: Mapping[str, Any] | None = None, /, **inputs: ArtifactRef
+) -> ArtifactRef:
     """Publish a manifest of no files: lineage is all that counts here."""
     identity = (name.encode().hex() * 32)[:64]
     manifest = Manifest(
@@ -40,7 +43,7 @@ def put(store: Store, stage: Stage, name: str, **inputs: ArtifactRef) -> Artifac
             InputEntry(role=role, kind=ref.kind, uri=ref.uri, fingerprint=ref.fingerprint, digest=ref.digest)
             for role, ref in inputs.items()
         ),
-        config={},
+        config=dict(settings or {}),
         execution={},
         created_at=utc_now(),
     )
@@ -235,3 +238,31 @@ def test_raters_get_no_model_whose_weights_were_replaced(house: House):
     house.registered_digest = "0" * 64
     with pytest.raises(ConfigError, match="model='models:/n-aligned@champion' was registered with content 0000"):
         find_model("models:/n-aligned@champion")
+
+
+def test_the_reward_model_is_no_gold_scorer_under_another_name(house: House):
+    """Its registered name would lead to the same artifact; here another folder has the same content."""
+    copy = put(house.store, Stage.GOLD, "r", tokens=house.tokens, model=house.sft)
+    assert copy.uri != house.reward.uri
+    assert copy.digest == house.reward.digest
+    config = resolve({"recipe": "tiny", "reward_model": house.reward.uri, "gold_model": copy.uri})
+    with pytest.raises(ConfigError, match="have the same content 727272727272, and a scorer that a model learnt from"):
+        given_artifacts(config)
+
+
+@pytest.mark.parametrize(
+    ("learnt", "left"), [("second", "first"), ("first", "second"), ("both", "both")], ids=lambda half: half
+)
+def test_what_a_given_gold_scorer_judges_learns_from_the_other_half_of_the_pairs(
+    house: House, learnt: str, left: str
+) -> None:
+    gold = put(house.store, Stage.GOLD, "g", {"half": learnt}, tokens=house.tokens, model=house.sft)
+
+    def halves(**overrides: Any) -> tuple[str, str]:
+        config = resolve({"recipe": "tiny", "alignment": "both", "gold_model": gold.uri, "overrides": overrides})
+        config = kept_apart_from_gold(config.with_given(given_artifacts(config)), overrides)
+        return config.reward.half.value, config.dpo.half.value
+
+    assert halves() == (left, left)
+    assert halves(**{"dpo.half": "both"}) == (left, "both")
+    assert halves(dpo={"half": "both"}) == (left, "both")

@@ -65,6 +65,12 @@ def test_the_gold_scorer_scores_the_very_answers_that_the_reward_model_scores(wo
     assert [(one["role"], one["against"], one["items"]) for one in compared] == [("dpo", "sft", PROMPTS)]
 
 
+def test_the_reward_model_itself_is_no_gold_scorer(world: World) -> None:
+    report, _ = evaluated(world, gold=world.inputs["reward"])
+    assert report["left_out"]["suite gold"].startswith("the gold scorer is the reward model itself")
+    assert report["suites"].keys() & {"gold", "gold_agreement", "score"} == {"score"}
+
+
 def test_a_gold_scorer_with_a_tokenizer_of_its_own_reads_the_text_as_plain_transformers_does(
     world: World, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -127,7 +133,9 @@ def test_a_judge_at_an_endpoint_prefers_and_its_agreement_stands_next_to_its_ver
     # The chosen reply of this data is always the longer one.
     agreement = report["judge"]["agreement"]
     assert (agreement["accuracy"], agreement["first_place"], agreement["items"]) == (1.0, 0.5, PAIRS)
-    assert report["judge"]["better_than_chance"]
+    assert agreement["clusters"] == PAIRS
+    assert not report["judge"]["better_than_chance"], "six right verdicts are what a coin gives once in 64 times"
+    assert report["judge"]["least_prompts"] == 20
     assert report["judge"]["against"] == "sft"
     assert report["suites"]["judge_agreement"]["roles"]["judge"]["value"] == 1.0
     assert outcome.metrics["dpo/suite/judge/win_rate"] == pytest.approx(sum(value for value, _ in mine.values()) / 6)
