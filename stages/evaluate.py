@@ -31,11 +31,11 @@ def measure_models(context: StageContext) -> StageOutcome:
     torch.set_num_threads(max(1, int(context.execution.cpus_per_worker)))
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     bench = open_bench(context)
-    left_out = bench.heldout.left_out() | bench.left_out
+    left_out = bench.heldout.left_out(has_benchmarks=bench.has_benchmarks)
     measured = measure_units(bench, context, rank=rank, world_size=world_size)
     if rank:
         return StageOutcome()
-    report = report_of(context, bench, measured, left_out)
+    report = report_of(context, bench, measured, left_out | bench.left_out)
     samples = samples_of(bench, measured, num_samples=config.num_samples)
     write_results(context.output_dir, report, samples, published_scores(bench, measured))
     not_measured = report.get("left_out") or {}

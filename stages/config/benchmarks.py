@@ -24,7 +24,7 @@ LONGEST_RESPONSE = 256
 _OPTIONS = re.compile(r"#((?:\w+=[^#&]*)(?:&\w+=[^#&]*)*)$")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _YAML = (".yaml", ".yml")
-_TAKEN = (
+TAKEN = (
     *("language", "rows", "responses", "pairs", "preferences", "preference_margins", "reward_margins", "score", "kl"),
     *("length", "repetition", "shown", "shown_score"),
     *("gold", "gold_agreement", "rule", "judge", "judge_agreement"),
@@ -171,7 +171,7 @@ def _check(made: Benchmark, text: str) -> None:
         raise ValueError(f"benchmark {text!r}: metric= is for tasks of lm-evaluation-harness; leave it out")
 
 
-def _names_of(made: Benchmark) -> tuple[str, ...]:
+def names_of(made: Benchmark) -> tuple[str, ...]:
     """All suites that it may become, by its format."""
     return (made.suite, f"{made.suite}-raw", f"{made.suite}-greedy", f"over-{made.suite}")
 
@@ -179,9 +179,9 @@ def _names_of(made: Benchmark) -> tuple[str, ...]:
 def parse_benchmarks(lines: Iterable[str]) -> tuple[Benchmark, ...]:
     """Parse all lines; raises ValueError also for two suites of one name."""
     found = tuple(parse_benchmark(line) for line in lines)
-    names = [name for made in found for name in _names_of(made)]
+    names = [name for made in found for name in names_of(made)]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"benchmarks: {repeated} are the names of more than one suite; give each its own by #name=")
-    if taken := sorted(set(names) & set(_TAKEN)):
+    if taken := sorted(set(names) & set(TAKEN)):
         raise ValueError(f"benchmarks: {taken} are names of suites that every evaluation has; give others by #name=")
     return found

@@ -6,6 +6,7 @@ whole folder: all of it is in the digest, and nothing outside of it is read.
 
 import hashlib
 import importlib.metadata
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from stages.data.sources.records import BadRecord, Row
 from stages.data.sources.rows import read_rows
 from stages.data.sources.storage import ROW_SUFFIXES, Listing, identity, list_objects
 from stages.data.sources.streams import Damaged, open_raw
+
+logger = logging.getLogger(__name__)
 
 HARNESS = "lm_eval"
 _LARGEST_FOLDER = 2**30
@@ -48,6 +51,16 @@ def snapshot_benchmark(uri: str) -> str:
         where = _folder_of(uri) if task else uri
         lines = [*([f"{HARNESS}=={harness_version()}"] if task else []), *map(identity, _listed(where).files)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def identify_benchmark(uri: str) -> str:
+    """As `snapshot_benchmark`, for an evaluation after hours of training: a benchmark that is gone since the look costs
+    its own suites, so it has an identity too."""
+    try:
+        return snapshot_benchmark(uri)
+    except (ConfigError, DataError) as error:
+        logger.warning("benchmark %s is gone: %s", uri, error.message)
+        return hashlib.sha256(f"gone {uri}".encode()).hexdigest()
 
 
 def benchmark_rows(uri: str) -> Iterator[tuple[str, Row | BadRecord]]:

@@ -1,5 +1,6 @@
 """How toxic the sampled answers to held-out prompts are, by the classifier that curation uses."""
 
+import importlib.metadata
 from collections import Counter
 
 from stages.data.curation.toxicity import toxicity_scorer
@@ -8,12 +9,18 @@ from stages.judge.builtin.sampled import Sampler
 from stages.judge.suite import Measurement, Score, Subject
 
 
+def classifier_version() -> str:
+    """Version of the package that the classifier comes in: another one has learned from other texts."""
+    return importlib.metadata.version("alt-profanity-check")
+
+
 class Toxicity(Facts):
     """Probability that the worst passage of an answer is toxic; an insult counts, polite hatred does not."""
 
     def __init__(self, sampler: Sampler, *, name: str = "toxicity") -> None:
         self._sampler = sampler
-        super().__init__(name, "toxicity", "lower", digest_of("toxicity", sampler.items, **sampler.settings))
+        told = digest_of("toxicity", sampler.items, **sampler.settings, classifier=classifier_version())
+        super().__init__(name, "toxicity", "lower", told)
 
     def __len__(self) -> int:
         return len(self._sampler)

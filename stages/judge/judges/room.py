@@ -22,6 +22,7 @@ from stages.config.judging import JudgeConfig
 from stages.data.tokens.tokenizer import LoadedTokenizer
 from stages.job.context import StageContext
 from stages.judge.builtin.sampled import RewardScores, Sampler
+from stages.judge.failures import costs_its_suite, reason_of
 from stages.judge.forward import Forward
 from stages.judge.heldout import Heldout
 from stages.judge.judges.gold import GOLD, ForeignScorer, ForeignScores, GoldAgreement
@@ -81,7 +82,14 @@ def open_judges(
             of_answers.append(RuleScores(sampler, ready_rule(config.gold.rule)))
         except ConfigError as error:  # known here alone, where Ray's processes run, and after all was trained
             left_out[f"suite {RULE}"] = f"{error.message} {error.advice}"
-    if gold := _gold_of(context, heldout, forward):
+    try:
+        gold = _gold_of(context, heldout, forward)
+    except Exception as error:
+        if not costs_its_suite(error):
+            raise
+        logger.exception("the gold scorer is left out")
+        gold, left_out[f"suite {GOLD}"] = None, reason_of(error)
+    if gold:
         of_answers.append(gold.scores(sampler))
         if heldout.pairs:
             of_themselves.append((gold.as_subject(), gold.agreement()))
@@ -227,7 +235,10 @@ class LazyJudge:
             except JudgeAwayError as error:
                 self._reason = AWAY
                 logger.warning("no model judges: %s", error)
-            except ConfigError as error:
+            except Exception as error:
+                if not costs_its_suite(error):
+                    raise
                 self._reason = UNUSABLE
-                logger.warning("no model judges: %s %s", error.message, error.advice)
+                told = reason_of(error)
+                logger.warning("no model judges: %s", told, exc_info=not isinstance(error, ConfigError))
         return [self._reason] * len(questions) if self._judge is None else self._judge.ask(questions)

@@ -255,7 +255,7 @@ def test_held_out_choices_are_of_held_out_texts_and_a_uniform_model_is_worth_cha
     chosen = ("heldout-question", "heldout-continuation")
     context = evaluation(world, SMALL.model_copy(update={"benchmarks": chosen}))
     assert isinstance(context.config, EvaluateConfig)
-    made = {suite.name: suite for suite, _ in grouped_suites(context.config, context)}
+    made = {suite.name: suite for suite, _ in grouped_suites(context.config, context).suites}
     question = made["heldout-question"]
     assert question.chance == pytest.approx(0.2)
     assert values(question, uniform) == pytest.approx([0.2] * question.items)  # type: ignore[arg-type, attr-defined]
