@@ -137,9 +137,7 @@ class _Samplers:
         return _Samplers(sampler(len(heldout.prompts), config.temperature), sampler(config.num_samples, 0.0))
 
 
-def _further_suites(
-    context: StageContext, heldout: Heldout, sampler: Sampler, forward: Forward
-) -> MadeSuites:
+def _further_suites(context: StageContext, heldout: Heldout, sampler: Sampler, forward: Forward) -> MadeSuites:
     """Suites of other rooms, which measure every language model, each with its group: suites that read the answers of
     `sampler` belong to `ANSWERS`, the others to a group of their own name. One line for each room."""
     del heldout, forward

@@ -107,8 +107,6 @@ def digest_of(*parts: Any) -> str:
     return hashlib.sha256(canonical_json([VERSION, *parts])).hexdigest()
 
 
-def all_skipped(
-    names: Iterable[str], reason: str, count: int, *, is_final: bool = True
-) -> dict[str, Measurement]:
+def all_skipped(names: Iterable[str], reason: str, count: int, *, is_final: bool = True) -> dict[str, Measurement]:
     """What a model gets that none of the items can be asked of."""
     return {name: Measurement(skipped=Counter({reason: count}), is_final=is_final) for name in names}

@@ -23,7 +23,6 @@ from stages.judge.builtin.sampled import Sampler
 from stages.judge.failures import costs_its_suite, reason_of
 from stages.judge.suite import Suite
 
-
 logger = logging.getLogger(__name__)
 
 

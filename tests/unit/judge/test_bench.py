@@ -11,6 +11,7 @@ import pytest
 from stages import evaluate
 from stages.config.errors import DataError, StageError
 from stages.data.sources.benchmarks import identify_benchmark
+from stages.data.tokens.views import TokensArtifact
 from stages.judge import bench as benches
 from stages.judge.bench import Bench, measure_units, open_bench
 from stages.judge.builtin.replies import Pairs, Responses
@@ -82,7 +83,9 @@ def test_what_the_champion_breaks_costs_the_comparison_alone(fresh: World, monke
         return measure(self, subject)
 
     monkeypatch.setattr(Responses, "measure", broken)
-    champion = published_copy(fresh.home, fresh.inputs["sft"], chat_template__jinja="{# another #}{{ messages }}")
+    template = TokensArtifact(Path(fresh.inputs["tokens"].uri.removeprefix("file://"))).tokenizer_dir
+    spelled = "{# the same #}" + (template / "chat_template.jinja").read_text(encoding="utf-8")
+    champion = published_copy(fresh.home, fresh.inputs["sft"], chat_template__jinja=spelled)
     report, _ = evaluated(fresh, champion=champion)
     assert report["left_out"]["suite responses of champion"] == "MemoryError: its vocabulary is too large"
     assert report["suites"]["responses"]["roles"].keys() == {"sft", "dpo"}
@@ -154,7 +157,6 @@ def test_without_held_out_data_benchmarks_are_enough(
     fresh: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluate, "open_bench", lambda context: without_heldout(open_bench(context)))
-    monkeypatch.setattr(Bench, "texts_missing", "")
     with pytest.raises(DataError, match="there is nothing to evaluate on"):
         evaluated(fresh)
     heldout = without_heldout(open_bench(evaluation(fresh))).heldout
