@@ -31,8 +31,9 @@ from stages.judge.curated import find_texts, tokenize_settings
 from stages.judge.failures import costs_its_suite, reason_of
 from stages.judge.forward import Forward
 from stages.judge.heldout import NOT_FINITE, Heldout
-from stages.judge.judges.room import OtherSubject, open_judges
+from stages.judge.judges.room import JudgeSource, OtherSubject, open_judges
 from stages.judge.kept import Measurements
+from stages.judge.prompts import refusal_prompt
 from stages.judge.subjects import Subjects, scorer_role
 from stages.judge.suite import Measurement, Subject, Suite
 
@@ -99,8 +100,9 @@ def open_bench(context: StageContext) -> Bench:
     budget = RowBudget(tokens.sequence_length, context.execution.micro_batch_size)
     forward = Forward(device, budget, beat=context.progress.watchdog.beat)
     samplers = _Samplers.of(config, heldout, forward)
-    judges = open_judges(context, heldout, subjects, samplers.scored, forward)
-    made = _further_suites(context, heldout, samplers.scored, forward)
+    source = JudgeSource(context, forward)
+    judges = open_judges(context, heldout, subjects, samplers.scored, forward, source)
+    made = _further_suites(context, samplers.scored, source)
     further = [*made.suites, *((suite, ANSWERS) for suite in judges.of_answers)]
     # Before a judge judges, it is measured itself.
     units = [Unit(judge.role, suite, suite.name, judge=judge) for judge, suite in judges.of_themselves]
@@ -137,12 +139,12 @@ class _Samplers:
         return _Samplers(sampler(len(heldout.prompts), config.temperature), sampler(config.num_samples, 0.0))
 
 
-def _further_suites(context: StageContext, heldout: Heldout, sampler: Sampler, forward: Forward) -> MadeSuites:
+def _further_suites(context: StageContext, sampler: Sampler, source: JudgeSource) -> MadeSuites:
     """Suites of other rooms, which measure every language model, each with its group: suites that read the answers of
     `sampler` belong to `ANSWERS`, the others to a group of their own name. One line for each room."""
-    del heldout, forward
     assert isinstance(context.config, EvaluateConfig)
-    return grouped_suites(context.config, context, sampler, sampled=ANSWERS)
+    judge = source.asked(refusal_prompt())
+    return grouped_suites(context.config, context, sampler, sampled=ANSWERS, judge=judge)
 
 
 @dataclass(frozen=True)

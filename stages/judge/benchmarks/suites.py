@@ -21,9 +21,12 @@ from stages.judge.benchmarks.refusals import own_rows, refusal_suites
 from stages.judge.benchmarks.toxicity import Toxicity
 from stages.judge.builtin.sampled import Sampler
 from stages.judge.failures import costs_its_suite, reason_of
+from stages.judge.pairwise import Judge
 from stages.judge.suite import Suite
 
 logger = logging.getLogger(__name__)
+
+NO_JUDGE = "Give the run a judge (field `judge` of the form), or leave judge=true out: then phrases tell."
 
 
 @dataclass
@@ -37,9 +40,15 @@ class MadeSuites:
 
 
 def grouped_suites(
-    config: EvaluateConfig, context: StageContext, sampler: Sampler | None = None, *, sampled: str = "answers"
+    config: EvaluateConfig,
+    context: StageContext,
+    sampler: Sampler | None = None,
+    *,
+    sampled: str = "answers",
+    judge: Judge | None = None,
 ) -> MadeSuites:
     """Make the suites of all benchmarks; with a sampler also those that read its answers, in the group `sampled`.
+    `judge` says which responses decline, for benchmarks with `judge=true`.
 
     A benchmark of the run's own data of which there is none becomes a suite without items, which says so. One that
     cannot be read any more is left out: the look read it before hours of training, and they must not be lost over it.
@@ -51,7 +60,7 @@ def grouped_suites(
         if reads_answers and sampler is None:
             continue
         try:
-            found = _suites_of(benchmark, context, sampler, beat)
+            found = _suites_of(benchmark, context, sampler, judge, beat)
         except Exception as error:
             if not costs_its_suite(error):
                 raise
@@ -87,27 +96,37 @@ def _why_no_name(name: str, known: set[str]) -> str:
 
 
 def _suites_of(
-    benchmark: Benchmark, context: StageContext, sampler: Sampler | None, beat: Callable[[], None]
+    benchmark: Benchmark,
+    context: StageContext,
+    sampler: Sampler | None,
+    judge: Judge | None,
+    beat: Callable[[], None],
 ) -> list[Suite]:
+    if benchmark.judge and judge is None:
+        raise ConfigError(f"benchmarks: {benchmark.uri!r} has judge=true, and the run has no judge", advice=NO_JUDGE)
     if benchmark.built_in is BuiltIn.TOXICITY:
         if sampler is None or not len(sampler):
             return [Unavailable(benchmark.suite, "toxicity", "no_heldout_prompts", better="lower")]
         return [Toxicity(sampler, name=benchmark.suite)]
     if benchmark.built_in in (BuiltIn.HELDOUT_CONTINUATION, BuiltIn.HELDOUT_QUESTION):
         return _of_heldout(benchmark, context, beat)
-    return list(suites_from_outside(benchmark, context.work_dir / "tasks" / benchmark.suite, beat=beat))
+    return list(suites_from_outside(benchmark, context.work_dir / "tasks" / benchmark.suite, judge=judge, beat=beat))
 
 
-def suites_from_outside(benchmark: Benchmark, scratch: Path, *, beat: Callable[[], None] = silent) -> list[Facet]:
+def suites_from_outside(
+    benchmark: Benchmark, scratch: Path, *, judge: Judge | None = None, beat: Callable[[], None] = silent
+) -> list[Facet]:
     """The suites of rows or of a task of lm-evaluation-harness, which is copied to `scratch`; all items are read."""
     if benchmark.is_task:
         from stages.judge.benchmarks.harness import task_suites  # the harness takes seconds to import
 
         return task_suites(benchmark, scratch, beat=beat)
-    return suites_of_rows(benchmark, beat=beat)
+    return suites_of_rows(benchmark, judge=judge, beat=beat)
 
 
-def suites_of_rows(benchmark: Benchmark, *, beat: Callable[[], None] = silent) -> list[Facet]:
+def suites_of_rows(
+    benchmark: Benchmark, *, judge: Judge | None = None, beat: Callable[[], None] = silent
+) -> list[Facet]:
     """The suites of a benchmark whose items are rows."""
     own = benchmark.built_in is BuiltIn.REFUSALS
     items = read_items(benchmark, own_rows() if own else benchmark_rows(benchmark.uri))
@@ -117,6 +136,11 @@ def suites_of_rows(benchmark: Benchmark, *, beat: Callable[[], None] = silent) -
             f"{items.format.value}",
             advice="Leave the rule out, or name the format of items with answers: #format=answers.",
         )
+    if benchmark.judge and items.format is not BenchmarkFormat.REFUSALS:
+        raise ConfigError(
+            f"benchmarks: judge=true of {benchmark.uri!r} is for refusals, and its items are {items.format.value}",
+            advice="Leave judge out, or name the format of items with prompt and harmful: #format=refusals.",
+        )
     match items.format:
         case BenchmarkFormat.CHOICES | BenchmarkFormat.TRUTHFULQA:
             return choice_suites(benchmark.suite, items, chat=benchmark.chat, beat=beat)
@@ -125,7 +149,8 @@ def suites_of_rows(benchmark: Benchmark, *, beat: Callable[[], None] = silent) -
         case BenchmarkFormat.ANSWERS:
             return answer_suites(benchmark.suite, items, benchmark, beat=beat)
         case BenchmarkFormat.REFUSALS:
-            return refusal_suites(benchmark.suite, items, benchmark, beat=beat)
+            asked = judge if benchmark.judge else None
+            return refusal_suites(benchmark.suite, items, benchmark, judge=asked, beat=beat)
 
 
 def _of_heldout(benchmark: Benchmark, context: StageContext, beat: Callable[[], None]) -> list[Suite]:

@@ -18,7 +18,7 @@ from stages.judge.builtin.facts import Facts, digest_of, measurement
 from stages.judge.builtin.sampled import Answers, Sampler
 from stages.judge.heldout import NO_TEXT, Heldout, PairItem
 from stages.judge.length_control import LengthControlled, length_controlled
-from stages.judge.pairwise import AWAY, BUDGET, GARBAGE, REFUSED, UNUSABLE, Judge, Match, Verdict, agreement, verdicts
+from stages.judge.pairwise import MENDABLE, Judge, Match, Verdict, agreement, verdicts
 from stages.judge.prompts import prompt_digest
 from stages.judge.suite import Measurement, Score, Subject
 
@@ -26,8 +26,6 @@ JUDGE, AGREEMENT = "judge", "judge_agreement"
 """Names of the suites."""
 NO_OPPONENT = "no_answer_to_compare_with"
 
-_PASSING = frozenset((AWAY, BUDGET, UNUSABLE, REFUSED, GARBAGE))
-"""Reasons that an operator can mend without a change of what the digest covers: a key, an address, a server."""
 _PLACES = {0: "second", 1: "both", 2: "first"}
 """How often the judge preferred what stood first, in words: kept as what it said about an item."""
 
@@ -202,6 +200,5 @@ def _unanswered(answers: Answers, chosen: set[str]) -> Counter[str]:
 
 
 def _final(found: Measurement) -> Measurement:
-    """What the judge could not answer for such a reason is asked again by the next evaluation."""
-    found.is_final = not any(reason in found.skipped for reason in _PASSING)
+    found.is_final = not any(reason in found.skipped for reason in MENDABLE)
     return found

@@ -1,7 +1,9 @@
 """Measurements are kept: an evaluation that was killed continues, workers share the work, damage costs time only."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -139,4 +141,22 @@ def test_nothing_published_is_null_or_no_number(fresh: World) -> None:
         raise AssertionError(f"{token} is not JSON")
 
     for name in ("metrics.json", "samples.json"):
-        json.loads((context.output_dir / name).read_text(), parse_constant=refuse)
+        found = json.loads((context.output_dir / name).read_text(), parse_constant=refuse)
+        assert {path.rpartition("/")[2] for path in nulls(found)} <= MAY_BE_NULL, list(nulls(found))
+    assert list(nulls({"a": [{"b": None}], "chance": 1})) == ["/a/0/b"]
+
+
+MAY_BE_NULL = {"chance"}
+"""Of suites that a model without knowledge gets nothing in."""
+
+
+def nulls(value: Any, path: str = "") -> Iterator[str]:
+    match value:
+        case None:
+            yield path
+        case dict():
+            for key, one in value.items():
+                yield from nulls(one, f"{path}/{key}")
+        case list():
+            for place, one in enumerate(value):
+                yield from nulls(one, f"{path}/{place}")
