@@ -14,7 +14,7 @@ from stages.config.closing import EvaluateConfig
 from stages.job.context import StageContext, StageOutcome
 from stages.job.workers import launch
 from stages.judge.bench import measure_units, open_bench
-from stages.judge.results import flat, published_scores, report_of, samples_of, write_results
+from stages.judge.results import flat, in_order, report_of, samples_of, write_results
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def measure_models(context: StageContext) -> StageOutcome:
         return StageOutcome()
     report = report_of(context, bench, measured, left_out | bench.left_out)
     samples = samples_of(bench, measured, num_samples=config.num_samples)
-    write_results(context.output_dir, report, samples, published_scores(bench, measured))
+    write_results(context.output_dir, report, samples, in_order(bench, measured))
     not_measured = report.get("left_out") or {}
     for what, reason in not_measured.items():
         logger.warning("not measured: %s: %s", what, reason)

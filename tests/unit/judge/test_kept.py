@@ -14,6 +14,7 @@ from stages.config.tokens import PLAIN
 from stages.job.context import StageContext
 from stages.judge.bench import measure_units, open_bench, share
 from stages.judge.kept import Measurements
+from stages.judge.scores import ScoreTable
 from tests.judging import SMALL, TINY, World, evaluated, evaluation, make_world
 
 FILES = ("metrics.json", "samples.json", "scores.parquet", "responses.parquet")
@@ -144,6 +145,18 @@ def test_nothing_published_is_null_or_no_number(fresh: World) -> None:
         found = json.loads((context.output_dir / name).read_text(), parse_constant=refuse)
         assert {path.rpartition("/")[2] for path in nulls(found)} <= MAY_BE_NULL, list(nulls(found))
     assert list(nulls({"a": [{"b": None}], "chance": 1})) == ["/a/0/b"]
+
+
+def test_every_number_of_a_model_has_the_scores_that_it_is_made_of(fresh: World) -> None:
+    report, outcome = evaluated(fresh)
+    table = ScoreTable(evaluation(fresh).output_dir / "scores.parquet")
+    margins = table.column("preference_margins", "dpo").values
+    assert outcome.metrics["dpo/eval/preference_margin"] == pytest.approx(float(margins.mean()))
+    assert outcome.metrics["reward/margin"] == pytest.approx(
+        float(table.column("reward_margins", "reward").values.mean())
+    )
+    assert len(table.column("rows", "sft").values) > 0
+    assert not {"rows", "preference_margins", "reward_margins", "shown"} & report["suites"].keys()
 
 
 MAY_BE_NULL = {"chance"}
