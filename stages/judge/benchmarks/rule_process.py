@@ -84,7 +84,7 @@ class RuleProcess:
         return json.loads(line)
 
     def _started(self) -> subprocess.Popen[bytes]:
-        path = os.pathsep.join(filter(None, sys.path))
+        path = os.pathsep.join(one or os.getcwd() for one in sys.path)
         process = subprocess.Popen(
             [sys.executable, "-c", _CHILD, *self._address.split(":")],
             stdin=subprocess.PIPE,

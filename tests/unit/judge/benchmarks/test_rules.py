@@ -67,14 +67,18 @@ def test_a_pattern_that_takes_too_long_is_given_up() -> None:
         value("rule=regex&pattern=(a|aa)%2B$", "a" * 60 + "b", "x")
 
 
-def test_a_function_runs_only_where_its_module_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_runs_only_where_its_module_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "planted_lengths.py").write_text(
+        "def longer(response, answers):\n    return (len(response) - len(answers[0])) / (2 * len(response) / 3)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delenv("ATHANOR_RULE_MODULES", raising=False)
     with pytest.raises(ConfigError, match=r"ATHANOR_RULE_MODULES does not hold 'os'; it holds nothing"):
         value("rule=function&function=os:system", "true", "0")
-    monkeypatch.setenv("ATHANOR_RULE_MODULES", "math, tests.unit.judge.benchmarks.test_rules")
-    assert value("rule=function&function=tests.unit.judge.benchmarks.test_rules:longer", "abc", "ab") == 0.5
+    monkeypatch.setenv("ATHANOR_RULE_MODULES", "math, planted_lengths")
+    assert value("rule=function&function=planted_lengths:longer", "abc", "ab") == 0.5
     with pytest.raises(RuleFailedError, match="rule_failed_ZeroDivisionError"):
-        value("rule=function&function=tests.unit.judge.benchmarks.test_rules:longer", "", "ab")
+        value("rule=function&function=planted_lengths:longer", "", "ab")
     with pytest.raises(ConfigError, match="cannot be imported"):
         value("rule=function&function=math:nothing", "x", "y")
     with pytest.raises(ConfigError, match="is a float"):
@@ -139,10 +143,6 @@ def test_a_function_that_always_takes_too_long_is_not_called_for_every_response(
         with pytest.raises(RuleFailedError, match="rule_takes_too_long"):
             misbehaving.value("loop", [])
     assert caplog.text.count("was ended") == 3
-
-
-def longer(response: str, answers: list[str]) -> float:
-    return (len(response) - len(answers[0])) / (2 * len(response) / 3)
 
 
 @pytest.mark.parametrize(
