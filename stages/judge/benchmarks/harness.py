@@ -7,6 +7,7 @@ truncated, an item that does not fit is counted and left out.
 import json
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,8 @@ class TaskPass:
 
         name = self.task.task_name
         model = HarnessModel(subject, chat=self.chat, beat=self.beat)
+        # The harness's own means are not read, and one value that is no number would end all of them.
+        self.task.aggregation = lambda: defaultdict(lambda: lambda values: 0.0)
         self.task.set_fewshot_seed(seed=_FEWSHOT_SEED)  # each model sees the same examples
         whole = len(self.indices) == self.num_documents
         results = evaluate(
