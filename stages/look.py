@@ -106,18 +106,15 @@ def look_at(request: LookRequest) -> Look:
 
 def _benchmarks(config: PipelineConfig, scratch: Path) -> Iterator[BenchmarkFacts]:
     """Read all items of all benchmarks: a row that is none must not be found after hours of training."""
-    from stages.judge.benchmarks.suites import NO_JUDGE, require_own_names, suites_from_outside
+    from stages.judge.benchmarks.suites import require_judge, require_own_names, suites_from_outside
 
     given = given_benchmarks(config)
-    chosen = config.evaluate.parsed_benchmarks if given else ()
+    chosen = config.evaluate.parsed_benchmarks if Stage.EVALUATE in config.selected else ()
+    has_judge = bool(config.evaluate.judge.endpoint) or any(one.role == JUDGE for one in given_models(config))
+    require_judge(chosen, has_judge=has_judge)
     # Only the task files say what the suites of tasks are called.
     names = [(one.uri, name) for one in chosen if one.uri not in given for name in names_of(one)]
-    has_judge = bool(config.evaluate.judge.endpoint) or any(one.role == JUDGE for one in given_models(config))
     for benchmark in chosen:
-        if benchmark.judge and not has_judge:
-            raise ConfigError(
-                f"benchmarks: {benchmark.uri!r} has judge=true, and the run has no judge", advice=NO_JUDGE
-            )
         if benchmark.uri not in given:
             continue
         found = suites_from_outside(benchmark, scratch / "tasks" / benchmark.suite)

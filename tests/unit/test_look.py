@@ -410,6 +410,13 @@ def test_suites_of_one_name_are_refused_before_anything_is_trained(
         look("four.yaml")
 
 
+def test_refusals_by_a_judge_need_one_before_anything_is_trained() -> None:
+    config = resolve({"recipe": "tiny", "benchmarks": ["refusals#judge=true"]})
+    request = LookRequest(run=RUN, store_uri="file:///nowhere", config=config.model_dump(mode="json"), models=())
+    with pytest.raises(ConfigError, match="'refusals' has judge=true, and the run has no judge"):
+        look_at(request)
+
+
 def test_a_run_that_does_not_evaluate_reads_no_benchmark(tmp_path: Path) -> None:
     config = resolve({"recipe": "tiny", "benchmarks": [str(tmp_path / "none.jsonl")], "last_stage": "sft"})
     request = LookRequest(run=RUN, store_uri="file:///nowhere", config=config.model_dump(mode="json"), models=())

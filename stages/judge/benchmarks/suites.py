@@ -26,7 +26,7 @@ from stages.judge.suite import Suite
 
 logger = logging.getLogger(__name__)
 
-NO_JUDGE = "Give the run a judge (field `judge` of the form), or leave judge=true out: then phrases tell."
+_NO_JUDGE = "Give the run a judge (field `judge` of the form), or leave judge=true out: then phrases tell."
 
 
 @dataclass
@@ -89,6 +89,15 @@ def require_own_names(suites: Iterable[tuple[str, str]]) -> None:
         known.add(name)
 
 
+def require_judge(benchmarks: Iterable[Benchmark], *, has_judge: bool) -> None:
+    """Raise ConfigError for a benchmark that asks the judge of a run without one."""
+    for benchmark in benchmarks:
+        if benchmark.judge and not has_judge:
+            raise ConfigError(
+                f"benchmarks: {benchmark.uri!r} has judge=true, and the run has no judge", advice=_NO_JUDGE
+            )
+
+
 def _why_no_name(name: str, known: set[str]) -> str:
     if name in TAKEN:
         return "every evaluation has a suite of that name"
@@ -102,8 +111,7 @@ def _suites_of(
     judge: Judge | None,
     beat: Callable[[], None],
 ) -> list[Suite]:
-    if benchmark.judge and judge is None:
-        raise ConfigError(f"benchmarks: {benchmark.uri!r} has judge=true, and the run has no judge", advice=NO_JUDGE)
+    require_judge([benchmark], has_judge=judge is not None)
     if benchmark.built_in is BuiltIn.TOXICITY:
         if sampler is None or not len(sampler):
             return [Unavailable(benchmark.suite, "toxicity", "no_heldout_prompts", better="lower")]
