@@ -146,6 +146,14 @@ def test_two_suites_of_one_name_cost_the_second(fresh: World, tmp_path: Path, mo
     assert report["left_out"][f"suite kl of {address}"] == "every evaluation has a suite of that name"
 
 
+def test_a_benchmark_with_another_name_is_not_measured_again(fresh: World, tmp_path: Path) -> None:
+    address = benchmark_file(tmp_path)
+    first, _ = evaluated(fresh, with_benchmarks(f"{address}#name=one"))
+    second, outcome = evaluated(fresh, with_benchmarks(f"{address}#name=two"))
+    assert outcome.ledger["units"]["measured"] == 0
+    assert second["suites"]["two"] == first["suites"]["one"]
+
+
 def without_heldout(bench: Bench) -> Bench:
     heldout = bench.heldout
     heldout.row_numbers = heldout.row_numbers[:0]
