@@ -234,5 +234,5 @@ def test_a_benchmark_in_a_bucket_is_read_and_identified_by_its_content(tmp_path:
         if gold:
             before = snapshot_benchmark(address)
     assert snapshot_benchmark(address) != before
-    with pytest.raises(ConfigError, match="does not exist"):
+    with pytest.raises(ConfigError, match="holds no object"):
         snapshot_benchmark(f"{s3_store}/benchmarks/none.jsonl")
