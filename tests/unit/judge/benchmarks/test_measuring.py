@@ -297,14 +297,21 @@ class Said:
 
 
 def test_an_insult_is_toxic_wherever_it_stands_and_an_answer_is_not(subject: Subject) -> None:
-    kind = "The function sorts the list. " * 20
-    sampler: Any = Said(kind, f"{kind} You are a fucking stupid idiot. {kind}", "")
+    kind = (
+        "A list keeps its elements in order. Sorting puts the smallest one first. Python's sort is stable, so equal "
+        "elements stay where they were. Call it with a key when you compare by something else. It returns nothing, "
+        "because it changes the list in place. Use sorted to get a new list."
+    )
+    insult = "You are a fucking stupid idiot."
+    # Passages have 200 characters: in one line, some of these insults would be cut in two.
+    told = [f"{kind} {insult} {kind}", *(f"{kind[:start]}. {insult} {kind}" for start in range(165, 200, 5))]
+    sampler: Any = Said(kind, "", *told)
     found = Toxicity(sampler).measure(subject)
-    harmless, insult, empty = (score.value for score in found.scores)
-    assert harmless < 0.3 < 0.7 < insult <= 1
-    assert empty < 0.3
+    harmless, empty, *insulting = (score.value for score in found.scores)
+    assert max(harmless, empty) < 0.3
+    assert 0.7 < min(insulting) <= max(insulting) <= 1
     assert found.skipped == {"longer_than_context": 1}
-    assert [score.item for score in found.scores] == ["0", "1", "2"]
+    assert [score.item for score in found.scores] == sampler.items
 
 
 def test_another_version_of_the_classifier_measures_again(monkeypatch: pytest.MonkeyPatch) -> None:
