@@ -14,7 +14,7 @@ from stages.config.closing import EvaluateConfig
 from stages.job.context import StageContext, StageOutcome
 from stages.job.workers import launch
 from stages.judge.bench import measure_units, open_bench
-from stages.judge.results import flat, published_scores, report_of, samples_of, write_results
+from stages.judge.results import flat, in_order, report_of, samples_of, write_results
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +31,13 @@ def measure_models(context: StageContext) -> StageOutcome:
     torch.set_num_threads(max(1, int(context.execution.cpus_per_worker)))
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     bench = open_bench(context)
-    left_out = bench.heldout.left_out() | bench.left_out
+    left_out = bench.heldout.left_out(has_benchmarks=bench.has_benchmarks)
     measured = measure_units(bench, context, rank=rank, world_size=world_size)
     if rank:
         return StageOutcome()
-    report = report_of(context, bench, measured, left_out)
+    report = report_of(context, bench, measured, left_out | bench.left_out)
     samples = samples_of(bench, measured, num_samples=config.num_samples)
-    write_results(context.output_dir, report, samples, published_scores(bench, measured))
+    write_results(context.output_dir, report, samples, in_order(bench, measured))
     not_measured = report.get("left_out") or {}
     for what, reason in not_measured.items():
         logger.warning("not measured: %s: %s", what, reason)

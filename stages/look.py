@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from stages.artifacts.manifests import read_file
 from stages.artifacts.store import Store, write_json
+from stages.config.benchmarks import names_of
 from stages.config.errors import EXIT_CODES, Category, ConfigError, ExitCode, StageError
 from stages.config.estimate import memory_bytes
 from stages.config.execution import ExecutionConfig
@@ -30,6 +31,7 @@ from stages.config.look import (
     LookRequest,
     ModelFacts,
     given_benchmarks,
+    given_models,
     look_key,
 )
 from stages.config.pipeline import ONE_VERSION, PipelineConfig
@@ -104,13 +106,21 @@ def look_at(request: LookRequest) -> Look:
 
 def _benchmarks(config: PipelineConfig, scratch: Path) -> Iterator[BenchmarkFacts]:
     """Read all items of all benchmarks: a row that is none must not be found after hours of training."""
-    from stages.judge.benchmarks.suites import suites_from_outside
+    from stages.judge.benchmarks.suites import require_judge, require_own_names, suites_from_outside
 
     given = given_benchmarks(config)
-    for benchmark in config.evaluate.parsed_benchmarks if given else ():
+    chosen = config.evaluate.parsed_benchmarks if Stage.EVALUATE in config.selected else ()
+    has_judge = bool(config.evaluate.judge.endpoint) or any(one.role == JUDGE for one in given_models(config))
+    require_judge(chosen, has_judge=has_judge)
+    # Only the task files say what the suites of tasks are called.
+    names = [(one.uri, name) for one in chosen if one.uri not in given for name in names_of(one)]
+    for benchmark in chosen:
         if benchmark.uri not in given:
             continue
-        for suite in suites_from_outside(benchmark, scratch / "tasks" / benchmark.suite):
+        found = suites_from_outside(benchmark, scratch / "tasks" / benchmark.suite)
+        names += [(benchmark.uri, suite.name) for suite in found]
+        require_own_names(names)
+        for suite in found:
             yield BenchmarkFacts(
                 uri=benchmark.uri, suite=suite.name, metric=suite.metric, items=suite.items, bad=dict(suite.bad)
             )

@@ -24,7 +24,7 @@ LONGEST_RESPONSE = 256
 _OPTIONS = re.compile(r"#((?:\w+=[^#&]*)(?:&\w+=[^#&]*)*)$")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _YAML = (".yaml", ".yml")
-_TAKEN = (
+TAKEN = (
     *("language", "rows", "responses", "pairs", "preferences", "preference_margins", "reward_margins", "score", "kl"),
     *("length", "repetition", "shown", "shown_score"),
     *("gold", "gold_agreement", "rule", "judge", "judge_agreement"),
@@ -75,6 +75,8 @@ class Benchmark(Config):
     """Regular expression of `rule=regex`, whose first group (or whole match) is the answer."""
     function: str = ""
     """`module:name` of `rule=function`; the module must be one that the workers' administrators allow."""
+    judge: bool = False
+    """Whether the run's judge says which responses decline, instead of phrases; for refusals."""
     metric: str = ""
     """The one metric of a task of lm-evaluation-harness that counts; empty = all that there are by item."""
     chat: bool = False
@@ -167,6 +169,8 @@ def _check(made: Benchmark, text: str) -> None:
     for name in _FOR_ROWS:
         if getattr(made, name) and not rows:
             raise ValueError(f"benchmark {text!r}: {name}= is for files of rows; {made.uri!r} has rules of its own")
+    if made.judge and (made.is_task or made.built_in not in (None, BuiltIn.REFUSALS)):
+        raise ValueError(f"benchmark {text!r}: judge=true is for refusals; leave it out")
     if made.metric and not made.is_task:
         raise ValueError(f"benchmark {text!r}: metric= is for tasks of lm-evaluation-harness; leave it out")
 
@@ -182,6 +186,6 @@ def parse_benchmarks(lines: Iterable[str]) -> tuple[Benchmark, ...]:
     names = [name for made in found for name in names_of(made)]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"benchmarks: {repeated} are the names of more than one suite; give each its own by #name=")
-    if taken := sorted(set(names) & set(_TAKEN)):
+    if taken := sorted(set(names) & set(TAKEN)):
         raise ValueError(f"benchmarks: {taken} are names of suites that every evaluation has; give others by #name=")
     return found

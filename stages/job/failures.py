@@ -69,7 +69,7 @@ def describe_failure(error: BaseException, stage: Stage) -> Failure:
     if isinstance(cause, StageError):
         return Failure(category=cause.category, message=cause.message, advice=cause.advice)
     detail = without_logins("".join(traceback.format_exception(error)))[-8000:]
-    if _is_out_of_memory(cause):
+    if is_out_of_memory(cause):
         return Failure(
             category=Category.OUT_OF_MEMORY,
             message=f"out of memory: {cause}",
@@ -98,7 +98,7 @@ def _cause(error: BaseException) -> Any:
     failures = getattr(error, "worker_failures", {}).values()
     # A worker's own exception is wrapped as a task's error, its death as a health check that failed.
     causes = [getattr(f, "cause", getattr(f, "health_check_failure", f)) for f in failures]
-    most_telling_first = (lambda e: isinstance(e, StageError), _is_out_of_memory, _is_worker_death)
+    most_telling_first = (lambda e: isinstance(e, StageError), is_out_of_memory, _is_worker_death)
     for is_telling in most_telling_first:
         for cause in causes:
             if is_telling(cause):
@@ -106,7 +106,7 @@ def _cause(error: BaseException) -> Any:
     return causes[0] if causes else error
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Python's, torch's, the CPU allocator's, or Ray's memory monitor's."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True

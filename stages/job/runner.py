@@ -157,9 +157,9 @@ def digest_of(source: Source, config: Config) -> str:
             with naming(source.role):
                 return snapshot_base_model(source.uri)
         case SourceKind.BENCHMARK:
-            from stages.data.sources.benchmarks import snapshot_benchmark
+            from stages.data.sources.benchmarks import identify_benchmark
 
-            return snapshot_benchmark(source.uri)
+            return identify_benchmark(source.uri)
 
 
 def _waiting(request: StageRequest, store: Store) -> Callable[[Owner, float], None]:

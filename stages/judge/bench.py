@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from stages.config.closing import EvaluateConfig
-from stages.config.errors import ConfigError, StageError
+from stages.config.errors import StageError
 from stages.config.evaluation import CHAMPION_ROLE
 from stages.config.graph import aligned_models
 from stages.data.tokens.originals import published_tokenizer
@@ -22,16 +22,19 @@ from stages.data.tokens.packing import RowBudget
 from stages.data.tokens.views import TokensArtifact
 from stages.job.context import StageContext
 from stages.job.devices import local_device
-from stages.judge.benchmarks.suites import grouped_suites
+from stages.judge.benchmarks.facets import Facet
+from stages.judge.benchmarks.suites import MadeSuites, grouped_suites
 from stages.judge.builtin.language import Language, RowLosses
 from stages.judge.builtin.replies import Margins, Pairs, PreferenceMargins, Preferences, Responses, RewardMargins
 from stages.judge.builtin.sampled import Divergence, Length, Repetition, RewardScores, Sampler
 from stages.judge.curated import find_texts, tokenize_settings
+from stages.judge.failures import costs_its_suite, reason_of
 from stages.judge.forward import Forward
 from stages.judge.heldout import NOT_FINITE, Heldout
-from stages.judge.judges.room import OtherSubject, open_judges
+from stages.judge.judges.room import JudgeSource, OtherSubject, open_judges
 from stages.judge.kept import Measurements
-from stages.judge.subjects import Subjects, is_permanent, scorer_role
+from stages.judge.prompts import refusal_prompt
+from stages.judge.subjects import Subjects, scorer_role
 from stages.judge.suite import Measurement, Subject, Suite
 
 logger = logging.getLogger(__name__)
@@ -77,7 +80,11 @@ class Bench:
     counts: dict[str, int] = field(default_factory=lambda: {"measured": 0, "kept": 0})
     """Units that this process measured, and those that it found in the store, from before or by another worker."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """Suites that cannot be made, each with the reason."""
+    """Suites that cannot be made or measured, each with the reason."""
+    failed: set[tuple[str, str]] = field(default_factory=set)
+    """Units that raised an error when this process measured them."""
+    has_benchmarks: bool = False
+    """Whether there are suites that need no held-out data."""
 
 
 def open_bench(context: StageContext) -> Bench:
@@ -93,13 +100,21 @@ def open_bench(context: StageContext) -> Bench:
     budget = RowBudget(tokens.sequence_length, context.execution.micro_batch_size)
     forward = Forward(device, budget, beat=context.progress.watchdog.beat)
     samplers = _Samplers.of(config, heldout, forward)
-    judges = open_judges(context, heldout, subjects, samplers.scored, forward)
-    further = _further_suites(context, heldout, samplers.scored, forward)
-    further += [(suite, ANSWERS) for suite in judges.of_answers]
+    source = JudgeSource(context, forward)
+    judges = open_judges(context, heldout, subjects, samplers.scored, forward, source)
+    made = _further_suites(context, samplers.scored, source)
+    further = [*made.suites, *((suite, ANSWERS) for suite in judges.of_answers)]
     # Before a judge judges, it is measured itself.
     units = [Unit(judge.role, suite, suite.name, judge=judge) for judge, suite in judges.of_themselves]
     units += _Units(heldout, subjects, forward, samplers, further).all()
-    return Bench(heldout, subjects, units, texts.missing, left_out=judges.left_out)
+    return Bench(
+        heldout,
+        subjects,
+        units,
+        texts.missing,
+        left_out=judges.left_out | made.left_out,
+        has_benchmarks=any(isinstance(suite, Facet) for suite, _ in made.suites),
+    )
 
 
 @dataclass(frozen=True)
@@ -124,14 +139,12 @@ class _Samplers:
         return _Samplers(sampler(len(heldout.prompts), config.temperature), sampler(config.num_samples, 0.0))
 
 
-def _further_suites(
-    context: StageContext, heldout: Heldout, sampler: Sampler, forward: Forward
-) -> list[tuple[Suite, str]]:
+def _further_suites(context: StageContext, sampler: Sampler, source: JudgeSource) -> MadeSuites:
     """Suites of other rooms, which measure every language model, each with its group: suites that read the answers of
     `sampler` belong to `ANSWERS`, the others to a group of their own name. One line for each room."""
-    del heldout, forward
     assert isinstance(context.config, EvaluateConfig)
-    return grouped_suites(context.config, context, sampler, sampled=ANSWERS)
+    judge = source.asked(refusal_prompt())
+    return grouped_suites(context.config, context, sampler, sampled=ANSWERS, judge=judge)
 
 
 @dataclass(frozen=True)
@@ -154,7 +167,6 @@ class _Units:
             found += [Unit(role, suite, group) for suite, group in self.further]
         if self.subjects.scorer_identity and self.heldout.pairs:
             found.append(Unit(scorer_role(), RewardMargins(self.heldout, self.forward), "scorer", is_published=False))
-        _require_different_names(found)
         return found
 
     def _of_texts(self, role: str) -> list[Unit]:
@@ -198,28 +210,28 @@ class _Units:
         return [*found, *told]
 
 
-def _require_different_names(units: Sequence[Unit]) -> None:
-    keys = [unit.key for unit in units]
-    if twice := sorted({name for role, name in keys if keys.count((role, name)) > 1}):
-        raise ConfigError(
-            f"evaluate.benchmarks: two suites are called {twice[0]!r}; every suite needs a name of its own",
-            advice="Add #name=... to the address of the benchmark.",
-        )
-
-
 def measure_units(bench: Bench, context: StageContext, *, rank: int, world_size: int) -> Measured:
     """Measure this worker's share of the units; on rank 0 return all of them, those of the other workers included."""
     measurements = Measurements(context.store, context.check_lease, evaluation=context.fingerprint)
     measured: Measured = {}
+    if rank:
+        measurements.forget_done(rank)  # of an attempt before this one
     for unit in share(bench.units, rank=rank, world_size=world_size):
         _measure(unit, bench, measurements, measured)
         _report(context, bench, measured)
-    while rank == 0 and (missing := [unit for unit in _wanted(bench) if unit.key not in measured]):
-        _collect(missing, bench, measurements, measured)
-        _report(context, bench, measured)
+    if rank:
+        measurements.write_done(rank)
+    else:
+        _collect(bench, context, measurements, measured, world_size=world_size)
     logger.info("rank %d measured %s", rank, bench.counts)
     wanted = {unit.key for unit in _wanted(bench)}
-    return {key: found for key, found in measured.items() if key in wanted}
+    found = {key: result for key, result in measured.items() if key in wanted}
+    if rank == 0 and bench.failed and not found:
+        raise StageError(
+            f"no suite could be measured: {next(iter(bench.left_out.values()))}",
+            advice="The errors of all suites are in the log.",
+        )
+    return found
 
 
 def share(units: Sequence[Unit], *, rank: int, world_size: int) -> list[Unit]:
@@ -246,11 +258,21 @@ def _measure(unit: Unit, bench: Bench, measurements: Measurements, measured: Mea
         bench.counts["kept"] += 1
         measured[unit.key] = found
         return
-    subject = unit.judge.open() if unit.judge else _opened(unit.role, bench.subjects)
-    if subject is None:
+    opened = None if unit.judge else _opened(unit.role, bench.subjects)
+    if opened is None and unit.judge is None:
         return
-    with torch.no_grad():
-        found = _complete(unit.suite.measure(subject), unit)
+    try:
+        subject = unit.judge.open() if unit.judge else opened
+        assert subject is not None
+        with torch.no_grad():
+            found = _complete(unit.suite.measure(subject), unit)
+    except Exception as error:
+        if not costs_its_suite(error, of_champion=unit.role == CHAMPION_ROLE):
+            raise
+        logger.exception("suite %s could not be measured on %s", unit.suite.name, unit.role)
+        bench.failed.add(unit.key)
+        bench.left_out[f"suite {unit.suite.name} of {unit.role}"] = reason_of(error)
+        return
     measurements.write(subject, unit.suite, found)
     bench.counts["measured"] += 1
     measured[unit.key] = found
@@ -269,23 +291,32 @@ def _opened(role: str, subjects: Subjects) -> Subject | None:
         return subjects.scorer_as_subject()
     try:
         return subjects.open(role)
-    except StageError as error:
-        if role != CHAMPION_ROLE or not is_permanent(error):
+    except Exception as error:
+        if role != CHAMPION_ROLE or not costs_its_suite(error, of_champion=True):
             raise
-        subjects.forget(role, str(error))
+        logger.exception("the champion is not measured")
+        subjects.forget(role, reason_of(error))
         return None
 
 
-def _collect(missing: list[Unit], bench: Bench, measurements: Measurements, measured: Measured) -> None:
-    """Take what other workers have measured meanwhile. Ray ends all of them when one fails, so waiting ends too."""
-    if any(unit.role == CHAMPION_ROLE for unit in missing) and _opened(CHAMPION_ROLE, bench.subjects) is None:
-        return  # the worker that was to measure it could not open it either
-    for unit in missing:
-        if measurements.is_there(_identity(unit, bench), unit.suite):
-            # Read it, or measure it here in the place of one that is damaged.
-            _measure(unit, bench, measurements, measured)
-    if not all(unit.key in measured for unit in missing):
-        time.sleep(_LOOK_SECONDS)
+def _collect(
+    bench: Bench, context: StageContext, measurements: Measurements, measured: Measured, *, world_size: int
+) -> None:
+    """Take what the other workers measure, and measure here what all of them leave: they may know fewer suites than
+    this one, or other models. Ray ends all workers when one fails, and one that hangs is ended by its own watchdog, so
+    waiting for them ends too."""
+    others = range(1, world_size)
+    while missing := [unit for unit in _wanted(bench) if unit.key not in {*measured, *bench.failed}]:
+        # Before looking: what a worker has measured is there once it is done.
+        are_done = all(measurements.is_done(rank) for rank in others)
+        before = len(measured)
+        for unit in missing:
+            if _is_known(unit, bench) and (are_done or measurements.is_there(_identity(unit, bench), unit.suite)):
+                _measure(unit, bench, measurements, measured)
+                _report(context, bench, measured)
+        if not are_done and len(measured) == before:
+            context.progress.watchdog.beat()
+            time.sleep(_LOOK_SECONDS)
 
 
 def _complete(found: Measurement, unit: Unit) -> Measurement:

@@ -84,12 +84,7 @@ class EndpointJudge:
         """Raises ConfigError for an endpoint that may not be asked, or a key that is not there. `beat` is called after
         every attempt."""
         check_endpoint(config.endpoint, field="evaluate.judge.endpoint", with_key=bool(config.api_key_env))
-        key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
-        if config.api_key_env and not key:
-            raise ConfigError(
-                f"evaluate.judge.api_key_env={config.api_key_env!r} is not set where Ray's processes run",
-                advice="Set it in the environment of Ray's workers, or leave api_key_env empty.",
-            )
+        key = _key_in(config.api_key_env) if config.api_key_env else ""
         self._config, self._key, self._sleep, self._beat = config, key, sleep, beat
         self._template = prompt_text(config.prompt)
         self._account = _Account()
@@ -160,7 +155,7 @@ class EndpointJudge:
         raise AssertionError("the last attempt returns")
 
     def _given_up(self, failure: _Failed) -> str:
-        told = failure.told.replace(self._key, "***") if self._key else failure.told
+        told = self._masked(failure.told)
         with self._account.lock:
             self._account.failed_in_a_row += not failure.about_one
             self._account.last_failure = told
@@ -182,7 +177,7 @@ class EndpointJudge:
         status, headers, data = self._post(f"{config.endpoint.rstrip('/')}/chat/completions", body)
         if status != 200:
             may_pass = status in _MAY_PASS or status >= 500
-            told = f"HTTP {status} {data[:_SHOWN].decode(errors='replace')!r}"
+            told = f"HTTP {status} {self._shown(data)!r}"
             raise _Failed(
                 AWAY if may_pass else REFUSED,
                 told,
@@ -190,7 +185,7 @@ class EndpointJudge:
                 about_one=status in _ABOUT_ONE,
                 wait=_asked_wait(headers.get("retry-after", "")),
             )
-        return _verdict_in(data)
+        return self._verdict_in(data)
 
     def _post(self, url: str, body: dict[str, Any]) -> tuple[int, httpx.Headers, bytes]:
         """The timeouts of httpx are for one packet, so a server that drips bytes is held to the whole time here."""
@@ -207,33 +202,56 @@ class EndpointJudge:
                 return response.status_code, response.headers, b"".join(parts)
         except httpx.TimeoutException:
             raise _Failed(AWAY, f"no answer in {self._config.timeout_seconds:g} s", may_pass=True) from None
+        except httpx.LocalProtocolError as error:  # its text quotes headers, and the key is one of them
+            raise _Failed(REFUSED, type(error).__name__, may_pass=False) from None
         except httpx.HTTPError as error:  # also an answer that ends before its length
             raise _Failed(AWAY, f"{type(error).__name__}: {error}", may_pass=True) from None
         except httpx.InvalidURL as error:
             raise _Failed(REFUSED, f"InvalidURL: {error}", may_pass=False) from None
+
+    def _verdict_in(self, data: bytes) -> Answer:
+        """Read a chat completion; raises _Failed where it is none."""
+        try:
+            choice = json.loads(data)["choices"][0]
+            written, ended = choice["message"]["content"], choice.get("finish_reason")
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            told = f"the answer is no chat completion: {self._shown(data)!r}"
+            raise _Failed(GARBAGE, told, may_pass=True) from None
+        # A model that only thought, or called a tool, says nothing: asked again it would do the same.
+        preferred = read_verdict(written) if isinstance(written, str) else None
+        if preferred is None:
+            return CUT if ended == "length" else UNCLEAR
+        return preferred
+
+    def _shown(self, data: bytes) -> str:
+        """The beginning of an answer, for the log; masked before it is cut, or the beginning of a key would stay."""
+        return self._masked(data.decode(errors="replace"))[:_SHOWN]
+
+    def _masked(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
+
+
+def _key_in(variable: str) -> str:
+    """Read the key; errors name the variable and never what is in it."""
+    key = os.environ.get(variable, "").strip()  # a file that it was read from ends with a line end
+    if not key:
+        raise ConfigError(
+            f"evaluate.judge.api_key_env={variable!r} is not set where Ray's processes run",
+            advice="Set it in the environment of Ray's workers, or leave api_key_env empty.",
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(
+            f"evaluate.judge.api_key_env={variable!r} holds characters that no HTTP header may have; allowed are "
+            "printable ASCII characters",
+            advice="Set it again in the environment of Ray's workers: the key alone, without line ends in it.",
+        )
+    return key
 
 
 def identity_of(config: JudgeConfig) -> str:
     """Hash over address, model, prompt and sampling. What the server runs under the model's name is not known."""
     parts = [config.endpoint.rstrip("/"), config.model, prompt_digest(config.prompt), config.temperature]
     return hashlib.sha256(json.dumps([*parts, config.answer_tokens]).encode()).hexdigest()
-
-
-def _verdict_in(data: bytes) -> Answer:
-    """Read a chat completion; raises _Failed where it is none."""
-    try:
-        choice = json.loads(data)["choices"][0]
-        written, ended = choice["message"]["content"], choice.get("finish_reason")
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        shown = data[:_SHOWN].decode(errors="replace")
-        raise _Failed(GARBAGE, f"the answer is no chat completion: {shown!r}", may_pass=True) from None
-    if not isinstance(written, str):
-        # A model that only thought, or called a tool, says nothing: asked again it would do the same.
-        return CUT if ended == "length" else UNCLEAR
-    preferred = read_verdict(written)
-    if preferred is None:
-        return CUT if ended == "length" else UNCLEAR
-    return preferred
 
 
 def _backoff(attempt: int) -> float:

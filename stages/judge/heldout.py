@@ -120,8 +120,9 @@ class Heldout:
         self.pairs = self._pairs(tokens.pairs(Split.HELDOUT), originals)
         self.prompts = self._prompts(config.max_prompts, originals)
 
-    def left_out(self) -> dict[str, str]:
-        """Return what cannot be measured, by what is missing, and why; raises DataError when nothing can be."""
+    def left_out(self, *, has_benchmarks: bool = False) -> dict[str, str]:
+        """Return what cannot be measured, by what is missing, and why; raises DataError when nothing can be, and there
+        are no benchmarks either."""
         documents = self.tokens.documents(Split.HELDOUT).num_items
         too_short = f"the held-out documents have {documents} tokens together, a row has {self.tokens.sequence_length}"
         missing = {
@@ -131,10 +132,10 @@ class Heldout:
             "prompts": "" if self.prompts else "there are no held-out prompts",
         }
         left_out = {what: reason for what, reason in missing.items() if reason}
-        if left_out == missing:
+        if left_out == missing and not has_benchmarks:
             raise DataError(
                 f"there is nothing to evaluate on: {'; '.join(missing.values())}",
-                advice="Bring more data, or hold out a larger share of it (curate.heldout_fraction).",
+                advice="Bring more data, hold out a larger share of it (curate.heldout_fraction), or give benchmarks.",
             )
         return left_out
 
@@ -145,27 +146,27 @@ class Heldout:
     def sequence(self, reply: Reply, subject: Subject) -> TokenSequence:
         """Return a conversation as a model reads it; raises Skipped where it cannot."""
         if self.reads_tokens(subject):
-            return reply.tokens
+            return _fitting(reply.tokens, subject)
         if reply.chat is None:
             raise Skipped(NO_TEXT)
         with_template = _with_template(
             lambda chat: subject.tokenizer.chat().encode(chat.messages, tools=chat.tools, turns=reply.turns), reply.chat
         )
-        if len(with_template.ids) > subject.context_length:
-            raise Skipped(TOO_LONG)
         if not with_template.loss_mask.any():
             raise Skipped(EMPTY)
-        return TokenSequence(with_template.ids, with_template.loss_mask)
+        return _fitting(TokenSequence(with_template.ids, with_template.loss_mask), subject)
 
     def prompt_ids(self, prompt: Prompt, subject: Subject, *, max_response_length: int) -> np.ndarray:
         """Return a prompt as a model reads it; raises Skipped where it cannot, or has no room for an answer."""
         if self.reads_tokens(subject):
-            return prompt.ids
-        if prompt.chat is None:
+            ids = prompt.ids
+        elif prompt.chat is None:
             raise Skipped(NO_TEXT)
-        ids = _with_template(
-            lambda chat: subject.tokenizer.chat().encode_prompt(chat.messages, tools=chat.tools), prompt.chat
-        )
+        else:
+            ids = _with_template(
+                lambda chat: subject.tokenizer.chat().encode_prompt(chat.messages, tools=chat.tools), prompt.chat
+            )
+        # A model with learned positions has none for what goes beyond, and one with rotary ones writes nonsense there.
         if len(ids) + max_response_length > subject.context_length:
             raise Skipped(TOO_LONG)
         return ids
@@ -272,6 +273,12 @@ def measurable(items: Sequence[Any], read: Callable[[Any], Any], skipped: Counte
         except Skipped as error:
             skipped[error.reason] += 1
     return kept
+
+
+def _fitting(sequence: TokenSequence, subject: Subject) -> TokenSequence:
+    if len(sequence.ids) > subject.context_length:
+        raise Skipped(TOO_LONG)
+    return sequence
 
 
 def _with_template(encode: Callable[[Chat], Any], chat: Chat) -> Any:

@@ -4,6 +4,7 @@
 again finds what the run that made it has measured. One object is one measurement and is written at once, so a reader
 sees a whole one or none, and an evaluation that was killed continues with the measurements that are missing. Nothing
 but speed depends on them: a damaged one is named and measured again, and garbage collection removes old ones.
+`measurements/<evaluation>/done-<rank>` says that a worker has nothing left to measure.
 """
 
 import io
@@ -61,6 +62,22 @@ class Measurements:
         self._check_lease()
         self._store.write_bytes(keys[0 if measured.is_final else 1], data)
 
+    def write_done(self, rank: int) -> None:
+        """Say that a worker of this evaluation has measured its share."""
+        self._check_lease()
+        self._store.write_bytes(self._done_key(rank), b"")
+
+    def is_done(self, rank: int) -> bool:
+        return self._store.exists(self._done_key(rank))
+
+    def forget_done(self, rank: int) -> None:
+        if self.is_done(rank):
+            self._check_lease()
+            self._store.delete(self._done_key(rank))
+
+    def _done_key(self, rank: int) -> str:
+        return f"{ROOM}/{self._evaluation}/done-{rank}"
+
     def _keys(self, identity: str, suite: Suite) -> list[str]:
         """Of what is there for every evaluation, and of what is there for this one alone."""
         digests = [suite.digest, *([f"{suite.digest}-{self._evaluation[:16]}"] if self._evaluation else [])]
@@ -72,7 +89,8 @@ class _UnusableError(Exception):
 
 
 def _about(identity: str, suite: Suite) -> dict[str, str]:
-    return {"model": identity, "suite": suite.name, "digest": suite.digest}
+    # Not its name: the digest decides, and a benchmark may be called otherwise in another run.
+    return {"model": identity, "digest": suite.digest}
 
 
 def _packed(measured: Measurement, *, about: dict[str, str]) -> bytes:

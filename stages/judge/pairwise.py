@@ -21,6 +21,9 @@ NOT_FINITE = "judge_not_finite"
 GARBAGE, REFUSED, AWAY, BUDGET = "judge_answered_garbage", "judge_refused", "judge_away", "judge_budget_spent"
 UNUSABLE = "judge_unusable"
 """Reasons for which there is no verdict."""
+MENDABLE = frozenset((AWAY, BUDGET, UNUSABLE, REFUSED, GARBAGE))
+"""Those that an operator can mend without a change of what the digest covers: a key, an address, a server. Then what
+was not answered is asked again by the next evaluation."""
 
 _MARKED = re.compile(r"\[\[\s*(A|B|C|TIE)\s*\]\]", re.IGNORECASE)
 _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)

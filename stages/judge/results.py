@@ -144,7 +144,7 @@ def samples_of(bench: Bench, measured: Measured, *, num_samples: int) -> list[di
 
 
 def write_results(folder: Path, report: Mapping[str, Any], samples: Sequence[Any], scores: Measured) -> None:
-    """Write all files of the evaluation; `scores` are those of the published suites."""
+    """Write all files of the evaluation."""
     (folder / METRICS).write_text(json.dumps(report, indent=1, allow_nan=False))
     whole, _ = without_non_finite(list(samples))
     text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False)
@@ -152,8 +152,10 @@ def write_results(folder: Path, report: Mapping[str, Any], samples: Sequence[Any
     write_scores(folder, {(suite, role): found.scores for (role, suite), found in scores.items()})
 
 
-def published_scores(bench: Bench, measured: Measured) -> Measured:
-    return {unit.key: measured[unit.key] for unit in _published(bench, measured)}
+def in_order(bench: Bench, measured: Measured) -> Measured:
+    """Everything measured, also what no table shows and metrics are made of, in an order that does not depend on which
+    worker measured what."""
+    return {unit.key: measured[unit.key] for unit in bench.units if unit.key in measured}
 
 
 def column(measured: Measurement) -> Column:

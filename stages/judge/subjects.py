@@ -154,11 +154,12 @@ class Subjects:
                 self._tokenizer if shares else own,
                 self._tokens.eos_id if shares else end_id(own),
             )
-        except (StageError, FileNotFoundError) as error:
-            if not is_permanent(error):
+        except Exception as error:
+            # An outage passes, so the retry may measure it; whatever else its files break costs the comparison alone.
+            if isinstance(error, StageError | OSError | MemoryError) and not is_permanent(error):
                 raise
             self.missing_champion = str(error)
-            logger.warning("the champion is not measured: %s", error)
+            logger.warning("the champion is not measured: %s", error, exc_info=not isinstance(error, StageError))
 
     def forget(self, role: str, reason: str) -> None:
         """Leave a champion out that could not be loaded."""

@@ -1,5 +1,6 @@
 """Task files of lm-evaluation-harness: what runs, what they may not do, and that items stay items."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +185,36 @@ def test_code_next_to_a_task_runs_only_if_its_digest_is_allowed(
     (folder / "own.py").write_text("def text(doc):\n    return 'changed'\n")
     with pytest.raises(ConfigError, match="brings code"):
         load(path)
+
+
+BROKEN = """
+def results(doc, results):
+    if doc["a"] == FAILS_AT:
+        raise KeyError("no such field")
+    return {"exact_match": None if doc["a"] == NONE_AT else 1.0}
+"""
+
+
+@pytest.mark.parametrize(("fails_at", "none_at"), [("first", "nowhere"), ("nowhere", "first")])
+def test_a_document_on_which_a_task_breaks_costs_its_suite_or_itself(
+    folder: Path, load: Load, monkeypatch: pytest.MonkeyPatch, subject: Subject, fails_at: str, none_at: str
+) -> None:
+    short = {"doc_to_text": "{{a}}+{{b}}=", "generation_kwargs": {"until": [], "max_gen_toks": 2}, "filter_list": None}
+    path = changed(folder / "small_sums.yaml", **short)
+    first = json.loads((folder / "sums.jsonl").read_text().splitlines()[0])["a"]
+    code = BROKEN.replace("FAILS_AT", repr(first) if fails_at == "first" else "None")
+    (folder / "own.py").write_text(code.replace("NONE_AT", repr(first) if none_at == "first" else "None"))
+    path.write_text(path.read_text() + "process_results: !function own.results\n")
+    monkeypatch.setenv(ALLOWED, code_digest(folder))
+    suite = load(path)["small_sums"]
+    found = suite.measure(subject)
+    assert len(found.scores) + found.skipped.total() == len(suite) == 12
+    if fails_at == "first":
+        assert found.skipped == {"task_failed_KeyError": 12}
+        assert not found.is_final
+    else:
+        assert found.skipped == {"value_is_no_number": 3}
+        assert found.is_final
 
 
 @pytest.mark.parametrize("function", ["os.system", "subprocess.run", "nowhere.text"])

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -378,6 +379,41 @@ def test_benchmarks_are_read_before_anything_is_trained(tmp_path: Path, caplog: 
     assert "suite mine, 40 items, accuracy; rows that are no items: {'gold_out_of_range': 1}" in caplog.text
     path.write_text(path.read_text().replace('"gold": 1', '"gold": null'))
     with pytest.raises(DataError, match=r"41 of 41 rows are no items \(row 1: missing_gold, "):
+        look_at(request)
+
+
+def test_suites_of_one_name_are_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What tasks are called is known from their files alone."""
+    from stages.judge.benchmarks import suites
+
+    names = {"one.yaml": "same", "two.yaml": "same", "three.yaml": "kl", "four.yaml": "over-refusals"}
+
+    def called(benchmark: Any, scratch: Path, **more: Any) -> list[Any]:
+        name = names[benchmark.uri.rpartition("/")[2]]
+        return [SimpleNamespace(name=name, metric="acc", items=3, bad={})]
+
+    monkeypatch.setattr(suites, "suites_from_outside", called)
+
+    def look(*files: str) -> Any:
+        config = resolve({"recipe": "tiny", "benchmarks": ["refusals", *(f"{tmp_path}/{file}" for file in files)]})
+        request = LookRequest(run=RUN, store_uri="file:///nowhere", config=config.model_dump(mode="json"), models=())
+        return look_at(request)
+
+    assert [facts.suite for facts in look("one.yaml").benchmarks] == ["same"]
+    with pytest.raises(ConfigError, match=r"two.yaml' makes a suite 'same', and another benchmark makes a suite of"):
+        look("one.yaml", "two.yaml")
+    with pytest.raises(ConfigError, match=r"makes a suite 'kl', and every evaluation has a suite of that name"):
+        look("three.yaml")
+    with pytest.raises(ConfigError, match=r"makes a suite 'over-refusals', and another benchmark"):
+        look("four.yaml")
+
+
+def test_refusals_by_a_judge_need_one_before_anything_is_trained() -> None:
+    config = resolve({"recipe": "tiny", "benchmarks": ["refusals#judge=true"]})
+    request = LookRequest(run=RUN, store_uri="file:///nowhere", config=config.model_dump(mode="json"), models=())
+    with pytest.raises(ConfigError, match="'refusals' has judge=true, and the run has no judge"):
         look_at(request)
 
 

@@ -6,21 +6,31 @@ whole folder: all of it is in the digest, and nothing outside of it is read.
 
 import hashlib
 import importlib.metadata
+import importlib.util
+import logging
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from stages.config.benchmarks import LM_EVAL, Benchmark
 from stages.config.errors import ConfigError, DataError
 from stages.config.graph import BENCHMARKS
-from stages.data.sources.hub import parse_hub, read_hub
+from stages.config.places import real_path
+from stages.data.sources.hub import loading, parse_hub, read_hub
 from stages.data.sources.readers import data_files
 from stages.data.sources.records import BadRecord, Row
 from stages.data.sources.rows import read_rows
 from stages.data.sources.storage import ROW_SUFFIXES, Listing, identity, list_objects
-from stages.data.sources.streams import Damaged, open_raw
+from stages.data.sources.streams import Damaged, Stored, open_raw
+
+logger = logging.getLogger(__name__)
 
 HARNESS = "lm_eval"
+FILE_READERS = ("json", "csv", "parquet", "text")
+"""Readers of files that run no code and unpickle nothing, by their names in `datasets`."""
+_DATA_SET = re.compile(r"^\s*dataset_path:\s*['\"]?([\w./-]+)", re.MULTILINE)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _LARGEST_FOLDER = 2**30
 """Bytes of a task's folder, which is copied to where it is run."""
 
@@ -39,15 +49,70 @@ def harness_version() -> str:
 def snapshot_benchmark(uri: str) -> str:
     """The identity of a benchmark's content, as a hex digest; raises ConfigError when there is none."""
     if uri.startswith("hf://"):
-        lines = [str(parse_hub(uri))]
+        wanted = parse_hub(uri)
+        lines = [str(wanted), _hub_commit(wanted.name, wanted.revision)]
     elif uri.startswith(LM_EVAL):
         # The task's items come from the hub, by names that this version of the harness fixes.
-        lines = [uri, f"{HARNESS}=={harness_version()}"]
+        version, folder = harness_version(), installed_folder(uri.removeprefix(LM_EVAL))
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("**/*.yaml"))]
+        lines = [uri, f"{HARNESS}=={version}", *_data_set_commits(texts)]
+    elif Benchmark(uri=uri).is_task:
+        files = _listed(_folder_of(uri)).files
+        texts = [_text_of(stored) for stored in files if stored.name.endswith((".yaml", ".yml"))]
+        lines = [f"{HARNESS}=={harness_version()}", *map(identity, files), *_data_set_commits(texts)]
     else:
-        task = Benchmark(uri=uri).is_task
-        where = _folder_of(uri) if task else uri
-        lines = [*([f"{HARNESS}=={harness_version()}"] if task else []), *map(identity, _listed(where).files)]
+        lines = list(map(identity, _listed(uri).files))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def installed_folder(name: str) -> Path:
+    """The folder of a task or group that the harness brings; raises ConfigError when it brings none of that name."""
+    found = importlib.util.find_spec(f"{HARNESS}.tasks")
+    assert found is not None
+    assert found.origin is not None
+    wanted = re.compile(rf"^(?:task|group):\s*['\"]?{re.escape(name)}['\"]?\s*$", re.MULTILINE)
+    for path in sorted(Path(found.origin).parent.glob("**/*.yaml")):
+        if wanted.search(path.read_text(encoding="utf-8", errors="replace")):
+            return path.parent
+    raise ConfigError(
+        f"benchmarks: {HARNESS} {harness_version()} has no task {name!r}",
+        advice=f"List its tasks with `python -m {HARNESS} ls tasks`.",
+    )
+
+
+def _data_set_commits(texts: Iterable[str]) -> list[str]:
+    """The data sets of the hub that task files name, each with the commit that it is at."""
+    names = sorted({found[1] for text in texts for found in _DATA_SET.finditer(text)} - set(FILE_READERS))
+    return [f"{name}@{_hub_commit(name, None)}" for name in names]
+
+
+def _hub_commit(name: str, revision: str | None) -> str:
+    """What the items of a data set are identified by: without it, changed items would be taken for those that were
+    measured. Where the hub is switched off, only what is kept on this machine can be read."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import is_offline_mode
+
+    if Path(folder := real_path(name)).is_dir():
+        return " ".join(map(identity, _listed(folder).files))
+    if (revision and _COMMIT.fullmatch(revision)) or is_offline_mode():
+        return revision or "offline"
+    with loading(f"hf://{name}"):
+        return str(HfApi().dataset_info(name, revision=revision).sha)
+
+
+def _text_of(stored: Stored) -> str:
+    with open_raw(stored) as source:
+        return source.read().decode(errors="replace")
+
+
+def identify_benchmark(uri: str) -> str:
+    """As `snapshot_benchmark`, for an evaluation after hours of training: a benchmark that is gone since the look costs
+    its own suites, so it has an identity too."""
+    try:
+        return snapshot_benchmark(uri)
+    except (ConfigError, DataError) as error:
+        logger.warning("benchmark %s is gone: %s", uri, error.message)
+        return hashlib.sha256(f"gone {uri}".encode()).hexdigest()
 
 
 def benchmark_rows(uri: str) -> Iterator[tuple[str, Row | BadRecord]]:

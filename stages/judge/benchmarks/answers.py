@@ -43,6 +43,7 @@ class AnswerPass:
             subject, [prompt for _, prompt in asked], max_tokens=self.max_tokens, stops=stops, beat=self.beat
         )
         for (item, _), response in zip(asked, responses, strict=True):
+            self.beat()  # a function of others may take seconds for each
             try:
                 value = self.rule.value(response.text, item.answers)
             except RuleFailedError as reason:

@@ -58,7 +58,7 @@ class Facet:
 
     def measure(self, subject: Subject) -> Measurement:
         found = self.shared.measured(subject)[self.facet]
-        return Measurement(list(found.scores), Counter(found.skipped) + Counter(self.bad))
+        return Measurement(list(found.scores), Counter(found.skipped) + Counter(self.bad), found.is_final)
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,6 @@ def digest_of(*parts: Any) -> str:
     return hashlib.sha256(canonical_json([VERSION, *parts])).hexdigest()
 
 
-def all_skipped(names: Iterable[str], reason: str, count: int) -> dict[str, Measurement]:
+def all_skipped(names: Iterable[str], reason: str, count: int, *, is_final: bool = True) -> dict[str, Measurement]:
     """What a model gets that none of the items can be asked of."""
-    return {name: Measurement(skipped=Counter({reason: count})) for name in names}
+    return {name: Measurement(skipped=Counter({reason: count}), is_final=is_final) for name in names}

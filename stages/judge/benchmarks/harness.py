@@ -7,6 +7,7 @@ truncated, an item that does not fit is counted and left out.
 import json
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from stages.config.benchmarks import Benchmark
-from stages.config.errors import ConfigError
+from stages.config.errors import ConfigError, StageError
 from stages.data.sources.benchmarks import harness_version
-from stages.judge.benchmarks.facets import Facet, Shared, Tally, digest_of, silent
+from stages.judge.benchmarks.facets import Facet, Shared, Tally, all_skipped, digest_of, silent
 from stages.judge.benchmarks.harness_tasks import load_tasks
 from stages.judge.benchmarks.items import evenly_spaced
+from stages.judge.failures import is_of_the_machine
 from stages.judge.suite import Better, Measurement, Subject
 
 logger = logging.getLogger(__name__)
@@ -64,12 +66,26 @@ class TaskPass:
     beat: Callable[[], None] = silent
 
     def run(self, subject: Subject) -> dict[str, Measurement]:
+        """A task's own templates, filters and functions may raise anything, and for one document in a thousand: then
+        its suites are counted as failed, and asked again by the next evaluation."""
+        try:
+            return self._run(subject)
+        except Exception as error:
+            if is_of_the_machine(error):
+                raise
+            logger.exception("task %s failed on %s", self.task.task_name, subject.role)
+            reason = f"task_failed_{type(error).__name__}"
+            return all_skipped((column.key for column in self.columns), reason, len(self.indices), is_final=False)
+
+    def _run(self, subject: Subject) -> dict[str, Measurement]:
         from lm_eval.evaluator import evaluate  # pyright: ignore[reportMissingImports]
 
         from stages.judge.benchmarks.harness_model import HarnessModel
 
         name = self.task.task_name
         model = HarnessModel(subject, chat=self.chat, beat=self.beat)
+        # The harness's own means are not read, and one value that is no number would end all of them.
+        self.task.aggregation = lambda: defaultdict(lambda: lambda values: 0.0)
         self.task.set_fewshot_seed(seed=_FEWSHOT_SEED)  # each model sees the same examples
         whole = len(self.indices) == self.num_documents
         results = evaluate(
@@ -102,7 +118,20 @@ class TaskPass:
         else:
             written = self.task.OUTPUT_TYPE == "generate_until"
             response = str(found["resps"][0][0]) if written else ""
-            tally.add(str(index), column.value(found[column.metric]), response=response)
+            try:
+                value = column.value(found[column.metric])
+            except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+                logger.warning(
+                    "task %s, document %d: %s=%.80r is no number: %s",
+                    self.task.task_name,
+                    index,
+                    column.metric,
+                    found[column.metric],
+                    error,
+                )
+                tally.skip("value_is_no_number")
+                return
+            tally.add(str(index), value, response=response)
 
 
 def task_suites(benchmark: Benchmark, into: Path, *, beat: Callable[[], None] = silent) -> list[Facet]:
@@ -112,7 +141,16 @@ def task_suites(benchmark: Benchmark, into: Path, *, beat: Callable[[], None] = 
     suites: list[Facet] = []
     for task in tasks:
         name = benchmark.name if benchmark.name and alone else task.task_name
-        suites += _suites_of(task, name.replace("::", "-"), benchmark, beat)
+        try:
+            suites += _suites_of(task, name.replace("::", "-"), benchmark, beat)
+        except Exception as error:
+            if isinstance(error, StageError) or is_of_the_machine(error):
+                raise
+            raise ConfigError(
+                f"benchmarks: the documents of task {task.task_name!r} of {benchmark.uri!r} cannot be read as its file "
+                f"says: {type(error).__name__}: {error}",
+                advice="Try it with the harness's own command line; docs/BENCHMARKS.md says what task files may use.",
+            ) from error
     return suites
 
 

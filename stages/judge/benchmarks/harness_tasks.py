@@ -6,10 +6,8 @@ Python files next to it run only if the workers' administrators allow exactly th
 package brings are part of the locked environment, as every other package is.
 """
 
-import importlib.util
 import logging
 import random
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +19,13 @@ import yaml
 from stages.config.benchmarks import LM_EVAL, Benchmark
 from stages.config.errors import ConfigError, StageError
 from stages.config.places import real_path
-from stages.data.sources.benchmarks import HARNESS, copied_task, harness_version
+from stages.data.sources.benchmarks import FILE_READERS, HARNESS, copied_task, harness_version, installed_folder
 from stages.data.sources.hub import hub_splits, loading
 from stages.data.sources.streams import plain_name
 from stages.models.foreign_code import ALLOWED, code_digest, code_files, is_allowed
 
 logger = logging.getLogger(__name__)
 
-_BUILDERS = ("json", "csv", "parquet", "text")
-"""Readers of files that run no code and unpickle nothing, by their names in `datasets`."""
 _FORBIDDEN = ("use_prompt", "unsafe_code", "custom_dataset", "doc_to_image", "doc_to_audio")
 _DEEPEST = 8
 _SEEDS = {"python": 0, "numpy": 1234}
@@ -93,18 +89,8 @@ def _installed(name: str) -> list[Any]:
     """A task or group of the package, from its own folder alone: an index of all takes half a minute."""
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
-    found = importlib.util.find_spec("lm_eval.tasks")
-    assert found is not None
-    assert found.origin is not None
-    wanted = re.compile(rf"^(?:task|group):\s*['\"]?{re.escape(name)}['\"]?\s*$", re.MULTILINE)
-    files = sorted(Path(found.origin).parent.glob("**/*.yaml"))
-    folders = [path.parent for path in files if wanted.search(path.read_text(encoding="utf-8", errors="replace"))]
-    if not folders:
-        raise ConfigError(
-            f"benchmarks: {HARNESS} {harness_version()} has no task {name!r}",
-            advice=f"List its tasks with `python -m {HARNESS} ls tasks`.",
-        )
-    return list(TaskManager(include_path=str(folders[0]), include_defaults=False).load([name])["tasks"].values())
+    folder = installed_folder(name)
+    return list(TaskManager(include_path=str(folder), include_defaults=False).load([name])["tasks"].values())
 
 
 def _local(benchmark: Benchmark, path: Path, root: Path) -> list[Any]:
@@ -261,14 +247,14 @@ def _dataset(config: Mapping[str, Any], folder: Path, root: Path, address: str) 
     if not isinstance(path, str):
         raise ConfigError(
             f"benchmarks: task {config.get('task')!r} has dataset_path={path!r}",
-            advice=f"Give one of {', '.join(_BUILDERS)} with dataset_kwargs.data_files, or a data set of the hub.",
+            advice=f"Give one of {', '.join(FILE_READERS)} with dataset_kwargs.data_files, or a data set of the hub.",
         )
-    if path not in _BUILDERS:
+    if path not in FILE_READERS:
         options.pop("trust_remote_code", None)
         if options:
             raise ConfigError(
                 f"benchmarks: task {config.get('task')!r} has dataset_kwargs={options} for {path!r}",
-                advice=f"They are for files ({', '.join(_BUILDERS)}) only.",
+                advice=f"They are for files ({', '.join(FILE_READERS)}) only.",
             )
         return hub_splits(path, config.get("dataset_name"))
     from datasets import load_dataset

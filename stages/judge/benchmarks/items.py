@@ -4,6 +4,7 @@ A benchmark of which a part is missing is another benchmark: more than a few suc
 that names them.
 """
 
+import math
 import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -196,7 +197,8 @@ def _as_item(form: BenchmarkFormat, values: Mapping[str, Any], key: str) -> AnyI
             question, answers = _text(values, _QUESTION, "question"), _answers(values)
             item = AnswerItem(question=question, answers=answers, **common)
         case BenchmarkFormat.REFUSALS:
-            item = PromptItem(prompt=_text(values, ("prompt",), "prompt"), harmful=_truth(values["harmful"]), **common)
+            prompt, harmful = _text(values, ("prompt",), "prompt"), _truth(values.get("harmful"))
+            item = PromptItem(prompt=prompt, harmful=harmful, **common)
     try:
         "".join(_texts_of(item)).encode()
     except UnicodeEncodeError:  # half a character, which JSON can spell and UTF-8 cannot
@@ -257,11 +259,11 @@ def _gold(found: Any, choices: Sequence[str], letters: Sequence[str]) -> tuple[i
     if found is None or (isinstance(found, str) and not found.strip()):
         raise NoItemError("missing_gold")
     if isinstance(found, str):
-        for names in (letters, choices, string.ascii_uppercase[: len(choices)]):
+        for names in (letters, choices, list(string.ascii_uppercase[: len(choices)])):
             if found.strip() in names:
-                return (list(names).index(found.strip()),)
+                return (names.index(found.strip()),)
     place = number_of(found)
-    if place is None or place != int(place):
+    if place is None or math.inf in (place, -place) or place != int(place):
         raise NoItemError("gold_is_no_choice")
     if not 0 <= place < len(choices):
         raise NoItemError("gold_out_of_range")

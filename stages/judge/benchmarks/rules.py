@@ -13,19 +13,18 @@ from typing import Any
 from stages.config.benchmarks import Benchmark, Rule
 from stages.config.errors import ConfigError
 from stages.judge.benchmarks.facets import digest_of
+from stages.judge.benchmarks.rule_process import RuleFailedError, RuleProcess
 
 ALLOWED_MODULES = "ATHANOR_RULE_MODULES"
 """Variable of the workers' environment: modules whose functions may judge responses, with commas between them."""
 
+LARGEST = 1e12
+"""Of a rule's values: the mean of a few of 1e308 would be infinite."""
 _NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(?:\.\d+)?|[-+]?\$?\.\d+")
 _MARK = "####"
 """Before the final number in GSM8K's answers."""
 _SECONDS = 1.0
 """A regular expression may need time that grows exponentially with the response; after this one it is given up."""
-
-
-class RuleFailedError(Exception):
-    """Why a response could not be judged; the message is the reason that is counted."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,8 @@ def rule_of(benchmark: Benchmark) -> Judgement:
         case Rule.FUNCTION:
             function = allowed_function(benchmark.function)
             identity = f"function {benchmark.function} {source_of(function)}"
-            return Judgement("score", identity, lambda *found: call_rule(function, found[0], list(found[1])))
+            called = called_rule(benchmark.function)
+            return Judgement("score", identity, lambda response, answers: called(response, list(answers)))
 
 
 def exact_match(response: str, answers: Sequence[str]) -> float:
@@ -125,15 +125,20 @@ def allowed_function(address: str, *, field: str = "benchmarks") -> Callable[...
     return found
 
 
-def call_rule(function: Callable[..., Any], response: str, other: Any) -> float:
-    """Call a function of others with a response and what it is compared with; raises RuleFailedError."""
-    try:
-        value = float(function(response, other))
-    except Exception as error:
-        raise RuleFailedError(f"rule_failed_{type(error).__name__}") from error
-    if not math.isfinite(value):
-        raise RuleFailedError("not_finite")
-    return value
+def called_rule(address: str) -> Callable[[str, Any], float]:
+    """Return what calls a function of others with a response and what it is compared with; raises RuleFailedError for a
+    value that is no number, or so large that a mean of such values is none."""
+    process = RuleProcess(address)
+
+    def called(response: str, other: Any) -> float:
+        value = process.call(response, other)
+        if not math.isfinite(value):
+            raise RuleFailedError("not_finite")
+        if abs(value) > LARGEST:
+            raise RuleFailedError("value_too_large")
+        return value
+
+    return called
 
 
 def source_of(function: Callable[..., Any]) -> str:

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -15,8 +16,9 @@ from torch import nn
 from stages.data.tokens.packing import TokenSequence, prompt_and_response
 from stages.judge.builtin.facts import Facts, digest_of, measurement
 from stages.judge.forward import Forward
-from stages.judge.heldout import Heldout, Prompt, measurable
+from stages.judge.heldout import TOO_LONG, Heldout, Prompt, Skipped, measurable
 from stages.judge.suite import Measurement, Score, Subject
+from stages.models.build import positions_of
 
 _GRAM = 4
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -123,14 +125,19 @@ class RewardScores(Facts):
     def measure(self, subject: Subject) -> Measurement:
         found = self._sampler.of(subject)
         heldout, skipped = self._sampler.heldout, Counter(found.skipped)
+        scorer: Any = self._scorer()
+        limit = positions_of(scorer)  # it may read less than the model that it scores
 
         def read(answer: Answer) -> TokenSequence:
-            if answer.tokens is not None:
-                return answer.tokens
-            return heldout.as_answered(answer.prompt, answer.text, ended=answer.ended)
+            tokens = answer.tokens
+            if tokens is None:
+                tokens = heldout.as_answered(answer.prompt, answer.text, ended=answer.ended)
+            if limit is not None and len(tokens.ids) > limit:
+                raise Skipped(TOO_LONG)
+            return tokens
 
         kept = measurable(found.answers, read, skipped)
-        values = self._forward.scores(self._scorer(), [tokens for _, tokens in kept], pad_id=heldout.tokens.pad_id)
+        values = self._forward.scores(scorer, [tokens for _, tokens in kept], pad_id=heldout.tokens.pad_id)
         return measurement([_score(one, value) for (one, _), value in zip(kept, values, strict=True)], skipped)
 
 

@@ -18,7 +18,7 @@ from stages.judge.builtin.facts import Facts, digest_of, measurement
 from stages.judge.builtin.sampled import Answers, Sampler
 from stages.judge.heldout import NO_TEXT, Heldout, PairItem
 from stages.judge.length_control import LengthControlled, length_controlled
-from stages.judge.pairwise import AWAY, BUDGET, Agreement, Judge, Match, Verdict, agreement, verdicts
+from stages.judge.pairwise import MENDABLE, Agreement, Judge, Match, Verdict, agreement, verdicts
 from stages.judge.prompts import prompt_digest
 from stages.judge.suite import Measurement, Score, Subject
 
@@ -29,7 +29,6 @@ _LEAST_PROMPTS, _LEAST_P = 20, 0.025
 of one right verdict is 1 to 1."""
 NO_OPPONENT = "no_answer_to_compare_with"
 
-_PASSING = (AWAY, BUDGET)
 _PLACES = {0: "second", 1: "both", 2: "first"}
 """How often the judge preferred what stood first, in words: kept as what it said about an item."""
 
@@ -78,7 +77,11 @@ class JudgeWins(Facts):
         self._chosen = {sampler.prompts[int(place)].id for place in evenly(len(sampler), at_most=max_items)}
         self._against: dict[str, str] | None = None
         told = digest_of(
-            JUDGE, sorted(self._chosen), **sampler.settings, judge=judge.identity, opponent=opponent_identity
+            JUDGE,
+            [sampler.items, sorted(self._chosen)],  # an answer depends on its prompt's place among all
+            **sampler.settings,
+            judge=judge.identity,
+            opponent=opponent_identity,
         )
         super().__init__(JUDGE, "win_rate", "higher", told, chance=0.5)
 
@@ -206,6 +209,5 @@ def _unanswered(answers: Answers, chosen: set[str]) -> Counter[str]:
 
 
 def _final(found: Measurement) -> Measurement:
-    """What the judge was not asked because it was away may be asked another time."""
-    found.is_final = not any(reason in found.skipped for reason in _PASSING)
+    found.is_final = not any(reason in found.skipped for reason in MENDABLE)
     return found

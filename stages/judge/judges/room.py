@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -22,6 +23,7 @@ from stages.config.judging import JudgeConfig
 from stages.data.tokens.tokenizer import LoadedTokenizer
 from stages.job.context import StageContext
 from stages.judge.builtin.sampled import RewardScores, Sampler
+from stages.judge.failures import costs_its_suite, reason_of
 from stages.judge.forward import Forward
 from stages.judge.heldout import Heldout
 from stages.judge.judges.gold import GOLD, ForeignScorer, ForeignScores, GoldAgreement
@@ -39,6 +41,9 @@ from stages.models.build import (
 from stages.models.given_tokenizer import given_tokenizer
 from stages.models.precision import compute_dtype
 from stages.models.same_tokenizer import check_one_score
+
+if TYPE_CHECKING:
+    from stages.judge.endpoint import EndpointJudge
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +73,12 @@ class Judges:
 
 
 def open_judges(
-    context: StageContext, heldout: Heldout, subjects: Subjects, sampler: Sampler, forward: Forward
+    context: StageContext,
+    heldout: Heldout,
+    subjects: Subjects,
+    sampler: Sampler,
+    forward: Forward,
+    source: "JudgeSource",
 ) -> Judges:
     """Find the judges that the run has; no model is loaded yet."""
     config = context.config
@@ -81,14 +91,22 @@ def open_judges(
             of_answers.append(RuleScores(sampler, ready_rule(config.gold.rule)))
         except ConfigError as error:  # known here alone, where Ray's processes run, and after all was trained
             left_out[f"suite {RULE}"] = f"{error.message} {error.advice}"
+    gold = None
     if (content := _gold_content(context)) and content == subjects.scorer_identity:
         left_out[f"suite {GOLD}"] = "the gold scorer is the reward model itself, which models were trained against"
     elif content:
-        gold = _Gold(context.model_dir(_GOLD_ROLE, GOLD_MODEL), content, heldout, forward)
+        try:
+            gold = _Gold(context.model_dir(_GOLD_ROLE, GOLD_MODEL), content, heldout, forward)
+        except Exception as error:
+            if not costs_its_suite(error):
+                raise
+            logger.exception("the gold scorer is left out")
+            left_out[f"suite {GOLD}"] = reason_of(error)
+    if gold:
         of_answers.append(gold.scores(sampler))
         if heldout.pairs:
             of_themselves.append((gold.as_subject(), gold.agreement()))
-    judge, start = _judge_of(context, forward), subjects.start
+    judge, start = source.asked(), subjects.start
     if judge is not None and not start:
         left_out[f"suite {JUDGE}"] = "no model that an aligned one started from is measured, so there is no opponent"
     elif judge is not None:
@@ -166,43 +184,57 @@ class _Gold:
         return ForeignScorer(self._model, self._own, end_id(self._own), length)
 
 
-def _judge_of(context: StageContext, forward: Forward) -> "LazyJudge | None":
-    config = context.config
-    assert isinstance(config, EvaluateConfig)
-    if config.judge.endpoint:
-        from stages.judge.endpoint import EndpointJudge, identity_of
+class JudgeSource:
+    """Opens the run's judge with a prompt; what compares answers and what tells refusals share one model."""
 
-        mine = _share_of_budget(config.judge, max(1, context.execution.num_workers))
+    def __init__(self, context: StageContext, forward: Forward) -> None:
+        assert isinstance(context.config, EvaluateConfig)
+        self._context, self._config, self._forward = context, context.config, forward
 
-        def reached() -> Judge:
-            judge = EndpointJudge(mine, beat=forward.beat)
-            judge.require_reachable()
-            return judge
+    def asked(self, prompt: str = "") -> "LazyJudge | None":
+        """The judge, with its own prompt unless another is given; None where the run has none."""
+        changes = {"prompt": prompt} if prompt else {}
+        config = self._config.judge.model_copy(update=changes)
+        if config.endpoint:
+            from stages.judge.endpoint import EndpointJudge, identity_of
 
-        return LazyJudge(identity_of(config.judge), reached)
-    if context.has_given(JUDGE):
-        from stages.judge.in_process import InProcessJudge, identity_of
+            return LazyJudge(identity_of(config), lambda: self._reached(EndpointJudge, config))
+        if self._context.has_given(JUDGE):
+            from stages.judge.in_process import identity_of
 
-        content = context.content_of(JUDGE)
+            content = self._context.content_of(JUDGE)
+            dtype = compute_dtype(self._forward.device)
+            return LazyJudge(identity_of(config, content, dtype), lambda: self._loaded(config, content))
+        return None
 
-        def loaded() -> Judge:
-            folder = context.given_dir(JUDGE)
-            tokenizer = given_tokenizer(folder)
-            model = load_with_own_tokenizer(folder, tokenizer)
-            return InProcessJudge(
-                config.judge,
-                _placed(model, forward),
-                tokenizer,
-                identity=content,
-                device=forward.device,
-                context_length=positions_of(model) or _UNLIMITED,
-                max_rows=context.execution.micro_batch_size,
-                eos_id=end_id(tokenizer),
-                beat=forward.beat,
-            )
+    def _reached(self, kind: "type[EndpointJudge]", config: JudgeConfig) -> Judge:
+        refusals = any(benchmark.judge for benchmark in self._config.parsed_benchmarks)
+        workers = max(1, self._context.execution.num_workers)
+        judge = kind(_share_of_budget(config, workers * (1 + refusals)), beat=self._forward.beat)
+        judge.require_reachable()
+        return judge
 
-        return LazyJudge(identity_of(config.judge, content, compute_dtype(forward.device)), loaded)
-    return None
+    def _loaded(self, config: JudgeConfig, content: str) -> Judge:
+        from stages.judge.in_process import InProcessJudge
+
+        tokenizer, model = self._model
+        return InProcessJudge(
+            config,
+            model,
+            tokenizer,
+            identity=content,
+            device=self._forward.device,
+            context_length=positions_of(model) or _UNLIMITED,  # type: ignore[arg-type]
+            max_rows=self._context.execution.micro_batch_size,
+            eos_id=end_id(tokenizer),
+            beat=self._forward.beat,
+        )
+
+    @cached_property
+    def _model(self) -> tuple[LoadedTokenizer, nn.Module]:
+        folder = self._context.given_dir(JUDGE)
+        tokenizer = given_tokenizer(folder)
+        return tokenizer, _placed(load_with_own_tokenizer(folder, tokenizer), self._forward)
 
 
 def _placed(model: nn.Module, forward: Forward) -> nn.Module:
@@ -230,7 +262,10 @@ class LazyJudge:
             except JudgeAwayError as error:
                 self._reason = AWAY
                 logger.warning("no model judges: %s", error)
-            except ConfigError as error:
+            except Exception as error:
+                if not costs_its_suite(error):
+                    raise
                 self._reason = UNUSABLE
-                logger.warning("no model judges: %s %s", error.message, error.advice)
+                told = reason_of(error)
+                logger.warning("no model judges: %s", told, exc_info=not isinstance(error, ConfigError))
         return [self._reason] * len(questions) if self._judge is None else self._judge.ask(questions)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from stages.config.judging import Rule, parse_rule
-from stages.judge.benchmarks.rules import RuleFailedError, allowed_function, call_rule, source_of
+from stages.judge.benchmarks.rules import RuleFailedError, allowed_function, called_rule, source_of
 from stages.judge.builtin.facts import Facts, digest_of, measurement
 from stages.judge.builtin.sampled import Sampler
 from stages.judge.suite import Measurement, Score, Subject
@@ -40,7 +40,7 @@ def ready_rule(text: str) -> ReadyRule:
         case "python":
             function = allowed_function(rule.function, field="evaluate.gold.rule")
             identity = f"{text} {source_of(function)}"
-            return ReadyRule(identity, lambda response, prompt: call_rule(function, response, prompt))
+            return ReadyRule(identity, called_rule(rule.function))
 
 
 def _found(rule: Rule, response: str) -> float:

@@ -8,9 +8,12 @@ from stages.config.judging import PLACES, SHIPPED_PROMPTS
 
 def prompt_text(name_or_text: str) -> str:
     """Return a shipped prompt by its name, or the text that was given instead."""
-    if name_or_text in SHIPPED_PROMPTS:
-        return files("stages.judge.prompts").joinpath(f"{name_or_text}.txt").read_text(encoding="utf-8")
-    return name_or_text
+    return _shipped(name_or_text) if name_or_text in SHIPPED_PROMPTS else name_or_text
+
+
+def refusal_prompt() -> str:
+    """What a judge is asked about refusals; its answers are two statements about one response."""
+    return _shipped("refusal-v1")
 
 
 def prompt_digest(name_or_text: str) -> str:
@@ -27,3 +30,7 @@ def filled(template: str, *, question: str, first: str, second: str) -> str:
         before, _, rest = rest.partition(place)
         parts += [before, texts[place]]
     return "".join([*parts, rest])
+
+
+def _shipped(name: str) -> str:
+    return files("stages.judge.prompts").joinpath(f"{name}.txt").read_text(encoding="utf-8")

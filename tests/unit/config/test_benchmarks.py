@@ -44,6 +44,8 @@ def test_a_suite_is_called_by_its_file_unless_it_has_a_name(address: str, suite:
         ("/x.jsonl#name=a/b", "name='a/b' may hold letters"),
         ("/x.jsonl#limit=-1", "limit"),
         ("/x.jsonl#metric=acc", "metric= is for tasks"),
+        ("lm-eval://arc_easy#judge=true", "judge=true is for refusals"),
+        ("toxicity#judge=true", "judge=true is for refusals"),
         ("/x.yaml#format=choices", "format= is for files of rows"),
         ("refusals#rule=exact", "rule= is for files of rows"),
         ("lm-eval://", "names no task"),

@@ -1,5 +1,6 @@
 """A judge behind HTTP that fails in every way: what passes is tried again, what does not is counted, and it ends."""
 
+import os
 import time
 from collections.abc import Callable
 from email.utils import formatdate
@@ -197,6 +198,51 @@ def test_the_key_comes_from_its_variable_and_is_never_told(
     assert server.asked[0].headers["Authorization"] == f"Bearer {KEY}"
     assert "invalid key ***" in str(raised.value)
     assert KEY not in caplog.text + str(raised.value) + asked.identity
+
+
+@pytest.mark.parametrize("around", ["\n", " \r\n"])
+def test_a_key_with_a_line_end_is_sent_without_it(monkeypatch: pytest.MonkeyPatch, around: str) -> None:
+    monkeypatch.setenv("ATHANOR_JUDGE_API_KEY", KEY + around)
+    with judge_server() as server:
+        monkeypatch.setenv("ATHANOR_JUDGE_ENDPOINTS", server.url)
+        with judge(server.url, api_key_env="ATHANOR_JUDGE_API_KEY") as asked:
+            asked.require_reachable()
+    assert server.asked[0].headers["Authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\nx", f"é{KEY}", f"{KEY}\x00", f"{KEY}\u200b"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_told(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setattr("os.environ", {**os.environ, "ATHANOR_JUDGE_API_KEY": key})
+    monkeypatch.setitem(os.environ, "ATHANOR_JUDGE_ENDPOINTS", "https://judge.example/v1")
+    with pytest.raises(ConfigError, match="api_key_env='ATHANOR_JUDGE_API_KEY' holds characters") as raised:
+        judge("https://judge.example/v1", api_key_env="ATHANOR_JUDGE_API_KEY")
+    assert KEY not in f"{raised.value} {raised.value.advice}"
+
+
+@pytest.mark.parametrize("before", range(150, 201, 5))
+def test_a_key_that_an_answer_repeats_is_masked_before_the_answer_is_cut(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, before: int
+) -> None:
+    monkeypatch.setenv("ATHANOR_JUDGE_API_KEY", KEY)
+    reply = Reply(status=403, body=b"x" * before + KEY.encode())
+    with judge_server(lambda number, asked: reply) as server:
+        monkeypatch.setenv("ATHANOR_JUDGE_ENDPOINTS", server.url)
+        with judge(server.url, api_key_env="ATHANOR_JUDGE_API_KEY") as asked:
+            with pytest.raises(JudgeAwayError) as raised:
+                asked.require_reachable()
+    assert KEY[:4] not in caplog.text + str(raised.value)
+
+
+def test_what_the_library_says_of_a_header_is_not_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("stages.judge.endpoint._key_in", lambda variable: f"{KEY}\n")
+    with judge_server() as server:
+        monkeypatch.setenv("ATHANOR_JUDGE_ENDPOINTS", server.url)
+        with judge(server.url, api_key_env="ATHANOR_JUDGE_API_KEY") as asked:
+            with pytest.raises(JudgeAwayError, match="LocalProtocolError") as raised:
+                asked.require_reachable()
+    assert KEY not in caplog.text + str(raised.value)
 
 
 def test_a_key_that_is_not_there_and_an_endpoint_that_is_not_allowed_are_refused(

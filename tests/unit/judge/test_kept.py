@@ -1,7 +1,9 @@
 """Measurements are kept: an evaluation that was killed continues, workers share the work, damage costs time only."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,7 @@ from stages.config.tokens import PLAIN
 from stages.job.context import StageContext
 from stages.judge.bench import measure_units, open_bench, share
 from stages.judge.kept import Measurements
+from stages.judge.scores import ScoreTable
 from tests.judging import SMALL, TINY, World, evaluated, evaluation, make_world
 
 FILES = ("metrics.json", "samples.json", "scores.parquet", "responses.parquet")
@@ -139,4 +142,34 @@ def test_nothing_published_is_null_or_no_number(fresh: World) -> None:
         raise AssertionError(f"{token} is not JSON")
 
     for name in ("metrics.json", "samples.json"):
-        json.loads((context.output_dir / name).read_text(), parse_constant=refuse)
+        found = json.loads((context.output_dir / name).read_text(), parse_constant=refuse)
+        assert {path.rpartition("/")[2] for path in nulls(found)} <= MAY_BE_NULL, list(nulls(found))
+    assert list(nulls({"a": [{"b": None}], "chance": 1})) == ["/a/0/b"]
+
+
+def test_every_number_of_a_model_has_the_scores_that_it_is_made_of(fresh: World) -> None:
+    report, outcome = evaluated(fresh)
+    table = ScoreTable(evaluation(fresh).output_dir / "scores.parquet")
+    margins = table.column("preference_margins", "dpo").values
+    assert outcome.metrics["dpo/eval/preference_margin"] == pytest.approx(float(margins.mean()))
+    assert outcome.metrics["reward/margin"] == pytest.approx(
+        float(table.column("reward_margins", "reward").values.mean())
+    )
+    assert len(table.column("rows", "sft").values) > 0
+    assert not {"rows", "preference_margins", "reward_margins", "shown"} & report["suites"].keys()
+
+
+MAY_BE_NULL = {"chance", "needed_items"}
+"""Of suites where guessing gives nothing, and of comparisons where there is nothing to find: docs/EVALUATION.md."""
+
+
+def nulls(value: Any, path: str = "") -> Iterator[str]:
+    match value:
+        case None:
+            yield path
+        case dict():
+            for key, one in value.items():
+                yield from nulls(one, f"{path}/{key}")
+        case list():
+            for place, one in enumerate(value):
+                yield from nulls(one, f"{path}/{place}")

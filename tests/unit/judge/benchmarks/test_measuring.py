@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +14,21 @@ import torch
 
 from stages.config.benchmarks import parse_benchmark
 from stages.config.closing import EvaluateConfig
+from stages.config.graph import Stage
 from stages.judge.bench import Bench, open_bench
 from stages.judge.benchmarks.asking import Pair, chat_pair, plain_pair
 from stages.judge.benchmarks.facets import Facet
+from stages.judge.benchmarks.heldout import NUM_OPTIONS, continuation_items, question_items
+from stages.judge.benchmarks.heldout_rows import HeldoutConversation, HeldoutDocument
 from stages.judge.benchmarks.likelihood import likelihoods
 from stages.judge.benchmarks.suites import grouped_suites, suites_of_rows
+from stages.judge.benchmarks.toxicity import Toxicity
 from stages.judge.benchmarks.writing import write
+from stages.judge.builtin.sampled import Answer, Answers
+from stages.judge.heldout import Prompt
 from stages.judge.suite import Subject
 from tests.judging import SMALL, evaluation, make_world
+from tests.small_world import make_context
 
 TEXTS = [
     "The function sort_array will",
@@ -248,6 +256,80 @@ def test_the_digest_covers_items_and_settings_but_not_the_name(tmp_path: Path) -
     assert suites(address)["c"].digest != base
 
 
+def test_the_gold_option_of_a_held_out_item_is_the_text_that_it_was_cut_from() -> None:
+    texts = {str(number): " ".join(f"word{number}x{place}" for place in range(60)) for number in range(NUM_OPTIONS + 2)}
+    made = continuation_items(HeldoutDocument(key, text) for key, text in texts.items())
+    assert {item.id for item in made} == texts.keys()
+    for item in made:
+        fits = [texts[item.id].startswith(f"{option.context} {option.text}") for option in item.options]
+        assert [place for place, one in enumerate(fits) if one] == list(item.gold)
+        assert len({option.text for option in item.options}) == 1
+    asked = {f"question {number}?": f"answer {number}" for number in range(NUM_OPTIONS + 2)}
+    items = question_items(
+        HeldoutConversation(question, ({"role": "user", "content": question},), answer)
+        for question, answer in asked.items()
+    )
+    assert {item.id for item in items} == asked.keys()
+    for item in items:
+        assert [place for place, option in enumerate(item.options) if option.context == item.id] == list(item.gold)
+        assert {option.text for option in item.options} == {asked[item.id]}
+    # The right one does not always stand in one place.
+    assert len({item.gold for item in made}) > 1
+    assert len({item.gold for item in items}) > 1
+
+
+class Said:
+    """In the place of a sampler: a model that said this."""
+
+    settings: dict[str, Any] = {}
+
+    def __init__(self, *texts: str) -> None:
+        self.texts, self.items = texts, [str(number) for number in range(len(texts))]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def of(self, subject: Subject) -> Answers:
+        ids = np.zeros(3, dtype=np.int64)
+        prompts = [Prompt(key, place, ids, "What is it?", None) for place, key in enumerate(self.items)]
+        answers = [Answer(one, ids, text, True, None) for one, text in zip(prompts, self.texts, strict=True)]
+        return Answers(answers, Counter({"longer_than_context": 1}))
+
+
+def test_an_insult_is_toxic_wherever_it_stands_and_an_answer_is_not(subject: Subject) -> None:
+    kind = (
+        "A list keeps its elements in order. Sorting puts the smallest one first. Python's sort is stable, so equal "
+        "elements stay where they were. Call it with a key when you compare by something else. It returns nothing, "
+        "because it changes the list in place. Use sorted to get a new list."
+    )
+    insult = "You are a fucking stupid idiot."
+    # Passages have 200 characters: in one line, some of these insults would be cut in two.
+    told = [f"{kind} {insult} {kind}", *(f"{kind[:start]}. {insult} {kind}" for start in range(165, 200, 5))]
+    sampler: Any = Said(kind, "", *told)
+    found = Toxicity(sampler).measure(subject)
+    harmless, empty, *insulting = (score.value for score in found.scores)
+    assert max(harmless, empty) < 0.3
+    assert 0.7 < min(insulting) <= max(insulting) <= 1
+    assert found.skipped == {"longer_than_context": 1}
+    assert [score.item for score in found.scores] == sampler.items
+
+
+def test_another_version_of_the_classifier_measures_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler: Any = Said("x")
+    before = Toxicity(sampler).digest
+    monkeypatch.setattr("stages.judge.benchmarks.toxicity.classifier_version", lambda: "0.0.1")
+    assert Toxicity(sampler).digest != before
+
+
+def test_toxicity_without_held_out_prompts_says_so(bench: Bench, subject: Subject, tmp_path: Path) -> None:
+    config = SMALL.model_copy(update={"benchmarks": ("toxicity",)})
+    context = make_context(tmp_path, Stage.EVALUATE, config)
+    nothing: Any = Said()
+    ((suite, group),) = grouped_suites(config, context, nothing).suites
+    assert (suite.name, group) == ("toxicity", "answers")
+    assert suite.measure(subject).skipped == {"no_heldout_prompts": 1}
+
+
 def test_held_out_choices_are_of_held_out_texts_and_a_uniform_model_is_worth_chance(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, uniform: Subject
 ) -> None:
@@ -255,7 +337,7 @@ def test_held_out_choices_are_of_held_out_texts_and_a_uniform_model_is_worth_cha
     chosen = ("heldout-question", "heldout-continuation")
     context = evaluation(world, SMALL.model_copy(update={"benchmarks": chosen}))
     assert isinstance(context.config, EvaluateConfig)
-    made = {suite.name: suite for suite, _ in grouped_suites(context.config, context)}
+    made = {suite.name: suite for suite, _ in grouped_suites(context.config, context).suites}
     question = made["heldout-question"]
     assert question.chance == pytest.approx(0.2)
     assert values(question, uniform) == pytest.approx([0.2] * question.items)  # type: ignore[arg-type, attr-defined]

@@ -10,7 +10,7 @@ import pytest
 from stages.config.benchmarks import parse_benchmark
 from stages.config.errors import ConfigError
 from stages.judge.benchmarks.refusals import declines, own_rows
-from stages.judge.benchmarks.rules import RuleFailedError, last_number, rule_of
+from stages.judge.benchmarks.rules import Judgement, RuleFailedError, last_number, rule_of
 
 GSM8K = Path(__file__).parents[5] / "shared" / "data" / "eval" / "gsm8k_test.jsonl.gz"
 
@@ -67,22 +67,82 @@ def test_a_pattern_that_takes_too_long_is_given_up() -> None:
         value("rule=regex&pattern=(a|aa)%2B$", "a" * 60 + "b", "x")
 
 
-def test_a_function_runs_only_where_its_module_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_runs_only_where_its_module_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "planted_lengths.py").write_text(
+        "def longer(response, answers):\n    return (len(response) - len(answers[0])) / (2 * len(response) / 3)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delenv("ATHANOR_RULE_MODULES", raising=False)
     with pytest.raises(ConfigError, match=r"ATHANOR_RULE_MODULES does not hold 'os'; it holds nothing"):
         value("rule=function&function=os:system", "true", "0")
-    monkeypatch.setenv("ATHANOR_RULE_MODULES", "math, tests.unit.judge.benchmarks.test_rules")
-    assert value("rule=function&function=tests.unit.judge.benchmarks.test_rules:longer", "abc", "ab") == 0.5
+    monkeypatch.setenv("ATHANOR_RULE_MODULES", "math, planted_lengths")
+    assert value("rule=function&function=planted_lengths:longer", "abc", "ab") == 0.5
     with pytest.raises(RuleFailedError, match="rule_failed_ZeroDivisionError"):
-        value("rule=function&function=tests.unit.judge.benchmarks.test_rules:longer", "", "ab")
+        value("rule=function&function=planted_lengths:longer", "", "ab")
     with pytest.raises(ConfigError, match="cannot be imported"):
         value("rule=function&function=math:nothing", "x", "y")
     with pytest.raises(ConfigError, match="is a float"):
         value("rule=function&function=math:pi", "x", "y")
 
 
-def longer(response: str, answers: list[str]) -> float:
-    return (len(response) - len(answers[0])) / (2 * len(response) / 3)
+MISBEHAVING = """
+import math, os, sys, time
+
+def judge(response, answers):
+    if response == "exit":
+        sys.exit(3)
+    if response == "leave":
+        os._exit(3)
+    while response == "loop":
+        pass
+    while response == "catch":  # what an alarm, or an exception from outside, would meet
+        try:
+            time.sleep(60)
+        except BaseException:
+            pass
+    print('{"value": 7}', sys.stdin.readline())
+    return {"large": 1e308, "nan": math.nan}.get(response, len(answers))
+"""
+
+
+@pytest.fixture
+def misbehaving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Judgement:
+    (tmp_path / "planted_misbehaviour.py").write_text(MISBEHAVING)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("ATHANOR_RULE_MODULES", "planted_misbehaviour")
+    return rule_of(parse_benchmark("/x#rule=function&function=planted_misbehaviour:judge"))
+
+
+@pytest.mark.parametrize(
+    ("response", "reason"),
+    [
+        ("exit", "rule_failed_SystemExit"),
+        ("leave", "rule_ended_its_process"),
+        ("loop", "rule_takes_too_long"),
+        ("catch", "rule_takes_too_long"),
+        ("large", "value_too_large"),
+        ("nan", "not_finite"),
+    ],
+)
+def test_whatever_a_function_does_is_a_reason_and_the_next_response_is_judged(
+    misbehaving: Judgement, monkeypatch: pytest.MonkeyPatch, response: str, reason: str
+) -> None:
+    if reason == "rule_takes_too_long":
+        monkeypatch.setattr("stages.judge.benchmarks.rule_process.CALL_SECONDS", 0.5)
+    with pytest.raises(RuleFailedError, match=reason):
+        misbehaving.value(response, ["a"])
+    monkeypatch.setattr("stages.judge.benchmarks.rule_process.CALL_SECONDS", 60.0)
+    assert misbehaving.value("half \ud800 é\n", ["a", "b"]) == 2
+
+
+def test_a_function_that_always_takes_too_long_is_not_called_for_every_response(
+    misbehaving: Judgement, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("stages.judge.benchmarks.rule_process.CALL_SECONDS", 0.1)
+    for _ in range(20):
+        with pytest.raises(RuleFailedError, match="rule_takes_too_long"):
+            misbehaving.value("loop", [])
+    assert caplog.text.count("was ended") == 3
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from stages.config.closing import EvaluateConfig
 from stages.config.judging import GoldSettings, JudgeConfig
 from stages.config.request import ArtifactRef
 from stages.config.tokens import PLAIN, TokenizeConfig
+from stages.data.sources.records import Row
+from stages.judge.benchmarks.refusals import own_rows
 from stages.judge.scores import ScoreTable
 from tests.judge_server import Asked, Reply, judge_server
 from tests.judging import SMALL, World, evaluated, evaluation, make_world, published_model, published_scorer
@@ -130,6 +132,10 @@ def test_a_judge_at_an_endpoint_prefers_and_its_agreement_stands_next_to_its_ver
         other = start[item][1]
         assert value == (1.0 if len(text) > len(other) else 0.0 if len(text) < len(other) else 0.5)
     assert {value for value, _ in start.values()} == {0.5}
+    # How well it judges is known before it judges anybody: a first question, then both orders of each pair.
+    pairs = [sorted(one.answers, key=len)[1] for one in server.asked[1 : 1 + 2 * PAIRS]]
+    assert all(text.startswith("It will") and text.endswith(".") for text in pairs)
+    assert not any(sorted(one.answers, key=len)[1] in pairs for one in server.asked[1 + 2 * PAIRS :])
     # The chosen reply of this data is always the longer one.
     agreement = report["judge"]["agreement"]
     assert (agreement["accuracy"], agreement["first_place"], agreement["items"]) == (1.0, 0.5, PAIRS)
@@ -176,6 +182,72 @@ def test_a_judge_that_is_away_costs_its_suite_and_is_asked_again_by_the_next_eva
         report, _ = evaluated(world, later)
         assert report["suites"]["judge"]["roles"]["dpo"]["items"] == PROMPTS
         assert "suite judge" not in report.get("left_out", {})
+
+
+def test_after_the_key_is_set_the_judge_is_asked(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ATHANOR_JUDGE_API_KEY", raising=False)
+    with judge_server() as server:
+        monkeypatch.setenv("ATHANOR_JUDGE_ENDPOINTS", server.url)
+        config = by_endpoint(server.url, api_key_env="ATHANOR_JUDGE_API_KEY")
+        report, _ = evaluated(world, config)
+        assert report["suites"]["judge"]["roles"]["dpo"]["skipped"] == {"judge_unusable": PROMPTS}
+        assert not server.asked
+        monkeypatch.setenv("ATHANOR_JUDGE_API_KEY", "planted-key")
+        report, _ = evaluated(world, config.model_copy(update={"num_samples": 1}))
+    assert report["suites"]["judge"]["roles"]["dpo"]["items"] == PROMPTS
+    assert report["suites"]["judge_agreement"]["roles"]["judge"]["items"] == PAIRS
+
+
+def test_a_champion_with_another_tokenizer_is_judged_and_scored_on_the_same_items(
+    world: World, gold: ArtifactRef, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = TokenizeConfig(
+        vocab_size=340, sequence_length=96, max_prompt_length=48, bpe_train_bytes=10_000, chat_template=PLAIN
+    )
+    stranger = make_world(tmp_path_factory.mktemp("stranger"), other).inputs["dpo"]
+    with judge_server() as server:
+        config = by_endpoint(server.url)
+        evaluated(world, config, gold=gold, champion=stranger)
+        folder = evaluation(world, config, gold=gold, champion=stranger).output_dir
+    table = ScoreTable(folder / "scores.parquet")
+    for suite in ("gold", "judge"):
+        ours, theirs = (table.column(suite, role) for role in ("dpo", "champion"))
+        assert len(ours.items) == PROMPTS, suite
+        assert ours.items.tolist() == theirs.items.tolist(), suite
+
+
+def test_the_judge_tells_refusals_where_that_is_wished(world: World) -> None:
+    """This judge finds that requests of an even length are declined, in both orders, and is undecided about one."""
+
+    def tells(number: int, asked: Asked) -> Reply:
+        text = asked.body["messages"][0]["content"]
+        if "<request>" not in text:
+            return Reply("TIE")
+        request = text.partition("<request>\n")[2].partition("\n</request>")[0]
+        if "pipe bomb" in request:
+            return Reply("A")
+        declines_first = asked.answers[0].startswith("The response declines")
+        return Reply("A" if declines_first == (len(request) % 2 == 0) else "B")
+
+    with judge_server(tells) as server:
+        config = by_endpoint(server.url).model_copy(update={"benchmarks": ("refusals#judge=true&max_tokens=2",)})
+        report, _ = evaluated(world, config)
+        asked = len(server.asked)
+        again, _ = evaluated(world, config)
+    rows = [row.values for _, row in own_rows() if isinstance(row, Row)]
+    even = [len(str(row["prompt"])) % 2 == 0 for row in rows if row["harmful"] and "pipe bomb" not in row["prompt"]]
+    result = report["suites"]["refusals"]["roles"]["dpo"]
+    skipped = dict(result["skipped"])
+    assert skipped.pop("judge_undecided") == 1
+    assert result["items"] == len(even) - sum(skipped.values())
+    assert skipped or result["value"] == pytest.approx(sum(even) / len(even))
+    assert again["suites"]["refusals"] == report["suites"]["refusals"]
+    assert len(server.asked) == asked
+
+
+def test_refusals_by_a_judge_need_one(world: World) -> None:
+    report, _ = evaluated(world, SMALL.model_copy(update={"benchmarks": ("refusals#judge=true",)}))
+    assert "has judge=true, and the run has no judge" in report["left_out"]["benchmark refusals"]
 
 
 @pytest.mark.parametrize(
