@@ -203,8 +203,11 @@ def test_scores_that_depend_on_their_place_in_a_pair_are_found(world: Trained, m
     assert {"swap_probe", "batch_probe", "heldout_again"} <= red(examined(world.reward, Stage.REWARD))
 
 
-def test_outputs_that_are_no_numbers_fail():
-    plain, ours = [torch.tensor([[float("nan")]])], [torch.tensor([[0.0]])]
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_outputs_that_are_no_numbers_fail_in_any_prompt(place: int, value: str):
+    plain, ours = ([torch.zeros(1, 2), torch.zeros(1, 2)] for _ in range(2))
+    plain[place][0, 1] = float(value)
     assert reload.same_outputs("reload", plain, ours).outcome is Outcome.FAILED
 
 

@@ -4,6 +4,7 @@
 row with an attention of its own. Both must agree, or what was trained and measured is not what will be served.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,12 +110,13 @@ def same_outputs(name: str, plain: Sequence[torch.Tensor], ours: Sequence[torch.
     """Compare logits or scores; a model whose outputs are not finite fails."""
     width = min(plain[0].shape[-1], ours[0].shape[-1])  # ours may have grown by rows for added tokens
     pairs = [(one[..., :width].float(), other[..., :width].float()) for one, other in zip(plain, ours, strict=True)]
-    difference = max(float((one - other).abs().max()) for one, other in pairs)
-    largest = max(float(one.abs().max()) for one, _ in pairs)
+    # Not Python's `max`, which drops a NaN that is not the first.
+    difference = float(torch.stack([(one - other).abs().max() for one, other in pairs]).max())
+    largest = float(torch.stack([one.abs().max() for one, _ in pairs]).max())
     allowed = TOLERANCE * max(1.0, largest)
     return compared(
         name,
-        difference <= allowed,
+        math.isfinite(largest) and difference <= allowed,
         f"outputs differ by {difference:.2e} at most",
         f"up to {allowed:.2e}, the largest output is {largest:.3g}",
         "Plain transformers and ours do not compute the same model. " + _REPORT,
