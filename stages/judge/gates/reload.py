@@ -21,7 +21,7 @@ from stages.models.forward import hidden_states, segment_scores
 
 TOLERANCE = 1e-5
 """Largest difference of logits, as a share of the largest logit where that is above 1."""
-_QUESTIONS = (
+QUESTIONS = (
     "What does `sorted` do?",
     "Write one sentence about the sea.",
     "Is 17 a prime number? Say why.",
@@ -63,7 +63,7 @@ def plain_model(folder: Path, *, scores: bool) -> Any:
 def fixed_prompts(tokenizer: Any) -> list[np.ndarray]:
     """Three questions in the tokenizer's own chat template."""
     found = []
-    for question in _QUESTIONS:
+    for question in QUESTIONS:
         messages = [{"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         found.append(np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64))
@@ -104,6 +104,12 @@ def our_outputs(model: nn.Module, prompts: Sequence[np.ndarray], *, scores: bool
         return list(segment_scores(model, batch, pad_id=pad_id)[:, None])
     logits_TV = model.get_output_embeddings()(hidden_states(model, batch)[0])  # type: ignore[operator]
     return list(torch.split(logits_TV, [len(ids) for ids in prompts]))
+
+
+def reloaded(plain: Any, model: nn.Module, prompts: Sequence[np.ndarray], *, scores: bool, pad_id: int) -> Check:
+    """Compare what both make of the prompts."""
+    ours = our_outputs(model, prompts, scores=scores, pad_id=pad_id)
+    return same_outputs("reload", plain_outputs(plain, prompts), ours)
 
 
 def same_outputs(name: str, plain: Sequence[torch.Tensor], ours: Sequence[torch.Tensor]) -> Check:
