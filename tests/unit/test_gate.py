@@ -317,7 +317,6 @@ def test_on_a_cpu_as_many_pairs_are_measured_as_it_can_take(world: Trained, monk
     for metric in ("accept/accuracy_low", "accept/best_of_n_gold"):
         assert "on a CPU a gate spends" in found.unmeasured[metric]
     assert "on a CPU a gate spends" in named(found)["heldout_again"].found
-    assert bounds_missed(found) == set()
 
 
 @pytest.mark.parametrize("gate_has_it", [True, False])
