@@ -27,7 +27,7 @@ from stages.config.gate_records import (
     passed,
     skipped,
 )
-from stages.config.graph import GRAPH, StageSpec
+from stages.config.graph import GRAPH, Stage, StageSpec
 from stages.config.request import Manifest
 from stages.job.failures import describe_failure
 from stages.job.logs import log_for_uri
@@ -154,11 +154,30 @@ class _Examination:
         model.to(device)
         if not scores:
             del plain
-            checks.append(measured_again(manifest, model, tokens, computing, inputs))
+            rows = heldout_rows(manifest.stage, tokens)
+            checks.append(measured_again(manifest, model, tokens, computing, inputs=inputs, rows=rows))
             return Findings(checks=tuple(checks))
         scorer = Scorer(model, plain.to(device) if plain is not None else None, tokens, computing)
         found = examined_scorer(scorer, manifest, self._request, inputs, self._scratch)
         return found.model_copy(update={"checks": (*checks, *found.checks)})
+
+
+def heldout_rows(stage: Stage, tokens: Any) -> Any:
+    """Held-out rows as a training on next tokens evaluates them; none for other stages."""
+    import numpy as np
+
+    from stages.data.tokens.rows import DocumentRows
+    from stages.data.tokens.views import Split
+    from stages.train.next_token import ConversationRows
+
+    match stage:
+        case Stage.PRETRAIN:
+            return DocumentRows(tokens.documents(Split.HELDOUT), tokens.sequence_length)
+        case Stage.SFT:
+            conversations = tokens.conversations(Split.HELDOUT)
+            return ConversationRows(conversations, np.arange(len(conversations)), tokens.sequence_length)
+        case _:
+            return ()
 
 
 def loaded(load: Callable[[], Any]) -> tuple[Any, str]:

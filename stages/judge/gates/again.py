@@ -1,8 +1,8 @@
 """Which number of a language model is measured again, by the stage that trained it, and from which held-out items."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 from torch import nn
@@ -10,30 +10,41 @@ from torch import nn
 from stages.config.gate_records import Check, skipped
 from stages.config.graph import Stage
 from stages.config.request import Manifest
-from stages.data.tokens.packing import RowBudget
-from stages.data.tokens.rows import DocumentRows
+from stages.config.train import PROMPT_LOSS
+from stages.data.tokens.packing import RowBudget, TokenSequence, all_targets
 from stages.data.tokens.views import PairView, Split, TokensArtifact, evenly
 from stages.judge.gates import heldout
 from stages.judge.gates.computing import Computing
 from stages.models.build import load_causal_lm
-from stages.train.next_token import ConversationRows
-from stages.train.rollout.prompts import PROMPT_LOSS, as_targets
 
 DRIFT = "eval/dpo_chosen_drift"
 
 
+class Rows(Protocol):
+    """Held-out rows by index."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Sequence[TokenSequence]: ...
+
+
 def measured_again(
-    manifest: Manifest, model: nn.Module, tokens: TokensArtifact, computing: Computing, inputs: Mapping[str, Path]
+    manifest: Manifest,
+    model: nn.Module,
+    tokens: TokensArtifact,
+    computing: Computing,
+    *,
+    inputs: Mapping[str, Path],
+    rows: Rows,
 ) -> Check:
-    """What training measured last on held-out data, again."""
+    """What training measured last on held-out data, again; `rows` are those of a training on next tokens."""
     match manifest.stage:
         case Stage.PRETRAIN | Stage.SFT:
-            rows = _heldout_rows(manifest.stage, tokens)
             chosen = evenly(len(rows), at_most=_eval_items(manifest)) if len(rows) else np.empty(0, dtype=np.int64)
             return _loss_again(manifest, "eval/loss", model, [rows[int(index)] for index in chosen], computing)
         case Stage.PPO:
             prompts = tokens.prompts(Split.HELDOUT)
-            sequences = as_targets(prompts, evenly(len(prompts), at_most=_eval_items(manifest)))
+            chosen = evenly(len(prompts), at_most=_eval_items(manifest))
+            sequences = [all_targets(prompts[int(index)]) for index in chosen]
             # In rows that bound the memory; which prompts share one does not matter.
             budget = RowBudget(row_length=computing.row_length, max_rows=1)
             return _loss_again(manifest, PROMPT_LOSS, model, budget.cut(sequences), computing)
@@ -49,7 +60,9 @@ def _eval_items(manifest: Manifest) -> int:
     return int(manifest.config.get("eval_items", 0))
 
 
-def _loss_again(manifest: Manifest, metric: str, model: nn.Module, rows: Any, computing: Computing) -> Check:
+def _loss_again(
+    manifest: Manifest, metric: str, model: nn.Module, rows: Sequence[Sequence[TokenSequence]], computing: Computing
+) -> Check:
     lengths = np.array([sum(len(part.ids) for part in row) for row in rows])
     affordable = computing.affordable([model], lengths, asked=len(rows))
     if affordable.why:  # another number of rows would have another loss
@@ -84,11 +97,3 @@ def _drift_again(
 def pair_lengths(pairs: PairView) -> np.ndarray:
     """Tokens of both answers, prompts included."""
     return pairs.chosen.lengths + pairs.rejected.lengths
-
-
-def _heldout_rows(stage: Stage, tokens: TokensArtifact) -> DocumentRows | ConversationRows:
-    """Held-out rows as training evaluates them."""
-    if stage is Stage.PRETRAIN:
-        return DocumentRows(tokens.documents(Split.HELDOUT), tokens.sequence_length)
-    conversations = tokens.conversations(Split.HELDOUT)
-    return ConversationRows(conversations, np.arange(len(conversations)), tokens.sequence_length)

@@ -8,23 +8,16 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor, nn
 
-from stages.data.tokens.packing import Packed, RowBudget, TokenSequence, lay_out
-from stages.data.tokens.ragged import Ragged
+from stages.config.train import PROMPT_LOSS
+from stages.data.tokens.packing import Packed, RowBudget, all_targets, lay_out
 from stages.models.forward import next_token_loss_sum
 from stages.train.engine import Engine
 from stages.train.plan import in_step
 
-PROMPT_LOSS = "eval/prompt_loss"
 
-
-def as_targets(prompts: Ragged, indices: np.ndarray) -> list[TokenSequence]:
-    """Prompts whose every token but the first is a target."""
-    return [TokenSequence(ids, np.ones(len(ids), dtype=np.int64)) for ids in (prompts[int(i)] for i in indices)]
-
-
-def prompt_loss(engine: Engine, sequences: Sequence[TokenSequence], budget: RowBudget) -> dict[str, float]:
-    """Return the policy's mean loss a token over the sequences, the same on every rank; empty without targets."""
-    batches = [lay_out(part) for part in budget.cut(sequences)]
+def prompt_loss(engine: Engine, prompts: Sequence[np.ndarray], budget: RowBudget) -> dict[str, float]:
+    """Return the policy's mean loss a token of the prompts, the same on every rank; empty without targets."""
+    batches = [lay_out(part) for part in budget.cut([all_targets(prompt) for prompt in prompts])]
     loss_sum = targets = 0.0
     for batch, counted in in_step(engine, batches[engine.rank :: engine.world_size], spare=batches[0]):
         loss = float(engine.infer(_loss_sum, batch))
