@@ -75,4 +75,4 @@ def test_a_given_model_that_is_gone_cannot_be_asked(given: Path, tmp_path: Path,
     theirs = reload.published_tokenizer(given)
     check = checked(tmp_path / "gone", theirs, tmp_path, monkeypatch)
     assert check.outcome is Outcome.SKIPPED
-    assert "the given model cannot be asked: ConfigError" in check.found
+    assert check.found.startswith("the given model cannot be asked: ")
