@@ -37,8 +37,9 @@ from stages.job.stopping import raise_stopped
 
 logger = logging.getLogger("athanor")
 
-_COPIES_OF_SCORER = 4
-"""Float32 models in memory at once: the scorer in both forms, the policy and the gold scorer of the best of n."""
+_COPIES, _COPIES_OF_SCORER = 1, 2
+"""Float32 models on the device at once: what was trained, and with a scorer its plain form, the policy or the gold
+scorer. Others wait in main memory."""
 
 
 def main(arguments: list[str]) -> int:
@@ -148,7 +149,7 @@ class _Examination:
             rest = unaccepted("the model cannot be loaded") if scores else Findings()
             return rest.model_copy(update={"checks": tuple(checks)})
         num_weights = sum(weight.numel() for weight in model.parameters())
-        device = reserved_device(execution, num_weights=num_weights, copies=_COPIES_OF_SCORER if scores else 2)
+        device = reserved_device(execution, num_weights=num_weights, copies=_COPIES_OF_SCORER if scores else _COPIES)
         computing = Computing(device, tokens.sequence_length, max(1, execution.micro_batch_size), tokens.pad_id)
         logger.info("measuring %.3g weights on %s", num_weights, device)
         model.to(device)
@@ -157,7 +158,7 @@ class _Examination:
             rows = heldout_rows(manifest.stage, tokens)
             checks.append(measured_again(manifest, model, tokens, computing, inputs=inputs, rows=rows))
             return Findings(checks=tuple(checks))
-        scorer = Scorer(model, plain.to(device) if plain is not None else None, tokens, computing)
+        scorer = Scorer(model, plain, tokens, computing)
         found = examined_scorer(scorer, manifest, self._request, inputs, self._scratch)
         return found.model_copy(update={"checks": (*checks, *found.checks)})
 

@@ -82,9 +82,12 @@ def _drift_again(
     affordable = computing.affordable([model, model], pair_lengths(pairs)[indices], asked=len(indices))
     if affordable.why:
         return skipped(heldout.CHECK, f"held-out pairs are not measured again: {affordable.why}")
+    with computing.as_trained(manifest):
+        after = heldout.pair_logprobs(model, pairs, indices, computing)
+    model.to("cpu")  # one of them at a time is on the device
     reference = load_causal_lm(reference_dir, tokens).eval().to(computing.device)
     with computing.as_trained(manifest):
-        after, before = (heldout.pair_logprobs(each, pairs, indices, computing) for each in (model, reference))
+        before = heldout.pair_logprobs(reference, pairs, indices, computing)
     return heldout.compare_again(
         manifest,
         DRIFT,

@@ -48,9 +48,11 @@ def best_of(
     chosen = [prompts[int(index)] for index in evenly(len(prompts), at_most=affordable.items // ANSWERS)]
     asked = [prompt for prompt in chosen for _ in range(ANSWERS)]
     answers = []
-    for part in Answerer(InProcess(policy, computing.device), sampling, seed=0).in_batches(asked):
+    for part in Answerer(InProcess(policy.to(computing.device), computing.device), sampling, seed=0).in_batches(asked):
         answers += part
         computing.beat("the best of n")
+    policy.to("cpu")  # next to the proxy the device has room for one of the two others
+    gold.to(computing.device)
     scores = {
         name: _scores(model, asked, answers, computing).reshape(len(chosen), ANSWERS)
         for name, model in (("proxy", proxy), ("gold", gold))

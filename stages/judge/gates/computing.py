@@ -19,7 +19,7 @@ _MOST_FLOPS = 4e13
 """For each thing that is measured on a CPU: minutes."""
 _FEWEST = 64
 """Items that a measurement is cut to at least; the interval of fewer would make a good model fail."""
-_SHARE_OF_MEMORY = 0.7
+_SHARE_OF_MEMORY = 0.8
 """Of a GPU, for weights; the rest is for what they compute."""
 _SAID_SECONDS = 30.0
 

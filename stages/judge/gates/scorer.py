@@ -31,7 +31,7 @@ MARGIN = "eval/reward_margin"
 
 @dataclass(frozen=True)
 class Scorer:
-    """A reward model in both forms, on the device of the gate."""
+    """A reward model in both forms, ours on the device of the gate."""
 
     model: nn.Module
     plain: Any
@@ -54,7 +54,8 @@ def examined_scorer(
         why = f"pairs: {affordable.why}; give the stage a GPU"
         checks.append(skipped("all_pairs", f"{len(chosen)} of {asked} pairs are measured: {affordable.why}"))
     if len(chosen) and scorer.plain is not None:
-        checks += probe(scorer.model, scorer.plain, pairs, chosen[:PROBED], computing)
+        checks += probe(scorer.model, scorer.plain.to(computing.device), pairs, chosen[:PROBED], computing)
+        scorer.plain.to("cpu")
     scored = heldout.pair_scores(scorer.model, pairs, chosen, computing)
     found = acceptance(judged_pairs(scorer.tokens, pairs, chosen, scored), why_none=why)
     gained = _best_of(scorer, request, inputs, scratch)
@@ -101,8 +102,8 @@ def _best_of(scorer: Scorer, request: GateRequest, inputs: Mapping[str, Path], s
         asked = reload.same_text_same_ids(GOLD_MODEL, mine, theirs, of_mine="the run", of_theirs="the gold scorer")
         if asked.outcome is Outcome.FAILED:
             return _unmeasured(f"the gold scorer has a chat template of its own: {asked.found}; {asked.allowed}")
-        gold = load_reward_model(folder, tokens).eval().to(computing.device)
-        policy = load_causal_lm(inputs["model"], tokens).eval().to(computing.device)
+        gold = load_reward_model(folder, tokens).eval()
+        policy = load_causal_lm(inputs["model"], tokens).eval()
     except ConfigError as error:
         return _unmeasured(f"the gold scorer does not read the run's tokens: {error.message}")
     except Exception as error:
