@@ -166,7 +166,7 @@ def test_a_job_that_waits_for_a_gpu_says_so(ray: StandInRay, hook: RayJobHook):
     ray.jobs["a"] = Job("a", "true", status="PENDING")
     outcome = watch(hook, Shown(), settings=WatchSettings(0.05, capacity_seconds=0.3, asked_cpus=3, asked_gpus=1))
     assert outcome.message.endswith(
-        "asked 3 CPU and 1 GPU for the job's own process, cluster has 6 CPU and 0 GPU in all"
+        "asked 3 CPU and 1 GPU for the job's own process, cluster has 6 CPU and 1 GPU in all"
     )
 
 
