@@ -68,8 +68,10 @@ def best_of(
 
 @torch.no_grad()
 def _scores(model: nn.Module, prompts: list[np.ndarray], answers: list[np.ndarray], computing: Computing) -> np.ndarray:
-    budget = RowBudget(row_length=computing.row_length, max_rows=computing.max_rows)
     sequences = [prompt_and_response(*both) for both in zip(prompts, answers, strict=True)]
+    # Prompt and answer may be longer than a row of training.
+    longest = max(len(sequence.ids) for sequence in sequences)
+    budget = RowBudget(row_length=max(computing.row_length, longest), max_rows=computing.max_rows)
     parts: list[Any] = []
     for part in budget.cut(sequences):
         scores_S = segment_scores(model, lay_out(part).to(computing.device), pad_id=computing.pad_id)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from stages.artifacts.manifests import fetch
-from stages.config.errors import ConfigError
+from stages.config.errors import ConfigError, DamagedArtifactError
 from stages.config.gate_records import Check, Findings, GateRequest, Outcome, skipped
 from stages.config.graph import GOLD_MODEL
 from stages.config.request import Manifest
@@ -107,7 +107,7 @@ def _best_of(scorer: Scorer, request: GateRequest, inputs: Mapping[str, Path], s
     except ConfigError as error:
         return _unmeasured(f"the gold scorer does not read the run's tokens: {error.message}")
     except Exception as error:
-        if not blames_the_model(error):
+        if not (blames_the_model(error) or isinstance(error, DamagedArtifactError)):
             raise
         return _unmeasured(f"the gold scorer cannot be loaded: {told(error)}")
     sampling = Sampling(request.max_response_length, eos_id=tokens.eos_id, pad_id=tokens.pad_id)
