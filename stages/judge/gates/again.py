@@ -85,7 +85,8 @@ def _drift_again(
     with computing.as_trained(manifest):
         after = heldout.pair_logprobs(model, pairs, indices, computing)
     model.to("cpu")  # one of them at a time is on the device
-    reference = load_causal_lm(reference_dir, tokens).eval().to(computing.device)
+    reference: nn.Module = load_causal_lm(reference_dir, tokens).eval()
+    reference.to(computing.device)
     with computing.as_trained(manifest):
         before = heldout.pair_logprobs(reference, pairs, indices, computing)
     return heldout.compare_again(
