@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import nn
@@ -85,7 +85,7 @@ def _drift_again(
     with computing.as_trained(manifest):
         after = heldout.pair_logprobs(model, pairs, indices, computing)
     model.to("cpu")  # one of them at a time is on the device
-    reference: nn.Module = load_causal_lm(reference_dir, tokens).eval()
+    reference: Any = load_causal_lm(reference_dir, tokens).eval()
     reference.to(computing.device)
     with computing.as_trained(manifest):
         before = heldout.pair_logprobs(reference, pairs, indices, computing)

@@ -15,6 +15,11 @@ def trained(compute_dtype: str, recorded: float) -> Manifest:
     return Manifest(
         kind="dpo-model",
         stage=Stage.DPO,
+        version=1,
+        files=(),
+        inputs=(),
+        config={},
+        created_at="2026-01-01T00:00:00+00:00",
         fingerprint="f" * 64,
         digest="d" * 64,
         metrics={DRIFT: recorded},
