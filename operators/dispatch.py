@@ -127,6 +127,7 @@ def attach(
             ),
             metadata={**metadata, GENERATION: str(submission.generation)},
             num_cpus=request.execution.entrypoint_cpus,
+            num_gpus=entrypoint_gpus(request),
         )
         logger.info("Submitted Ray job %s.", submission.submission_id)
 
@@ -178,9 +179,10 @@ def within_memory(execution: ExecutionConfig, *, stage: Stage, log: SubmissionLo
 
 
 def watch_settings(
-    execution: ExecutionConfig, *, poll_interval: float, unreachable_seconds: float, progress_seconds: float
+    request: JobRequest, *, poll_interval: float, unreachable_seconds: float, progress_seconds: float
 ) -> WatchSettings:
     """How to watch the stage's job, in the triggerer and in the task's own process alike."""
+    execution = request.execution
     return WatchSettings(
         poll_interval=poll_interval,
         unreachable_seconds=unreachable_seconds,
@@ -188,7 +190,13 @@ def watch_settings(
         stall_seconds=execution.stall_seconds and execution.stall_seconds + _STALL_MARGIN_SECONDS,
         capacity_seconds=execution.capacity_seconds,
         asked_cpus=execution.entrypoint_cpus,
+        asked_gpus=entrypoint_gpus(request),
     )
+
+
+def entrypoint_gpus(request: JobRequest) -> float:
+    """GPUs of the job's own process: a gate measures there, on one such as a worker of the stage has."""
+    return min(1.0, request.execution.gpus_per_worker) if isinstance(request, GateRequest) else 0.0
 
 
 def cursor_key(request: JobRequest) -> str:

@@ -41,6 +41,7 @@ from stages.config.request import ArtifactRef, Failure, RunInfo
 if TYPE_CHECKING:
     from operators.ray.watch import Outcome as JobOutcome
     from stages.artifacts.store import Store
+    from stages.config.execution import ExecutionConfig
     from stages.config.pipeline import PipelineConfig
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class GateOperator(StageOperator):
             )
         upstream = {source: ti.xcom_pull(task_ids=source.value) for source in input_stages(stage, config).values()}
         asked = build_request(stage, run=run, store=store, config=config, upstream=upstream)
-        execution = within_memory(asked.execution, stage=stage, log=submission_log(context))
+        execution = as_a_worker(within_memory(asked.execution, stage=stage, log=submission_log(context)))
         return GateRequest(
             stage=stage,
             run=run,
@@ -192,6 +193,13 @@ class GateOperator(StageOperator):
         if record.override:
             logger.warning("%s", f"{gate_name(record.stage)} failed and is passed over: {record.summary()}")
         return {"outcome": record.outcome.value, "summary": record.summary(), "job": job}
+
+
+def as_a_worker(execution: "ExecutionConfig") -> "ExecutionConfig":
+    """Where the stage's workers have GPUs, the gate's own process reserves what one of them does, to measure there."""
+    if not execution.gpus_per_worker:
+        return execution
+    return execution.model_copy(update={"entrypoint_cpus": max(execution.entrypoint_cpus, execution.cpus_per_worker)})
 
 
 def _gold(ti: Any, config: "PipelineConfig", stage: Stage) -> ArtifactRef | None:

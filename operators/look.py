@@ -107,7 +107,7 @@ def _watched(context: Any, store: "Store", request: LookRequest, *, entrypoint: 
     from operators.dispatch import attach, clear_number, cursor_key, outcome_of, submission_log, watch_settings
 
     settings = watch_settings(
-        request.execution, poll_interval=0.5, unreachable_seconds=_UNREACHABLE_SECONDS, progress_seconds=10.0
+        request, poll_interval=0.5, unreachable_seconds=_UNREACHABLE_SECONDS, progress_seconds=10.0
     )
     with as_stage_failures(request.execution.max_retries), RayJobHook(DEFAULT_CONN_ID) as hook:
         with _stopping_when_killed(hook) as guard:

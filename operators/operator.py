@@ -355,7 +355,7 @@ class StageOperator(BaseOperator):
         from operators.dispatch import watch_settings
 
         return watch_settings(
-            request.execution,
+            request,
             poll_interval=self.poll_interval,
             unreachable_seconds=self.unreachable_seconds,
             progress_seconds=self.progress_seconds,

@@ -9,7 +9,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from stages.config.gate_records import (
     passed,
     skipped,
 )
-from stages.config.graph import BASE_MODEL, GRAPH, Stage, StageSpec
-from stages.config.request import InputEntry, Manifest
+from stages.config.graph import GRAPH, Stage, StageSpec
+from stages.config.request import Manifest
 from stages.job.failures import describe_failure
 from stages.job.logs import log_for_uri
 from stages.job.runner import read_request
@@ -36,6 +36,10 @@ from stages.job.scratch import scratch_folder
 from stages.job.stopping import raise_stopped
 
 logger = logging.getLogger("athanor")
+
+_COPIES, _COPIES_OF_SCORER = 1, 2
+"""Float32 models on the device at once: what was trained, and with a scorer its plain form, the policy or the gold
+scorer. Others wait in main memory."""
 
 
 def main(arguments: list[str]) -> int:
@@ -111,181 +115,89 @@ class _Examination:
         return self._of_model(checks, manifest, folder, inputs)
 
     def _of_model(self, checks: list[Check], manifest: Manifest, folder: Path, inputs: dict[str, Path]) -> Findings:
-        """Load the model, first as users will, then as stages do."""
+        """Load the model, first as users will, then as stages do; one that cannot be loaded is a failed check."""
         import torch
 
         from stages.data.tokens.views import TokensArtifact
-        from stages.job.devices import local_device
         from stages.judge.gates import reload
-        from stages.judge.gates.heldout import Computing
+        from stages.judge.gates.acceptance import unaccepted
+        from stages.judge.gates.again import measured_again
+        from stages.judge.gates.computing import Computing, reserved_device
+        from stages.judge.gates.scorer import Scorer, examined_scorer
+        from stages.judge.gates.templates import given_template, plain_questions, same_ids
         from stages.models.build import load_causal_lm, load_reward_model
 
-        execution = self._request.execution
+        execution, scores = self._request.execution, self._spec.scores
         torch.set_num_threads(max(1, int(execution.cpus_per_worker)))
-        tokens, scores = TokensArtifact(inputs["tokens"]), self._spec.scores
-        mine, theirs = reload.plain_tokenizer(folder), reload.published_tokenizer(tokens.tokenizer_dir)
-        try:
-            prompts = reload.fixed_prompts(theirs)
-        except Exception as error:  # noqa: BLE001 - templates raise what they like about messages they do not take
-            checks.append(skipped("same_ids", f"its chat template does not take one question: {error}"))
-            prompts = []
+        tokens = TokensArtifact(inputs["tokens"])
+        theirs, why = loaded(lambda: reload.published_tokenizer(tokens.tokenizer_dir))
+        if theirs is None:
+            return Findings(checks=(*checks, skipped("reload", f"the tokens' tokenizer cannot be loaded: {why}")))
+        asked = same_ids(folder, theirs)
+        checks.append(asked.check)
+        if asked.prompts:
+            checks += given_template(manifest, theirs, self._scratch)
+        plain, why = loaded(lambda: reload.plain_model(folder, scores=scores))
+        model, why_not_ours = loaded(lambda: (load_reward_model if scores else load_causal_lm)(folder, tokens).eval())
+        if plain is None or model is None:
+            checks.append(_not_loaded(why, why_not_ours))
         else:
-            checks.append(
-                reload.same_text_same_ids("same_ids", mine, theirs, of_mine="the model", of_theirs="the tokens")
-            )
-            checks += self._given_tokenizer(manifest, theirs)
-        plain = reload.plain_model(folder, scores=scores)
-        model: Any = (load_reward_model if scores else load_causal_lm)(folder, tokens).eval()
-        if prompts:
-            outputs = reload.plain_outputs(plain, prompts)
-            packed = reload.our_outputs(model, prompts, scores=scores, pad_id=tokens.pad_id)
-            checks.append(reload.same_outputs("reload", outputs, packed))
-        device = local_device()
+            prompts = asked.prompts or plain_questions(theirs)
+            same, why = loaded(lambda: reload.reloaded(plain, model, prompts, scores=scores, pad_id=tokens.pad_id))
+            checks.append(same or _not_loaded(why, ""))
+        if model is None:
+            rest = unaccepted("the model cannot be loaded") if scores else Findings()
+            return rest.model_copy(update={"checks": tuple(checks)})
+        num_weights = sum(weight.numel() for weight in model.parameters())
+        device = reserved_device(execution, num_weights=num_weights, copies=_COPIES_OF_SCORER if scores else _COPIES)
         computing = Computing(device, tokens.sequence_length, max(1, execution.micro_batch_size), tokens.pad_id)
+        logger.info("measuring %.3g weights on %s", num_weights, device)
         model.to(device)
-        if scores:
-            return self._reward(checks, manifest, model, plain.to(device), tokens, computing, inputs)
-        del plain
-        checks.append(self._heldout(manifest, model, tokens, computing, inputs))
-        return Findings(checks=tuple(checks))
-
-    def _given_tokenizer(self, manifest: Manifest, theirs: Any) -> Iterator[Check]:
-        """For the stage that starts from a given base model: the run asks as that model is asked."""
-        from stages.artifacts.evidence import read_evidence
-        from stages.config.look import GivenModel
-        from stages.judge.gates import reload
-        from stages.models.outline import outlined
-
-        given = [entry for entry in (*manifest.inputs, *manifest.sources) if entry.role == BASE_MODEL]
-        if not given:
-            return
-        tokens = next(entry for entry in manifest.inputs if entry.role == "tokens")
-        wanted = read_evidence(tokens.ref()).manifest.config.get("chat_template", "auto")
-        if wanted not in ("auto", "own", "infer"):
-            yield skipped("given_template", "the run has a chat template of its own (tokenize.chat_template)")
-            return
-        entry = given[0]
-        artifact = entry.ref() if isinstance(entry, InputEntry) else None
-        model = GivenModel(role=BASE_MODEL, uri=entry.uri, artifact=artifact)
-        with outlined(model, self._scratch / "given") as outline:
-            if outline is None:
-                yield skipped("given_template", "the given model is a file elsewhere, which `convert` reads")
-                return
-            try:
-                base = reload.plain_tokenizer(outline.folder)
-                check = reload.same_text_same_ids(
-                    "given_template", theirs, base, of_mine="the run", of_theirs="the given model"
-                )
-            except Exception as error:  # noqa: BLE001 - one without a chat template, or a template that refuses
-                check = skipped("given_template", f"the given model's own template cannot be asked: {error}")
-        yield check
-
-    def _heldout(self, manifest: Manifest, model: Any, tokens: Any, computing: Any, inputs: dict[str, Path]) -> Check:
-        """What training measured last on held-out data, again."""
-        from stages.data.tokens.views import Split, evenly
-        from stages.judge.gates import heldout
-        from stages.models.build import load_causal_lm
-
-        at_most = int(manifest.config.get("eval_items", 0))
-        match manifest.stage:
-            case Stage.PRETRAIN | Stage.SFT:
-                rows = heldout_rows(manifest.stage, tokens)
-                chosen = [rows[int(index)] for index in evenly(len(rows), at_most=at_most)] if len(rows) else []
-                size = sum(len(part.ids) for row in chosen for part in row)
-                if why := computing.too_much(model, size):
-                    return skipped(heldout.CHECK, why)
-                found = heldout.next_token_loss(model, chosen, computing)
-                return heldout.compare_again(manifest, "eval/loss", found, "there are no held-out items")
-            case Stage.PPO:
-                return skipped(heldout.CHECK, "what training measures are sampled answers, which are not sampled again")
-            case _ if "model" in inputs and "eval/dpo_chosen_drift" in manifest.metrics:
-                pairs = tokens.pairs(Split.HELDOUT)
-                indices = evenly(len(pairs), at_most=at_most)
-                if why := computing.too_much(model, 2 * _size(pairs, indices)):
-                    return skipped(heldout.CHECK, why)
-                logprobs = heldout.pair_logprobs(model, pairs, indices, computing)
-                reference = load_causal_lm(inputs["model"], tokens).eval().to(computing.device)
-                before = heldout.pair_logprobs(reference, pairs, indices, computing)
-                drift = float((logprobs[:, 0] - before[:, 0]).mean())
-                return heldout.compare_again(manifest, "eval/dpo_chosen_drift", drift)
-            case _:
-                return skipped(heldout.CHECK, "its reference is no artifact, or training measured no drift from it")
-
-    def _reward(
-        self,
-        checks: list[Check],
-        manifest: Manifest,
-        model: Any,
-        plain: Any,
-        tokens: Any,
-        computing: Any,
-        inputs: dict[str, Path],
-    ) -> Findings:
-        """A reward model's acceptance, and its probes."""
-        from stages.data.tokens.views import Split, evenly
-        from stages.judge.gates import heldout
-        from stages.judge.gates.acceptance import acceptance
-        from stages.judge.gates.pairs import judged_pairs
-        from stages.judge.gates.probes import PROBED, probe
-
-        pairs = tokens.pairs(Split.HELDOUT)
-        chosen = evenly(len(pairs), at_most=self._request.max_pairs)
-        watched = evenly(len(pairs), at_most=int(manifest.config.get("eval_items", 0)))
-        if why := computing.too_much(model, _size(pairs, chosen) + _size(pairs, watched)):
-            checks.append(skipped(heldout.CHECK, f"{why}; lower gates.max_pairs"))
-            chosen = watched = chosen[:0]
-        if len(chosen):
-            checks += probe(model, plain, pairs, chosen[:PROBED], computing)
-            scores = heldout.pair_scores(model, pairs, watched, computing)
-            margin = float((scores[:, 0] - scores[:, 1]).mean())
-            checks.append(heldout.compare_again(manifest, "eval/reward_margin", margin))
-        scored = heldout.pair_scores(model, pairs, chosen, computing)
-        found = acceptance(judged_pairs(tokens, pairs, chosen, scored))
-        gained = self._best_of(model, tokens, computing, inputs)
-        return Findings(
-            checks=(*checks, *found.checks, *gained.checks),
-            metrics={**found.metrics, **gained.metrics},
-            unmeasured={**found.unmeasured, **gained.unmeasured},
-            tables={**found.tables, **gained.tables},
-        )
-
-    def _best_of(self, model: Any, tokens: Any, computing: Any, inputs: dict[str, Path]) -> Findings:
-        """What the best of n by this reward model gains by the gold scorer."""
-        from stages.data.tokens.views import Split
-        from stages.judge.gates.best_of import METRICS, best_of
-        from stages.models.build import load_causal_lm, load_reward_model
-        from stages.models.generation import Sampling
-
-        gold = self._request.gold
-        if gold is None or "model" not in inputs:
-            why = (
-                "the run has no gold scorer that is an artifact"
-                if gold is None
-                else "what it started from is no artifact"
-            )
-            return Findings(unmeasured=dict.fromkeys(METRICS, why))
-        policy = load_causal_lm(inputs["model"], tokens).eval().to(computing.device)
-        judge = load_reward_model(fetch(gold, self._scratch), tokens).eval().to(computing.device)
-        sampling = Sampling(self._request.max_response_length, eos_id=tokens.eos_id, pad_id=tokens.pad_id)
-        return best_of(policy, model, judge, tokens.prompts(Split.HELDOUT), sampling=sampling, computing=computing)
+        if not scores:
+            del plain
+            rows = heldout_rows(manifest.stage, tokens)
+            checks.append(measured_again(manifest, model, tokens, computing, inputs=inputs, rows=rows))
+            return Findings(checks=tuple(checks))
+        scorer = Scorer(model, plain, tokens, computing)
+        found = examined_scorer(scorer, manifest, self._request, inputs, self._scratch)
+        return found.model_copy(update={"checks": (*checks, *found.checks)})
 
 
 def heldout_rows(stage: Stage, tokens: Any) -> Any:
-    """Held-out rows as training evaluates them."""
+    """Held-out rows as a training on next tokens evaluates them; none for other stages."""
     import numpy as np
 
     from stages.data.tokens.rows import DocumentRows
     from stages.data.tokens.views import Split
     from stages.train.next_token import ConversationRows
 
-    if stage is Stage.PRETRAIN:
-        return DocumentRows(tokens.documents(Split.HELDOUT), tokens.sequence_length)
-    conversations = tokens.conversations(Split.HELDOUT)
-    return ConversationRows(conversations, np.arange(len(conversations)), tokens.sequence_length)
+    match stage:
+        case Stage.PRETRAIN:
+            return DocumentRows(tokens.documents(Split.HELDOUT), tokens.sequence_length)
+        case Stage.SFT:
+            conversations = tokens.conversations(Split.HELDOUT)
+            return ConversationRows(conversations, np.arange(len(conversations)), tokens.sequence_length)
+        case _:
+            return ()
 
 
-def _size(pairs: Any, indices: Any) -> int:
-    return int(sum(int(side.lengths[indices].sum()) for side in (pairs.chosen, pairs.rejected)))
+def loaded(load: Callable[[], Any]) -> tuple[Any, str]:
+    """Return what `load` returns, or None and why; memory, disk and a stop are no fault of the model and are raised."""
+    from stages.judge.gates.templates import blames_the_model
+    from stages.models.folder import told
+
+    try:
+        return load(), ""
+    except BaseException as error:
+        if not blames_the_model(error):
+            raise
+        return None, error.message if isinstance(error, StageError) else told(error)
+
+
+def _not_loaded(why_not_plain: str, why_not_ours: str) -> Check:
+    whys = {"plain transformers": why_not_plain, "the stages": why_not_ours}
+    told = "; ".join(f"{who} cannot load it: {why}" for who, why in whys.items() if why)
+    return failed("reload", told, "a model that both load", "Clear the stage that made it, which builds it again.")
 
 
 def _is_no_training_data(path: str) -> bool:

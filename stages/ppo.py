@@ -32,6 +32,7 @@ from stages.train.objective import ObjectiveState, Step
 from stages.train.plan import batches, order_digest, share, shuffled
 from stages.train.rollout.advantages import GAE
 from stages.train.rollout.experience import Shaping, critic_quality, describe, from_tensors, to_experience, to_tensors
+from stages.train.rollout.prompts import prompt_loss
 from stages.train.rollout.sampling import Sampler
 from stages.train.rollout.scoring import RewardModel
 from stages.train.routing import Balancing
@@ -219,12 +220,15 @@ class PPOObjective:
         )
 
     def evaluate(self, engine: Engine) -> dict[str, float]:
-        """Score sampled responses to held-out prompts; the random numbers are the same every time."""
+        """Score sampled responses to held-out prompts, with the same random numbers every time, and measure the loss of
+        the prompts themselves."""
         chosen = evenly(len(self._heldout), at_most=self._config.eval_items)
         if not len(chosen):
             return {}
-        samples = self._sampler.sample(engine, [self._heldout[int(i)] for i in chosen], stream=_EVALUATION_STREAM)
-        return {name.replace("ppo/", "eval/"): value for name, value in describe(samples).items()}
+        prompts = [self._heldout[int(i)] for i in chosen]
+        samples = self._sampler.sample(engine, prompts, stream=_EVALUATION_STREAM)
+        sampled = {name.replace("ppo/", "eval/"): value for name, value in describe(samples).items()}
+        return sampled | prompt_loss(engine, prompts, self._sampler.budget)
 
     def state_dict(self) -> ObjectiveState:
         # These names are in checkpoints of running stores.

@@ -83,6 +83,7 @@ class RayJobHook(BaseHook):
         entrypoint: str,
         metadata: Mapping[str, str] | None = None,
         num_cpus: float = 0,
+        num_gpus: float = 0,
         env_vars: Mapping[str, str] | None = None,
     ) -> None:
         """Start a job; raises JobExistsError when the id is taken."""
@@ -91,6 +92,7 @@ class RayJobHook(BaseHook):
             entrypoint=entrypoint,
             metadata=metadata or {},
             num_cpus=num_cpus,
+            num_gpus=num_gpus,
             env_vars=env_vars or {},
         )
         what = f"start job {submission_id}"

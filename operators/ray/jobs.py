@@ -250,17 +250,25 @@ def _can_be_sent(value: str) -> bool:
 
 
 def submission_body(
-    *, submission_id: str, entrypoint: str, metadata: Mapping[str, str], num_cpus: float, env_vars: Mapping[str, str]
+    *,
+    submission_id: str,
+    entrypoint: str,
+    metadata: Mapping[str, str],
+    num_cpus: float,
+    env_vars: Mapping[str, str],
+    num_gpus: float = 0,
 ) -> dict[str, Any]:
     """The JSON of POST /api/jobs/.
 
     `entrypoint_num_cpus` is left out at 0: then the job's own process starts on the head at once, instead of
-    waiting for a resource lease. An empty runtime environment is left out too: a job that has one shares no warm
-    workers.
+    waiting for a resource lease. Without `entrypoint_num_gpus` that process has no GPU of its own. An empty runtime
+    environment is left out too: a job that has one shares no warm workers.
     """
     body: dict[str, Any] = {"submission_id": submission_id, "entrypoint": entrypoint, "metadata": dict(metadata)}
     if num_cpus:
         body["entrypoint_num_cpus"] = num_cpus
+    if num_gpus:
+        body["entrypoint_num_gpus"] = num_gpus
     if env_vars:
         body["runtime_env"] = {"env_vars": dict(env_vars)}
     return body

@@ -63,6 +63,8 @@ class WatchSettings:
     """Seconds that a job may be PENDING before it is stopped; 0 = no limit."""
     asked_cpus: float = 0.0
     """CPUs that the job's own process requests."""
+    asked_gpus: float = 0.0
+    """GPUs that it requests."""
 
 
 @dataclass(frozen=True)
@@ -201,10 +203,12 @@ class JobWatcher:
         if not over and now - self._capacity_said_at < _CAPACITY_SECONDS:
             return None
         self._capacity_said_at = now
-        shortage = f"asked {self._settings.asked_cpus:g} CPU for the job's own process"
+        asked = {"CPU": self._settings.asked_cpus, "GPU": self._settings.asked_gpus}
+        names = [name for name, amount in asked.items() if amount or name == "CPU"]
+        shortage = f"asked {' and '.join(f'{asked[name]:g} {name}' for name in names)} for the job's own process"
         with contextlib.suppress(RayUnreachableError, RayRefusedError):
             total = await self._client.cluster_resources()
-            shortage += f", cluster has {total.get('CPU', 0):g} CPU in all"
+            shortage += f", cluster has {' and '.join(f'{total.get(name, 0):g} {name}' for name in names)} in all"
             shortage += await self._others()
         if not over:
             self._log.info("waiting for capacity: %s", shortage)

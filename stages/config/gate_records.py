@@ -123,6 +123,7 @@ class GateRequest(Config):
             "inputs": {role: ref.digest for role, ref in self.inputs.items()},
             "gold_scorer": self.gold.digest if self.gold else "",
             "max_pairs": self.max_pairs,
+            "on_gpu": self.execution.gpus_per_worker > 0,  # a CPU leaves out what takes too long
             "max_response_length": self.max_response_length if self.gold else 0,
         }
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -12,6 +12,9 @@ from stages.config.base import AddedLater, Choice, Config
 from stages.config.sources import SourceWeight
 from stages.config.text import compact
 
+PROMPT_LOSS = "eval/prompt_loss"
+"""What PPO records of its weights that does not depend on sampled answers; a gate measures it again."""
+
 
 class ModelConfig(Config):
     """A Llama-style decoder: rotary positions, SwiGLU, RMSNorm, grouped-query attention; with experts, Mixtral's."""

@@ -37,9 +37,10 @@ class Outline:
 
 
 @contextmanager
-def outlined(model: GivenModel, scratch: Path) -> Iterator[Outline | None]:
+def outlined(model: GivenModel, scratch: Path, *, revision: str = "") -> Iterator[Outline | None]:
     """Yield the outline of a given model, None for a GGUF file elsewhere, which is fetched whole or not at all.
 
+    `revision` is what the digest of a hub id stands for; without it the newest commit is looked at.
     Raises ConfigError when the model is not there.
     """
     copy = scratch / hashlib.sha256(model.uri.encode()).hexdigest()[:12]
@@ -57,7 +58,7 @@ def outlined(model: GivenModel, scratch: Path) -> Iterator[Outline | None]:
         elif is_gguf(model.uri):
             yield _of_gguf(model.uri, copy)
         else:
-            yield _of_hub(model.uri, copy)
+            yield _of_hub(model.uri, copy, revision)
     except StageError as error:
         said = error.message.replace(str(copy), model.uri)
         raise type(error)(said, advice=error.advice.replace(str(copy), model.uri)) from error
@@ -96,8 +97,8 @@ def _of_gguf(uri: str, copy: Path) -> Outline | None:
     return Outline(copy, has_headers=False)
 
 
-def _of_hub(uri: str, copy: Path) -> Outline:
-    revision = snapshot_base_model(uri)
+def _of_hub(uri: str, copy: Path, revision: str) -> Outline:
+    revision = revision or snapshot_base_model(uri)
     from huggingface_hub import HfApi, snapshot_download
 
     from stages.models.hollow import write_hollow_file

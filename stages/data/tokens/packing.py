@@ -87,6 +87,11 @@ def prompt_and_response(
     )
 
 
+def all_targets(ids: np.ndarray) -> TokenSequence:
+    """A sequence whose every token but the first, which nothing precedes, is a target."""
+    return TokenSequence(ids, np.ones(len(ids), dtype=np.int64))
+
+
 @dataclass(frozen=True)
 class RowBudget:
     """How much one micro-batch holds."""

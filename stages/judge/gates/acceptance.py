@@ -59,10 +59,10 @@ def wins(margins_P: np.ndarray) -> np.ndarray:
     return (margins_P > 0) + 0.5 * (margins_P == 0)
 
 
-def acceptance(pairs: JudgedPairs) -> Findings:
+def acceptance(pairs: JudgedPairs, *, why_none: str = "there are no held-out preference pairs") -> Findings:
     """Return all numbers of it; those that the pairs cannot tell are `unmeasured`, with the reason."""
     if not len(pairs.margins_P):
-        return Findings(unmeasured=dict.fromkeys(_NAMES, "there are no held-out preference pairs"))
+        return unaccepted(why_none)
     right_P, longer_P = wins(pairs.margins_P), pairs.longer_P
     accuracy = of_shares(right_P, pairs.prompts_P)
     weight = length_weight(longer_P)
@@ -100,9 +100,20 @@ def acceptance(pairs: JudgedPairs) -> Findings:
     )
 
 
+def unaccepted(why: str) -> Findings:
+    """No number of it, for one reason."""
+    return Findings(unmeasured=dict.fromkeys(_NAMES, why))
+
+
 _NAMES = tuple(
-    f"{PREFIX}{name}" for name in ("accuracy", "accuracy_low", "balanced", "balanced_low", "over_length_low", "ece")
+    f"{PREFIX}{name}"
+    for name in (
+        *("pairs", "ties", "accuracy", "accuracy_low", "accuracy_high", "balanced", "balanced_low"),
+        *("longer_is_better", "length_weight", "length_accuracy", "over_length", "over_length_low"),
+        *("ece", "temperature", "ece_at_temperature"),
+    )
 )
+"""All that `acceptance` measures."""
 
 
 def wilson(share: float, observations: float) -> tuple[float, float]:

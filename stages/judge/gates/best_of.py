@@ -16,7 +16,7 @@ from stages.data.tokens.packing import RowBudget, lay_out, prompt_and_response
 from stages.data.tokens.ragged import Ragged
 from stages.data.tokens.views import evenly
 from stages.judge.gates.acceptance import PREFIX, best_of_gain, best_of_n
-from stages.judge.gates.heldout import Computing
+from stages.judge.gates.computing import Computing
 from stages.models.answers import Answerer, InProcess
 from stages.models.forward import segment_scores
 from stages.models.generation import Sampling
@@ -37,11 +37,22 @@ def best_of(
     computing: Computing,
 ) -> Findings:
     """Sample answers to held-out prompts, score them twice, and say what choosing by the proxy gains."""
-    chosen = [prompts[int(index)] for index in evenly(len(prompts), at_most=_MOST_PROMPTS)]
-    if len(chosen) < 2:
+    wanted = min(len(prompts), _MOST_PROMPTS)
+    if wanted < 2:
         return Findings(unmeasured=dict.fromkeys(METRICS, "there are fewer than 2 held-out prompts"))
+    # Each answer passes once through three models; generation keeps what it has computed.
+    lengths = prompts.lengths + sampling.max_response_length
+    affordable = computing.affordable([policy, proxy, gold], lengths, asked=wanted * ANSWERS)
+    if affordable.items < 2 * ANSWERS:
+        return Findings(unmeasured=dict.fromkeys(METRICS, f"answers: {affordable.why}; give the stage a GPU"))
+    chosen = [prompts[int(index)] for index in evenly(len(prompts), at_most=affordable.items // ANSWERS)]
     asked = [prompt for prompt in chosen for _ in range(ANSWERS)]
-    answers = Answerer(InProcess(policy, computing.device), sampling, seed=0).answers(asked)
+    answers = []
+    for part in Answerer(InProcess(policy.to(computing.device), computing.device), sampling, seed=0).in_batches(asked):
+        answers += part
+        computing.beat("the best of n")
+    policy.to("cpu")  # next to the proxy the device has room for one of the two others
+    gold.to(computing.device)
     scores = {
         name: _scores(model, asked, answers, computing).reshape(len(chosen), ANSWERS)
         for name, model in (("proxy", proxy), ("gold", gold))
@@ -57,10 +68,13 @@ def best_of(
 
 @torch.no_grad()
 def _scores(model: nn.Module, prompts: list[np.ndarray], answers: list[np.ndarray], computing: Computing) -> np.ndarray:
-    budget = RowBudget(row_length=computing.row_length, max_rows=computing.max_rows)
     sequences = [prompt_and_response(*both) for both in zip(prompts, answers, strict=True)]
-    parts: list[Any] = [
-        segment_scores(model, lay_out(part).to(computing.device), pad_id=computing.pad_id).cpu().numpy()
-        for part in budget.cut(sequences)
-    ]
+    # Prompt and answer may be longer than a row of training.
+    longest = max(len(sequence.ids) for sequence in sequences)
+    budget = RowBudget(row_length=max(computing.row_length, longest), max_rows=computing.max_rows)
+    parts: list[Any] = []
+    for part in budget.cut(sequences):
+        scores_S = segment_scores(model, lay_out(part).to(computing.device), pad_id=computing.pad_id)
+        parts.append(scores_S.cpu().numpy())
+        computing.beat("the best of n")
     return np.concatenate(parts).astype(np.float64)

@@ -16,7 +16,8 @@ from stages.config.gate_records import Check, compared
 from stages.data.tokens.packing import TokenSequence, lay_out
 from stages.data.tokens.views import Pair, PairView
 from stages.judge.gates.acceptance import wins
-from stages.judge.gates.heldout import Computing, pair_scores
+from stages.judge.gates.computing import Computing
+from stages.judge.gates.heldout import pair_scores
 from stages.models.forward import segment_scores
 
 PROBED = 16

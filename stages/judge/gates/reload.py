@@ -4,6 +4,7 @@
 row with an attention of its own. Both must agree, or what was trained and measured is not what will be served.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from stages.models.forward import hidden_states, segment_scores
 
 TOLERANCE = 1e-5
 """Largest difference of logits, as a share of the largest logit where that is above 1."""
-_QUESTIONS = (
+QUESTIONS = (
     "What does `sorted` do?",
     "Write one sentence about the sea.",
     "Is 17 a prime number? Say why.",
@@ -62,7 +63,7 @@ def plain_model(folder: Path, *, scores: bool) -> Any:
 def fixed_prompts(tokenizer: Any) -> list[np.ndarray]:
     """Three questions in the tokenizer's own chat template."""
     found = []
-    for question in _QUESTIONS:
+    for question in QUESTIONS:
         messages = [{"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         found.append(np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64))
@@ -105,16 +106,23 @@ def our_outputs(model: nn.Module, prompts: Sequence[np.ndarray], *, scores: bool
     return list(torch.split(logits_TV, [len(ids) for ids in prompts]))
 
 
+def reloaded(plain: Any, model: nn.Module, prompts: Sequence[np.ndarray], *, scores: bool, pad_id: int) -> Check:
+    """Compare what both make of the prompts."""
+    ours = our_outputs(model, prompts, scores=scores, pad_id=pad_id)
+    return same_outputs("reload", plain_outputs(plain, prompts), ours)
+
+
 def same_outputs(name: str, plain: Sequence[torch.Tensor], ours: Sequence[torch.Tensor]) -> Check:
     """Compare logits or scores; a model whose outputs are not finite fails."""
     width = min(plain[0].shape[-1], ours[0].shape[-1])  # ours may have grown by rows for added tokens
     pairs = [(one[..., :width].float(), other[..., :width].float()) for one, other in zip(plain, ours, strict=True)]
-    difference = max(float((one - other).abs().max()) for one, other in pairs)
-    largest = max(float(one.abs().max()) for one, _ in pairs)
+    # Not Python's `max`, which drops a NaN that is not the first.
+    difference = float(torch.stack([(one - other).abs().max() for one, other in pairs]).max())
+    largest = float(torch.stack([one.abs().max() for one, _ in pairs]).max())
     allowed = TOLERANCE * max(1.0, largest)
     return compared(
         name,
-        difference <= allowed,
+        math.isfinite(largest) and difference <= allowed,
         f"outputs differ by {difference:.2e} at most",
         f"up to {allowed:.2e}, the largest output is {largest:.3g}",
         "Plain transformers and ours do not compute the same model. " + _REPORT,

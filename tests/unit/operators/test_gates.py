@@ -181,6 +181,17 @@ def test_a_model_is_examined_by_one_job_and_a_repeated_run_starts_none(world: Wo
     assert FOUND.checks[0] in world.record(Stage.SFT).checks
 
 
+@pytest.mark.parametrize(("gpus", "reserved"), [(0, (None, None)), (0.5, (3, 0.5)), (2, (3, 1))])
+def test_a_gate_reserves_the_gpu_that_it_measures_on(
+    world: World, gpus: float, reserved: tuple[float | None, float | None]
+):
+    world.values["overrides"] = {"execution.sft.gpus_per_worker": gpus, "execution.sft.cpus_per_worker": 3}
+    world.job_finds(Stage.SFT, FOUND)
+    world.gate(Stage.SFT)
+    (job,) = world.ray.jobs.values()
+    assert (job.body.get("entrypoint_num_cpus"), job.body.get("entrypoint_num_gpus")) == reserved
+
+
 def test_another_bound_asks_no_job_again_and_other_content_does(world: World):
     world.job_finds(Stage.REWARD, FOUND)
     world.gate(Stage.REWARD)

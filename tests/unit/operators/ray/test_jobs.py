@@ -80,6 +80,8 @@ def test_a_job_without_cpus_and_variables_asks_for_neither_a_lease_nor_a_runtime
     assert body == {"submission_id": "a", "entrypoint": "true", "metadata": {}}
     body = submission_body(submission_id="a", entrypoint="true", metadata={}, num_cpus=2, env_vars={"A": "1"})
     assert (body["entrypoint_num_cpus"], body["runtime_env"]) == (2, {"env_vars": {"A": "1"}})
+    body = submission_body(submission_id="a", entrypoint="true", metadata={}, num_cpus=0, num_gpus=0.5, env_vars={})
+    assert body["entrypoint_num_gpus"] == 0.5
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,14 @@ def test_a_pending_job_is_stopped_when_no_room_was_found_in_time(ray: StandInRay
     assert ray.jobs["a"].status == "STOPPED"
 
 
+def test_a_job_that_waits_for_a_gpu_says_so(ray: StandInRay, hook: RayJobHook):
+    ray.jobs["a"] = Job("a", "true", status="PENDING")
+    outcome = watch(hook, Shown(), settings=WatchSettings(0.05, capacity_seconds=0.3, asked_cpus=3, asked_gpus=1))
+    assert outcome.message.endswith(
+        "asked 3 CPU and 1 GPU for the job's own process, cluster has 6 CPU and 1 GPU in all"
+    )
+
+
 def metadata(task_id: str, run_id: str = "manual__other") -> dict[str, Any]:
     names = {"airflow.dag_id": "llm_pipeline", "airflow.run_id": run_id, "airflow.task_id": task_id}
     return {"metadata": names}
