@@ -204,8 +204,8 @@ def suites_table(suites: Mapping[str, SuiteResult], *, at_most: int = 8) -> Tabl
         return None
     order = sorted(measured, key=lambda name: _place(name, measured[name]))
     left = len(order) - at_most
-    more = f" {left} more suites are in the report." if left > 0 else ""
-    caption = f"Value and 95 % interval. Green: the interval is better than chance.{more}"
+    more = f"; {left} more suites are in the report" if left > 0 else ""
+    caption = f"with 95 % intervals; green is better than chance{more}"
     table = Table(box=None, header_style="dim", caption=caption, caption_justify="left")
     table.add_column("suite", overflow="fold")
     for role in shown:
