@@ -18,13 +18,15 @@ from infra.health import Health
 from infra.layout import StackSecrets
 from infra.real_model import with_real_model
 from infra.run_state import DAG_ID, Row, RunWatch, Snapshot
-from infra.screen import gate_lines, open_screen, samples_panels, summary_table
+from infra.screen import gate_lines, open_screen, samples_panels, suites_table, summary_table
 from infra.stack import Stack, relative
 from stages.artifacts.addresses import open_store
 from stages.config.closing import read_samples as read_samples_of
 from stages.config.errors import StageError
+from stages.config.evaluation import Evaluation, SuiteResult
 from stages.config.graph import GRAPH, Stage
 from stages.config.places import local_path
+from stages.config.records import parse_object
 from stages.config.text import printable
 from stages.reporting.sizes import size_at
 
@@ -126,6 +128,8 @@ def show_outcome(
     watch: RunWatch, snapshot: Snapshot, deployment: Deployment, console: Console, *, page: str, seconds: float
 ) -> None:
     console.print(summary_table(snapshot))
+    if (table := suites_table(read_suites(snapshot))) is not None:
+        console.print(table)
     samples = read_samples(snapshot)
     for panel in samples_panels(samples):
         console.print(panel)
@@ -147,12 +151,26 @@ def show_outcome(
         say(console, line)
 
 
+def evaluation_uri(snapshot: Snapshot) -> str:
+    """Where the run's evaluation lies; empty when it has none."""
+    return next((row.result.artifact.uri for row in snapshot.rows if row.name == Stage.EVALUATE and row.result), "")
+
+
+def read_suites(snapshot: Snapshot) -> dict[str, SuiteResult]:
+    """What `evaluate` measured, suite by suite; empty when the run had no evaluation."""
+    if not (uri := evaluation_uri(snapshot)):
+        return {}
+    try:
+        report = parse_object(open_store(uri).read_bytes("metrics.json"), f"{uri}/metrics.json")
+        return Evaluation.from_report(report, settings_digest="").suites
+    except (FileNotFoundError, StageError):  # the report and the log of `evaluate` tell of damage
+        return {}
+
+
 def read_samples(snapshot: Snapshot) -> list[dict[str, Any]]:
     """The prompts that `evaluate` answered with every model; empty when the run had no evaluation."""
-    row = next((row for row in snapshot.rows if row.name == Stage.EVALUATE and row.result), None)
-    if row is None or row.result is None:
+    if not (uri := evaluation_uri(snapshot)):
         return []
-    uri = row.result.artifact.uri
     try:
         return [sample.model_dump() for sample in read_samples_of(open_store(uri).read_bytes("samples.json"), uri)]
     except (FileNotFoundError, StageError):  # the report and the log of `evaluate` tell of damage
@@ -181,9 +199,8 @@ def addresses(watch: RunWatch, snapshot: Snapshot, deployment: Deployment, *, pa
         if reported.artifact.uri.startswith("file://"):
             lines.append(f"         {relative(local_path(reported.artifact.uri) / 'report.html')}")
     if deployment.asking and any(row.result and GRAPH[row.result.stage].is_language_model for row in snapshot.stages):
-        lines.append(
-            f"ask all  {deployment.asking}{shlex.quote(watch.run_id)}   (the models of this run, side by side)"
-        )
+        serve = f"{deployment.asking}{shlex.quote(watch.run_id)}"
+        lines.append(f"ask all  {serve}   (a page that asks the models of this run side by side)")
     return lines
 
 

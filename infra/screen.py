@@ -15,6 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from infra.run_state import Row, Snapshot
+from stages.config.decision_table import ARROWS, label_of
+from stages.config.evaluation import CHAMPION_ROLE, REWARD_SUITE, SuiteResult, SuiteScore
+from stages.config.graph import language_models
 from stages.config.text import duration, one_line, printable
 
 PLAIN_EVERY_SECONDS = 15.0
@@ -187,6 +190,42 @@ def summary_table(snapshot: Snapshot) -> Table:
             row.key_metric,
         )
     return table
+
+
+def suites_table(suites: Mapping[str, SuiteResult], *, at_most: int = 8) -> Table | None:
+    """What each model got on each suite, with its 95 % interval, as on the report's page; None without any suite.
+
+    Suites with a level of chance come first, and the run's own reward model, which PPO was trained against, last.
+    """
+    roles = [*(spec.role for spec in language_models()), CHAMPION_ROLE]
+    measured = {name: suite for name, suite in suites.items() if suite.roles.keys() & set(roles)}
+    shown = [role for role in roles if any(role in suite.roles for suite in measured.values())]
+    if not shown:
+        return None
+    order = sorted(measured, key=lambda name: _place(name, measured[name]))
+    left = len(order) - at_most
+    more = f"; {left} more suites are in the report" if left > 0 else ""
+    caption = f"with 95 % intervals; green is better than chance{more}"
+    table = Table(box=None, header_style="dim", caption=caption, caption_justify="left")
+    table.add_column("suite", overflow="fold")
+    for role in shown:
+        table.add_column(label_of(role), justify="right")
+    for name in order[:at_most]:
+        suite = measured[name]
+        title = f"{name}, {suite.metric}{ARROWS[suite.better]}"
+        table.add_row(Text(printable(title)), *(_score_cell(suite, suite.roles.get(role)) for role in shown))
+    return table
+
+
+def _place(name: str, suite: SuiteResult) -> int:
+    return 2 if name == REWARD_SUITE or not suite.better else int(suite.chance is None)
+
+
+def _score_cell(suite: SuiteResult, score: SuiteScore | None) -> Text:
+    if score is None or score.value is None:
+        return Text("–")
+    interval = "" if score.low is None or score.high is None else f" [{score.low:.3g}, {score.high:.3g}]"
+    return Text(f"{score.value:.3g}{interval}", style="green" if suite.is_above_chance(score) else "")
 
 
 def gate_lines(snapshot: Snapshot) -> list[str]:

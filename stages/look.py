@@ -181,6 +181,7 @@ class _Looker:
         may_run_code(self._folder)
         if model.role == GOLD_MODEL:
             check_one_score(self._folder, role=GOLD_MODEL)
+            self._measures_ppo(policy)
         if model.role in _JUDGES:
             self.text = self._own_text(chat_template=AUTO, sequence_length=1)
         else:
@@ -228,6 +229,8 @@ class _Looker:
     def _trained_stages(self) -> Sequence[Stage]:
         """Stages of the run that train this model, or one that is made from it."""
         config, role = self._config, self._model.role
+        if role in _JUDGES:
+            return []
         trained = [spec.stage for spec in trained_stages() if spec.stage in config.selected]
         if role == BASE_MODEL:
             return [stage for stage in trained if REWARD_BASE not in config.given_roles(stage)]
@@ -244,6 +247,20 @@ class _Looker:
             return self._text()
         check_same_tokenizer(self._folder, policy.backend, role=self._model.role)
         return policy
+
+    def _measures_ppo(self, policy: _Text | None) -> None:
+        """Whether PPO can read a gold scorer while it trains; raises ConfigError where it should end by its scores."""
+        from stages.models.same_tokenizer import check_same_tokenizer
+
+        if policy is None or GOLD_MODEL not in self._config.given_roles(Stage.PPO):
+            return
+        try:
+            check_same_tokenizer(self._folder, policy.backend, role=GOLD_MODEL)
+        except ConfigError:
+            if self._config.ppo.gold_patience:
+                raise
+            note = "its tokenizer is not the policy's: it judges in `evaluate`, and not while PPO trains"
+            self._notes.append(note)
 
     def _text(self) -> _Text:
         if (tokens := self._config.given.get("tokens")) is not None:

@@ -3,18 +3,24 @@ frozen start.
 
 Experience is a generator: `steps` rolls out with the live policy and yields the minibatches of its epochs; the loop
 consumes them like any other steps. The critic starts as a copy of the reward model, whose head becomes the value head;
-without a critic among the trained parts, the value terms are absent everywhere.
+without a critic among the trained parts, the value terms are absent everywhere. A gold scorer, where the run has one,
+is read in evaluations only.
 
 Shape legend: N targets of a micro-batch.
 """
 
+import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stages.config.graph import BASE_MODEL, REWARD_MODEL
+from stages.config.errors import ConfigError
+from stages.config.graph import BASE_MODEL, GOLD_MODEL, GRAPH, REWARD_MODEL, Stage
 from stages.config.train import PPOConfig
 from stages.data.tokens.packing import Packed, RowBudget, TokenSequence, lay_out
 from stages.data.tokens.ragged import Ragged
@@ -26,18 +32,22 @@ from stages.models.experts import routing_of
 from stages.models.forward import TrunkOutput, target_logprobs, target_positions, target_values
 from stages.models.generation import Sampling
 from stages.models.lora import add_adapter
-from stages.models.same_tokenizer import check_given_scorer
+from stages.models.same_tokenizer import check_given_scorer, check_one_score, check_same_tokenizer
 from stages.train.engine import Engine, LossOutput
 from stages.train.objective import ObjectiveState, Step
 from stages.train.plan import batches, order_digest, share, shuffled
 from stages.train.rollout.advantages import GAE
 from stages.train.rollout.experience import Shaping, critic_quality, describe, from_tensors, to_experience, to_tensors
+from stages.train.rollout.gold import GoldWatch
 from stages.train.rollout.prompts import prompt_loss
 from stages.train.rollout.sampling import Sampler
 from stages.train.rollout.scoring import RewardModel
 from stages.train.routing import Balancing
 from stages.train.run import Prepared, train_stage
 
+logger = logging.getLogger(__name__)
+
+_GOLD = GRAPH[Stage.GOLD].role
 _EVALUATION_STREAM = 1 << 20
 """Random stream of evaluations, far from those of rollouts."""
 
@@ -52,6 +62,10 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     assert isinstance(config, PPOConfig)
     prompts = tokens.prompts(Split.TRAIN)
     require(len(prompts), "training prompts", advice="Give instruction data, or `derived`.")
+    gold = _gold_of(context, tokens)
+    if config.gold_patience:
+        advice = "Hold out a larger share of the data, or set ppo.gold_patience=0."
+        require(len(tokens.prompts(Split.HELDOUT)), "held-out prompts", advice=advice)
     start_dir, reward_dir = context.model_dir("model", BASE_MODEL), context.model_dir("reward", REWARD_MODEL)
     if context.has_given(REWARD_MODEL):
         check_given_scorer(reward_dir, tokens.tokenizer(), role=REWARD_MODEL)
@@ -73,9 +87,8 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
             budget=budget,
         )
         balancing = Balancing(policy=routing_of(policy), critic=routing_of(critic))
-        return PPOObjective(
-            config, sampler, prompts=prompts, heldout=tokens.prompts(Split.HELDOUT), balancing=balancing
-        )
+        heldout, watch = tokens.prompts(Split.HELDOUT), gold.watch(engine, tokens, budget, config)
+        return PPOObjective(config, sampler, prompts=prompts, heldout=heldout, balancing=balancing, gold=watch)
 
     return Prepared(
         parts={
@@ -84,18 +97,68 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         },
         objective=objective,
         exported="policy",
-        ledger={"prompts": len(prompts), "responses": config.num_rollouts * config.rollout_size},
+        ledger={"prompts": len(prompts), **({"gold_not_measured": gold.missing} if gold.missing else {})},
     )
+
+
+@dataclass(frozen=True)
+class _Gold:
+    """The gold scorer of the run, if it can be read here."""
+
+    folder: Path | None = None
+    missing: str = ""
+    """Why a gold scorer that the run has is not read; empty when it is, or when there is none."""
+
+    def watch(self, engine: Engine, tokens: TokensArtifact, budget: RowBudget, config: PPOConfig) -> GoldWatch | None:
+        """Load it as the reward model is loaded: frozen, whole on every worker, with LoRA too."""
+        if self.missing and engine.is_main:  # of many workers one says so
+            logger.warning("no gold scores while PPO trains, only in `evaluate`: %s", self.missing)
+        if self.folder is None:
+            return None
+        frozen = engine.freeze(load_reward_model(self.folder, tokens))
+        scorer = RewardModel(frozen, pad_id=tokens.pad_id, budget=budget)
+        return GoldWatch(scorer, patience=config.gold_patience)
+
+
+def _gold_of(context: StageContext, tokens: TokensArtifact) -> _Gold:
+    """Find it; one with a tokenizer of its own judges in `evaluate` alone, which has the texts. Raises ConfigError when
+    `gold_patience` then has nothing to go by."""
+    config = context.config
+    assert isinstance(config, PPOConfig)
+    if not (context.has_given(GOLD_MODEL) or _GOLD in context.inputs):
+        found = _Gold(missing="the run has no gold scorer" if config.gold_patience else "")
+    else:
+        folder = context.model_dir(_GOLD, GOLD_MODEL)
+        found = _Gold(folder)
+        if context.has_given(GOLD_MODEL):
+            check_one_score(folder, role=GOLD_MODEL)
+            try:
+                check_same_tokenizer(folder, tokens.tokenizer(), role=GOLD_MODEL)
+            except ConfigError as error:
+                found = _Gold(missing=error.message)
+    if found.missing and config.gold_patience:
+        raise ConfigError(
+            f"ppo.gold_patience={config.gold_patience} needs a gold scorer with the policy's ids: {found.missing}",
+            advice="Use gold_scorer=train, give a gold_model with the policy's tokenizer, or set ppo.gold_patience=0.",
+        )
+    return found
 
 
 class PPOObjective:
     """Rollouts, clipped updates, and the state between them: cursor, rollout, score scale, KL coefficient."""
 
     def __init__(
-        self, config: PPOConfig, sampler: Sampler, *, prompts: Ragged, heldout: Ragged, balancing: Balancing
+        self,
+        config: PPOConfig,
+        sampler: Sampler,
+        *,
+        prompts: Ragged,
+        heldout: Ragged,
+        balancing: Balancing,
+        gold: GoldWatch | None = None,
     ) -> None:
         self._config, self._sampler, self._prompts, self._heldout = config, sampler, prompts, heldout
-        self._balancing = balancing
+        self._balancing, self._gold = balancing, gold
         self._estimator = GAE(gamma=config.gamma, gae_lambda=config.gae_lambda)
         # `global_batch_size` divides `rollout_size`: every epoch over a rollout sees each response once.
         self._steps_per_rollout = config.num_epochs * (config.rollout_size // config.global_batch_size)
@@ -112,6 +175,10 @@ class PPOObjective:
 
     def steps(self, engine: Engine) -> Iterator[Step]:
         while self._rollout < self._config.num_rollouts:
+            if self._gold is not None and self._gold.ends:
+                if engine.is_main:
+                    logger.warning("training ends here: %s", self._gold.reason())
+                return
             if not self._experience:  # a resume in the middle of a rollout's updates brings it along
                 self._roll_out(engine)
             step = self._minibatch(engine)
@@ -227,8 +294,17 @@ class PPOObjective:
             return {}
         prompts = [self._heldout[int(i)] for i in chosen]
         samples = self._sampler.sample(engine, prompts, stream=_EVALUATION_STREAM)
-        sampled = {name.replace("ppo/", "eval/"): value for name, value in describe(samples).items()}
-        return sampled | prompt_loss(engine, prompts, self._sampler.budget)
+        found = {name.replace("ppo/", "eval/"): value for name, value in describe(samples).items()}
+        found |= prompt_loss(engine, prompts, self._sampler.budget)
+        return found | (self._gold.measure(engine, samples) if self._gold is not None else {})
+
+    @property
+    def ledger(self) -> dict[str, Any]:
+        """Responses that were sampled to train on, and why there are not more of them."""
+        # The cursor is behind the step that was handed out last, so a rollout amid its updates has begun.
+        sampled = {"responses": (self._rollout + (self._inner > 0)) * self._config.rollout_size}
+        early = self._gold is not None and self._gold.ends and self._rollout < self._config.num_rollouts
+        return sampled | ({"stopped_early": self._gold.reason()} if early and self._gold is not None else {})
 
     def state_dict(self) -> ObjectiveState:
         # These names are in checkpoints of running stores.
@@ -238,6 +314,8 @@ class PPOObjective:
             "kl_coefficient": self._kl_coefficient,
             "rollout_metrics": self._rollout_metrics,
         }
+        if self._gold is not None:
+            numbers |= self._gold.state_dict()
         return ObjectiveState(
             numbers | self._sampler.scorer.state_dict(), to_tensors(self._experience) | self._balancing.state_dict()
         )
@@ -247,5 +325,7 @@ class PPOObjective:
         self._kl_coefficient = state.numbers["kl_coefficient"]
         self._rollout_metrics = state.numbers["rollout_metrics"]
         self._sampler.scorer.load_state_dict(state.numbers)
+        if self._gold is not None:
+            self._gold.load_state_dict(state.numbers)
         self._experience = from_tensors(state.tensors)
         self._balancing.load_state_dict(state.tensors)

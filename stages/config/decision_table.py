@@ -7,7 +7,8 @@ from stages.config.evaluation import CHAMPION_ROLE, SuiteResult, SuiteScore
 from stages.config.graph import spec_of_role
 
 HEAD = ("model", "compared with", "suite", "difference", "interval", "p", "items", "needed", "must be", "verdict")
-_ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
+ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
+"""Behind the name of a metric: which way is better."""
 
 
 def decision_rows(decision: Decision) -> list[tuple[str, ...]]:
@@ -30,7 +31,7 @@ def _rows(ruling: Ruling) -> Iterator[tuple[str, ...]]:
 
 
 def _numbers(check: Check) -> tuple[str, ...]:
-    name = f"{check.suite}, {check.metric}{_ARROWS[check.better]}" if check.metric else check.suite
+    name = f"{check.suite}, {check.metric}{ARROWS[check.better]}" if check.metric else check.suite
     if (found := check.compared) is None:
         return (name, *("–",) * 5)
     needed = "–" if found.needed_items is None else str(found.needed_items)
@@ -43,7 +44,7 @@ def suite_rows(suites: Mapping[str, SuiteResult], roles: list[str]) -> list[tupl
     """One row for each suite: its name and metric, then what each role got, with its 95 % interval."""
     return [
         (
-            f"{name}, {suite.metric}{_ARROWS[suite.better]}",
+            f"{name}, {suite.metric}{ARROWS[suite.better]}",
             *(_score(suite.roles.get(role)) for role in roles),
         )
         for name, suite in suites.items()

@@ -236,6 +236,7 @@ def memory_bytes(
     train = config.stage_config(stage)
     assert isinstance(train, TrainConfig)
     numbers = _numbers_per_weight(execution, average=train.optimizer.ema_decay > 0)
+    judges = _FLOAT32 * _num_judges(stage, config) * num_weights
     states = _FLOAT32 * (spec.trained_models * held * numbers + spec.frozen_models * num_weights)
     if isinstance(train, PostTrainConfig) and train.lora.rank:
         shards = max(execution.num_workers, 1) if execution.engine is Engine.FSDP else 1
@@ -244,11 +245,11 @@ def memory_bytes(
     width = _BFLOAT16 if train.precision == "bf16" else _FLOAT32
     tokens = execution.micro_batch_size * config.tokenize.sequence_length
     logits = _LOGITS_CHUNK * vocab_size * (width + _FLOAT32)
-    return states + _activation_bytes(model, execution, tokens=tokens, width=width) + logits
+    return states + judges + _activation_bytes(model, execution, tokens=tokens, width=width) + logits
 
 
 def _num_judges(stage: Stage, config: PipelineConfig) -> int:
-    """Models that only judge, which a stage holds next to those that it measures."""
+    """Models that only judge, which a stage holds next to those that it measures or trains."""
     made = sum(GRAPH[source].judges for source in config.stage_inputs(stage).values())
     return made + sum(role in (GOLD_MODEL, JUDGE) for role in config.given_roles(stage))
 

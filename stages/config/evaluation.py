@@ -98,6 +98,12 @@ class SuiteResult:
     items: NonNegativeInt = 0
     roles: dict[str, SuiteScore] = field(default_factory=dict)
 
+    def is_above_chance(self, score: SuiteScore) -> bool:
+        """With the whole interval; a value above chance may be luck."""
+        if self.chance is None or score.low is None or score.high is None:
+            return False
+        return score.high < self.chance if self.better == "lower" else score.low > self.chance
+
 
 @dataclass(frozen=True)
 class MeasuredChampion:

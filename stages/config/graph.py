@@ -310,8 +310,9 @@ _TRAINED = (
         Stage.PPO,
         kind="ppo-model",
         version=2,
-        inputs=(("tokens", Stage.TOKENIZE), ("model", Stage.SFT), ("reward", Stage.REWARD)),
-        given=((BASE_MODEL, "model"), (REWARD_MODEL, "reward")),
+        # The gold scorer, where the run has one, is measured with and never trained with.
+        inputs=(("tokens", Stage.TOKENIZE), ("model", Stage.SFT), ("reward", Stage.REWARD), ("gold", Stage.GOLD)),
+        given=((BASE_MODEL, "model"), (REWARD_MODEL, "reward"), (GOLD_MODEL, "gold")),
         needs=INSTRUCTIONS,  # their prompts
         role="ppo",
         label="PPO",

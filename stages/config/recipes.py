@@ -88,6 +88,7 @@ def demo(*, seed: int = 0) -> PipelineConfig:
             max_response_length=40,
             kl_coefficient=0.03,
             optimizer=OptimizerConfig(learning_rate=3e-4, schedule=Schedule.LINEAR, min_learning_rate_ratio=0.2),
+            eval_every=18,  # four of its 72 steps, for the figure of proxy and gold
             seed=seed,
         ),
         dpo=DPOConfig(

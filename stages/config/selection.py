@@ -124,7 +124,8 @@ def _why_no_judge(spec: StageSpec, way: Way) -> str:
         return "no gold scorer is asked for (gold_scorer)"
     if way.first_stage is not None and not GRAPH[way.first_stage].trains:
         return f"the run starts with {way.first_stage.value} (first_stage), and trains nothing"
-    if way.last_stage is not spec.stage and not GRAPH[way.last_stage].closing:
+    last = GRAPH[way.last_stage]
+    if last.stage is not spec.stage and not last.closing and spec.stage not in dict(last.inputs).values():
         return f"the run ends with {way.last_stage.value} (last_stage), before anything is judged"
     return ""
 
@@ -153,7 +154,7 @@ def _wants_reward(way: Way) -> bool:
 
 def learns_from_scores(spec: StageSpec) -> bool:
     """Whether a stage is trained with a reward model."""
-    return spec.trains and any(GRAPH[source].scores for _, source in spec.inputs)
+    return spec.trains and any(GRAPH[source].learnt_from for _, source in spec.inputs)
 
 
 def contradiction(way: Way) -> str:

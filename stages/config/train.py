@@ -399,10 +399,23 @@ class PPOConfig(PostTrainConfig):
     """Responses over which the controller reacts."""
     missing_eos_penalty: float = Field(default=1.0, ge=0)
     """Subtracted from the score of a response without an end token."""
+    gold_patience: Annotated[int, AddedLater(0)] = Field(default=0, ge=0)
+    """Evaluations in a row at which the score of the gold scorer fell while that of the reward model rose, after which
+    training ends; 0 = it never does. The model has the last weights, or those that `best_metric` chooses, such as
+    `eval/gold_score` with `best_is` highest. Needs a gold scorer with the policy's tokenizer, and `eval_every`."""
 
     def summary(self) -> str:
         rollouts = f"{self.num_rollouts} rollouts of {self.rollout_size} responses"
         return f"{rollouts}, {self.max_response_length} tokens each"
+
+    @model_validator(mode="after")
+    def _patience_needs_evaluations(self) -> "PPOConfig":
+        if self.gold_patience and not self.eval_every:
+            raise ValueError(
+                f"gold_patience={self.gold_patience} needs eval_every >= 1, got 0: without evaluations on the way "
+                "nothing is seen to fall; set eval_every, or gold_patience to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _minibatches_divide(self) -> "PPOConfig":

@@ -23,7 +23,10 @@ def figures(story: Story) -> list[Figure]:
     found = []
     for spec in aligned_models():
         name = name_of(spec.role, story)
-        series = _of_history(spec.role, story) or _of_evaluation(spec.role, story)
+        of_history = _of_history(spec.role, story)
+        # One evaluation, at the end of a training, is less than the two points of `evaluate`.
+        is_curve = of_history is not None and len(of_history[1]) > 1
+        series = of_history if is_curve else _of_evaluation(spec.role, story) or of_history
         if series is not None:
             found.append(_figure(f"{name}: proxy and gold over the root of KL", *series))
     return [figure for figure in found if figure is not None]

@@ -7,7 +7,7 @@ cannot disagree. Evaluations of earlier releases have no suites, and then there 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from stages.config.decision_table import HEAD, decision_rows
+from stages.config.decision_table import ARROWS, HEAD, decision_rows
 from stages.config.evaluation import CHAMPION_ROLE, Compared, SuiteResult, SuiteScore
 from stages.config.graph import spec_of_role, trained_stages
 from stages.config.text import one_line
@@ -18,7 +18,6 @@ from stages.reporting.names import in_order, name_of, start_of
 from stages.reporting.story import Story
 from stages.reporting.tables import Cell, Table, code, num, shown, text
 
-_ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
 _COLOURS = 4
 _LONGEST = 400
 """Characters of an answer in a table."""
@@ -55,24 +54,17 @@ def suites_table(story: Story) -> Table | None:
 def _row(name: str, suite: SuiteResult, roles: list[str]) -> tuple[Cell, ...]:
     cells = [_cell(suite.roles.get(role), suite) for role in roles]
     chance = "" if suite.chance is None else number(suite.chance)
-    return (text(name), text(f"{suite.metric}{_ARROWS[suite.better]}"), shown(chance), num(suite.items), *cells)
+    return (text(name), text(f"{suite.metric}{ARROWS[suite.better]}"), shown(chance), num(suite.items), *cells)
 
 
 def _cell(score: SuiteScore | None, suite: SuiteResult) -> Cell:
     if score is None or score.value is None:
         return Cell("–", is_number=True)
-    return Cell(number(score.value), is_number=True, is_best=_beats_chance(score, suite), detail=_interval(score))
+    return Cell(number(score.value), is_number=True, is_best=suite.is_above_chance(score), detail=_interval(score))
 
 
 def _interval(score: SuiteScore) -> str:
     return "" if score.low is None or score.high is None else f"{number(score.low)} to {number(score.high)}"
-
-
-def _beats_chance(score: SuiteScore, suite: SuiteResult) -> bool:
-    """With the whole interval; a value above chance may be luck."""
-    if suite.chance is None or score.low is None or score.high is None:
-        return False
-    return score.high < suite.chance if suite.better == "lower" else score.low > suite.chance
 
 
 def _roles(suites: Mapping[str, SuiteResult]) -> list[str]:
@@ -88,7 +80,7 @@ def _view(name: str, suite: SuiteResult, story: Story) -> SuiteView:
     roles = in_order(suite.roles)
     rows = [_score_row(role, suite.roles[role], story) for role in roles]
     head = ("model", suite.metric or "value", "low", "high", "items", "skipped", "why")
-    title = f"{name}: {suite.metric}{_ARROWS[suite.better]}"
+    title = f"{name}: {suite.metric}{ARROWS[suite.better]}"
     estimates, numbers = [], []
     for position, role in enumerate(roles):
         score, model = suite.roles[role], name_of(role, story)
@@ -100,7 +92,7 @@ def _view(name: str, suite: SuiteResult, story: Story) -> SuiteView:
     chance = "" if suite.chance is None else f", chance {number(suite.chance)}"
     return SuiteView(
         name=name,
-        summary=f"{suite.metric}{_ARROWS[suite.better]}, {suite.items} items{chance}",
+        summary=f"{suite.metric}{ARROWS[suite.better]}, {suite.items} items{chance}",
         figure=Figure(title, svg, (), data) if svg else None,
         table=Table(f"{name}, {suite.metric}", head, tuple(rows), f"Digest of items and settings: {suite.digest[:16]}"),
         changes=_changes(name, suite, story),
@@ -185,7 +177,7 @@ def comparisons_table(story: Story) -> Table | None:
     for one in order:
         gain = _gain(one, story)
         suite = story.evaluation.suites.get(one.suite)
-        metric = f"{suite.metric}{_ARROWS[suite.better]}" if suite else ""
+        metric = f"{suite.metric}{ARROWS[suite.better]}" if suite else ""
         rows.append(
             (
                 text(name_of(one.role, story)),

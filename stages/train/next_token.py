@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -82,6 +82,7 @@ class NextTokenObjective:
         self.num_steps, self.tokens_per_step = len(self._steps), tokens_per_step
         self.num_heldout = min(len(heldout), eval_items)
         self.order = order_digest(batches(order, global_batch_size))
+        self.ledger: dict[str, Any] = {}
 
     def steps(self, engine: Engine) -> Iterator[Step]:
         while self._cursor < self.num_steps:

@@ -47,6 +47,11 @@ class Objective(Protocol):
     order: str
     """Digest of which items train in which step: a checkpoint is only valid for the same order."""
 
+    @property
+    def ledger(self) -> dict[str, Any]:
+        """What the ledger must say of the steps that were made: an objective may end before `num_steps`."""
+        ...
+
     def steps(self, engine: Engine) -> Iterator[Step]:
         """Yield the remaining steps; PPO rolls out in here, with the live policy."""
         ...

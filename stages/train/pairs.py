@@ -152,6 +152,7 @@ class PairObjective:
         self._part, self._balancing, self._pair_loss = part, balancing, pair_loss
         self.num_steps, self.order = steps.num_steps, steps.order
         self.tokens_per_step, self.num_heldout = 0, min(len(heldout), eval_items)
+        self.ledger: dict[str, Any] = {}
 
     def steps(self, engine: Engine) -> Iterator[Step]:
         return map(self._balancing.watching, self._steps.steps(engine))

@@ -98,7 +98,7 @@ def train_on_worker(context: StageContext, prepare: Prepare) -> StageOutcome:
     final = {name: value for name, value in chosen.items() if name != "step"}
     return StageOutcome(
         metrics=final,
-        ledger=prepared.ledger | {"steps": objective.num_steps} | unmeasured,
+        ledger=prepared.ledger | objective.ledger | {"steps": history[-1]["step"]} | unmeasured,
         execution={
             "device": engine.device.type,
             "compute_dtype": str(dtype).removeprefix("torch."),

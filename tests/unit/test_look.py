@@ -336,6 +336,29 @@ def test_what_judges_may_have_a_tokenizer_of_its_own_and_must_be_of_its_kind(fol
         look_at(request_for(config_of(folder, alignment="dpo", gold_model=str(folder))))
 
 
+def test_a_gold_scorer_with_a_tokenizer_of_its_own_gives_ppo_no_scores(
+    folder: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """PPO trains all the same, unless it should end by them."""
+    config = TokenizeConfig(vocab_size=300, sequence_length=64)
+    other = train_tokenizer(iter([(REPOSITORY / "README.md").read_text()]), config).backend
+    own, shared = scorer(tmp_path / "own", other), scorer(tmp_path / "shared", tokenizer)
+    patient = {"ppo.gold_patience": 1, "ppo.eval_every": 1}
+
+    def looked_at(gold: Path, **overrides: Any) -> Any:
+        asked = config_of(folder, alignment="ppo", gold_model=str(gold), overrides=overrides)
+        return look_at(request_for(asked)).of("gold_model")
+
+    assert looked_at(own).notes == (
+        "its tokenizer is not the policy's: it judges in `evaluate`, and not while PPO trains",
+    )
+    found = looked_at(shared, **patient)
+    assert not found.notes
+    assert not found.memory_bytes  # PPO reads it and trains another
+    with pytest.raises(ConfigError, match=r"gold_model: the tokenizer in .* is not that of the policy"):
+        looked_at(own, **patient)
+
+
 def test_what_a_reward_model_is_trained_from_may_be_smaller(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     smaller = scorer(tmp_path / "smaller", tokenizer)
     policy, base = look_at(request_for(config_of(folder, alignment="ppo", reward_base=str(smaller)))).models

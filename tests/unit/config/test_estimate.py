@@ -193,6 +193,15 @@ def test_judges_are_held_next_to_what_they_judge():
     assert held(gold_scorer="train", judge="/models/judge") == 4 * one
 
 
+@pytest.mark.parametrize("overrides", [{}, {"ppo.lora.rank": 2}], ids=["whole", "adapter"])
+def test_ppo_holds_the_gold_scorer_next_to_what_it_trains(overrides: dict[str, Any]):
+    def held(**values: str) -> float:
+        return memory_bytes(Stage.PPO, resolve({"recipe": "tiny", "overrides": overrides, **values}), vocab_size=512)
+
+    weights = 4 * 34_976
+    assert held(gold_scorer="train") - held() == held(gold_model="/models/gold") - held() == weights
+
+
 def test_frozen_models_cost_their_weights_alone():
     dpo, sft = (memory_bytes(stage, tiny(), vocab_size=512) for stage in (Stage.DPO, Stage.SFT))
     assert dpo == sft  # the log-probabilities of its reference are computed before training, by the policy itself

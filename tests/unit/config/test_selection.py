@@ -54,7 +54,9 @@ def data_of(**values: Any) -> dict[str, tuple[str, ...]]:
         ({**GIVEN, "first_stage": "evaluate", **CHATS}, ""),
         ({**GOLD}, "pretrain sft reward gold ppo dpo"),
         ({**GOLD, "alignment": "dpo"}, "pretrain sft gold dpo"),
-        ({**GOLD, "last_stage": "ppo"}, "pretrain sft reward ppo"),  # nothing is judged in it
+        ({**GOLD, "last_stage": "ppo"}, "pretrain sft reward gold ppo"),  # its evaluations are judged
+        ({**GOLD, "last_stage": "dpo"}, "pretrain sft dpo"),  # nothing is judged in it
+        ({"gold_model": "/models/gold", "last_stage": "ppo"}, "pretrain sft reward ppo"),
         ({"last_stage": "gold"}, "pretrain sft gold"),
         ({"gold_model": "/models/gold"}, "pretrain sft reward ppo dpo"),
         ({**GIVEN, **GOLD, "first_stage": "dpo"}, "gold dpo"),
@@ -134,6 +136,22 @@ def test_fingerprints_without_a_gold_scorer_are_those_from_before_there_were_hal
     assert made.gold.identity()["half"] == "second"
 
 
+def test_ppo_reads_the_gold_scorer_of_a_run_that_has_one() -> None:
+    def read(**values: Any) -> tuple[set[str], tuple[str, ...]]:
+        made = resolve({"recipe": "tiny", **values})
+        return set(made.stage_inputs(Stage.PPO)), made.given_roles(Stage.PPO)
+
+    assert read() == ({"tokens", "model", "reward"}, ())
+    assert read(**GOLD) == ({"tokens", "model", "reward", "gold"}, ())
+    assert read(gold_model="/models/gold") == ({"tokens", "model", "reward"}, ("gold_model",))
+    patient = {"overrides": {"ppo.gold_patience": 2, "ppo.eval_every": 2}}
+    assert resolve({"recipe": "tiny", **GOLD, **patient}).ppo.gold_patience == 2
+    assert resolve({"recipe": "tiny", "alignment": "dpo", **patient}).ppo.gold_patience == 2  # a run without PPO
+    with pytest.raises(ConfigError, match=r"ppo\.gold_patience=2 needs a gold scorer, and this run has none"):
+        resolve({"recipe": "tiny", **patient})
+    assert "gold_patience" not in resolve({"recipe": "tiny"}).ppo.identity()
+
+
 def test_a_recipe_asks_for_a_gold_scorer_only_where_pairs_are_read_anyway() -> None:
     def trained_by_demo(**values: Any) -> set[Stage]:
         return {stage for stage in resolve({"recipe": "demo", **values}).selected if GRAPH[stage].judges}
@@ -166,7 +184,9 @@ def test_a_way_without_contradictions_finds_every_input() -> None:
         for stage in selected:
             spec = GRAPH[stage]
             replaced = {place for role, place in spec.given if role in given}
-            missing = {role for role, source in spec.inputs if source not in selected and role not in replaced}
+            # What only judges is there or not.
+            learnt = [(role, source) for role, source in spec.inputs if not GRAPH[source].judges]
+            missing = {role for role, source in learnt if source not in selected and role not in replaced}
             assert spec.closing or not missing, (way, stage, missing)
         assert selected | skipped_stages(way).keys() == set(pipeline_stages())
     assert checked > 300

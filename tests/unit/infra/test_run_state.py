@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from infra.airflow_api import AirflowApi, AirflowApiError
-from infra.demo import Deployment, caution, follow, read_samples, reasons, show_outcome
+from infra.demo import Deployment, caution, follow, read_samples, read_suites, reasons, show_outcome
 from infra.run_state import RunWatch
-from infra.screen import PlainScreen, gate_lines, samples_panels, summary_table
+from infra.screen import PlainScreen, gate_lines, samples_panels, suites_table, summary_table
 from stages.artifacts.folder import FileStore
 from stages.config.gate_records import GateOverride, GateRecord, Outcome, failed, passed, skipped
 from stages.config.graph import Stage
@@ -315,6 +315,53 @@ def test_samples_are_read_from_the_evaluation_and_shown_side_by_side(
     assert "What is x?" in output.getvalue()
     assert "…" in output.getvalue()
     assert "built" in output.getvalue()
+
+
+def test_suites_are_shown_with_their_intervals_as_on_the_page(airflow: tuple[Airflow, str], tmp_path: Path) -> None:
+    fake, url = airflow
+    fake.tasks = {"evaluate": "success"}
+
+    def suite(metric: str, chance: float | None, **roles: float) -> dict[str, Any]:
+        scores = {role: {"value": v, "low": v - 0.05, "high": v + 0.05, "items": 96} for role, v in roles.items()}
+        return {"metric": metric, "better": "higher", "chance": chance, "items": 96, "roles": scores}
+
+    report = {
+        "models": {"sft": {}, "ppo": {}},
+        "suites": {
+            "score": suite("score", None, sft=0.1, ppo=0.9),
+            "gold": suite("score", None, sft=0.1, ppo=0.3),
+            "gold_agreement": suite("accuracy", 0.5, gold=0.7),
+            "questions": suite("accuracy", 0.25, sft=0.27, ppo=0.421),
+        },
+    }
+    (tmp_path / "metrics.json").write_text(json.dumps(report))
+    store = store_with(tmp_path, evaluate__result=result("evaluate", hit=False, uri=tmp_path.as_uri()))
+    suites = read_suites(RunWatch(client(url), store, RUN).snapshot())
+    output = StringIO()
+    Console(file=output, width=100).print(suites_table(suites))
+    head, *rows = [line.split() for line in output.getvalue().splitlines()]
+    assert head == ["suite", "SFT", "PPO"]
+    # A scorer's agreement is no model's; what PPO was trained against comes last.
+    assert [row[0] for row in rows[:3]] == ["questions,", "gold,", "score,"]
+    assert rows[0][3:] == ["0.27", "[0.22,", "0.32]", "0.421", "[0.371,", "0.471]"]
+    assert " ".join(word for row in rows[3:] for word in row) == "with 95 % intervals; green is better than chance"
+    table = suites_table(suites, at_most=1)
+    assert table is not None
+    assert "2 more suites are in the report" in str(table.caption)
+    cells: list[Any] = [next(iter(column.cells)) for column in table.columns[1:]]
+    assert [cell.style for cell in cells] == ["", "green"]  # 0.22 is below chance, 0.371 above
+
+
+@pytest.mark.parametrize("damaged", ["{", "[]", '{"models": 3}', '{"models": {}, "suites": {"x": {"roles": 3}}}'])
+def test_a_damaged_evaluation_costs_the_table_and_not_the_screen(
+    airflow: tuple[Airflow, str], tmp_path: Path, damaged: str
+) -> None:
+    fake, url = airflow
+    fake.tasks = {"evaluate": "success"}
+    (tmp_path / "metrics.json").write_text(damaged)
+    store = store_with(tmp_path, evaluate__result=result("evaluate", hit=False, uri=tmp_path.as_uri()))
+    assert read_suites(RunWatch(client(url), store, RUN).snapshot()) == {}
+    assert suites_table({}) is None
 
 
 def test_with_the_samples_of_a_small_model_the_screen_says_what_to_judge_it_by(

@@ -326,6 +326,26 @@ def test_proxy_and_gold_are_drawn_over_the_root_of_kl(tmp_path: Path) -> None:
     assert "over-optimised" in page
 
 
+@pytest.mark.parametrize(("steps", "points"), [((25, 50, 75, 100), 4), ((100,), 2)], ids=["curve", "one"])
+def test_every_evaluation_of_a_training_is_a_point_of_proxy_and_gold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], points: int
+) -> None:
+    """A history with one evaluation says less than start and end, which `evaluate` measured."""
+
+    def own(stage: Stage, step: int) -> dict[str, float]:
+        if stage is not Stage.PPO or step not in steps:
+            return {}
+        return {"eval/kl": (step / 25) ** 2, "eval/score": step / 50, "eval/gold_score": 0.3 - step / 500}
+
+    monkeypatch.setattr("tests.pipeline_records._own_metrics", own)
+    rows = files_of(make(tmp_path))["ppo-proxy-and-gold-over-the-root-of-kl.csv"]
+    assert len(rows) == points
+    if points == 4:
+        assert [float(row["root of KL"]) for row in rows] == [1.0, 2.0, 3.0, 4.0]
+        assert [float(row["reward model (proxy)"]) for row in rows] == [0.5, 1.0, 1.5, 2.0]
+        assert [float(row["gold scorer"]) for row in rows] == pytest.approx([0.25, 0.2, 0.15, 0.1])
+
+
 def test_an_evaluation_of_an_earlier_release_has_none_of_it(tmp_path: Path) -> None:
     page = make(tmp_path, evaluation=EVALUATION, promotion=PROMOTION)
     for section in ("suites", "champion", "gates"):
