@@ -1,15 +1,16 @@
 """The bench: which models are measured on which suites, and who measures what.
 
-A unit is one model on one suite. Every unit is measured once and kept in the store at once: an evaluation that was
-killed continues with the units that are missing, a model that was measured before is not measured again, and the
-workers of one evaluation hand each other their results that way. Suites of other rooms plug in at `_further_suites`.
+A unit is one model on one suite, or on one shard of a long benchmark. Every unit is measured once and kept in the store
+at once: an evaluation that was killed continues with the units that are missing, a model that was measured before is
+not measured again, and the workers of one evaluation hand each other their results that way. Suites of other rooms plug
+in at `_further_suites`.
 """
 
 import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -216,7 +217,7 @@ def measure_units(bench: Bench, context: StageContext, *, rank: int, world_size:
     measured: Measured = {}
     if rank:
         measurements.forget_done(rank)  # of an attempt before this one
-    for unit in share(bench.units, rank=rank, world_size=world_size):
+    for unit in share(pieces(bench.units), rank=rank, world_size=world_size):
         _measure(unit, bench, measurements, measured)
         _report(context, bench, measured)
     if rank:
@@ -232,6 +233,21 @@ def measure_units(bench: Bench, context: StageContext, *, rank: int, world_size:
             advice="The errors of all suites are in the log.",
         )
     return found
+
+
+def pieces(units: Sequence[Unit]) -> list[Unit]:
+    """Put the shards of long suites in their place; the same shard of suites that share a pass is one group."""
+    found = [piece for unit in units for piece in (_shards(unit) or [unit])]
+    order = {group: place for place, group in enumerate(dict.fromkeys((piece.role, piece.group) for piece in found))}
+    return sorted(found, key=lambda piece: order[piece.role, piece.group])
+
+
+def _shards(unit: Unit) -> list[Unit]:
+    shards = unit.suite.shards if isinstance(unit.suite, Facet) else ()
+    return [
+        replace(unit, suite=shard, group=f"{unit.group}/{number}", is_published=False)
+        for number, shard in enumerate(shards)
+    ]
 
 
 def share(units: Sequence[Unit], *, rank: int, world_size: int) -> list[Unit]:
@@ -258,6 +274,9 @@ def _measure(unit: Unit, bench: Bench, measurements: Measurements, measured: Mea
         bench.counts["kept"] += 1
         measured[unit.key] = found
         return
+    if shards := _shards(unit):
+        _join(unit, shards, bench, measurements, measured)
+        return
     opened = None if unit.judge else _opened(unit.role, bench.subjects)
     if opened is None and unit.judge is None:
         return
@@ -271,11 +290,31 @@ def _measure(unit: Unit, bench: Bench, measurements: Measurements, measured: Mea
             raise
         logger.exception("suite %s could not be measured on %s", unit.suite.name, unit.role)
         bench.failed.add(unit.key)
-        bench.left_out[f"suite {unit.suite.name} of {unit.role}"] = reason_of(error)
+        bench.left_out[_left_out(unit)] = reason_of(error)
         return
-    measurements.write(subject, unit.suite, found)
+    measurements.write(subject.identity, unit.suite, found)
     bench.counts["measured"] += 1
     measured[unit.key] = found
+
+
+def _join(unit: Unit, shards: list[Unit], bench: Bench, measurements: Measurements, measured: Measured) -> None:
+    """Make the measurement of a long suite out of its shards, measuring those that nobody has measured."""
+    for shard in shards:
+        if shard.key not in {*measured, *bench.failed}:
+            _measure(shard, bench, measurements, measured)
+    parts = [measured[shard.key] for shard in shards if shard.key in measured]
+    if len(parts) == len(shards):
+        assert isinstance(unit.suite, Facet)
+        measured[unit.key] = _complete(unit.suite.joined(parts), unit)
+        measurements.write(_identity(unit, bench), unit.suite, measured[unit.key])
+    elif _is_known(unit, bench):
+        told = [bench.left_out.pop(_left_out(shard), "") for shard in shards]
+        bench.failed.add(unit.key)
+        bench.left_out[_left_out(unit)] = next(filter(None, told), "a shard could not be measured")
+
+
+def _left_out(unit: Unit) -> str:
+    return f"suite {unit.suite.name} of {unit.role}"
 
 
 def _identity(unit: Unit, bench: Bench) -> str:
@@ -331,4 +370,5 @@ def _complete(found: Measurement, unit: Unit) -> Measurement:
 
 
 def _report(context: StageContext, bench: Bench, measured: Measured) -> None:
-    context.progress(len(measured), len(_wanted(bench)), "measurement")
+    wanted = pieces(_wanted(bench))
+    context.progress(sum(piece.key in measured for piece in wanted), len(wanted), "measurement")

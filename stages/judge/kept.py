@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from stages.artifacts.store import Store
-from stages.judge.suite import Measurement, Score, Subject, Suite
+from stages.judge.suite import Measurement, Score, Suite
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +53,11 @@ class Measurements:
             logger.warning("%s/%s is not used, and measured again: %s", self._store.root_uri, key, error)
             return None
 
-    def write(self, subject: Subject, suite: Suite, measured: Measurement) -> None:
-        keys = self._keys(subject.identity, suite)
+    def write(self, subject_identity: str, suite: Suite, measured: Measurement) -> None:
+        keys = self._keys(subject_identity, suite)
         if not measured.is_final and len(keys) < 2:
             return
-        data = _packed(measured, about=_about(subject.identity, suite))
+        data = _packed(measured, about=_about(subject_identity, suite))
         # Whoever lost the lease may be running beside its successor, and must write nothing any more.
         self._check_lease()
         self._store.write_bytes(keys[0 if measured.is_final else 1], data)

@@ -7,7 +7,7 @@ import numpy as np
 
 from stages.config.benchmarks import LONGEST_RESPONSE, Benchmark, Rule
 from stages.judge.benchmarks.asking import CannotAskError, chat_prompt, plain_prompt
-from stages.judge.benchmarks.facets import Facet, Shared, Tally, digest_of, silent
+from stages.judge.benchmarks.facets import Facet, Shared, Tally, digest_of, in_shards, silent
 from stages.judge.benchmarks.items import AnswerItem, Items
 from stages.judge.benchmarks.rules import Judgement, RuleFailedError, rule_of
 from stages.judge.benchmarks.writing import write
@@ -71,7 +71,8 @@ def answer_suites(name: str, items: Items, benchmark: Benchmark, *, beat: Callab
     stop, max_tokens = benchmark.stop or usual, benchmark.max_tokens or LONGEST_RESPONSE
     # A base model writes on after its answer: without a chat, what follows the line is not part of it.
     told = [rule.identity, benchmark.chat, max_tokens, stop, [asdict(item) for item in found]]
-    return [
+    whole = AnswerPass(found, rule, benchmark.chat, max_tokens, stop, beat)
+    facets = [
         Facet(
             name=name,
             metric=rule.metric,
@@ -80,7 +81,8 @@ def answer_suites(name: str, items: Items, benchmark: Benchmark, *, beat: Callab
             digest=digest_of("answers", *told),
             items=len(found),
             facet=_FACET,
-            shared=Shared(AnswerPass(found, rule, benchmark.chat, max_tokens, stop, beat)),
+            shared=Shared(whole),
             bad=items.bad,
         )
     ]
+    return in_shards(facets, whole)

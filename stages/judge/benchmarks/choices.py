@@ -12,7 +12,7 @@ import numpy as np
 from stages.data.sources.records import utf8_size
 from stages.data.tokens.tokenizer import LoadedTokenizer
 from stages.judge.benchmarks.asking import EMPTY, CannotAskError, Pair, chat_pair, plain_pair
-from stages.judge.benchmarks.facets import Facet, Shared, Tally, digest_of, silent
+from stages.judge.benchmarks.facets import Facet, Shared, Tally, digest_of, in_shards, silent
 from stages.judge.benchmarks.items import ChoiceItem, Items, Option
 from stages.judge.benchmarks.likelihood import Likelihood, fits, likelihoods
 from stages.judge.heldout import TOO_LONG
@@ -80,8 +80,9 @@ def choice_suites(name: str, items: Items, *, chat: bool, beat: Callable[[], Non
     found = tuple(item for item in items.items if isinstance(item, ChoiceItem))
     chance = float(np.mean([len(item.gold) / len(item.options) for item in found]))
     told = [asdict(item) for item in found]
-    shared = Shared(ChoicePass(found, chat, beat))
-    return [
+    whole = ChoicePass(found, chat, beat)
+    shared = Shared(whole)
+    facets = [
         Facet(
             name=f"{name}-raw" if facet == RAW else name,
             metric="accuracy",
@@ -95,3 +96,4 @@ def choice_suites(name: str, items: Items, *, chat: bool, beat: Callable[[], Non
         )
         for facet in (NORMALISED, RAW)
     ]
+    return in_shards(facets, whole)

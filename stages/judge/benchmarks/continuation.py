@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 from stages.data.sources.records import utf8_size
 from stages.judge.benchmarks.asking import EMPTY, CannotAskError, Pair, chat_pair, plain_pair
-from stages.judge.benchmarks.facets import Facet, Shared, Tally, digest_of, silent
+from stages.judge.benchmarks.facets import Facet, Shared, Tally, digest_of, in_shards, silent
 from stages.judge.benchmarks.items import ContinuationItem, Items
 from stages.judge.benchmarks.likelihood import fits, likelihoods
 from stages.judge.heldout import TOO_LONG
@@ -56,11 +56,13 @@ def continuation_suites(name: str, items: Items, *, chat: bool, beat: Callable[[
     """The suite of bits per byte, and that of exact greedy continuations, as LAMBADA counts them."""
     found = tuple(item for item in items.items if isinstance(item, ContinuationItem))
     told = [asdict(item) for item in found]
-    shared = Shared(ContinuationPass(found, chat, beat))
+    whole = ContinuationPass(found, chat, beat)
+    shared = Shared(whole)
     common = {"chance": None, "items": len(found), "shared": shared, "bad": items.bad}
     bits = digest_of("continuation", BITS, chat, told)
     greedy = digest_of("continuation", GREEDY, chat, told)
-    return [
+    facets = [
         Facet(name=name, metric="bits_per_byte", better="lower", facet=BITS, digest=bits, **common),
         Facet(name=f"{name}-greedy", metric="accuracy", better="higher", facet=GREEDY, digest=greedy, **common),
     ]
+    return in_shards(facets, whole)

@@ -2,8 +2,8 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +13,10 @@ from stages.judge.suite import Better, Measurement, Score, Subject
 
 VERSION = 1
 """Raise it when the same items and settings would give other values: what was measured before is measured again."""
+
+
+SHARD = 256
+"""Items of a long benchmark that are measured and kept together: the most that a kill costs, and what workers share."""
 
 
 class Pass(Protocol):
@@ -52,13 +56,48 @@ class Facet:
     shared: Shared = field(repr=False)
     bad: Mapping[str, int] = field(default_factory=dict)
     """Rows of the benchmark that are no items, by reason: they are skipped for every model."""
+    shards: tuple["Facet", ...] = field(default=(), repr=False)
+    """The items in parts that can be measured apart; none of a short benchmark."""
 
     def __len__(self) -> int:
         return self.items + sum(self.bad.values())
 
     def measure(self, subject: Subject) -> Measurement:
-        found = self.shared.measured(subject)[self.facet]
-        return Measurement(list(found.scores), Counter(found.skipped) + Counter(self.bad), found.is_final)
+        if self.shards:
+            return self.joined([shard.measure(subject) for shard in self.shards])
+        return self.joined([self.shared.measured(subject)[self.facet]])
+
+    def joined(self, parts: Sequence[Measurement]) -> Measurement:
+        """The measurement of all items, from those of the shards in their order."""
+        scores = [score for part in parts for score in part.scores]
+        skipped = sum((part.skipped for part in parts), Counter(self.bad))
+        return Measurement(scores, skipped, all(part.is_final for part in parts))
+
+
+def in_shards(facets: Sequence[Facet], whole: Any) -> list[Facet]:
+    """Cut the facets of a long benchmark into shards; `whole` is the pass that they share, which has `items`."""
+    if len(whole.items) <= SHARD:
+        return list(facets)
+    starts = range(0, len(whole.items), SHARD)
+    passes = [replace(whole, items=whole.items[start : start + SHARD]) for start in starts]
+    shared = [Shared(part) for part in passes]
+    return [
+        replace(
+            facet,
+            shards=tuple(
+                replace(
+                    facet,
+                    name=f"{facet.name}/{number}",
+                    digest=digest_of("shard", facet.digest, SHARD, number),
+                    items=len(part.items),
+                    shared=shared[number],
+                    bad={},
+                )
+                for number, part in enumerate(passes)
+            ),
+        )
+        for facet in facets
+    ]
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def test_who_lost_the_lease_keeps_nothing(fresh: World) -> None:
     unit = bench.units[0]
     subject = bench.subjects.open(unit.role)
     with pytest.raises(LeaseLostError):
-        Measurements(context.store, lost).write(subject, unit.suite, unit.suite.measure(subject))
+        Measurements(context.store, lost).write(subject.identity, unit.suite, unit.suite.measure(subject))
     assert kept_files(fresh) == []
 
 
