@@ -8,11 +8,12 @@ from collections.abc import Collection, Mapping
 
 from stages.config.benchmarks import Benchmark, BuiltIn, names_of
 from stages.config.errors import ConfigError
+from stages.config.evaluation import GOLD_SUITE
 from stages.config.pipeline import PipelineConfig
 
 SUITES = (
     *("language", "responses", "pairs", "preferences", "score", "kl", "length", "repetition"),
-    *("gold", "rule", "judge"),
+    *(GOLD_SUITE, "rule", "judge"),
 )
 """Those of every evaluation that measure language models."""
 

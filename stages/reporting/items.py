@@ -97,10 +97,9 @@ def _rows(scores: "pyarrow.Table", role: str) -> list[dict[str, Any]]:
 def _texts(ref: ArtifactRef, digests: set[str]) -> Mapping[str, str]:
     import pyarrow.compute as pc
 
-    wanted = sorted(digests - {""})
+    found, wanted = _table(ref, RESPONSES, ("digest", "response")), sorted(digests - {""})
     if not wanted:  # suites without responses; an empty list has no type to compare with
         return {}
-    found = _table(ref, RESPONSES, ("digest", "response"))
     rows = found.filter(pc.field("digest").isin(wanted)).to_pylist()
     return {row["digest"]: row["response"] for row in rows}
 

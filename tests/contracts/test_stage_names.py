@@ -20,7 +20,7 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
         {"curate", "tokenize", "evaluate", "promote", "report"},
         "where each field of the form goes, and the level of the promotion",
     ),
-    "stages/config/evaluation.py": ({"reward"}, "section of metrics.json"),
+    "stages/config/evaluation.py": ({"reward", "gold"}, "section of metrics.json, name of a suite"),
     "stages/judge/results.py": ({"reward"}, "section of metrics.json"),
     "stages/judge/gates/acceptance.py": ({"gold"}, "column of a table: the gain by the gold scorer"),
     "stages/judge/gates/best_of.py": ({"gold"}, "column of a table: the gain by the gold scorer"),

@@ -34,10 +34,10 @@ from stages.tracking.tracker import Tracker, record_hit
 from tests.comparisons import TIE, WORSE, compared, win_over_start, with_comparisons
 from tests.pipeline_records import (
     EVALUATION,
-    PLAIN_RUN,
     RAW_DATA,
     RAW_DIGEST,
     ROLE_OF,
+    WHOLE_RUN,
     context_for,
     fingerprint_of,
     publish_artifact,
@@ -539,7 +539,7 @@ def test_never_registers_candidates_only(name: str, tmp_path: Path) -> None:
 
 
 def test_a_run_without_alignment_registers_what_it_has(name: str, tmp_path: Path) -> None:
-    without = frozenset({Stage.REWARD, Stage.PPO, Stage.DPO})
+    without = frozenset({Stage.REWARD, Stage.GOLD, Stage.PPO, Stage.DPO})
     record, _, _ = promote_run(tmp_path, name=name, without=without)
     assert (record["promoted"], record["chosen"]) == (False, None)
     assert [model["role"] for model in record["models"]] == ["base", "sft"]
@@ -562,9 +562,9 @@ def test_a_takedown_lists_the_registered_versions_made_from_raw_data(name: str, 
 
 
 def test_every_stage_of_the_graph_can_be_tracked(tracked: Tracked) -> None:
-    assert set(ROLE_OF) | {Stage.REPORT} == set(PLAIN_RUN)
-    tracked.build(*PLAIN_RUN)
-    for stage in PLAIN_RUN:
+    assert set(ROLE_OF) | {Stage.REPORT} == set(WHOLE_RUN)
+    tracked.build(*WHOLE_RUN)
+    for stage in WHOLE_RUN:
         [run] = tracked.children(stage)
         assert run.info.status == "FINISHED"
         manifest = read_manifest(tracked.made[stage])

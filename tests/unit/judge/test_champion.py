@@ -130,7 +130,7 @@ def test_a_champion_with_the_runs_tokenizer_and_fewer_positions_is_measured_on_w
 ) -> None:
     """Rows have 64 tokens. What fits is compared; the perplexity of some of the rows would compare with nothing."""
     start = Path(world.inputs["sft"].uri.removeprefix("file://"))
-    config = json.loads((start / "config.json").read_text()) | {"max_position_embeddings": 40}
+    config = json.loads((start / "config.json").read_text()) | {"max_position_embeddings": 56}
     short = published_copy(tmp_path, world.inputs["sft"], config__json=json.dumps(config))
     report, _ = evaluated(world, champion=short)
     assert "missing" not in report["champion"]
