@@ -44,6 +44,10 @@ class MlflowRefusedError(MlflowUnavailableError):
     """MLflow answers and refuses, and will refuse again until a person has changed something."""
 
 
+class MlflowForbiddenError(MlflowRefusedError):
+    """The account lacks a permission, or what was asked for is not there: of some things MLflow tells no difference."""
+
+
 def open_parent_run(run: RunInfo) -> str | None:
     """Find or create the parent run, set it RUNNING and return its id; None without an MLflow that answers.
 
@@ -252,12 +256,22 @@ class MlflowServer:
             query, path = {"name": name, "alias": alias}, "registered-models/alias"
         else:
             query, path = {"name": name, "version": version}, "model-versions/get"
-        found = self._call("GET", path, query, absent_ok=True)
+        try:
+            found = self._call("GET", path, query, absent_ok=True)
+        except MlflowForbiddenError:
+            # With logins, MLflow forbids to read a model that nobody has registered; the list has what may be read.
+            if self._lists_model(name):
+                raise
+            found = None
         if found is None:
             return None
         entry = found["model_version"]
         tags = {tag["key"]: tag["value"] for tag in entry.get("tags", ())}
         return ModelVersion(name, str(entry.get("version", version)), entry.get("model_id") or None, tags)
+
+    def _lists_model(self, name: str) -> bool:
+        query = {"filter": f'name = "{name}"' if "'" in name else f"name = '{name}'", "max_results": 1}
+        return bool(self._call("GET", "registered-models/search", query).get("registered_models"))
 
     def set_version_tag(self, version: "ModelVersion", key: str, value: str) -> None:
         body = {"name": version.name, "version": version.version, "key": key, "value": value}
@@ -377,7 +391,7 @@ def _refused(path: str, status: int, text: str) -> MlflowUnavailableError:
             f"MLflow {path}: the server does not accept this host name (HTTP 403); add it to its MLFLOW_HOSTS"
         )
     if status == 403:
-        return MlflowRefusedError(f"MLflow {path}: the account may not do this (HTTP 403); give it the permission")
+        return MlflowForbiddenError(f"MLflow {path}: the account may not do this (HTTP 403); give it the permission")
     if status < 500 and status not in (408, 429):
         return MlflowRefusedError(f"MLflow {path}: HTTP {status}: {text[:300]}")
     return MlflowUnavailableError(f"MLflow {path}: HTTP {status}: {text[:300]}")

@@ -31,15 +31,22 @@ ANSWERS = {
 }
 
 
+REGISTERED = ("x", "x-aligned")
+
+
 class _Registry(BaseHTTPRequestHandler):
-    """MLflow 3.17's answers to `registered-models/alias`, as recorded in its source."""
+    """MLflow 3.17's answers about registered models, as recorded in its source."""
 
     logins: ClassVar[list[str | None]] = []
 
     def do_GET(self) -> None:
         self.logins.append(self.headers["Authorization"])
-        alias = parse_qs(urlsplit(self.path).query)["alias"][0]
-        status, body = ANSWERS[alias]
+        asked = urlsplit(self.path)
+        if asked.path.endswith("registered-models/search"):
+            named = parse_qs(asked.query)["filter"][0].removeprefix("name = ").strip("'")
+            status, body = 200, {"registered_models": [{"name": named}] if named in REGISTERED else []}
+        else:
+            status, body = ANSWERS[parse_qs(asked.query)["alias"][0]]
         data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
@@ -63,6 +70,13 @@ def test_a_version_comes_with_its_tags_and_what_is_absent_is_none(registry: str)
         assert (found.address, found.tags) == ("models:/x-aligned/4", {"eval/loss": "2.5"})
         assert server.model_version("x-aligned", alias="candidate") is None
         assert server.model_version("x-aligned", alias="gone") is None
+
+
+def test_a_model_that_nobody_registered_is_absent_though_a_server_with_logins_forbids_it(registry: str) -> None:
+    with MlflowServer(registry) as server:
+        assert server.model_version("nobodys-aligned", alias="forbidden") is None
+        with pytest.raises(MlflowRefusedError, match="may not do this"):
+            server.model_version("x-aligned", alias="forbidden")
 
 
 def test_an_answer_that_is_not_about_absence_is_not_taken_for_it(registry: str) -> None:
