@@ -165,7 +165,8 @@ def _registered(address: str, *, field: str) -> ModelVersion:
     if version is None:
         raise ConfigError(
             f"{field}={address!r} is not registered in MLflow",
-            advice="Use models:/<name>@<alias> or models:/<name>/<version> of a registered model.",
+            advice="Use models:/<name>@<alias> or models:/<name>/<version> of a registered model that MLflow lets this "
+            "account read.",
         )
     if not version.tags.get("artifact.uri"):
         raise ConfigError(

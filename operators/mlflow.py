@@ -251,7 +251,7 @@ class MlflowServer:
         return run["info"]["experiment_id"], tags.get("mlflow.parentRunId")
 
     def model_version(self, name: str, *, alias: str = "", version: str = "") -> "ModelVersion | None":
-        """Return a registered version; None when there is none."""
+        """Return a registered version; None when there is none that the account may read."""
         if alias:
             query, path = {"name": name, "alias": alias}, "registered-models/alias"
         else:

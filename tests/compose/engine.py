@@ -81,11 +81,6 @@ def _own_engine() -> Iterator[Engine]:
     _requirements()
     for name in ("data", "exec", "config/cli-plugins"):
         (root / name).mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(root).free / 1e9) < FREE_GB:
-        raise AssertionError(
-            f"{root} has {free:.1f} GB free; the images and one run need {FREE_GB}: free some, or set "
-            "ATHANOR_TEST_ENGINE_DIR to a directory on another disk"
-        )
     shutil.copy(compose_program(root / "trixie"), root / "config" / "cli-plugins" / "docker-compose")
     environment = {"DOCKER_HOST": f"unix://{root}/docker.sock", "DOCKER_CONFIG": str(root / "config")}
     engine = Engine(environment, local_images=True)
@@ -102,6 +97,7 @@ def _own_engine() -> Iterator[Engine]:
         )
     try:
         _wait(engine, daemon, root)
+        _require_space(engine, root)
         _base_image(engine, root)
         try:
             yield engine
@@ -171,6 +167,17 @@ def _wait(engine: Engine, daemon: subprocess.Popen[bytes], root: Path, seconds: 
     raise NoEngine(
         f"dockerd did not start; the end of {root}/dockerd.log:\n{(root / 'dockerd.log').read_text()[-2000:]}"
     )
+
+
+def _require_space(engine: Engine, root: Path) -> None:
+    """Raise AssertionError where the disk is too small; what a killed run left of its build is dropped first."""
+    if shutil.disk_usage(root).free < FREE_GB * 1e9:
+        _prune(engine)
+    if (free := shutil.disk_usage(root).free / 1e9) < FREE_GB:
+        raise AssertionError(
+            f"{root} has {free:.1f} GB free; the images and one run need {FREE_GB}: free some, or set "
+            "ATHANOR_TEST_ENGINE_DIR to a directory on another disk"
+        )
 
 
 def _prune(engine: Engine) -> None:
