@@ -25,6 +25,8 @@ DROPPED = (
 )
 
 POOL = "gpu"
+SLOTS = 2
+"""Of the pool: independent stages, such as PPO and DPO, go side by side where Ray has the cores that they reserve."""
 RUN_IDS = "^[A-Za-z0-9][A-Za-z0-9_.~:+-]{0,239}$"
 """Run ids that Airflow takes: `run_id=<id>` is a folder of task logs, whose name may have 255 bytes, and no URL names a
 run `.`"""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from infra import ports, processes
 from infra.components import BIN, airflow_components, installed, mlflow_server, ray_head
-from infra.environment import POOL, stack_environment
+from infra.environment import POOL, SLOTS, stack_environment
 from infra.health import Health
 from infra.layout import (
     DamagedStateError,
@@ -36,6 +36,7 @@ from stages.job.scratch import scratch_home, sweep_scratch
 
 START_SECONDS = 300
 MOST_RESTARTS = 3
+LEAST_CPUS = 2  # what stages of the recipes for one machine reserve; with one core they take turns on it
 KEPT_RAY_SESSIONS = 3
 KEPT_LOG_DAYS = 14
 LEAST_FREE_BYTES = 256 * 1024**2  # databases, logs and Ray's session of one start; a stage needs more
@@ -204,7 +205,7 @@ class Stack:
             ray_head(
                 ports=record.ports,
                 session_root=record.ray_dir,
-                num_cpus=processes.usable_cpus(),
+                num_cpus=max(LEAST_CPUS, processes.usable_cpus()),
                 programs=programs,
             ),
             mlflow_server(port=record.ports["mlflow"], home=layout.mlflow, programs=programs),
@@ -277,7 +278,7 @@ class Stack:
     def _settle(self, record: StackRecord, secrets: StackSecrets) -> None:
         """The steps that need a running Airflow: create the pool that serialises heavy stages, check the DAGs."""
         airflow = Health(record, secrets).airflow
-        airflow.ensure_pool(POOL, slots=1, description="heavy stages, as many at a time as there are slots")
+        airflow.ensure_pool(POOL, slots=SLOTS, description="heavy stages, as many at a time as there are slots")
         for file, why in airflow.import_errors().items():
             self.say(f"warning: {file} cannot be imported: {why}")
 

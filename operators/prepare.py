@@ -10,10 +10,10 @@ from stages.artifacts.store import Store, write_json
 from stages.config.closing import Approval, Promotion
 from stages.config.curate import NEW_BYTES, NEW_PAIRS
 from stages.config.errors import ConfigError, DataError
-from stages.config.graph import GRAPH, Stage
+from stages.config.graph import GOLD_MODEL, GRAPH, Stage
 from stages.config.pipeline import PREVIOUS, PipelineConfig, stage_config_from_json
 from stages.config.records import parse_record
-from stages.config.request import ArtifactRef, RunInfo, StageRequest, StageResult, sha256_of
+from stages.config.request import ArtifactRef, GateQuestions, RunInfo, StageRequest, StageResult, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,17 @@ def build_request(
         execution=config.stage_execution(stage),
         inputs=inputs,
         sources=config.stage_sources(stage),
+        gate=_gate_questions(stage, config),
     )
+
+
+def _gate_questions(stage: Stage, config: PipelineConfig) -> GateQuestions | None:
+    """What the job of a training stage can answer for its gate. Not about a reward model that a gold scorer is asked
+    about, too: that one may not be trained yet."""
+    judged = GOLD_MODEL in config.given or any(GRAPH[other].judges for other in selection(config))
+    if not (GRAPH[stage].trains and config.gates.recompute) or (judged and GRAPH[stage].learnt_from):
+        return None
+    return GateQuestions(max_pairs=config.gates.max_pairs, max_response_length=config.evaluate.max_response_length)
 
 
 def asks_for_approval(config: PipelineConfig) -> bool:

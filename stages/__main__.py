@@ -7,6 +7,7 @@ The exit code tells Airflow the category of a failure even when the object store
 import sys
 
 from stages.config.errors import ExitCode
+from stages.config.gate_records import GateRequest
 from stages.config.graph import Stage
 from stages.job.context import Verb
 from stages.job.runner import run_stage
@@ -47,11 +48,17 @@ def verb_of(stage: Stage) -> Verb:
     return run
 
 
+def _examine(request: GateRequest) -> None:
+    from stages.gate import examine_early
+
+    examine_early(request)
+
+
 def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         sys.stderr.write("usage: python -m stages <config uri>\n")
         return ExitCode.CONFIG
-    return run_stage(arguments[0], verb_of)
+    return run_stage(arguments[0], verb_of, examine=_examine)
 
 
 if __name__ == "__main__":

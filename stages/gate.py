@@ -5,6 +5,7 @@ loads it in plain transformers and in ours, and measures again what training mea
 or not by its scores on held-out pairs. What was found is a record and no failure: the gate's task in Airflow decides.
 """
 
+import gc
 import logging
 import signal
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import fetch, read_manifest
 from stages.artifacts.store import Store, write_json
 from stages.config.errors import EXIT_CODES, Category, DamagedArtifactError, ExitCode, StageError
@@ -72,6 +74,21 @@ def examine(request: GateRequest) -> Findings:
     for check in findings.checks:
         logger.log(logging.ERROR if check.outcome is Outcome.FAILED else logging.INFO, "%s", check.in_words())
     return findings.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
+
+
+def examine_early(request: GateRequest) -> None:
+    """Examine what this process has just trained and published, and keep the findings, so that the gate needs no job.
+
+    The files are read back from the store, as the gate's own job reads them. What is wrong is not kept, and neither is
+    an error: then that job looks again, in a process of its own, and its word counts.
+    """
+    gc.collect()  # what training held, before the model is loaded twice
+    try:
+        findings = examine(request)
+        if not findings.worth_another_look:
+            write_json(open_store(request.store_uri), findings_key(request), findings.model_dump(mode="json"))
+    except Exception as error:  # noqa: BLE001 - the stage has succeeded, whatever is wrong here
+        logger.warning("The model could not be examined here, its gate starts a job: %s", error)
 
 
 def _record_failure(store: Store, request: GateRequest, error: BaseException) -> int:

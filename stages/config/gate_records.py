@@ -15,7 +15,7 @@ from stages.config.base import Config
 from stages.config.execution import ExecutionConfig
 from stages.config.gates import GATE_VERSION, gate_name
 from stages.config.graph import Stage
-from stages.config.request import ArtifactRef, Metrics, RunInfo
+from stages.config.request import ArtifactRef, GateQuestions, Metrics, RunInfo, StageRequest
 
 GATE_RECORD = "gate.json"
 WANT_OF_COMPUTE = "FLOPs"
@@ -89,7 +89,7 @@ class Findings(Config):
         return next((f"{name}: {why}" for name, why in self.unmeasured.items() if WANT_OF_COMPUTE in why), "")
 
 
-class GateRequest(Config):
+class GateRequest(GateQuestions):
     """What the job is asked: `runs/<run id>/gate_<stage>/config.json`."""
 
     stage: Stage
@@ -101,9 +101,6 @@ class GateRequest(Config):
     """What the run gave the stage, by role."""
     gold: ArtifactRef | None = None
     """A scorer that training never saw, for the best of n."""
-    max_pairs: int = 512
-    max_response_length: int = 48
-    """Tokens of an answer, for the best of n."""
     execution: ExecutionConfig = ExecutionConfig()
     task_id: str = ""
     try_number: int = 1
@@ -127,6 +124,21 @@ class GateRequest(Config):
             "max_response_length": self.max_response_length if self.gold else 0,
         }
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def asked_of(request: StageRequest, artifact: ArtifactRef) -> GateRequest | None:
+    """What the stage's gate will ask about the artifact that the stage has published; None where it asks nothing."""
+    if request.gate is None:
+        return None
+    return GateRequest(
+        **request.gate.model_dump(),
+        stage=request.stage,
+        run=request.run,
+        store_uri=request.store_uri,
+        artifact=artifact,
+        inputs=request.inputs,
+        execution=request.execution,
+    )
 
 
 class GateOverride(Config):

@@ -185,6 +185,14 @@ def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+class GateQuestions(Config):
+    """What the gate of a training stage asks about the published model, besides which model it is."""
+
+    max_pairs: int = 512
+    max_response_length: int = 48
+    """Tokens of an answer, for the best of n."""
+
+
 class StageRequest(Config):
     """All that a Ray job needs to know; written to `runs/<run id>/<stage>/config.json`."""
 
@@ -199,6 +207,9 @@ class StageRequest(Config):
     """Upstream artifacts by role."""
     sources: tuple[Source, ...] = ()
     """What it reads from outside; the job finds the digests, because it runs where the data is."""
+    gate: GateQuestions | None = None
+    """What the stage's gate will ask. A job that trains in its own process answers before it ends; None where there is
+    nothing to ask, or where the answer also depends on an artifact that is not an input."""
     task_id: str = ""
     try_number: int = 1
     submission_id: str = ""

@@ -20,6 +20,7 @@ from stages.artifacts.store import Store, write_json
 from stages.config.base import Config
 from stages.config.curate import CurateConfig
 from stages.config.errors import EXIT_CODES, ConfigError, DataError, ExitCode, StageError
+from stages.config.gate_records import GateRequest, asked_of
 from stages.config.graph import GRAPH
 from stages.config.heard import quiet_seconds
 from stages.config.pipeline import ONE_VERSION, stage_config_from_json
@@ -53,8 +54,12 @@ _LOOK_AGAIN_SECONDS, _LONGEST_PAUSE_SECONDS = 0.05, 30.0
 _RECORDED_PACKAGES = ("torch", "transformers", "ray", "mlflow", "datatrove", "tokenizers", "athanor")
 
 
-def run_stage(config_uri: str, verb_of: VerbOf) -> int:
-    """Run the stage that `config_uri` describes and return the process's exit code."""
+def run_stage(config_uri: str, verb_of: VerbOf, *, examine: Callable[[GateRequest], None] | None = None) -> int:
+    """Run the stage that `config_uri` describes and return the process's exit code.
+
+    `examine` answers what the stage's gate will ask, where this process has trained the model and so has all libraries
+    in memory: the gate then needs no job of its own.
+    """
     signal.signal(signal.SIGTERM, raise_stopped)
     try:
         log_for_uri(config_uri)
@@ -69,6 +74,9 @@ def run_stage(config_uri: str, verb_of: VerbOf) -> int:
         return record_failure(store, request, error)
     write_json(store, run_key(request.run.run_id, request.stage, "result.json"), result.model_dump(mode="json"))
     logger.info("%s %s: %s", request.stage.value, "hit" if result.hit else "built", result.artifact.uri)
+    trained_here = not result.hit and request.execution.train_workers == 0
+    if examine is not None and trained_here and (asked := asked_of(request, result.artifact)):
+        examine(asked)
     return ExitCode.OK
 
 
