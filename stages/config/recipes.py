@@ -54,8 +54,8 @@ def demo(*, seed: int = 0) -> PipelineConfig:
         ),
         tokenize=TokenizeConfig(vocab_size=2048, sequence_length=256, max_prompt_length=96),
         pretrain=PretrainConfig(
-            model=ModelConfig(hidden_size=192, intermediate_size=512, num_layers=5, num_heads=3, num_kv_heads=3),
-            max_tokens=300_000,
+            model=ModelConfig(hidden_size=192, intermediate_size=512, num_layers=4, num_heads=3, num_kv_heads=3),
+            max_tokens=260_000,
             global_batch_size=16,
             optimizer=OptimizerConfig(
                 algorithm=Algorithm.MUON, learning_rate=8e-3, weight_decay=0.1, warmup_fraction=0.05
@@ -83,14 +83,14 @@ def demo(*, seed: int = 0) -> PipelineConfig:
             seed=seed + 1,
         ),
         ppo=PPOConfig(
-            num_rollouts=18,
+            num_rollouts=16,
             rollout_size=64,
             global_batch_size=32,
             num_epochs=2,
             max_response_length=40,
             kl_coefficient=0.03,
             optimizer=OptimizerConfig(learning_rate=3e-4, schedule=Schedule.LINEAR, min_learning_rate_ratio=0.2),
-            eval_every=18,  # four of its 72 steps, for the figure of proxy and gold
+            eval_every=16,  # four of its 64 steps, for the figure of proxy and gold
             seed=seed,
         ),
         dpo=DPOConfig(
@@ -101,7 +101,7 @@ def demo(*, seed: int = 0) -> PipelineConfig:
             seed=seed,
         ),
         evaluate=EvaluateConfig(
-            max_documents_tokens=80_000,
+            max_documents_tokens=40_000,
             max_documents=96,
             max_preferences=400,
             max_response_length=40,
@@ -115,13 +115,14 @@ def demo(*, seed: int = 0) -> PipelineConfig:
             power=0.9,
             least_difference=0.05,
         ),
+        gates=GatesConfig(max_pairs=256),
         execution=Executions(
             curate=ExecutionConfig(cpus_per_worker=2),
             pretrain=train,
             sft=train,
             reward=beside,
             gold=beside,
-            ppo=beside,
+            ppo=train,
             dpo=beside,
             evaluate=ExecutionConfig(micro_batch_size=16, cpus_per_worker=2, entrypoint_cpus=2),
         ),

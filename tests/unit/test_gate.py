@@ -12,20 +12,23 @@ import torch
 from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file, save_file
 
-from stages.artifacts.addresses import open_store
+from stages.__main__ import main as run_a_stage
+from stages.artifacts.addresses import open_store, run_key
 from stages.artifacts.evidence import read_evidence
 from stages.artifacts.manifests import read_manifest
-from stages.artifacts.store import read_json, write_json
+from stages.artifacts.store import Store, read_json, write_json
 from stages.config.errors import ExitCode
-from stages.config.gate_records import Check, Findings, GateRequest, Outcome, findings_key, gate_key
+from stages.config.execution import ExecutionConfig
+from stages.config.gate_records import Check, Findings, GateRequest, Outcome, asked_of, failed, findings_key, gate_key
 from stages.config.gates import GatesConfig
 from stages.config.graph import Stage
 from stages.config.invariants import bound_checks, recorded_checks
 from stages.config.places import local_path
-from stages.config.request import ArtifactRef, RunInfo
+from stages.config.request import ArtifactRef, GateQuestions, RunInfo, StageRequest, StageResult
 from stages.data.tokens.packing import TokenSequence, lay_out
 from stages.data.tokens.views import Split, TokensArtifact
-from stages.gate import loaded, main
+from stages.gate import examine, loaded, main
+from stages.job.runner import load_request
 from stages.judge.gates import computing, reload
 from stages.judge.gates.again import pair_lengths
 from stages.models import precision
@@ -374,6 +377,65 @@ def test_the_command_leaves_its_findings_with_the_run_and_by_content(world: Trai
     assert kept == Findings.model_validate(read_json(store, gate_key("r", Stage.REWARD, "result.json")))
     assert kept.checks
     assert kept.seconds > 0
+
+
+def sft_request(world: Trained, name: str, **changed: Any) -> str:
+    """Write what Airflow asks of SFT, and return where."""
+    store = open_store(world.reward.uri.split("/artifacts/")[0])
+    request = StageRequest(
+        stage=Stage.SFT,
+        run=RunInfo(run_id=name, name="n"),
+        store_uri=store.root_uri,
+        config=CONFIGS[Stage.SFT].model_copy(update={"seed": len(name)}).model_dump(mode="json"),
+        inputs={"tokens": world.tokens, "model": world.start},
+        **{"execution": ExecutionConfig(), "gate": GateQuestions(), **changed},
+    )
+    key = run_key(name, Stage.SFT, "config.json")
+    write_json(store, key, request.model_dump(mode="json"))
+    return f"{store.root_uri}/{key}"
+
+
+def published(uri: str) -> tuple[Store, GateRequest]:
+    """What the stage of a request has published, as its gate will ask about it."""
+    request, store = load_request(uri)
+    result = StageResult.model_validate(read_json(store, run_key(request.run.run_id, Stage.SFT, "result.json")))
+    asked = asked_of(request.model_copy(update={"gate": GateQuestions()}), result.artifact)
+    assert asked is not None
+    return store, asked
+
+
+def test_the_process_that_trained_a_model_examines_it_too(world: Trained):
+    uri = sft_request(world, "early")
+    assert run_a_stage([uri]) == ExitCode.OK
+    store, asked = published(uri)
+    kept = Findings.model_validate(read_json(store, findings_key(asked)))
+    assert kept.checks == examine(asked).checks
+    assert {"files", "files_tokens", "reload", "heldout_again"} <= set(named(kept))
+    assert red(kept) == set()
+
+    store.delete(findings_key(asked))
+    assert run_a_stage([uri]) == ExitCode.OK, "a hit, which trains nothing"
+    assert not store.exists(findings_key(asked))
+
+
+def test_what_it_finds_wrong_is_left_to_the_gate_s_own_job(world: Trained, monkeypatch: pytest.MonkeyPatch):
+    def finds(request: GateRequest) -> Findings:
+        return Findings(checks=(failed("reload", "1", "0", ""),))
+
+    def breaks(request: GateRequest) -> Findings:
+        raise MemoryError("no room")
+
+    for name, examining in {"red": finds, "broken": breaks}.items():
+        monkeypatch.setattr("stages.gate.examine", examining)
+        uri = sft_request(world, name)
+        assert run_a_stage([uri]) == ExitCode.OK
+        store, asked = published(uri)
+        assert not store.exists(findings_key(asked))
+
+
+def test_it_examines_only_what_it_is_asked_about(world: Trained, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("stages.gate.examine", lambda request: pytest.fail("nobody asked"))
+    assert run_a_stage([sft_request(world, "not_asked", gate=None)]) == ExitCode.OK
 
 
 def test_a_wrong_call_says_how_to_call_it(capsys: pytest.CaptureFixture[str]):

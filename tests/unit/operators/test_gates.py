@@ -22,7 +22,7 @@ from operators.failures import (
     StageRetryPolicy,
 )
 from operators.gates import GateOperator, Recorded, judged, pointless, tell_mlflow
-from operators.prepare import PIPELINE_RECORD, pipeline_key
+from operators.prepare import PIPELINE_RECORD, build_request, pipeline_key
 from stages.artifacts.addresses import open_store
 from stages.artifacts.store import Store, read_json, write_json
 from stages.config.curate import NEW_BYTES, NEW_PAIRS
@@ -33,6 +33,7 @@ from stages.config.gate_records import (
     GateRecord,
     GateRequest,
     Outcome,
+    asked_of,
     failed,
     findings_key,
     gate_key,
@@ -190,6 +191,34 @@ def test_a_gate_reserves_the_gpu_that_it_measures_on(
     world.gate(Stage.SFT)
     (job,) = world.ray.jobs.values()
     assert (job.body.get("entrypoint_num_cpus"), job.body.get("entrypoint_num_gpus")) == reserved
+
+
+@pytest.mark.parametrize("stage", [stage for stage in gated_stages() if GRAPH[stage].trains])
+def test_a_process_that_has_trained_the_model_answers_what_its_gate_asks(world: World, stage: Stage):
+    world.publish()
+    config, run = resolve(world.values), RunInfo(run_id="r", name="n")
+    request = build_request(stage, run=run, store=world.store, config=config, upstream=dict(world.made))
+    asked = asked_of(request, world.made[stage])
+    assert asked is not None
+    write_json(world.store, findings_key(asked), FOUND.model_dump(mode="json"))
+    assert world.gate(stage)["job"] == "kept"
+    assert world.ray.posts == []
+    assert FOUND.checks[0] in world.record(stage).checks
+
+
+def test_it_is_not_asked_where_it_could_not_answer(world: World):
+    def asked(stage: Stage) -> Any:
+        config = resolve(world.values)
+        run = RunInfo(run_id="r", name="n")
+        return build_request(stage, run=run, store=world.store, config=config, upstream=dict(world.made)).gate
+
+    world.publish()
+    assert asked(Stage.CURATE) is None
+    world.values["gold_scorer"] = "train"
+    assert asked(Stage.REWARD) is None, "the gold scorer may not be trained yet"
+    assert asked(Stage.GOLD) is not None
+    world.values = {"recipe": "tiny", **WITHOUT_JOBS}
+    assert asked(Stage.SFT) is None
 
 
 def test_another_bound_asks_no_job_again_and_other_content_does(world: World):
