@@ -53,7 +53,7 @@ def test_the_form_explains_every_field_in_sections(page: Page, live: LiveStack) 
     dialog = open_form(page, live.record.airflow_url)
     recipe = unfold(dialog, "Run", "recipe")
     assert recipe.input_value() == "demo"
-    dialog.get_by_role("cell", name="2.61 M parameters: 5 layers of 192").wait_for()  # what the recipe's defaults are
+    dialog.get_by_role("cell", name="2.16 M parameters: 4 layers of 192").wait_for()  # what the recipe's defaults are
     assert {option.get_attribute("value") for option in dialog.locator("datalist option").all()} >= {"demo", "tiny"}
     assert unfold(dialog, "Data", "documents").evaluate("field => field.tagName") == "TEXTAREA"
     dialog.get_by_text("one source per line").first.wait_for()

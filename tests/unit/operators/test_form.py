@@ -100,7 +100,7 @@ def test_what_the_recipes_set_is_read_off_the_recipes():
     rows = {row.split("|")[1].strip(): row for row in shown.splitlines() if row.startswith("|")}
     assert [words(cell).strip() for cell in rows[""].split("|")[2:-1]] == list(RECIPES)
     assert f"| {demo.ppo.num_rollouts} rollouts of {demo.ppo.rollout_size} responses" in rows["ppo"]
-    assert "2.61 M parameters: 5 layers of 192" in rows["model"]
+    assert "2.16 M parameters: 4 layers of 192" in rows["model"]
     assert "HuggingFaceTB/SmolLM2-135M-Instruct" in words(rows["model"])
     assert f"{llama.execution.pretrain.num_workers} of 1 GPU, fsdp" in rows["workers"]
     assert len({row.count("|") for row in rows.values()}) == 1
