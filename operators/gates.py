@@ -30,6 +30,7 @@ from stages.config.gate_records import (
     failed,
     findings_key,
     gate_key,
+    passed,
     skipped,
 )
 from stages.config.gates import GatesConfig, gate_name, parse_bounds
@@ -74,10 +75,11 @@ class GateOperator(StageOperator):
         from operators.prepare import build_request, input_stages, load_config, selection
 
         config, ti, stage = load_config(store, run), context["ti"], Stage(self.stage)
-        if stage not in selection(config):
+        given = None if config.dry_run else config.given_instead(stage)
+        if stage not in selection(config) and given is None:
             why = "dry run" if config.dry_run else config.skipped.get(stage, "it runs other stages alone")
             raise AirflowSkipException(f"{stage.value} is not part of this run: {why}")
-        if (published := ti.xcom_pull(task_ids=stage.value)) is None:
+        if (published := given or ti.xcom_pull(task_ids=stage.value)) is None:
             raise ConfigError(
                 f"there is nothing to decide about: task {stage.value!r} left no artifact",
                 advice=f"Clear {stage.value!r} together with its downstream tasks.",
@@ -91,6 +93,7 @@ class GateOperator(StageOperator):
             store_uri=store.root_uri,
             artifact=ArtifactRef.model_validate(published),
             inputs=asked.inputs,
+            is_given=given is not None,
             gold=_gold(ti, config, stage),
             max_pairs=config.gates.max_pairs,
             max_response_length=config.evaluate.max_response_length,
@@ -229,7 +232,8 @@ class Recorded:
 
 
 def what_is_recorded(request: GateRequest) -> Recorded:
-    """Make all checks that need no job; an artifact that cannot be read has failed one."""
+    """Make all checks that need no job; an artifact that cannot be read has failed one. Of a given one the run knows
+    no more than that it is there."""
     from stages.artifacts.evidence import read_evidence
 
     try:
@@ -238,6 +242,9 @@ def what_is_recorded(request: GateRequest) -> Recorded:
         told = str(error) or "it is gone"
         advice = f"Clear {request.stage.value} again."
         return Recorded(request, (failed("manifest", told, "the artifact that the stage published", advice),))
+    if request.is_given:
+        found = f"{request.artifact.uri}, content {request.artifact.digest[:12]}"
+        return Recorded(request, (passed("given", found),), evidence.manifest.metrics)
     return Recorded(request, tuple(recorded_checks(evidence, request.inputs)), evidence.manifest.metrics)
 
 

@@ -12,8 +12,6 @@ from stages.config.graph import Stage, gated_stages
 from stages.config.request import RunInfo, sha256_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from stages.artifacts.store import Store
     from stages.config.pipeline import PipelineConfig
 
@@ -84,7 +82,7 @@ def finish_run(context: Any, *, resolve_task_id: str = "resolve", plan_task_id: 
     Raises RunIncomplete in the second case, so that the run fails even when a person marked it failed on its way:
     Airflow then skips the remaining tasks, and skipped tasks alone would let the run succeed.
     """
-    from operators.prepare import load_config, selection
+    from operators.prepare import load_config
     from stages.artifacts.addresses import open_default_store
 
     ti = context["ti"]
@@ -95,7 +93,7 @@ def finish_run(context: Any, *, resolve_task_id: str = "resolve", plan_task_id: 
     with as_stage_failures():
         store = open_default_store()
         config = load_config(store, run)
-        wanted = {plan_task_id} if config.dry_run else _wanted(selection(config))
+        wanted = {plan_task_id} if config.dry_run else _wanted(config)
     states = ti.get_task_states(dag_id=ti.dag_id, run_ids=[ti.run_id]).get(ti.run_id, {})
     unfinished = [
         f"{task} {states[task]}"
@@ -117,9 +115,11 @@ def finish_run(context: Any, *, resolve_task_id: str = "resolve", plan_task_id: 
         raise RunIncomplete(f"Not every stage succeeded: {', '.join(unfinished)}.")
 
 
-def _wanted(selected: "Collection[Stage]") -> set[str]:
-    """The tasks that must succeed: stages, and the gates after them."""
-    return {*selected, *(gate_name(stage) for stage in gated_stages() if stage in selected)}
+def _wanted(config: "PipelineConfig") -> set[str]:
+    """The tasks that must succeed: stages, and the gates after them, or of what is given in their place."""
+    selected = config.selected
+    gated = (stage for stage in gated_stages() if stage in selected or config.given_instead(stage))
+    return {*selected, *map(gate_name, gated)}
 
 
 def _passed_by_hand(store: "Store", run: RunInfo, stage: Stage) -> str:

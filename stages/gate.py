@@ -119,14 +119,16 @@ class _Examination:
         except (DamagedArtifactError, FileNotFoundError) as error:
             return Findings(checks=(_damaged("files", error),))
         checks = [passed("files", f"{len(manifest.files)} files have the content that the manifest records")]
+        # A given scorer may be all that is left of another run: it is asked about what this run would train one on.
+        made_from = {entry.role: entry.ref() for entry in manifest.inputs}
         inputs: dict[str, Path] = {}
-        for entry in manifest.inputs:
+        for role, ref in (self._request.inputs if self._request.is_given else made_from).items():
             try:
                 # Of the tokens only what is held out: training data may be more than a gate should read again.
-                inputs[entry.role] = fetch(entry.ref(), self._scratch, wanted=_is_no_training_data)
-                checks.append(passed(f"files_{entry.role}", f"unchanged since it was read: {entry.digest[:12]}"))
+                inputs[role] = fetch(ref, self._scratch, wanted=_is_no_training_data)
+                checks.append(passed(f"files_{role}", f"unchanged since it was read: {ref.digest[:12]}"))
             except (DamagedArtifactError, FileNotFoundError) as error:
-                checks.append(_damaged(f"files_{entry.role}", error))
+                checks.append(_damaged(f"files_{role}", error))
         if "tokens" not in inputs:
             return Findings(checks=(*checks, skipped("reload", "its tokens cannot be read")))
         return self._of_model(checks, manifest, folder, inputs)
@@ -151,9 +153,12 @@ class _Examination:
         if theirs is None:
             return Findings(checks=(*checks, skipped("reload", f"the tokens' tokenizer cannot be loaded: {why}")))
         asked = same_ids(folder, theirs)
-        checks.append(asked.check)
-        if asked.prompts:
-            checks += given_template(manifest, theirs, self._scratch)
+        if self._request.is_given:
+            checks.append(_of_given(asked.check))
+        else:
+            checks.append(asked.check)
+            if asked.prompts:
+                checks += given_template(manifest, theirs, self._scratch)
         plain, why = loaded(lambda: reload.plain_model(folder, scores=scores))
         model, why_not_ours = loaded(lambda: (load_reward_model if scores else load_causal_lm)(folder, tokens).eval())
         if plain is None or model is None:
@@ -215,6 +220,13 @@ def _not_loaded(why_not_plain: str, why_not_ours: str) -> Check:
     whys = {"plain transformers": why_not_plain, "the stages": why_not_ours}
     told = "; ".join(f"{who} cannot load it: {why}" for who, why in whys.items() if why)
     return failed("reload", told, "a model that both load", "Clear the stage that made it, which builds it again.")
+
+
+def _of_given(same: Check) -> Check:
+    """A given model may have a chat template of its own: it reads the run's ids all the same."""
+    if same.outcome is not Outcome.FAILED:
+        return same
+    return skipped(same.name, f"it is given, and its answers to the run's template count: {same.found}; {same.allowed}")
 
 
 def _is_no_training_data(path: str) -> bool:

@@ -99,6 +99,9 @@ class GateRequest(GateQuestions):
     """What the stage published."""
     inputs: dict[str, ArtifactRef] = Field(default_factory=dict)
     """What the run gave the stage, by role."""
+    is_given: bool = False
+    """The run was given the artifact instead of making it: a reward model. Where it comes from is not the run's to
+    check; it is asked about the run's data."""
     gold: ArtifactRef | None = None
     """A scorer that training never saw, for the best of n."""
     execution: ExecutionConfig = ExecutionConfig()
@@ -118,6 +121,7 @@ class GateRequest(GateQuestions):
             "version": GATE_VERSION,
             "artifact": [self.artifact.fingerprint, self.artifact.digest],
             "inputs": {role: ref.digest for role, ref in self.inputs.items()},
+            "is_given": self.is_given,
             "gold_scorer": self.gold.digest if self.gold else "",
             "max_pairs": self.max_pairs,
             "on_gpu": self.execution.gpus_per_worker > 0,  # a CPU leaves out what takes too long

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from stages.config.base import Config
 from stages.config.graph import Stage, gated_stages
 
-GATE_VERSION = 2
+GATE_VERSION = 3
 """Raise it when what a gate's job measures changes: outcomes that are kept then no longer count."""
 ALL = "all"
 MEASURED_BY_JOB = "accept/"

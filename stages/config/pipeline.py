@@ -145,6 +145,18 @@ class PipelineConfig(RunOutline):
                 inputs[role] = provider
         return inputs
 
+    def given_instead(self, stage: Stage) -> ArtifactRef | None:
+        """Return the given reward model that the run's training learns from in the place of that of `stage`; its gate
+        accepts it or not, as it would one of this run. None for a given model that is no artifact, which no gate reads.
+        """
+        spec = GRAPH[stage]
+        learners = (
+            other for other in self.selected if GRAPH[other].trains and stage in dict(GRAPH[other].inputs).values()
+        )
+        if stage in self.selected or not spec.learnt_from or not any(learners):
+            return None
+        return self.given.get(spec.replaced_by)
+
     def given_roles(self, stage: Stage) -> tuple[str, ...]:
         """Return the roles of the given models that a stage reads.
 

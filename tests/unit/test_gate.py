@@ -326,6 +326,36 @@ def test_the_best_of_n_is_measured_where_there_is_a_gold_scorer(world: Trained):
     assert found.metrics["accept/best_of_n_gold_low"] > 0
 
 
+def test_a_given_reward_model_is_asked_about_the_data_of_the_run(world: Trained, tmp_path: Path):
+    """What it was made from may be gone, and its chat template may be its own."""
+
+    def change(folder: Path) -> None:
+        path = folder / "chat_template.jinja"
+        path.write_text(path.read_text().replace("user", "human") + " ")
+
+    given = republished(tmp_path, world.reward, change)
+    path = local_path(given.uri) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for entry in manifest["inputs"]:
+        entry["uri"] = f"{entry['uri']}-gone"
+    path.write_text(json.dumps(manifest))
+    asked = {"is_given": True, "inputs": {"tokens": world.tokens, "model": world.start}, "max_response_length": 6}
+    found = examined(given, Stage.REWARD, gold=world.reward, **asked)
+    assert red(found) == set()
+    assert bounds_missed(found) == set()
+    assert found.metrics["accept/pairs"] == 160
+    assert found.metrics["accept/best_of_n_gold"] > 0
+    checks = named(found)
+    assert {checks[name].outcome for name in ("heldout_again", "same_ids")} == {Outcome.SKIPPED}
+    assert {checks[name].outcome for name in ("files", "files_tokens", "reload", "swap_probe")} == {Outcome.PASSED}
+
+
+def test_a_given_reward_model_of_length_alone_is_not_accepted(world: Trained, tmp_path: Path):
+    theirs = trained(tmp_path, learnt_by_length)
+    found = examined(theirs.reward, Stage.REWARD, is_given=True, inputs={"tokens": world.tokens, "model": world.start})
+    assert "accept/balanced_low" in bounds_missed(found)
+
+
 def test_a_gold_scorer_with_another_chat_template_is_not_asked_in_the_run_s(world: Trained, tmp_path: Path):
     def change(folder: Path) -> None:
         path = folder / "chat_template.jinja"

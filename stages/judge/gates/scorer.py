@@ -45,7 +45,8 @@ def examined_scorer(
 ) -> Findings:
     """Return the checks and numbers of a reward model, and of those that are missing the reason."""
     pairs, computing = scorer.tokens.pairs(Split.HELDOUT), scorer.computing
-    checks = [_margin_again(scorer, manifest)]
+    again = skipped(heldout.CHECK, "it was trained on other pairs") if request.is_given else None
+    checks = [again or _margin_again(scorer, manifest)]
     asked = len(evenly(len(pairs), at_most=request.max_pairs))
     affordable = computing.affordable([scorer.model], pair_lengths(pairs), asked=asked)
     chosen = evenly(len(pairs), at_most=affordable.items)
@@ -93,7 +94,7 @@ def _best_of(scorer: Scorer, request: GateRequest, inputs: Mapping[str, Path], s
     if request.gold is None:
         return _unmeasured("the run has no gold scorer that is an artifact")
     if "model" not in inputs:
-        return _unmeasured("what it started from is no artifact")
+        return _unmeasured("the model that it would choose answers of is no artifact")
     tokens, computing = scorer.tokens, scorer.computing
     try:
         folder = fetch(request.gold, scratch)

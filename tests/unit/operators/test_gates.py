@@ -41,7 +41,7 @@ from stages.config.gate_records import (
     skipped,
 )
 from stages.config.gates import GatesConfig
-from stages.config.graph import GRAPH, Stage, gated_stages
+from stages.config.graph import GRAPH, REWARD_MODEL, Stage, gated_stages
 from stages.config.pipeline import PREVIOUS
 from stages.config.request import ArtifactRef, Failure, RunInfo, sha256_of
 from stages.config.resolve import resolve
@@ -76,6 +76,7 @@ class World:
         self.store: Store = open_store((home / "store").as_uri())
         self.made: dict[Stage, ArtifactRef] = {}
         self.values: dict[str, Any] = {"recipe": "tiny"}
+        self.given: dict[str, ArtifactRef] = {}
         self.state = Memory()
 
     def publish(self, **changed: dict[str, Any]) -> None:
@@ -85,7 +86,7 @@ class World:
         """Run the task of a stage's gate to its end."""
         if not self.made:
             self.publish()
-        config = resolve(self.values)
+        config = resolve(self.values).with_given(self.given)
         stored = config.model_dump_json().encode()
         self.store.write_bytes(pipeline_key("r"), stored)
         run = RunInfo(run_id="r", name="n", records={PIPELINE_RECORD: sha256_of(stored)})
@@ -196,6 +197,7 @@ def test_a_gate_reserves_the_gpu_that_it_measures_on(
 @pytest.mark.parametrize("stage", [stage for stage in gated_stages() if GRAPH[stage].trains])
 def test_a_process_that_has_trained_the_model_answers_what_its_gate_asks(world: World, stage: Stage):
     world.publish()
+    world.values |= {"gold_scorer": "train"} if stage is Stage.GOLD else {}
     config, run = resolve(world.values), RunInfo(run_id="r", name="n")
     request = build_request(stage, run=run, store=world.store, config=config, upstream=dict(world.made))
     asked = asked_of(request, world.made[stage])
@@ -204,6 +206,29 @@ def test_a_process_that_has_trained_the_model_answers_what_its_gate_asks(world: 
     assert world.gate(stage)["job"] == "kept"
     assert world.ray.posts == []
     assert FOUND.checks[0] in world.record(stage).checks
+
+
+def test_a_given_reward_model_is_accepted_or_not_before_ppo(world: World):
+    world.publish()
+    world.given = {REWARD_MODEL: world.made.pop(Stage.REWARD)}
+    world.values |= {"reward_model": "models:/theirs/1", "overrides": {"gates.bounds": list(GatesConfig().bounds)}}
+    world.job_finds(Stage.REWARD, FOUND)
+    assert world.gate(Stage.REWARD)["job"] == world.ray.posts[0]
+    request = GateRequest.model_validate(read_json(world.store, gate_key("r", Stage.REWARD, "config.json")))
+    assert (request.artifact, request.is_given) == (world.given[REWARD_MODEL], True)
+    assert request.inputs == {"tokens": world.made[Stage.TOKENIZE], "model": world.made[Stage.SFT]}
+
+    world.state = Memory()
+    world.values["overrides"] = {"gates.bounds": ["reward: accept/balanced_low > 0.8"]}
+    with pytest.raises(GateFailed, match=r"accept/balanced_low: 0\.7; allowed: > 0\.8"):
+        world.gate(Stage.REWARD)
+
+
+@pytest.mark.parametrize("values", [{"alignment": "dpo"}, {"last_stage": "sft"}])
+def test_a_given_reward_model_that_nothing_learns_from_is_not_examined(world: World, values: dict[str, Any]):
+    world.publish()
+    config = resolve({"recipe": "tiny", **values}).with_given({REWARD_MODEL: world.made[Stage.REWARD]})
+    assert config.given_instead(Stage.REWARD) is None
 
 
 def test_it_is_not_asked_where_it_could_not_answer(world: World):
