@@ -95,6 +95,7 @@ def ray_head(
             **(RAY_ON_LOOPBACK if address == RAY_ADDRESS else {}),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_START_HOOK": "infra.loopback.without_client_server",
+            "RAY_JOB_START_TIMEOUT_SECONDS": str(7 * 24 * 3600),  # a job may wait for cores while another one trains
             "RAY_enable_metrics_collection": "0",  # not scraped here; saves CPU on every node report
             "DASHBOARD_METRIC_PORT": "-1",  # would listen on all interfaces, without a token
             "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",

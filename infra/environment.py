@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 
 from infra.components import BIN, RAY_ON_LOOPBACK
 from infra.layout import Layout, StackRecord, StackSecrets
-from infra.processes import marking
+from infra.processes import marking, usable_cpus
+from stages.config.execution import LOCAL_CPUS
 
 # A shell that is attached to another cluster, tracking run or Python must not leak into the stack.
 DROPPED = (
@@ -26,7 +27,7 @@ DROPPED = (
 
 POOL = "gpu"
 SLOTS = 2
-"""Of the pool: independent stages, such as PPO and DPO, go side by side where Ray has the cores that they reserve."""
+"""Of the pool: independent stages, such as reward and DPO, go side by side where there are cores for both."""
 RUN_IDS = "^[A-Za-z0-9][A-Za-z0-9_.~:+-]{0,239}$"
 """Run ids that Airflow takes: `run_id=<id>` is a folder of task logs, whose name may have 255 bytes, and no URL names a
 run `.`"""
@@ -47,6 +48,7 @@ def stack_environment(
         "PATH": f"{programs}{os.pathsep}{inherited.get('PATH', os.defpath)}",
         "PYTHONPATH": str(layout.checkout),
         "ATHANOR_HOME": str(layout.home.parent),  # absolute, so that its place is closed to sources in every folder
+        LOCAL_CPUS: str(usable_cpus()),
         "PYTHONUNBUFFERED": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",

@@ -36,7 +36,6 @@ from stages.job.scratch import scratch_home, sweep_scratch
 
 START_SECONDS = 300
 MOST_RESTARTS = 3
-LEAST_CPUS = 2  # what stages of the recipes for one machine reserve; with one core they take turns on it
 KEPT_RAY_SESSIONS = 3
 KEPT_LOG_DAYS = 14
 LEAST_FREE_BYTES = 256 * 1024**2  # databases, logs and Ray's session of one start; a stage needs more
@@ -205,7 +204,7 @@ class Stack:
             ray_head(
                 ports=record.ports,
                 session_root=record.ray_dir,
-                num_cpus=max(LEAST_CPUS, processes.usable_cpus()),
+                num_cpus=processes.usable_cpus(),
                 programs=programs,
             ),
             mlflow_server(port=record.ports["mlflow"], home=layout.mlflow, programs=programs),
@@ -276,7 +275,7 @@ class Stack:
         )
 
     def _settle(self, record: StackRecord, secrets: StackSecrets) -> None:
-        """The steps that need a running Airflow: create the pool that serialises heavy stages, check the DAGs."""
+        """The steps that need a running Airflow: create the pool of heavy stages, check the DAGs."""
         airflow = Health(record, secrets).airflow
         airflow.ensure_pool(POOL, slots=SLOTS, description="heavy stages, as many at a time as there are slots")
         for file, why in airflow.import_errors().items():

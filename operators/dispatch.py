@@ -5,6 +5,7 @@ Imported when a task runs, never when a DAG is read: it needs the asynchronous c
 """
 
 import logging
+import os
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,9 +18,9 @@ from operators.ray.ownership import GENERATION, airflow_id, job_metadata
 from operators.ray.submission import Attached, Submission, SubmissionLog, TaskKey, attach_or_submit
 from operators.ray.watch import Outcome, WatchSettings
 from stages.artifacts.store import Store
-from stages.config.execution import ExecutionConfig
+from stages.config.execution import LOCAL_CPUS, ExecutionConfig
 from stages.config.gate_records import GateRequest
-from stages.config.graph import Stage
+from stages.config.graph import GRAPH, Stage
 from stages.config.look import LookRequest
 from stages.config.request import REQUEST_DIGEST, RunInfo, StageRequest, sha256_of
 
@@ -126,7 +127,7 @@ def attach(
                 entrypoint, f"{store.root_uri}/{key('config.json')}", digest=written[submission.submission_id]
             ),
             metadata={**metadata, GENERATION: str(submission.generation)},
-            num_cpus=request.execution.entrypoint_cpus,
+            num_cpus=entrypoint_cpus(request),
             num_gpus=entrypoint_gpus(request),
         )
         logger.info("Submitted Ray job %s.", submission.submission_id)
@@ -188,10 +189,25 @@ def watch_settings(
         unreachable_seconds=unreachable_seconds,
         progress_seconds=progress_seconds,
         stall_seconds=execution.stall_seconds and execution.stall_seconds + _STALL_MARGIN_SECONDS,
-        capacity_seconds=execution.capacity_seconds,
-        asked_cpus=execution.entrypoint_cpus,
+        # For its turn on a machine a job waits as long as the task may, as it would for a slot of the pool.
+        capacity_seconds=0.0 if _cpus_of_turn(request) else execution.capacity_seconds,
+        asked_cpus=entrypoint_cpus(request),
         asked_gpus=entrypoint_gpus(request),
     )
+
+
+def entrypoint_cpus(request: JobRequest) -> float:
+    """Cores that the job's own process reserves."""
+    return max(request.execution.entrypoint_cpus, _cpus_of_turn(request))
+
+
+def _cpus_of_turn(request: JobRequest) -> float:
+    """On a cluster that is one machine, the cores of which a heavy job in its own process takes its turn: threads of
+    two such jobs on the same cores would wait for each other at every barrier. 0 elsewhere, and for light jobs."""
+    cpus = float(os.environ.get(LOCAL_CPUS) or 0)
+    if isinstance(request, LookRequest) or not GRAPH[request.stage].heavy or request.execution.train_workers:
+        return 0.0
+    return min(request.execution.cpus_per_worker, cpus)
 
 
 def entrypoint_gpus(request: JobRequest) -> float:

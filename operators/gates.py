@@ -21,6 +21,7 @@ from operators.ray.jobs import JobStatus
 from stages.config.errors import ConfigError, DamagedArtifactError, DataError
 from stages.config.gate_records import (
     GATE_RECORD,
+    NO_PAIRS,
     Check,
     Findings,
     GateOverride,
@@ -33,8 +34,8 @@ from stages.config.gate_records import (
     passed,
     skipped,
 )
-from stages.config.gates import GatesConfig, gate_name, parse_bounds
-from stages.config.graph import GOLD_MODEL, GRAPH, Stage
+from stages.config.gates import ACCURACY_LOW, GatesConfig, gate_name, parse_bounds
+from stages.config.graph import BASE_MODEL, GOLD_MODEL, GRAPH, Stage
 from stages.config.invariants import bound_checks, recorded_checks
 from stages.config.records import parse_record
 from stages.config.request import ArtifactRef, Failure, RunInfo
@@ -92,7 +93,7 @@ class GateOperator(StageOperator):
             run=run,
             store_uri=store.root_uri,
             artifact=ArtifactRef.model_validate(published),
-            inputs=asked.inputs,
+            inputs={**_given_start(config, given), **asked.inputs},
             is_given=given is not None,
             gold=_gold(ti, config, stage),
             max_pairs=config.gates.max_pairs,
@@ -205,6 +206,12 @@ def as_a_worker(execution: "ExecutionConfig") -> "ExecutionConfig":
     return execution.model_copy(update={"entrypoint_cpus": max(execution.entrypoint_cpus, execution.cpus_per_worker)})
 
 
+def _given_start(config: "PipelineConfig", given: ArtifactRef | None) -> dict[str, ArtifactRef]:
+    """For a given reward model the given policy of the run, whose answers it will judge."""
+    start = config.given.get(BASE_MODEL)
+    return {"model": start} if given and start else {}
+
+
 def _gold(ti: Any, config: "PipelineConfig", stage: Stage) -> ArtifactRef | None:
     """The gold scorer that a reward model is asked about, trained in this run or given to it."""
     from operators.prepare import selection
@@ -240,7 +247,7 @@ def what_is_recorded(request: GateRequest) -> Recorded:
         evidence = read_evidence(request.artifact)
     except (DamagedArtifactError, DataError, FileNotFoundError) as error:
         told = str(error) or "it is gone"
-        advice = f"Clear {request.stage.value} again."
+        advice = "Give another reward_model." if request.is_given else f"Clear {request.stage.value} again."
         return Recorded(request, (failed("manifest", told, "the artifact that the stage published", advice),))
     if request.is_given:
         found = f"{request.artifact.uri}, content {request.artifact.digest[:12]}"
@@ -273,6 +280,8 @@ def judged(
     bounds are pointless, they are skipped."""
     request = known.request
     bounds = gates.bounds_of(request.stage)
+    if request.is_given and findings.unmeasured.get(ACCURACY_LOW) == NO_PAIRS:
+        no_job = "the run reads no preference pairs; give some, and the reward model is accepted by them or not"
     metrics = {**known.metrics, **findings.metrics}
     kept_bounds = (
         [skipped(bound.metric, pointless) for bound in parse_bounds(bounds)]
@@ -285,6 +294,7 @@ def judged(
     return GateRecord(
         stage=request.stage,
         artifact=request.artifact,
+        is_given=request.is_given,
         outcome=Outcome.FAILED if is_failed else Outcome.PASSED,
         override=override,
         bounds=bounds,
@@ -369,9 +379,13 @@ def tell_mlflow(run: RunInfo, record: GateRecord) -> None:
         with MlflowServer(tracking_uri) as server:
             if run.parent_run_id is not None:
                 server.set_tag(run.parent_run_id, f"athanor.{gate_name(record.stage)}", told)
-            if stage_run is not None:
+            if stage_run is None:
+                return
+            names = [f"gate-{run.run_id}.json"]
+            if not record.is_given:  # what another run thinks of a model is not the word of the one that made it
                 server.set_tag(stage_run, "athanor.gate", told)
-                for name in (f"gate-{run.run_id}.json", GATE_RECORD):
-                    server.log_text(stage_run, name, record.model_dump_json(indent=1))
+                names.append(GATE_RECORD)
+            for name in names:
+                server.log_text(stage_run, name, record.model_dump_json(indent=1))
     except MlflowUnavailableError as error:
         logger.warning("MLflow does not have the outcome of %s: %s", gate_name(record.stage), error)

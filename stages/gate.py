@@ -1,6 +1,6 @@
 """`python -m stages.gate <config uri>`: what a gate asks of a published model that only the model itself can answer.
 
-A short Ray job. It reads the artifact as any later stage would, hashes every file of it and of what it was made from,
+A short Ray job, or the last act of the process that trained the model. It reads the artifact as any later stage would, hashes every file of it and of what it was made from,
 loads it in plain transformers and in ours, and measures again what training measured last. A reward model is accepted
 or not by its scores on held-out pairs. What was found is a record and no failure: the gate's task in Airflow decides.
 """
@@ -12,12 +12,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import fetch, read_manifest
 from stages.artifacts.store import Store, write_json
-from stages.config.errors import EXIT_CODES, Category, DamagedArtifactError, ExitCode, StageError
+from stages.config.errors import EXIT_CODES, Category, ConfigError, DamagedArtifactError, ExitCode, StageError
 from stages.config.gate_records import (
     Check,
     Findings,
@@ -29,13 +29,16 @@ from stages.config.gate_records import (
     passed,
     skipped,
 )
-from stages.config.graph import GRAPH, Stage, StageSpec
+from stages.config.graph import GRAPH, REWARD_MODEL, Stage, StageSpec
 from stages.config.request import Manifest
 from stages.job.failures import describe_failure
 from stages.job.logs import log_for_uri
 from stages.job.runner import read_request
 from stages.job.scratch import scratch_folder
 from stages.job.stopping import raise_stopped
+
+if TYPE_CHECKING:
+    from stages.data.tokens.views import TokensArtifact
 
 logger = logging.getLogger("athanor")
 
@@ -152,19 +155,22 @@ class _Examination:
         theirs, why = loaded(lambda: reload.published_tokenizer(tokens.tokenizer_dir))
         if theirs is None:
             return Findings(checks=(*checks, skipped("reload", f"the tokens' tokenizer cannot be loaded: {why}")))
-        asked = same_ids(folder, theirs)
         if self._request.is_given:
-            checks.append(_of_given(asked.check))
+            if not_read := _not_read(folder, tokens):
+                return unaccepted(not_read.found).model_copy(update={"checks": (*checks, not_read)})
+            prompts = None
         else:
+            asked = same_ids(folder, theirs)
             checks.append(asked.check)
-            if asked.prompts:
+            prompts = asked.prompts
+            if prompts:
                 checks += given_template(manifest, theirs, self._scratch)
         plain, why = loaded(lambda: reload.plain_model(folder, scores=scores))
         model, why_not_ours = loaded(lambda: (load_reward_model if scores else load_causal_lm)(folder, tokens).eval())
         if plain is None or model is None:
             checks.append(_not_loaded(why, why_not_ours))
         else:
-            prompts = asked.prompts or plain_questions(theirs)
+            prompts = prompts or plain_questions(theirs)
             same, why = loaded(lambda: reload.reloaded(plain, model, prompts, scores=scores, pad_id=tokens.pad_id))
             checks.append(same or _not_loaded(why, ""))
         if model is None:
@@ -222,11 +228,15 @@ def _not_loaded(why_not_plain: str, why_not_ours: str) -> Check:
     return failed("reload", told, "a model that both load", "Clear the stage that made it, which builds it again.")
 
 
-def _of_given(same: Check) -> Check:
-    """A given model may have a chat template of its own: it reads the run's ids all the same."""
-    if same.outcome is not Outcome.FAILED:
-        return same
-    return skipped(same.name, f"it is given, and its answers to the run's template count: {same.found}; {same.allowed}")
+def _not_read(folder: Path, tokens: "TokensArtifact") -> Check | None:
+    """A given scorer reads the ids of the run, whatever its own chat template is."""
+    from stages.models.same_tokenizer import check_given_scorer
+
+    try:
+        check_given_scorer(folder, tokens.tokenizer(), role=REWARD_MODEL)
+    except ConfigError as error:
+        return failed("same_ids", error.message, "the token ids of the run, and one score", error.advice)
+    return None
 
 
 def _is_no_training_data(path: str) -> bool:

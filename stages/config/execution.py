@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from stages.config.base import Config
 
+LOCAL_CPUS = "ATHANOR_LOCAL_CPUS"
+"""Variable of Airflow's environment, where Ray is one machine: its cores, of which heavy jobs take turns."""
+
 
 class Engine(StrEnum):
     """How parameters and gradients are spread over workers."""

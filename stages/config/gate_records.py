@@ -18,6 +18,8 @@ from stages.config.graph import Stage
 from stages.config.request import ArtifactRef, GateQuestions, Metrics, RunInfo, StageRequest
 
 GATE_RECORD = "gate.json"
+NO_PAIRS = "there are no held-out preference pairs"
+"""Why a reward model was not measured: no stage of the run needs pairs, or none was held out."""
 WANT_OF_COMPUTE = "FLOPs"
 """In the words of every check that was left out because another machine could have made it, and of no other."""
 
@@ -158,6 +160,8 @@ class GateRecord(Config):
 
     stage: Stage
     artifact: ArtifactRef
+    is_given: bool = False
+    """The run was given the artifact."""
     version: int = GATE_VERSION
     outcome: Outcome
     """`failed` also where a person let it pass, see `override`."""
@@ -167,7 +171,7 @@ class GateRecord(Config):
     metrics: Metrics = Field(default_factory=dict)
     tables: dict[str, Any] = Field(default_factory=dict)
     job: str = ""
-    """`none`: no job was needed; `kept`: its findings were there; otherwise the id of the Ray job."""
+    """`none`: no job was needed; `kept`: findings were there, of the process that trained it or of a job before; otherwise the id of the Ray job."""
     seconds: float = 0.0
     """Of the job's own work."""
     at: str

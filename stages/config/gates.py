@@ -89,8 +89,8 @@ class GatesConfig(Config):
     (docs/GATES.md). The list as a whole replaces the recipe's."""
     recompute: bool = True
     """Load each published model again and compare: in plain transformers, with what training measured, and for a
-    reward model its acceptance. A short Ray job for each model. Off, which takes the form's override_reason: only what
-    manifests and histories tell."""
+    reward model its acceptance. By the process that trained it, or in a short Ray job. Off, which takes the form's
+    override_reason: only what manifests and histories tell."""
     max_pairs: int = Field(default=512, ge=2)
     """Held-out pairs that a reward model is accepted by."""
     override: tuple[str, ...] = ()

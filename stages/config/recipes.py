@@ -36,9 +36,9 @@ _DEMO_PACKAGES = (
 
 def demo(*, seed: int = 0) -> PipelineConfig:
     """Under three million parameters from the documentation of the installed packages, on two CPU cores in minutes."""
-    train = ExecutionConfig(micro_batch_size=16, checkpoint_every=20, cpus_per_worker=2, entrypoint_cpus=2)
-    # A second core makes models of this size a third faster. On one core each, two stages finish sooner side by side.
-    beside = train.model_copy(update={"cpus_per_worker": 1, "entrypoint_cpus": 1})
+    train = ExecutionConfig(micro_batch_size=16, checkpoint_every=20, cpus_per_worker=2)
+    # To models of this size a second core is worth little: two stages side by side, on one core each, end sooner.
+    beside = train.model_copy(update={"cpus_per_worker": 1})
     return PipelineConfig(
         recipe="demo",
         run_name="demo",
@@ -124,7 +124,7 @@ def demo(*, seed: int = 0) -> PipelineConfig:
             gold=beside,
             ppo=train,
             dpo=beside,
-            evaluate=ExecutionConfig(micro_batch_size=16, cpus_per_worker=2, entrypoint_cpus=2),
+            evaluate=ExecutionConfig(cpus_per_worker=2),
         ),
     )
 
@@ -132,8 +132,7 @@ def demo(*, seed: int = 0) -> PipelineConfig:
 def smollm(*, seed: int = 0) -> PipelineConfig:
     """SmolLM2-135M-Instruct learns by adapters to answer about software in one sentence, on two CPU cores in twenty
     minutes."""
-    # Two such trainings side by side would take more memory than most laptops have: each reserves both cores.
-    train = ExecutionConfig(micro_batch_size=4, checkpoint_every=10, cpus_per_worker=2, entrypoint_cpus=2)
+    train = ExecutionConfig(micro_batch_size=4, checkpoint_every=10, cpus_per_worker=2)
     adapter = LoRAConfig(rank=16, alpha=32.0)
     return PipelineConfig(
         recipe="smollm",

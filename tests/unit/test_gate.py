@@ -338,6 +338,7 @@ def test_a_given_reward_model_is_asked_about_the_data_of_the_run(world: Trained,
     manifest = json.loads(path.read_text())
     for entry in manifest["inputs"]:
         entry["uri"] = f"{entry['uri']}-gone"
+        entry["digest"] = "0" * 64
     path.write_text(json.dumps(manifest))
     asked = {"is_given": True, "inputs": {"tokens": world.tokens, "model": world.start}, "max_response_length": 6}
     found = examined(given, Stage.REWARD, gold=world.reward, **asked)
@@ -346,8 +347,24 @@ def test_a_given_reward_model_is_asked_about_the_data_of_the_run(world: Trained,
     assert found.metrics["accept/pairs"] == 160
     assert found.metrics["accept/best_of_n_gold"] > 0
     checks = named(found)
-    assert {checks[name].outcome for name in ("heldout_again", "same_ids")} == {Outcome.SKIPPED}
+    assert checks["heldout_again"].found.endswith("held out from its training is not known")
+    assert "same_ids" not in checks
     assert {checks[name].outcome for name in ("files", "files_tokens", "reload", "swap_probe")} == {Outcome.PASSED}
+
+
+def test_a_given_reward_model_that_reads_other_ids_is_refused(world: Trained, tmp_path: Path):
+    def change(folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        tokenizer = json.loads(path.read_text())
+        first, second = list(tokenizer["model"]["vocab"])[-2:]
+        vocabulary = tokenizer["model"]["vocab"]
+        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+        path.write_text(json.dumps(tokenizer))
+
+    given = republished(tmp_path, world.reward, change)
+    found = examined(given, Stage.REWARD, is_given=True, inputs={"tokens": world.tokens})
+    assert red(found) == {"same_ids"}
+    assert "reward_model" in named(found)["same_ids"].found
 
 
 def test_a_given_reward_model_of_length_alone_is_not_accepted(world: Trained, tmp_path: Path):

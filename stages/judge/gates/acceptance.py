@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages.config.gate_records import Findings
+from stages.config.gate_records import NO_PAIRS, Findings
 from stages.judge.statistics import Interval, interval
 from stages.losses import calibration_error
 
@@ -59,7 +59,7 @@ def wins(margins_P: np.ndarray) -> np.ndarray:
     return (margins_P > 0) + 0.5 * (margins_P == 0)
 
 
-def acceptance(pairs: JudgedPairs, *, why_none: str = "there are no held-out preference pairs") -> Findings:
+def acceptance(pairs: JudgedPairs, *, why_none: str = NO_PAIRS) -> Findings:
     """Return all numbers of it; those that the pairs cannot tell are `unmeasured`, with the reason."""
     if not len(pairs.margins_P):
         return unaccepted(why_none)

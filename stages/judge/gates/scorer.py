@@ -9,7 +9,7 @@ from torch import nn
 
 from stages.artifacts.manifests import fetch
 from stages.config.errors import ConfigError, DamagedArtifactError
-from stages.config.gate_records import Check, Findings, GateRequest, Outcome, skipped
+from stages.config.gate_records import NO_PAIRS, Check, Findings, GateRequest, Outcome, skipped
 from stages.config.graph import GOLD_MODEL
 from stages.config.request import Manifest
 from stages.data.tokens.views import Split, TokensArtifact, evenly
@@ -45,12 +45,14 @@ def examined_scorer(
 ) -> Findings:
     """Return the checks and numbers of a reward model, and of those that are missing the reason."""
     pairs, computing = scorer.tokens.pairs(Split.HELDOUT), scorer.computing
-    again = skipped(heldout.CHECK, "it was trained on other pairs") if request.is_given else None
-    checks = [again or _margin_again(scorer, manifest)]
+    if request.is_given and not _knows_these_pairs(manifest, request):
+        checks = [skipped(heldout.CHECK, "whether these pairs were held out from its training is not known")]
+    else:
+        checks = [_margin_again(scorer, manifest)]
     asked = len(evenly(len(pairs), at_most=request.max_pairs))
     affordable = computing.affordable([scorer.model], pair_lengths(pairs), asked=asked)
     chosen = evenly(len(pairs), at_most=affordable.items)
-    why = "there are no held-out preference pairs"
+    why = NO_PAIRS
     if affordable.why:
         why = f"pairs: {affordable.why}; give the stage a GPU"
         checks.append(skipped("all_pairs", f"{len(chosen)} of {asked} pairs are measured: {affordable.why}"))
@@ -68,6 +70,11 @@ def examined_scorer(
     )
 
 
+def _knows_these_pairs(manifest: Manifest, request: GateRequest) -> bool:
+    """Whether it was trained on the run's own tokens, so that these pairs were held out from it, too."""
+    return any(entry.role == "tokens" and entry.digest == request.inputs["tokens"].digest for entry in manifest.inputs)
+
+
 def _margin_again(scorer: Scorer, manifest: Manifest) -> Check:
     """The held-out margin as training measured it last."""
     pairs, computing = scorer.tokens.pairs(Split.HELDOUT), scorer.computing
@@ -76,7 +83,7 @@ def _margin_again(scorer: Scorer, manifest: Manifest) -> Check:
     if affordable.why:  # another number of pairs would have another margin
         return skipped(heldout.CHECK, f"held-out pairs are not measured again: {affordable.why}")
     if not len(watched):
-        return heldout.compare_again(manifest, MARGIN, None, "there are no held-out preference pairs")
+        return heldout.compare_again(manifest, MARGIN, None, NO_PAIRS)
     with computing.as_trained(manifest):
         scores_P2 = heldout.pair_scores(scorer.model, pairs, watched, computing)
     return heldout.compare_again(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from airflow.sdk.exceptions import AirflowSkipException
 
+from operators.dispatch import watch_settings
 from operators.failures import (
     GateFailed,
     StageConfigFailed,
@@ -27,7 +28,9 @@ from stages.artifacts.addresses import open_store
 from stages.artifacts.store import Store, read_json, write_json
 from stages.config.curate import NEW_BYTES, NEW_PAIRS
 from stages.config.errors import Category
+from stages.config.execution import LOCAL_CPUS
 from stages.config.gate_records import (
+    NO_PAIRS,
     WANT_OF_COMPUTE,
     Findings,
     GateRecord,
@@ -45,6 +48,7 @@ from stages.config.graph import GRAPH, REWARD_MODEL, Stage, gated_stages
 from stages.config.pipeline import PREVIOUS
 from stages.config.request import ArtifactRef, Failure, RunInfo, sha256_of
 from stages.config.resolve import resolve
+from stages.judge.gates.acceptance import unaccepted
 from tests.gate_world import publish_good
 from tests.ray_stand_in import Job, StandInRay
 from tests.task_state import Memory
@@ -218,10 +222,31 @@ def test_a_given_reward_model_is_accepted_or_not_before_ppo(world: World):
     assert (request.artifact, request.is_given) == (world.given[REWARD_MODEL], True)
     assert request.inputs == {"tokens": world.made[Stage.TOKENIZE], "model": world.made[Stage.SFT]}
 
+    record = world.record(Stage.REWARD)
+    assert record.is_given
+    assert "given" in {check.name for check in record.checks}
     world.state = Memory()
     world.values["overrides"] = {"gates.bounds": ["reward: accept/balanced_low > 0.8"]}
     with pytest.raises(GateFailed, match=r"accept/balanced_low: 0\.7; allowed: > 0\.8"):
         world.gate(Stage.REWARD)
+
+
+def test_without_pairs_a_given_reward_model_is_not_judged_by_them_and_that_is_said(world: World):
+    """A run that only reinforces reads no pairs; it is another matter where one trains a reward model."""
+    none = unaccepted(NO_PAIRS)
+    world.publish()
+    reward = world.made[Stage.REWARD]
+    world.values["overrides"] = {"gates.bounds": list(GatesConfig().bounds)}
+    world.job_finds(Stage.REWARD, none)
+    with pytest.raises(GateFailed, match=f"not measured: {NO_PAIRS}"):
+        world.gate(Stage.REWARD)
+    world.state, world.given = Memory(), {REWARD_MODEL: reward}
+    world.values |= {"reward_model": "models:/theirs/1"}
+    world.job_finds(Stage.REWARD, none)
+    world.gate(Stage.REWARD)
+    found = {check.name: check for check in world.record(Stage.REWARD).checks}
+    assert found["accept/accuracy_low"].outcome is Outcome.SKIPPED
+    assert "give some" in found["accept/accuracy_low"].found
 
 
 @pytest.mark.parametrize("values", [{"alignment": "dpo"}, {"last_stage": "sft"}])
@@ -244,6 +269,41 @@ def test_it_is_not_asked_where_it_could_not_answer(world: World):
     assert asked(Stage.GOLD) is not None
     world.values = {"recipe": "tiny", **WITHOUT_JOBS}
     assert asked(Stage.SFT) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reserved"),
+    [
+        ({}, 1),
+        ({"execution.sft.cpus_per_worker": 2}, 2),
+        ({"execution.sft.cpus_per_worker": 8}, 2),  # the machine has two
+        ({"execution.sft.cpus_per_worker": 2, "execution.sft.num_workers": 1}, None),  # its workers reserve them
+        ({"execution.sft.entrypoint_cpus": 3}, 3),
+    ],
+)
+def test_on_one_machine_jobs_take_turns_on_its_cores(
+    world: World, overrides: dict[str, Any], reserved: float | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(LOCAL_CPUS, "2")
+    world.values["overrides"] = overrides
+    world.job_finds(Stage.SFT, FOUND)
+    world.gate(Stage.SFT)
+    (job,) = world.ray.jobs.values()
+    assert job.body.get("entrypoint_num_cpus") == reserved
+
+
+def test_for_its_turn_a_job_waits_as_long_as_its_task_may(world: World, monkeypatch: pytest.MonkeyPatch):
+    world.publish()
+    config, run = resolve(world.values), RunInfo(run_id="r", name="n")
+
+    def patience(stage: Stage) -> float:
+        request = build_request(stage, run=run, store=world.store, config=config, upstream=dict(world.made))
+        return watch_settings(request, poll_interval=1, unreachable_seconds=1, progress_seconds=1).capacity_seconds
+
+    assert patience(Stage.SFT) == 3600
+    monkeypatch.setenv(LOCAL_CPUS, "2")
+    assert patience(Stage.SFT) == 0
+    assert patience(Stage.TOKENIZE) == 3600, "light work takes no turns"
 
 
 def test_another_bound_asks_no_job_again_and_other_content_does(world: World):
