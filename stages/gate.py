@@ -1,7 +1,8 @@
 """`python -m stages.gate <config uri>`: what a gate asks of a published model that only the model itself can answer.
 
-A short Ray job, or the last act of the process that trained the model. It reads the artifact as any later stage would, hashes every file of it and of what it was made from,
-loads it in plain transformers and in ours, and measures again what training measured last. A reward model is accepted
+A short Ray job, or the last act of the process that trained the model. It reads the artifact as any later stage would,
+hashes every file of it and of what it was made from, loads it in plain transformers and in ours, and measures again
+what training measured last. A reward model is accepted
 or not by its scores on held-out pairs. What was found is a record and no failure: the gate's task in Airflow decides.
 """
 
