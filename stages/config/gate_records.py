@@ -171,7 +171,7 @@ class GateRecord(Config):
     metrics: Metrics = Field(default_factory=dict)
     tables: dict[str, Any] = Field(default_factory=dict)
     job: str = ""
-    """`none`: no job was needed; `kept`: what the training process or an earlier job found; otherwise the id of the Ray job."""
+    """`none`: no job was needed; `kept`: what the training process or an earlier job found; else the id of its job."""
     seconds: float = 0.0
     """Of the job's own work."""
     at: str
