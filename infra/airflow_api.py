@@ -61,15 +61,20 @@ class AirflowApi:
         return response.json() if response.content else None
 
     def _request(self, method: str, path: str, *, may_repeat: bool = False, **arguments: Any) -> httpx.Response:
-        """With SQLite, Airflow may find its database locked and answer 500. Requests that only read, or do no harm
+        """With SQLite, Airflow may find its database locked and answer 500, or late. Requests that only read, or do no harm
         when done twice, are repeated; a trigger is not, because its run may exist already."""
         tries = _TRIES if may_repeat or method == "GET" else 1
         for left in reversed(range(tries)):
-            response = self._logged_in(method, path, **arguments)
-            if response.status_code != 500 or not left:
-                break
+            try:
+                response = self._logged_in(method, path, **arguments)
+            except httpx.ReadTimeout:  # it is busy, and not gone
+                if not left:
+                    raise
+            else:
+                if response.status_code != 500 or not left:
+                    return response
             time.sleep(_PAUSE_SECONDS)
-        return response
+        raise AssertionError("the last try returns or raises")
 
     def _logged_in(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         if "Authorization" not in self._session.headers:
