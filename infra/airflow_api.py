@@ -61,8 +61,8 @@ class AirflowApi:
         return response.json() if response.content else None
 
     def _request(self, method: str, path: str, *, may_repeat: bool = False, **arguments: Any) -> httpx.Response:
-        """With SQLite, Airflow may find its database locked and answer 500, or late. Requests that only read, or do no harm
-        when done twice, are repeated; a trigger is not, because its run may exist already."""
+        """With SQLite, Airflow may find its database locked and answer 500, or late. Requests that only read, or do no
+        harm when done twice, are repeated; a trigger is not, because its run may exist already."""
         tries = _TRIES if may_repeat or method == "GET" else 1
         for left in reversed(range(tries)):
             try:
