@@ -119,7 +119,7 @@ def test_the_report_shows_hostile_texts_and_obeys_none(seen: Watch, tmp_path: Pa
     assert own_policy is not None
     assert_quiet(seen, page)
     assert_quiet(seen, page.replace(own_policy[0], ""))
-    prompts = [element.text_content() for element in seen.page.locator(".sample h3").all()]
+    prompts = [element.text_content() or "" for element in seen.page.locator(".sample h3").all()]
     expected = [shown(text) for text in TEXTS.values()]
     assert sorted(prompts) == sorted(expected)
     answers = seen.page.locator(".sample").nth(prompts.index(expected[0])).locator("p").all_text_contents()

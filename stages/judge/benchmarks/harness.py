@@ -88,7 +88,7 @@ class TaskPass:
         self.task.aggregation = lambda: defaultdict(lambda: lambda values: 0.0)
         self.task.set_fewshot_seed(seed=_FEWSHOT_SEED)  # each model sees the same examples
         whole = len(self.indices) == self.num_documents
-        results = evaluate(
+        results: Any = evaluate(
             lm=model,
             task_dict={"tasks": {name: self.task}},
             samples=None if whole else {name: list(self.indices)},
@@ -96,7 +96,6 @@ class TaskPass:
             apply_chat_template=self.chat,
             fewshot_as_multiturn=True,
         )
-        assert results is not None
         tallies = {column.key: Tally() for column in self.columns}
         by_filter: dict[str, dict[int, dict[str, Any]]] = {}
         for found in results["samples"][name]:
