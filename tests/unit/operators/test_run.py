@@ -10,13 +10,13 @@ import pytest
 from operators.failures import RunIncomplete, StageConfigFailed
 from operators.links import mlflow_artifact_page, mlflow_run_page
 from operators.prepare import build_request, find_hit, input_stages, load_config
-from operators.run import finish_run, start_run
+from operators.run import _wanted, finish_run, start_run
 from stages.artifacts.addresses import artifact_key, open_default_store, open_store
 from stages.artifacts.manifests import DOUBT, fingerprint
 from stages.artifacts.store import write_json
 from stages.config.errors import ConfigError, DataError
 from stages.config.gate_records import GateOverride, GateRecord, Outcome, gate_key
-from stages.config.graph import GRAPH, Stage
+from stages.config.graph import GRAPH, REWARD_MODEL, Stage
 from stages.config.pipeline import PipelineConfig, stage_config_from_json
 from stages.config.request import ArtifactRef, InputEntry, RunInfo, run_folder
 from stages.config.resolve import resolve
@@ -246,3 +246,11 @@ def test_links_lead_to_mlflows_pages_and_tell_no_password():
     assert json.dumps(mlflow_artifact_page("https://m", "r1", "report.html", "7")) == (
         '"https://m/#/experiments/7/runs/r1/artifacts/report.html"'
     )
+
+
+def test_the_gate_of_a_given_reward_model_must_succeed_too():
+    reward = ArtifactRef(kind="reward-model", uri="file:///r", fingerprint="f", digest="d")
+    config = resolve({"recipe": "tiny", "reward_model": "models:/theirs/1"})
+    assert "gate_reward" not in _wanted(config)
+    assert "gate_reward" in _wanted(config.with_given({REWARD_MODEL: reward}))
+    assert "reward" not in _wanted(config.with_given({REWARD_MODEL: reward}))
