@@ -19,8 +19,8 @@ from stages.config.names import parse_model_address
 from stages.config.nested import dotted_once
 from stages.config.pipeline import PREVIOUS, PipelineConfig
 from stages.config.places import check_source, is_gguf
+from stages.config.preferences import PairsConfig, PairsHalf
 from stages.config.request import ArtifactRef, Manifest
-from stages.config.train import PairsConfig, PairsHalf
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from stages.config.graph import BASE_MODEL
-from stages.config.train import DPOConfig, PreferenceLoss
+from stages.config.preferences import DPOConfig, PreferenceLoss
 from stages.data.tokens.packing import Packed
 from stages.data.tokens.views import Split, TokensArtifact, evenly
 from stages.job.context import StageContext, StageOutcome
-from stages.losses import PairLogprobs, pair_accuracy, preference_loss
+from stages.losses.preference import PairLogprobs, preference_loss
+from stages.losses.reward import pair_accuracy
 from stages.models.build import load_causal_lm
 from stages.models.experts import routing_of
 from stages.models.forward import TrunkOutput, sum_by_segment, target_logprobs, target_positions

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from stages.config.errors import ConfigError
 from stages.config.graph import BASE_MODEL, GOLD_MODEL, GRAPH, REWARD_MODEL, Stage
-from stages.config.train import PPOConfig
+from stages.config.rollouts import PPOConfig
 from stages.data.tokens.packing import Packed, RowBudget, TokenSequence, lay_out
 from stages.data.tokens.ragged import Ragged
 from stages.data.tokens.views import Split, TokensArtifact, evenly, require
 from stages.job.context import StageContext, StageOutcome
-from stages.losses import adapted_kl_coefficient, ppo_policy_loss, ppo_value_loss
+from stages.losses.divergence import adapted_kl_coefficient
+from stages.losses.policy import ppo_policy_loss, ppo_value_loss
 from stages.models.build import load_causal_lm, load_reward_model
 from stages.models.experts import routing_of
 from stages.models.forward import TrunkOutput, target_logprobs, target_positions, target_values

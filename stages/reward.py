@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from stages.config.graph import BASE_MODEL, REWARD_BASE
-from stages.config.train import RewardConfig
+from stages.config.preferences import RewardConfig
 from stages.data.tokens.packing import Packed
 from stages.data.tokens.views import Split, TokensArtifact
 from stages.job.context import StageContext, StageOutcome
-from stages.losses import bradley_terry_loss, pair_accuracy, score_centering_loss
+from stages.losses.reward import bradley_terry_loss, pair_accuracy, score_centering_loss
 from stages.models.build import load_reward_model
 from stages.models.experts import routing_of
 from stages.models.forward import TrunkOutput, segment_scores

@@ -21,9 +21,10 @@ from stages.config.gate_records import Findings, GateRequest
 from stages.config.gates import GatesConfig
 from stages.config.graph import Stage
 from stages.config.places import local_path
+from stages.config.preferences import RewardConfig
 from stages.config.request import ArtifactRef, Manifest, RunInfo
 from stages.config.tokens import TokenizeConfig
-from stages.config.train import OptimizerConfig, RewardConfig
+from stages.config.train import OptimizerConfig
 from stages.gate import examine
 from stages.job.runner import _manifest
 from tests.small_world import CONFIGS, _write, make_context, write_curated, write_ledger

@@ -14,9 +14,9 @@ from stages.artifacts.store import Store
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import GRAPH, Stage, StageSpec, graph_of, trained_stages
 from stages.config.pipeline import CONFIG_CLASSES, Executions, PipelineConfig
+from stages.config.preferences import DPOConfig
 from stages.config.recipes import RECIPES, tiny
 from stages.config.request import ArtifactRef, Manifest, StageRequest, StageResult
-from stages.config.train import DPOConfig
 
 
 @contextmanager

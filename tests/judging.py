@@ -12,9 +12,9 @@ from stages import evaluate, tokenize
 from stages.config.closing import EvaluateConfig
 from stages.config.curate import CurateConfig
 from stages.config.graph import Stage
+from stages.config.preferences import GoldConfig
 from stages.config.request import ArtifactRef
 from stages.config.tokens import TokenizeConfig
-from stages.config.train import GoldConfig
 from stages.data.tokens.views import TokensArtifact
 from stages.job.context import StageContext, StageOutcome
 from stages.models.build import load_reward_model, new_causal_lm, save_model

@@ -13,18 +13,11 @@ from stages.artifacts.manifests import fingerprint
 from stages.config.base import Config
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import GRAPH, Stage
+from stages.config.preferences import DPOConfig, RewardConfig
 from stages.config.request import ArtifactRef, RunInfo, StageRequest
+from stages.config.rollouts import PPOConfig
 from stages.config.tokens import TokenizeConfig
-from stages.config.train import (
-    DPOConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PPOConfig,
-    PretrainConfig,
-    RewardConfig,
-    SFTConfig,
-    TrainConfig,
-)
+from stages.config.train import ModelConfig, OptimizerConfig, PretrainConfig, SFTConfig, TrainConfig
 from stages.job.context import StageContext
 from stages.job.progress import Progress
 from stages.tracking.tracker import NullTracker

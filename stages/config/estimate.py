@@ -10,18 +10,9 @@ from stages.config.base import Config
 from stages.config.execution import Engine, ExecutionConfig
 from stages.config.graph import BASE_MODEL, GOLD_MODEL, GRAPH, JUDGE, REWARD_MODEL, Stage
 from stages.config.pipeline import PipelineConfig
+from stages.config.preferences import DPOConfig, PairsConfig, PairsHalf
 from stages.config.text import compact
-from stages.config.train import (
-    DPOConfig,
-    LoRAConfig,
-    ModelConfig,
-    PairsConfig,
-    PairsHalf,
-    PostTrainConfig,
-    PretrainConfig,
-    SampledConfig,
-    TrainConfig,
-)
+from stages.config.train import LoRAConfig, ModelConfig, PostTrainConfig, PretrainConfig, SampledConfig, TrainConfig
 
 ASSUMED_CONVERSATION_TOKENS = 256
 _FLOAT32, _BFLOAT16 = 4, 2

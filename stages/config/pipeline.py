@@ -16,10 +16,12 @@ from stages.config.forms import RunOutline
 from stages.config.gates import GatesConfig
 from stages.config.graph import BASE_MODEL, BENCHMARKS, GRAPH, Stage, stage_providing
 from stages.config.names import ExperimentName
+from stages.config.preferences import DPOConfig, GoldConfig, RewardConfig
 from stages.config.records import first_error
 from stages.config.request import PREVIOUS, ArtifactRef, Source, SourceKind
+from stages.config.rollouts import PPOConfig
 from stages.config.tokens import TokenizeConfig
-from stages.config.train import DPOConfig, GoldConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig
+from stages.config.train import PretrainConfig, SFTConfig
 
 ONE_VERSION = "Trigger the run again, with one version of Athanor in Airflow and on the cluster."
 """The advice where what Airflow wrote for a stage is not what the stage reads."""

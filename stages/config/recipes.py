@@ -8,20 +8,10 @@ from stages.config.execution import Engine, ExecutionConfig
 from stages.config.forms import GoldScorer
 from stages.config.gates import GatesConfig
 from stages.config.pipeline import Executions, PipelineConfig
+from stages.config.preferences import DPOConfig, GoldConfig, RewardConfig
+from stages.config.rollouts import PPOConfig
 from stages.config.tokens import TokenizeConfig
-from stages.config.train import (
-    Algorithm,
-    DPOConfig,
-    GoldConfig,
-    LoRAConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PPOConfig,
-    PretrainConfig,
-    RewardConfig,
-    Schedule,
-    SFTConfig,
-)
+from stages.config.train import Algorithm, LoRAConfig, ModelConfig, OptimizerConfig, PretrainConfig, Schedule, SFTConfig
 
 _DEMO_PACKAGES = (
     "apache-airflow-core",

@@ -32,12 +32,13 @@ from stages.config.graph import (
 from stages.config.nested import dotted, dotted_once, leaves
 from stages.config.pipeline import PipelineConfig
 from stages.config.places import check_source
+from stages.config.preferences import PairsHalf
 from stages.config.recipes import RECIPES
 from stages.config.selection import asks_for_gold, needed_data
 from stages.config.sources import parse_source, take_weights
 from stages.config.suites import check_suites
 from stages.config.text import HALVES, one_line
-from stages.config.train import PairsHalf, TrainConfig
+from stages.config.train import TrainConfig
 
 Model = TypeVar("Model", bound=BaseModel)
 _HALF = re.compile(f"[{HALVES}]")

@@ -4,16 +4,13 @@ All of it decides results and enters fingerprints: a field that is added is mark
 """
 
 from enum import StrEnum
-from typing import Annotated, ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from stages.config.base import AddedLater, Choice, Config
+from stages.config.base import Config
 from stages.config.sources import SourceWeight
 from stages.config.text import compact
-
-PROMPT_LOSS = "eval/prompt_loss"
-"""What PPO records of its weights that does not depend on sampled answers; a gate measures it again."""
 
 
 class ModelConfig(Config):
@@ -293,137 +290,3 @@ class SFTConfig(SampledConfig):
     """Weight of log^2 Z, which keeps logits small (PaLM: 1e-4); 0 = none."""
     neftune_alpha: float = Field(default=0.0, ge=0)
     """Size of the noise on the embeddings (NEFTune, https://arxiv.org/abs/2310.05914: 5 to 15); 0 = none."""
-
-
-class PairsHalf(Choice):
-    """Which training pairs a stage sees. Pairs with one prompt are in one half, whatever other pairs there are."""
-
-    BOTH = "both", "All pairs"
-    FIRST = "first", "The half that models learn from when there is a gold scorer"
-    SECOND = "second", "The half that only the gold scorer learns from"
-
-
-class PairsConfig(SampledConfig):
-    """What the objectives share that learn from preference pairs."""
-
-    half: Annotated[PairsHalf, AddedLater(PairsHalf.BOTH)] = PairsHalf.BOTH
-    """Training pairs that are used: `both` halves, or only the `first` or the `second`. A prompt decides the half of
-    its pairs, so no prompt is in both. A run with a gold scorer trains that on the second half and everything else on
-    the first."""
-
-
-class RewardConfig(PairsConfig):
-    """Bradley-Terry reward model."""
-
-    center_coefficient: float = Field(default=0.01, ge=0)
-    """Weight of (r_chosen + r_rejected)^2, which keeps scores around zero."""
-
-
-class GoldConfig(RewardConfig):
-    """The gold scorer: a reward model of the same objective, from another seed and the other half of the pairs."""
-
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
-    """Optimizer and schedule."""
-    global_batch_size: int = Field(default=32, ge=1)
-    """Pairs of one optimizer step over all workers."""
-    half: PairsHalf = PairsHalf.SECOND
-    """Training pairs that it learns from. `both` shares pairs with the models that it judges, which then look better
-    than they are."""
-
-
-class SigmoidLoss(Config):
-    """The original loss of DPO: -log sigmoid of the difference of the implicit rewards."""
-
-    kind: Annotated[Literal["sigmoid"], AddedLater("sigmoid")] = "sigmoid"
-    """Which preference loss."""
-    beta: float = Field(default=0.1, gt=0)
-    """Strength of the pull towards the reference."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Assumed share of flipped labels (conservative DPO)."""
-
-    needs_reference: ClassVar[bool] = True
-    """Whether the loss compares with the frozen SFT model, whose log-probabilities are then computed once."""
-
-
-# One more preference loss is a class like the one above, with defaults for all its fields, a member here
-# (`Annotated[SigmoidLoss | Other, Field(discriminator="kind")]`; pydantic refuses a union of one) and a case in
-# `stages.losses.preference_loss`.
-PreferenceLoss = SigmoidLoss
-
-
-class DPOConfig(PairsConfig):
-    """Optimisation of the policy on preference pairs, without a reward model."""
-
-    loss: PreferenceLoss = SigmoidLoss()
-    """What is minimised over the pairs; `kind` chooses it, the other fields are its own."""
-
-    moved: ClassVar = {"beta": "loss.beta", "label_smoothing": "loss.label_smoothing"}
-
-    def summary(self) -> str:
-        settings = self.loss.model_dump(exclude={"kind"})
-        loss = [f"{self.loss.kind} loss", *(f"{name} {value:g}" for name, value in settings.items() if value)]
-        return ", ".join([f"{self.num_epochs:g} epochs", *loss])
-
-
-class PPOConfig(PostTrainConfig):
-    """Proximal policy optimisation against the reward model, with a KL penalty to the frozen SFT model.
-
-    `global_batch_size` responses make one optimizer step; `rollout_size` responses make one rollout.
-    """
-
-    num_rollouts: int = Field(ge=1)
-    """Rollout phases; each samples `rollout_size` responses with the live policy."""
-    rollout_size: int = Field(default=64, ge=1)
-    """Responses sampled in one rollout, over all workers."""
-    num_epochs: int = Field(default=2, ge=1)
-    """Optimisation passes over each rollout."""
-    max_response_length: int = Field(default=48, ge=1)
-    """Tokens of a response at most, the end token included."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature, also of the log-probabilities that are optimised."""
-    gamma: float = Field(default=1.0, gt=0, le=1)
-    """Discount of future rewards."""
-    gae_lambda: float = Field(default=0.95, ge=0, le=1)
-    """Trade of bias for variance in generalised advantage estimation."""
-    clip_range: float = Field(default=0.2, gt=0)
-    """The policy ratio is clipped to 1 +- this."""
-    value_clip_range: float = Field(default=0.2, gt=0)
-    """Value predictions are clipped to the old ones +- this."""
-    value_coefficient: float = Field(default=0.1, ge=0)
-    """Weight of the value loss."""
-    kl_coefficient: float = Field(default=0.05, ge=0)
-    """Penalty a token for leaving the reference, at the start."""
-    kl_target: float = Field(default=0.0, ge=0)
-    """Nats a response that the adaptive controller aims for; 0 keeps the coefficient fixed."""
-    kl_horizon: int = Field(default=2000, ge=1)
-    """Responses over which the controller reacts."""
-    missing_eos_penalty: float = Field(default=1.0, ge=0)
-    """Subtracted from the score of a response without an end token."""
-    gold_patience: Annotated[int, AddedLater(0)] = Field(default=0, ge=0)
-    """Evaluations in a row at which the score of the gold scorer fell while that of the reward model rose, after which
-    training ends; 0 = it never does. The model has the last weights, or those that `best_metric` chooses, such as
-    `eval/gold_score` with `best_is` highest. Needs a gold scorer with the policy's tokenizer, and `eval_every`."""
-
-    def summary(self) -> str:
-        rollouts = f"{self.num_rollouts} rollouts of {self.rollout_size} responses"
-        return f"{rollouts}, {self.max_response_length} tokens each"
-
-    @model_validator(mode="after")
-    def _patience_needs_evaluations(self) -> "PPOConfig":
-        if self.gold_patience and not self.eval_every:
-            raise ValueError(
-                f"gold_patience={self.gold_patience} needs eval_every >= 1, got 0: without evaluations on the way "
-                "nothing is seen to fall; set eval_every, or gold_patience to 0"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _minibatches_divide(self) -> "PPOConfig":
-        if self.rollout_size % self.global_batch_size:
-            below = self.rollout_size // self.global_batch_size * self.global_batch_size
-            ways = " or ".join(str(size) for size in (below, below + self.global_batch_size) if size)
-            raise ValueError(
-                f"rollout_size={self.rollout_size} is not divisible by global_batch_size={self.global_batch_size}; "
-                f"use {ways}"
-            )
-        return self

@@ -19,7 +19,8 @@ from stages.judge.bench import Bench, Measured
 from stages.judge.heldout import Heldout
 from stages.judge.subjects import scorer_role
 from stages.judge.suite import Score
-from stages.losses import bits_per_byte, calibration_error, pair_accuracy, perplexity
+from stages.losses.language import bits_per_byte, perplexity
+from stages.losses.reward import calibration_error, pair_accuracy
 
 _TOKENS_AT_ONCE = 1 << 24
 """Of the training data, when its tokens are counted: 128 MiB as int64."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stages.losses import z_loss
+from stages.losses.language import z_loss
 
 _CHUNK = 1024
 _CPU_LOGITS = 1 << 22

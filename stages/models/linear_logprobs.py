@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.losses import entropy
+from stages.losses.policy import entropy
 from stages.models.linear_cross_entropy import chunks
 
 

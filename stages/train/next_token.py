@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stages.data.tokens.packing import Packed, TokenSequence, collate, plan_rows
 from stages.data.tokens.views import SequenceView, evenly
-from stages.losses import perplexity
+from stages.losses.language import perplexity
 from stages.models.experts import Routing
 from stages.models.forward import NextTokenTerms, next_token_loss_sum, next_token_terms
 from stages.models.noise import embedding_noise

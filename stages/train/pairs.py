@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stages.config.train import PairsConfig, PairsHalf
+from stages.config.preferences import PairsConfig, PairsHalf
 from stages.data.tokens.halves import indices_of, some_sources
 from stages.data.tokens.packing import Packed, TokenSequence, lay_out, split_by_rows
 from stages.data.tokens.views import Pair, PairView, Split, TokensArtifact, evenly, require

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.data.tokens.packing import Packed
-from stages.losses import router_balance_loss
+from stages.losses.language import router_balance_loss
 from stages.models.experts import Routing
 from stages.models.forward import TrunkOutput, run_trunk
 from stages.train.engine import LossOutput

@@ -18,8 +18,9 @@ from torch.multiprocessing.spawn import spawn
 
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
+from stages.config.preferences import DPOConfig, RewardConfig
 from stages.config.request import ArtifactRef
-from stages.config.train import DPOConfig, ModelConfig, PretrainConfig, RewardConfig, SFTConfig, TrainConfig
+from stages.config.train import ModelConfig, PretrainConfig, SFTConfig, TrainConfig
 from stages.data.tokens.packing import Packed
 from stages.data.tokens.views import TokensArtifact
 from stages.job.context import StageContext

@@ -27,10 +27,10 @@ from stages.artifacts.addresses import open_store
 from stages.config.closing import PromoteConfig
 from stages.config.forms import EvaluationParams
 from stages.config.graph import GRAPH, Stage
+from stages.config.preferences import DPOConfig
 from stages.config.recipes import tiny
 from stages.config.request import ArtifactRef, Manifest, RunInfo, StageResult
 from stages.config.resolve import resolve
-from stages.config.train import DPOConfig
 from stages.lineage.graph import ancestors
 from stages.lineage.tags import lineage_tags
 from stages.lineage.views import to_svg

@@ -13,7 +13,7 @@ from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
 from stages.data.tokens.packing import TokenSequence, lay_out
 from stages.data.tokens.views import TokensArtifact
-from stages.losses import router_balance_loss
+from stages.losses.language import router_balance_loss
 from stages.models.build import load_causal_lm, new_causal_lm, save_model
 from stages.models.experts import Routing, routing_of
 from stages.models.forward import run_trunk, target_logprobs

@@ -226,8 +226,9 @@ def test_a_preference_loss_without_reference_computes_and_stores_none(
     stage_inputs: Inputs, artifact: TokensArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import stages.dpo
-    from stages.config.train import SigmoidLoss
-    from stages.losses import PairLogprobs, PreferenceTerms, bradley_terry_loss
+    from stages.config.preferences import SigmoidLoss
+    from stages.losses.preference import PairLogprobs, PreferenceTerms
+    from stages.losses.reward import bradley_terry_loss
 
     def free(loss: Any, logprobs: PairLogprobs) -> PreferenceTerms:
         assert logprobs.ref_chosen_P is None

@@ -10,8 +10,9 @@ import torch
 from stages import ppo
 from stages.config.errors import ConfigError
 from stages.config.graph import Stage
+from stages.config.preferences import GoldConfig
 from stages.config.request import ArtifactRef
-from stages.config.train import GoldConfig, PPOConfig
+from stages.config.rollouts import PPOConfig
 from stages.data.tokens.views import TokensArtifact
 from stages.models.build import load_reward_model, save_model
 from tests.numerics.training import Killed, Trained, run_on_two_processes, run_training

@@ -8,7 +8,7 @@ import hashlib
 
 import numpy as np
 
-from stages.config.train import PairsHalf
+from stages.config.preferences import PairsHalf
 from stages.data.tokens.views import Pair, PairView, Sources
 
 

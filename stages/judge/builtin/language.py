@@ -15,7 +15,7 @@ from stages.judge.builtin.facts import Facts, digest_of, measurement
 from stages.judge.forward import Forward
 from stages.judge.heldout import EMPTY, TOO_LONG, Heldout
 from stages.judge.suite import Measurement, Score, Subject
-from stages.losses import bits_per_byte
+from stages.losses.language import bits_per_byte
 
 
 class Language(Facts):

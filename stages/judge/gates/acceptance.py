@@ -19,7 +19,7 @@ import torch
 
 from stages.config.gate_records import NO_PAIRS, Findings
 from stages.judge.statistics import Interval, interval
-from stages.losses import calibration_error
+from stages.losses.reward import calibration_error
 
 PREFIX = "accept/"
 _HOTTEST, _COLDEST = 100.0, 0.01

@@ -10,7 +10,7 @@ from torch import nn
 from stages.config.gate_records import Check, skipped
 from stages.config.graph import Stage
 from stages.config.request import Manifest
-from stages.config.train import PROMPT_LOSS
+from stages.config.rollouts import PROMPT_LOSS
 from stages.data.tokens.packing import RowBudget, TokenSequence, all_targets
 from stages.data.tokens.views import PairView, Split, TokensArtifact, evenly
 from stages.judge.gates import heldout

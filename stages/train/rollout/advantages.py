@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.losses import gae, whiten
+from stages.losses.advantages import gae, whiten
 from stages.train.rollout.sampling import Sampled
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from stages.data.tokens.packing import TokenSequence, prompt_and_response
-from stages.losses import explained_variance, shaped_rewards
+from stages.losses.advantages import explained_variance
+from stages.losses.rewards import shaped_rewards
 from stages.train.rollout.advantages import Estimate, Estimator, estimate
 from stages.train.rollout.sampling import Sampled
 

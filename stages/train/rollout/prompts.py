@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor, nn
 
-from stages.config.train import PROMPT_LOSS
+from stages.config.rollouts import PROMPT_LOSS
 from stages.data.tokens.packing import Packed, RowBudget, all_targets, lay_out
 from stages.models.forward import next_token_loss_sum
 from stages.train.engine import Engine

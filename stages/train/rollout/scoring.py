@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from stages.data.tokens.packing import Packed, RowBudget, TokenSequence
-from stages.losses import normalised_score
+from stages.losses.rewards import normalised_score
 from stages.models.forward import segment_scores
 from stages.models.lora import start_of
 from stages.train.engine import Engine

@@ -10,10 +10,10 @@ from stages.config.base import AddedLater, Config
 from stages.config.errors import ConfigError
 from stages.config.graph import Stage
 from stages.config.pipeline import PipelineConfig, stored_identity
+from stages.config.preferences import DPOConfig, PreferenceLoss, SigmoidLoss
 from stages.config.recipes import tiny
 from stages.config.request import ArtifactRef
 from stages.config.resolve import _ordered, _set_dotted, resolve
-from stages.config.train import DPOConfig, PreferenceLoss, SigmoidLoss
 
 
 class Inner(Config):

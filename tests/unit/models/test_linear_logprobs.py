@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.losses import entropy
+from stages.losses.policy import entropy
 from stages.models.linear_logprobs import linear_logprobs
 
 

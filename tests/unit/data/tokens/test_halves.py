@@ -8,7 +8,8 @@ import pytest
 
 from stages.config.errors import DataError
 from stages.config.graph import Stage
-from stages.config.train import OptimizerConfig, PairsHalf, RewardConfig
+from stages.config.preferences import PairsHalf, RewardConfig
+from stages.config.train import OptimizerConfig
 from stages.data.tokens import halves
 from stages.data.tokens.halves import half_of, indices_of, some_sources
 from stages.data.tokens.packing import TokenSequence

@@ -1,0 +1,81 @@
+"""What is learned from preference pairs and how: reward models and preference optimisation.
+
+All of it decides results and enters fingerprints: a field that is added is marked `AddedLater` (`stages.config.base`).
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from stages.config.base import AddedLater, Choice, Config
+from stages.config.train import OptimizerConfig, SampledConfig
+
+
+class PairsHalf(Choice):
+    """Which training pairs a stage sees. Pairs with one prompt are in one half, whatever other pairs there are."""
+
+    BOTH = "both", "All pairs"
+    FIRST = "first", "The half that models learn from when there is a gold scorer"
+    SECOND = "second", "The half that only the gold scorer learns from"
+
+
+class PairsConfig(SampledConfig):
+    """What the objectives share that learn from preference pairs."""
+
+    half: Annotated[PairsHalf, AddedLater(PairsHalf.BOTH)] = PairsHalf.BOTH
+    """Training pairs that are used: `both` halves, or only the `first` or the `second`. A prompt decides the half of
+    its pairs, so no prompt is in both. A run with a gold scorer trains that on the second half and everything else on
+    the first."""
+
+
+class RewardConfig(PairsConfig):
+    """Bradley-Terry reward model."""
+
+    center_coefficient: float = Field(default=0.01, ge=0)
+    """Weight of (r_chosen + r_rejected)^2, which keeps scores around zero."""
+
+
+class GoldConfig(RewardConfig):
+    """The gold scorer: a reward model of the same objective, from another seed and the other half of the pairs."""
+
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
+    """Optimizer and schedule."""
+    global_batch_size: int = Field(default=32, ge=1)
+    """Pairs of one optimizer step over all workers."""
+    half: PairsHalf = PairsHalf.SECOND
+    """Training pairs that it learns from. `both` shares pairs with the models that it judges, which then look better
+    than they are."""
+
+
+class SigmoidLoss(Config):
+    """The original loss of DPO: -log sigmoid of the difference of the implicit rewards."""
+
+    kind: Annotated[Literal["sigmoid"], AddedLater("sigmoid")] = "sigmoid"
+    """Which preference loss."""
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull towards the reference."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Assumed share of flipped labels (conservative DPO)."""
+
+    needs_reference: ClassVar[bool] = True
+    """Whether the loss compares with the frozen SFT model, whose log-probabilities are then computed once."""
+
+
+# One more preference loss is a class like the one above, with defaults for all its fields, a member here
+# (`Annotated[SigmoidLoss | Other, Field(discriminator="kind")]`; pydantic refuses a union of one) and a case in
+# `stages.losses.preference_loss`.
+PreferenceLoss = SigmoidLoss
+
+
+class DPOConfig(PairsConfig):
+    """Optimisation of the policy on preference pairs, without a reward model."""
+
+    loss: PreferenceLoss = SigmoidLoss()
+    """What is minimised over the pairs; `kind` chooses it, the other fields are its own."""
+
+    moved: ClassVar = {"beta": "loss.beta", "label_smoothing": "loss.label_smoothing"}
+
+    def summary(self) -> str:
+        settings = self.loss.model_dump(exclude={"kind"})
+        loss = [f"{self.loss.kind} loss", *(f"{name} {value:g}" for name, value in settings.items() if value)]
+        return ", ".join([f"{self.num_epochs:g} epochs", *loss])

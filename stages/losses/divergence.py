@@ -1,0 +1,23 @@
+"""Estimators of the distance between two policies, and what keeps it near a target."""
+
+import torch
+from torch import Tensor
+
+
+def k1(log_ratio: Tensor) -> Tensor:
+    """KL(p||q) estimator log p - log q for samples of p: unbiased, may be negative. Schulman 2020, "Approximating
+    KL"."""
+    return log_ratio
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """KL(p||q) estimator (q/p - 1) - log(q/p) with log_ratio = log p - log q: unbiased and never negative."""
+    # expm1 keeps the digits near 0, where policies usually are and exp(x) - 1 would cancel.
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+def adapted_kl_coefficient(coefficient: float, *, kl: float, target: float, horizon: int, num_responses: int) -> float:
+    """Proportional controller in log space, error clipped to +-0.2. Ziegler et al. 2019, section 2.2."""
+    # Clipped, so that one odd rollout cannot move the coefficient far; it reacts over `horizon` responses.
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return coefficient * (1.0 + error * num_responses / horizon)

@@ -1,0 +1,28 @@
+"""From the score of a response to rewards for its tokens.
+
+Shape legend: R tokens of one response.
+"""
+
+from torch import Tensor
+
+from stages.losses.divergence import k1
+
+
+def normalised_score(score: float, *, mean: float, std: float) -> float:
+    """Return a reward model's score in units of the spread of reference answers' scores.
+
+    Bradley-Terry fixes neither origin nor scale of scores, but `kl_coefficient` weighs nats against them. Ziegler et
+    al. 2019 (arXiv:1909.08593), section 2.1, normalise to the same end.
+    """
+    return (score - mean) / (std + 1e-8)
+
+
+def shaped_rewards(*, logprobs_R: Tensor, ref_logprobs_R: Tensor, score: float, kl_coefficient: float) -> Tensor:
+    """Penalty for leaving the reference on every token, the score on the last.
+
+    Ziegler et al. 2019 (arXiv:1909.08593), eq. 2; Stiennon et al. 2020 (arXiv:2009.01325).
+    """
+    # k1 and not k3: as a reward on sampled tokens only k1 has the gradient of the KL divergence as its expectation.
+    rewards_R = -kl_coefficient * k1(logprobs_R - ref_logprobs_R)
+    rewards_R[-1] += score
+    return rewards_R
