@@ -27,6 +27,16 @@ def pytest_configure(config: pytest.Config) -> None:
     end_leftovers()
 
 
+LONGEST = ("test_tiny_pipeline.py", "test_retrain.py", "test_stack.py", "test_llm_pipeline_dag.py")
+"""Files that take minutes, most of them waiting: they begin first, so that no process still has one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; all else keeps its order."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def ray_head() -> Iterator[RayServer]:
     """A Ray head with token authentication and 2 CPUs."""
