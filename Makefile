@@ -50,7 +50,7 @@ TESTS   ?= tests
 STORE_TESTS := tests/unit/artifacts/test_manifests.py tests/unit/artifacts/test_s3.py tests/unit/artifacts/test_lease.py tests/unit/artifacts/test_retention.py \
   tests/integration/test_lease_s3.py tests/unit/infra/test_doctor.py
 # several tests at once, the tests of a file in one process; most of their time is spent waiting for servers
-PYTEST_PARALLEL ?= -n 4 --dist loadfile --no-loadscope-reorder
+PYTEST_PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
 # through the environment, so that quotes in JSON survive the shell
 export RECIPE PARAMS BACKUP MODEL TO RUN
 

@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     end_leftovers()
 
 
-LONGEST = ("test_tiny_pipeline.py", "test_retrain.py", "test_stack.py", "test_llm_pipeline_dag.py")
+LONGEST = ("test_tiny_pipeline.py", "test_retrain.py", "test_llm_pipeline_dag.py")
 """Files that take minutes, most of them waiting: they begin first, so that no process still has one at the end."""
 
 

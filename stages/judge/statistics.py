@@ -13,7 +13,9 @@ this was chosen by are in `docs/EVALUATION.md`.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -186,16 +188,15 @@ def _skewed_low(grouped: _Clusters, *, tail: float) -> float:
 
 def _resampled_means(grouped: _Clusters) -> np.ndarray:
     """Return the means of resamples of the clusters, drawn with replacement; always the same for the same clusters."""
-    rng = np.random.default_rng(_SEED)
     num_clusters = len(grouped.sums_G)
     kinds_K, counts_K = np.unique(np.column_stack([grouped.sums_G, grouped.sizes_G]), axis=0, return_counts=True)
     if len(kinds_K) <= _FEW_KINDS:
+        rng = np.random.default_rng(_SEED)
         drawn_RK = rng.multinomial(num_clusters, counts_K / num_clusters, size=_RESAMPLES).astype(np.float64)
         return (drawn_RK @ kinds_K[:, 0]) / (drawn_RK @ kinds_K[:, 1])
     equal_sizes = bool((grouped.sizes_G == grouped.sizes_G[0]).all())
     means = []
-    for rows in _parts(_RESAMPLES, num_clusters):
-        chosen = rng.integers(0, num_clusters, size=(rows, num_clusters), dtype=np.int32)
+    for chosen in _drawn(_resamples, num_clusters, rows=_RESAMPLES):
         sizes = num_clusters * grouped.sizes_G[0] if equal_sizes else grouped.sizes_G[chosen].sum(axis=1)
         means.append(grouped.sums_G[chosen].sum(axis=1) / sizes)
     return np.concatenate(means)
@@ -209,16 +210,14 @@ def _flip_signs(sums_G: np.ndarray) -> float:
     sums_G = sums_G[sums_G != 0]
     if len(sums_G) == 0:
         return 1.0
-    rng = np.random.default_rng(_SEED)
     sizes_K, counts_K = np.unique(np.abs(sums_G), return_counts=True)
     if len(sizes_K) <= _FEW_KINDS:
+        rng = np.random.default_rng(_SEED)
         positive_FK = rng.binomial(counts_K, 0.5, size=(_FLIPS, len(counts_K)))
         flipped_F = (2.0 * positive_FK - counts_K) @ sizes_K
     else:
-        parts = []
-        for rows in _parts(_FLIPS, len(sums_G)):
-            bits = np.unpackbits(rng.integers(0, 256, size=(rows, -(-len(sums_G) // 8)), dtype=np.uint8), axis=1)
-            parts.append(bits[:, : len(sums_G)].astype(np.float32) @ (2.0 * sums_G).astype(np.float32))
+        doubled_G = (2.0 * sums_G).astype(np.float32)
+        parts = [heads @ doubled_G for heads in _drawn(_coins, len(sums_G), rows=_FLIPS)]
         flipped_F = np.concatenate(parts) - sums_G.sum()
     # Equal sums that were added up in another order count as equal.
     tolerance = 1e-6 * float(np.abs(sums_G).sum())
@@ -235,7 +234,34 @@ def _needed_items(grouped: _Clusters, gain: float, *, items: int, level: float, 
     return max(1, math.ceil(items * (z * error / gain) ** 2))
 
 
-def _parts(total: int, width: int) -> list[int]:
-    """Cut so many rows of this width into parts that fit into memory."""
-    rows = max(1, _AT_ONCE // width)
-    return [min(rows, total - start) for start in range(0, total, rows)]
+Draw = Callable[[np.random.Generator, int, int], np.ndarray]
+"""Rows of random numbers from a generator, the number of rows and that of clusters."""
+
+
+def _resamples(rng: np.random.Generator, rows: int, num_clusters: int) -> np.ndarray:
+    return rng.integers(0, num_clusters, size=(rows, num_clusters), dtype=np.int32)
+
+
+def _coins(rng: np.random.Generator, rows: int, num_clusters: int) -> np.ndarray:
+    """1 where a cluster keeps its sign, else 0."""
+    bits = np.unpackbits(rng.integers(0, 256, size=(rows, -(-num_clusters // 8)), dtype=np.uint8), axis=1)
+    return bits[:, :num_clusters].astype(np.float32)
+
+
+def _drawn(draw: Draw, num_clusters: int, *, rows: int) -> Iterator[np.ndarray]:
+    """Draw `rows` rows, in parts that fit into memory. They follow from the number of clusters alone, so a table that
+    is one part is kept: an evaluation compares many models on the same items."""
+    at_once = max(1, _AT_ONCE // num_clusters)
+    if rows <= at_once:
+        yield _kept(draw, num_clusters, rows)
+        return
+    rng = np.random.default_rng(_SEED)
+    for start in range(0, rows, at_once):
+        yield draw(rng, min(at_once, rows - start), num_clusters)
+
+
+@lru_cache(maxsize=8)
+def _kept(draw: Draw, num_clusters: int, rows: int) -> np.ndarray:
+    table = draw(np.random.default_rng(_SEED), rows, num_clusters)
+    table.flags.writeable = False
+    return table
