@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONGEST = ("test_tiny_pipeline.py", "test_retrain.py", "test_llm_pipeline_dag.py")
-"""Files that take minutes, most of them waiting: they begin first, so that no process still has one at the end."""
+"""Files that take minutes: they begin first, so that no process still has one when the others are through."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
