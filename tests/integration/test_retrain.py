@@ -16,6 +16,8 @@ import pytest
 from dags.evaluate_model import evaluate_model
 from dags.llm_pipeline import llm_pipeline
 from dags.retrain import retrain
+from operators.gates import GateOperator
+from operators.operator import StageOperator
 from operators.retrain import Skip, decide, record
 from operators.watcher import PrefixTrigger
 from stages.artifacts.addresses import open_store, run_key
@@ -26,6 +28,7 @@ from stages.config.request import StageResult, run_folder
 from stages.lineage.graph import ancestors
 from tests.raw_text import a_document_of, jsonl, prose
 from tests.servers import ray_server
+from tests.warm_jobs import warm_jobs
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -44,7 +47,15 @@ def store_uri(
 ) -> Iterator[str]:
     uri = tmp_path_factory.mktemp("store").as_uri()
     shared = {"MLFLOW_TRACKING_URI": mlflow_server, "ARTIFACT_STORE": uri}
-    with pytest.MonkeyPatch.context() as patch, ray_server(environment=shared) as ray:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        ray_server(environment=shared) as ray,
+        warm_jobs(tmp_path_factory.mktemp("jobs")) as entrypoint_of,
+    ):
+        for task in (*llm_pipeline.tasks, *evaluate_model.tasks):
+            if isinstance(task, StageOperator):
+                module = "stages.gate" if isinstance(task, GateOperator) else "stages.__main__"
+                patch.setattr(task, "entrypoint", entrypoint_of(module))
         for name, value in {**shared, "ATHANOR_RETRAIN_WATCH": raw.as_uri()}.items():
             patch.setenv(name, value)
         parts = urlsplit(ray.url)

@@ -4,7 +4,7 @@ A forked child is a process like any other (own pid, own memory, killed like any
 imports. The parent must not have started a thread, which it checks: a lock held by a thread that is not there after the
 fork would never be released.
 
-    python -m tests.numerics.fork_server   reads one JSON object a line, `{"start": ...}` or `{"wait": pid}`
+    python -m tests.numerics.fork_server   reads one JSON object a line: {"start": …}, {"wait": pid} or {"poll": pid}
 """
 
 import atexit
@@ -58,12 +58,17 @@ class Child:
         """Return the exit status; negative for the signal that ended it."""
         return int(self.server.ask({"wait": self.pid})["status"])
 
+    def poll(self) -> int | None:
+        """Return the exit status once it has ended, and None before."""
+        return self.server.ask({"poll": self.pid})["status"]
+
 
 class ForkServer:
     """Starts functions of the form `module:name` with keyword arguments that JSON can carry."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
+        self._talking = threading.Lock()
 
     def start(
         self, function: str, *, log: Path, environment: Mapping[str, str] | None = None, **arguments: Any
@@ -74,9 +79,10 @@ class ForkServer:
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
+        with self._talking:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
         if not answer:
             raise RuntimeError(f"the fork server ended with status {self._process.wait()}")
         return json.loads(answer)
@@ -128,6 +134,9 @@ def _serve() -> None:
             case {"wait": pid}:
                 status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                 answer = {"status": status}
+            case {"poll": pid}:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                answer = {"status": os.waitstatus_to_exitcode(status) if ended else None}
             case _:
                 answer = {"ready": True}
         answers.write(json.dumps(answer) + "\n")
