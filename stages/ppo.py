@@ -15,6 +15,7 @@ from stages.config.estimators import GAE
 from stages.config.graph import BASE_MODEL, GOLD_MODEL, GRAPH, REWARD_MODEL, Stage
 from stages.config.rollouts import PPOConfig
 from stages.config.scorers import reads_reward_model
+from stages.data.tokens.asked import asked_of
 from stages.data.tokens.packing import RowBudget
 from stages.data.tokens.views import Split, TokensArtifact, require
 from stages.job.context import StageContext, StageOutcome
@@ -24,7 +25,6 @@ from stages.models.generation import Sampling
 from stages.models.lora import add_adapter
 from stages.models.same_tokenizer import check_given_scorer, check_one_score, check_same_tokenizer
 from stages.train.engine import Engine
-from stages.train.rollout.asked import asked_of
 from stages.train.rollout.gold import GoldWatch
 from stages.train.rollout.objective import PPOObjective
 from stages.train.rollout.sampling import Sampler
@@ -50,7 +50,8 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     keeping = Keeping(context.store, context.fingerprint, context.progress.watchdog.beat)
     parts_of_score = ready_parts(config, tokens, keeping)
     asked, heldout = (
-        asked_of(config, tokens, split, with_rows=parts_of_score is not None) for split in (Split.TRAIN, Split.HELDOUT)
+        asked_of(config.prompt_fields, tokens, split, needs=config.scorer.needs if parts_of_score else None)
+        for split in (Split.TRAIN, Split.HELDOUT)
     )
     require(len(asked.prompts), "training prompts", advice="Give instruction data, `derived`, or prompt sets.")
     gold = _gold_of(context, tokens)

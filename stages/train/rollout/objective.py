@@ -12,6 +12,7 @@ from torch import nn
 
 from stages.config.estimators import Reinforce
 from stages.config.rollouts import PPOConfig
+from stages.data.tokens.asked import Prompts
 from stages.data.tokens.packing import Packed, TokenSequence, lay_out
 from stages.data.tokens.views import evenly
 from stages.losses.advantages import decayed
@@ -20,7 +21,6 @@ from stages.rules.ready import Row
 from stages.train.engine import Engine, LossOutput
 from stages.train.objective import ObjectiveState, Step
 from stages.train.plan import batches, order_digest, share, shuffled
-from stages.train.rollout.asked import Prompts
 from stages.train.rollout.experience import Shaping, critic_quality, describe, from_tensors, to_experience, to_tensors
 from stages.train.rollout.gold import GoldWatch
 from stages.train.rollout.prompts import prompt_loss
