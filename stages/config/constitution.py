@@ -3,6 +3,7 @@
 from pydantic import Field, model_validator
 
 from stages.config.base import Choice, Config
+from stages.config.endpoints import EndpointConfig
 from stages.config.graph import INSTRUCTIONS, PREFERENCES
 from stages.config.principles import SHIPPED, Area
 from stages.config.sources import Source, check_areas, parse_sources
@@ -38,6 +39,9 @@ class ConstitutionConfig(Config):
     are treated; without, by all."""
     principles: str = SHIPPED
     """The file of principles: `default`, or the address of a YAML file."""
+    critic: EndpointConfig = EndpointConfig()
+    """An OpenAI-compatible endpoint that criticises, revises and compares, instead of a model in this process. Its
+    address is the field `critic` of the form."""
     num_prompts: int = Field(default=1000, ge=1)
     """Prompts that are used at most, drawn by the seed and shared equally among the sources."""
     rounds: int = Field(default=1, ge=1, le=8)

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+from stages.config.endpoints import check_endpoint, is_endpoint
 from stages.config.errors import ConfigError
 from stages.config.forms import PipelineParams
-from stages.config.graph import AI_FEEDBACK, GRAPH, INSTRUCTIONS, PREFERENCES, Stage, makers_of
+from stages.config.graph import AI_FEEDBACK, CRITIC, GRAPH, INSTRUCTIONS, PREFERENCES, Stage, makers_of
 from stages.config.pipeline import CONSTITUTION_PROMPTS, PipelineConfig
+from stages.config.places import check_source
 from stages.config.principles import PRINCIPLES, SHIPPED
 from stages.config.selection import needed_data
 from stages.config.sources import parse_source
@@ -19,15 +21,21 @@ def apply_feedback(tree: dict[str, Any], params: PipelineParams) -> None:
         settings["prompts"] = params.constitution_prompts
     if params.principles:
         settings["principles"] = params.principles
+    if is_endpoint(params.critic):
+        settings["critic"]["endpoint"] = params.critic
 
 
-def feedback_sources(config: PipelineConfig) -> dict[str, str]:
-    """Return the addresses that lie outside, each with the field that names it; none where nothing is made."""
+def refuse_closed_feedback(config: PipelineConfig) -> None:
+    """Raise ConfigError where prompts, principles or the endpoint of the critic lie where none may."""
     made = config.constitution
     if not made.makes.fields:
-        return {}
-    principles = {made.principles: PRINCIPLES} if made.principles != SHIPPED else {}
-    return {**{source.uri: CONSTITUTION_PROMPTS for source in made.prompt_sources}, **principles}
+        return
+    if made.critic.endpoint:
+        check_endpoint(made.critic.endpoint, field=CRITIC, with_key=bool(made.critic.api_key_env))
+    if made.principles != SHIPPED:
+        check_source(made.principles, field=PRINCIPLES)
+    for source in made.prompt_sources:
+        check_source(source.uri, field=CONSTITUTION_PROMPTS)
 
 
 def add_made_data(tree: dict[str, Any], params: PipelineParams) -> None:

@@ -6,7 +6,6 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, field_validator
 
 from stages.config.base import Choice, Config
-from stages.config.judging import PLACES
 
 PRINCIPLES = "principles"
 """Field of the form that names the file, and role of the source."""
@@ -45,13 +44,6 @@ class Principle(Config):
     """Asks for a better response."""
     comparison: Request
     """Asks which of two responses is better."""
-
-    @field_validator("comparison")
-    @classmethod
-    def _is_no_template(cls, comparison: str) -> str:
-        if place := next((place for place in PLACES if place in comparison), ""):
-            raise ValueError(f"it holds {place}, where a text would be put in; write the question without places")
-        return comparison
 
 
 class Constitution(Config):

@@ -15,7 +15,7 @@ from stages.config.combinations import contradictions
 from stages.config.curate import DERIVED, INSTALLED_DOCS
 from stages.config.endpoints import check_endpoint, is_endpoint
 from stages.config.errors import ConfigError
-from stages.config.feedback import add_made_data, apply_feedback, feedback_sources, refuse_useless_feedback
+from stages.config.feedback import add_made_data, apply_feedback, refuse_closed_feedback, refuse_useless_feedback
 from stages.config.forms import GoldScorer, PipelineParams, RunOutline
 from stages.config.graph import (
     BENCHMARKS,
@@ -57,6 +57,7 @@ _FILLED = {
     "evaluate.champion": "The task evaluate fills it, with the champion that it finds when it starts.",
     "evaluate.champion_missing": "The task evaluate fills it, when it cannot find the champion's artifact.",
     "evaluate.comparison": "Set promote.level, promote.power and promote.least_difference, from which it follows.",
+    "constitution.critic.endpoint": "It is the field critic of the form.",
     "constitution.makes": "It is the field ai_feedback of the form.",
     "promote.approval": "The task approve fills it, with the answer of the person whom promotion=approval asks.",
 }
@@ -264,8 +265,7 @@ def _refuse_closed_places(config: PipelineConfig) -> None:
     for address, field in config.curate.outside_sources.items():
         if address != INSTALLED_DOCS:
             check_source(address, field=field)
-    for address, field in feedback_sources(config).items():
-        check_source(address, field=field)
+    refuse_closed_feedback(config)
     for address in config.evaluate.outside_benchmarks:
         if not address.startswith(LM_EVAL):
             check_source(address, field=BENCHMARKS)

@@ -1,7 +1,7 @@
 """Respond, criticise, revise, compare: what is done with a few prompts, and the record of it.
 
-Each step asks for all prompts at once, so that models can compute in batches. Random numbers depend on the number of
-the prompt and on the step alone.
+Each step asks for all prompts at once, so that models can compute in batches. Random numbers depend on what is asked
+and on the step alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ REVISED, NO_ROUND = "revised", "no_round_accepted"
 FIRST, SECOND = "first", "second"
 """Outcomes of a comparison: which response is better."""
 _RESPONSE, _OTHER_RESPONSE, _ROUNDS = 0, 1, 2
-"""Streams of random numbers; each round has two, from `_ROUNDS` on."""
+"""Steps; each round has two, from `_ROUNDS` on."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,8 @@ class Asked:
     """One text to be written."""
 
     messages: Sequence[Message]
-    number: int
-    """Of the prompt, for its random numbers."""
-    stream: int
-    """Of the step."""
+    step: int
+    """Of the work on a prompt, for random numbers of its own."""
     temperature: float
     max_tokens: int
 
@@ -163,48 +161,45 @@ class Work:
     comparer: Comparer
     declines: Callable[[str], bool]
 
-    def on(self, prompts: Sequence[tuple[int, Prompt]]) -> list[Worked]:
-        """Work through prompts with their numbers; a record for each, in order."""
+    def on(self, prompts: Sequence[Prompt]) -> list[Worked]:
+        """Work through prompts; a record for each, in order."""
         responses = self._respond(prompts, _RESPONSE)
         made = [
             Worked(prompt.id, prompt.source, prompt.messages, one.text)
-            for (_, prompt), one in zip(prompts, responses, strict=True)
+            for prompt, one in zip(prompts, responses, strict=True)
         ]
         for one, written in zip(made, responses, strict=True):
             one.outcome = written.reason or unusable_response(written.text, ended=written.ended, config=self.config)
-        usable = [(number, prompt, one) for (number, prompt), one in zip(prompts, made, strict=True) if not one.outcome]
+        usable = [(prompt, one) for prompt, one in zip(prompts, made, strict=True) if not one.outcome]
         for round_number in range(self.config.rounds):
             self._round(usable, round_number)
-        for _, _, one in usable:
+        for _, one in usable:
             one.outcome = REVISED if one.accepted else NO_ROUND
         if self.config.makes_pairs and self.config.comparisons:
             self._compare(usable)
         return made
 
-    def _respond(self, prompts: Sequence[tuple[int, Prompt]], stream: int) -> list[Written]:
+    def _respond(self, prompts: Sequence[Prompt], step: int) -> list[Written]:
         length, temperature = self.config.max_response_length, self.config.temperature
-        found = self.responder.write(
-            [Asked(prompt.messages, number, stream, temperature, length) for number, prompt in prompts]
-        )
+        found = self.responder.write([Asked(prompt.messages, step, temperature, length) for prompt in prompts])
         return [Written(one.text.strip(), one.ended, one.reason) for one in found]
 
-    def _round(self, usable: Sequence[tuple[int, Prompt, Worked]], round_number: int) -> None:
-        config, stream = self.config, _ROUNDS + 2 * round_number
+    def _round(self, usable: Sequence[tuple[Prompt, Worked]], round_number: int) -> None:
+        config, step = self.config, _ROUNDS + 2 * round_number
         principles = [
             drawn_principles(self.constitution, prompt, seed=config.seed, number=config.rounds)[round_number]
-            for _, prompt, _ in usable
+            for prompt, _ in usable
         ]
-        before = [one.revision or one.response for _, _, one in usable]
+        before = [one.revision or one.response for _, one in usable]
         critiques = self.critic.write(
             [
                 Asked(
                     critique_messages(prompt, response, principle),
-                    number,
-                    stream,
+                    step,
                     config.critic_temperature,
                     config.max_critique_length,
                 )
-                for (number, prompt, _), response, principle in zip(usable, before, principles, strict=True)
+                for (prompt, _), response, principle in zip(usable, before, principles, strict=True)
             ]
         )
         said = [one.text.strip() if one.ended else whole_sentences(one.text) for one in critiques]
@@ -212,9 +207,8 @@ class Work:
         revisions = self.critic.write(
             [
                 Asked(
-                    revision_messages(usable[place][1], before[place], said[place], principles[place]),
-                    usable[place][0],
-                    stream + 1,
+                    revision_messages(usable[place][0], before[place], said[place], principles[place]),
+                    step + 1,
                     config.critic_temperature,
                     config.max_response_length,
                 )
@@ -222,7 +216,7 @@ class Work:
             ]
         )
         written = dict(zip(open_places, revisions, strict=True))
-        for place, ((_, prompt, one), principle) in enumerate(zip(usable, principles, strict=True)):
+        for place, ((prompt, one), principle) in enumerate(zip(usable, principles, strict=True)):
             revised = written.get(place, Written("", reason=critiques[place].reason))
             attempt = Attempt(prompt, principle, before[place], said[place], cleaned(revised.text), revised.ended)
             outcome = revised.reason or verdict_on(attempt, config, declines=self.declines)
@@ -230,10 +224,10 @@ class Work:
                 Round(principle.id, principle.area.value, before[place], said[place], attempt.revision, outcome)
             )
 
-    def _compare(self, usable: Sequence[tuple[int, Prompt, Worked]]) -> None:
-        others = self._respond([(number, prompt) for number, prompt, _ in usable], _OTHER_RESPONSE)
+    def _compare(self, usable: Sequence[tuple[Prompt, Worked]]) -> None:
+        others = self._respond([prompt for prompt, _ in usable], _OTHER_RESPONSE)
         open_pairs: list[tuple[Comparison, Match]] = []
-        for (_, prompt, one), other in zip(usable, others, strict=True):
+        for (prompt, one), other in zip(usable, others, strict=True):
             principle = compared_by(self.constitution, prompt, seed=self.config.seed)
             assert principle is not None, "prompts without a principle are refused before"
             outcome = other.reason or unusable_response(other.text, ended=other.ended, config=self.config)
