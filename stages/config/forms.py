@@ -8,12 +8,14 @@ from pydantic import Field, GetPydanticSchema, field_validator, model_validator
 
 from stages.config.base import Choice, Config
 from stages.config.closing import LONGEST_WAIT_HOURS, Promotion
+from stages.config.constitution import Feedback
 from stages.config.endpoints import is_endpoint
 from stages.config.gates import check_override
 from stages.config.graph import (
+    AI_FEEDBACK,
     BASE_MODEL,
     GIVEN_MODELS,
-    JUDGE,
+    MAY_BE_ENDPOINTS,
     Alignment,
     Stage,
     pipeline_stages,
@@ -94,6 +96,13 @@ class RunOutline(Config):
     )
     """Curate only what this data has not seen: the URI of a `curated` artifact, or `models:/name@alias` for the data
     that a model was made from. Its held-out text and its pairs are taken over. Empty: curate everything."""
+    ai_feedback: Feedback = Field(default=Feedback.OFF, title="AI feedback")
+    """Data by a constitution: the base model responds to prompts, and the critic criticises and revises the responses
+    and compares them by principles. `revisions` are conversations for SFT, `pairs` are for reward model and DPO, `both`
+    makes both, `off` nothing. It is curated next to the other data, as the source `constitution`."""
+    critic: ModelAddress = Field(default="", title="Critic", examples=["org/instruct-model", "https://llm.example/v1"])
+    """Model that criticises, revises and compares: an address like those of a base model. Empty: the base model does.
+    Without a base model the critic responds, too."""
     alignment: Alignment = Field(default=Alignment.BOTH, title="Alignment")
     """Reinforcement learning (`ppo`), direct preference optimisation (`dpo`), `both`, or `none`."""
     last_stage: PipelineStage = Field(default=Stage.REPORT, title="Last stage")
@@ -136,6 +145,7 @@ class RunOutline(Config):
             train_reward=self.train_reward,
             train_gold=self.gold_scorer is GoldScorer.TRAIN,
             converts=self.converts,
+            asks_for=frozenset({AI_FEEDBACK} if self.ai_feedback is not Feedback.OFF else ()),
         )
 
 
@@ -162,6 +172,15 @@ class PipelineParams(RunOutline):
     )
     """Preference pairs, one source per line, with `#weight=` and `#format=` as above; `derived` makes pairs from the
     documents. Empty: those of the recipe."""
+    constitution_prompts: Lines = Field(
+        default_factory=list,
+        title="Prompts of the constitution",
+        examples=["s3://bucket/red-team.jsonl#area=harmless", "s3://bucket/questions.jsonl#area=helpful+honest"],
+    )
+    """With AI feedback: prompts to respond to, one source per line. `#area=harmless` after a source draws only
+    principles of that area for its prompts."""
+    principles: str = Field(default="", title="Principles", examples=["s3://bucket/principles.yaml"])
+    """With AI feedback: a YAML file of principles. Empty: those that come with Athanor."""
     benchmarks: Lines = Field(
         default_factory=list,
         title="Benchmarks",
@@ -189,8 +208,9 @@ class PipelineParams(RunOutline):
         if self.override_gates:  # a reason alone may be for gates.recompute=false: GatesConfig knows
             check_override(self.override_gates, self.override_reason)
         for role in GIVEN_MODELS:
-            if role != JUDGE and is_endpoint(getattr(self, role)):
-                raise ValueError(f"{role}={getattr(self, role)!r} is an endpoint, which only judge may be")
+            if role not in MAY_BE_ENDPOINTS and is_endpoint(getattr(self, role)):
+                allowed = " and ".join(MAY_BE_ENDPOINTS)
+                raise ValueError(f"{role}={getattr(self, role)!r} is an endpoint, which only {allowed} may be")
         for role, address in self.given_models.items():
             if role != BASE_MODEL and is_gguf(address):
                 raise ValueError(
@@ -202,6 +222,12 @@ class PipelineParams(RunOutline):
                 f"gold_model={self.gold_model!r} is reward_model too, and a scorer that a model learnt from cannot say "
                 "whether it won; give another gold_model, or leave it empty"
             )
+        for name in ("constitution_prompts", "principles"):
+            if getattr(self, name) and self.ai_feedback is Feedback.OFF:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is given and {AI_FEEDBACK} is off; choose what {AI_FEEDBACK} "
+                    f"makes, or leave {name} empty"
+                )
         if wrong := contradiction(self.way_until(self.last_stage)):
             raise ValueError(wrong)
         return self

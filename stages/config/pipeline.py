@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 from stages.config.base import Config
 from stages.config.closing import EvaluateConfig, PromoteConfig, ReportConfig
 from stages.config.collect import RateConfig, RespondConfig
+from stages.config.constitution import ConstitutionConfig
 from stages.config.convert import ConvertConfig
 from stages.config.curate import CurateConfig
 from stages.config.errors import ConfigError
@@ -17,17 +18,21 @@ from stages.config.gates import GatesConfig
 from stages.config.graph import BASE_MODEL, BENCHMARKS, GRAPH, Stage, stage_providing
 from stages.config.names import ExperimentName
 from stages.config.preferences import DPOConfig, GoldConfig, RewardConfig
+from stages.config.principles import PRINCIPLES
 from stages.config.records import first_error
 from stages.config.request import PREVIOUS, ArtifactRef, Source, SourceKind
 from stages.config.rollouts import PPOConfig
 from stages.config.tokens import TokenizeConfig
 from stages.config.train import PretrainConfig, SFTConfig
 
+CONSTITUTION_PROMPTS = "constitution_prompts"
+"""Role of the sources of prompts that a constitution is applied to; a field of the form, too."""
 ONE_VERSION = "Trigger the run again, with one version of Athanor in Airflow and on the cluster."
 """The advice where what Airflow wrote for a stage is not what the stage reads."""
 
 CONFIG_CLASSES: dict[Stage, type[Config]] = {
     Stage.CONVERT: ConvertConfig,
+    Stage.CONSTITUTION: ConstitutionConfig,
     Stage.CURATE: CurateConfig,
     Stage.TOKENIZE: TokenizeConfig,
     Stage.PRETRAIN: PretrainConfig,
@@ -48,6 +53,7 @@ class Executions(Config):
     """How each stage runs."""
 
     convert: ExecutionConfig = ExecutionConfig()
+    constitution: ExecutionConfig = ExecutionConfig()
     curate: ExecutionConfig = ExecutionConfig()
     tokenize: ExecutionConfig = ExecutionConfig()
     pretrain: ExecutionConfig = ExecutionConfig()
@@ -90,6 +96,7 @@ class PipelineConfig(RunOutline):
     experiment: ExperimentName = "athanor"
     """MLflow experiment."""
     convert: ConvertConfig = ConvertConfig()
+    constitution: ConstitutionConfig = ConstitutionConfig()
     curate: CurateConfig
     tokenize: TokenizeConfig
     pretrain: PretrainConfig
@@ -118,16 +125,26 @@ class PipelineConfig(RunOutline):
         if stage is Stage.CURATE:
             roles = self.curate.outside_sources
             return tuple(Source(role=role, kind=SourceKind.DATA, uri=uri) for uri, role in roles.items())
-        outside = [role for role in self.given_roles(stage) if role not in self.given]
-        models = tuple(
-            Source(role=role, kind=SourceKind.MODEL, uri=self.given_models[role])
-            for role in outside
-            if self._provider(role) in (None, stage)
-        )
+        if stage is Stage.CONSTITUTION:
+            asked = tuple(
+                Source(role=CONSTITUTION_PROMPTS, kind=SourceKind.DATA, uri=source.uri)
+                for source in self.constitution.prompt_sources
+            )
+            principles = Source(role=PRINCIPLES, kind=SourceKind.PRINCIPLES, uri=self.constitution.principles)
+            return (*asked, principles, *self._outside_models(stage))
+        models = self._outside_models(stage)
         if stage is not Stage.EVALUATE:
             return models
         uris = self.evaluate.outside_benchmarks
         return models + tuple(Source(role=BENCHMARKS, kind=SourceKind.BENCHMARK, uri=uri) for uri in uris)
+
+    def _outside_models(self, stage: Stage) -> tuple[Source, ...]:
+        outside = [role for role in self.given_roles(stage) if role not in self.given]
+        return tuple(
+            Source(role=role, kind=SourceKind.MODEL, uri=self.given_models[role])
+            for role in outside
+            if self._provider(role) in (None, stage)
+        )
 
     def stage_given(self, stage: Stage) -> dict[str, ArtifactRef]:
         """Return the given artifacts that a stage reads besides those of this run, by role."""

@@ -15,6 +15,7 @@ from stages.config.combinations import contradictions
 from stages.config.curate import DERIVED, INSTALLED_DOCS
 from stages.config.endpoints import check_endpoint, is_endpoint
 from stages.config.errors import ConfigError
+from stages.config.feedback import add_made_data, apply_feedback, refuse_closed_feedback, refuse_useless_feedback
 from stages.config.forms import GoldScorer, PipelineParams, RunOutline
 from stages.config.graph import (
     BENCHMARKS,
@@ -56,6 +57,8 @@ _FILLED = {
     "evaluate.champion": "The task evaluate fills it, with the champion that it finds when it starts.",
     "evaluate.champion_missing": "The task evaluate fills it, when it cannot find the champion's artifact.",
     "evaluate.comparison": "Set promote.level, promote.power and promote.least_difference, from which it follows.",
+    "constitution.critic.endpoint": "It is the field critic of the form.",
+    "constitution.makes": "It is the field ai_feedback of the form.",
     "promote.approval": "The task approve fills it, with the answer of the person whom promotion=approval asks.",
 }
 """What `overrides` must not set, and who does: names would no longer agree, or a person's decision would be made up."""
@@ -86,12 +89,14 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     for path, value in _ordered(params.overrides):
         _set_dotted(tree, path, value)
     _apply_seed(tree, params)
+    add_made_data(tree, params)
     _place_weights(tree)
     _leave_out_unneeded(tree, params)
     config = _with_comparison(validated(type(template), tree))
     _refuse_closed_places(config)
     _refuse_nothing_to_read(config)
     _refuse_underivable(config)
+    refuse_useless_feedback(config)
     _refuse_uncuttable(config)
     _refuse_contradictions(config)
     check_suites(config)
@@ -159,6 +164,7 @@ def _apply_form(tree: dict[str, Any], params: PipelineParams) -> None:
             tree["curate"][name] = given
     if params.benchmarks:
         tree["evaluate"]["benchmarks"] = params.benchmarks
+    apply_feedback(tree, params)
     # What a stage of the run converts is an input of tokenize, like an artifact (PipelineConfig.with_given).
     tree["tokenize"]["base_model"] = "" if params.converts else params.base_model
     tree["promote"] |= {"run_name": params.run_name, "promotion": params.promotion}
@@ -259,6 +265,7 @@ def _refuse_closed_places(config: PipelineConfig) -> None:
     for address, field in config.curate.outside_sources.items():
         if address != INSTALLED_DOCS:
             check_source(address, field=field)
+    refuse_closed_feedback(config)
     for address in config.evaluate.outside_benchmarks:
         if not address.startswith(LM_EVAL):
             check_source(address, field=BENCHMARKS)
