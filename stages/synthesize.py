@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from stages.config.errors import DataError, StageError
-from stages.config.graph import BASE_MODEL, GENERATOR, GRAPH, REWARD_MODEL, Stage
-from stages.config.synthesis import Synthesis, SynthesizeConfig
+from stages.config.graph import BASE_MODEL, GENERATOR, GRAPH, INSTRUCTIONS, REWARD_MODEL, Stage
+from stages.config.scorers import RewardModelScorer
+from stages.config.synthesis import FirstScorer, Synthesis, SynthesizeConfig
 from stages.data.pairs.turns import Message, Unusable
 from stages.data.synthesis.account import Account
 from stages.data.synthesis.filters import Rules
@@ -25,11 +26,9 @@ from stages.job.devices import local_device
 from stages.job.generators import opened_generator
 from stages.job.workers import launch
 from stages.judge.benchmarks.refusals import declines
-from stages.judge.benchmarks.rules import RuleFailedError
 from stages.judge.forward import Forward
 from stages.judge.heldout import Skipped
 from stages.judge.judges.gold import ForeignScorer
-from stages.judge.judges.rules import ready_rule
 from stages.judge.subjects import end_id
 from stages.models.build import load_scorer_with_own_tokenizer, positions_of
 from stages.models.endpoint.records import AWAY, BUDGET, ChatRequest, Outcome, Unanswered
@@ -37,8 +36,13 @@ from stages.models.generators import Generator
 from stages.models.given_tokenizer import given_tokenizer
 from stages.models.same_tokenizer import check_one_score
 from stages.reporting.synthesis import synthesis_page
+from stages.rules.ready import Row, ready_rule
 
 _UNLIMITED = 1 << 20
+_MORE_BUDGET = "Raise the budget: what was answered is kept."
+_OTHER_GENERATOR = (
+    "Give a more capable generator or other sources, or loosen the filters; docs/SYNTHESIS.md names them."
+)
 _ROWS, _DRAFTS = "instructions.jsonl", "transcript.jsonl"
 
 
@@ -73,7 +77,14 @@ def synthesize(context: StageContext) -> StageOutcome:
     _require_rows(made, work.account)
     _write_lines(context, _ROWS, made)
     _write_lines(context, _DRAFTS, map(_told, drafts))
-    ledger = {**work.account.to_dict(), "method": config.method.value, "generator": name, "asked": spent}
+    published = {INSTRUCTIONS: len(made)}
+    ledger = {
+        **work.account.to_dict(),
+        "published": published,
+        "method": config.method.value,
+        "generator": name,
+        "asked": spent,
+    }
     _write_page(drafts, work.account, ledger, context)
     return StageOutcome(metrics=_metrics(work.account, spent), ledger=ledger)
 
@@ -117,25 +128,17 @@ def _written(outcome: Outcome) -> Written:
 
 
 def _scorer(context: StageContext, config: SynthesizeConfig) -> Score | None:
-    match config.best_by:
-        case "first":
-            return None
-        case "rule":
-            rule = ready_rule(config.rule, field="synthesize.rule")
+    if isinstance(config.scorer, FirstScorer):
+        return None
+    if isinstance(config.scorer, RewardModelScorer):
+        return _reward_scorer(context)
+    rule = ready_rule(config.scorer, field="synthesize.scorer")
 
-            def by_rule(pairs: Sequence[tuple[Sequence[Message], str]]) -> list[float | str]:
-                return [_by_rule(rule.value, messages, response) for messages, response in pairs]
+    def by_rule(pairs: Sequence[tuple[Sequence[Message], str]]) -> list[float | str]:
+        values = rule.values([response for _, response in pairs], [Row(turns[-1]["content"]) for turns, _ in pairs])
+        return [f"rule_{value.failed}" if value.failed else value.value for value in values]
 
-            return by_rule
-        case "reward_model":
-            return _reward_scorer(context)
-
-
-def _by_rule(value: Any, messages: Sequence[Message], response: str) -> float | str:
-    try:
-        return float(value(response, messages[-1]["content"]))
-    except RuleFailedError as error:
-        return f"rule_{error}"
+    return by_rule
 
 
 def _reward_scorer(context: StageContext) -> Score:
@@ -144,7 +147,8 @@ def _reward_scorer(context: StageContext) -> Score:
     with naming(REWARD_MODEL):
         check_one_score(folder, role=REWARD_MODEL)
         tokenizer = given_tokenizer(folder)
-        model: Any = load_scorer_with_own_tokenizer(folder, tokenizer).eval().to(device)
+        model: Any = load_scorer_with_own_tokenizer(folder, tokenizer)
+    model.eval().to(device)
     length = positions_of(model) or _UNLIMITED
     reader = ForeignScorer(model, tokenizer, end_id(tokenizer), length)
     forward = Forward(device, RowBudget(1024, context.execution.micro_batch_size), context.progress.watchdog.beat)
@@ -154,7 +158,7 @@ def _reward_scorer(context: StageContext) -> Score:
         sequences = []
         for messages, response in pairs:
             try:
-                chat = Chat([*messages, {"role": "assistant", "content": response}], ())
+                chat = Chat([*messages, {"role": "assistant", "content": response}], [])
                 sequences.append(reader.encoded(chat, ended=True))
                 found.append(0.0)
             except (Skipped, Unusable) as error:
@@ -172,8 +176,7 @@ def _require_rows(made: Sequence[Any], account: Account) -> None:
         spent = any(step.dropped[BUDGET] for step in account.steps().values())
         raise DataError(
             f"synthesize made no row; dropped: {dropped}",
-            advice="Raise the budget: what was answered is kept." if spent else "Give a more capable generator or other "
-            "sources, or loosen the filters; docs/SYNTHESIS.md names them.",
+            advice=_MORE_BUDGET if spent else _OTHER_GENERATOR,
         )
 
 
@@ -211,9 +214,7 @@ def _write_lines(context: StageContext, name: str, lines: Iterable[Mapping[str, 
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _write_page(
-    drafts: Sequence[Draft], account: Account, ledger: Mapping[str, Any], context: StageContext
-) -> None:
+def _write_page(drafts: Sequence[Draft], account: Account, ledger: Mapping[str, Any], context: StageContext) -> None:
     path = context.output_dir / GRAPH[Stage.SYNTHESIZE].page
     page = synthesis_page(drafts, account, ledger, run_name=context.run.name, accepted=ACCEPTED)
     path.write_text(page, encoding="utf-8")

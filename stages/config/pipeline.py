@@ -22,17 +22,20 @@ from stages.config.principles import PRINCIPLES
 from stages.config.records import first_error
 from stages.config.request import PREVIOUS, ArtifactRef, Source, SourceKind
 from stages.config.rollouts import PPOConfig
+from stages.config.synthesis import SynthesizeConfig
 from stages.config.tokens import TokenizeConfig
 from stages.config.train import PretrainConfig, SFTConfig
 
-CONSTITUTION_PROMPTS = "constitution_prompts"
-"""Role of the sources of prompts that a constitution is applied to; a field of the form, too."""
+CONSTITUTION_PROMPTS, SYNTHESIS_SOURCES = "constitution_prompts", "synthesis_sources"
+"""Roles of the sources of prompts that a constitution is applied to, and of what synthesis starts from; fields of the
+form, too."""
 ONE_VERSION = "Trigger the run again, with one version of Athanor in Airflow and on the cluster."
 """The advice where what Airflow wrote for a stage is not what the stage reads."""
 
 CONFIG_CLASSES: dict[Stage, type[Config]] = {
     Stage.CONVERT: ConvertConfig,
     Stage.CONSTITUTION: ConstitutionConfig,
+    Stage.SYNTHESIZE: SynthesizeConfig,
     Stage.CURATE: CurateConfig,
     Stage.TOKENIZE: TokenizeConfig,
     Stage.PRETRAIN: PretrainConfig,
@@ -54,6 +57,7 @@ class Executions(Config):
 
     convert: ExecutionConfig = ExecutionConfig()
     constitution: ExecutionConfig = ExecutionConfig()
+    synthesize: ExecutionConfig = ExecutionConfig()
     curate: ExecutionConfig = ExecutionConfig()
     tokenize: ExecutionConfig = ExecutionConfig()
     pretrain: ExecutionConfig = ExecutionConfig()
@@ -97,6 +101,7 @@ class PipelineConfig(RunOutline):
     """MLflow experiment."""
     convert: ConvertConfig = ConvertConfig()
     constitution: ConstitutionConfig = ConstitutionConfig()
+    synthesize: SynthesizeConfig = SynthesizeConfig()
     curate: CurateConfig
     tokenize: TokenizeConfig
     pretrain: PretrainConfig
@@ -132,6 +137,12 @@ class PipelineConfig(RunOutline):
             )
             principles = Source(role=PRINCIPLES, kind=SourceKind.PRINCIPLES, uri=self.constitution.principles)
             return (*asked, principles, *self._outside_models(stage))
+        if stage is Stage.SYNTHESIZE:
+            rows = tuple(
+                Source(role=SYNTHESIS_SOURCES, kind=SourceKind.DATA, uri=source.uri)
+                for source in self.synthesize.parsed_sources
+            )
+            return (*rows, *self._outside_models(stage))
         models = self._outside_models(stage)
         if stage is not Stage.EVALUATE:
             return models
@@ -188,7 +199,8 @@ class PipelineConfig(RunOutline):
         roles: dict[str, str] = {}
         for role, place in GRAPH[stage].given:
             taken = place and (place in roles.values() or (role == BASE_MODEL and place in made))
-            if role in self.given_models and not taken:
+            idle = stage is Stage.SYNTHESIZE and not self.synthesize.reads(role, self.given_models)
+            if role in self.given_models and not taken and not idle:
                 roles[role] = place
         return tuple(roles)
 
