@@ -67,7 +67,7 @@ def apply_constitution(context: StageContext) -> StageOutcome:
             spent["responder"] = responder.account()
     published = publish(worked, config, context)
     counted = ledger(worked, account.to_dict(len(prompts)), published)
-    counted |= {"constitution": {"name": constitution.name, "version": constitution.version}, "models": names}
+    counted |= {"file": {"name": constitution.name, "version": constitution.version}, "models": names}
     counted |= {"asked": spent}
     found = metrics(worked, counted)
     _write_page(worked, constitution, counted, context)
@@ -168,7 +168,8 @@ class _PrincipleJudge:
 def _request(asked: Asked, seed: int) -> ChatRequest:
     """Random numbers follow from the messages and this number, so not from what else is asked."""
     number = stable_hash(seed, asked.step) % 2**31
-    return ChatRequest(tuple(asked.messages), asked.max_tokens, asked.temperature, number=number)
+    messages = tuple({"role": turn["role"], "content": turn["content"]} for turn in asked.messages)
+    return ChatRequest(messages, asked.max_tokens, asked.temperature, number=number)
 
 
 def _asked(generator: Generator, requests: Sequence[ChatRequest]) -> list[Outcome]:

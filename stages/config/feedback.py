@@ -10,7 +10,6 @@ from stages.config.pipeline import CONSTITUTION_PROMPTS, PipelineConfig
 from stages.config.places import check_source
 from stages.config.principles import PRINCIPLES, SHIPPED
 from stages.config.selection import needed_data
-from stages.config.sources import parse_source
 
 
 def apply_feedback(tree: dict[str, Any], params: PipelineParams) -> None:
@@ -42,8 +41,10 @@ def add_made_data(tree: dict[str, Any], params: PipelineParams) -> None:
     """What a stage of the run makes is curated with the rest, without a person having to name it; one who does, to give
     it a weight, is right."""
     for field in (INSTRUCTIONS, PREFERENCES):
-        lines = tree["curate"][field]
-        named = {parse_source(line).uri for line in lines if isinstance(line, str)}
+        lines = tree[Stage.CURATE.value][field]
+        if not isinstance(lines, list):
+            continue  # what is no list of sources is refused where sources are read
+        named = {line.partition("#")[0] for line in lines if isinstance(line, str)}
         for name, stage in makers_of(field).items():
             makes = stage in params.selected_until(Stage.REPORT) and field in params.makes(stage)
             if makes and name not in named:

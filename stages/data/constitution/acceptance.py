@@ -16,8 +16,8 @@ ACCEPTED = "accepted"
 _MIN_CRITIQUE_WORDS = 3
 _LONGEST_PREFACE = 160
 _LABEL = re.compile(
-    r"^\W*(?:the |my |your )?(?:revised|rewritten|improved|better|new|corrected) (?:response|answer|version)\W*:\s*"
-    r"|^\W*(?:revision|response|answer|assistant|rewrite)\W*:\s*",
+    r"^\W*(?:the |my |your )?(?:revised|rewritten|improved|better|new|corrected) (?:response|answer|version)\W*:[\s*_]*"
+    r"|^\W*(?:revision|response|answer|assistant|rewrite)\W*:[\s*_]*",
     re.IGNORECASE,
 )
 _PREFACE = re.compile(
