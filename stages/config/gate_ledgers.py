@@ -103,7 +103,7 @@ def synthetic(manifest: Manifest) -> Iterable[Check]:
     for step in ("sources", "instructions", "inputs", "responses"):
         if step in ledger:
             yield _step_conserves(ledger, step)
-    yield _conserves(ledger, "rows")
+    yield _step_conserves(ledger, "rows")
     yield _equal(
         f"ledger_{INSTRUCTIONS}",
         number_at(ledger, "published", INSTRUCTIONS),
