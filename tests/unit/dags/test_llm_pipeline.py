@@ -15,7 +15,7 @@ from stages.config.selection import Way, selected_stages
 
 STAGES = {stage: llm_pipeline.task_dict[stage.value] for stage in pipeline_stages()}
 GATES = {stage: llm_pipeline.task_dict[gate_name(stage)] for stage in gated_stages()}
-OPTIONAL = {stage for stage, spec in GRAPH.items() if spec.scores or spec.aligned}
+OPTIONAL = {stage for stage, spec in GRAPH.items() if spec.scores or spec.aligned or spec.asked_by}
 LIGHT = {Stage.TOKENIZE, Stage.PROMOTE, Stage.REPORT}
 
 
