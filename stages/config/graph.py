@@ -23,8 +23,8 @@ MAY_BE_ENDPOINTS = (JUDGE, CRITIC, GENERATOR)
 AI_FEEDBACK, SYNTHESIS = "ai_feedback", "synthesis"
 """Fields of the form that ask for data by a constitution, and for instruction data that a model writes."""
 
-DOCUMENTS, INSTRUCTIONS, PREFERENCES = "documents", "instructions", "preferences"
-DATA_FIELDS = (DOCUMENTS, INSTRUCTIONS, PREFERENCES)
+DOCUMENTS, INSTRUCTIONS, PREFERENCES, PROMPTS = "documents", "instructions", "preferences", "prompts"
+DATA_FIELDS = (DOCUMENTS, INSTRUCTIONS, PREFERENCES, PROMPTS)
 """The kinds of data, each a field of the form."""
 
 BENCHMARKS = "benchmarks"
