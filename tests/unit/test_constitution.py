@@ -232,7 +232,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Artifa
     tokens = TokensArtifact(context.input_dir("tokens"))
     model = new_causal_lm(MODEL, tokens, seed=7)
     with torch.no_grad():
-        weight = model.get_input_embeddings().weight
+        weight: Any = model.get_input_embeddings().weight
         shared = torch.full_like(weight[0], 0.02)
         weight += shared
         weight[tokens.eos_id] = 12 * shared
