@@ -232,10 +232,10 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Artifa
     tokens = TokensArtifact(context.input_dir("tokens"))
     model = new_causal_lm(MODEL, tokens, seed=7)
     with torch.no_grad():
-        weight = model.get_input_embeddings().weight
+        weight: Any = model.get_input_embeddings().weight
         shared = torch.full_like(weight[0], 0.02)
         weight += shared
-        weight[tokens.eos_id] = 12 * shared
+        weight[tokens.eos_id] = 8 * shared
     save_model(model, model.state_dict(), context.output_dir, tokens)
     return home, published(context)
 
@@ -244,7 +244,17 @@ def test_a_model_of_the_process_is_its_own_critic_and_a_second_attempt_generates
     random_model: tuple[Path, ArtifactRef], tmp_path: Path
 ) -> None:
     _, model = random_model
-    config = config_of(tmp_path, makes="pairs", min_words=1, critic_temperature=1.0, max_copied=1.0, max_similarity=1.0)
+    asked = [{"prompt": f"What is {number}?"} for number in range(48)]
+    prompts = write_jsonl(tmp_path / "asked.jsonl", asked)
+    config = config_of(
+        tmp_path,
+        makes="pairs",
+        prompts=[prompts],
+        min_words=1,
+        critic_temperature=1.0,
+        max_copied=1.0,
+        max_similarity=1.0,
+    )
     outcome, context = run(tmp_path, config, {"base_model": model})
     account = outcome.ledger["asked"]["critic"]
     assert account["found_in_store"] == 0

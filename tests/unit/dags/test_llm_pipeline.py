@@ -30,7 +30,7 @@ def test_every_stage_is_a_task_of_its_own_name_between_resolve_and_close():
 
 
 def test_the_drawing_is_the_one_of_the_docstring():
-    trunk = ["resolve", "plan", "curate", "tokenize", "pretrain", "sft"]
+    trunk = ["resolve", "plan", "convert", "constitution", "curate", "tokenize", "pretrain", "sft"]
     end = ["evaluate", "approve", "promote", "report", "close"]
     for way in ([*trunk, "reward", "ppo", *end], [*trunk, "dpo", *end]):
         for before, after in pairwise(way):
