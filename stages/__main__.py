@@ -23,6 +23,8 @@ def verb_of(stage: Stage) -> Verb:
             from stages.convert import run
         case Stage.CONSTITUTION:
             from stages.constitution import run
+        case Stage.SYNTHESIZE:
+            from stages.synthesize import run
         case Stage.CURATE:
             from stages.curate import run
         case Stage.TOKENIZE:

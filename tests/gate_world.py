@@ -26,8 +26,12 @@ BY_CONSTITUTION: dict[str, Any] = {
     **dict.fromkeys(("responses", "rounds", "comparisons"), _STEP),
     "published": {"instructions": 6, "preferences": 12},
 }
+SYNTHETIC: dict[str, Any] = {
+    **dict.fromkeys(("sources", "instructions", "inputs", "responses", "rows"), _STEP),
+    "published": {"instructions": 6},
+}
 CURATED: dict[str, Any] = {
-    "instructions": {"sources": {"constitution": {"in": 6}}},
+    "instructions": {"sources": {"constitution": {"in": 6}, "synthesize": {"in": 6}}},
     "preferences": {"sources": {"constitution": {"in": 12}}},
     "documents": {
         "steps": [
@@ -74,6 +78,7 @@ def ledger_of(stage: Stage) -> dict[str, Any]:
     """What a stage accounts for; a training says what it found in the tokens."""
     known: dict[Stage, dict[str, Any]] = {
         Stage.CONSTITUTION: BY_CONSTITUTION,
+        Stage.SYNTHESIZE: SYNTHETIC,
         Stage.CURATE: CURATED,
         Stage.TOKENIZE: TOKENS,
         Stage.PRETRAIN: {"tokens_available": 200, "rows_available": 20, "rows_trained": 6, "tokens_trained": 60},

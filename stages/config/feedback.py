@@ -46,14 +46,15 @@ def add_made_data(tree: dict[str, Any], params: PipelineParams) -> None:
             continue  # what is no list of sources is refused where sources are read
         named = {line.partition("#")[0] for line in lines if isinstance(line, str)}
         for name, stage in makers_of(field).items():
-            makes = stage in params.selected_until(Stage.REPORT) and field in params.ai_feedback.fields
+            makes = stage in params.selected_until(Stage.REPORT) and field in params.makes(stage)
             if makes and name not in named:
                 lines.append(name)
             elif name in named and not makes:
+                asked_by = GRAPH[stage].asked_by
                 raise ConfigError(
-                    f"{field}: {name!r} is what the stage {name} makes, and {GRAPH[stage].asked_by}="
-                    f"{params.ai_feedback.value!r} makes no {field}",
-                    advice=f"Choose what {GRAPH[stage].asked_by} makes, or leave {name!r} out of {field}.",
+                    f"{field}: {name!r} is what the stage {name} makes, and {asked_by}="
+                    f"{getattr(params, asked_by).value!r} makes no {field}",
+                    advice=f"Choose what {asked_by} makes, or leave {name!r} out of {field}.",
                 )
 
 

@@ -11,16 +11,17 @@ from typing import Literal
 from stages.config.base import Choice
 
 BASE_MODEL, REWARD_MODEL, REWARD_BASE = "base_model", "reward_model", "reward_base"
-GOLD_MODEL, JUDGE, CRITIC = "gold_model", "judge", "critic"
+GOLD_MODEL, JUDGE, CRITIC, GENERATOR = "gold_model", "judge", "critic", "generator"
 """Roles of the models that a run is given: what its policy starts from, the reward model that is used instead of a
 trained one, what a trained one starts from, the gold scorer that judges instead of a trained one, the model that
-compares responses, and the one that criticises and revises them. Each is a field of the form under the same name."""
+compares responses, the one that criticises and revises them, and the one that writes instruction data. Each is a field
+of the form under the same name."""
 
-GIVEN_MODELS = (BASE_MODEL, REWARD_MODEL, REWARD_BASE, GOLD_MODEL, JUDGE, CRITIC)
-MAY_BE_ENDPOINTS = (JUDGE, CRITIC)
+GIVEN_MODELS = (BASE_MODEL, REWARD_MODEL, REWARD_BASE, GOLD_MODEL, JUDGE, CRITIC, GENERATOR)
+MAY_BE_ENDPOINTS = (JUDGE, CRITIC, GENERATOR)
 """Of these, the ones that an HTTP endpoint may be."""
-AI_FEEDBACK = "ai_feedback"
-"""Field of the form that asks for data by a constitution."""
+AI_FEEDBACK, SYNTHESIS = "ai_feedback", "synthesis"
+"""Fields of the form that ask for data by a constitution, and for instruction data that a model writes."""
 
 DOCUMENTS, INSTRUCTIONS, PREFERENCES, PROMPTS = "documents", "instructions", "preferences", "prompts"
 DATA_FIELDS = (DOCUMENTS, INSTRUCTIONS, PREFERENCES, PROMPTS)
@@ -35,6 +36,7 @@ class Stage(Choice):
 
     CONVERT = "convert", "Convert: a given GGUF file as a Hugging Face model"
     CONSTITUTION = "constitution", "Constitution: responses criticised, revised and compared by principles"
+    SYNTHESIZE = "synthesize", "Synthesize: instruction data that a model writes"
     CURATE = "curate", "Curate: clean, deduplicated text and pairs"
     TOKENIZE = "tokenize", "Tokenize: tokenizer and packed tokens"
     PRETRAIN = "pretrain", "Pretrain: the base model"
@@ -221,10 +223,30 @@ _DATA = (
         ),
     ),
     StageSpec(
+        Stage.SYNTHESIZE,
+        kind="synthetic-data",
+        version=1,
+        inputs=(),
+        given=((GENERATOR, ""), (BASE_MODEL, ""), (REWARD_MODEL, "")),
+        asked_by=SYNTHESIS,
+        makes=(INSTRUCTIONS,),
+        heavy=True,
+        frozen_models=1,
+        dataset=True,
+        gated=True,
+        seeded=True,
+        page="synthesis.html",
+        headlines=(
+            Headline("synthesize/rows", "rows", ",.0f"),
+            Headline("synthesize/accepted_share", "accepted", ".0%", "higher"),
+            Headline("synthesize/cost", "cost", ",.2f"),
+        ),
+    ),
+    StageSpec(
         Stage.CURATE,
         kind="curated",
         version=3,
-        inputs=(("constitution", Stage.CONSTITUTION),),
+        inputs=(("constitution", Stage.CONSTITUTION), ("synthesize", Stage.SYNTHESIZE)),
         role="curated",
         asset="llm/documents",
         heavy=True,

@@ -13,6 +13,7 @@ from stages.config.gate_ledgers import (
     curated,
     read_from_stages,
     recounted,
+    synthetic,
     tokenized,
     trained_on,
 )
@@ -39,6 +40,8 @@ def recorded_checks(evidence: Evidence, expected: Mapping[str, ArtifactRef]) -> 
     match stage:
         case Stage.CONSTITUTION:
             checks += by_constitution(evidence.manifest)
+        case Stage.SYNTHESIZE:
+            checks += synthetic(evidence.manifest)
         case Stage.CURATE:
             checks += [*curated(evidence.manifest), *read_from_stages(evidence)]
         case Stage.TOKENIZE:

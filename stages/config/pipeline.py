@@ -24,17 +24,20 @@ from stages.config.request import PREVIOUS, ArtifactRef, Source, SourceKind
 from stages.config.rollouts import PPOConfig
 from stages.config.scorers import reads_reward_model
 from stages.config.selection import learns_from_scores
+from stages.config.synthesis import SynthesizeConfig
 from stages.config.tokens import TokenizeConfig
 from stages.config.train import PretrainConfig, SFTConfig
 
-CONSTITUTION_PROMPTS = "constitution_prompts"
-"""Role of the sources of prompts that a constitution is applied to; a field of the form, too."""
+CONSTITUTION_PROMPTS, SYNTHESIS_SOURCES = "constitution_prompts", "synthesis_sources"
+"""Roles of the sources of prompts that a constitution is applied to, and of what synthesis starts from; fields of the
+form, too."""
 ONE_VERSION = "Trigger the run again, with one version of Athanor in Airflow and on the cluster."
 """The advice where what Airflow wrote for a stage is not what the stage reads."""
 
 CONFIG_CLASSES: dict[Stage, type[Config]] = {
     Stage.CONVERT: ConvertConfig,
     Stage.CONSTITUTION: ConstitutionConfig,
+    Stage.SYNTHESIZE: SynthesizeConfig,
     Stage.CURATE: CurateConfig,
     Stage.TOKENIZE: TokenizeConfig,
     Stage.PRETRAIN: PretrainConfig,
@@ -56,6 +59,7 @@ class Executions(Config):
 
     convert: ExecutionConfig = ExecutionConfig()
     constitution: ExecutionConfig = ExecutionConfig()
+    synthesize: ExecutionConfig = ExecutionConfig()
     curate: ExecutionConfig = ExecutionConfig()
     tokenize: ExecutionConfig = ExecutionConfig()
     pretrain: ExecutionConfig = ExecutionConfig()
@@ -99,6 +103,7 @@ class PipelineConfig(RunOutline):
     """MLflow experiment."""
     convert: ConvertConfig = ConvertConfig()
     constitution: ConstitutionConfig = ConstitutionConfig()
+    synthesize: SynthesizeConfig = SynthesizeConfig()
     curate: CurateConfig
     tokenize: TokenizeConfig
     pretrain: PretrainConfig
@@ -138,6 +143,12 @@ class PipelineConfig(RunOutline):
             )
             principles = Source(role=PRINCIPLES, kind=SourceKind.PRINCIPLES, uri=self.constitution.principles)
             return (*asked, principles, *self._outside_models(stage))
+        if stage is Stage.SYNTHESIZE:
+            rows = tuple(
+                Source(role=SYNTHESIS_SOURCES, kind=SourceKind.DATA, uri=source.uri)
+                for source in self.synthesize.parsed_sources
+            )
+            return (*rows, *self._outside_models(stage))
         models = self._outside_models(stage)
         if stage is not Stage.EVALUATE:
             return models
@@ -200,7 +211,9 @@ class PipelineConfig(RunOutline):
         roles: dict[str, str] = {}
         for role, place in GRAPH[stage].given:
             taken = place and (place in roles.values() or (role == BASE_MODEL and place in made))
-            unread = role == REWARD_MODEL and self._does_without_reward_model(stage)
+            unread = (role == REWARD_MODEL and self._does_without_reward_model(stage)) or (
+                stage is Stage.SYNTHESIZE and not self.synthesize.reads(role, self.given_models)
+            )
             if role in self.given_models and not taken and not unread:
                 roles[role] = place
         return tuple(roles)

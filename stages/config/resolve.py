@@ -41,6 +41,7 @@ from stages.config.scorers import endpoints_of
 from stages.config.selection import asks_for_gold, learns_from_scores, needed_data
 from stages.config.sources import parse_source, take_weights
 from stages.config.suites import check_suites
+from stages.config.synthetic import apply_synthesis, refuse_closed_synthesis, refuse_useless_synthesis
 from stages.config.text import HALVES, one_line
 from stages.config.train import TrainConfig
 
@@ -61,6 +62,8 @@ _FILLED = {
     "evaluate.champion_missing": "The task evaluate fills it, when it cannot find the champion's artifact.",
     "evaluate.comparison": "Set promote.level, promote.power and promote.least_difference, from which it follows.",
     "constitution.critic.endpoint": "It is the field critic of the form.",
+    "synthesize.generator.endpoint": "It is the field generator of the form.",
+    "synthesize.method": "It is the field synthesis of the form.",
     "constitution.makes": "It is the field ai_feedback of the form.",
     "promote.approval": "The task approve fills it, with the answer of the person whom promotion=approval asks.",
 }
@@ -101,6 +104,7 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     _refuse_unread_prompts(config)
     _refuse_underivable(config)
     refuse_useless_feedback(config)
+    refuse_useless_synthesis(config)
     _refuse_uncuttable(config)
     _refuse_contradictions(config)
     check_suites(config)
@@ -171,6 +175,7 @@ def _apply_form(tree: dict[str, Any], params: PipelineParams) -> None:
     if params.benchmarks:
         tree["evaluate"]["benchmarks"] = params.benchmarks
     apply_feedback(tree, params)
+    apply_synthesis(tree, params)
     # What a stage of the run converts is an input of tokenize, like an artifact (PipelineConfig.with_given).
     tree["tokenize"]["base_model"] = "" if params.converts else params.base_model
     tree["promote"] |= {"run_name": params.run_name, "promotion": params.promotion}
@@ -273,6 +278,7 @@ def _refuse_closed_places(config: PipelineConfig) -> None:
         if address != INSTALLED_DOCS:
             check_source(address, field=field)
     refuse_closed_feedback(config)
+    refuse_closed_synthesis(config)
     for address in config.evaluate.outside_benchmarks:
         if not address.startswith(LM_EVAL):
             check_source(address, field=BENCHMARKS)

@@ -12,12 +12,14 @@ from stages.config.graph import (
     BASE_MODEL,
     CRITIC,
     DOCUMENTS,
+    GENERATOR,
     GOLD_MODEL,
     GRAPH,
     INSTRUCTIONS,
     JUDGE,
     REWARD_BASE,
     REWARD_MODEL,
+    SYNTHESIS,
     Alignment,
     Stage,
     StageSpec,
@@ -272,6 +274,13 @@ def _wrong_feedback(way: Way) -> str:
         return (
             f"{AI_FEEDBACK} needs a model that responds, and {BASE_MODEL} and {CRITIC} are empty; give one of them, or "
             f"set {AI_FEEDBACK}=off"
+        )
+    if GENERATOR in way.given and SYNTHESIS not in way.asks_for:
+        return f"{GENERATOR} is given and {SYNTHESIS} is off; choose a method, or leave {GENERATOR} empty"
+    if SYNTHESIS in way.asks_for and not way.given & {BASE_MODEL, GENERATOR}:
+        return (
+            f"{SYNTHESIS} needs a model that writes, and {GENERATOR} and {BASE_MODEL} are empty; give one of them, or "
+            f"set {SYNTHESIS}=off"
         )
     return ""
 

@@ -52,6 +52,7 @@ def test_the_form_has_no_other_fields_and_shows_them_by_section():
         "Data",
         "Model and alignment",
         "AI feedback",
+        "Synthesis",
         "Reward model",
         "Judges",
         "Course of the run",
