@@ -10,6 +10,7 @@ from stages.config.base import Config
 from stages.config.execution import Engine, ExecutionConfig
 from stages.config.graph import BASE_MODEL, GOLD_MODEL, GRAPH, JUDGE, REWARD_MODEL, Stage
 from stages.config.pipeline import PipelineConfig
+from stages.config.preference_losses import KTOLoss
 from stages.config.preferences import DPOConfig, PairsConfig, PairsHalf
 from stages.config.text import compact
 from stages.config.train import LoRAConfig, ModelConfig, PostTrainConfig, PretrainConfig, SampledConfig, TrainConfig
@@ -201,6 +202,9 @@ def _epochs_of_data(stage: Stage, train: Config, counts: DataCounts) -> Workload
     # The policy computes the log-probabilities of its reference once, before the first epoch, for what it trains on.
     refers = isinstance(train, DPOConfig) and train.loss.needs_reference
     forward = tokens * min(1.0, train.num_epochs) if refers else 0.0
+    if isinstance(train, DPOConfig) and isinstance(train.loss, KTOLoss):
+        # Every example has a mismatch, about as long, which the reference reads once and the policy in every epoch.
+        forward = 2 * forward + tokens * train.num_epochs
     return Workload(trained_tokens=tokens * train.num_epochs, forward_tokens=forward)
 
 
