@@ -22,8 +22,8 @@ def carry_heldout(bench: Workbench) -> Amount:
 
 
 def carried_pairs(previous: Path | None, name: str) -> list[dict[str, Any]]:
-    """The published rows of `instructions` or `preferences`, marked with the split that they belong to."""
-    if previous is None:
+    """The published rows of `instructions`, `preferences` or `unpaired`, marked with the split that they belong to."""
+    if previous is None or not (previous / name).exists():
         return []
     return [
         {**row, "heldout": split == "heldout"}

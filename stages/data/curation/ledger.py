@@ -122,4 +122,6 @@ class PairsAccount:
     carried: dict[str, int]
     """Rows taken over from the previous data, part of `published`."""
     sources: dict[str, dict[str, Any]]
-    """For `instructions` and `preferences`: the account of each given source."""
+    """For `instructions`, `preferences` and, where there are some, `unpaired`: the account of each given source."""
+    unpaired: list[Step] = field(default_factory=list)
+    """Of single labelled responses; empty where no source has them."""
