@@ -72,6 +72,7 @@ def ledger(curation: Curation, pairs: PairsAccount, found: PlantedScore, *, prev
             "kinds": pairs.kinds,
         },
         **_unpaired(pairs),
+        **({"prompts": _prompts(pairs)} if pairs.prompts else {}),
         "published_pairs": pairs.published,
         "carried": _carried(curation, pairs, previous) if previous else {},
         "pii": {"documents": dict(sorted(pii.items())), "pairs": pairs.pii},
@@ -87,6 +88,10 @@ def _unpaired(pairs: PairsAccount) -> dict[str, Any]:
         return {}
     steps = [step.to_dict() for step in pairs.unpaired]
     return {"unpaired": {"steps": steps, "sources": pairs.sources["unpaired"]}}
+
+
+def _prompts(pairs: PairsAccount) -> dict[str, Any]:
+    return {"steps": [step.to_dict() for step in pairs.prompts], "sources": pairs.sources["prompts"]}
 
 
 def _by_source(units: Sequence[Extracted]) -> dict[str, dict[str, Any]]:

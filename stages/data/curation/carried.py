@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from stages.config.graph import PROMPTS
 from stages.data.curation.ledger import Amount
 from stages.data.curation.workbench import SPLITS, Workbench, published_documents, published_rows
 
@@ -22,8 +23,9 @@ def carry_heldout(bench: Workbench) -> Amount:
 
 
 def carried_pairs(previous: Path | None, name: str) -> list[dict[str, Any]]:
-    """The published rows of `instructions`, `preferences` or `unpaired`, marked with the split that they belong to."""
-    if previous is None or not (previous / name).exists():
+    """The published rows of `instructions`, `preferences`, `prompts` or `unpaired`, marked with the split that they
+    belong to; most data has none of the last two."""
+    if previous is None or not (previous / name).is_dir():
         return []
     return [
         {**row, "heldout": split == "heldout"}

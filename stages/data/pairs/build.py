@@ -1,4 +1,4 @@
-"""Instruction and preference rows, derived or given: capped, without duplicates, toxic answers or personal data."""
+"""Instruction, preference and prompt rows: capped, without duplicates, toxic answers or personal data."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 @dataclass
 class _Kind:
-    """Instructions or preferences on their way: the rows, their account so far, and what is taken over as it is."""
+    """One kind of rows on its way: the rows, their account so far, and what is taken over as it is."""
 
     name: str
     sources: tuple[str, ...]
@@ -48,8 +48,8 @@ class _Kind:
 
 
 def build_pairs(units: int, bench: Workbench) -> PairsAccount:
-    """Publish instructions/ and preferences/; both files of a kind exist even when they are empty. unpaired/ exists
-    only where a source is of that format, or was in the previous data.
+    """Publish instructions/ and preferences/; both files of a kind exist even when they are empty. unpaired/ and
+    prompts/ exist where sources of single responses or prompt sets are given, or were in the previous data.
 
     `units` is how many units have set symbols aside. Rows of the previous data come first; a new row that is among them
     already is dropped.
@@ -88,15 +88,21 @@ def build_pairs(units: int, bench: Workbench) -> PairsAccount:
 
     alone = tuple(source for source in given_sources if source.is_unpaired)
     single = _Kind("unpaired", tuple(source.uri for source in alone), carried_pairs(bench.previous, "unpaired"))
-    has_single = bool(single.is_given or single.carried)
-    if has_single:
+    if single.sources or single.carried:
         single.rows = given.given_unpaired(alone, config, single.steps, single.given)
         # As of pairs: a bad response may be toxic, which is what it is there for.
         prepared.run(single, answer=lambda row: row["response"] * row["label"], limit=config.max_preferences)
         _publish(single, bench)
 
-    kinds = (asked, paired, single) if has_single else (asked, paired)
+    posed = _Kind("prompts", config.prompts, carried_pairs(bench.previous, "prompts"))
+    if posed.sources or posed.carried:
+        posed.rows = given.given_prompts(config.prompt_sources, config, posed.steps, posed.given)
+        prepared.run(posed, answer=lambda row: "\n".join(row["reference"]), limit=config.max_prompts)
+        _publish(posed, bench)
+
+    kinds = (asked, paired, *(kind for kind in (single, posed) if kind.steps))
     return PairsAccount(
+        prompts=posed.steps,
         instructions=asked.steps,
         preferences=paired.steps,
         unpaired=single.steps,
@@ -250,7 +256,7 @@ class _Preparation:
         step = Step("pii")
         kept: list[Row] = []
         for row in rows:
-            before = _size(row)
+            before, compared = _size(row), _compared(row)
             step.entered.add(before)
             if self._config.scrub_pii:
                 for holder, name in _fields(row):
@@ -258,6 +264,10 @@ class _Preparation:
                     holder[name] = result.text
                     self.pii.update(result.counts)
             step.rewritten += before - _size(row)
+            # A response is compared with this, and was never shown what stands in its place.
+            if compared and compared != _compared(row):
+                step.drop("personal_reference", row["id"], "", _size(row), samples=self._config.samples_per_reason)
+                continue
             if "chosen" in row and row["chosen"] == row["rejected"]:  # the two differed in personal data only
                 step.drop("equal_sides", row["id"], row["chosen"], _size(row), samples=self._config.samples_per_reason)
                 continue
@@ -281,8 +291,16 @@ def _gather_reasons(rows: Sequence[Row], repeated: Sequence[str]) -> None:
 def _fields(row: Row) -> list[tuple[Any, Any]]:
     """Every text of a row as (holder, key), so that it can be replaced."""
     turns = row.get("messages") or row["prompt"]
-    sides = [(row, name) for name in ("chosen", "rejected", "response", "reason") if name in row]
+    named = ("chosen", "rejected", "response", "reason")
+    sides: list[tuple[Any, Any]] = [(row, name) for name in named if name in row]
+    sides += [(row[name], place) for name in ("reference", "tests") for place in range(len(row.get(name, ())))]
+    sides += [(row, "schema")] if row.get("schema") else []
     return [place for turn in turns for place in text_fields(turn)] + sides
+
+
+def _compared(row: Row) -> tuple[str, ...]:
+    """What responses to a prompt are compared with."""
+    return (*row.get("reference", ()), *row.get("tests", ()), row.get("schema", "")) if "reference" in row else ()
 
 
 def _verify(kind: _Kind) -> None:
