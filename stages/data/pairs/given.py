@@ -141,7 +141,7 @@ def _given(
     config: CurateConfig,
     steps: list[Step],
     accounts: dict[str, dict[str, Any]],
-    made_here: Mapping[str, Path],
+    made_here: Mapping[str, Path] = _NONE_MADE,
 ) -> list[dict[str, Any]]:
     total = Step("read")
     made: list[dict[str, Any]] = []
