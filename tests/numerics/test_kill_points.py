@@ -22,13 +22,22 @@ from stages.artifacts.store import read_json, write_json
 from stages.config.errors import ExitCode
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import GRAPH, Stage
+from stages.config.preference_losses import KTOLoss, ORPOLoss, PreferenceLoss, SimPOLoss
 from stages.config.request import ArtifactRef, Manifest, RunInfo, StageRequest
+from stages.config.train import TrainConfig
 from tests.numerics.fork_server import ForkServer, shared_server
 from tests.numerics.kill_points import Kill, Visits, as_json, draw_kill, places_of
 from tests.small_world import CONFIGS
 
 pytestmark = [pytest.mark.exact, pytest.mark.slow, pytest.mark.timeout(3600)]
 
+_LOSSES: dict[str, PreferenceLoss] = {loss.kind: loss for loss in (KTOLoss(), SimPOLoss(), ORPOLoss())}
+OBJECTIVES: dict[str, tuple[Stage, TrainConfig]] = {
+    **{stage.value: (stage, config) for stage, config in CONFIGS.items()},
+    **{kind: (Stage.DPO, CONFIGS[Stage.DPO].model_copy(update={"loss": loss})) for kind, loss in _LOSSES.items()},
+}
+"""Every stage that trains, and of stage `dpo` the losses that differ in more than an equation: the one of single
+responses with a baseline, and those without a reference."""
 KILLS = int(os.environ.get("KILLS", "4"))
 _STATUS: dict[int, int] = {signal.SIGKILL: -9, signal.SIGTERM: int(ExitCode.PREEMPTED)}
 Inputs = dict[Stage, dict[str, ArtifactRef]]
@@ -70,12 +79,13 @@ class Attempts:
         inputs: Inputs,
         mlflow: str,
         *,
+        config: TrainConfig | None = None,
         checkpoint_every: int = 2,
     ) -> None:
         self._server, self._home, self._stage, self._mlflow = server, home, stage, mlflow
         home.mkdir(parents=True)
         self._store = open_store((home / "store").as_uri())
-        self._config = CONFIGS[stage].model_copy(update={"eval_every": 2})
+        self._config = (config or CONFIGS[stage]).model_copy(update={"eval_every": 2})
         self._request = StageRequest(
             stage=stage,
             run=RunInfo(run_id=f"{stage.value}-{home.name}", name="kills", experiment="kills"),
@@ -143,24 +153,25 @@ def contents(manifest: Manifest) -> dict[str, str]:
     return {file.path: file.sha256 for file in manifest.files}
 
 
-@pytest.mark.parametrize("stage", list(CONFIGS), ids=str)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_killed_again_and_again_a_stage_ends_with_the_same_bits(
-    stage: Stage, server: ForkServer, stage_inputs: Inputs, mlflow: str, tmp_path: Path
+    objective: str, server: ForkServer, stage_inputs: Inputs, mlflow: str, tmp_path: Path
 ) -> None:
-    whole = Attempts(server, tmp_path / "undisturbed", stage, stage_inputs, mlflow)
+    stage, config = OBJECTIVES[objective]
+    whole = Attempts(server, tmp_path / f"{objective}-undisturbed", stage, stage_inputs, mlflow, config=config)
     assert whole.run() == 0
     expected, visits = whole.ended(), whole.visits()
     for points in expected.series.values():
         assert len({step for step, _ in points}) == len(points)
     assert {"model.safetensors", "history.jsonl"} <= contents(expected.manifest).keys()
     assert len(expected.series["train/loss"]) >= 6
-    rng, places = random.Random(f"{stage} {os.environ.get('KILL_SEED', '0')}"), list(places_of(stage))
+    rng, places = random.Random(f"{objective} {os.environ.get('KILL_SEED', '0')}"), list(places_of(stage, objective))
     rng.shuffle(places)
     deaths: Counter[str] = Counter()
     chains = attempts = 0
     while deaths.total() < KILLS:
         chains += 1
-        chain = Attempts(server, tmp_path / f"chain-{chains}", stage, stage_inputs, mlflow)
+        chain = Attempts(server, tmp_path / f"{objective}-chain-{chains}", stage, stage_inputs, mlflow, config=config)
         ended = False
         while not ended:
             kill = draw_kill(rng, places[attempts % len(places)], visits) if deaths.total() < KILLS else None
@@ -172,7 +183,7 @@ def test_killed_again_and_again_a_stage_ends_with_the_same_bits(
         assert contents(found.manifest) == contents(expected.manifest)
         assert found.manifest.metrics == expected.manifest.metrics
         assert found.series == expected.series
-    print(f"{stage}: {dict(deaths)} deaths in {chains} chains, {attempts} attempts")  # shown with -rP or -s
+    print(f"{objective}: {dict(deaths)} deaths in {chains} chains, {attempts} attempts")  # shown with -rP or -s
 
 
 @pytest.mark.parametrize("stage", [Stage.SFT, Stage.PPO], ids=str)
