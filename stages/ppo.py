@@ -74,7 +74,10 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         )
         balancing = Balancing(policy=routing_of(policy), critic=routing_of(critic) if critic is not None else None)
         heldout, watch = tokens.prompts(Split.HELDOUT), gold.watch(engine, tokens, budget, config)
-        return PPOObjective(config, sampler, prompts=prompts, heldout=heldout, balancing=balancing, gold=watch, mix=mix)
+        watches = [watch] if watch is not None else []
+        return PPOObjective(
+            config, sampler, prompts=prompts, heldout=heldout, balancing=balancing, watches=watches, mix=mix
+        )
 
     parts: dict[str, nn.Module] = {"policy": add_adapter(policy, config.lora, seed=config.seed)}
     if critic is not None:

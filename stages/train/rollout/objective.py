@@ -1,11 +1,12 @@
 """The objective of reinforcement learning: rollouts, the steps over each of them, and the state between them.
 
 Experience is a generator: `steps` rolls out with the live policy and yields the minibatches of its epochs; the loop
-consumes them like any other steps. A gold scorer, where the run has one, is read in evaluations only.
+consumes them like any other steps. Whoever watches the training (`watch.py`), a gold scorer for one, looks after each
+rollout and each evaluation.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,11 @@ from stages.train.plan import batches, order_digest, share, shuffled
 from stages.train.rollout.agreement import agreement, check
 from stages.train.rollout.documents import PretrainingMix, with_field
 from stages.train.rollout.experience import critic_quality, describe, from_tensors, to_experience, to_tensors
-from stages.train.rollout.gold import GoldWatch
 from stages.train.rollout.prompts import prompt_loss
 from stages.train.rollout.rewards import Payment
 from stages.train.rollout.sampling import Sampler
 from stages.train.rollout.update import update_loss, update_units
+from stages.train.rollout.watch import Watch
 from stages.train.routing import Balancing
 
 logger = logging.getLogger(__name__)
@@ -49,11 +50,11 @@ class PPOObjective:
         prompts: Ragged,
         heldout: Ragged,
         balancing: Balancing,
-        gold: GoldWatch | None = None,
+        watches: Sequence[Watch] = (),
         mix: PretrainingMix | None = None,
     ) -> None:
         self._config, self._sampler, self._prompts, self._heldout = config, sampler, prompts, heldout
-        self._balancing, self._gold, self._mix = balancing, gold, mix
+        self._balancing, self._watches, self._mix = balancing, tuple(watches), mix
         self._payment = Payment(config)
         # `global_batch_size` divides `rollout_size`: every epoch over a rollout sees each response once.
         self._steps_per_rollout = config.num_epochs * (config.rollout_size // config.global_batch_size)
@@ -72,9 +73,9 @@ class PPOObjective:
 
     def steps(self, engine: Engine) -> Iterator[Step]:
         while self._rollout < self._config.num_rollouts:
-            if self._gold is not None and self._gold.ends:
+            if ended := self._ended():
                 if engine.is_main:
-                    logger.warning("training ends here: %s", self._gold.reason())
+                    logger.warning("training ends here: %s", ended)
                 return
             if not self._experience:  # a resume in the middle of a rollout's updates brings it along
                 self._roll_out(engine)
@@ -113,6 +114,8 @@ class PPOObjective:
             **agreed,
             **critic_quality(self._experience),
         }
+        for watch in self._watches:
+            self._rollout_metrics |= watch.after_rollout(samples, self._rollout_metrics)
         self._learn_from(self._rollout_metrics)
 
     def _learn_from(self, rollout: dict[str, float]) -> None:
@@ -203,15 +206,21 @@ class PPOObjective:
         samples = self._sampler.sample(engine, prompts, stream=_EVALUATION_STREAM)
         found = {name.replace("ppo/", "eval/"): value for name, value in describe(samples).items()}
         found |= prompt_loss(engine, prompts, self._sampler.budget)
-        return found | (self._gold.measure(engine, samples) if self._gold is not None else {})
+        for watch in self._watches:
+            found |= watch.after_evaluation(engine, samples, found)
+        return found
+
+    def _ended(self) -> str:
+        """Why training ends before its last rollout; empty while it goes on."""
+        return "; ".join(watch.reason() for watch in self._watches if watch.ends)
 
     @property
     def ledger(self) -> dict[str, Any]:
         """Responses that were sampled to train on, and why there are not more of them."""
         # The cursor is behind the step that was handed out last, so a rollout amid its updates has begun.
         sampled = {"responses": (self._rollout + (self._inner > 0)) * self._config.rollout_size}
-        early = self._gold is not None and self._gold.ends and self._rollout < self._config.num_rollouts
-        return sampled | ({"stopped_early": self._gold.reason()} if early and self._gold is not None else {})
+        early = self._ended() if self._rollout < self._config.num_rollouts else ""
+        return sampled | ({"stopped_early": early} if early else {})
 
     def state_dict(self) -> ObjectiveState:
         # These names are in checkpoints of running stores.
@@ -223,8 +232,8 @@ class PPOObjective:
         }
         if self._baseline is not None:
             numbers["baseline"] = self._baseline
-        if self._gold is not None:
-            numbers |= self._gold.state_dict()
+        for watch in self._watches:
+            numbers |= watch.state_dict()
         numbers |= self._payment.state_dict()
         return ObjectiveState(
             numbers | self._sampler.scorer.state_dict(), to_tensors(self._experience) | self._balancing.state_dict()
@@ -237,7 +246,7 @@ class PPOObjective:
         self._baseline = state.numbers.get("baseline")
         self._payment.load_state_dict(state.numbers)
         self._sampler.scorer.load_state_dict(state.numbers)
-        if self._gold is not None:
-            self._gold.load_state_dict(state.numbers)
+        for watch in self._watches:
+            watch.load_state_dict(state.numbers)
         self._experience = from_tensors(state.tensors)
         self._balancing.load_state_dict(state.tensors)
