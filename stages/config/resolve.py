@@ -21,7 +21,6 @@ from stages.config.graph import (
     BENCHMARKS,
     DATA_FIELDS,
     DOCUMENTS,
-    GOLD_MODEL,
     GRAPH,
     INSTRUCTIONS,
     PREFERENCES,
@@ -36,6 +35,7 @@ from stages.config.pipeline import PipelineConfig
 from stages.config.places import check_source
 from stages.config.preferences import PairsHalf
 from stages.config.recipes import RECIPES
+from stages.config.rollout_inputs import refuse_what_rollouts_lack
 from stages.config.rollouts import PROMPT_FIELDS
 from stages.config.scorers import endpoints_of
 from stages.config.selection import asks_for_gold, learns_from_scores, needed_data
@@ -110,7 +110,7 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     _refuse_contradictions(config)
     refuse_unused(config)
     check_suites(config)
-    _refuse_patience_without_gold(config)
+    refuse_what_rollouts_lack(config)
     return config
 
 
@@ -372,16 +372,6 @@ def _refuse_contradictions(config: PipelineConfig) -> None:
         assert isinstance(train, TrainConfig)
         for what, advice in contradictions(stage.value, train, config.stage_execution(stage), experts=experts):
             raise ConfigError(what, advice=advice)
-
-
-def _refuse_patience_without_gold(config: PipelineConfig) -> None:
-    patience = config.ppo.gold_patience if Stage.PPO in config.selected else 0
-    has_gold = GOLD_MODEL in config.given_roles(Stage.PPO) or Stage.GOLD in config.stage_inputs(Stage.PPO).values()
-    if patience and not has_gold:
-        raise ConfigError(
-            f"ppo.gold_patience={patience} needs a gold scorer, and this run has none",
-            advice="Use gold_scorer=train, give a gold_model with the policy's tokenizer, or set ppo.gold_patience=0.",
-        )
 
 
 def _selected_to_train(config: PipelineConfig) -> list[Stage]:
