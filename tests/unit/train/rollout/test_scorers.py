@@ -48,12 +48,17 @@ class ByModel:
 class Counting:
     """Gives each response the number in its row's reference, and remembers what it was asked."""
 
+    on_main_only = False
+
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []
 
     def values(self, responses: Sequence[str], rows: Sequence[Row]) -> list[Value]:
         self.asked += zip(responses, (row.prompt for row in rows), strict=True)
         return [Value(float(row.reference[0]), "" if row.prompt == "a" else "no_value") for row in rows]
+
+    def account(self) -> dict[str, Any]:
+        return {}
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +144,10 @@ def test_training_by_a_rule_alone_raises_its_rate_without_any_reward_model(world
         }
     )
     context = make_context(home, Stage.PPO, config, {role: inputs[role] for role in ("tokens", "model")})
-    outcome = ppo.run(context)
+    try:
+        outcome = ppo.run(context)
+    finally:
+        context.progress.close()
     history = [json.loads(line) for line in (context.output_dir / "history.jsonl").read_text().splitlines()]
     assert history[0]["ppo/score/regex"] < 0.45
     assert outcome.metrics["ppo/score/regex"] > 0.8
