@@ -26,11 +26,7 @@ from stages.models.generation import Sampling
 from stages.models.lora import add_adapter
 from stages.models.same_tokenizer import check_given_scorer, check_one_score, check_same_tokenizer
 from stages.train.engine import Engine
-<<<<<<< HEAD
-=======
-from stages.train.rollout.asked import asked_of
 from stages.train.rollout.documents import PretrainingMix
->>>>>>> main
 from stages.train.rollout.gold import GoldWatch
 from stages.train.rollout.objective import PPOObjective
 from stages.train.rollout.sampling import Sampler

@@ -12,14 +12,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-<<<<<<< HEAD
-from stages.config.estimators import Reinforce
-from stages.config.rollouts import PPOConfig
-from stages.data.tokens.asked import Prompts
-=======
 from stages.config.estimators import GAE, Reinforce
 from stages.config.rollouts import LossOver, PPOConfig
->>>>>>> main
+from stages.data.tokens.asked import Prompts
 from stages.data.tokens.packing import Packed, TokenSequence, lay_out
 from stages.data.tokens.views import evenly
 from stages.losses.advantages import decayed
@@ -28,15 +23,9 @@ from stages.rules.ready import Row
 from stages.train.engine import Engine, LossOutput
 from stages.train.objective import ObjectiveState, Step
 from stages.train.plan import batches, order_digest, share, shuffled
-<<<<<<< HEAD
-from stages.train.rollout.experience import Shaping, critic_quality, describe, from_tensors, to_experience, to_tensors
-from stages.train.rollout.gold import GoldWatch
-=======
 from stages.train.rollout.agreement import agreement, check
-from stages.train.rollout.asked import Prompts
 from stages.train.rollout.documents import PretrainingMix, with_field
 from stages.train.rollout.experience import critic_quality, describe, from_tensors, to_experience, to_tensors
->>>>>>> main
 from stages.train.rollout.prompts import prompt_loss
 from stages.train.rollout.rewards import Payment
 from stages.train.rollout.sampling import Sampler
