@@ -4,13 +4,15 @@ The gold scorer is trained here too, as another reward model: its config names t
 seed, and no stage that trains reads it.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 
 from stages.config.graph import BASE_MODEL, REWARD_BASE
 from stages.config.preferences import RewardConfig
 from stages.data.tokens.packing import Packed
-from stages.data.tokens.views import Split, TokensArtifact
+from stages.data.tokens.views import TokensArtifact
 from stages.job.context import StageContext, StageOutcome
 from stages.losses.reward import bradley_terry_loss, pair_accuracy, score_centering_loss
 from stages.models.build import load_reward_model
@@ -18,8 +20,9 @@ from stages.models.experts import routing_of
 from stages.models.forward import TrunkOutput, segment_scores
 from stages.models.lora import add_adapter
 from stages.models.same_tokenizer import check_same_tokenizer
+from stages.train.comparisons import MARGIN, planned_comparisons
 from stages.train.engine import LossOutput
-from stages.train.pairs import PairObjective, over_pairs, planned_pairs, sides
+from stages.train.pairs import WEIGHT, PairObjective, of_pairs, over_pairs, sides
 from stages.train.routing import Balancing
 from stages.train.run import Prepared, train_stage
 
@@ -33,7 +36,7 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     be smaller than the policy."""
     config = context.config
     assert isinstance(config, RewardConfig)
-    planned = planned_pairs(tokens, config, micro_batch_size=context.execution.micro_batch_size)
+    comparisons = planned_comparisons(tokens, config, micro_batch_size=context.execution.micro_batch_size)
     start = context.model_dir("model", REWARD_BASE, BASE_MODEL)
     if context.has_given(REWARD_BASE):
         check_same_tokenizer(start, tokens.tokenizer(), role=REWARD_BASE)
@@ -42,18 +45,26 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     def pair_loss(parts: nn.ModuleDict, batch: Packed, trunk: TrunkOutput | None = None) -> LossOutput:
         """-log sigmoid of the score difference, plus a small pull of the scores towards zero."""
         chosen_P, rejected_P = sides(segment_scores(parts["reward"], batch, pad_id=tokens.pad_id, trunk=trunk))
-        loss_sum = bradley_terry_loss(chosen_P, rejected_P)
-        loss_sum = loss_sum + config.center_coefficient * score_centering_loss(chosen_P, rejected_P)
+        margins_P, weights_P = of_pairs(batch, MARGIN), of_pairs(batch, WEIGHT)
+        preferring = partial(
+            bradley_terry_loss, margins_P=margins_P, label_smoothing=config.label_smoothing, weights_P=weights_P
+        )
+        centering = score_centering_loss(chosen_P, rejected_P, weights_P=weights_P)
+        loss_sum = preferring(chosen_P, rejected_P) + config.center_coefficient * centering
         with torch.no_grad():
             metrics = {
                 "reward/accuracy": over_pairs(pair_accuracy(chosen_P, rejected_P), chosen_P),
                 "reward/margin": over_pairs((chosen_P - rejected_P).sum(), chosen_P),
             }
+            if margins_P is not None:  # what a gate expects of the first step, where scores are equal
+                even = preferring(torch.zeros_like(chosen_P), torch.zeros_like(chosen_P))
+                total = torch.ones_like(chosen_P).sum() if weights_P is None else weights_P.sum()
+                metrics["reward/even_loss"] = torch.stack([even, total])
         return LossOutput(loss_sum, metrics)
 
     objective = PairObjective(
-        planned.steps,
-        heldout=tokens.pairs(Split.HELDOUT),
+        comparisons.planned.steps,
+        heldout=comparisons.heldout,
         eval_items=config.eval_items,
         part="reward",
         balancing=Balancing(reward=routing_of(model)),
@@ -63,5 +74,5 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         parts={"reward": add_adapter(model, config.lora, seed=config.seed)},
         objective=lambda engine: objective,
         exported="reward",
-        ledger=planned.ledger,
+        ledger=comparisons.planned.ledger,
     )

@@ -33,6 +33,15 @@ class RewardConfig(PairsConfig):
 
     center_coefficient: float = Field(default=0.01, ge=0)
     """Weight of (r_chosen + r_rejected)^2, which keeps scores around zero."""
+    margin: Annotated[float, AddedLater(0.0)] = Field(default=0.0, ge=0)
+    """By how much the scores of a pair are to differ for each unit of its margin, which a source with `#margin=` has
+    (Llama 2, https://arxiv.org/abs/2307.09288); 0 = margins do not count."""
+    label_smoothing: Annotated[float, AddedLater(0.0)] = Field(default=0.0, ge=0, lt=0.5)
+    """Assumed share of pairs whose sides are exchanged by mistake."""
+    counted: Annotated[Literal["pair", "prompt"], AddedLater("pair")] = "pair"
+    """What counts once in the loss: each `pair`, or each `prompt`, whose pairs then share a weight of 1 and are trained
+    on in a row. A ranking of K responses has K (K - 1) / 2 pairs of one prompt (InstructGPT,
+    https://arxiv.org/abs/2203.02155)."""
 
 
 class GoldConfig(RewardConfig):

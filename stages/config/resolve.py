@@ -29,6 +29,7 @@ from stages.config.graph import (
     pipeline_stages,
     trained_stages,
 )
+from stages.config.margins import refuse_margins_without_effect
 from stages.config.nested import dotted, dotted_once, leaves
 from stages.config.pipeline import PipelineConfig
 from stages.config.places import check_source
@@ -96,6 +97,7 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     _refuse_contradictions(config)
     check_suites(config)
     _refuse_patience_without_gold(config)
+    refuse_margins_without_effect(config)
     return config
 
 

@@ -16,7 +16,9 @@ from pydantic import Field
 from stages.config.base import Config
 
 _OPTIONS = re.compile(r"#((?:\w+=[^#&]*)(?:&\w+=[^#&]*)*)$")
-_KNOWN = ("format", "weight", "first", "second")
+_KNOWN = ("format", "weight", "first", "second", "margin")
+RATINGS = "ratings"
+"""The `margin` of a source whose rows rate both responses, in whatever fields their format has for it."""
 
 
 class InstructionFormat(StrEnum):
@@ -59,10 +61,13 @@ class Source(Config):
     """What a label of two responses says when the first is better; empty = understood from the labels."""
     second: str = ""
     """The same for the second response."""
+    margin: str = ""
+    """Where a pair's margin is: `ratings` = how much better the chosen response is rated; else a field of the row that
+    says how much better it is. Empty = pairs have none."""
 
     def __str__(self) -> str:
         """As it is written, without the weight."""
-        options = {"format": self.format, "first": self.first, "second": self.second}
+        options = {"format": self.format, "first": self.first, "second": self.second, "margin": self.margin}
         tail = "&".join(f"{name}={value}" for name, value in options.items() if value)
         return f"{self.uri}#{tail}" if tail else self.uri
 
@@ -92,11 +97,17 @@ def parse_source(text: str) -> Source:
         raise ValueError(
             f"source {text!r} needs both first= and second=, two different labels, such as first=1&second=0"
         )
+    if "margin" in options and not options["margin"]:
+        raise ValueError(
+            f"source {text!r} has an empty margin=; use margin={RATINGS}, or the field that says how much better the "
+            "chosen response is"
+        )
     return Source(
         uri=text[: found.start()],
         format=options.get("format", ""),
         first=first,
         second=second,
+        margin=options.get("margin", ""),
         weight=_weight(text, options["weight"]) if "weight" in options else None,
     )
 
@@ -120,6 +131,8 @@ def parse_sources(field: str, lines: Iterable[str], formats: type[StrEnum]) -> t
             raise ValueError(f"{field}: format={source.format!r} of {source.uri!r} is not one of {allowed}")
         if source.first and formats is not PreferenceFormat:
             raise ValueError(f"{field}: first= and second= of {source.uri!r} say which response a label prefers")
+        if source.margin and formats is not PreferenceFormat:
+            raise ValueError(f"{field}: margin= of {source.uri!r} says how much better a chosen response is")
     uris = [source.uri for source in sources]
     if repeated := sorted({uri for uri in uris if uris.count(uri) > 1}):
         raise ValueError(

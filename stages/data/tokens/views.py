@@ -91,6 +91,11 @@ class TokensArtifact:
     def pair_kinds(self, split: Split) -> list[str]:
         return json.loads((self.folder / "preferences" / split / "kinds.json").read_text())
 
+    def pair_margins(self, split: Split) -> np.ndarray | None:
+        """By how much the chosen response of each pair is better, 0 where its row does not say; None without any."""
+        path = self.folder / "preferences" / split / "margins.npy"
+        return np.load(path) if path.exists() else None
+
     def conversation_sources(self, split: Split) -> "Sources":
         return self._sources("conversations", split)
 

@@ -293,6 +293,13 @@ def test_pairs_start_at_ln_2(stage: Stage):
     assert not failures(starting(stage, **{"train/loss": 0.69315}))
 
 
+def test_with_margins_a_reward_model_starts_where_equal_scores_put_it():
+    asked = {"reward/even_loss": 0.91}
+    assert not failures(starting(Stage.REWARD, **asked, **{"train/loss": 0.91}))
+    check = failures(starting(Stage.REWARD, **asked, **{"train/loss": 0.693147}))["initial_loss"]
+    assert check.allowed == "0.910000 ± 0.0001"
+
+
 @pytest.mark.parametrize(("metric", "value"), [("approx_kl", 2e-6), ("clip_fraction", 1e-9)])
 def test_the_first_minibatch_of_ppo_has_ratio_1(metric: str, value: float):
     assert set(failures(starting(Stage.PPO, **{f"ppo/{metric}": value}))) == {f"initial_{metric}"}

@@ -1,0 +1,32 @@
+"""Margins of preference pairs: what a source says about them and what training makes of it belong together."""
+
+from stages.config.errors import ConfigError
+from stages.config.graph import PREFERENCES, Stage
+from stages.config.pipeline import PipelineConfig
+from stages.config.preferences import RewardConfig
+from stages.config.sources import parse_source
+
+
+def refuse_margins_without_effect(config: PipelineConfig) -> None:
+    """Raise ConfigError for margins that count and come from nowhere, and for a source's that count nowhere."""
+    with_margin = [line for line in config.curate.preferences if parse_source(line).margin]
+    stages = [stage for stage in (Stage.REWARD, Stage.GOLD) if stage in config.selected]
+    counting: dict[Stage, float] = {}
+    for stage in stages:
+        train = config.stage_config(stage)
+        assert isinstance(train, RewardConfig)
+        if train.margin:
+            counting[stage] = train.margin
+    # Earlier data brings its own pairs, whose margins only the job sees.
+    if counting and not with_margin and not config.previous_data:
+        stage, margin = next(iter(counting.items()))
+        raise ConfigError(
+            f"{stage}.margin={margin:g} needs a source of {PREFERENCES} with margins, got "
+            f"{list(config.curate.preferences)}",
+            advice=f"Say where a source has them, as in data.jsonl#margin=ratings, or set {stage}.margin=0.",
+        )
+    if with_margin and stages and not counting:
+        raise ConfigError(
+            f"{PREFERENCES}: margin= of {with_margin[0]!r} counts nowhere, because {stages[0]}.margin=0",
+            advice=f"Set {stages[0]}.margin, such as 1.0, or leave margin= out.",
+        )
