@@ -25,6 +25,8 @@ class Reply:
 
     content: str | None = "A"
     finish_reason: str = "stop"
+    usage: tuple[int, int] | None = None
+    """Tokens of the prompt and of the answer, if it says them."""
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes | None = None
@@ -45,6 +47,11 @@ class Asked:
     headers: dict[str, str]
     path: str
     at: float
+
+    @property
+    def text(self) -> str:
+        """What the last turn says."""
+        return self.body["messages"][-1]["content"]
 
     @property
     def answers(self) -> tuple[str, str]:
@@ -68,8 +75,8 @@ class JudgeServer:
 
 
 @contextmanager
-def judge_server(behave: Callable[[int, Asked], Reply] = prefers_longer) -> Iterator[JudgeServer]:
-    """Serve until the block ends."""
+def judge_server(behave: Callable[[int, Asked], Reply] = prefers_longer, *, port: int = 0) -> Iterator[JudgeServer]:
+    """Serve until the block ends, on a free port unless one is given."""
     asked: list[Asked] = []
     lock, open_now, most = threading.Lock(), [0], [0]
 
@@ -95,7 +102,10 @@ def judge_server(behave: Callable[[int, Asked], Reply] = prefers_longer) -> Iter
         def _send(self, reply: Reply) -> None:
             time.sleep(reply.wait)
             choice = {"message": {"role": "assistant", "content": reply.content}, "finish_reason": reply.finish_reason}
-            body = reply.body if reply.body is not None else json.dumps({"choices": [choice]}).encode()
+            told: dict[str, Any] = {"choices": [choice]}
+            if reply.usage is not None:
+                told["usage"] = {"prompt_tokens": reply.usage[0], "completion_tokens": reply.usage[1]}
+            body = reply.body if reply.body is not None else json.dumps(told).encode()
             self.send_response(reply.status)
             for name, value in reply.headers.items():
                 self.send_header(name, value)
@@ -114,7 +124,7 @@ def judge_server(behave: Callable[[int, Asked], Reply] = prefers_longer) -> Iter
 
         def log_message(self, format: str, *args: Any) -> None: ...
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()

@@ -89,7 +89,9 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "S3_REGION": ("us-east-1", ""),
     "S3_BUCKET": ("athanor", ""),
     "ATHANOR_ALLOW_REMOTE_CODE": ("", "digests of models' code that may run, docs/SECURITY.md"),
-    "ATHANOR_JUDGE_ENDPOINTS": ("", "addresses where judges may be asked, with commas between, docs/EVALUATION.md"),
+    "ATHANOR_ENDPOINTS": ("", "addresses where runs may ask models, with commas between, docs/SYNTHESIS.md"),
+    "ATHANOR_ENDPOINT_API_KEY": ("", "key for them, where runs name it in api_key_env"),
+    "ATHANOR_JUDGE_ENDPOINTS": ("", "more of them, for judges only, docs/EVALUATION.md"),
     "ATHANOR_JUDGE_API_KEY": ("", "key for them, where runs name it in evaluate.judge.api_key_env"),
     "ATHANOR_LOG_FORMAT": ("text", "of stages' jobs; json for Loki, Elastic and the like, docs/OPERATIONS.md"),
     "ATHANOR_SIGNING_KEY": (

@@ -20,6 +20,7 @@ from stages.config.request import Manifest
 LIVE_SECONDS = 900
 """A lease that changed this recently is live; a holder beats every 10 s, but an outage of the store may last."""
 MADE_BY_PEOPLE = frozenset({GRAPH[Stage.RATE].kind})
+_KEPT_WHILE_USED = ("checkpoints", "reference-logprobs", "measurements", "answers", "gates")
 _FINGERPRINT = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
 
@@ -214,6 +215,7 @@ def _beside_artifacts(picture: Picture, manifests: Mapping[str, Manifest]) -> It
         ("reference-logprobs", "cache"),
         ("gates", "findings of a gate"),
         ("measurements", "cache"),
+        ("answers", "cache"),
         ("probe", "probe"),
     ):
         for key, folder in sorted(picture.rest.get(room, {}).items()):
@@ -227,9 +229,7 @@ def _beside_artifacts(picture: Picture, manifests: Mapping[str, Manifest]) -> It
                 yield Waste(what, key, folder.size, "left by a probe that was killed")
             elif room == "gates" and fingerprint in published:
                 continue  # they are about an artifact that is there
-            elif room in ("checkpoints", "reference-logprobs", "measurements", "gates") and not _after(
-                folder, picture.old
-            ):
+            elif room in _KEPT_WHILE_USED and not _after(folder, picture.old):
                 yield Waste(what, key, folder.size, "not touched for a long time; it can be computed again")
 
 

@@ -1,17 +1,117 @@
-"""Which HTTP endpoints a run may ask: whoever may trigger a run chooses an address, whoever runs the workers decides.
+"""Which HTTP endpoints a run may ask, and how: whoever may trigger a run chooses an address, whoever runs the workers
+decides.
 
 A request carries texts of the run and perhaps a key of the operator's. So an endpoint must begin with one of the
-addresses in `ATHANOR_JUDGE_ENDPOINTS` (separated by spaces or commas), in the environment of Airflow and of Ray's
-workers. One on loopback need not, unless a key is sent there.
+addresses in `ATHANOR_ENDPOINTS` (separated by spaces or commas), in the environment of Airflow and of Ray's workers.
+`ATHANOR_JUDGE_ENDPOINTS` lists more of them, for judges only. One on loopback need not be listed, unless a key is sent
+there.
 """
 
 import os
+import re
+from collections.abc import Sequence
 from ipaddress import ip_address
+from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
+from pydantic import Field, field_validator, model_validator
+
+from stages.config.base import Config
 from stages.config.errors import ConfigError
 
-ALLOWED = "ATHANOR_JUDGE_ENDPOINTS"
+ALLOWED, ALLOWED_FOR_JUDGES = "ATHANOR_ENDPOINTS", "ATHANOR_JUDGE_ENDPOINTS"
+
+_KEY_VARIABLE = re.compile(r"ATHANOR_(?:ENDPOINT|JUDGE)_[A-Z0-9_]+")
+
+
+class EndpointConfig(Config):
+    """An OpenAI-compatible endpoint, how it is asked, and what may be spent there."""
+
+    endpoint: str = ""
+    """Address to ask, such as `https://host/v1`."""
+    model: str = ""
+    """Name by which the endpoint knows the model."""
+    api_key_env: str = ""
+    """Variable in the environment of Ray's workers that holds the endpoint's key; its name begins with
+    `ATHANOR_ENDPOINT_`. Empty: no key is sent. The key itself is never stored."""
+    limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """Name of the limit of an answer in requests; some models take only the second."""
+    send_seed: bool = True
+    """Send a seed with each request, so that an endpoint that obeys it answers the same again. Some refuse it."""
+    concurrency: int = Field(default=4, ge=1, le=256)
+    """Requests at once. Neither this nor the next four settings are part of the fingerprint."""
+    timeout_seconds: float = Field(default=120.0, gt=0, le=3600)
+    """Time for one request, from its first byte to its last."""
+    max_retries: int = Field(default=6, ge=0, le=20)
+    """Further attempts at a request that failed for a reason that may pass; each waits longer."""
+    requests_per_minute: int = Field(default=0, ge=0)
+    """Most requests in any 60 seconds; 0 = as many as the concurrency allows."""
+    tokens_per_minute: int = Field(default=0, ge=0)
+    """Most tokens of prompts and answers in any 60 seconds; 0 = no limit."""
+    budget_requests: int = Field(default=0, ge=0)
+    """Most requests that one artifact may cost, repeated ones counted; 0 = no limit. What a budget does not reach is
+    left out and counted, and what is done is kept. With a larger budget the next run continues from there."""
+    budget_tokens: int = Field(default=0, ge=0)
+    """Most tokens of prompts and answers that one artifact may cost; 0 = no limit."""
+    budget_cost: float = Field(default=0.0, ge=0)
+    """Most money that one artifact may cost, in the currency of the prices; 0 = no limit."""
+    price_prompt: float = Field(default=0.0, ge=0)
+    """Price of a million tokens of prompts."""
+    price_answer: float = Field(default=0.0, ge=0)
+    """Price of a million tokens of answers."""
+    max_minutes: float = Field(default=0.0, ge=0, le=100_000)
+    """Time for all requests of one attempt; 0 = no limit."""
+
+    how_fast: ClassVar[frozenset[str]] = frozenset(
+        {"concurrency", "timeout_seconds", "max_retries", "requests_per_minute", "tokens_per_minute"}
+    )
+    """Fields that decide nothing but speed."""
+
+    def identity(self, *, only_given: bool = False) -> dict[str, Any]:
+        """As for every config, without what decides nothing but speed."""
+        found = super().identity(only_given=only_given)
+        return {name: value for name, value in found.items() if name not in self.how_fast}
+
+    def cost(self, prompt_tokens: float, answer_tokens: float) -> float:
+        """Return the price of so many tokens."""
+        return (prompt_tokens * self.price_prompt + answer_tokens * self.price_answer) / 1e6
+
+    @field_validator("endpoint")
+    @classmethod
+    def _no_login_in_the_address(cls, endpoint: str) -> str:
+        return plain_address(endpoint)
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _a_variable_for_endpoints(cls, name: str) -> str:
+        # Whoever triggers a run chooses address and variable: the storage's keys must not be among the choices.
+        if name and not _KEY_VARIABLE.fullmatch(name):
+            raise ValueError(
+                f"api_key_env={name[:80]!r} is not a variable for endpoints; use a name such as "
+                "ATHANOR_ENDPOINT_API_KEY"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "EndpointConfig":
+        if self.endpoint and not self.model:
+            raise ValueError(f"model is empty, and {self.endpoint} may serve several; set model")
+        if self.budget_cost and not (self.price_prompt or self.price_answer):
+            raise ValueError(
+                f"budget_cost={self.budget_cost:g} needs prices, got 0; set price_prompt and price_answer, per million "
+                "tokens"
+            )
+        return self
+
+
+def plain_address(endpoint: str) -> str:
+    """Return the address unchanged if it is empty or plain; ValueError for what is no address, or holds more."""
+    if endpoint and (not is_endpoint(endpoint) or without_credentials(endpoint) != endpoint):
+        raise ValueError(
+            f"endpoint={without_credentials(endpoint)!r} must be http:// or https:// with a host, and without "
+            "user, password, query and fragment; a key is named by api_key_env"
+        )
+    return endpoint
 
 
 def is_endpoint(address: str) -> bool:
@@ -32,19 +132,24 @@ def without_credentials(address: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
-def check_endpoint(address: str, *, field: str, with_key: bool) -> None:
+def check_endpoint(address: str, *, field: str, with_key: bool, for_judges: bool = False) -> None:
     """Raise ConfigError unless the endpoint may be asked, and be sent a key."""
     if not is_endpoint(address):
         raise ConfigError(f"{field}={without_credentials(address)!r} is no address of an endpoint")
-    allowed = os.environ.get(ALLOWED, "").replace(",", " ").split()
+    variables = (ALLOWED, ALLOWED_FOR_JUDGES) if for_judges else (ALLOWED,)
+    allowed = _listed_in(variables)
     if any(_begins_with(address, prefix) for prefix in allowed) or (_on_loopback(address) and not with_key):
         return
     what = "may be sent a key" if with_key else "may be asked"
     raise ConfigError(
         f"{field}={without_credentials(address)!r} is not an endpoint that {what}; allowed: "
         f"{', '.join(map(without_credentials, allowed)) or 'none but loopback, without a key'}",
-        advice=f"Let the operator add it to {ALLOWED}, in the environment of Airflow and of Ray's workers.",
+        advice=f"Let the operator add it to {variables[-1]}, in the environment of Airflow and of Ray's workers.",
     )
+
+
+def _listed_in(variables: Sequence[str]) -> list[str]:
+    return [one for name in variables for one in os.environ.get(name, "").replace(",", " ").split()]
 
 
 def _begins_with(address: str, prefix: str) -> bool:

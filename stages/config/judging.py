@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from stages.config.base import Config
-from stages.config.endpoints import is_endpoint, without_credentials
+from stages.config.endpoints import EndpointConfig, plain_address
 
 SHIPPED_PROMPTS = ("pairwise-v1",)
 """Prompts of `stages/judge/prompts`; a file there never changes, another text gets another name."""
@@ -54,15 +54,26 @@ class JudgeConfig(Config):
     max_minutes: float = Field(default=120.0, gt=0, le=10_000)
     """Time for all questions to the endpoint in one evaluation. What is left then is not judged."""
 
+    @property
+    def asked(self) -> EndpointConfig:
+        """The endpoint as every client of one asks it."""
+        return EndpointConfig(
+            endpoint=self.endpoint,
+            model=self.model,
+            api_key_env=self.api_key_env,
+            limit_field=self.limit_field,
+            send_seed=False,
+            concurrency=self.concurrency,
+            timeout_seconds=self.timeout_seconds,
+            max_retries=self.max_retries,
+            budget_requests=self.max_requests,
+            max_minutes=self.max_minutes,
+        )
+
     @field_validator("endpoint")
     @classmethod
     def _no_login_in_the_address(cls, endpoint: str) -> str:
-        if endpoint and (not is_endpoint(endpoint) or without_credentials(endpoint) != endpoint):
-            raise ValueError(
-                f"endpoint={without_credentials(endpoint)!r} must be http:// or https:// with a host, and without "
-                "user, password, query and fragment; a key is named by api_key_env"
-            )
-        return endpoint
+        return plain_address(endpoint)
 
     @field_validator("api_key_env")
     @classmethod

@@ -85,6 +85,7 @@ class SourceKind(Choice):
     DATA = "data", "Raw data: documents, conversations, pairs, word lists"
     MODEL = "model", "A model that was not made here"
     BENCHMARK = "benchmark", "Items that models are measured by, and nothing is trained on"
+    PRINCIPLES = "principles", "Principles by which a model criticises and compares responses"
 
 
 class Source(Config):

@@ -265,7 +265,7 @@ def _refuse_closed_places(config: PipelineConfig) -> None:
         if not address.startswith(LM_EVAL):
             check_source(address, field=BENCHMARKS)
     if endpoint := config.evaluate.judge.endpoint:
-        check_endpoint(endpoint, field="judge", with_key=bool(config.evaluate.judge.api_key_env))
+        check_endpoint(endpoint, field="judge", with_key=bool(config.evaluate.judge.api_key_env), for_judges=True)
     for field, address in {**config.given_models, "previous_data": config.previous_data}.items():
         if address and not address.startswith("models:/"):
             check_source(address, field=field)

@@ -168,6 +168,10 @@ def digest_of(source: Source, config: Config) -> str:
             from stages.data.sources.benchmarks import identify_benchmark
 
             return identify_benchmark(source.uri)
+        case SourceKind.PRINCIPLES:
+            from stages.data.constitution.principles import snapshot_principles
+
+            return snapshot_principles(source.uri)
 
 
 def _waiting(request: StageRequest, store: Store) -> Callable[[Owner, float], None]:

@@ -37,7 +37,7 @@ _EVALUATIONS = {
     Stage.SFT: "stages.train.next_token:NextTokenObjective.evaluate",
     Stage.REWARD: "stages.train.pairs:PairObjective.evaluate",
     Stage.DPO: "stages.train.pairs:PairObjective.evaluate",
-    Stage.PPO: "stages.ppo:PPOObjective.evaluate",
+    Stage.PPO: "stages.train.rollout.objective:PPOObjective.evaluate",
 }
 
 Visits = dict[str, list[float]]
@@ -45,7 +45,7 @@ Visits = dict[str, list[float]]
 
 
 def places_of(stage: Stage) -> dict[str, str]:
-    rollout = {"rollout": "stages.ppo:PPOObjective._roll_out"} if stage is Stage.PPO else {}
+    rollout = {"rollout": "stages.train.rollout.objective:PPOObjective._roll_out"} if stage is Stage.PPO else {}
     return {**_PLACES, "evaluation": _EVALUATIONS[stage], **rollout}
 
 

@@ -89,17 +89,17 @@ def test_an_endpoint_must_begin_with_one_that_the_operator_lists(
 ) -> None:
     monkeypatch.setenv("ATHANOR_JUDGE_ENDPOINTS", "https://judge.example/v1, https://other.example")
     if is_allowed:
-        check_endpoint(address, field="judge", with_key=False)
+        check_endpoint(address, field="judge", with_key=False, for_judges=True)
     else:
         with pytest.raises(ConfigError, match="is not an endpoint that may be asked; allowed: https://judge"):
-            check_endpoint(address, field="judge", with_key=False)
+            check_endpoint(address, field="judge", with_key=False, for_judges=True)
 
 
 def test_a_key_goes_to_listed_endpoints_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATHANOR_JUDGE_ENDPOINTS", "http://127.0.0.1:8000/v1")
-    check_endpoint("http://127.0.0.1:8000/v1", field="judge", with_key=True)
+    check_endpoint("http://127.0.0.1:8000/v1", field="judge", with_key=True, for_judges=True)
     with pytest.raises(ConfigError, match="may be sent a key"):
-        check_endpoint("http://127.0.0.1:9000/v1", field="judge", with_key=True)
+        check_endpoint("http://127.0.0.1:9000/v1", field="judge", with_key=True, for_judges=True)
 
 
 def test_the_field_of_the_form_takes_an_endpoint_or_a_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -281,6 +281,7 @@ def test_airflow_and_rays_workers_have_the_same_store_and_the_same_open_folders(
     ray = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
     for name in (
         "ARTIFACT_STORE",
+        "ATHANOR_ENDPOINTS",
         "ATHANOR_JUDGE_ENDPOINTS",
         "ATHANOR_SOURCE_ROOTS",
         "AWS_REGION",

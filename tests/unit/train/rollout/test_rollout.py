@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from stages import ppo
 from stages.config.graph import Stage
 from stages.data.tokens.packing import RowBudget, TokenSequence
 from stages.data.tokens.views import Split, TokensArtifact
@@ -21,6 +20,7 @@ from stages.train.engines.choose import make_engine
 from stages.train.objective import ObjectiveState
 from stages.train.rollout.advantages import GAE, Estimate, estimate
 from stages.train.rollout.experience import Shaping, critic_quality, from_tensors, to_experience, to_tensors
+from stages.train.rollout.objective import PPOObjective
 from stages.train.rollout.sampling import Sampled, Sampler
 from stages.train.rollout.scoring import RewardModel
 from stages.train.routing import Balancing
@@ -151,7 +151,7 @@ def test_an_update_without_a_critic_is_the_policy_loss_alone(world, monkeypatch:
 
     monkeypatch.setattr("stages.train.rollout.experience.estimate", centred)
     prompts = artifact.prompts(Split.TRAIN)
-    objective = ppo.PPOObjective(CONFIG, sampler, prompts=prompts, heldout=prompts, balancing=Balancing())
+    objective = PPOObjective(CONFIG, sampler, prompts=prompts, heldout=prompts, balancing=Balancing())
     step = next(objective.steps(engine))
     assert "ppo/explained_variance" not in step.metrics
     outputs = engine.backward(objective.loss, [Share(batch, 1.0) for batch in step.micro_batches])
@@ -167,7 +167,7 @@ def test_a_checkpoint_of_before_is_loaded(world) -> None:
     _, sampler, _, _, artifact = world
     prompts = artifact.prompts(Split.TRAIN)
     judged = replace(sampler, scorer=RewardModel(None, pad_id=0, budget=sampler.budget))
-    objective = ppo.PPOObjective(CONFIG, judged, prompts=prompts, heldout=prompts, balancing=Balancing())
+    objective = PPOObjective(CONFIG, judged, prompts=prompts, heldout=prompts, balancing=Balancing())
     names = ("old_logprobs", "old_values", "advantages", "returns")
     tensors = {name: torch.tensor([0.0, 1.0]) for name in names}
     tensors |= {"lengths": torch.tensor([2]), "ids": torch.tensor([5, 6]), "loss_mask": torch.tensor([0, 1])}

@@ -1,0 +1,180 @@
+"""The objective of reinforcement learning: rollouts, the steps over each of them, and the state between them.
+
+Experience is a generator: `steps` rolls out with the live policy and yields the minibatches of its epochs; the loop
+consumes them like any other steps. A gold scorer, where the run has one, is read in evaluations only.
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from stages.config.rollouts import PPOConfig
+from stages.data.tokens.packing import Packed, TokenSequence, lay_out
+from stages.data.tokens.ragged import Ragged
+from stages.data.tokens.views import evenly
+from stages.losses.divergence import adapted_kl_coefficient
+from stages.train.engine import Engine, LossOutput
+from stages.train.objective import ObjectiveState, Step
+from stages.train.plan import batches, order_digest, share, shuffled
+from stages.train.rollout.advantages import GAE
+from stages.train.rollout.experience import Shaping, critic_quality, describe, from_tensors, to_experience, to_tensors
+from stages.train.rollout.gold import GoldWatch
+from stages.train.rollout.prompts import prompt_loss
+from stages.train.rollout.sampling import Sampler
+from stages.train.rollout.update import update_loss
+from stages.train.routing import Balancing
+
+logger = logging.getLogger(__name__)
+
+_EVALUATION_STREAM = 1 << 20
+"""Random stream of evaluations, far from those of rollouts."""
+
+
+class PPOObjective:
+    """Rollouts, clipped updates, and the state between them: cursor, rollout, score scale, KL coefficient."""
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        sampler: Sampler,
+        *,
+        prompts: Ragged,
+        heldout: Ragged,
+        balancing: Balancing,
+        gold: GoldWatch | None = None,
+    ) -> None:
+        self._config, self._sampler, self._prompts, self._heldout = config, sampler, prompts, heldout
+        self._balancing, self._gold = balancing, gold
+        self._estimator = GAE(gamma=config.gamma, gae_lambda=config.gae_lambda)
+        # `global_batch_size` divides `rollout_size`: every epoch over a rollout sees each response once.
+        self._steps_per_rollout = config.num_epochs * (config.rollout_size // config.global_batch_size)
+        self.num_steps, self.tokens_per_step = config.num_rollouts * self._steps_per_rollout, 0
+        # Responses depend on the weights, so only the order of prompts can be promised; one epoch's stands for all.
+        self.order = order_digest([shuffled(len(prompts), seed=config.seed, epoch=0)])
+        self.num_heldout = min(len(heldout), config.eval_items)
+        self._rollout = 0
+        self._inner = 0
+        """Optimizer steps of the present rollout that are done."""
+        self._experience: list[TokenSequence] = []
+        self._rollout_metrics: dict[str, float] = {}
+        self._kl_coefficient = config.kl_coefficient
+
+    def steps(self, engine: Engine) -> Iterator[Step]:
+        while self._rollout < self._config.num_rollouts:
+            if self._gold is not None and self._gold.ends:
+                if engine.is_main:
+                    logger.warning("training ends here: %s", self._gold.reason())
+                return
+            if not self._experience:  # a resume in the middle of a rollout's updates brings it along
+                self._roll_out(engine)
+            step = self._minibatch(engine)
+            # The cursor moves before the step is handed out: a checkpoint is written after the step, and points behind.
+            self._inner += 1
+            if self._inner == self._steps_per_rollout:
+                self._experience, self._inner = [], 0
+                self._rollout += 1
+            yield self._balancing.watching(step)
+
+    def _roll_out(self, engine: Engine) -> None:
+        config = self._config
+        # Another stream in every rollout: a prompt that comes again gets new responses.
+        samples = self._sampler.sample(engine, self._next_prompts(), stream=self._rollout)
+        experience = to_experience(
+            samples,
+            self._sampler.scorer.rewards([sample.score for sample in samples]),
+            shaping=Shaping(self._kl_coefficient, config.missing_eos_penalty),
+            estimator=self._estimator,
+        )
+        self._experience = experience.sequences
+        self._rollout_metrics = describe(samples) | {
+            "ppo/reward": experience.mean_reward,
+            "ppo/kl_coefficient": self._kl_coefficient,
+            **critic_quality(self._experience),
+        }
+        if config.kl_target:  # for the next rollout: this one's rewards are made
+            self._kl_coefficient = adapted_kl_coefficient(
+                self._kl_coefficient,
+                kl=self._rollout_metrics["ppo/kl"],
+                target=config.kl_target,
+                horizon=config.kl_horizon,
+                num_responses=config.rollout_size,
+            )
+
+    def _next_prompts(self) -> list[np.ndarray]:
+        """Walk through shuffled prompts, epoch after epoch; a rollout may span the end of one and the start of the
+        next."""
+        size, available = self._config.rollout_size, len(self._prompts)
+        positions = range(self._rollout * size, (self._rollout + 1) * size)
+        orders = {
+            epoch: shuffled(available, seed=self._config.seed, epoch=epoch)
+            for epoch in {position // available for position in positions}
+        }
+        return [self._prompts[int(orders[p // available][p % available])] for p in positions]
+
+    def _minibatch(self, engine: Engine) -> Step:
+        config = self._config
+        # Every epoch shuffles anew, and no two rollouts have the same orders. The order is that of the whole rollout,
+        # of which each rank takes its share, so minibatches do not depend on the number of ranks.
+        per_epoch = config.rollout_size // config.global_batch_size
+        order = shuffled(
+            config.rollout_size, seed=config.seed, epoch=self._rollout * config.num_epochs + self._inner // per_epoch
+        )
+        indices = batches(order, config.global_batch_size)[self._inner % per_epoch]
+        mine = share(indices, rank=engine.rank, world_size=engine.world_size)
+        # A rank without a response in this step runs one all the same, for the collectives, and it is not counted.
+        sequences = [self._experience[int(index)] for index in (mine if len(mine) else indices[:1])]
+        micro_batches = [lay_out(part) for part in self._sampler.budget.cut(sequences)]
+        return Step(micro_batches, counted=len(mine) > 0, metrics=dict(self._rollout_metrics))
+
+    def weight(self, batch: Packed) -> float:
+        return float(batch.num_targets)
+
+    def loss(self, parts: nn.ModuleDict, batch: Packed) -> LossOutput:
+        return update_loss(self._config, parts, batch, self._balancing)
+
+    def evaluate(self, engine: Engine) -> dict[str, float]:
+        """Score sampled responses to held-out prompts, with the same random numbers every time, and measure the loss of
+        the prompts themselves."""
+        chosen = evenly(len(self._heldout), at_most=self._config.eval_items)
+        if not len(chosen):
+            return {}
+        prompts = [self._heldout[int(i)] for i in chosen]
+        samples = self._sampler.sample(engine, prompts, stream=_EVALUATION_STREAM)
+        found = {name.replace("ppo/", "eval/"): value for name, value in describe(samples).items()}
+        found |= prompt_loss(engine, prompts, self._sampler.budget)
+        return found | (self._gold.measure(engine, samples) if self._gold is not None else {})
+
+    @property
+    def ledger(self) -> dict[str, Any]:
+        """Responses that were sampled to train on, and why there are not more of them."""
+        # The cursor is behind the step that was handed out last, so a rollout amid its updates has begun.
+        sampled = {"responses": (self._rollout + (self._inner > 0)) * self._config.rollout_size}
+        early = self._gold is not None and self._gold.ends and self._rollout < self._config.num_rollouts
+        return sampled | ({"stopped_early": self._gold.reason()} if early and self._gold is not None else {})
+
+    def state_dict(self) -> ObjectiveState:
+        # These names are in checkpoints of running stores.
+        numbers = {
+            "rollout": self._rollout,
+            "inner": self._inner,
+            "kl_coefficient": self._kl_coefficient,
+            "rollout_metrics": self._rollout_metrics,
+        }
+        if self._gold is not None:
+            numbers |= self._gold.state_dict()
+        return ObjectiveState(
+            numbers | self._sampler.scorer.state_dict(), to_tensors(self._experience) | self._balancing.state_dict()
+        )
+
+    def load_state_dict(self, state: ObjectiveState) -> None:
+        self._rollout, self._inner = state.numbers["rollout"], state.numbers["inner"]
+        self._kl_coefficient = state.numbers["kl_coefficient"]
+        self._rollout_metrics = state.numbers["rollout_metrics"]
+        self._sampler.scorer.load_state_dict(state.numbers)
+        if self._gold is not None:
+            self._gold.load_state_dict(state.numbers)
+        self._experience = from_tensors(state.tensors)
+        self._balancing.load_state_dict(state.tensors)
