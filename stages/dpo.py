@@ -1,5 +1,5 @@
-"""Preference optimisation of the SFT model, or of a given one, on pairs: DPO, against its own start, unless the loss
-needs no reference.
+"""Preference optimisation of the SFT model, or of a given one, on pairs: DPO and its kin, against its own start, unless
+the loss needs no reference.
 
 No copy is in memory: the reference's log-probabilities are computed before the first step and come with the pairs.
 """
@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from stages.config.graph import BASE_MODEL
-from stages.config.preferences import DPOConfig, PreferenceLoss
+from stages.config.preference_losses import ORPOLoss, PreferenceLoss
+from stages.config.preferences import DPOConfig
 from stages.data.tokens.packing import Packed
 from stages.data.tokens.views import Split, TokensArtifact, evenly
 from stages.job.context import StageContext, StageOutcome
-from stages.losses.preference import PairLogprobs, preference_loss
+from stages.losses.preference import PairLogprobs, preference_loss, supervised_loss
 from stages.losses.reward import pair_accuracy
 from stages.models.build import load_causal_lm
 from stages.models.experts import routing_of
@@ -79,4 +80,6 @@ def _pair_loss(loss: PreferenceLoss, parts: nn.ModuleDict, batch: Packed, trunk:
         # The margin may grow while the chosen answer itself gets less likely; only this number shows it.
         drift_P = (chosen_P - logprobs.ref_chosen_P).detach()
         metrics["dpo/chosen_drift"] = over_pairs(drift_P.sum(), drift_P)
+    if loss.sft_coefficient or isinstance(loss, ORPOLoss):
+        metrics["dpo/sft_loss"] = over_pairs(supervised_loss(logprobs).detach(), margins_P)
     return LossOutput(terms.loss_sum, metrics)

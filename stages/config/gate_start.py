@@ -8,6 +8,7 @@ from stages.config.gate_evidence import DEFECT, Evidence
 from stages.config.gate_ledgers import number_at
 from stages.config.gate_records import Check, compared, skipped
 from stages.config.graph import BASE_MODEL, GRAPH, PREFERENCES, REWARD_BASE, Stage
+from stages.config.preference_losses import PreferenceLoss, read_loss
 from stages.config.request import Manifest
 from stages.config.selection import learns_from_scores
 
@@ -38,10 +39,8 @@ def initial_facts(evidence: Evidence) -> Iterable[Check]:
         yield from _ratio(row, exact=exact)
     elif spec.scores:
         yield _even_scores(evidence, row, exact=exact)
-    elif (kind := manifest.config.get("loss", {}).get("kind", "sigmoid")) == "sigmoid":
-        yield _even("initial_loss", row, exact=exact)
     else:
-        yield skipped("initial_loss", f"loss {kind} has no known value at its start")
+        yield _preferences(row, read_loss(manifest.config.get("loss", {})), exact=exact)
 
 
 def _reads(manifest: Manifest, role: str) -> bool:
@@ -75,16 +74,32 @@ def _uniform(evidence: Evidence, row: Mapping[str, Any]) -> Check:
     )
 
 
-def _even(name: str, row: Mapping[str, Any], *, exact: bool, center: float = math.log(2)) -> Check:
-    """Equal scores, or a policy that still is its reference: ln 2 a pair, more where margins are asked for."""
-    loss, tolerance = _loss(row), 1e-4 if exact else 2e-2
+def _even(row: Mapping[str, Any], *, exact: bool) -> Check:
+    """Equal scores: ln 2 a pair."""
+    return _starts_at(math.log(2), f"ln 2 = {math.log(2):.6f}", row, exact=exact)
+
+
+def _preferences(row: Mapping[str, Any], loss: PreferenceLoss, *, exact: bool) -> Check:
+    """A policy that still is its reference has no margins: each loss has a value of its own for that."""
+    start = loss.start
+    if start is None:
+        return skipped("initial_loss", f"loss {loss.kind} compares with no reference: its start depends on the model")
+    supervised = loss.sft_coefficient * float(row.get("dpo/sft_loss", 0.0))
+    name = f"ln 2 = {start:.6f}" if start == math.log(2) else f"{loss.kind} without margins = {start:.6f}"
+    name += f", and {supervised:.6f} of the supervised term" if supervised else ""
+    return _starts_at(start + supervised, name, row, exact=exact)
+
+
+def _starts_at(expected: float, name: str, row: Mapping[str, Any], *, exact: bool) -> Check:
+    # Of large values the last digits are uncertain as well.
+    loss, tolerance = _loss(row), (1e-4 if exact else 2e-2) * max(1.0, expected)
     if loss is None:
-        return skipped(name, "no loss was recorded")
+        return skipped("initial_loss", "no loss was recorded")
     return compared(
-        name,
-        abs(loss - center) <= tolerance,
+        "initial_loss",
+        abs(loss - expected) <= tolerance,
         f"{loss:.6f} in the first step",
-        f"{'ln 2 = ' if center == math.log(2) else ''}{center:.6f} ± {tolerance:g}",
+        f"{name} ± {tolerance:g}",
         "The reference is not the model that training started from, or scores do not start at zero. " + DEFECT,
     )
 
@@ -92,8 +107,9 @@ def _even(name: str, row: Mapping[str, Any], *, exact: bool, center: float = mat
 def _even_scores(evidence: Evidence, row: Mapping[str, Any], *, exact: bool) -> Check:
     if _reads(evidence.manifest, REWARD_BASE):
         return skipped("initial_loss", "it starts from a given reward base, which may bring a head that is not zero")
-    margins = row.get("reward/even_loss")  # with margins, equal scores are not what is asked for
-    return _even("initial_loss", row, exact=exact, center=float(margins) if margins is not None else math.log(2))
+    if (margins := row.get("reward/even_loss")) is not None:  # with margins, equal scores are not what is asked for
+        return _starts_at(float(margins), f"equal scores = {float(margins):.6f}", row, exact=exact)
+    return _even(row, exact=exact)
 
 
 def _ratio(row: Mapping[str, Any], *, exact: bool) -> Iterable[Check]:

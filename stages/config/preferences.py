@@ -3,11 +3,12 @@
 All of it decides results and enters fingerprints: a field that is added is marked `AddedLater` (`stages.config.base`).
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from stages.config.base import AddedLater, Choice, Config
+from stages.config.base import AddedLater, Choice
+from stages.config.preference_losses import PreferenceLoss, SigmoidLoss
 from stages.config.train import OptimizerConfig, SampledConfig
 
 
@@ -54,26 +55,6 @@ class GoldConfig(RewardConfig):
     half: PairsHalf = PairsHalf.SECOND
     """Training pairs that it learns from. `both` shares pairs with the models that it judges, which then look better
     than they are."""
-
-
-class SigmoidLoss(Config):
-    """The original loss of DPO: -log sigmoid of the difference of the implicit rewards."""
-
-    kind: Annotated[Literal["sigmoid"], AddedLater("sigmoid")] = "sigmoid"
-    """Which preference loss."""
-    beta: float = Field(default=0.1, gt=0)
-    """Strength of the pull towards the reference."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Assumed share of flipped labels (conservative DPO)."""
-
-    needs_reference: ClassVar[bool] = True
-    """Whether the loss compares with the frozen SFT model, whose log-probabilities are then computed once."""
-
-
-# One more preference loss is a class like the one above, with defaults for all its fields, a member here
-# (`Annotated[SigmoidLoss | Other, Field(discriminator="kind")]`; pydantic refuses a union of one) and a case in
-# `stages.losses.preference_loss`.
-PreferenceLoss = SigmoidLoss
 
 
 class DPOConfig(PairsConfig):

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from stages.config.graph import Stage
+from stages.config.preference_losses import ORPOLoss, PreferenceLoss, SimPOLoss
 from stages.config.request import ArtifactRef
+from stages.config.train import TrainConfig
 from stages.data.tokens.packing import TokenSequence, collate, lay_out
 from stages.data.tokens.views import Split, TokensArtifact
 from stages.models.build import load_causal_lm, load_reward_model, new_causal_lm
@@ -167,12 +169,20 @@ def test_an_export_reloads_in_plain_transformers(artifact: TokensArtifact, stage
     assert served.count(artifact.bos_id) == 1
 
 
-def prepared_objective(stage: Stage, inputs: dict[str, ArtifactRef], artifact: TokensArtifact, home: Path) -> Any:
+def prepared_objective(
+    stage: Stage,
+    inputs: dict[str, ArtifactRef],
+    artifact: TokensArtifact,
+    home: Path,
+    *,
+    config: TrainConfig | None = None,
+) -> Any:
     from stages.train.engines.choose import make_engine
 
-    context = make_context(home, stage, CONFIGS[stage], inputs)
+    config = config or CONFIGS[stage]
+    context = make_context(home, stage, config, inputs)
     prepared = prepare_of(stage)(context, artifact)
-    engine = make_engine(prepared.parts, CONFIGS[stage], context.execution)
+    engine = make_engine(prepared.parts, config, context.execution)
     return engine, prepared.objective(engine)
 
 
@@ -222,26 +232,15 @@ def test_the_reference_of_dpo_is_the_start_also_after_training_and_in_a_second_a
     assert seen == len(artifact.pairs(Split.TRAIN))
 
 
+@pytest.mark.parametrize("loss", [SimPOLoss(), ORPOLoss()], ids=lambda loss: loss.kind)
 def test_a_preference_loss_without_reference_computes_and_stores_none(
-    stage_inputs: Inputs, artifact: TokensArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loss: PreferenceLoss, stage_inputs: Inputs, artifact: TokensArtifact, tmp_path: Path
 ) -> None:
-    import stages.dpo
-    from stages.config.preferences import SigmoidLoss
-    from stages.losses.preference import PairLogprobs, PreferenceTerms
-    from stages.losses.reward import bradley_terry_loss
-
-    def free(loss: Any, logprobs: PairLogprobs) -> PreferenceTerms:
-        assert logprobs.ref_chosen_P is None
-        assert logprobs.ref_rejected_P is None
-        chosen_P = logprobs.chosen_P / logprobs.chosen_tokens_P
-        rejected_P = logprobs.rejected_P / logprobs.rejected_tokens_P
-        return PreferenceTerms(bradley_terry_loss(chosen_P, rejected_P), chosen_P.detach(), rejected_P.detach())
-
-    monkeypatch.setattr(SigmoidLoss, "needs_reference", False)
-    monkeypatch.setattr(stages.dpo, "preference_loss", free)
-    engine, objective = prepared_objective(Stage.DPO, stage_inputs[Stage.DPO], artifact, tmp_path)
+    config = CONFIGS[Stage.DPO].model_copy(update={"loss": loss})
+    engine, objective = prepared_objective(Stage.DPO, stage_inputs[Stage.DPO], artifact, tmp_path, config=config)
     train_all(engine, objective)
-    assert set(objective.evaluate(engine)) == {"eval/loss", "eval/dpo_accuracy", "eval/dpo_margin"}
+    of_orpo = {"eval/dpo_sft_loss"} if isinstance(loss, ORPOLoss) else set()
+    assert set(objective.evaluate(engine)) == {"eval/loss", "eval/dpo_accuracy", "eval/dpo_margin"} | of_orpo
     assert not list(tmp_path.rglob("*reference-logprobs*"))
 
 

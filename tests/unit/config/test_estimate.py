@@ -20,6 +20,7 @@ from stages.config.estimate import (
 from stages.config.execution import Engine, ExecutionConfig
 from stages.config.graph import Stage
 from stages.config.pipeline import PipelineConfig
+from stages.config.preference_losses import SimPOLoss
 from stages.config.recipes import tiny
 from stages.config.resolve import resolve
 from stages.config.text import compact
@@ -139,6 +140,18 @@ def test_tokens_through_models(stage: Stage, trained: float, forward: float):
     assert load is not None
     assert (load.trained_tokens, load.forward_tokens) == (trained, forward)
     assert load.passes == 3 * trained + forward
+
+
+def test_a_loss_without_a_reference_reads_nothing_twice():
+    config = tiny()
+    free = config.model_copy(update={"dpo": config.dpo.model_copy(update={"loss": SimPOLoss()})})
+    with_reference, without = (workload(Stage.DPO, one, COUNTS, selected=ALL) for one in (config, free))
+    assert with_reference is not None
+    assert without is not None
+    assert (without.trained_tokens, without.forward_tokens) == (with_reference.trained_tokens, 0)
+    # The reference's log-probabilities are computed by the policy itself, so no loss holds a second model.
+    kept, free_of_it = (memory_bytes(Stage.DPO, one, vocab_size=512) for one in (config, free))
+    assert kept == free_of_it
 
 
 def test_memory_of_pretraining():

@@ -297,7 +297,46 @@ def test_with_margins_a_reward_model_starts_where_equal_scores_put_it():
     asked = {"reward/even_loss": 0.91}
     assert not failures(starting(Stage.REWARD, **asked, **{"train/loss": 0.91}))
     check = failures(starting(Stage.REWARD, **asked, **{"train/loss": 0.693147}))["initial_loss"]
-    assert check.allowed == "0.910000 ± 0.0001"
+    assert check.allowed == "equal scores = 0.910000 ± 0.0001"
+
+
+def losing(loss: dict[str, Any], **row: Any) -> Evidence:
+    """DPO with another loss, as its manifest records it."""
+    found = starting(Stage.DPO, **row)
+    config = {**found.manifest.config, "loss": loss}
+    return replace(found, manifest=found.manifest.model_copy(update={"config": config}))
+
+
+@pytest.mark.parametrize(
+    ("loss", "start", "tolerance"),
+    [
+        ({"kind": "sigmoid", "beta": 0.3}, math.log(2), 1e-4),
+        ({"beta": 0.3}, math.log(2), 1e-4),  # of the time when there was one loss
+        ({"kind": "robust", "label_smoothing": 0.2}, math.log(2), 1e-4),
+        ({"kind": "hinge"}, 1.0, 1e-4),
+        ({"kind": "ipo", "beta": 0.1}, 25.0, 25e-4),
+        ({"kind": "nca"}, 2 * math.log(2), 1.3e-4),
+        ({"kind": "exo", "label_smoothing": 0.1}, math.log(0.5 / 0.3), 1e-4),
+    ],
+    ids=lambda it: it.get("kind", "none") if isinstance(it, dict) else "",
+)
+def test_each_preference_loss_starts_at_its_own_value(loss: dict[str, Any], start: float, tolerance: float):
+    for shift in (0.0, 0.9 * tolerance, -0.9 * tolerance):
+        assert not failures(losing(loss, **{"train/loss": start + shift}))
+    assert set(failures(losing(loss, **{"train/loss": start + 2.5 * tolerance}))) == {"initial_loss"}
+
+
+def test_the_supervised_term_is_not_part_of_what_the_reference_decides():
+    loss = {"kind": "apo_zero", "sft_coefficient": 0.5}
+    assert not failures(losing(loss, **{"train/loss": 1.0 + 0.5 * 3.0, "dpo/sft_loss": 3.0}))
+    check = failures(losing(loss, **{"train/loss": 1.0, "dpo/sft_loss": 3.0}))["initial_loss"]
+    assert check.allowed == "apo_zero without margins = 1.000000, and 1.500000 of the supervised term ± 0.00025"
+
+
+@pytest.mark.parametrize("kind", ["simpo", "orpo"])
+def test_a_loss_without_a_reference_may_start_anywhere(kind: str):
+    check = outcomes(losing({"kind": kind}, **{"train/loss": 3.3}))["initial_loss"]
+    assert check.outcome is Outcome.SKIPPED
 
 
 @pytest.mark.parametrize(("metric", "value"), [("approx_kl", 2e-6), ("clip_fraction", 1e-9)])
