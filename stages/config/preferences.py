@@ -3,7 +3,7 @@
 All of it decides results and enters fingerprints: a field that is added is marked `AddedLater` (`stages.config.base`).
 """
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
