@@ -6,6 +6,8 @@ requests in a row is away: what is left is not asked. With a journal every answe
 returned, and found there by the digest of its request.
 """
 
+import hashlib
+import json
 import logging
 import random
 import threading
@@ -84,6 +86,16 @@ class ChatClient:
     def close(self) -> None:
         """Close the connections."""
         self._transport.close()
+
+    @property
+    def name(self) -> str:
+        """What people call it, for provenance."""
+        return f"{self._config.model} at {self._config.endpoint}"
+
+    @property
+    def identity(self) -> str:
+        """Hash over address and model; what runs there under the model's name is not known."""
+        return hashlib.sha256(json.dumps([self._config.endpoint.rstrip("/"), self._config.model]).encode()).hexdigest()
 
     def ask(self, requests: Sequence[ChatRequest]) -> list[Outcome]:
         """Return what came of each request, in order."""

@@ -49,21 +49,17 @@ class Journal:
         if (key := self._keys.get(digest)) is None:
             return None
         try:
-            told = json.loads(self._store.read_bytes(key))
-            text, ended, usage = told["text"], told["finish_reason"], Usage(**told["usage"])
-            if not (text is None or isinstance(text, str)) or not isinstance(ended, str):
-                raise TypeError("the text is no text")
+            return Completion.from_json(json.loads(self._store.read_bytes(key)))
         except FileNotFoundError:  # garbage collection
             return None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except ValueError as error:
             logger.warning("%s/%s is not used, and asked again: %s", self._store.root_uri, key, error)
             return None
-        return Completion(text, ended, usage, cached=True)
 
     def write(self, digest: str, completion: Completion) -> None:
         """Keep an answer. A process that lost its lease may write, too: it is the same answer to the same question."""
         key = self._key(digest, completion.usage, "json")
-        self._store.write_bytes(key, completion.to_json())
+        self._store.write_bytes(key, json.dumps(completion.to_json(), ensure_ascii=False).encode())
         self._keys[digest] = key
 
     def write_lost(self, digest: str, usage: Usage) -> None:

@@ -9,7 +9,10 @@ from typing import Any
 from stages.config.endpoints import EndpointConfig
 
 AWAY, REFUSED, GARBAGE, BUDGET = "endpoint_away", "endpoint_refused", "endpoint_answered_garbage", "budget_spent"
+TOO_LONG = "prompt_too_long"
 """Reasons for which there is no answer."""
+MAY_COME = frozenset({AWAY, BUDGET})
+"""Those that say nothing about the question: a later attempt, or a larger budget, may bring an answer."""
 
 
 @dataclass(frozen=True)
@@ -21,20 +24,17 @@ class ChatRequest:
     max_tokens: int
     """Of the answer."""
     temperature: float = 0.0
-    top_p: float = 1.0
     number: int = 0
     """Keeps apart several answers to the same messages; also the seed that is sent."""
 
     def body(self, config: EndpointConfig) -> dict[str, Any]:
-        """Return the JSON of the request, without values that ask for nothing: some servers refuse them."""
+        """Return the JSON of the request."""
         seed = {"seed": self.number} if config.send_seed else {}
-        nucleus = {"top_p": self.top_p} if self.top_p != 1.0 else {}
         return {
             "model": config.model,
             "messages": [dict(message) for message in self.messages],
             "temperature": self.temperature,
             config.limit_field: self.max_tokens,
-            **nucleus,
             **seed,
         }
 
@@ -63,6 +63,7 @@ class Usage:
 
     @property
     def tokens(self) -> int:
+        """All of them."""
         return self.prompt_tokens + self.answer_tokens
 
     def __add__(self, other: "Usage") -> "Usage":
@@ -84,10 +85,26 @@ class Completion:
     cached: bool = False
     """It was asked before, by this or by an earlier attempt."""
 
-    def to_json(self) -> bytes:
+    @property
+    def is_cut(self) -> bool:
+        """Whether the limit of the answer ended it."""
+        return self.finish_reason == "length"
+
+    def to_json(self) -> dict[str, Any]:
         """As it is kept in the store."""
-        told = {"text": self.text, "finish_reason": self.finish_reason, "usage": asdict(self.usage)}
-        return json.dumps(told, ensure_ascii=False).encode()
+        return {"text": self.text, "finish_reason": self.finish_reason, "usage": asdict(self.usage)}
+
+    @classmethod
+    def from_json(cls, told: Any) -> "Completion":
+        """Read what was kept; raises ValueError for what is not that."""
+        try:
+            text, ended, usage = told["text"], told["finish_reason"], Usage(**told["usage"])
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"it is no kept answer: {error!r}") from None
+        counts = (usage.prompt_tokens, usage.answer_tokens)
+        if not (text is None or isinstance(text, str)) or not isinstance(ended, str) or set(map(type, counts)) != {int}:
+            raise ValueError("it is no kept answer")
+        return cls(text, ended, usage, cached=True)
 
 
 @dataclass(frozen=True)
