@@ -9,10 +9,11 @@ from stages.config.benchmarks import LONGEST_RESPONSE, Benchmark, Rule
 from stages.judge.benchmarks.asking import CannotAskError, chat_prompt, plain_prompt
 from stages.judge.benchmarks.facets import Facet, Shared, Tally, digest_of, in_shards, silent
 from stages.judge.benchmarks.items import AnswerItem, Items
-from stages.judge.benchmarks.rules import Judgement, RuleFailedError, rule_of
+from stages.judge.benchmarks.rules import Judgement, rule_of
 from stages.judge.benchmarks.writing import write
 from stages.judge.heldout import TOO_LONG
 from stages.judge.suite import Measurement, Subject
+from stages.rules.failed import RuleFailedError
 
 _ASKED = "Question: {question}\nAnswer:"
 _NEXT_QUESTION, _LINE_END = "\nQuestion:", "\n"

@@ -5,16 +5,17 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from stages.config.judging import Rule, parse_rule
-from stages.judge.benchmarks.rules import RuleFailedError, allowed_function, called_rule, source_of
+from stages.config.judging import parse_rule
+from stages.judge.benchmarks.rules import source_of
 from stages.judge.builtin.facts import Facts, digest_of, measurement
 from stages.judge.builtin.sampled import Sampler
 from stages.judge.suite import Measurement, Score, Subject
+from stages.rules.compare import regex_found
+from stages.rules.failed import RuleFailedError
+from stages.rules.function import allowed_function, called_rule
 
 RULE = "rule"
 """Name of the suite."""
-_SECONDS = 1.0
-"""A regular expression may need time that grows exponentially with the answer; after this one it is given up."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def ready_rule(text: str) -> ReadyRule:
     rule = parse_rule(text)
     match rule.kind:
         case "regex":
-            return ReadyRule(text, lambda response, prompt: _found(rule, response))
+            return ReadyRule(text, lambda response, prompt: regex_found(rule.pattern, response))
         case "length":
             return ReadyRule(text, lambda response, prompt: float(rule.least <= len(response) <= rule.most))
         case "json":
@@ -41,17 +42,6 @@ def ready_rule(text: str) -> ReadyRule:
             function = allowed_function(rule.function, field="evaluate.gold.rule")
             identity = f"{text} {source_of(function)}"
             return ReadyRule(identity, called_rule(rule.function))
-
-
-def _found(rule: Rule, response: str) -> float:
-    import regex
-
-    try:
-        return float(regex.search(rule.pattern, response, timeout=_SECONDS) is not None)
-    except TimeoutError:
-        raise RuleFailedError("pattern_takes_too_long") from None
-    except regex.error:  # a pattern of `re` that this library spells otherwise
-        raise RuleFailedError("pattern_is_invalid") from None
 
 
 def _is_json(response: str) -> float:

@@ -10,7 +10,9 @@ import pytest
 from stages.config.benchmarks import parse_benchmark
 from stages.config.errors import ConfigError
 from stages.judge.benchmarks.refusals import declines, own_rows
-from stages.judge.benchmarks.rules import Judgement, RuleFailedError, last_number, rule_of
+from stages.judge.benchmarks.rules import Judgement, rule_of
+from stages.rules.compare import last_number
+from stages.rules.failed import RuleFailedError
 
 GSM8K = Path(__file__).parents[5] / "shared" / "data" / "eval" / "gsm8k_test.jsonl.gz"
 
@@ -128,17 +130,17 @@ def test_whatever_a_function_does_is_a_reason_and_the_next_response_is_judged(
     misbehaving: Judgement, monkeypatch: pytest.MonkeyPatch, response: str, reason: str
 ) -> None:
     if reason == "rule_takes_too_long":
-        monkeypatch.setattr("stages.judge.benchmarks.rule_process.CALL_SECONDS", 0.5)
+        monkeypatch.setattr("stages.rules.function_process.CALL_SECONDS", 0.5)
     with pytest.raises(RuleFailedError, match=reason):
         misbehaving.value(response, ["a"])
-    monkeypatch.setattr("stages.judge.benchmarks.rule_process.CALL_SECONDS", 60.0)
+    monkeypatch.setattr("stages.rules.function_process.CALL_SECONDS", 60.0)
     assert misbehaving.value("half \ud800 é\n", ["a", "b"]) == 2
 
 
 def test_a_function_that_always_takes_too_long_is_not_called_for_every_response(
     misbehaving: Judgement, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("stages.judge.benchmarks.rule_process.CALL_SECONDS", 0.1)
+    monkeypatch.setattr("stages.rules.function_process.CALL_SECONDS", 0.1)
     for _ in range(20):
         with pytest.raises(RuleFailedError, match="rule_takes_too_long"):
             misbehaving.value("loop", [])

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from stages.config.errors import ConfigError
-from stages.judge.benchmarks.rules import RuleFailedError
 from stages.judge.judges.rules import ready_rule
+from stages.rules.failed import RuleFailedError
 
 
 def test_a_pattern_counts_wherever_it_is_found() -> None:

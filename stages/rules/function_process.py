@@ -16,6 +16,7 @@ import weakref
 from typing import Any
 
 from stages.config.errors import ConfigError
+from stages.rules.failed import RuleFailedError
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +39,6 @@ for line in asked:
         answer = {"failed": type(error).__name__}
     print(json.dumps(answer), file=told, flush=True)
 """
-
-
-class RuleFailedError(Exception):
-    """Why a response could not be judged; the message is the reason that is counted."""
 
 
 class RuleProcess:
@@ -100,8 +97,7 @@ class RuleProcess:
         if not ready:
             self._end()
             raise ConfigError(
-                f"benchmarks: function={self._address!r} cannot be imported in a process of its own within "
-                f"{START_SECONDS:g} s",
+                f"function={self._address!r} cannot be imported in a process of its own within {START_SECONDS:g} s",
                 advice="Its log is above; try `python -c 'import <module>'` where Ray's processes run.",
             )
         return process
