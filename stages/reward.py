@@ -5,30 +5,38 @@ seed, and no stage that trains reads it.
 """
 
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from transformers.modeling_utils import PreTrainedModel
 
 from stages.config.graph import BASE_MODEL, REWARD_BASE
 from stages.config.preferences import RewardConfig
 from stages.data.tokens.packing import Packed
-from stages.data.tokens.views import TokensArtifact
+from stages.data.tokens.views import Split, TokensArtifact
 from stages.job.context import StageContext, StageOutcome
+from stages.job.workers import launch
 from stages.losses.reward import bradley_terry_loss, pair_accuracy, score_centering_loss
-from stages.models.build import load_reward_model
+from stages.models.build import has_no_score, load_reward_model
 from stages.models.experts import routing_of
 from stages.models.forward import TrunkOutput, segment_scores
 from stages.models.lora import add_adapter
 from stages.models.same_tokenizer import check_same_tokenizer
 from stages.train.comparisons import MARGIN, planned_comparisons
-from stages.train.engine import LossOutput
+from stages.train.engine import Engine, LossOutput
+from stages.train.members import train_members_on_worker
 from stages.train.pairs import WEIGHT, PairObjective, of_pairs, over_pairs, sides
 from stages.train.routing import Balancing
-from stages.train.run import Prepared, train_stage
+from stages.train.run import Prepared, train_on_worker
+from stages.train.scores import Scores, scores_of_answers
 
 
 def run(context: StageContext) -> StageOutcome:
-    return train_stage(context, prepare)
+    config = context.config
+    assert isinstance(config, RewardConfig)
+    return launch(context, train_on_worker if config.ensemble_size == 1 else train_members_on_worker, prepare)
 
 
 def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
@@ -41,6 +49,9 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     if context.has_given(REWARD_BASE):
         check_same_tokenizer(start, tokens.tokenizer(), role=REWARD_BASE)
     model = load_reward_model(start, tokens, lora=config.lora)
+    if config.ensemble_size > 1 and has_no_score(start):
+        _draw_head(model, seed=config.seed)
+    steps, trained_on = comparisons.planned.steps, np.unique(comparisons.planned.order)
 
     def pair_loss(parts: nn.ModuleDict, batch: Packed, trunk: TrunkOutput | None = None) -> LossOutput:
         """-log sigmoid of the score difference, plus a small pull of the scores towards zero."""
@@ -63,16 +74,33 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         return LossOutput(loss_sum, metrics)
 
     objective = PairObjective(
-        comparisons.planned.steps,
+        steps,
         heldout=comparisons.heldout,
         eval_items=config.eval_items,
         part="reward",
         balancing=Balancing(reward=routing_of(model)),
         pair_loss=pair_loss,
     )
+
+    def scores(engine: Engine) -> Scores:
+        heldout = (comparisons.heldout, np.arange(len(comparisons.heldout)))
+        pairs = {Split.TRAIN: (steps.pairs, trained_on), Split.HELDOUT: heldout}
+        return scores_of_answers(engine, steps, pairs, pad_id=tokens.pad_id, at_most=config.eval_items)
+
     return Prepared(
         parts={"reward": add_adapter(model, config.lora, seed=config.seed)},
         objective=lambda engine: objective,
         exported="reward",
+        scores=scores,
         ledger=comparisons.planned.ledger,
     )
+
+
+def _draw_head(model: PreTrainedModel, *, seed: int) -> None:
+    """Let the members of an ensemble start apart: with weights so small that their scores differ by less than pairs
+    will, and the loss starts near that of equal scores."""
+    generator = torch.Generator().manual_seed(seed)
+    score: Any = model.score
+    head: torch.Tensor = score.weight
+    with torch.no_grad():
+        head.copy_(torch.randn(head.shape, generator=generator) / (head.shape[1] + 1))

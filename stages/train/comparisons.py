@@ -17,6 +17,8 @@ from stages.data.tokens.views import Pair, Split, TokensArtifact
 from stages.train.pairs import WEIGHT, Pairs, PairSteps, PlannedPairs, planned_pairs
 
 MARGIN = "pair_margin"
+_BOOTSTRAP = 1 << 20
+"""Random stream of bootstrap samples, far from those of the passes over the data."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ def planned_comparisons(tokens: TokensArtifact, config: RewardConfig, *, micro_b
         numbers[WEIGHT] = prompt_weights(prompts, len(planned.pairs))
         order = side_by_side(order, prompts)
         ledger["prompts"] = len(set(prompts.values()))
+    if config.ensemble_bootstrap:
+        order = resampled(order, seed=config.seed)
+        ledger["pairs_drawn"] = len(np.unique(order))
     if MARGIN in numbers:
         ledger["pairs_with_margin"] = int((numbers[MARGIN][np.unique(order)] > 0).sum())
     steps = PairSteps(
@@ -112,3 +117,11 @@ def side_by_side(order: np.ndarray, prompts: Mapping[int, bytes]) -> np.ndarray:
         passes[index] += 1
         places.append(first.setdefault(key, place))
     return order[np.argsort(np.asarray(places), kind="stable")]
+
+
+def resampled(order: np.ndarray, *, seed: int) -> np.ndarray:
+    """Put one of as many pairs, drawn with replacement, in the place of each: a bootstrap sample, in the order of
+    training and with its number of passes. A pair keeps what it counts."""
+    pairs, places = np.unique(order, return_inverse=True)
+    drawn = np.random.Generator(np.random.Philox([seed, _BOOTSTRAP])).integers(0, len(pairs), size=len(pairs))
+    return pairs[drawn][places]

@@ -21,7 +21,7 @@ from stages.judge.gates.computing import Computing
 from stages.judge.gates.pairs import judged_pairs
 from stages.judge.gates.probes import PROBED, probe
 from stages.judge.gates.templates import blames_the_model
-from stages.models.build import load_causal_lm, load_reward_model
+from stages.models.build import load_causal_lm, load_scorer
 from stages.models.folder import told
 from stages.models.generation import Sampling
 from stages.models.same_tokenizer import check_given_scorer
@@ -110,7 +110,7 @@ def _best_of(scorer: Scorer, request: GateRequest, inputs: Mapping[str, Path], s
         asked = reload.same_text_same_ids(GOLD_MODEL, mine, theirs, of_mine="the run", of_theirs="the gold scorer")
         if asked.outcome is Outcome.FAILED:
             return _unmeasured(f"the gold scorer has a chat template of its own: {asked.found}; {asked.allowed}")
-        gold = load_reward_model(folder, tokens).eval()
+        gold = load_scorer(folder, tokens).eval()
         policy = load_causal_lm(inputs["model"], tokens).eval()
     except ConfigError as error:
         return _unmeasured(f"the gold scorer does not read the run's tokens: {error.message}")

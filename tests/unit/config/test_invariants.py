@@ -300,6 +300,15 @@ def test_with_margins_a_reward_model_starts_where_equal_scores_put_it():
     assert check.allowed == "equal scores = 0.910000 ± 0.0001"
 
 
+def test_the_members_of_an_ensemble_start_near_equal_scores():
+    near, far = (starting(Stage.REWARD, **{"train/loss": loss}) for loss in (0.75, 0.95))
+    assert failures(near)
+    for found, is_red in ((near, False), (far, True)):
+        config = {**found.manifest.config, "ensemble_size": 3}
+        ensemble = replace(found, manifest=found.manifest.model_copy(update={"config": config}))
+        assert ("initial_loss" in failures(ensemble)) is is_red
+
+
 def losing(loss: dict[str, Any], **row: Any) -> Evidence:
     """DPO with another loss, as its manifest records it."""
     found = starting(Stage.DPO, **row)
