@@ -11,7 +11,7 @@ import random
 import re
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,11 +73,12 @@ class Attempts:
         mlflow: str,
         *,
         checkpoint_every: int = 2,
+        changes: Mapping[str, object] | None = None,
     ) -> None:
         self._server, self._home, self._stage, self._mlflow = server, home, stage, mlflow
         home.mkdir(parents=True)
         self._store = open_store((home / "store").as_uri())
-        self._config = CONFIGS[stage].model_copy(update={"eval_every": 2})
+        self._config = CONFIGS[stage].model_copy(update={"eval_every": 2, **(changes or {})})
         self._request = StageRequest(
             stage=stage,
             run=RunInfo(run_id=f"{stage.value}-{home.name}", name="kills", experiment="kills"),
@@ -149,7 +150,29 @@ def contents(manifest: Manifest) -> dict[str, str]:
 def test_killed_again_and_again_a_stage_ends_with_the_same_bits(
     stage: Stage, server: ForkServer, stage_inputs: Inputs, mlflow: str, tmp_path: Path
 ) -> None:
-    whole = Attempts(server, tmp_path / "undisturbed", stage, stage_inputs, mlflow)
+    ends_with_the_same_bits(stage, server, stage_inputs, mlflow, tmp_path)
+
+
+def test_killed_again_and_again_an_ensemble_ends_with_the_same_bits(
+    server: ForkServer, stage_inputs: Inputs, mlflow: str, tmp_path: Path
+) -> None:
+    """Two members, of which the first may be done when the stage dies; pairs are weighted and drawn again."""
+    changes = {"ensemble_size": 2, "ensemble_bootstrap": True, "counted": "prompt", "label_smoothing": 0.1}
+    found = ends_with_the_same_bits(Stage.REWARD, server, stage_inputs, mlflow, tmp_path, changes=changes)
+    assert {"members/01/model.safetensors", "ensemble.json", "scores.json"} <= contents(found.manifest).keys()
+
+
+def ends_with_the_same_bits(
+    stage: Stage,
+    server: ForkServer,
+    stage_inputs: Inputs,
+    mlflow: str,
+    tmp_path: Path,
+    *,
+    changes: Mapping[str, object] | None = None,
+) -> Ended:
+    """Kill a stage as often as KILLS says and compare all that it leaves; return what the undisturbed one left."""
+    whole = Attempts(server, tmp_path / "undisturbed", stage, stage_inputs, mlflow, changes=changes)
     assert whole.run() == 0
     expected, visits = whole.ended(), whole.visits()
     for points in expected.series.values():
@@ -162,7 +185,7 @@ def test_killed_again_and_again_a_stage_ends_with_the_same_bits(
     chains = attempts = 0
     while deaths.total() < KILLS:
         chains += 1
-        chain = Attempts(server, tmp_path / f"chain-{chains}", stage, stage_inputs, mlflow)
+        chain = Attempts(server, tmp_path / f"chain-{chains}", stage, stage_inputs, mlflow, changes=changes)
         ended = False
         while not ended:
             kill = draw_kill(rng, places[attempts % len(places)], visits) if deaths.total() < KILLS else None
@@ -175,6 +198,7 @@ def test_killed_again_and_again_a_stage_ends_with_the_same_bits(
         assert found.manifest.metrics == expected.manifest.metrics
         assert found.series == expected.series
     print(f"{stage}: {dict(deaths)} deaths in {chains} chains, {attempts} attempts")  # shown with -rP or -s
+    return expected
 
 
 @pytest.mark.parametrize("stage", [Stage.SFT, Stage.PPO], ids=str)
