@@ -44,28 +44,30 @@ def train_members_on_worker(context: StageContext, prepare: Prepare) -> StageOut
         alone = replace(context, config=config.model_copy(update={"seed": seed}), output_dir=folder)
         members.append(train_model(alone, prepare, Place(number, len(seeds))))
     scores = [member.scores for member in members if member.scores is not None]
-    mean = _mean_scores(scores)
+    metrics = _mean_metrics(members) | score_metrics(_mean_scores(scores)) | _spread_metrics(scores)
     if members[0].is_main:
         write_record(context.output_dir, seeds=seeds)
         write_statistics(context.output_dir, scores)
-        _join_histories(context, members)
+        _join_histories(context, members, metrics)
     first = members[0].outcome
     return StageOutcome(
-        metrics=_mean_metrics(members) | score_metrics(mean) | _spread_metrics(scores),
+        metrics=metrics,
         # The first member's: data and lengths of all are the same.
         ledger=first.ledger | {"steps": sum(member.outcome.ledger["steps"] for member in members)},
         execution=first.execution,
     )
 
 
-def _join_histories(context: StageContext, members: list[Trained]) -> None:
-    """One history for the stage, as MLflow has it, in the place of those of the members."""
+def _join_histories(context: StageContext, members: list[Trained], metrics: dict[str, float]) -> None:
+    """One history for the stage, as MLflow has it, in the place of those of the members. Its last row is that of the
+    ensemble, one step behind its last member: a step has one value of a metric."""
     lines: list[str] = []
     before = 0
     for number, member in enumerate(members):
         lines += [json.dumps({**row, "step": before + row["step"]}) + "\n" for row in member.history]
         before += member.history[-1]["step"]
         (place_of_member(context.output_dir, number) / "history.jsonl").unlink()
+    lines.append(json.dumps({"step": before + 1, **metrics}) + "\n")
     (context.output_dir / "history.jsonl").write_text("".join(lines))
 
 

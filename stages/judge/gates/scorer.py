@@ -84,8 +84,8 @@ def _against_earlier(
     try:
         folder = fetch(request.earlier, scratch)
         check_given_scorer(folder, tokens.tokenizer(), role=REWARD_MODEL)
-        earlier: nn.Module = load_scorer(folder, tokens).eval()
-        earlier.to(computing.device)
+        earlier: Any = load_scorer(folder, tokens).eval()
+        earlier = earlier.to(computing.device)
     except ConfigError as error:
         return without_earlier(f"the earlier reward model does not read the run's tokens: {error.message}")
     except Exception as error:

@@ -111,7 +111,8 @@ def test_a_member_is_what_it_would_be_alone(ensemble: Any, inputs: dict[str, Art
 def test_steps_go_on_from_member_to_member_and_metrics_are_those_of_the_mean(ensemble: Any) -> None:
     context, outcome = ensemble
     rows = [json.loads(line) for line in (context.output_dir / "history.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, 10))  # three steps each
+    assert [row["step"] for row in rows] == list(range(1, 11))  # three steps each, and the ensemble
+    assert {name: value for name, value in rows.pop().items() if name != "step"} == outcome.metrics
     last = [row for row in rows if "eval/reward_margin" in row]
     assert [row["step"] for row in last] == [3, 6, 9]
     margins = [row["eval/reward_margin"] for row in last]
