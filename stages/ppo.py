@@ -1,15 +1,16 @@
-"""Proximal policy optimisation of the SFT model, or of a given one, against the reward model, with a KL penalty to the
-frozen start.
-
-The critic starts as a copy of the reward model, whose head becomes the value head. The objective is in
-`train/rollout/objective.py`.
+"""Reinforcement learning of the SFT model, or of a given one, against the reward model, with a KL penalty to the frozen
+start: PPO with a critic, RLOO, GRPO or REINFORCE without one. The objective is in `train/rollout/objective.py`.
 """
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
 from stages.config.errors import ConfigError
+from stages.config.estimators import GAE
 from stages.config.graph import BASE_MODEL, GOLD_MODEL, GRAPH, REWARD_MODEL, Stage
 from stages.config.rollouts import PPOConfig
 from stages.data.tokens.packing import RowBudget
@@ -38,7 +39,8 @@ def run(context: StageContext) -> StageOutcome:
 
 
 def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
-    """Policy and reference start as the SFT model or the given one, critic and reward as the reward model."""
+    """Policy and reference start as the SFT model or the given one, the critic, where there is one, as its settings
+    say."""
     config = context.config
     assert isinstance(config, PPOConfig)
     prompts = tokens.prompts(Split.TRAIN)
@@ -50,36 +52,48 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     start_dir, reward_dir = context.model_dir("model", BASE_MODEL), context.model_dir("reward", REWARD_MODEL)
     if context.has_given(REWARD_MODEL):
         check_given_scorer(reward_dir, tokens.tokenizer(), role=REWARD_MODEL)
-    # The reward model is a good start for the critic: it knows already what a whole response is worth, and learns to
-    # say so from its beginning.
     policy = load_causal_lm(start_dir, tokens, lora=config.lora)
-    critic = load_reward_model(reward_dir, tokens, lora=config.lora)
+    critic = _critic_of(config, tokens, start_dir=start_dir, reward_dir=reward_dir)
 
     def objective(engine: Engine) -> PPOObjective:
-        # With adapters there are no frozen copies: reference and reward model are policy and critic without theirs.
-        copies = not config.lora.rank
+        # With adapters a model serves as its own frozen start: the policy as the reference, and as the reward model a
+        # critic that started as it (`PPOConfig.models` counts them).
+        adapted = bool(config.lora.rank)
+        is_critic = adapted and isinstance(config.estimator, GAE) and config.estimator.critic == "reward_model"
         budget = RowBudget(row_length=tokens.sequence_length, max_rows=context.execution.micro_batch_size)
-        reward = engine.freeze(load_reward_model(reward_dir, tokens)) if copies else None
+        reward = None if is_critic else engine.freeze(load_reward_model(reward_dir, tokens))
         sampler = Sampler(
             Sampling(config.max_response_length, tokens.eos_id, tokens.pad_id, config.temperature),
             seed=config.seed,
             scorer=RewardModel(reward, pad_id=tokens.pad_id, budget=budget),
-            reference=engine.freeze(load_causal_lm(start_dir, tokens)) if copies else None,
+            reference=None if adapted else engine.freeze(load_causal_lm(start_dir, tokens)),
             budget=budget,
         )
-        balancing = Balancing(policy=routing_of(policy), critic=routing_of(critic))
+        balancing = Balancing(policy=routing_of(policy), critic=routing_of(critic) if critic is not None else None)
         heldout, watch = tokens.prompts(Split.HELDOUT), gold.watch(engine, tokens, budget, config)
         return PPOObjective(config, sampler, prompts=prompts, heldout=heldout, balancing=balancing, gold=watch)
 
+    parts: dict[str, nn.Module] = {"policy": add_adapter(policy, config.lora, seed=config.seed)}
+    if critic is not None:
+        parts["critic"] = add_adapter(critic, config.lora, seed=config.seed + 1)
     return Prepared(
-        parts={
-            "policy": add_adapter(policy, config.lora, seed=config.seed),
-            "critic": add_adapter(critic, config.lora, seed=config.seed + 1),
-        },
+        parts=parts,
         objective=objective,
         exported="policy",
         ledger={"prompts": len(prompts), **({"gold_not_measured": gold.missing} if gold.missing else {})},
     )
+
+
+def _critic_of(
+    config: PPOConfig, tokens: TokensArtifact, *, start_dir: Path, reward_dir: Path
+) -> PreTrainedModel | None:
+    """The critic before training; None for an estimator that compares responses instead."""
+    if not isinstance(config.estimator, GAE):
+        return None
+    # The reward model is a good start: it knows already what a whole response is worth, and learns to say so from its
+    # beginning. A fresh head says 0 everywhere until it has learned.
+    start = reward_dir if config.estimator.critic == "reward_model" else start_dir
+    return load_reward_model(start, tokens, lora=config.lora)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from tests.places import REPOSITORY
 
@@ -32,6 +34,26 @@ def _prepare() -> Path:
 
 
 HOME = _prepare()
+
+
+def _check_each_schema_once() -> None:
+    """Let jsonschema check a schema once a process. Airflow serialises all params of the form with every task, several
+    times a run, and has their schemas checked anew each time: ten seconds of a run's test."""
+    from jsonschema.validators import Draft202012Validator
+
+    checked: dict[str, None] = {}
+    check = Draft202012Validator.check_schema
+
+    def once(schema: Any, **options: Any) -> None:
+        key = json.dumps(schema, sort_keys=True, default=repr)
+        if key not in checked:
+            check(schema, **options)
+            checked[key] = None
+
+    Draft202012Validator.check_schema = once  # type: ignore[method-assign]
+
+
+_check_each_schema_once()
 
 
 @cache

@@ -170,8 +170,9 @@ def workload(
             ppo = config.ppo
             prompt = min(config.tokenize.max_prompt_length, length)
             tokens = ppo.num_rollouts * ppo.rollout_size * (prompt + ppo.max_response_length)
-            # Policy and critic are trained; each response is generated and read by policy, reference, critic, reward.
-            return Workload(trained_tokens=2 * ppo.num_epochs * tokens, forward_tokens=5 * tokens)
+            # Policy and perhaps critic are trained; each response is generated, and read by both, reference and reward.
+            trained = ppo.models.trained
+            return Workload(trained_tokens=trained * ppo.num_epochs * tokens, forward_tokens=(3 + trained) * tokens)
         case Stage.EVALUATE:
             evaluate = config.evaluate
             models = sum(GRAPH[stage].trains for stage in selected) + len(config.given_roles(stage))
@@ -228,15 +229,17 @@ def memory_bytes(
     assert isinstance(train, TrainConfig)
     numbers = _numbers_per_weight(execution, average=train.optimizer.ema_decay > 0)
     judges = _FLOAT32 * _num_judges(stage, config) * num_weights
-    states = _FLOAT32 * (spec.trained_models * held * numbers + spec.frozen_models * num_weights)
+    models = train.models
+    others = _FLOAT32 * models.frozen * num_weights
+    states = _FLOAT32 * models.trained * held * numbers
     if isinstance(train, PostTrainConfig) and train.lora.rank:
         shards = max(execution.num_workers, 1) if execution.engine is Engine.FSDP else 1
         frozen = _frozen_bytes(train.lora, held / shards)
-        states = spec.trained_models * (frozen + _FLOAT32 * numbers * adapter_parameters(model, train.lora))
+        states = models.trained * (frozen + _FLOAT32 * numbers * adapter_parameters(model, train.lora))
     width = _BFLOAT16 if train.precision == "bf16" else _FLOAT32
     tokens = execution.micro_batch_size * config.tokenize.sequence_length
     logits = _LOGITS_CHUNK * vocab_size * (width + _FLOAT32)
-    return states + judges + _activation_bytes(model, execution, tokens=tokens, width=width) + logits
+    return states + others + judges + _activation_bytes(model, execution, tokens=tokens, width=width) + logits
 
 
 def _num_judges(stage: Stage, config: PipelineConfig) -> int:

@@ -119,9 +119,10 @@ class StageSpec:
     trains: bool = False
     """A model comes out of the training loop."""
     trained_models: int = 1
-    """Models of the policy's size that each worker trains, if it trains at all."""
+    """Models of the policy's size that each worker trains at most, if it trains at all; how many, its settings say
+    (`TrainConfig.models`)."""
     frozen_models: int = 0
-    """Models of that size that each worker holds only to read from."""
+    """Models of that size that each worker holds at most only to read from."""
     pipeline_parallel: bool = False
     """Predicts next tokens and nothing else, so a pipeline of workers can share its model's layers."""
     scores: bool = False

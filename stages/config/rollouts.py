@@ -1,21 +1,23 @@
-"""Reinforcement learning: rollouts, estimators and what keeps the policy near its start.
+"""Reinforcement learning: rollouts, clipping and what keeps the policy near its start.
 
 All of it decides results and enters fingerprints: a field that is added is marked `AddedLater` (`stages.config.base`).
 """
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
 from stages.config.base import AddedLater
-from stages.config.train import PostTrainConfig
+from stages.config.estimators import GAE, Estimator
+from stages.config.train import Models, PostTrainConfig
 
 PROMPT_LOSS = "eval/prompt_loss"
 """What PPO records of its weights that does not depend on sampled answers; a gate measures it again."""
 
 
 class PPOConfig(PostTrainConfig):
-    """Proximal policy optimisation against the reward model, with a KL penalty to the frozen SFT model.
+    """Policy optimisation against the reward model, with a KL penalty to the frozen SFT model: PPO, RLOO, GRPO or
+    REINFORCE, by `estimator`.
 
     `global_batch_size` responses make one optimizer step; `rollout_size` responses make one rollout.
     """
@@ -30,16 +32,10 @@ class PPOConfig(PostTrainConfig):
     """Tokens of a response at most, the end token included."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature, also of the log-probabilities that are optimised."""
-    gamma: float = Field(default=1.0, gt=0, le=1)
-    """Discount of future rewards."""
-    gae_lambda: float = Field(default=0.95, ge=0, le=1)
-    """Trade of bias for variance in generalised advantage estimation."""
+    estimator: Estimator = GAE()
+    """How advantages are estimated; `kind` chooses it, the other fields are its own."""
     clip_range: float = Field(default=0.2, gt=0)
     """The policy ratio is clipped to 1 +- this."""
-    value_clip_range: float = Field(default=0.2, gt=0)
-    """Value predictions are clipped to the old ones +- this."""
-    value_coefficient: float = Field(default=0.1, ge=0)
-    """Weight of the value loss."""
     kl_coefficient: float = Field(default=0.05, ge=0)
     """Penalty a token for leaving the reference, at the start."""
     kl_target: float = Field(default=0.0, ge=0)
@@ -53,9 +49,26 @@ class PPOConfig(PostTrainConfig):
     training ends; 0 = it never does. The model has the last weights, or those that `best_metric` chooses, such as
     `eval/gold_score` with `best_is` highest. Needs a gold scorer with the policy's tokenizer, and `eval_every`."""
 
+    moved: ClassVar = {
+        name: f"estimator.{name}" for name in ("gamma", "gae_lambda", "value_clip_range", "value_coefficient")
+    }
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        return self.rollout_size // self.estimator.responses_per_prompt
+
+    @property
+    def models(self) -> Models:
+        """Policy and critic, reference and reward model. With an adapter a model serves as its own frozen start, so the
+        reference needs no copy, nor does a reward model that the critic started as."""
+        trained, adapted = 1 + self.estimator.needs_critic, bool(self.lora.rank)
+        serves_as_reward = adapted and isinstance(self.estimator, GAE) and self.estimator.critic == "reward_model"
+        return Models(trained, frozen=(not adapted) + (not serves_as_reward))
+
     def summary(self) -> str:
+        kind = "" if self.estimator.kind == "gae" else f"{self.estimator.kind}, "
         rollouts = f"{self.num_rollouts} rollouts of {self.rollout_size} responses"
-        return f"{rollouts}, {self.max_response_length} tokens each"
+        return f"{kind}{rollouts}, {self.max_response_length} tokens each"
 
     @model_validator(mode="after")
     def _patience_needs_evaluations(self) -> "PPOConfig":
@@ -67,12 +80,16 @@ class PPOConfig(PostTrainConfig):
         return self
 
     @model_validator(mode="after")
-    def _minibatches_divide(self) -> "PPOConfig":
-        if self.rollout_size % self.global_batch_size:
-            below = self.rollout_size // self.global_batch_size * self.global_batch_size
-            ways = " or ".join(str(size) for size in (below, below + self.global_batch_size) if size)
-            raise ValueError(
-                f"rollout_size={self.rollout_size} is not divisible by global_batch_size={self.global_batch_size}; "
-                f"use {ways}"
-            )
+    def _rollouts_divide(self) -> "PPOConfig":
+        parts = {
+            "global_batch_size": self.global_batch_size,
+            "estimator.responses_per_prompt": self.estimator.responses_per_prompt,
+        }
+        for name, part in parts.items():
+            if self.rollout_size % part:
+                below = self.rollout_size // part * part
+                ways = " or ".join(str(size) for size in (below, below + part) if size)
+                raise ValueError(
+                    f"rollout_size={self.rollout_size} is not divisible by {name}={part}; use {ways}, or another {name}"
+                )
         return self

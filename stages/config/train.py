@@ -4,7 +4,7 @@ All of it decides results and enters fingerprints: a field that is added is mark
 """
 
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -151,6 +151,14 @@ class OptimizerConfig(Config):
         return self
 
 
+class Models(NamedTuple):
+    """Models of the policy's size that each worker holds."""
+
+    trained: int
+    frozen: int
+    """Only to read from."""
+
+
 class TrainConfig(Config):
     """What all objectives share."""
 
@@ -174,6 +182,10 @@ class TrainConfig(Config):
     """Which value of `best_metric` is the best."""
     seed: int = Field(default=0, ge=0)
     """Initial weights, order of the data and sampling follow from it."""
+
+    @property
+    def models(self) -> Models:
+        return Models(trained=1, frozen=0)
 
     def summary(self) -> str:
         """Return how much is trained in a few words, for the table of recipes in the trigger form."""

@@ -1,6 +1,6 @@
 """How much better a token did than expected.
 
-Shape legend: R tokens of one response, N tokens of all responses.
+Shape legend: R tokens of one response, N tokens of all responses, G responses to one prompt.
 """
 
 from typing import NamedTuple
@@ -32,6 +32,35 @@ def gae(*, rewards_R: Tensor, values_R: Tensor, gamma: float, gae_lambda: float)
         advantages_R[t] = running
         next_value = values_R[t]
     return Advantages(advantages_R, advantages_R + values_R)
+
+
+def leave_one_out(rewards_G: np.ndarray) -> np.ndarray:
+    """Return each reward minus the mean of the others. REINFORCE Leave-One-Out, Ahmadian et al. 2024
+    (arXiv:2402.14740), section 3; the baseline does not depend on the response itself, so it adds no bias."""
+    others_G = (rewards_G.sum() - rewards_G) / (len(rewards_G) - 1)
+    return rewards_G - others_G
+
+
+def group_relative(rewards_G: np.ndarray, *, divide_by_std: bool) -> np.ndarray:
+    """Return each reward minus the mean of its group, in units of the group's spread on request.
+
+    With it: GRPO with outcome rewards, Shao et al. 2024 (arXiv:2402.03300), section 4.1. Without: Dr. GRPO, Liu et al.
+    2025 (arXiv:2503.20783), which shows that the division weighs prompts by how alike their responses are.
+    """
+    centred_G = rewards_G - rewards_G.mean()
+    # The spread of the group itself, not an estimate for a population. A group of equal rewards teaches nothing: the
+    # small constant keeps its zeros at zero.
+    return centred_G / (rewards_G.std() + 1e-6) if divide_by_std else centred_G
+
+
+def rewards_to_go(rewards_R: Tensor) -> Tensor:
+    """Return at each token the sum of its and all later rewards, undiscounted."""
+    return rewards_R.flip(0).cumsum(0).flip(0)
+
+
+def decayed(average: float | None, value: float, *, decay: float) -> float:
+    """Return an exponential moving average with one more value; the first value starts it."""
+    return value if average is None else decay * average + (1 - decay) * value
 
 
 def explained_variance(returns_N: np.ndarray, values_N: np.ndarray) -> float:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from stages.config.evaluation import CHAMPION_ROLE
 from stages.config.graph import (
     GRAPH,
@@ -14,8 +16,10 @@ from stages.config.graph import (
     trained_stages,
 )
 from stages.config.metrics import EVALUATION_METRICS
+from stages.config.pipeline import CONFIG_CLASSES
 from stages.config.request import Manifest
 from stages.config.text import byte_size, duration
+from stages.config.train import Models, TrainConfig
 from stages.reporting.figures import Figure, figure_data
 from stages.reporting.line_plot import Series, line_plot, number
 from stages.reporting.names import in_order, name_of, start_name, start_of
@@ -225,15 +229,25 @@ def alignment_table(story: Story) -> Table | None:
         "What each costs and reaches",
         ("", *(spec.label for spec in aligned)),
         tuple(rows),
-        f"Memory is the peak of the stage's job. {' '.join(map(_means, aligned))}",
+        f"Memory is the peak of the stage's job. {' '.join(_means(spec, manifests[spec.role]) for spec in aligned)}",
     )
 
 
-def _means(spec: StageSpec) -> str:
-    frozen = f" beside {spec.frozen_models} frozen ones" if spec.frozen_models else ""
-    models = "1 model" if spec.trained_models == 1 else f"{spec.trained_models} models"
+def _means(spec: StageSpec, manifest: Manifest) -> str:
+    held = _models(spec, manifest)
+    frozen = f" beside {held.frozen} frozen one{'s' * (held.frozen > 1)}" if held.frozen else ""
+    models = "1 model" if held.trained == 1 else f"{held.trained} models"
     teacher = "preference pairs" if spec.weighs == "preferences" else "the reward model"
     return f"{spec.label} trains {models}{frozen} and learns from {teacher}."
+
+
+def _models(spec: StageSpec, manifest: Manifest) -> Models:
+    """What the stage held, by its settings; at most, where this version cannot read those."""
+    try:
+        config = CONFIG_CLASSES[spec.stage].model_validate(manifest.config)
+    except ValidationError:
+        config = None
+    return config.models if isinstance(config, TrainConfig) else Models(spec.trained_models, spec.frozen_models)
 
 
 def _steps(manifest: Manifest) -> str:

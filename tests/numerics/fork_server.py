@@ -7,6 +7,7 @@ fork would never be released.
     python -m tests.numerics.fork_server   reads one JSON object a line, `{"start": ...}` or `{"wait": pid}`
 """
 
+import atexit
 import contextlib
 import importlib
 import json
@@ -17,6 +18,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,14 @@ def fork_server() -> Iterator[ForkServer]:
         assert process.stdin is not None
         process.stdin.close()
         process.wait()
+
+
+@cache
+def shared_server() -> ForkServer:
+    """The server of this test process, from the first test that asks to the end of the process."""
+    running = contextlib.ExitStack()
+    atexit.register(running.close)
+    return running.enter_context(fork_server())
 
 
 def _serve() -> None:

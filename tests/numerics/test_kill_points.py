@@ -11,7 +11,10 @@ import random
 import re
 import signal
 from collections import Counter
+<<<<<<< HEAD
 from collections.abc import Iterator, Mapping
+=======
+>>>>>>> main
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +27,7 @@ from stages.config.errors import ExitCode
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import GRAPH, Stage
 from stages.config.request import ArtifactRef, Manifest, RunInfo, StageRequest
-from tests.numerics.fork_server import ForkServer, fork_server
+from tests.numerics.fork_server import ForkServer, shared_server
 from tests.numerics.kill_points import Kill, Visits, as_json, draw_kill, places_of
 from tests.small_world import CONFIGS
 
@@ -46,9 +49,8 @@ class Ended:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with fork_server() as running:
-        yield running
+def server() -> ForkServer:
+    return shared_server()
 
 
 @pytest.fixture(scope="module")

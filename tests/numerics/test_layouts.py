@@ -4,7 +4,6 @@ All is float32, all lengths are ragged: documents, conversations, the two answer
 step, which has fewer items than the others. Only the order of float32 sums differs between layouts.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef
 from stages.config.train import OptimizerConfig, TrainConfig
-from tests.numerics.fork_server import ForkServer, fork_server
+from tests.numerics.fork_server import ForkServer, shared_server
 from tests.numerics.ranks import run_ranks
 from tests.numerics.training import Case, Trained, run_on_processes, run_on_two_processes, run_training
 from tests.small_world import CONFIGS, EXPERTS
@@ -49,9 +48,8 @@ def expert_config_of(stage: Stage) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with fork_server() as running:
-        yield running
+def server() -> ForkServer:
+    return shared_server()
 
 
 def losses(trained: Trained) -> list[float]:

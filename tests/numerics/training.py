@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
@@ -26,6 +25,7 @@ from stages.train.engines.choose import make_engine
 from stages.train.loop import train
 from stages.train.run import Prepared
 from stages.train.throughput import Meter
+from tests.numerics.fork_server import shared_server
 from tests.small_world import make_context, prepare_of
 
 METER = Meter((), peak_flops=1.0)
@@ -116,9 +116,23 @@ class Case:
 
 def run_on_processes(cases: Mapping[str, Case], *, num_processes: int) -> dict[str, Trained]:
     """Run one case after another on the same gloo ranks; returns what rank 0 saw. Killed cases return nothing."""
-    with tempfile.TemporaryDirectory() as scratch:
-        spawn(_rank, args=(num_processes, scratch, dict(cases)), nprocs=num_processes)
-        return torch.load(Path(scratch) / "trained.pt", weights_only=False)
+    server = shared_server()
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        torch.save(dict(cases), scratch / "cases.pt")
+        ranks = [
+            server.start(
+                f"{__name__}:run_rank",
+                log=scratch / f"rank-{rank}.log",
+                rank=rank,
+                num_processes=num_processes,
+                scratch=folder,
+            )
+            for rank in range(num_processes)
+        ]
+        statuses = [rank.wait() for rank in ranks]
+        assert statuses == [0] * num_processes, "\n".join(rank.log.read_text()[-3000:] for rank in ranks)
+        return torch.load(scratch / "trained.pt", weights_only=False)
 
 
 def run_on_two_processes(home: Path, stage: Stage, config: TrainConfig, inputs: dict, **options: Any) -> Trained:
@@ -131,8 +145,10 @@ def continue_from(home: Path, start_from: Path) -> None:
     shutil.copytree(start_from / "store" / "checkpoints", home / "store" / "checkpoints")
 
 
-def _rank(rank: int, num_processes: int, scratch: str, cases: dict[str, Case]) -> None:
+def run_rank(*, rank: int, num_processes: int, scratch: str) -> int:
+    """One rank of `run_on_processes`, in a process of its own."""
     torch.set_num_threads(1)
+    cases: dict[str, Case] = torch.load(Path(scratch) / "cases.pt", weights_only=False)
     # Ray Train sets these for its workers; DeepSpeed wants to see them.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -147,3 +163,4 @@ def _rank(rank: int, num_processes: int, scratch: str, cases: dict[str, Case]) -
     if rank == 0:
         torch.save(trained, Path(scratch) / "trained.pt")
     dist.destroy_process_group()
+    return 0

@@ -75,6 +75,15 @@ _OVERRIDES: dict[str, Any] = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several test processes, one has all tests of the one run, which takes longest, and each file has one."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            of_run = "played" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("played" if of_run else item.path.name))
+    items.sort(key=lambda item: "played" not in getattr(item, "fixturenames", ()))
+
+
 @dataclass(frozen=True)
 class Played:
     """The artifacts of the run, by stage."""

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stages.config.estimators import Estimator
 from stages.data.tokens.packing import TokenSequence, prompt_and_response
 from stages.losses.advantages import explained_variance
 from stages.losses.rewards import shaped_rewards
-from stages.train.rollout.advantages import Estimate, Estimator, estimate
+from stages.train.rollout.advantages import Estimate, estimate, mean_total
 from stages.train.rollout.sampling import Sampled
 
 FIELDS = ("old_logprobs", "advantages", "old_values", "returns")
@@ -38,9 +39,15 @@ class Experience:
 
 
 def to_experience(
-    samples: Sequence[Sampled], rewards: Sequence[float], *, shaping: Shaping, estimator: Estimator
+    samples: Sequence[Sampled],
+    rewards: Sequence[float],
+    *,
+    shaping: Shaping,
+    estimator: Estimator,
+    baseline: float | None = None,
 ) -> Experience:
-    """Turn samples into sequences with advantages; `rewards` are their scores in the unit of rewards.
+    """Turn samples into sequences with advantages; `rewards` are their scores in the unit of rewards, `baseline` what
+    earlier rollouts earned.
 
     Rewards are per token, a score is per response. The score is paid on the last token, once the whole response is
     known; each token pays on its own for what it departs from the reference. Which earlier token earned the score is
@@ -60,9 +67,9 @@ def to_experience(
                 kl_coefficient=shaping.kl_coefficient,
             )
         )
-    estimates = estimate(estimator, samples, shaped)
+    estimates = estimate(estimator, samples, shaped, baseline=baseline)
     sequences = [_to_sequence(sample, result) for sample, result in zip(samples, estimates, strict=True)]
-    return Experience(sequences, float(np.mean([float(rewards_R.sum()) for rewards_R in shaped])))
+    return Experience(sequences, mean_total(shaped))
 
 
 def _to_sequence(sample: Sampled, result: Estimate) -> TokenSequence:

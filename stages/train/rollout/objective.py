@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from stages.config.estimators import Reinforce
 from stages.config.rollouts import PPOConfig
 from stages.data.tokens.packing import Packed, TokenSequence, lay_out
 from stages.data.tokens.ragged import Ragged
 from stages.data.tokens.views import evenly
+from stages.losses.advantages import decayed
 from stages.losses.divergence import adapted_kl_coefficient
 from stages.train.engine import Engine, LossOutput
 from stages.train.objective import ObjectiveState, Step
 from stages.train.plan import batches, order_digest, share, shuffled
-from stages.train.rollout.advantages import GAE
 from stages.train.rollout.experience import Shaping, critic_quality, describe, from_tensors, to_experience, to_tensors
 from stages.train.rollout.gold import GoldWatch
 from stages.train.rollout.prompts import prompt_loss
@@ -34,7 +35,8 @@ _EVALUATION_STREAM = 1 << 20
 
 
 class PPOObjective:
-    """Rollouts, clipped updates, and the state between them: cursor, rollout, score scale, KL coefficient."""
+    """Rollouts, clipped updates, and the state between them: cursor, rollout, score scale, KL coefficient,
+    baseline."""
 
     def __init__(
         self,
@@ -48,7 +50,6 @@ class PPOObjective:
     ) -> None:
         self._config, self._sampler, self._prompts, self._heldout = config, sampler, prompts, heldout
         self._balancing, self._gold = balancing, gold
-        self._estimator = GAE(gamma=config.gamma, gae_lambda=config.gae_lambda)
         # `global_batch_size` divides `rollout_size`: every epoch over a rollout sees each response once.
         self._steps_per_rollout = config.num_epochs * (config.rollout_size // config.global_batch_size)
         self.num_steps, self.tokens_per_step = config.num_rollouts * self._steps_per_rollout, 0
@@ -61,6 +62,8 @@ class PPOObjective:
         self._experience: list[TokenSequence] = []
         self._rollout_metrics: dict[str, float] = {}
         self._kl_coefficient = config.kl_coefficient
+        self._baseline: float | None = None
+        """What earlier rollouts earned, for an estimator that compares with it."""
 
     def steps(self, engine: Engine) -> Iterator[Step]:
         while self._rollout < self._config.num_rollouts:
@@ -81,12 +84,18 @@ class PPOObjective:
     def _roll_out(self, engine: Engine) -> None:
         config = self._config
         # Another stream in every rollout: a prompt that comes again gets new responses.
-        samples = self._sampler.sample(engine, self._next_prompts(), stream=self._rollout)
+        samples = self._sampler.sample(
+            engine,
+            self._next_prompts(),
+            stream=self._rollout,
+            responses_per_prompt=config.estimator.responses_per_prompt,
+        )
         experience = to_experience(
             samples,
             self._sampler.scorer.rewards([sample.score for sample in samples]),
             shaping=Shaping(self._kl_coefficient, config.missing_eos_penalty),
-            estimator=self._estimator,
+            estimator=config.estimator,
+            baseline=self._baseline,
         )
         self._experience = experience.sequences
         self._rollout_metrics = describe(samples) | {
@@ -94,6 +103,8 @@ class PPOObjective:
             "ppo/kl_coefficient": self._kl_coefficient,
             **critic_quality(self._experience),
         }
+        if isinstance(config.estimator, Reinforce) and config.estimator.baseline == "running":
+            self._baseline = decayed(self._baseline, experience.mean_reward, decay=config.estimator.baseline_decay)
         if config.kl_target:  # for the next rollout: this one's rewards are made
             self._kl_coefficient = adapted_kl_coefficient(
                 self._kl_coefficient,
@@ -106,7 +117,7 @@ class PPOObjective:
     def _next_prompts(self) -> list[np.ndarray]:
         """Walk through shuffled prompts, epoch after epoch; a rollout may span the end of one and the start of the
         next."""
-        size, available = self._config.rollout_size, len(self._prompts)
+        size, available = self._config.prompts_per_rollout, len(self._prompts)
         positions = range(self._rollout * size, (self._rollout + 1) * size)
         orders = {
             epoch: shuffled(available, seed=self._config.seed, epoch=epoch)
@@ -163,6 +174,8 @@ class PPOObjective:
             "kl_coefficient": self._kl_coefficient,
             "rollout_metrics": self._rollout_metrics,
         }
+        if self._baseline is not None:
+            numbers["baseline"] = self._baseline
         if self._gold is not None:
             numbers |= self._gold.state_dict()
         return ObjectiveState(
@@ -173,6 +186,7 @@ class PPOObjective:
         self._rollout, self._inner = state.numbers["rollout"], state.numbers["inner"]
         self._kl_coefficient = state.numbers["kl_coefficient"]
         self._rollout_metrics = state.numbers["rollout_metrics"]
+        self._baseline = state.numbers.get("baseline")
         self._sampler.scorer.load_state_dict(state.numbers)
         if self._gold is not None:
             self._gold.load_state_dict(state.numbers)

@@ -8,6 +8,7 @@ Shape legend: N targets of a micro-batch.
 import torch
 from torch import Tensor, nn
 
+from stages.config.estimators import GAE, Estimator
 from stages.config.rollouts import PPOConfig
 from stages.data.tokens.packing import Packed
 from stages.losses.policy import ppo_policy_loss, ppo_value_loss
@@ -32,7 +33,7 @@ def update_loss(config: PPOConfig, parts: nn.ModuleDict, batch: Packed, balancin
         advantages_N=old["advantages"],
         clip_range=config.clip_range,
     )
-    value_sum = _value_loss_sum(config, parts, batch, old, trunks)
+    value_sum = _value_loss_sum(config.estimator, parts, batch, old, trunks)
     sums = {
         "ppo/policy_loss": policy.loss_sum.detach(),
         "ppo/value_loss": None if value_sum is None else value_sum.detach(),
@@ -43,18 +44,20 @@ def update_loss(config: PPOConfig, parts: nn.ModuleDict, batch: Packed, balancin
     # All are sums over response tokens; the loop divides by those of the whole step, on all ranks.
     count = policy.loss_sum.new_tensor(float(len(tokens.logprobs_N)))
     metrics = {name: torch.stack([value, count]) for name, value in sums.items() if value is not None}
-    loss_sum = policy.loss_sum if value_sum is None else policy.loss_sum + config.value_coefficient * value_sum
+    loss_sum = policy.loss_sum
+    if value_sum is not None and isinstance(config.estimator, GAE):
+        loss_sum = loss_sum + config.estimator.value_coefficient * value_sum
     return balancing.added_to(LossOutput(loss_sum, metrics), **trunks)
 
 
 def _value_loss_sum(
-    config: PPOConfig, parts: nn.ModuleDict, batch: Packed, old: dict[str, Tensor], trunks: dict[str, TrunkOutput]
+    estimator: Estimator, parts: nn.ModuleDict, batch: Packed, old: dict[str, Tensor], trunks: dict[str, TrunkOutput]
 ) -> Tensor | None:
-    if "critic" not in parts:
+    if not isinstance(estimator, GAE):
         return None
     return ppo_value_loss(
         values_N=target_values(parts["critic"], batch, trunks["critic"]),
         old_values_N=old["old_values"],
         returns_N=old["returns"],
-        clip_range=config.value_clip_range,
+        clip_range=estimator.value_clip_range,
     )

@@ -222,6 +222,41 @@ def test_frozen_models_cost_their_weights_alone():
     assert ppo - sft == (2 * 16 - 16 + 2 * 4) * 34_976
 
 
+@pytest.mark.parametrize(
+    ("settings", "trained", "frozen"),
+    [
+        ({}, 2, 2),  # policy and critic; reference and reward model
+        ({"ppo.estimator.kind": "rloo"}, 1, 2),
+        ({"ppo.estimator.critic": "fresh"}, 2, 2),
+        ({"ppo.lora.rank": 2}, 2, 0),  # both are the trained ones without their adapters
+        ({"ppo.lora.rank": 2, "ppo.estimator.kind": "grpo"}, 1, 1),
+        ({"ppo.lora.rank": 2, "ppo.estimator.critic": "fresh"}, 2, 1),
+    ],
+)
+def test_ppo_holds_the_models_that_its_settings_need(settings: dict[str, Any], trained: int, frozen: int):
+    config = resolve({"recipe": "tiny", "overrides": settings})
+    assert config.ppo.models == (trained, frozen)
+    work, before = (workload(Stage.PPO, one, COUNTS, selected=ALL) for one in (config, tiny()))
+    assert work is not None
+    assert before is not None
+    assert work.trained_tokens / before.trained_tokens == trained / 2
+    assert work.forward_tokens / before.forward_tokens == (3 + trained) / 5
+    if "ppo.lora.rank" not in settings:
+        memory, whole = (memory_bytes(Stage.PPO, one, vocab_size=512) for one in (config, tiny()))
+        assert whole - memory == (2 - trained) * 16 * 34_976
+    elif frozen:
+        alone = resolve({"recipe": "tiny", "overrides": {"ppo.lora.rank": 2}})
+        memory, without = (memory_bytes(Stage.PPO, one, vocab_size=512) for one in (config, alone))
+        more_adapters = (trained - 2) * (memory_bytes_of_adapter() + 4 * 34_976)
+        assert memory - without == pytest.approx(4 * 34_976 * frozen + more_adapters)
+
+
+def memory_bytes_of_adapter() -> int:
+    """An adapter of rank 2 on the tiny model: weight, gradient and two moments."""
+    config = resolve({"recipe": "tiny", "overrides": {"ppo.lora.rank": 2}})
+    return 16 * adapter_parameters(config.pretrain.model, config.ppo.lora)
+
+
 def test_an_earlier_build_gives_the_pace_and_the_devices_share_the_work():
     measured = Measured(
         fingerprint="e" * 64, wall_seconds=60, devices=1, on_gpu=False, peak_memory_bytes=1, work=34_976 * 3 * 4096.0

@@ -1,13 +1,10 @@
 """Evaluations in processes of their own: two workers side by side, and one that is killed with SIGKILL."""
 
-import json
 import logging
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +12,7 @@ from stages import evaluate
 from stages.config.closing import EvaluateConfig
 from stages.config.request import ArtifactRef
 from tests.judging import SMALL, World, evaluated, evaluation, make_world
-from tests.places import REPOSITORY
+from tests.numerics.fork_server import Child, shared_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 FILES = ("metrics.json", "samples.json", "scores.parquet", "responses.parquet")
@@ -38,38 +35,33 @@ def files_of(world: World) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in FILES}
 
 
-def started(world: World, home: Path, *, rank: int = 0, world_size: int = 1) -> subprocess.Popen[str]:
+def started(world: World, home: Path, *, rank: int = 0, world_size: int = 1) -> Child:
     """Start an evaluation as a worker of Ray Train runs it; all of them share the store in `home`."""
-    told = {role: ref.model_dump() for role, ref in world.inputs.items()}
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.unit.judge.test_processes", str(home), json.dumps(told), SMALL.model_dump_json()],
-        cwd=REPOSITORY,
-        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world_size), "PYTHONPATH": str(REPOSITORY)},
-        stderr=subprocess.PIPE,
-        text=True,
+    return shared_server().start(
+        f"{__name__}:main",
+        log=home / f"rank-{rank}.log",
+        environment={"RANK": str(rank), "WORLD_SIZE": str(world_size)},
+        home=str(home),
+        inputs={role: ref.model_dump() for role, ref in world.inputs.items()},
+        config=SMALL.model_dump(),
     )
 
 
 def test_two_processes_publish_what_one_does(world: World, alone: dict[str, bytes], tmp_path: Path) -> None:
     both = [started(world, tmp_path, rank=rank, world_size=2) for rank in range(2)]
-    try:
-        for process in both:
-            _, errors = process.communicate(timeout=400)
-            assert process.returncode == 0, errors[-2000:]
-    finally:
-        for process in both:
-            process.kill()
+    statuses = [process.wait() for process in both]
+    assert statuses == [0, 0], "\n".join(process.log.read_text()[-2000:] for process in both)
     assert files_of(World(tmp_path, world.inputs)) == alone
 
 
 def test_after_sigkill_only_the_rest_is_measured(world: World, alone: dict[str, bytes], tmp_path: Path) -> None:
     killed = started(world, tmp_path)
     kept = tmp_path / "store" / "measurements"
-    while killed.poll() is None and len(list(kept.rglob("*.parquet"))) < 3:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and len(list(kept.rglob("*.parquet"))) < 3:
         time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
     before = {path: path.stat().st_mtime_ns for path in kept.rglob("*.parquet")}
     again = World(tmp_path, world.inputs)
     _, outcome = evaluated(again)
@@ -78,12 +70,9 @@ def test_after_sigkill_only_the_rest_is_measured(world: World, alone: dict[str, 
     assert outcome.ledger["units"]["measured"] == len(list(kept.rglob("*.parquet"))) - len(before) > 0
 
 
-def main(home: str, inputs: str, config: str) -> None:
-    refs = {role: ArtifactRef.model_validate(ref) for role, ref in json.loads(inputs).items()}
-    context = evaluation(World(Path(home), refs), EvaluateConfig.model_validate_json(config))
+def main(*, home: str, inputs: dict[str, Any], config: dict[str, Any]) -> int:
+    refs = {role: ArtifactRef.model_validate(ref) for role, ref in inputs.items()}
+    context = evaluation(World(Path(home), refs), EvaluateConfig.model_validate(config))
     logging.basicConfig(level=logging.INFO)
     evaluate.measure_models(context)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return 0

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from stages.config.estimators import GAE, GRPO, RLOO, Reinforce
 from stages.config.graph import Stage
 from stages.data.tokens.packing import RowBudget, TokenSequence
 from stages.data.tokens.views import Split, TokensArtifact
@@ -18,7 +19,7 @@ from stages.models.generation import Sampling
 from stages.train.engine import Engine, Share
 from stages.train.engines.choose import make_engine
 from stages.train.objective import ObjectiveState
-from stages.train.rollout.advantages import GAE, Estimate, estimate
+from stages.train.rollout.advantages import estimate
 from stages.train.rollout.experience import Shaping, critic_quality, from_tensors, to_experience, to_tensors
 from stages.train.rollout.objective import PPOObjective
 from stages.train.rollout.sampling import Sampled, Sampler
@@ -137,21 +138,13 @@ def test_without_a_critic_nothing_has_values_and_a_policy_equal_to_its_reference
     assert [sample.kl for sample in samples] == pytest.approx([0.0, 0.0], abs=1e-5)
 
 
-def test_an_update_without_a_critic_is_the_policy_loss_alone(world, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An estimator that needs no critic: whatever has one value term less still rolls out and steps."""
+@pytest.mark.parametrize("estimator", [RLOO(responses_per_prompt=2), Reinforce()], ids=lambda one: one.kind)
+def test_an_update_without_a_critic_is_the_policy_loss_alone(world, estimator: Any) -> None:
+    """Whatever has one value term less still rolls out and steps, and each prompt has its number of responses."""
     engine, sampler, _, _, artifact = world
-
-    def centred(estimator: Any, samples: Sequence[Sampled], rewards: Sequence[torch.Tensor]) -> list[Any]:
-        totals = np.array([float(rewards_R.sum()) for rewards_R in rewards])
-        better = totals - totals.mean()
-        return [
-            Estimate(np.full(len(sample.response), gain, dtype=np.float32), returns_R=None)
-            for sample, gain in zip(samples, better, strict=True)
-        ]
-
-    monkeypatch.setattr("stages.train.rollout.experience.estimate", centred)
+    config = CONFIG.model_copy(update={"estimator": estimator})
     prompts = artifact.prompts(Split.TRAIN)
-    objective = PPOObjective(CONFIG, sampler, prompts=prompts, heldout=prompts, balancing=Balancing())
+    objective = PPOObjective(config, sampler, prompts=prompts, heldout=prompts, balancing=Balancing())
     step = next(objective.steps(engine))
     assert "ppo/explained_variance" not in step.metrics
     outputs = engine.backward(objective.loss, [Share(batch, 1.0) for batch in step.micro_batches])
@@ -160,6 +153,61 @@ def test_an_update_without_a_critic_is_the_policy_loss_alone(world, monkeypatch:
     assert sum(float(output.metrics["ppo/policy_loss"][0]) for output in outputs) == pytest.approx(
         sum(float(output.loss_sum) for output in outputs)
     )
+    asked = [bytes(sequence.ids[sequence.loss_mask == 0]) for sequence in objective._experience]
+    assert len(asked) == config.rollout_size
+    assert len(set(asked)) <= config.rollout_size // estimator.responses_per_prompt
+
+
+def estimated(estimator: Any, rewards: Sequence[Sequence[float]], **known: Any) -> list[list[float]]:
+    """Advantages of the tokens of four responses to two prompts."""
+    samples = [sampled(values=False, group=number // 2) for number in range(len(rewards))]
+    found = estimate(estimator, samples, [torch.tensor(one) for one in rewards], **known)
+    assert all(one.returns_R is None for one in found)
+    return [one.advantages_R.tolist() for one in found]
+
+
+REWARDS = [[-0.5, 1.5], [0.0, 3.0], [0.0, -2.0], [1.0, 3.0]]
+"""Of two prompts with two responses each, which earn 1 and 3, -2 and 4 in all."""
+
+
+def test_without_a_critic_responses_are_compared_with_others_to_the_same_prompt() -> None:
+    # Leave-one-out: 1 - 3 and 3 - 1, -2 - 4 and 4 + 2, on every token.
+    assert estimated(RLOO(responses_per_prompt=2), REWARDS) == [[-2, -2], [2, 2], [-6, -6], [6, 6]]
+    # Minus the mean of the group, 2 and 1; in spreads of the group, 1 and 3.
+    plain = GRPO(responses_per_prompt=2, divide_by_std=False)
+    assert estimated(plain, REWARDS) == [[-1, -1], [1, 1], [-3, -3], [3, 3]]
+    scaled = np.array(estimated(GRPO(responses_per_prompt=2), REWARDS))
+    assert scaled == pytest.approx(np.array([[-1, -1], [1, 1], [-1, -1], [1, 1]]), abs=1e-5)
+
+
+def test_reinforce_takes_the_rewards_still_to_come_over_one_baseline() -> None:
+    # Rewards to go are (1, 1.5), (3, 3), (-2, -2), (4, 3); the mean response earns 1.5, earlier ones earned 0.5.
+    batch = Reinforce(whiten=False)
+    assert estimated(batch, REWARDS) == [[-0.5, 0], [1.5, 1.5], [-3.5, -3.5], [2.5, 1.5]]
+    assert estimated(batch, REWARDS, baseline=0.5) == estimated(batch, REWARDS)
+    running = Reinforce(whiten=False, baseline="running")
+    assert estimated(running, REWARDS) == estimated(batch, REWARDS), "there are no earlier rollouts"
+    assert estimated(running, REWARDS, baseline=0.5) == [[0.5, 1], [2.5, 2.5], [-2.5, -2.5], [3.5, 2.5]]
+    whitened = np.array(estimated(Reinforce(), REWARDS))
+    assert (whitened.mean(), whitened.std()) == pytest.approx((0.0, 1.0), abs=1e-5)
+
+
+def test_a_running_baseline_is_in_the_checkpoint_and_moves_by_rollouts(world) -> None:
+    engine, sampler, _, _, artifact = world
+    estimator = Reinforce(baseline="running", baseline_decay=0.75, whiten=False)
+    config = CONFIG.model_copy(update={"estimator": estimator, "kl_coefficient": 0.0, "missing_eos_penalty": 0.0})
+    prompts = artifact.prompts(Split.TRAIN)
+    objective = PPOObjective(config, sampler, prompts=prompts, heldout=prompts, balancing=Balancing())
+    steps, earned, kept = objective.steps(engine), [], []
+    for _ in range(2 * config.num_epochs * config.rollout_size // config.global_batch_size):
+        step = next(steps)
+        if objective._inner == 1:
+            earned.append(step.metrics["ppo/reward"])
+            kept.append(objective.state_dict().numbers["baseline"])
+    assert kept == pytest.approx([earned[0], 0.75 * earned[0] + 0.25 * earned[1]])
+    resumed = PPOObjective(config, sampler, prompts=prompts, heldout=prompts, balancing=Balancing())
+    resumed.load_state_dict(objective.state_dict())
+    assert resumed.state_dict().numbers["baseline"] == kept[1]
 
 
 def test_a_checkpoint_of_before_is_loaded(world) -> None:
