@@ -16,7 +16,8 @@ from stages.config.rollouts import PPOConfig
 from stages.data.tokens.packing import RowBudget
 from stages.data.tokens.views import Split, TokensArtifact, require
 from stages.job.context import StageContext, StageOutcome
-from stages.models.build import load_causal_lm, load_reward_model
+from stages.models.build import load_causal_lm, load_reward_model, load_scorer
+from stages.models.ensemble import member_folders
 from stages.models.experts import routing_of
 from stages.models.generation import Sampling
 from stages.models.lora import add_adapter
@@ -24,6 +25,7 @@ from stages.models.same_tokenizer import check_given_scorer, check_one_score, ch
 from stages.train.engine import Engine
 from stages.train.rollout.gold import GoldWatch
 from stages.train.rollout.objective import PPOObjective
+from stages.train.rollout.reading import reading_of, scale_of
 from stages.train.rollout.sampling import Sampler
 from stages.train.rollout.scoring import RewardModel
 from stages.train.routing import Balancing
@@ -52,6 +54,8 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     start_dir, reward_dir = context.model_dir("model", BASE_MODEL), context.model_dir("reward", REWARD_MODEL)
     if context.has_given(REWARD_MODEL):
         check_given_scorer(reward_dir, tokens.tokenizer(), role=REWARD_MODEL)
+    members = member_folders(reward_dir)
+    reading, scale = reading_of(config, reward_dir, size=len(members)), scale_of(config, reward_dir)
     policy = load_causal_lm(start_dir, tokens, lora=config.lora)
     critic = _critic_of(config, tokens, start_dir=start_dir, reward_dir=reward_dir)
 
@@ -62,10 +66,13 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         is_critic = adapted and isinstance(config.estimator, GAE) and config.estimator.critic == "reward_model"
         budget = RowBudget(row_length=tokens.sequence_length, max_rows=context.execution.micro_batch_size)
         reward = None if is_critic else engine.freeze(load_reward_model(reward_dir, tokens))
+        further = [engine.freeze(load_reward_model(member, tokens)) for member in members[1:]]
         sampler = Sampler(
             Sampling(config.max_response_length, tokens.eos_id, tokens.pad_id, config.temperature),
             seed=config.seed,
-            scorer=RewardModel(reward, pad_id=tokens.pad_id, budget=budget),
+            scorer=RewardModel(
+                reward, pad_id=tokens.pad_id, budget=budget, further=further, reading=reading, scale=scale
+            ),
             reference=None if adapted else engine.freeze(load_causal_lm(start_dir, tokens)),
             budget=budget,
         )
@@ -110,7 +117,7 @@ class _Gold:
             logger.warning("no gold scores while PPO trains, only in `evaluate`: %s", self.missing)
         if self.folder is None:
             return None
-        frozen = engine.freeze(load_reward_model(self.folder, tokens))
+        frozen = engine.freeze(load_scorer(self.folder, tokens))
         scorer = RewardModel(frozen, pad_id=tokens.pad_id, budget=budget)
         return GoldWatch(scorer, patience=config.gold_patience)
 

@@ -29,12 +29,12 @@ from stages.config.graph import (
     pipeline_stages,
     trained_stages,
 )
-from stages.config.margins import refuse_margins_without_effect
 from stages.config.nested import dotted, dotted_once, leaves
 from stages.config.pipeline import PipelineConfig
 from stages.config.places import check_source
 from stages.config.preferences import PairsHalf
 from stages.config.recipes import RECIPES
+from stages.config.scoring import refuse_aggregation_of_one, refuse_margins_without_effect
 from stages.config.selection import asks_for_gold, needed_data
 from stages.config.sources import parse_source, take_weights
 from stages.config.suites import check_suites
@@ -98,6 +98,7 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     check_suites(config)
     _refuse_patience_without_gold(config)
     refuse_margins_without_effect(config)
+    refuse_aggregation_of_one(config)
     return config
 
 

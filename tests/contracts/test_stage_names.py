@@ -46,7 +46,7 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
 
 # Files that may write two or more members of Stage side by side, and why.
 LISTING: dict[str, str] = {
-    "stages/config/margins.py": "the two stages that learn scores from pairs",
+    "stages/config/scoring.py": "the two stages that learn scores from pairs",
     "stages/config/pipeline.py": "the class of each stage's settings, and who starts from a given base model",
     "operators/evaluation.py": "an aligned model comes with the SFT and the reward model that it was made from",
 }

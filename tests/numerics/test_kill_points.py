@@ -11,10 +11,7 @@ import random
 import re
 import signal
 from collections import Counter
-<<<<<<< HEAD
-from collections.abc import Iterator, Mapping
-=======
->>>>>>> main
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -82,11 +82,13 @@ def _to_sequence(sample: Sampled, result: Estimate) -> TokenSequence:
 
 def describe(samples: Sequence[Sampled]) -> dict[str, float]:
     """Return a rollout's own numbers, averaged over responses."""
+    spreads = [sample.spread for sample in samples if sample.spread is not None]
     return {
         "ppo/score": float(np.mean([sample.score for sample in samples])),
         "ppo/kl": float(np.mean([sample.kl for sample in samples])),
         "ppo/response_length": float(np.mean([len(sample.response) for sample in samples])),
         "ppo/finished": float(np.mean([sample.finished for sample in samples])),
+        **({"ppo/score_spread": float(np.mean(spreads))} if spreads else {}),
     }
 
 

@@ -38,6 +38,8 @@ class Sampled:
     score: float
     finished: bool
     """True when it ended with the end token."""
+    spread: float | None = None
+    """How far the members of an ensemble of reward models are apart about it; None without one."""
 
     @property
     def kl(self) -> float:
@@ -112,7 +114,8 @@ class Sampler:
                 logprobs_R=per_token[i]["logprobs"],
                 ref_logprobs_R=per_token[i]["ref_logprobs"],
                 values_R=per_token[i].get("values"),
-                score=scores[i],
+                score=scores[i].value,
+                spread=scores[i].spread,
                 finished=bool(responses[i][-1] == self.sampling.eos_id),
             )
             for i in range(len(sequences))

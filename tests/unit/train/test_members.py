@@ -17,7 +17,9 @@ from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
 from stages.config.preferences import RewardConfig
 from stages.config.request import ArtifactRef
-from stages.data.tokens.packing import TokenSequence, lay_out
+from stages.config.resolve import resolve
+from stages.config.rollouts import PPOConfig
+from stages.data.tokens.packing import RowBudget, TokenSequence, lay_out
 from stages.data.tokens.views import Split, TokensArtifact, evenly
 from stages.job.context import StageContext, StageOutcome
 from stages.judge.gates import reload
@@ -26,8 +28,11 @@ from stages.models.ensemble import Ensemble, member_folders
 from stages.models.forward import member_scores, segment_scores
 from stages.train.comparisons import planned_comparisons, resampled
 from stages.train.members import member_seed, train_members_on_worker
+from stages.train.rollout.reading import reading_of, scale_of
+from stages.train.rollout.scoring import RewardModel, ScoreScale
 from stages.train.run import train_model, train_on_worker
-from tests.small_world import CONFIGS, make_context, make_models, make_tokens
+from tests.numerics.training import run_training
+from tests.small_world import CONFIGS, make_context, make_models, make_tokens, published
 
 REWARD: Any = CONFIGS[Stage.REWARD]
 
@@ -189,3 +194,59 @@ def test_an_ensemble_with_a_missing_member_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="an ensemble of 2 reward models without members/01"):
         member_folders(tmp_path)
+
+
+def ppo(**changes: Any) -> PPOConfig:
+    known: Any = CONFIGS[Stage.PPO]
+    return PPOConfig.model_validate({**known.model_dump(), "num_rollouts": 1, "num_epochs": 1, **changes})
+
+
+def test_scores_of_members_are_read_from_the_same_origin(ensemble: Any) -> None:
+    """Bradley-Terry leaves the offset of each member open: one that is low everywhere is not the worst."""
+    folder = ensemble[0].output_dir
+    told = [one["heldout"]["mean"] for one in json.loads((folder / "scores.json").read_text())["members"]]
+    reading = reading_of(ppo(aggregation="minimum"), folder, size=3)
+    assert sum(reading.offsets) == pytest.approx(0.0, abs=1e-9)
+    alike = torch.tensor([[mean] for mean in told])  # each member gives its own usual score
+    (score,) = reading.scores(alike)
+    assert score.value == pytest.approx(sum(told) / 3, abs=1e-6)
+    assert score.spread == pytest.approx(0.0, abs=1e-6)
+    lower = reading_of(ppo(aggregation="lower", spread_coefficient=2.0), folder, size=3)
+    (score,) = lower.scores(alike + torch.tensor([[3.0], [0.0], [0.0]]))  # mean 1, spread sqrt 2
+    assert score.value == pytest.approx(sum(told) / 3 + 1 - 2 * 2**0.5, abs=1e-5)
+
+
+def test_the_scale_of_scores_is_that_of_the_model_if_wanted(ensemble: Any, tmp_path: Path) -> None:
+    folder = ensemble[0].output_dir
+    told = json.loads((folder / "scores.json").read_text())["heldout"]
+    scale = scale_of(ppo(score_scale="model"), folder)
+    assert scale == ScoreScale(told["mean"], told["std"])
+    scorer = RewardModel(None, pad_id=0, budget=RowBudget(row_length=8, max_rows=1), scale=scale)
+    assert scorer.rewards([told["mean"] + told["std"]] * 2) == pytest.approx([1.0, 1.0], abs=1e-4)
+    assert scale_of(ppo(), tmp_path) is None
+    with pytest.raises(ConfigError, match="has no statistics of its scores"):
+        scale_of(ppo(score_scale="model"), tmp_path)
+
+
+def test_an_aggregation_of_one_reward_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs an ensemble of reward models, and this one has one member"):
+        reading_of(ppo(aggregation="minimum"), tmp_path, size=1)
+    with pytest.raises(ConfigError, match=r"ppo\.aggregation=minimum needs an ensemble, and reward\.ensemble_size=1"):
+        resolve({"recipe": "tiny", "alignment": "ppo", "overrides": {"ppo.aggregation": "minimum"}})
+    with pytest.raises(ValueError, match="aggregation=mean and spread_coefficient=1 do not go together"):
+        ppo(spread_coefficient=1.0)
+    with pytest.raises(ValueError, match="aggregation=lower and spread_coefficient=0 do not go together"):
+        ppo(aggregation="lower")
+
+
+@pytest.mark.parametrize("rank", [0, 4], ids=["whole", "adapter"])
+def test_ppo_reads_all_members_with_and_without_an_adapter(
+    rank: int, ensemble: Any, inputs: dict[str, ArtifactRef], tmp_path: Path
+) -> None:
+    """With an adapter the critic without it is the first member. Either way the first rollout has the same scores."""
+    given = {**inputs, "reward": published(ensemble[0])}
+    changed = ppo(aggregation="minimum", lora={"rank": rank})
+    first = run_training(tmp_path, Stage.PPO, changed, given).history[0]
+    mean = run_training(tmp_path / "mean", Stage.PPO, ppo(lora={"rank": rank}), given).history[0]
+    assert first["ppo/score_spread"] == pytest.approx(mean["ppo/score_spread"], abs=1e-6) != 0.0
+    assert first["ppo/score"] < mean["ppo/score"]

@@ -1,4 +1,4 @@
-"""Margins of preference pairs: what a source says about them and what training makes of it belong together."""
+"""What settings of the reward model ask of others: margins of the sources, and of PPO that it reads an ensemble."""
 
 from stages.config.errors import ConfigError
 from stages.config.graph import PREFERENCES, Stage
@@ -29,4 +29,14 @@ def refuse_margins_without_effect(config: PipelineConfig) -> None:
         raise ConfigError(
             f"{PREFERENCES}: margin= of {with_margin[0]!r} counts nowhere, because {stages[0]}.margin=0",
             advice=f"Set {stages[0]}.margin, such as 1.0, or leave margin= out.",
+        )
+
+
+def refuse_aggregation_of_one(config: PipelineConfig) -> None:
+    """Raise ConfigError for an aggregation of the members of an ensemble where the run trains a single reward model."""
+    makes_one = Stage.REWARD in config.selected and config.reward.ensemble_size == 1
+    if Stage.PPO in config.selected and config.ppo.aggregation != "mean" and makes_one:
+        raise ConfigError(
+            f"ppo.aggregation={config.ppo.aggregation} needs an ensemble, and reward.ensemble_size=1",
+            advice="Set reward.ensemble_size, such as 4, or use ppo.aggregation=mean.",
         )
