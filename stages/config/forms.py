@@ -19,6 +19,7 @@ from stages.config.graph import (
     pipeline_stages,
 )
 from stages.config.names import Lines, ModelAddress, RunName
+from stages.config.nested import dotted
 from stages.config.places import is_gguf
 from stages.config.selection import Way, contradiction, selected_stages, skipped_stages
 
@@ -125,6 +126,11 @@ class RunOutline(Config):
         """Whether the base model is a GGUF file, which a stage of its own turns into a Hugging Face model."""
         return is_gguf(self.base_model)
 
+    @property
+    def scored_by_model(self) -> bool:
+        """Whether reinforcement learning takes its scores, or a part of them, from a reward model."""
+        return True
+
     def way_until(self, last_stage: Stage) -> Way:
         """Where the run enters and ends, if it ended with `last_stage`."""
         return Way(
@@ -136,6 +142,7 @@ class RunOutline(Config):
             train_reward=self.train_reward,
             train_gold=self.gold_scorer is GoldScorer.TRAIN,
             converts=self.converts,
+            scored_by_model=self.scored_by_model,
         )
 
 
@@ -162,6 +169,10 @@ class PipelineParams(RunOutline):
     )
     """Preference pairs, one source per line, with `#weight=` and `#format=` as above; `derived` makes pairs from the
     documents. Empty: those of the recipe."""
+    prompts: Lines = Field(default_factory=list, title="Prompt sets", examples=["s3://bucket/gsm8k.jsonl"])
+    """Prompts for reinforcement learning with something to judge responses by, one source per line: questions of GSM8K,
+    or rows of `prompt` with `reference`, `tests` or `schema`. PPO then answers these instead of the prompts of the
+    instructions (`ppo.prompts_from`). Empty: those of the recipe."""
     benchmarks: Lines = Field(
         default_factory=list,
         title="Benchmarks",
@@ -183,6 +194,21 @@ class PipelineParams(RunOutline):
     overrides: dict[str, Any] = Field(default_factory=dict, title="Overrides")
     """Changes to the recipe by dotted path, as JSON: `{"sft.optimizer.learning_rate": 0.0002}`. Unknown paths are
     refused."""
+
+    @property
+    def scored_by_model(self) -> bool:
+        """As the overrides say; no recipe has another scorer than the reward model."""
+        overrides = dotted(self.overrides)
+        match overrides.get("ppo.scorer.kind", "reward_model"):
+            case "reward_model":
+                return True
+            case "mixture":  # what is wrong about its parts is told when the configuration is validated
+                given = overrides.get("ppo.scorer.parts")
+                parts = [part for part in given if isinstance(part, dict)] if isinstance(given, list | tuple) else []
+                scorers = [one for part in parts if isinstance(one := part.get("scorer"), dict)]
+                return any(one.get("kind") == "reward_model" for one in scorers)
+            case _:
+                return False
 
     @model_validator(mode="after")
     def _all_goes_together(self) -> "PipelineParams":

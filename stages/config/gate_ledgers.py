@@ -9,8 +9,9 @@ from typing import Any
 
 from stages.config.gate_evidence import DEFECT, Evidence
 from stages.config.gate_records import Check, compared, failed, skipped
-from stages.config.graph import DOCUMENTS, GRAPH, INSTRUCTIONS, PREFERENCES, StageSpec
+from stages.config.graph import DOCUMENTS, GRAPH, INSTRUCTIONS, PREFERENCES, PROMPTS, StageSpec
 from stages.config.request import Manifest
+from stages.config.rollouts import PROMPT_FIELDS
 from stages.config.selection import learns_from_scores
 
 
@@ -109,6 +110,16 @@ def tokenized(evidence: Evidence) -> Iterable[Check]:
                 is_older=is_older,
             )
             yield from _conserves(f"{split}_{part}", mine.get(part))
+        posed = number_at(published, "published_pairs", f"prompts/{split}")
+        if posed is not None or "prompt_sets" in mine:
+            yield _equal(
+                f"ledger_{split}_prompt_sets",
+                number_at(mine, "prompt_sets", "in"),
+                posed,
+                found_is=f"{split} prompts of prompt sets that came in",
+                allowed_is="published by curate",
+            )
+            yield from _conserves(f"{split}_prompt_sets", mine.get("prompt_sets"))
 
 
 def _conserves(name: str, account: Any) -> Iterable[Check]:
@@ -157,6 +168,9 @@ def recounted(evidence: Evidence) -> Iterable[Check]:
                 number_at(mine, "preferences", "kept"),
             ),
         }
+        if "prompt_sets" in mine:
+            kept = number_at(mine, "prompt_sets", "kept")
+            counted["prompt_sets"] = (_rows(sizes, f"prompt_sets/{split}/ids-offsets.npy"), kept)
         for what, (found, told) in counted.items():
             yield _equal(
                 f"files_{split}_{what}",
@@ -193,6 +207,10 @@ def trained_on(evidence: Evidence) -> Iterable[Check]:
     spec = GRAPH[evidence.manifest.stage]
     part = _part_of(spec)
     told = {_COUNTED[part]: number_at(train, part, "tokens" if part == DOCUMENTS else "kept")}
+    if part == PROMPTS:
+        asked = PROMPT_FIELDS.get(evidence.manifest.config.get("prompts_from", INSTRUCTIONS), ())
+        of_sets = {"prompt_sets": number_at(train, "prompt_sets", "kept")} if PROMPTS in asked else {}
+        told = (told if INSTRUCTIONS in asked else {}) | of_sets
     if part in ("conversations", "preferences"):
         trained, masked = (number_at(train, part, f"{kind}_tokens") for kind in ("target", "masked"))
         told["targets_available"] = trained
@@ -238,5 +256,5 @@ _COUNTED = {
 
 def _part_of(spec: StageSpec) -> str:
     if learns_from_scores(spec):
-        return "prompts"
+        return PROMPTS
     return {DOCUMENTS: "documents", INSTRUCTIONS: "conversations", PREFERENCES: "preferences"}[spec.needs]

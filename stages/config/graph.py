@@ -18,8 +18,8 @@ compares responses. Each is a field of the form under the same name."""
 
 GIVEN_MODELS = (BASE_MODEL, REWARD_MODEL, REWARD_BASE, GOLD_MODEL, JUDGE)
 
-DOCUMENTS, INSTRUCTIONS, PREFERENCES = "documents", "instructions", "preferences"
-DATA_FIELDS = (DOCUMENTS, INSTRUCTIONS, PREFERENCES)
+DOCUMENTS, INSTRUCTIONS, PREFERENCES, PROMPTS = "documents", "instructions", "preferences", "prompts"
+DATA_FIELDS = (DOCUMENTS, INSTRUCTIONS, PREFERENCES, PROMPTS)
 """The kinds of data, each a field of the form."""
 
 BENCHMARKS = "benchmarks"

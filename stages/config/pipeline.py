@@ -14,12 +14,14 @@ from stages.config.errors import ConfigError
 from stages.config.execution import ExecutionConfig
 from stages.config.forms import RunOutline
 from stages.config.gates import GatesConfig
-from stages.config.graph import BASE_MODEL, BENCHMARKS, GRAPH, Stage, stage_providing
+from stages.config.graph import BASE_MODEL, BENCHMARKS, GRAPH, REWARD_MODEL, Stage, stage_providing
 from stages.config.names import ExperimentName
 from stages.config.preferences import DPOConfig, GoldConfig, RewardConfig
 from stages.config.records import first_error
 from stages.config.request import PREVIOUS, ArtifactRef, Source, SourceKind
 from stages.config.rollouts import PPOConfig
+from stages.config.scorers import reads_reward_model
+from stages.config.selection import learns_from_scores
 from stages.config.tokens import TokenizeConfig
 from stages.config.train import PretrainConfig, SFTConfig
 
@@ -106,6 +108,10 @@ class PipelineConfig(RunOutline):
     execution: Executions = Executions()
     """Resources and layout by stage; never part of a fingerprint."""
 
+    @property
+    def scored_by_model(self) -> bool:
+        return reads_reward_model(self.ppo.scorer)
+
     def stage_config(self, stage: Stage) -> Config:
         """Return the part that belongs to `stage`."""
         return getattr(self, stage.value)
@@ -140,6 +146,8 @@ class PipelineConfig(RunOutline):
         """Return the inputs of a stage that this run makes, by role; a given model replaces the input that it stands
         for."""
         inputs = {role: source for role, source in GRAPH[stage].inputs if source in self.selected}
+        if self._does_without_reward_model(stage):
+            inputs = {role: source for role, source in inputs.items() if not GRAPH[source].learnt_from}
         places = dict(GRAPH[stage].given)
         for role in self.given_roles(stage):
             inputs.pop(places[role], None)
@@ -153,7 +161,11 @@ class PipelineConfig(RunOutline):
         """
         spec = GRAPH[stage]
         learners = (
-            other for other in self.selected if GRAPH[other].trains and stage in dict(GRAPH[other].inputs).values()
+            other
+            for other in self.selected
+            if GRAPH[other].trains
+            and stage in dict(GRAPH[other].inputs).values()
+            and not self._does_without_reward_model(other)
         )
         if stage in self.selected or not spec.learnt_from or not any(learners):
             return None
@@ -171,9 +183,13 @@ class PipelineConfig(RunOutline):
         roles: dict[str, str] = {}
         for role, place in GRAPH[stage].given:
             taken = place and (place in roles.values() or (role == BASE_MODEL and place in made))
-            if role in self.given_models and not taken:
+            unread = role == REWARD_MODEL and self._does_without_reward_model(stage)
+            if role in self.given_models and not taken and not unread:
                 roles[role] = place
         return tuple(roles)
+
+    def _does_without_reward_model(self, stage: Stage) -> bool:
+        return learns_from_scores(GRAPH[stage]) and not self.scored_by_model
 
     def _provider(self, role: str) -> Stage | None:
         """The stage of this run whose artifact stands for a given model."""

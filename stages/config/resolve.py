@@ -24,6 +24,7 @@ from stages.config.graph import (
     GRAPH,
     INSTRUCTIONS,
     PREFERENCES,
+    PROMPTS,
     REWARD_BASE,
     Stage,
     pipeline_stages,
@@ -34,8 +35,9 @@ from stages.config.pipeline import PipelineConfig
 from stages.config.places import check_source
 from stages.config.preferences import PairsHalf
 from stages.config.recipes import RECIPES
+from stages.config.rollouts import PROMPT_FIELDS
 from stages.config.scoring import refuse_aggregation_of_one, refuse_margins_without_effect
-from stages.config.selection import asks_for_gold, needed_data
+from stages.config.selection import asks_for_gold, learns_from_scores, needed_data
 from stages.config.sources import parse_source, take_weights
 from stages.config.suites import check_suites
 from stages.config.text import HALVES, one_line
@@ -92,6 +94,7 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     config = _with_comparison(validated(type(template), tree))
     _refuse_closed_places(config)
     _refuse_nothing_to_read(config)
+    _refuse_unread_prompts(config)
     _refuse_underivable(config)
     _refuse_uncuttable(config)
     _refuse_contradictions(config)
@@ -160,6 +163,8 @@ def _apply_form(tree: dict[str, Any], params: PipelineParams) -> None:
     for name in DATA_FIELDS:
         if given := getattr(params, name):
             tree["curate"][name] = given
+    if params.prompts:
+        tree[Stage.PPO]["prompts_from"] = PROMPTS
     if params.benchmarks:
         tree["evaluate"]["benchmarks"] = params.benchmarks
     # What a stage of the run converts is an input of tokenize, like an artifact (PipelineConfig.with_given).
@@ -227,7 +232,8 @@ def _leave_out_unneeded(tree: dict[str, Any], params: PipelineParams) -> None:
     # A run that ends with its data makes what a run to the end would go on with.
     last = GRAPH[params.last_stage]
     stages = params.selected if last.trains or last.closing else params.selected_until(Stage.REPORT)
-    needed = needed_data(stages, has_base_model=True)
+    fields = PROMPT_FIELDS.get(tree[Stage.PPO]["prompts_from"], (INSTRUCTIONS,))  # what is no choice is refused later
+    needed = needed_data(stages, has_base_model=True, prompt_fields=fields)
     for name in (INSTRUCTIONS, PREFERENCES, DOCUMENTS):  # documents last: pairs may be derived from them
         derived_from = name == DOCUMENTS and any(_is_derived(curate[kind]) for kind in (INSTRUCTIONS, PREFERENCES))
         if not (name in needed or getattr(params, name) or f"curate.{name}" in asked or derived_from):
@@ -276,7 +282,7 @@ def _refuse_nothing_to_read(config: PipelineConfig) -> None:
     """What a stage of the run trains on must come from somewhere: from a source, or from the data before."""
     if config.previous_data:
         return
-    for name, stage in needed_data(config.selected, has_base_model=bool(config.base_model)).items():
+    for name, stage in _needed(config).items():
         if not getattr(config.curate, name):
             raise ConfigError(
                 f"{name} is empty, and {stage} has nothing to work on without",
@@ -289,13 +295,30 @@ def _refuse_nothing_to_read(config: PipelineConfig) -> None:
         )
 
 
+def _needed(config: PipelineConfig) -> dict[str, str]:
+    return needed_data(config.selected, has_base_model=bool(config.base_model), prompt_fields=config.ppo.prompt_fields)
+
+
+def _refuse_unread_prompts(config: PipelineConfig) -> None:
+    """Prompt sets are there for reinforcement learning alone."""
+    if not config.curate.prompts or Stage.CURATE not in config.selected:
+        return
+    learners = [stage.value for stage in config.selected_until(Stage.REPORT) if learns_from_scores(GRAPH[stage])]
+    if not learners or config.ppo.prompts_from == INSTRUCTIONS:
+        why = f"ppo.prompts_from={INSTRUCTIONS}" if learners else f"alignment={config.alignment.value} has no ppo"
+        raise ConfigError(
+            f"prompts={list(config.curate.prompts)} are given and {why}: no stage answers them",
+            advice="Leave prompts empty, or use ppo.prompts_from=prompts in a run with ppo.",
+        )
+
+
 def _refuse_underivable(config: PipelineConfig) -> None:
     """Pairs are derived from documentation; other documents need instructions and preferences of their own, or those
     of the data before them."""
     if config.previous_data or INSTALLED_DOCS in config.curate.documents:
         return
     for name in (INSTRUCTIONS, PREFERENCES):
-        needed_by = needed_data(config.selected, has_base_model=bool(config.base_model)).get(name)
+        needed_by = _needed(config).get(name)
         if needed_by and DERIVED in getattr(config.curate, name):
             raise ConfigError(
                 f"{name}={DERIVED!r} needs {INSTALLED_DOCS!r} among documents; got {list(config.curate.documents)}",
@@ -376,7 +399,8 @@ def _choose_kind(group: dict[str, Any], path: str, kind: Any) -> None:
         )
     if kind != group["kind"]:
         group.clear()
-        group.update(members[kind]().model_dump(mode="json"))
+        # Not validated: what has no useful default is empty until a later override fills it.
+        group.update(members[kind].model_construct().model_dump(mode="json"))
 
 
 def _set_dotted(tree: dict[str, Any], path: str, value: Any) -> None:

@@ -33,10 +33,20 @@ def refuse_margins_without_effect(config: PipelineConfig) -> None:
 
 
 def refuse_aggregation_of_one(config: PipelineConfig) -> None:
-    """Raise ConfigError for an aggregation of the members of an ensemble where the run trains a single reward model."""
-    makes_one = Stage.REWARD in config.selected and config.reward.ensemble_size == 1
-    if Stage.PPO in config.selected and config.ppo.aggregation != "mean" and makes_one:
+    """Raise ConfigError for an aggregation of the members of an ensemble where the run trains a single reward model,
+    and for settings of a reward model that PPO does not read."""
+    if Stage.PPO not in config.selected:
+        return
+    ppo = config.ppo
+    asked = {"aggregation": ppo.aggregation != "mean", "score_scale": ppo.score_scale != "rollout"}
+    for name in (name for name, is_asked in asked.items() if is_asked):
+        if not config.scored_by_model:
+            raise ConfigError(
+                f"ppo.{name}={getattr(ppo, name)} is about a reward model, and ppo.scorer={ppo.scorer.kind} reads none",
+                advice=f"Leave ppo.{name} out, or use a scorer with a reward model.",
+            )
+    if asked["aggregation"] and Stage.REWARD in config.selected and config.reward.ensemble_size == 1:
         raise ConfigError(
-            f"ppo.aggregation={config.ppo.aggregation} needs an ensemble, and reward.ensemble_size=1",
+            f"ppo.aggregation={ppo.aggregation} needs an ensemble, and reward.ensemble_size=1",
             advice="Set reward.ensemble_size, such as 4, or use ppo.aggregation=mean.",
         )

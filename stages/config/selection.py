@@ -12,6 +12,7 @@ from stages.config.graph import (
     DOCUMENTS,
     GOLD_MODEL,
     GRAPH,
+    INSTRUCTIONS,
     JUDGE,
     REWARD_BASE,
     REWARD_MODEL,
@@ -39,6 +40,8 @@ class Way:
     train_gold: bool = False
     converts: bool = False
     """Its base model is a GGUF file."""
+    scored_by_model: bool = True
+    """Reinforcement learning takes its scores, or a part of them, from a reward model."""
 
 
 def direct_inputs(stage: Stage) -> tuple[Stage, ...]:
@@ -149,7 +152,9 @@ def _wants_reward(way: Way) -> bool:
         return True
     if any(stage is not None and GRAPH[stage].learnt_from for stage in (way.first_stage, way.last_stage)):
         return True
-    return any(learns_from_scores(spec) and not _why_not(spec, way) for spec in aligned_models())
+    return way.scored_by_model and any(
+        learns_from_scores(spec) and not _why_not(spec, way) for spec in aligned_models()
+    )
 
 
 def learns_from_scores(spec: StageSpec) -> bool:
@@ -195,7 +200,9 @@ def _wrong_entry(way: Way) -> str:
     learners = [
         spec.stage.value
         for spec in aligned_models()
-        if learns_from_scores(spec) and not _why_not(spec, replace(way, given=way.given | {REWARD_MODEL}))
+        if way.scored_by_model
+        and learns_from_scores(spec)
+        and not _why_not(spec, replace(way, given=way.given | {REWARD_MODEL}))
     ]
     if learners:
         return (
@@ -232,7 +239,12 @@ def _wrong_reward(way: Way) -> str:
         )
     selected = selected_stages(way)
     for role in (REWARD_MODEL, REWARD_BASE, GOLD_MODEL, JUDGE):
-        readers = [stage for stage, spec in GRAPH.items() if role in dict(spec.given)]
+        unread = role == REWARD_MODEL and not way.scored_by_model  # but in an evaluation
+        readers = [
+            stage
+            for stage, spec in GRAPH.items()
+            if role in dict(spec.given) and not (unread and learns_from_scores(spec))
+        ]
         if role in way.given and not selected & set(readers):
             names = " or ".join(stage.value for stage in readers)
             return (
@@ -251,13 +263,20 @@ def _named(stage: Stage) -> str:
     return GRAPH[stage].label.lower()
 
 
-def needed_data(selected: Iterable[Stage], *, has_base_model: bool) -> dict[str, str]:
-    """Return the fields of data that a run cannot do without, each with the stage that needs it.
+def needed_data(
+    selected: Iterable[Stage], *, has_base_model: bool, prompt_fields: Iterable[str] = (INSTRUCTIONS,)
+) -> dict[str, str]:
+    """Return the fields of data that a run cannot do without, each with the stage that needs it. `prompt_fields` are
+    those whose prompts reinforcement learning answers.
 
     Documents of which pairs are derived are not among them: that depends on the sources.
     """
     selected = set(selected)
-    needed = {spec.needs: stage.value for stage, spec in reversed(GRAPH.items()) if stage in selected and spec.needs}
+    needed: dict[str, str] = {}
+    for stage, spec in reversed(GRAPH.items()):
+        if stage in selected and spec.needs:
+            fields = prompt_fields if learns_from_scores(spec) else (spec.needs,)
+            needed |= dict.fromkeys(fields, stage.value)
     if Stage.TOKENIZE in selected and not has_base_model:  # nothing brings a tokenizer, so text must train one
         needed.setdefault(DOCUMENTS, Stage.TOKENIZE.value)
     return needed

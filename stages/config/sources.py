@@ -48,8 +48,15 @@ class PreferenceFormat(StrEnum):
     LABELLED = "labelled"
 
 
+class PromptFormat(StrEnum):
+    """Formats of prompt rows; docs/DATA.md says by which fields each is detected."""
+
+    GSM8K = "gsm8k"
+    ROWS = "rows"
+
+
 class Source(Config):
-    """One line of `instructions` or `preferences`, parsed."""
+    """One line of `instructions`, `preferences` or `prompts`, parsed."""
 
     uri: str
     """Where the data is, without options; this names the source in every account."""

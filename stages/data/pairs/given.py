@@ -1,4 +1,4 @@
-"""Instruction and preference rows that users bring: detect the format, adapt the rows, count losses by source.
+"""Instruction, preference and prompt rows that users bring: detect the format, adapt the rows, count losses by source.
 
 A table mostly has one format, which its first rows show. A row that does not fit it is read as what it is, or dropped
 as a bad row whose number and fields the ledger names.
@@ -12,10 +12,10 @@ from typing import Any, Generic, TypeVar
 
 from stages.config.curate import CurateConfig
 from stages.config.errors import DataError
-from stages.config.sources import InstructionFormat, PreferenceFormat, Source
+from stages.config.sources import InstructionFormat, PreferenceFormat, PromptFormat, Source
 from stages.data.curation.extract import refuse_bad_share
 from stages.data.curation.ledger import Step
-from stages.data.pairs import instructions, preferences
+from stages.data.pairs import instructions, preferences, prompt_rows
 from stages.data.pairs.cells import unpacked
 from stages.data.pairs.labels import Coding, labels_of, numbers_in
 from stages.data.pairs.margins import NONE, margin_of, require_margins
@@ -36,7 +36,7 @@ _LOOKED_AT = 100
 """The format of a file is detected from the fields of this many rows."""
 
 Record = tuple[str, Row | BadRecord]
-Shape = TypeVar("Shape", InstructionFormat, PreferenceFormat)
+Shape = TypeVar("Shape", InstructionFormat, PreferenceFormat, PromptFormat)
 
 
 @dataclass
@@ -90,6 +90,13 @@ def given_preferences(
 ) -> list[dict[str, Any]]:
     """Preference pairs of all sources in our shape; appends the step `read` and fills the accounts."""
     return _given(sources, _preferences, config, steps, accounts)
+
+
+def given_prompts(
+    sources: Iterable[Source], config: CurateConfig, steps: list[Step], accounts: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Prompts of all sources in our shape; appends the step `read` and fills the accounts."""
+    return _given(sources, _prompts, config, steps, accounts)
 
 
 @dataclass(frozen=True)
@@ -175,7 +182,8 @@ def _counted(outcome: _Outcome, account: SourceAccount, config: CurateConfig) ->
 def _is_utf8(row: Mapping[str, Any]) -> bool:
     turns = row.get("messages") or row["prompt"]
     try:
-        for text in (*(turn["content"] for turn in turns), row.get("chosen"), row.get("rejected")):
+        compared = (*row.get("reference", ()), *row.get("tests", ()), row.get("schema"))
+        for text in (*(turn["content"] for turn in turns), row.get("chosen"), row.get("rejected"), *compared):
             if isinstance(text, str):
                 text.encode()
     except UnicodeEncodeError:
@@ -300,6 +308,22 @@ def _instruction_row(key: str, made: Conversation, source: Source, config: Curat
     messages = [dict(message) for message in made.messages]
     heldout = is_drawn(config.heldout_fraction, config.seed, "heldout", opening(messages))
     return {"id": key, "messages": messages, "group": source.uri, "origin": "given", "heldout": heldout}
+
+
+def _prompts(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
+    for shaped in _shaped(table, _shapes(table, PromptFormat, prompt_rows.fits, prompt_rows.fitting_formats)):
+        if isinstance(shaped, _Outcome):
+            yield shaped
+            continue
+        key, row = shaped.key, shaped.row
+        try:
+            made, tools = prompt_rows.to_prompt(shaped.shape, row.values), tools_of(row.values)
+        except Unusable as error:
+            yield _Outcome(key, row.size, None, error.reason, str(row.values))
+            continue
+        heldout = is_drawn(config.heldout_fraction, config.seed, "heldout", opening(made.messages))
+        ours = {"id": key, **made.to_dict(), "group": table.source.uri, "origin": "given", "heldout": heldout, **tools}
+        yield _Outcome(key, row.size, ours)
 
 
 def _preferences(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:

@@ -5,22 +5,22 @@ consumes them like any other steps. A gold scorer, where the run has one, is rea
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from stages.config.estimators import Reinforce
 from stages.config.rollouts import PPOConfig
 from stages.data.tokens.packing import Packed, TokenSequence, lay_out
-from stages.data.tokens.ragged import Ragged
 from stages.data.tokens.views import evenly
 from stages.losses.advantages import decayed
 from stages.losses.divergence import adapted_kl_coefficient
+from stages.rules.ready import Row
 from stages.train.engine import Engine, LossOutput
 from stages.train.objective import ObjectiveState, Step
 from stages.train.plan import batches, order_digest, share, shuffled
+from stages.train.rollout.asked import Prompts
 from stages.train.rollout.experience import Shaping, critic_quality, describe, from_tensors, to_experience, to_tensors
 from stages.train.rollout.gold import GoldWatch
 from stages.train.rollout.prompts import prompt_loss
@@ -43,12 +43,16 @@ class PPOObjective:
         config: PPOConfig,
         sampler: Sampler,
         *,
-        prompts: Ragged,
-        heldout: Ragged,
+        prompts: Prompts,
+        heldout: Prompts,
         balancing: Balancing,
         gold: GoldWatch | None = None,
+        rows: Sequence[Row] = (),
+        heldout_rows: Sequence[Row] = (),
     ) -> None:
+        """`rows` are those of the prompts, for scorers that read texts."""
         self._config, self._sampler, self._prompts, self._heldout = config, sampler, prompts, heldout
+        self._rows, self._heldout_rows = rows, heldout_rows
         self._balancing, self._gold = balancing, gold
         # `global_batch_size` divides `rollout_size`: every epoch over a rollout sees each response once.
         self._steps_per_rollout = config.num_epochs * (config.rollout_size // config.global_batch_size)
@@ -84,15 +88,17 @@ class PPOObjective:
     def _roll_out(self, engine: Engine) -> None:
         config = self._config
         # Another stream in every rollout: a prompt that comes again gets new responses.
+        numbers = self._next_prompts()
         samples = self._sampler.sample(
             engine,
-            self._next_prompts(),
+            [self._prompts[number] for number in numbers],
+            rows=[self._rows[number] for number in numbers] if self._rows else (),
             stream=self._rollout,
             responses_per_prompt=config.estimator.responses_per_prompt,
         )
         experience = to_experience(
             samples,
-            self._sampler.scorer.rewards([sample.score for sample in samples]),
+            self._sampler.rewards(samples),
             shaping=Shaping(self._kl_coefficient, config.missing_eos_penalty),
             estimator=config.estimator,
             baseline=self._baseline,
@@ -114,7 +120,7 @@ class PPOObjective:
                 num_responses=config.rollout_size,
             )
 
-    def _next_prompts(self) -> list[np.ndarray]:
+    def _next_prompts(self) -> list[int]:
         """Walk through shuffled prompts, epoch after epoch; a rollout may span the end of one and the start of the
         next."""
         size, available = self._config.prompts_per_rollout, len(self._prompts)
@@ -123,7 +129,7 @@ class PPOObjective:
             epoch: shuffled(available, seed=self._config.seed, epoch=epoch)
             for epoch in {position // available for position in positions}
         }
-        return [self._prompts[int(orders[p // available][p % available])] for p in positions]
+        return [int(orders[p // available][p % available]) for p in positions]
 
     def _minibatch(self, engine: Engine) -> Step:
         config = self._config
@@ -153,7 +159,8 @@ class PPOObjective:
         if not len(chosen):
             return {}
         prompts = [self._heldout[int(i)] for i in chosen]
-        samples = self._sampler.sample(engine, prompts, stream=_EVALUATION_STREAM)
+        rows = [self._heldout_rows[int(i)] for i in chosen] if self._heldout_rows else ()
+        samples = self._sampler.sample(engine, prompts, stream=_EVALUATION_STREAM, rows=rows)
         found = {name.replace("ppo/", "eval/"): value for name, value in describe(samples).items()}
         found |= prompt_loss(engine, prompts, self._sampler.budget)
         return found | (self._gold.measure(engine, samples) if self._gold is not None else {})
@@ -179,7 +186,7 @@ class PPOObjective:
         if self._gold is not None:
             numbers |= self._gold.state_dict()
         return ObjectiveState(
-            numbers | self._sampler.scorer.state_dict(), to_tensors(self._experience) | self._balancing.state_dict()
+            numbers | self._sampler.state_dict(), to_tensors(self._experience) | self._balancing.state_dict()
         )
 
     def load_state_dict(self, state: ObjectiveState) -> None:
@@ -187,7 +194,7 @@ class PPOObjective:
         self._kl_coefficient = state.numbers["kl_coefficient"]
         self._rollout_metrics = state.numbers["rollout_metrics"]
         self._baseline = state.numbers.get("baseline")
-        self._sampler.scorer.load_state_dict(state.numbers)
+        self._sampler.load_state_dict(state.numbers)
         if self._gold is not None:
             self._gold.load_state_dict(state.numbers)
         self._experience = from_tensors(state.tensors)
