@@ -30,7 +30,7 @@ from stages.train.rollout.gold import GoldWatch
 from stages.train.rollout.objective import PPOObjective
 from stages.train.rollout.reading import reading_of, scale_of
 from stages.train.rollout.sampling import Sampler
-from stages.train.rollout.scorers.ready import ready_parts
+from stages.train.rollout.scorers.ready import Keeping, ready_parts
 from stages.train.rollout.scoring import Reading, RewardModel
 from stages.train.routing import Balancing
 from stages.train.run import Prepared, train_stage
@@ -49,7 +49,8 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     say."""
     config = context.config
     assert isinstance(config, PPOConfig)
-    parts_of_score = ready_parts(config, tokens)
+    keeping = Keeping(context.store, context.fingerprint, context.progress.watchdog.beat)
+    parts_of_score = ready_parts(config, tokens, keeping)
     asked, heldout = (
         asked_of(config, tokens, split, with_rows=parts_of_score is not None) for split in (Split.TRAIN, Split.HELDOUT)
     )

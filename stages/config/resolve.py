@@ -36,6 +36,7 @@ from stages.config.places import check_source
 from stages.config.preferences import PairsHalf
 from stages.config.recipes import RECIPES
 from stages.config.rollouts import PROMPT_FIELDS
+from stages.config.scorers import endpoints_of
 from stages.config.scoring import refuse_aggregation_of_one, refuse_margins_without_effect
 from stages.config.selection import asks_for_gold, learns_from_scores, needed_data
 from stages.config.sources import parse_source, take_weights
@@ -273,6 +274,9 @@ def _refuse_closed_places(config: PipelineConfig) -> None:
             check_source(address, field=BENCHMARKS)
     if endpoint := config.evaluate.judge.endpoint:
         check_endpoint(endpoint, field="judge", with_key=bool(config.evaluate.judge.api_key_env), for_judges=True)
+    if any(learns_from_scores(GRAPH[stage]) for stage in config.selected):
+        for field, asked in endpoints_of(config.ppo.scorer, "ppo.scorer").items():
+            check_endpoint(asked.endpoint, field=f"{field}.endpoint", with_key=bool(asked.api_key_env), for_judges=True)
     for field, address in {**config.given_models, "previous_data": config.previous_data}.items():
         if address and not address.startswith("models:/"):
             check_source(address, field=field)

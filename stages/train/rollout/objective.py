@@ -169,7 +169,9 @@ class PPOObjective:
     def ledger(self) -> dict[str, Any]:
         """Responses that were sampled to train on, and why there are not more of them."""
         # The cursor is behind the step that was handed out last, so a rollout amid its updates has begun.
-        sampled = {"responses": (self._rollout + (self._inner > 0)) * self._config.rollout_size}
+        sampled: dict[str, Any] = {"responses": (self._rollout + (self._inner > 0)) * self._config.rollout_size}
+        if self._sampler.parts is not None and (asked := self._sampler.parts.account()):
+            sampled["scorers"] = asked
         early = self._gold is not None and self._gold.ends and self._rollout < self._config.num_rollouts
         return sampled | ({"stopped_early": self._gold.reason()} if early and self._gold is not None else {})
 
