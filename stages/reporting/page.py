@@ -6,7 +6,16 @@ from stages.artifacts.manifests import utc_now
 from stages.config.servers import is_web_address
 from stages.config.text import printable
 from stages.lineage.views import to_svg
-from stages.reporting import answers, data_views, gate_views, gold_views, mixture_views, model_views, suite_views
+from stages.reporting import (
+    answers,
+    data_views,
+    gate_views,
+    gold_views,
+    memory_views,
+    mixture_views,
+    model_views,
+    suite_views,
+)
 from stages.reporting.names import label_of
 from stages.reporting.story import Story
 
@@ -51,6 +60,7 @@ def render_page(story: Story) -> str:
         tokens=data_views.tokens_table(story),
         mixture=mixture_views.mixture_table(story),
         cost=data_views.cost_table(story),
+        memory=memory_views.memory_table(data_views.stages_in_order(story)),
         registered=data_views.registered_table(story),
         artifacts=data_views.artifacts_table(story),
         settings=data_views.settings(story),
