@@ -33,6 +33,7 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
     "stages/judge/benchmarks/items.py": ({"gold"}, "a field that rows have"),
     "stages/ppo.py": ({"reward"}, "role of its own input"),
     "stages/reward.py": ({"reward"}, "part of its own checkpoints"),
+    "stages/train/scores.py": ({"reward"}, "part of the training that scores"),
     "stages/reporting/model_views.py": ({"reward"}, "section of metrics.json"),
     "operators/evaluation.py": ({"reward"}, "field of its form"),
     "stages/data/pairs/preferences.py": ({"reward"}, "a field that rows have"),
