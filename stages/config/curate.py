@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from stages.config.base import AddedLater, Config
+from stages.config.graph import makers_of
 from stages.config.sources import InstructionFormat, PreferenceFormat, PromptFormat, Source, parse_sources
 
 INSTALLED_DOCS = "installed-docs"
@@ -209,7 +210,7 @@ class CurateConfig(Config):
         roles: dict[str, str] = {}
         for role, named in uris.items():
             for uri in named:
-                if uri != DERIVED:
+                if uri != DERIVED and uri not in makers_of(role):
                     roles.setdefault(uri, role)
         return roles
 

@@ -15,6 +15,7 @@ from stages.config.combinations import contradictions
 from stages.config.curate import DERIVED, INSTALLED_DOCS
 from stages.config.endpoints import check_endpoint, is_endpoint
 from stages.config.errors import ConfigError
+from stages.config.feedback import add_made_data, apply_feedback, refuse_closed_feedback, refuse_useless_feedback
 from stages.config.forms import GoldScorer, PipelineParams, RunOutline
 from stages.config.graph import (
     BENCHMARKS,
@@ -41,6 +42,7 @@ from stages.config.scoring import refuse_aggregation_of_one, refuse_margins_with
 from stages.config.selection import asks_for_gold, learns_from_scores, needed_data
 from stages.config.sources import parse_source, take_weights
 from stages.config.suites import check_suites
+from stages.config.synthetic import apply_synthesis, refuse_closed_synthesis, refuse_useless_synthesis
 from stages.config.text import HALVES, one_line
 from stages.config.train import TrainConfig
 
@@ -60,6 +62,10 @@ _FILLED = {
     "evaluate.champion": "The task evaluate fills it, with the champion that it finds when it starts.",
     "evaluate.champion_missing": "The task evaluate fills it, when it cannot find the champion's artifact.",
     "evaluate.comparison": "Set promote.level, promote.power and promote.least_difference, from which it follows.",
+    "constitution.critic.endpoint": "It is the field critic of the form.",
+    "synthesize.generator.endpoint": "It is the field generator of the form.",
+    "synthesize.method": "It is the field synthesis of the form.",
+    "constitution.makes": "It is the field ai_feedback of the form.",
     "promote.approval": "The task approve fills it, with the answer of the person whom promotion=approval asks.",
 }
 """What `overrides` must not set, and who does: names would no longer agree, or a person's decision would be made up."""
@@ -90,6 +96,7 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     for path, value in _ordered(params.overrides):
         _set_dotted(tree, path, value)
     _apply_seed(tree, params)
+    add_made_data(tree, params)
     _place_weights(tree)
     _leave_out_unneeded(tree, params)
     config = _with_comparison(validated(type(template), tree))
@@ -97,6 +104,8 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     _refuse_nothing_to_read(config)
     _refuse_unread_prompts(config)
     _refuse_underivable(config)
+    refuse_useless_feedback(config)
+    refuse_useless_synthesis(config)
     _refuse_uncuttable(config)
     _refuse_contradictions(config)
     check_suites(config)
@@ -168,6 +177,8 @@ def _apply_form(tree: dict[str, Any], params: PipelineParams) -> None:
         tree[Stage.PPO]["prompts_from"] = PROMPTS
     if params.benchmarks:
         tree["evaluate"]["benchmarks"] = params.benchmarks
+    apply_feedback(tree, params)
+    apply_synthesis(tree, params)
     # What a stage of the run converts is an input of tokenize, like an artifact (PipelineConfig.with_given).
     tree["tokenize"]["base_model"] = "" if params.converts else params.base_model
     tree["promote"] |= {"run_name": params.run_name, "promotion": params.promotion}
@@ -269,6 +280,8 @@ def _refuse_closed_places(config: PipelineConfig) -> None:
     for address, field in config.curate.outside_sources.items():
         if address != INSTALLED_DOCS:
             check_source(address, field=field)
+    refuse_closed_feedback(config)
+    refuse_closed_synthesis(config)
     for address in config.evaluate.outside_benchmarks:
         if not address.startswith(LM_EVAL):
             check_source(address, field=BENCHMARKS)

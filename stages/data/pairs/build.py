@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from stages.config.curate import DERIVED
@@ -67,7 +68,9 @@ def build_pairs(units: int, bench: Workbench) -> PairsAccount:
         asked.rows = [derive.instruction(question) for question in questions]
     if asked.is_given or not asked.is_derived:
         read: list[Step] = []
-        asked.rows += given.given_instructions(_given(config.instruction_sources), config, read, asked.given)
+        asked.rows += given.given_instructions(
+            _given(config.instruction_sources), config, read, asked.given, made=_made(bench, asked.name)
+        )
         asked.steps = _one_chain(read, asked.steps)
     prepared.run(asked, answer=_answers, limit=config.max_instructions)
     _publish(asked, bench)  # before preferences are read: a useless source of instructions is told at once
@@ -78,7 +81,9 @@ def build_pairs(units: int, bench: Workbench) -> PairsAccount:
         paired.rows = derive.preferences(questions, config, wrong)
     if paired.is_given or not paired.is_derived:
         read = []
-        paired.rows += given.given_preferences(_given(config.preference_sources), config, read, paired.given)
+        paired.rows += given.given_preferences(
+            _given(config.preference_sources), config, read, paired.given, made=_made(bench, paired.name)
+        )
         paired.steps = _one_chain(read, paired.steps)
     prepared.run(paired, answer=lambda row: row["chosen"], limit=config.max_preferences)
     _publish(paired, bench)
@@ -104,6 +109,11 @@ def build_pairs(units: int, bench: Workbench) -> PairsAccount:
 
 def _given(sources: Iterable[Source]) -> list[Source]:
     return [source for source in sources if source.uri != DERIVED]
+
+
+def _made(bench: Workbench, kind: str) -> dict[str, Path]:
+    """The files with rows of a kind that stages of this run have made, by the name of the source."""
+    return {name: folder / f"{kind}.jsonl" for name, folder in bench.made.items()}
 
 
 def _one_chain(read: Sequence[Step], derived: Sequence[Step]) -> list[Step]:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from stages.config.curate import CurateConfig
@@ -30,10 +31,13 @@ from stages.data.sources.readers import data_files
 from stages.data.sources.records import BadRecord, Row, is_drawn
 from stages.data.sources.rows import read_rows
 from stages.data.sources.storage import ROW_SUFFIXES, Unread, unread_by_reason
+from stages.data.sources.streams import Stored
 
 _NOTHING: Mapping[str, Any] = {}
 _LOOKED_AT = 100
 """The format of a file is detected from the fields of this many rows."""
+
+_NONE_MADE: Mapping[str, Path] = {}
 
 Record = tuple[str, Row | BadRecord]
 Shape = TypeVar("Shape", InstructionFormat, PreferenceFormat, PromptFormat)
@@ -79,17 +83,27 @@ class _Outcome:
 
 
 def given_instructions(
-    sources: Iterable[Source], config: CurateConfig, steps: list[Step], accounts: dict[str, dict[str, Any]]
+    sources: Iterable[Source],
+    config: CurateConfig,
+    steps: list[Step],
+    accounts: dict[str, dict[str, Any]],
+    *,
+    made: Mapping[str, Path] = _NONE_MADE,
 ) -> list[dict[str, Any]]:
     """Conversations of all sources in our shape; appends the step `read` and fills the accounts."""
-    return _given(sources, _instructions, config, steps, accounts)
+    return _given(sources, _instructions, config, steps, accounts, made)
 
 
 def given_preferences(
-    sources: Iterable[Source], config: CurateConfig, steps: list[Step], accounts: dict[str, dict[str, Any]]
+    sources: Iterable[Source],
+    config: CurateConfig,
+    steps: list[Step],
+    accounts: dict[str, dict[str, Any]],
+    *,
+    made: Mapping[str, Path] = _NONE_MADE,
 ) -> list[dict[str, Any]]:
     """Preference pairs of all sources in our shape; appends the step `read` and fills the accounts."""
-    return _given(sources, _preferences, config, steps, accounts)
+    return _given(sources, _preferences, config, steps, accounts, made)
 
 
 def given_prompts(
@@ -122,12 +136,13 @@ def _given(
     config: CurateConfig,
     steps: list[Step],
     accounts: dict[str, dict[str, Any]],
+    made_here: Mapping[str, Path],
 ) -> list[dict[str, Any]]:
     total = Step("read")
     made: list[dict[str, Any]] = []
     for number, source in enumerate(sources):
         account = SourceAccount()
-        for table in _tables(source, number, account):
+        for table in _tables(source, number, account, made_here.get(source.uri)):
             for outcome in adapt(table, config):
                 made += _counted(outcome, account, config)
         for outcome in _partnered(source, account, config):
@@ -142,9 +157,12 @@ def _given(
     return made
 
 
-def _tables(source: Source, number: int, account: SourceAccount) -> Iterator[_Table]:
-    """The files of a source, which may differ in format."""
-    if source.uri.startswith("hf://"):
+def _tables(source: Source, number: int, account: SourceAccount, made: Path | None) -> Iterator[_Table]:
+    """The files of a source, which may differ in format; of one that the run has `made`, that file."""
+    if made is not None:
+        stored = Stored(str(made.resolve()), made.name, made.stat().st_size)
+        named, count = [(stored.name, stored.name, read_rows(stored))], 1
+    elif source.uri.startswith("hf://"):
         named, count = [(source.uri, "", read_hub(source.uri))], 1
     else:
         found = data_files(source.uri, ROW_SUFFIXES)
