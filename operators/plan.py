@@ -310,6 +310,7 @@ def _counted(config: PipelineConfig, manifest: Manifest | None, builds: Builds) 
             conversations=kept,
             conversation_tokens=ledger["conversations"]["tokens"] / kept,
             preferences=ledger["preferences"].get("kept", 0),
+            unpaired=ledger.get("unpaired", {}).get("kept", 0),
             vocab_size=int(source.metrics["tokens/vocab_size"]) if manifest else config.tokenize.vocab_size,
             basis=f"data as counted in tokens {source.fingerprint[:12]}",
         )

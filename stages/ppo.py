@@ -16,6 +16,7 @@ from stages.config.graph import BASE_MODEL, GOLD_MODEL, GRAPH, REWARD_MODEL, Sta
 from stages.config.rollouts import PPOConfig
 from stages.config.scorers import reads_reward_model
 from stages.data.tokens.packing import RowBudget
+from stages.data.tokens.rows import DocumentRows
 from stages.data.tokens.views import Split, TokensArtifact, require
 from stages.job.context import StageContext, StageOutcome
 from stages.models.build import load_causal_lm, load_reward_model, load_scorer
@@ -26,6 +27,7 @@ from stages.models.lora import add_adapter
 from stages.models.same_tokenizer import check_given_scorer, check_one_score, check_same_tokenizer
 from stages.train.engine import Engine
 from stages.train.rollout.asked import asked_of
+from stages.train.rollout.documents import PretrainingMix
 from stages.train.rollout.gold import GoldWatch
 from stages.train.rollout.objective import PPOObjective
 from stages.train.rollout.reading import reading_of, scale_of
@@ -55,6 +57,7 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         asked_of(config, tokens, split, with_rows=parts_of_score is not None) for split in (Split.TRAIN, Split.HELDOUT)
     )
     require(len(asked.prompts), "training prompts", advice="Give instruction data, `derived`, or prompt sets.")
+    mix = _mix_of(config, tokens)
     gold = _gold_of(context, tokens)
     if config.gold_patience:
         advice = "Hold out a larger share of the data, or set ppo.gold_patience=0."
@@ -91,13 +94,15 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
             budget=budget,
         )
         balancing = Balancing(policy=routing_of(policy), critic=routing_of(critic) if critic is not None else None)
+        watch = gold.watch(engine, tokens, budget, config)
         return PPOObjective(
             config,
             sampler,
             prompts=asked.prompts,
             heldout=heldout.prompts,
             balancing=balancing,
-            gold=gold.watch(engine, tokens, budget, config),
+            watches=[watch] if watch is not None else [],
+            mix=mix,
             rows=asked.rows,
             heldout_rows=heldout.rows,
         )
@@ -111,6 +116,15 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         exported="policy",
         ledger={**asked.counts, **({"gold_not_measured": gold.missing} if gold.missing else {})},
     )
+
+
+def _mix_of(config: PPOConfig, tokens: TokensArtifact) -> PretrainingMix | None:
+    """The documents that are trained on as well, if any."""
+    if not config.pretraining_coefficient:
+        return None
+    rows = DocumentRows(tokens.documents(Split.TRAIN), tokens.sequence_length)
+    require(len(rows), "rows of documents", advice="Give documents, or set ppo.pretraining_coefficient=0.")
+    return PretrainingMix(rows, config.pretraining_rows, config.seed)
 
 
 def _critic_of(

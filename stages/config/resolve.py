@@ -21,7 +21,6 @@ from stages.config.graph import (
     BENCHMARKS,
     DATA_FIELDS,
     DOCUMENTS,
-    GOLD_MODEL,
     GRAPH,
     INSTRUCTIONS,
     PREFERENCES,
@@ -36,6 +35,7 @@ from stages.config.pipeline import PipelineConfig
 from stages.config.places import check_source
 from stages.config.preferences import PairsHalf
 from stages.config.recipes import RECIPES
+from stages.config.rollout_inputs import refuse_what_rollouts_lack
 from stages.config.rollouts import PROMPT_FIELDS
 from stages.config.scorers import endpoints_of
 from stages.config.scoring import refuse_aggregation_of_one, refuse_margins_without_effect
@@ -45,6 +45,7 @@ from stages.config.suites import check_suites
 from stages.config.synthetic import apply_synthesis, refuse_closed_synthesis, refuse_useless_synthesis
 from stages.config.text import HALVES, one_line
 from stages.config.train import TrainConfig
+from stages.config.unpaired import refuse_unused, weights_of
 
 Model = TypeVar("Model", bound=BaseModel)
 _HALF = re.compile(f"[{HALVES}]")
@@ -108,8 +109,9 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     refuse_useless_synthesis(config)
     _refuse_uncuttable(config)
     _refuse_contradictions(config)
+    refuse_unused(config)
     check_suites(config)
-    _refuse_patience_without_gold(config)
+    refuse_what_rollouts_lack(config)
     refuse_margins_without_effect(config)
     refuse_aggregation_of_one(config)
     return config
@@ -223,12 +225,13 @@ def _place_weights(tree: dict[str, Any]) -> None:
         except ValueError as error:
             raise ConfigError(str(error), advice=f"Correct {name}, one source a line: uri#weight=0.3.") from None
         for stage in _trained_on(name) if weights else ():
+            mine = weights_of(stage, weights, tree["curate"][name]) if name == PREFERENCES else weights
             if tree[stage]["mixture"]:
                 raise ConfigError(
                     f"{name} have weights and {stage.value}.mixture={tree[stage]['mixture']} is set; which one counts?",
                     advice=f"Give the weights behind the sources, or {stage.value}.mixture, not both.",
                 )
-            tree[stage]["mixture"] = [entry.model_dump(mode="json") for entry in weights]
+            tree[stage]["mixture"] = [entry.model_dump(mode="json") for entry in mine]
 
 
 def _leave_out_unneeded(tree: dict[str, Any], params: PipelineParams) -> None:
@@ -372,16 +375,6 @@ def _refuse_contradictions(config: PipelineConfig) -> None:
         assert isinstance(train, TrainConfig)
         for what, advice in contradictions(stage.value, train, config.stage_execution(stage), experts=experts):
             raise ConfigError(what, advice=advice)
-
-
-def _refuse_patience_without_gold(config: PipelineConfig) -> None:
-    patience = config.ppo.gold_patience if Stage.PPO in config.selected else 0
-    has_gold = GOLD_MODEL in config.given_roles(Stage.PPO) or Stage.GOLD in config.stage_inputs(Stage.PPO).values()
-    if patience and not has_gold:
-        raise ConfigError(
-            f"ppo.gold_patience={patience} needs a gold scorer, and this run has none",
-            advice="Use gold_scorer=train, give a gold_model with the policy's tokenizer, or set ppo.gold_patience=0.",
-        )
 
 
 def _selected_to_train(config: PipelineConfig) -> list[Stage]:

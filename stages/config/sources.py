@@ -46,6 +46,8 @@ class PreferenceFormat(StrEnum):
     RANKED = "ranked"
     PAIRWISE = "pairwise"
     LABELLED = "labelled"
+    UNPAIRED = "unpaired"
+    """The same rows as `labelled`, kept as single responses; never detected, only named."""
 
 
 class PromptFormat(StrEnum):
@@ -73,6 +75,11 @@ class Source(Config):
     margin: str = ""
     """Where a pair's margin is: `ratings` = how much better the chosen response is rated; else a field of the row that
     says how much better it is. Empty = pairs have none."""
+
+    @property
+    def is_unpaired(self) -> bool:
+        """Whether its rows are single labelled responses, which only the loss `kto` trains on."""
+        return self.format == PreferenceFormat.UNPAIRED
 
     def __str__(self) -> str:
         """As it is written, without the weight."""
@@ -149,6 +156,11 @@ def parse_sources(field: str, lines: Iterable[str], formats: type[StrEnum] | Non
             raise ValueError(f"{field}: first= and second= of {source.uri!r} say which response a label prefers")
         if source.margin and formats is not PreferenceFormat:
             raise ValueError(f"{field}: margin= of {source.uri!r} says how much better a chosen response is")
+        if source.first and source.is_unpaired:
+            raise ValueError(
+                f"{field}: {source.uri!r} has format=unpaired, where a label is of one response; drop first= and "
+                "second="
+            )
     uris = [source.uri for source in sources]
     if repeated := sorted({uri for uri in uris if uris.count(uri) > 1}):
         raise ValueError(

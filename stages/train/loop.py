@@ -70,7 +70,8 @@ def train(
         if memory is not None:
             memory.after_backward(engine)
         # The guard judges global numbers, so all ranks take the step or none does.
-        outcome = engine.step(rate, accepts=guard.judging(loss=metrics["train/loss"], step=step + 1))
+        accepts = guard.judging(loss=metrics["train/loss"], step=step + 1)
+        outcome = engine.step(rate, accepts=accepts, rate_factors=item.rate_factors)
         step += 1
         now = clock()
         metrics |= item.metrics | {
