@@ -25,6 +25,7 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
     "stages/judge/gates/acceptance.py": ({"gold"}, "column of a table: the gain by the gold scorer"),
     "stages/judge/gates/best_of.py": ({"gold"}, "column of a table: the gain by the gold scorer"),
     "stages/config/forms.py": ({"reward"}, "an example in the form"),
+    "stages/config/compare.py": ({"ppo", "dpo"}, "defaults and examples of its form"),
     "stages/config/benchmarks.py": ({"gold"}, "name of a suite"),
     "stages/config/closing.py": ({"gold"}, "name of a suite"),
     "stages/config/recipes.py": ({"gold"}, "name of a suite"),
