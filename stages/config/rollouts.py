@@ -19,6 +19,8 @@ PROMPT_LOSS = "eval/prompt_loss"
 
 PROMPT_FIELDS = {INSTRUCTIONS: (INSTRUCTIONS,), PROMPTS: (PROMPTS,), "both": (INSTRUCTIONS, PROMPTS)}
 """The fields of data behind each choice of `ppo.prompts_from`."""
+Aggregation = Literal["mean", "minimum", "lower"]
+"""How the scores of an ensemble's members become one."""
 
 
 class LossOver(Choice):
@@ -118,6 +120,15 @@ class PPOConfig(PostTrainConfig):
     training ends; 0 = it never does. The model has the last weights, or those that `best_metric` chooses, such as
     `eval/gold_score` with `best_is` highest. Needs a gold scorer with the policy's tokenizer, and `eval_every`."""
 
+    aggregation: Annotated[Aggregation, AddedLater("mean")] = "mean"
+    """What an ensemble of reward models says of a response: the `mean` of its members' scores, their `minimum`, or the
+    `lower` mean, from which `spread_coefficient` times their standard deviation is taken."""
+    spread_coefficient: Annotated[float, AddedLater(0.0)] = Field(default=0.0, ge=0)
+    """Part of the members' spread that aggregation=lower takes from their mean."""
+    score_scale: Annotated[Literal["rollout", "model"], AddedLater("rollout")] = "rollout"
+    """By which mean and spread scores become rewards: those of the first `rollout`, or those of held-out answers that
+    the reward model's own training measured (`model`, which its scores.json has)."""
+
     moved: ClassVar = {
         name: f"estimator.{name}" for name in ("gamma", "gae_lambda", "value_clip_range", "value_coefficient")
     }
@@ -174,6 +185,16 @@ class PPOConfig(PostTrainConfig):
             raise ValueError(
                 f"gold_patience={self.gold_patience} needs eval_every >= 1, got 0: without evaluations on the way "
                 "nothing is seen to fall; set eval_every, or gold_patience to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _spread_counts_once(self) -> "PPOConfig":
+        if (self.aggregation == "lower") != (self.spread_coefficient > 0):
+            raise ValueError(
+                f"aggregation={self.aggregation} and spread_coefficient={self.spread_coefficient:g} do not go "
+                "together; use aggregation=lower with a spread_coefficient above 0, such as 1, or another aggregation "
+                "with 0"
             )
         return self
 

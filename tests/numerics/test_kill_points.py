@@ -44,6 +44,14 @@ Series = dict[str, list[list[float]]]
 """MLflow's points [step, value] of every metric; each step once."""
 
 
+ENSEMBLES: dict[str, TrainConfig] = {
+    "ensemble": CONFIGS[Stage.REWARD].model_copy(
+        update={"ensemble_size": 2, "ensemble_bootstrap": True, "counted": "prompt", "label_smoothing": 0.1}
+    )
+}
+"""Two members, of which the first may be done when the stage dies; pairs are weighted and drawn again."""
+
+
 @dataclass(frozen=True)
 class Ended:
     """What a stage that ended has left."""
@@ -81,11 +89,11 @@ class Attempts:
         checkpoint_every: int = 2,
         variant: str = "",
     ) -> None:
-        """`variant` is one of VARIANTS or LOSSES: another kind of reinforcement learning or of DPO than the usual."""
+        """`variant` is one of VARIANTS, LOSSES or ENSEMBLES: another kind than the usual."""
         self._server, self._home, self._stage, self._mlflow = server, home, stage, mlflow
         home.mkdir(parents=True)
         self._store = open_store((home / "store").as_uri())
-        config = {**VARIANTS, **LOSSES}[variant] if variant else CONFIGS[stage]
+        config = {**VARIANTS, **LOSSES, **ENSEMBLES}[variant] if variant else CONFIGS[stage]
         self._config = config.model_copy(update={"eval_every": 2})
         self._request = StageRequest(
             stage=stage,
@@ -160,8 +168,9 @@ def contents(manifest: Manifest) -> dict[str, str]:
         *((stage, "") for stage in CONFIGS),
         *((Stage.PPO, name) for name in VARIANTS),
         *((Stage.DPO, name) for name in LOSSES),
+        *((Stage.REWARD, name) for name in ENSEMBLES),
     ],
-    ids=[*map(str, CONFIGS), *VARIANTS, *LOSSES],
+    ids=[*map(str, CONFIGS), *VARIANTS, *LOSSES, *ENSEMBLES],
 )
 def test_killed_again_and_again_a_stage_ends_with_the_same_bits(
     stage: Stage, variant: str, server: ForkServer, stage_inputs: Inputs, mlflow: str, tmp_path: Path
