@@ -28,6 +28,8 @@ _SECTIONS = {
     "Run": ("recipe", "run_name"),
     "Data": ("documents", "instructions", "preferences", "prompts", "benchmarks"),
     "Model and alignment": ("base_model", "continue_pretraining", "previous_data", "alignment"),
+    "AI feedback": ("ai_feedback", "constitution_prompts", "principles", "critic"),
+    "Synthesis": ("synthesis", "synthesis_sources", "generator"),
     "Reward model": ("reward_model", "reward_base", "train_reward"),
     "Judges": ("gold_scorer", "gold_model", "judge"),
     "Course of the run": ("first_stage", "last_stage", "seed", "promotion", "dry_run"),

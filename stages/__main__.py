@@ -21,6 +21,10 @@ def verb_of(stage: Stage) -> Verb:
     match stage:
         case Stage.CONVERT:
             from stages.convert import run
+        case Stage.CONSTITUTION:
+            from stages.constitution import run
+        case Stage.SYNTHESIZE:
+            from stages.synthesize import run
         case Stage.CURATE:
             from stages.curate import run
         case Stage.TOKENIZE:
@@ -43,6 +47,8 @@ def verb_of(stage: Stage) -> Verb:
             from stages.report import run
         case Stage.RESPOND:
             from stages.respond import run
+        case Stage.COMPARE:
+            from stages.compare import run
         case Stage.RATE:
             raise AssertionError("stage `rate` has no job: people rate, and an Airflow task publishes their answers")
     return run

@@ -15,21 +15,25 @@ from stages.config.estimators import GAE
 from stages.config.graph import BASE_MODEL, GOLD_MODEL, GRAPH, REWARD_MODEL, Stage
 from stages.config.rollouts import PPOConfig
 from stages.config.scorers import reads_reward_model
+from stages.data.tokens.asked import asked_of
 from stages.data.tokens.packing import RowBudget
+from stages.data.tokens.rows import DocumentRows
 from stages.data.tokens.views import Split, TokensArtifact, require
 from stages.job.context import StageContext, StageOutcome
-from stages.models.build import load_causal_lm, load_reward_model
+from stages.models.build import load_causal_lm, load_reward_model, load_scorer
+from stages.models.ensemble import member_folders
 from stages.models.experts import routing_of
 from stages.models.generation import Sampling
 from stages.models.lora import add_adapter
 from stages.models.same_tokenizer import check_given_scorer, check_one_score, check_same_tokenizer
 from stages.train.engine import Engine
-from stages.train.rollout.asked import asked_of
+from stages.train.rollout.documents import PretrainingMix
 from stages.train.rollout.gold import GoldWatch
 from stages.train.rollout.objective import PPOObjective
+from stages.train.rollout.reading import reading_of, scale_of
 from stages.train.rollout.sampling import Sampler
-from stages.train.rollout.scorers.ready import ready_parts
-from stages.train.rollout.scoring import RewardModel
+from stages.train.rollout.scorers.ready import Keeping, ready_parts
+from stages.train.rollout.scoring import Reading, RewardModel
 from stages.train.routing import Balancing
 from stages.train.run import Prepared, train_stage
 
@@ -47,11 +51,14 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     say."""
     config = context.config
     assert isinstance(config, PPOConfig)
-    parts_of_score = ready_parts(config, tokens)
+    keeping = Keeping(context.store, context.fingerprint, context.progress.watchdog.beat)
+    parts_of_score = ready_parts(config, tokens, keeping)
     asked, heldout = (
-        asked_of(config, tokens, split, with_rows=parts_of_score is not None) for split in (Split.TRAIN, Split.HELDOUT)
+        asked_of(config.prompt_fields, tokens, split, needs=config.scorer.needs if parts_of_score else None)
+        for split in (Split.TRAIN, Split.HELDOUT)
     )
     require(len(asked.prompts), "training prompts", advice="Give instruction data, `derived`, or prompt sets.")
+    mix = _mix_of(config, tokens)
     gold = _gold_of(context, tokens)
     if config.gold_patience:
         advice = "Hold out a larger share of the data, or set ppo.gold_patience=0."
@@ -60,6 +67,9 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     reward_dir = context.model_dir("reward", REWARD_MODEL) if reads_reward_model(config.scorer) else None
     if reward_dir is not None and context.has_given(REWARD_MODEL):
         check_given_scorer(reward_dir, tokens.tokenizer(), role=REWARD_MODEL)
+    members = member_folders(reward_dir) if reward_dir is not None else []
+    reading = reading_of(config, reward_dir, size=len(members)) if reward_dir is not None else Reading()
+    scale = scale_of(config, reward_dir) if reward_dir is not None else None
     policy = load_causal_lm(start_dir, tokens, lora=config.lora)
     critic = _critic_of(config, tokens, start_dir=start_dir, reward_dir=reward_dir)
 
@@ -72,7 +82,10 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         scorer = None
         if reward_dir is not None:
             reward = None if is_critic else engine.freeze(load_reward_model(reward_dir, tokens))
-            scorer = RewardModel(reward, pad_id=tokens.pad_id, budget=budget)
+            further = [engine.freeze(load_reward_model(member, tokens)) for member in members[1:]]
+            scorer = RewardModel(
+                reward, pad_id=tokens.pad_id, budget=budget, further=further, reading=reading, scale=scale
+            )
         sampler = Sampler(
             Sampling(config.max_response_length, tokens.eos_id, tokens.pad_id, config.temperature),
             seed=config.seed,
@@ -82,13 +95,15 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
             budget=budget,
         )
         balancing = Balancing(policy=routing_of(policy), critic=routing_of(critic) if critic is not None else None)
+        watch = gold.watch(engine, tokens, budget, config)
         return PPOObjective(
             config,
             sampler,
             prompts=asked.prompts,
             heldout=heldout.prompts,
             balancing=balancing,
-            gold=gold.watch(engine, tokens, budget, config),
+            watches=[watch] if watch is not None else [],
+            mix=mix,
             rows=asked.rows,
             heldout_rows=heldout.rows,
         )
@@ -102,6 +117,15 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         exported="policy",
         ledger={**asked.counts, **({"gold_not_measured": gold.missing} if gold.missing else {})},
     )
+
+
+def _mix_of(config: PPOConfig, tokens: TokensArtifact) -> PretrainingMix | None:
+    """The documents that are trained on as well, if any."""
+    if not config.pretraining_coefficient:
+        return None
+    rows = DocumentRows(tokens.documents(Split.TRAIN), tokens.sequence_length)
+    require(len(rows), "rows of documents", advice="Give documents, or set ppo.pretraining_coefficient=0.")
+    return PretrainingMix(rows, config.pretraining_rows, config.seed)
 
 
 def _critic_of(
@@ -131,7 +155,7 @@ class _Gold:
             logger.warning("no gold scores while PPO trains, only in `evaluate`: %s", self.missing)
         if self.folder is None:
             return None
-        frozen = engine.freeze(load_reward_model(self.folder, tokens))
+        frozen = engine.freeze(load_scorer(self.folder, tokens))
         scorer = RewardModel(frozen, pad_id=tokens.pad_id, budget=budget)
         return GoldWatch(scorer, patience=config.gold_patience)
 

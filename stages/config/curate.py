@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from stages.config.base import AddedLater, Config
+from stages.config.graph import makers_of
 from stages.config.sources import InstructionFormat, PreferenceFormat, PromptFormat, Source, parse_sources
 
 INSTALLED_DOCS = "installed-docs"
@@ -112,7 +113,8 @@ class CurateConfig(Config):
     format is detected from the fields, or named by `#format=alpaca` after the source (docs/DATA.md); empty for none."""
     preferences: tuple[str, ...] = (DERIVED,)
     """Preference sources: `derived`, files, folders, s3:// or hf:// of pairs, transcripts or ranked responses; the
-    format is detected from the fields, or named by `#format=ranked` after the source (docs/DATA.md); empty for none."""
+    format is detected from the fields, or named by `#format=ranked` after the source (docs/DATA.md). Single responses
+    with a label, which only the loss `kto` trains on, are named by `#format=unpaired`. Empty for none."""
     prompts: Annotated[tuple[str, ...], AddedLater(())] = ()
     """Sources of prompt sets, which have no answers but references or tests to judge responses by: files, folders,
     s3:// or hf://; the format is detected from the fields, or named by `#format=gsm8k` (docs/SCORERS.md); empty for
@@ -209,7 +211,7 @@ class CurateConfig(Config):
         roles: dict[str, str] = {}
         for role, named in uris.items():
             for uri in named:
-                if uri != DERIVED:
+                if uri != DERIVED and uri not in makers_of(role):
                     roles.setdefault(uri, role)
         return roles
 

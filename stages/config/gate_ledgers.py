@@ -84,6 +84,66 @@ def curated(manifest: Manifest) -> Iterable[Check]:
     )
 
 
+def by_constitution(manifest: Manifest) -> Iterable[Check]:
+    """Every prompt, revision and comparison is kept or dropped, and what was kept is what was published."""
+    ledger = manifest.ledger
+    for step in ("prompts", "responses", "rounds", "comparisons"):
+        yield _step_conserves(ledger, step)
+    revised, labelled = number_at(ledger, "responses", "kept") or 0, number_at(ledger, "comparisons", "kept") or 0
+    for field, expected in ((INSTRUCTIONS, revised), (PREFERENCES, revised + labelled)):
+        if (published := number_at(ledger, "published", field)) is not None:
+            yield _equal(
+                f"ledger_{field}", published, expected, found_is="published", allowed_is="revised responses and labels"
+            )
+
+
+def synthetic(manifest: Manifest) -> Iterable[Check]:
+    """Every seed, instruction, input, response and row is kept or dropped, and what was kept is what was published."""
+    ledger = manifest.ledger
+    # A method without a step has no count of it; rows it always has.
+    for step in ("sources", "instructions", "inputs", "responses"):
+        if step in ledger:
+            yield _step_conserves(ledger, step)
+    yield _step_conserves(ledger, "rows")
+    yield _equal(
+        f"ledger_{INSTRUCTIONS}",
+        number_at(ledger, "published", INSTRUCTIONS),
+        number_at(ledger, "rows", "kept"),
+        found_is="published",
+        allowed_is="rows kept",
+    )
+
+
+def _step_conserves(ledger: Mapping[str, Any], step: str) -> Check:
+    dropped = ledger.get(step, {}).get("dropped", {}) if isinstance(ledger.get(step), Mapping) else {}
+    kept = number_at(ledger, step, "kept")
+    return _equal(
+        f"ledger_{step}",
+        None if kept is None else kept + sum(number_at(dropped, reason) or 0 for reason in dropped),
+        number_at(ledger, step, "in"),
+        found_is="kept or dropped",
+        allowed_is="came in",
+    )
+
+
+def read_from_stages(evidence: Evidence) -> Iterable[Check]:
+    """What a stage of the run has made for curation is what curation counts in from it."""
+    makers = {role: source for role, source in GRAPH[evidence.manifest.stage].inputs if GRAPH[source].makes}
+    for role, source in makers.items():
+        made = evidence.inputs.get(role)
+        for field in GRAPH[source].makes if made is not None else ():
+            assert made is not None
+            if (published := number_at(made.ledger, "published", field)) is None:
+                continue
+            yield _equal(
+                f"ledger_{field}_{role}",
+                number_at(evidence.manifest.ledger, field, "sources", role, "in"),
+                published,
+                found_is="rows read",
+                allowed_is=f"published by {source.value}",
+            )
+
+
 def tokenized(evidence: Evidence) -> Iterable[Check]:
     """What curate published is what tokenize counts in, and every row and token is kept or dropped."""
     curated = evidence.inputs.get("curated")
@@ -100,7 +160,10 @@ def tokenized(evidence: Evidence) -> Iterable[Check]:
                 allowed_is="published by curate",
                 is_older=is_older,
             )
-        for part, theirs in (("conversations", "instructions"), ("preferences", "preferences")):
+        rows = [("conversations", "instructions"), ("preferences", "preferences")]
+        if "unpaired" in mine or number_at(published, "published_pairs", f"unpaired/{split}") is not None:
+            rows.append(("unpaired", "unpaired"))
+        for part, theirs in rows:
             yield _equal(
                 f"ledger_{split}_{part}",
                 number_at(mine, part, "in"),
@@ -168,6 +231,11 @@ def recounted(evidence: Evidence) -> Iterable[Check]:
                 number_at(mine, "preferences", "kept"),
             ),
         }
+        if "unpaired" in mine:
+            counted["unpaired"] = (
+                _rows(sizes, f"unpaired/{split}/ids-offsets.npy"),
+                number_at(mine, "unpaired", "kept"),
+            )
         if "prompt_sets" in mine:
             kept = number_at(mine, "prompt_sets", "kept")
             counted["prompt_sets"] = (_rows(sizes, f"prompt_sets/{split}/ids-offsets.npy"), kept)
@@ -215,6 +283,8 @@ def trained_on(evidence: Evidence) -> Iterable[Check]:
         trained, masked = (number_at(train, part, f"{kind}_tokens") for kind in ("target", "masked"))
         told["targets_available"] = trained
         told["tokens_available"] = None if trained is None or masked is None else trained + masked
+    if "unpaired" in mine:
+        told["unpaired"] = number_at(train, "unpaired", "kept")
     for name, published in told.items():
         yield _equal(
             f"ledger_{name}",

@@ -8,6 +8,8 @@ from pydantic import Field, ValidationError, model_validator
 from stages.config.base import Config
 from stages.config.closing import EvaluateConfig, PromoteConfig, ReportConfig
 from stages.config.collect import RateConfig, RespondConfig
+from stages.config.compare import CompareConfig
+from stages.config.constitution import ConstitutionConfig
 from stages.config.convert import ConvertConfig
 from stages.config.curate import CurateConfig
 from stages.config.errors import ConfigError
@@ -17,19 +19,26 @@ from stages.config.gates import GatesConfig
 from stages.config.graph import BASE_MODEL, BENCHMARKS, GRAPH, REWARD_MODEL, Stage, stage_providing
 from stages.config.names import ExperimentName
 from stages.config.preferences import DPOConfig, GoldConfig, RewardConfig
+from stages.config.principles import PRINCIPLES
 from stages.config.records import first_error
 from stages.config.request import PREVIOUS, ArtifactRef, Source, SourceKind
 from stages.config.rollouts import PPOConfig
 from stages.config.scorers import reads_reward_model
 from stages.config.selection import learns_from_scores
+from stages.config.synthesis import SynthesizeConfig
 from stages.config.tokens import TokenizeConfig
 from stages.config.train import PretrainConfig, SFTConfig
 
+CONSTITUTION_PROMPTS, SYNTHESIS_SOURCES = "constitution_prompts", "synthesis_sources"
+"""Roles of the sources of prompts that a constitution is applied to, and of what synthesis starts from; fields of the
+form, too."""
 ONE_VERSION = "Trigger the run again, with one version of Athanor in Airflow and on the cluster."
 """The advice where what Airflow wrote for a stage is not what the stage reads."""
 
 CONFIG_CLASSES: dict[Stage, type[Config]] = {
     Stage.CONVERT: ConvertConfig,
+    Stage.CONSTITUTION: ConstitutionConfig,
+    Stage.SYNTHESIZE: SynthesizeConfig,
     Stage.CURATE: CurateConfig,
     Stage.TOKENIZE: TokenizeConfig,
     Stage.PRETRAIN: PretrainConfig,
@@ -43,6 +52,7 @@ CONFIG_CLASSES: dict[Stage, type[Config]] = {
     Stage.REPORT: ReportConfig,
     Stage.RESPOND: RespondConfig,
     Stage.RATE: RateConfig,
+    Stage.COMPARE: CompareConfig,
 }
 
 
@@ -50,6 +60,8 @@ class Executions(Config):
     """How each stage runs."""
 
     convert: ExecutionConfig = ExecutionConfig()
+    constitution: ExecutionConfig = ExecutionConfig()
+    synthesize: ExecutionConfig = ExecutionConfig()
     curate: ExecutionConfig = ExecutionConfig()
     tokenize: ExecutionConfig = ExecutionConfig()
     pretrain: ExecutionConfig = ExecutionConfig()
@@ -63,6 +75,8 @@ class Executions(Config):
     report: ExecutionConfig = ExecutionConfig()
     respond: ExecutionConfig = ExecutionConfig()
     """Outside the pipeline: `collect_preferences` samples responses with it."""
+    compare: ExecutionConfig = ExecutionConfig()
+    """Outside the pipeline: the page of `compare_alignment`, which loads no model."""
 
     @model_validator(mode="after")
     def _pipelines_predict_tokens(self) -> "Executions":
@@ -92,6 +106,8 @@ class PipelineConfig(RunOutline):
     experiment: ExperimentName = "athanor"
     """MLflow experiment."""
     convert: ConvertConfig = ConvertConfig()
+    constitution: ConstitutionConfig = ConstitutionConfig()
+    synthesize: SynthesizeConfig = SynthesizeConfig()
     curate: CurateConfig
     tokenize: TokenizeConfig
     pretrain: PretrainConfig
@@ -124,16 +140,32 @@ class PipelineConfig(RunOutline):
         if stage is Stage.CURATE:
             roles = self.curate.outside_sources
             return tuple(Source(role=role, kind=SourceKind.DATA, uri=uri) for uri, role in roles.items())
-        outside = [role for role in self.given_roles(stage) if role not in self.given]
-        models = tuple(
-            Source(role=role, kind=SourceKind.MODEL, uri=self.given_models[role])
-            for role in outside
-            if self._provider(role) in (None, stage)
-        )
+        if stage is Stage.CONSTITUTION:
+            asked = tuple(
+                Source(role=CONSTITUTION_PROMPTS, kind=SourceKind.DATA, uri=source.uri)
+                for source in self.constitution.prompt_sources
+            )
+            principles = Source(role=PRINCIPLES, kind=SourceKind.PRINCIPLES, uri=self.constitution.principles)
+            return (*asked, principles, *self._outside_models(stage))
+        if stage is Stage.SYNTHESIZE:
+            rows = tuple(
+                Source(role=SYNTHESIS_SOURCES, kind=SourceKind.DATA, uri=source.uri)
+                for source in self.synthesize.parsed_sources
+            )
+            return (*rows, *self._outside_models(stage))
+        models = self._outside_models(stage)
         if stage is not Stage.EVALUATE:
             return models
         uris = self.evaluate.outside_benchmarks
         return models + tuple(Source(role=BENCHMARKS, kind=SourceKind.BENCHMARK, uri=uri) for uri in uris)
+
+    def _outside_models(self, stage: Stage) -> tuple[Source, ...]:
+        outside = [role for role in self.given_roles(stage) if role not in self.given]
+        return tuple(
+            Source(role=role, kind=SourceKind.MODEL, uri=self.given_models[role])
+            for role in outside
+            if self._provider(role) in (None, stage)
+        )
 
     def stage_given(self, stage: Stage) -> dict[str, ArtifactRef]:
         """Return the given artifacts that a stage reads besides those of this run, by role."""
@@ -183,7 +215,9 @@ class PipelineConfig(RunOutline):
         roles: dict[str, str] = {}
         for role, place in GRAPH[stage].given:
             taken = place and (place in roles.values() or (role == BASE_MODEL and place in made))
-            unread = role == REWARD_MODEL and self._does_without_reward_model(stage)
+            unread = (role == REWARD_MODEL and self._does_without_reward_model(stage)) or (
+                stage is Stage.SYNTHESIZE and not self.synthesize.reads(role, self.given_models)
+            )
             if role in self.given_models and not taken and not unread:
                 roles[role] = place
         return tuple(roles)

@@ -15,12 +15,12 @@ from stages.config.combinations import contradictions
 from stages.config.curate import DERIVED, INSTALLED_DOCS
 from stages.config.endpoints import check_endpoint, is_endpoint
 from stages.config.errors import ConfigError
+from stages.config.feedback import add_made_data, apply_feedback, refuse_closed_feedback, refuse_useless_feedback
 from stages.config.forms import GoldScorer, PipelineParams, RunOutline
 from stages.config.graph import (
     BENCHMARKS,
     DATA_FIELDS,
     DOCUMENTS,
-    GOLD_MODEL,
     GRAPH,
     INSTRUCTIONS,
     PREFERENCES,
@@ -35,12 +35,17 @@ from stages.config.pipeline import PipelineConfig
 from stages.config.places import check_source
 from stages.config.preferences import PairsHalf
 from stages.config.recipes import RECIPES
+from stages.config.rollout_inputs import refuse_what_rollouts_lack
 from stages.config.rollouts import PROMPT_FIELDS
+from stages.config.scorers import endpoints_of
+from stages.config.scoring import refuse_aggregation_of_one, refuse_margins_without_effect
 from stages.config.selection import asks_for_gold, learns_from_scores, needed_data
 from stages.config.sources import parse_source, take_weights
 from stages.config.suites import check_suites
+from stages.config.synthetic import apply_synthesis, refuse_closed_synthesis, refuse_useless_synthesis
 from stages.config.text import HALVES, one_line
 from stages.config.train import TrainConfig
+from stages.config.unpaired import refuse_unused, weights_of
 
 Model = TypeVar("Model", bound=BaseModel)
 _HALF = re.compile(f"[{HALVES}]")
@@ -58,6 +63,10 @@ _FILLED = {
     "evaluate.champion": "The task evaluate fills it, with the champion that it finds when it starts.",
     "evaluate.champion_missing": "The task evaluate fills it, when it cannot find the champion's artifact.",
     "evaluate.comparison": "Set promote.level, promote.power and promote.least_difference, from which it follows.",
+    "constitution.critic.endpoint": "It is the field critic of the form.",
+    "synthesize.generator.endpoint": "It is the field generator of the form.",
+    "synthesize.method": "It is the field synthesis of the form.",
+    "constitution.makes": "It is the field ai_feedback of the form.",
     "promote.approval": "The task approve fills it, with the answer of the person whom promotion=approval asks.",
 }
 """What `overrides` must not set, and who does: names would no longer agree, or a person's decision would be made up."""
@@ -88,6 +97,7 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     for path, value in _ordered(params.overrides):
         _set_dotted(tree, path, value)
     _apply_seed(tree, params)
+    add_made_data(tree, params)
     _place_weights(tree)
     _leave_out_unneeded(tree, params)
     config = _with_comparison(validated(type(template), tree))
@@ -95,10 +105,15 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     _refuse_nothing_to_read(config)
     _refuse_unread_prompts(config)
     _refuse_underivable(config)
+    refuse_useless_feedback(config)
+    refuse_useless_synthesis(config)
     _refuse_uncuttable(config)
     _refuse_contradictions(config)
+    refuse_unused(config)
     check_suites(config)
-    _refuse_patience_without_gold(config)
+    refuse_what_rollouts_lack(config)
+    refuse_margins_without_effect(config)
+    refuse_aggregation_of_one(config)
     return config
 
 
@@ -164,6 +179,8 @@ def _apply_form(tree: dict[str, Any], params: PipelineParams) -> None:
         tree[Stage.PPO]["prompts_from"] = PROMPTS
     if params.benchmarks:
         tree["evaluate"]["benchmarks"] = params.benchmarks
+    apply_feedback(tree, params)
+    apply_synthesis(tree, params)
     # What a stage of the run converts is an input of tokenize, like an artifact (PipelineConfig.with_given).
     tree["tokenize"]["base_model"] = "" if params.converts else params.base_model
     tree["promote"] |= {"run_name": params.run_name, "promotion": params.promotion}
@@ -208,12 +225,13 @@ def _place_weights(tree: dict[str, Any]) -> None:
         except ValueError as error:
             raise ConfigError(str(error), advice=f"Correct {name}, one source a line: uri#weight=0.3.") from None
         for stage in _trained_on(name) if weights else ():
+            mine = weights_of(stage, weights, tree["curate"][name]) if name == PREFERENCES else weights
             if tree[stage]["mixture"]:
                 raise ConfigError(
                     f"{name} have weights and {stage.value}.mixture={tree[stage]['mixture']} is set; which one counts?",
                     advice=f"Give the weights behind the sources, or {stage.value}.mixture, not both.",
                 )
-            tree[stage]["mixture"] = [entry.model_dump(mode="json") for entry in weights]
+            tree[stage]["mixture"] = [entry.model_dump(mode="json") for entry in mine]
 
 
 def _leave_out_unneeded(tree: dict[str, Any], params: PipelineParams) -> None:
@@ -265,11 +283,16 @@ def _refuse_closed_places(config: PipelineConfig) -> None:
     for address, field in config.curate.outside_sources.items():
         if address != INSTALLED_DOCS:
             check_source(address, field=field)
+    refuse_closed_feedback(config)
+    refuse_closed_synthesis(config)
     for address in config.evaluate.outside_benchmarks:
         if not address.startswith(LM_EVAL):
             check_source(address, field=BENCHMARKS)
     if endpoint := config.evaluate.judge.endpoint:
         check_endpoint(endpoint, field="judge", with_key=bool(config.evaluate.judge.api_key_env), for_judges=True)
+    if any(learns_from_scores(GRAPH[stage]) for stage in config.selected):
+        for field, asked in endpoints_of(config.ppo.scorer, "ppo.scorer").items():
+            check_endpoint(asked.endpoint, field=f"{field}.endpoint", with_key=bool(asked.api_key_env), for_judges=True)
     for field, address in {**config.given_models, "previous_data": config.previous_data}.items():
         if address and not address.startswith("models:/"):
             check_source(address, field=field)
@@ -352,16 +375,6 @@ def _refuse_contradictions(config: PipelineConfig) -> None:
         assert isinstance(train, TrainConfig)
         for what, advice in contradictions(stage.value, train, config.stage_execution(stage), experts=experts):
             raise ConfigError(what, advice=advice)
-
-
-def _refuse_patience_without_gold(config: PipelineConfig) -> None:
-    patience = config.ppo.gold_patience if Stage.PPO in config.selected else 0
-    has_gold = GOLD_MODEL in config.given_roles(Stage.PPO) or Stage.GOLD in config.stage_inputs(Stage.PPO).values()
-    if patience and not has_gold:
-        raise ConfigError(
-            f"ppo.gold_patience={patience} needs a gold scorer, and this run has none",
-            advice="Use gold_scorer=train, give a gold_model with the policy's tokenizer, or set ppo.gold_patience=0.",
-        )
 
 
 def _selected_to_train(config: PipelineConfig) -> list[Stage]:

@@ -8,14 +8,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from stages.config.graph import (
+    AI_FEEDBACK,
     BASE_MODEL,
+    CRITIC,
     DOCUMENTS,
+    GENERATOR,
     GOLD_MODEL,
     GRAPH,
     INSTRUCTIONS,
     JUDGE,
     REWARD_BASE,
     REWARD_MODEL,
+    SYNTHESIS,
     Alignment,
     Stage,
     StageSpec,
@@ -40,6 +44,8 @@ class Way:
     train_gold: bool = False
     converts: bool = False
     """Its base model is a GGUF file."""
+    asks_for: frozenset[str] = frozenset()
+    """Fields of the form that ask for a stage of their own."""
     scored_by_model: bool = True
     """Reinforcement learning takes its scores, or a part of them, from a reward model."""
 
@@ -99,6 +105,8 @@ def _why_not(spec: StageSpec, way: Way) -> str:
         return f"{spec.provides} is not a GGUF file" if spec.provides in way.given else f"no {spec.provides} is given"
     if way.last_stage not in order or order.index(stage) > order.index(way.last_stage):
         return f"the run ends with {way.last_stage.value} (last_stage)"
+    if spec.asked_by and spec.asked_by not in way.asks_for:
+        return f"it is not asked for ({spec.asked_by})"
     if not spec.trains:
         return ""
     if spec.replaced_by and spec.replaced_by in way.given:
@@ -169,7 +177,7 @@ def contradiction(way: Way) -> str:
             "continue_pretraining=True needs base_model, which is empty; give the model to pretrain further, or "
             "leave continue_pretraining off to pretrain from scratch"
         )
-    return _wrong_entry(way) or _wrong_reward(way)
+    return _wrong_entry(way) or _wrong_reward(way) or _wrong_feedback(way)
 
 
 def _wrong_entry(way: Way) -> str:
@@ -255,6 +263,24 @@ def _wrong_reward(way: Way) -> str:
         return (
             f"train_reward=True and last_stage={way.last_stage.value!r}, which comes before the reward model; leave "
             "train_reward off, or end later"
+        )
+    return ""
+
+
+def _wrong_feedback(way: Way) -> str:
+    if CRITIC in way.given and AI_FEEDBACK not in way.asks_for:
+        return f"{CRITIC} is given and {AI_FEEDBACK} is off; choose what {AI_FEEDBACK} makes, or leave {CRITIC} empty"
+    if AI_FEEDBACK in way.asks_for and not way.given & {BASE_MODEL, CRITIC}:
+        return (
+            f"{AI_FEEDBACK} needs a model that responds, and {BASE_MODEL} and {CRITIC} are empty; give one of them, or "
+            f"set {AI_FEEDBACK}=off"
+        )
+    if GENERATOR in way.given and SYNTHESIS not in way.asks_for:
+        return f"{GENERATOR} is given and {SYNTHESIS} is off; choose a method, or leave {GENERATOR} empty"
+    if SYNTHESIS in way.asks_for and not way.given & {BASE_MODEL, GENERATOR}:
+        return (
+            f"{SYNTHESIS} needs a model that writes, and {GENERATOR} and {BASE_MODEL} are empty; give one of them, or "
+            f"set {SYNTHESIS}=off"
         )
     return ""
 

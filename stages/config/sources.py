@@ -7,7 +7,7 @@ other `#` in names of files and keys stay what they are.
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from enum import StrEnum
 from typing import Any
 
@@ -16,7 +16,9 @@ from pydantic import Field
 from stages.config.base import Config
 
 _OPTIONS = re.compile(r"#((?:\w+=[^#&]*)(?:&\w+=[^#&]*)*)$")
-_KNOWN = ("format", "weight", "first", "second")
+_KNOWN = ("format", "weight", "first", "second", "area", "margin")
+RATINGS = "ratings"
+"""The `margin` of a source whose rows rate both responses, in whatever fields their format has for it."""
 
 
 class InstructionFormat(StrEnum):
@@ -44,6 +46,8 @@ class PreferenceFormat(StrEnum):
     RANKED = "ranked"
     PAIRWISE = "pairwise"
     LABELLED = "labelled"
+    UNPAIRED = "unpaired"
+    """The same rows as `labelled`, kept as single responses; never detected, only named."""
 
 
 class PromptFormat(StrEnum):
@@ -66,10 +70,20 @@ class Source(Config):
     """What a label of two responses says when the first is better; empty = understood from the labels."""
     second: str = ""
     """The same for the second response."""
+    area: str = ""
+    """Of prompts: the areas of the principles by which they are treated, joined by `+`; empty = all."""
+    margin: str = ""
+    """Where a pair's margin is: `ratings` = how much better the chosen response is rated; else a field of the row that
+    says how much better it is. Empty = pairs have none."""
+
+    @property
+    def is_unpaired(self) -> bool:
+        """Whether its rows are single labelled responses, which only the loss `kto` trains on."""
+        return self.format == PreferenceFormat.UNPAIRED
 
     def __str__(self) -> str:
         """As it is written, without the weight."""
-        options = {"format": self.format, "first": self.first, "second": self.second}
+        options = {name: getattr(self, name) for name in ("format", "first", "second", "area", "margin")}
         tail = "&".join(f"{name}={value}" for name, value in options.items() if value)
         return f"{self.uri}#{tail}" if tail else self.uri
 
@@ -99,11 +113,18 @@ def parse_source(text: str) -> Source:
         raise ValueError(
             f"source {text!r} needs both first= and second=, two different labels, such as first=1&second=0"
         )
+    if "margin" in options and not options["margin"]:
+        raise ValueError(
+            f"source {text!r} has an empty margin=; use margin={RATINGS}, or the field that says how much better the "
+            "chosen response is"
+        )
     return Source(
         uri=text[: found.start()],
         format=options.get("format", ""),
         first=first,
         second=second,
+        area=options.get("area", ""),
+        margin=options.get("margin", ""),
         weight=_weight(text, options["weight"]) if "weight" in options else None,
     )
 
@@ -118,21 +139,54 @@ def _weight(text: str, value: str) -> float:
     return weight
 
 
-def parse_sources(field: str, lines: Iterable[str], formats: type[StrEnum]) -> tuple[Source, ...]:
-    """Parse all lines of a field; raises ValueError also for an unknown format and for a repeated source."""
+def parse_sources(field: str, lines: Iterable[str], formats: type[StrEnum] | None) -> tuple[Source, ...]:
+    """Parse all lines of a field; raises ValueError also for an unknown format and for a repeated source. Prompts, of
+    whatever form, have no `formats`."""
     sources = tuple(parse_source(line) for line in lines)
     for source in sources:
+        if formats is None:
+            _refuse_options_of_answers(field, source)
+            continue
+        if source.area:
+            raise ValueError(f"{field}: area={source.area!r} of {source.uri!r} is for the prompts of a constitution")
         if source.format and source.format not in list(formats):
             allowed = ", ".join(formats)
             raise ValueError(f"{field}: format={source.format!r} of {source.uri!r} is not one of {allowed}")
         if source.first and formats is not PreferenceFormat:
             raise ValueError(f"{field}: first= and second= of {source.uri!r} say which response a label prefers")
+        if source.margin and formats is not PreferenceFormat:
+            raise ValueError(f"{field}: margin= of {source.uri!r} says how much better a chosen response is")
+        if source.first and source.is_unpaired:
+            raise ValueError(
+                f"{field}: {source.uri!r} has format=unpaired, where a label is of one response; drop first= and "
+                "second="
+            )
     uris = [source.uri for source in sources]
     if repeated := sorted({uri for uri in uris if uris.count(uri) > 1}):
         raise ValueError(
             f"{field}: {repeated} appear twice; give each source once, its weight says how often it counts"
         )
     return sources
+
+
+def _refuse_options_of_answers(field: str, source: Source) -> None:
+    if source.format or source.first or source.weight is not None:
+        raise ValueError(
+            f"{field}: {source.uri!r} has an option that prompts do not have; allowed is #area=, such as "
+            f"{source.uri}#area=harmless"
+        )
+
+
+def check_areas(field: str, source: Source, allowed: Collection[str]) -> None:
+    """Raise ValueError for an area that there is not, or that is named twice."""
+    named = source.area.split("+") if source.area else []
+    if wrong := [name for name in named if name not in allowed]:
+        raise ValueError(
+            f"{field}: area={wrong[0]!r} of {source.uri!r} is not one of {', '.join(allowed)}; several are joined by "
+            "'+', as in #area=helpful+honest"
+        )
+    if len(set(named)) < len(named):
+        raise ValueError(f"{field}: area={source.area!r} of {source.uri!r} names an area twice")
 
 
 def take_weights(field: str, lines: Any) -> tuple[list[Any], list[SourceWeight]]:

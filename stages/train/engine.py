@@ -6,7 +6,8 @@ losses, rollouts and evaluations are functions given to the engine. Only `engine
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -18,6 +19,8 @@ from stages.train.shards import Piece, SavedState
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
+
+NO_FACTORS: Mapping[str, float] = MappingProxyType({})
 
 
 class Trainable(nn.Module):
@@ -65,6 +68,17 @@ class StepReport(NamedTuple):
     """True when the step was not accepted and the parameters were left alone."""
 
 
+class Held(NamedTuple):
+    """The tensors that this process holds for a training; those of one kind may share storage."""
+
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    """Empty but between a backward pass and its step."""
+    optimizer: list[Tensor]
+    frozen: list[Tensor]
+    """Of models that are only read."""
+
+
 class Engine(Protocol):
     """Owns the trained parameters, their optimizer, the device and the collectives."""
 
@@ -101,8 +115,15 @@ class Engine(Protocol):
         ranks give equally many. Returns the outputs, detached."""
         ...
 
-    def step(self, learning_rate: float, *, accepts: Callable[[float], bool] = math.isfinite) -> StepReport:
-        """Clip, update and clear; a step whose gradient norm `accepts` refuses changes nothing."""
+    def step(
+        self,
+        learning_rate: float,
+        *,
+        accepts: Callable[[float], bool] = math.isfinite,
+        rate_factors: Mapping[str, float] = NO_FACTORS,
+    ) -> StepReport:
+        """Clip, update and clear; a step whose gradient norm `accepts` refuses changes nothing. `rate_factors` multiply
+        the learning rate of the parts that they name; a part with factor 0 stays as it is."""
         ...
 
     def sum(self, values: Iterable[float]) -> list[float]:
@@ -123,6 +144,10 @@ class Engine(Protocol):
 
     def model_weights(self, part: str) -> dict[str, Tensor]:
         """Return one part's full weights for export, on the CPU; every process must call it, the main one gets them."""
+        ...
+
+    def held(self) -> Held:
+        """Return what this process holds now, without copies."""
         ...
 
     def state_dict(self) -> dict[str, Piece]:

@@ -20,6 +20,7 @@ from stages.train.checkpoint import Checkpoint, Checkpointer
 from stages.train.engine import Engine, Share
 from stages.train.guard import StepGuard
 from stages.train.interruption import Ask, wait_for_all
+from stages.train.memory import MemoryMeter
 from stages.train.objective import Objective, Step
 from stages.train.optimizer import learning_rate
 from stages.train.throughput import Meter, with_waiting
@@ -44,13 +45,16 @@ def train(
     checkpointer: Checkpointer,
     report: Reporter,
     meter: Meter,
+    memory: MemoryMeter | None = None,
     asked: Callable[[], Ask] = lambda: Ask.NOTHING,
+    saves_last: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> History:
     """Train to the last step, from the newest checkpoint if there is one; return the metrics of every logged step.
 
     Timing is reported but not returned: the same training gives the same history, byte for byte. `asked` says at every
-    step boundary whether to save or to stop now, the same on every rank.
+    step boundary whether to save or to stop now, the same on every rank. `saves_last` is for a training that others of
+    its stage follow: what it ends with must survive them.
     """
     guard = StepGuard(config.optimizer)
     step, history = _resume(objective, engine, guard, checkpointer)
@@ -63,8 +67,11 @@ def train(
         # Dropout follows from (seed, step, rank) and from nothing that a resume would have to restore.
         engine.seed(config.seed, step)
         metrics, tokens, flops = _accumulate(objective, engine, item, meter)
+        if memory is not None:
+            memory.after_backward(engine)
         # The guard judges global numbers, so all ranks take the step or none does.
-        outcome = engine.step(rate, accepts=guard.judging(loss=metrics["train/loss"], step=step + 1))
+        accepts = guard.judging(loss=metrics["train/loss"], step=step + 1)
+        outcome = engine.step(rate, accepts=accepts, rate_factors=item.rate_factors)
         step += 1
         now = clock()
         metrics |= item.metrics | {
@@ -91,7 +98,8 @@ def train(
         ask = asked()
         due = _is_multiple(step, execution.checkpoint_every) or (evaluated and checkpointer.is_best(step, history))
         # None after the last step: the artifact comes next. But one that was asked for, because the process is going.
-        if ask is not Ask.NOTHING or (due and step < objective.num_steps):
+        is_last = step == objective.num_steps
+        if ask is not Ask.NOTHING or (saves_last if is_last else due):
             started = clock()
             checkpointer.wait()
             state = Checkpoint(step, engine.state_dict(), objective.state_dict(), guard.state_dict(), list(history))

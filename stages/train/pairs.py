@@ -18,10 +18,14 @@ from stages.data.tokens.packing import Packed, TokenSequence, lay_out, split_by_
 from stages.data.tokens.views import Pair, PairView, Split, TokensArtifact, evenly, require
 from stages.models.forward import TrunkOutput
 from stages.train.engine import Engine, LossOutput
+from stages.train.measuring import measured
 from stages.train.mixture import training_order
 from stages.train.objective import ObjectiveState, Step
-from stages.train.plan import batches, in_step, order_digest, share
+from stages.train.plan import batches, order_digest, share
 from stages.train.routing import Balancing
+
+WEIGHT = "pair_weight"
+"""Field of what a pair counts in the loss, the same for all tokens of both answers; without it every pair counts 1."""
 
 
 class Pairs(Protocol):
@@ -77,6 +81,8 @@ class PlannedPairs:
     """The training pairs of a stage, their steps, and the account of both."""
 
     pairs: PairView
+    order: np.ndarray
+    """Indices of pairs as they are trained on."""
     steps: PairSteps
     ledger: dict[str, Any]
 
@@ -99,16 +105,16 @@ def planned_pairs(tokens: TokensArtifact, config: PairsConfig, *, micro_batch_si
         sources, sizes = some_sources(sources, indices), sizes[indices]
         counts["pairs_of_the_other_half"] = len(pairs) - len(indices)
     mixture = training_order(sources, sizes, config)
+    order = indices[mixture.order]  # by their numbers among all pairs: what is kept about a pair is kept under its own
     steps = PairSteps(
         pairs,
-        # By their numbers among all pairs: what is kept about a pair is kept under its number.
-        order=indices[mixture.order],
+        order=order,
         global_batch_size=config.global_batch_size,
         row_length=tokens.sequence_length,
         micro_batch_size=micro_batch_size,
     )
     ledger = {**counts, "pairs_trained": len(mixture.order), "mixture": mixture.to_dict()}
-    return PlannedPairs(pairs, steps, ledger)
+    return PlannedPairs(pairs, order, steps, ledger)
 
 
 def both_answers(pair: Pair, *, share_prompt: bool) -> tuple[TokenSequence, TokenSequence]:
@@ -158,7 +164,8 @@ class PairObjective:
         return map(self._balancing.watching, self._steps.steps(engine))
 
     def weight(self, batch: Packed) -> float:
-        return float(num_pairs(batch))
+        weights_P = of_pairs(batch, WEIGHT)
+        return float(num_pairs(batch)) if weights_P is None else float(weights_P.sum(dtype=torch.float64))
 
     def loss(self, parts: nn.ModuleDict, batch: Packed) -> LossOutput:
         trunk = self._balancing.run_trunk(parts, self._part, batch)
@@ -167,24 +174,11 @@ class PairObjective:
     def evaluate(self, engine: Engine) -> dict[str, float]:
         """Return the loss a pair and its metrics over evenly spread held-out pairs, under `eval/...`."""
         spread = evenly(len(self._heldout), at_most=self._eval_items)
-        totals: dict[str, float] = {"pairs": 0.0, "loss": 0.0}
         if not len(spread):
             return {}
         mine = self._steps.micro_batches(self._heldout, share(spread, rank=engine.rank, world_size=engine.world_size))
         spare = mine[0] if mine else self._steps.micro_batches(self._heldout, spread[:1])[0]
-        for batch, counted in in_step(engine, mine, spare=spare):
-            out = engine.infer(self._pair_loss, batch)
-            if not counted:
-                continue
-            totals["pairs"] += num_pairs(batch)
-            totals["loss"] += float(out.loss_sum)
-            # Every metric of a pair loss is a sum over pairs, so the number of pairs is the weight of all of them.
-            for name, pair in out.metrics.items():
-                totals[name] = totals.get(name, 0.0) + float(pair[0])
-        names = sorted(set(engine.gather(list(totals))))  # a rank without pairs knows no metric names; all sum the same
-        summed = dict(zip(names, engine.sum(totals.get(name, 0.0) for name in names), strict=True))
-        count = summed.pop("pairs")
-        return {f"eval/{name.replace('/', '_')}": value / count for name, value in summed.items()} if count else {}
+        return measured(engine, self._pair_loss, mine, spare=spare, units=num_pairs)
 
     def state_dict(self) -> ObjectiveState:
         return ObjectiveState({"cursor": self._steps.cursor}, self._balancing.state_dict())
@@ -197,6 +191,13 @@ class PairObjective:
 def over_pairs(total: Tensor, values_P: Tensor) -> Tensor:
     """Return a metric as the loop averages it: its sum over the pairs of `values_P`, and their number."""
     return torch.stack([total, values_P.new_tensor(float(len(values_P)))])
+
+
+def of_pairs(batch: Packed, field: str) -> Tensor | None:
+    """Return a field that all tokens of a pair share, shape (P,); None in a batch without it."""
+    if field not in batch.fields:
+        return None
+    return batch.fields[field].flatten()[batch.spans_D4[0::2, 0]]
 
 
 def num_pairs(batch: Packed) -> int:

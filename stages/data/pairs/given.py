@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from stages.config.curate import CurateConfig
@@ -18,6 +19,7 @@ from stages.data.curation.ledger import Step
 from stages.data.pairs import instructions, preferences, prompt_rows
 from stages.data.pairs.cells import unpacked
 from stages.data.pairs.labels import Coding, labels_of, numbers_in
+from stages.data.pairs.margins import NONE, margin_of, require_margins
 from stages.data.pairs.partners import pairs_of
 from stages.data.pairs.preferences import Labelled, sides_of
 from stages.data.pairs.shapes import Fits, Fitting, Misfit, Shapes, shapes_of
@@ -29,9 +31,13 @@ from stages.data.sources.readers import data_files
 from stages.data.sources.records import BadRecord, Row, is_drawn
 from stages.data.sources.rows import read_rows
 from stages.data.sources.storage import ROW_SUFFIXES, Unread, unread_by_reason
+from stages.data.sources.streams import Stored
 
+_NOTHING: Mapping[str, Any] = {}
 _LOOKED_AT = 100
 """The format of a file is detected from the fields of this many rows."""
+
+_NONE_MADE: Mapping[str, Path] = {}
 
 Record = tuple[str, Row | BadRecord]
 Shape = TypeVar("Shape", InstructionFormat, PreferenceFormat, PromptFormat)
@@ -77,17 +83,34 @@ class _Outcome:
 
 
 def given_instructions(
-    sources: Iterable[Source], config: CurateConfig, steps: list[Step], accounts: dict[str, dict[str, Any]]
+    sources: Iterable[Source],
+    config: CurateConfig,
+    steps: list[Step],
+    accounts: dict[str, dict[str, Any]],
+    *,
+    made: Mapping[str, Path] = _NONE_MADE,
 ) -> list[dict[str, Any]]:
     """Conversations of all sources in our shape; appends the step `read` and fills the accounts."""
-    return _given(sources, _instructions, config, steps, accounts)
+    return _given(sources, _instructions, config, steps, accounts, made)
 
 
 def given_preferences(
-    sources: Iterable[Source], config: CurateConfig, steps: list[Step], accounts: dict[str, dict[str, Any]]
+    sources: Iterable[Source],
+    config: CurateConfig,
+    steps: list[Step],
+    accounts: dict[str, dict[str, Any]],
+    *,
+    made: Mapping[str, Path] = _NONE_MADE,
 ) -> list[dict[str, Any]]:
     """Preference pairs of all sources in our shape; appends the step `read` and fills the accounts."""
-    return _given(sources, _preferences, config, steps, accounts)
+    return _given(sources, _preferences, config, steps, accounts, made)
+
+
+def given_unpaired(
+    sources: Iterable[Source], config: CurateConfig, steps: list[Step], accounts: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Single labelled responses of all sources in our shape; appends the step `read` and fills the accounts."""
+    return _given(sources, _unpaired, config, steps, accounts)
 
 
 def given_prompts(
@@ -120,18 +143,20 @@ def _given(
     config: CurateConfig,
     steps: list[Step],
     accounts: dict[str, dict[str, Any]],
+    made_here: Mapping[str, Path] = _NONE_MADE,
 ) -> list[dict[str, Any]]:
     total = Step("read")
     made: list[dict[str, Any]] = []
     for number, source in enumerate(sources):
         account = SourceAccount()
-        for table in _tables(source, number, account):
+        for table in _tables(source, number, account, made_here.get(source.uri)):
             for outcome in adapt(table, config):
                 made += _counted(outcome, account, config)
         for outcome in _partnered(source, account, config):
             made += _counted(outcome, account, config)
         if account.misfit and not account.formats:
             raise account.misfit
+        require_margins(source, kept=account.step.kept.documents, without=account.changes[NONE])
         total.merge(account.step, samples=config.samples_per_reason)
         accounts[source.uri] = account.to_dict()
         refuse_bad_share(source.uri, account.unreadable, config)
@@ -139,9 +164,12 @@ def _given(
     return made
 
 
-def _tables(source: Source, number: int, account: SourceAccount) -> Iterator[_Table]:
-    """The files of a source, which may differ in format."""
-    if source.uri.startswith("hf://"):
+def _tables(source: Source, number: int, account: SourceAccount, made: Path | None) -> Iterator[_Table]:
+    """The files of a source, which may differ in format; of one that the run has `made`, that file."""
+    if made is not None:
+        stored = Stored(str(made.resolve()), made.name, made.stat().st_size)
+        named, count = [(stored.name, stored.name, read_rows(stored))], 1
+    elif source.uri.startswith("hf://"):
         named, count = [(source.uri, "", read_hub(source.uri))], 1
     else:
         found = data_files(source.uri, ROW_SUFFIXES)
@@ -179,8 +207,8 @@ def _counted(outcome: _Outcome, account: SourceAccount, config: CurateConfig) ->
 def _is_utf8(row: Mapping[str, Any]) -> bool:
     turns = row.get("messages") or row["prompt"]
     try:
-        compared = (*row.get("reference", ()), *row.get("tests", ()), row.get("schema"))
-        for text in (*(turn["content"] for turn in turns), row.get("chosen"), row.get("rejected"), *compared):
+        sides = (row.get(name) for name in ("chosen", "rejected", "response", "schema"))
+        for text in (*(turn["content"] for turn in turns), *sides, *row.get("reference", ()), *row.get("tests", ())):
             if isinstance(text, str):
                 text.encode()
     except UnicodeEncodeError:
@@ -349,8 +377,7 @@ def _preferences(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
             if isinstance(made, str):
                 yield _Outcome(key, size, None, made, str(row.values))
             else:
-                ours = {**_preference_row(key, made, source, config), **tools}
-                yield _Outcome(key, size, ours, changes=made.changes)
+                yield _preferred(key, size, made, source, config, values=row.values, more=tools)
 
 
 def _require_clear_labels(table: _Table, shapes: Shapes[PreferenceFormat], coding: Coding) -> None:
@@ -379,9 +406,24 @@ def _partnered(source: Source, account: SourceAccount, config: CurateConfig) -> 
         if made.pair is None:
             yield _Outcome(made.key, sizes[made.key], None, made.reason, made.sample)
         else:
-            ours = _preference_row(made.key, made.pair, source, config)
-            yield _Outcome(made.key, sizes[made.key], ours)
+            yield _preferred(made.key, sizes[made.key], made.pair, source, config)
     account.labelled.clear()
+
+
+def _preferred(
+    key: str,
+    size: int,
+    made: Preference,
+    source: Source,
+    config: CurateConfig,
+    *,
+    values: Mapping[str, Any] = _NOTHING,
+    more: Mapping[str, Any] = _NOTHING,
+) -> _Outcome:
+    """A pair in our shape, with its margin where the source has one; `values` is the row that it comes from."""
+    margin = margin_of(source.margin, made, values) if source.margin else None
+    ours = {**_preference_row(key, made, source, config), **more, **({"margin": margin.value} if margin else {})}
+    return _Outcome(key, size, ours, changes=(*made.changes, *(margin.changes if margin else ())))
 
 
 def _preference_row(key: str, made: Preference, source: Source, config: CurateConfig) -> dict[str, Any]:
@@ -397,3 +439,32 @@ def _preference_row(key: str, made: Preference, source: Source, config: CurateCo
         **({"reason": made.reason} if made.reason else {}),
         "heldout": is_drawn(config.heldout_fraction, config.seed, "heldout", opening(prompt)),
     }
+
+
+def _unpaired(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
+    shapes = _shapes(table, PreferenceFormat, preferences.fits, preferences.fitting_formats)
+    for shaped in _shaped(table, shapes):
+        if isinstance(shaped, _Outcome):
+            yield shaped
+            continue
+        key, row = shaped.key, shaped.row
+        try:
+            if shaped.shape is not PreferenceFormat.UNPAIRED:
+                raise Unusable("not_labelled")
+            found, tools = preferences.to_labelled(row.values), tools_of(row.values)
+        except Unusable as error:
+            yield _Outcome(key, row.size, None, error.reason, str(row.values))
+            continue
+        prompt = [dict(message) for message in found.prompt]
+        ours = {
+            "id": key,
+            "prompt": prompt,
+            "response": found.response,
+            "label": found.is_good,
+            "group": table.source.uri,
+            "origin": "given",
+            **({"reason": found.reason} if found.reason else {}),
+            "heldout": is_drawn(config.heldout_fraction, config.seed, "heldout", opening(prompt)),
+            **tools,
+        }
+        yield _Outcome(key, row.size, ours)

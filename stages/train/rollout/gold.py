@@ -5,7 +5,7 @@ and without it. Its scores enter no reward; on request the training ends when th
 rise (over-optimisation, Gao et al. 2022, https://arxiv.org/abs/2210.10760).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ STATE = "gold_scores"
 
 
 class GoldWatch:
-    """Scores the responses of evaluations and counts those in a row at which gold fell while the proxy rose."""
+    """A `Watch`: scores the responses of evaluations and counts those in a row at which gold fell while the proxy
+    rose."""
 
     def __init__(self, scorer: Scorer, *, patience: int) -> None:
         """`patience` evaluations in a row of that kind end the training; 0 never does."""
@@ -29,14 +30,19 @@ class GoldWatch:
         self._before: tuple[float, float] | None = None
         self._falls = 0
 
-    def measure(self, engine: Engine, samples: Sequence[Sampled]) -> dict[str, float]:
+    def after_rollout(self, samples: Sequence[Sampled], metrics: Mapping[str, float]) -> dict[str, float]:
+        return {}  # the policy learns from these; gold is for what it does not
+
+    def after_evaluation(
+        self, engine: Engine, samples: Sequence[Sampled], metrics: Mapping[str, float]
+    ) -> dict[str, float]:
         """Return the mean gold score, the same on every rank; `samples` are the whole evaluation, on every rank."""
         everything = np.arange(len(samples))
         mine = share(everything, rank=engine.rank, world_size=engine.world_size)
         # A rank without a response scores one all the same, for the collectives, and it is not counted.
         chosen = [samples[int(number)] for number in (mine if len(mine) else everything[:1])]
         scores = self._scorer.scores(engine, [prompt_and_response(one.prompt, one.response) for one in chosen])
-        numbered = list(zip(mine.tolist(), scores[: len(mine)], strict=True))
+        numbered = list(zip(mine.tolist(), [score.value for score in scores[: len(mine)]], strict=True))
         gold = float(np.mean([score for _, score in sorted(engine.gather(numbered))]))
         self._compare(float(np.mean([sample.score for sample in samples])), gold)
         return {"eval/gold_score": gold, "eval/gold_falls": float(self._falls)}

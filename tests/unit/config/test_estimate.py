@@ -20,7 +20,7 @@ from stages.config.estimate import (
 from stages.config.execution import Engine, ExecutionConfig
 from stages.config.graph import Stage
 from stages.config.pipeline import PipelineConfig
-from stages.config.preference_losses import SimPOLoss
+from stages.config.preference_losses import KTOLoss, SimPOLoss
 from stages.config.recipes import tiny
 from stages.config.resolve import resolve
 from stages.config.text import compact
@@ -142,13 +142,19 @@ def test_tokens_through_models(stage: Stage, trained: float, forward: float):
     assert load.passes == 3 * trained + forward
 
 
-def test_a_loss_without_a_reference_reads_nothing_twice():
+def test_a_loss_without_a_reference_reads_nothing_twice_and_kto_mismatches_too():
     config = tiny()
     free = config.model_copy(update={"dpo": config.dpo.model_copy(update={"loss": SimPOLoss()})})
     with_reference, without = (workload(Stage.DPO, one, COUNTS, selected=ALL) for one in (config, free))
     assert with_reference is not None
     assert without is not None
     assert (without.trained_tokens, without.forward_tokens) == (with_reference.trained_tokens, 0)
+    of_kto = config.model_copy(update={"dpo": config.dpo.model_copy(update={"loss": KTOLoss(), "num_epochs": 2.0})})
+    load = workload(Stage.DPO, of_kto, COUNTS, selected=ALL)
+    assert load is not None
+    # Two epochs of 100 responses with 40 tokens: the reference reads them and their mismatches once, the policy the
+    # mismatches in each epoch.
+    assert (load.trained_tokens, load.forward_tokens) == (2 * 4000, 2 * 4000 + 2 * 4000)
     # The reference's log-probabilities are computed by the policy itself, so no loss holds a second model.
     kept, free_of_it = (memory_bytes(Stage.DPO, one, vocab_size=512) for one in (config, free))
     assert kept == free_of_it
@@ -300,3 +306,17 @@ def test_before_anything_is_counted_the_assumptions_are_named():
 @pytest.mark.parametrize(("number", "text"), [(10_059_840, "10.1 M"), (999, "999"), (2.5e19, "25 E"), (0, "0")])
 def test_numbers_are_short(number: float, text: str):
     assert compact(number) == text
+
+
+def test_an_ensemble_is_trained_one_by_one_and_read_whole():
+    """Four members take four times as long and no more memory; who reads them holds three more models."""
+    one, four = (resolve({"recipe": "tiny", "overrides": {"reward.ensemble_size": size}}) for size in (1, 4))
+    works = [workload(Stage.REWARD, config, COUNTS, selected=ALL) for config in (one, four)]
+    assert works[0] is not None
+    assert works[1] is not None
+    assert works[1].trained_tokens == 4 * works[0].trained_tokens
+    assert memory_bytes(Stage.REWARD, one, vocab_size=512) == memory_bytes(Stage.REWARD, four, vocab_size=512)
+    weights = count_parameters(one.pretrain.model, 512)
+    for stage in (Stage.PPO, Stage.EVALUATE):
+        more = memory_bytes(stage, four, vocab_size=512) - memory_bytes(stage, one, vocab_size=512)
+        assert more == 3 * 4 * weights

@@ -1,7 +1,7 @@
 """Scorers that read texts, and how their scores and that of a reward model become one.
 
 They compute on no device, so they are no part of the sampling's collective passes: when the responses of a rollout are
-gathered, each rank scores its share, once, and all share the scores.
+gathered, each rank scores its share, or one rank all, once, and all have the scores.
 
 The score of a mixture is the weighted sum of its parts' scores, its reward that of their rewards: a reward model's part
 counts in units of its first rollout's spread, the others as they are.
@@ -9,7 +9,7 @@ counts in units of its first rollout's spread, the others as they are.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,7 +21,16 @@ from stages.train.plan import share
 class TextScorer(Protocol):
     """Scores the texts of responses; every value is finite."""
 
+    @property
+    def on_main_only(self) -> bool:
+        """Whether one rank scores for all, instead of each its share."""
+        ...
+
     def values(self, responses: Sequence[str], rows: Sequence[Row]) -> Sequence[Value]: ...
+
+    def account(self) -> dict[str, Any]:
+        """What was asked and spent elsewhere, for the ledger."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -56,18 +65,23 @@ class Parts:
         self, engine: Engine, responses: Sequence[np.ndarray], rows: Sequence[Row], *, by_model: Sequence[float]
     ) -> list[Scored]:
         """Return the scores of all responses, on every rank the same; `by_model` are the reward model's."""
-        mine = share(np.arange(len(responses)), rank=engine.rank, world_size=engine.world_size).tolist()
-        texts, asked = [self.text_of(responses[number]) for number in mine], [rows[number] for number in mine]
-        values = {
-            part.name: part.scorer.values(texts, asked) if mine else []
-            for part in self.parts
-            if part.scorer is not None
-        }
-        numbered = [
-            (number, {name: found[place] for name, found in values.items()}) for place, number in enumerate(mine)
-        ]
-        gathered = sorted(engine.gather(numbered), key=lambda pair: pair[0])
-        return [self._scored(by_model[number], found) for number, found in gathered]
+        everything = np.arange(len(responses))
+        mine = share(everything, rank=engine.rank, world_size=engine.world_size).tolist()
+        found: list[dict[str, Value]] = [{} for _ in responses]
+        for part in self.parts:
+            if part.scorer is None:
+                continue
+            chosen = mine if not part.scorer.on_main_only else everything.tolist() if engine.is_main else []
+            texts = [self.text_of(responses[number]) for number in chosen]
+            values = part.scorer.values(texts, [rows[number] for number in chosen]) if chosen else []
+            for number, value in engine.gather(list(zip(chosen, values, strict=True))):
+                found[number][part.name] = value
+        return [self._scored(score, values) for score, values in zip(by_model, found, strict=True)]
+
+    def account(self) -> dict[str, dict[str, Any]]:
+        """What parts asked and spent elsewhere, by name."""
+        accounts = ((part.name, part.scorer.account()) for part in self.parts if part.scorer is not None)
+        return {name: account for name, account in accounts if account}
 
     def _scored(self, by_model: float, found: Mapping[str, Value]) -> Scored:
         parts = {part.name: by_model if part.scorer is None else found[part.name].value for part in self.parts}

@@ -25,6 +25,7 @@ from stages.train.rollout.experience import describe
 from stages.train.rollout.sampling import Sampler
 from stages.train.rollout.scorers.ready import ready_parts
 from stages.train.rollout.scorers.texts import Part, Parts
+from stages.train.rollout.scoring import Score
 from tests.small_world import CONFIGS, MODEL, make_context, make_models, make_tokens
 
 CONFIG: Any = CONFIGS[Stage.PPO]
@@ -33,8 +34,8 @@ CONFIG: Any = CONFIGS[Stage.PPO]
 class ByModel:
     """Stands where the reward model does: the score is the length, a reward is in units of ten."""
 
-    def scores(self, engine: Engine, sequences: Sequence[TokenSequence]) -> list[float]:
-        return [float(sequence.loss_mask.sum()) for sequence in sequences]
+    def scores(self, engine: Engine, sequences: Sequence[TokenSequence]) -> list[Score]:
+        return [Score(float(sequence.loss_mask.sum())) for sequence in sequences]
 
     def rewards(self, scores: Sequence[float]) -> list[float]:
         return [score / 10 for score in scores]
@@ -48,12 +49,17 @@ class ByModel:
 class Counting:
     """Gives each response the number in its row's reference, and remembers what it was asked."""
 
+    on_main_only = False
+
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []
 
     def values(self, responses: Sequence[str], rows: Sequence[Row]) -> list[Value]:
         self.asked += zip(responses, (row.prompt for row in rows), strict=True)
         return [Value(float(row.reference[0]), "" if row.prompt == "a" else "no_value") for row in rows]
+
+    def account(self) -> dict[str, Any]:
+        return {}
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +145,10 @@ def test_training_by_a_rule_alone_raises_its_rate_without_any_reward_model(world
         }
     )
     context = make_context(home, Stage.PPO, config, {role: inputs[role] for role in ("tokens", "model")})
-    outcome = ppo.run(context)
+    try:
+        outcome = ppo.run(context)
+    finally:
+        context.progress.close()
     history = [json.loads(line) for line in (context.output_dir / "history.jsonl").read_text().splitlines()]
     assert history[0]["ppo/score/regex"] < 0.45
     assert outcome.metrics["ppo/score/regex"] > 0.8
