@@ -65,8 +65,14 @@ def _sources(stage: Stage) -> tuple[Stage, ...]:
 
 
 def _ancestors(stage: Stage) -> set[Stage]:
-    sources = set(_sources(stage))
-    return sources.union(*map(_ancestors, sources))
+    found: set[Stage] = set()
+    left = [*_sources(stage)]
+    while left:  # each stage once: the paths through the graph are many times more than its stages
+        source = left.pop()
+        if source not in found:
+            found.add(source)
+            left += _sources(source)
+    return found
 
 
 def first_stages() -> tuple[Stage, ...]:
