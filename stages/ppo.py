@@ -14,6 +14,7 @@ from stages.config.estimators import GAE
 from stages.config.graph import BASE_MODEL, GOLD_MODEL, GRAPH, REWARD_MODEL, Stage
 from stages.config.rollouts import PPOConfig
 from stages.data.tokens.packing import RowBudget
+from stages.data.tokens.rows import DocumentRows
 from stages.data.tokens.views import Split, TokensArtifact, require
 from stages.job.context import StageContext, StageOutcome
 from stages.models.build import load_causal_lm, load_reward_model
@@ -22,6 +23,7 @@ from stages.models.generation import Sampling
 from stages.models.lora import add_adapter
 from stages.models.same_tokenizer import check_given_scorer, check_one_score, check_same_tokenizer
 from stages.train.engine import Engine
+from stages.train.rollout.documents import PretrainingMix
 from stages.train.rollout.gold import GoldWatch
 from stages.train.rollout.objective import PPOObjective
 from stages.train.rollout.sampling import Sampler
@@ -45,6 +47,7 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     assert isinstance(config, PPOConfig)
     prompts = tokens.prompts(Split.TRAIN)
     require(len(prompts), "training prompts", advice="Give instruction data, or `derived`.")
+    mix = _mix_of(config, tokens)
     gold = _gold_of(context, tokens)
     if config.gold_patience:
         advice = "Hold out a larger share of the data, or set ppo.gold_patience=0."
@@ -71,7 +74,10 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         )
         balancing = Balancing(policy=routing_of(policy), critic=routing_of(critic) if critic is not None else None)
         heldout, watch = tokens.prompts(Split.HELDOUT), gold.watch(engine, tokens, budget, config)
-        return PPOObjective(config, sampler, prompts=prompts, heldout=heldout, balancing=balancing, gold=watch)
+        watches = [watch] if watch is not None else []
+        return PPOObjective(
+            config, sampler, prompts=prompts, heldout=heldout, balancing=balancing, watches=watches, mix=mix
+        )
 
     parts: dict[str, nn.Module] = {"policy": add_adapter(policy, config.lora, seed=config.seed)}
     if critic is not None:
@@ -82,6 +88,15 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         exported="policy",
         ledger={"prompts": len(prompts), **({"gold_not_measured": gold.missing} if gold.missing else {})},
     )
+
+
+def _mix_of(config: PPOConfig, tokens: TokensArtifact) -> PretrainingMix | None:
+    """The documents that are trained on as well, if any."""
+    if not config.pretraining_coefficient:
+        return None
+    rows = DocumentRows(tokens.documents(Split.TRAIN), tokens.sequence_length)
+    require(len(rows), "rows of documents", advice="Give documents, or set ppo.pretraining_coefficient=0.")
+    return PretrainingMix(rows, config.pretraining_rows, config.seed)
 
 
 def _critic_of(

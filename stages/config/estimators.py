@@ -29,6 +29,10 @@ class GAE(Config):
     critic: Annotated[Literal["reward_model", "fresh"], AddedLater("reward_model")] = "reward_model"
     """What the critic starts as: a copy of the `reward_model`, whose head becomes the value head, or the policy's start
     with a `fresh` head of zeros."""
+    critic_warmup_rollouts: Annotated[int, AddedLater(0)] = Field(default=0, ge=0)
+    """Rollouts at the start in which only the critic learns and the policy stays as it is."""
+    critic_learning_rate_factor: Annotated[float, AddedLater(1.0)] = Field(default=1.0, gt=0)
+    """The critic's learning rate over that of the policy."""
     whiten: Annotated[bool, AddedLater(True)] = True
     """Shift and scale advantages to mean 0 and spread 1 over the tokens of the rollout."""
 

@@ -20,7 +20,6 @@ from stages.config.graph import (
     BENCHMARKS,
     DATA_FIELDS,
     DOCUMENTS,
-    GOLD_MODEL,
     GRAPH,
     INSTRUCTIONS,
     PREFERENCES,
@@ -34,6 +33,7 @@ from stages.config.pipeline import PipelineConfig
 from stages.config.places import check_source
 from stages.config.preferences import PairsHalf
 from stages.config.recipes import RECIPES
+from stages.config.rollout_inputs import refuse_what_rollouts_lack
 from stages.config.selection import asks_for_gold, needed_data
 from stages.config.sources import parse_source, take_weights
 from stages.config.suites import check_suites
@@ -95,7 +95,7 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     _refuse_uncuttable(config)
     _refuse_contradictions(config)
     check_suites(config)
-    _refuse_patience_without_gold(config)
+    refuse_what_rollouts_lack(config)
     return config
 
 
@@ -329,16 +329,6 @@ def _refuse_contradictions(config: PipelineConfig) -> None:
         assert isinstance(train, TrainConfig)
         for what, advice in contradictions(stage.value, train, config.stage_execution(stage), experts=experts):
             raise ConfigError(what, advice=advice)
-
-
-def _refuse_patience_without_gold(config: PipelineConfig) -> None:
-    patience = config.ppo.gold_patience if Stage.PPO in config.selected else 0
-    has_gold = GOLD_MODEL in config.given_roles(Stage.PPO) or Stage.GOLD in config.stage_inputs(Stage.PPO).values()
-    if patience and not has_gold:
-        raise ConfigError(
-            f"ppo.gold_patience={patience} needs a gold scorer, and this run has none",
-            advice="Use gold_scorer=train, give a gold_model with the policy's tokenizer, or set ppo.gold_patience=0.",
-        )
 
 
 def _selected_to_train(config: PipelineConfig) -> list[Stage]:

@@ -3,16 +3,39 @@
 All of it decides results and enters fingerprints: a field that is added is marked `AddedLater` (`stages.config.base`).
 """
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from stages.config.base import AddedLater
+from stages.config.base import AddedLater, Choice, Config
 from stages.config.estimators import GAE, Estimator
 from stages.config.train import Models, PostTrainConfig
 
 PROMPT_LOSS = "eval/prompt_loss"
 """What PPO records of its weights that does not depend on sampled answers; a gate measures it again."""
+
+
+class LossOver(Choice):
+    """What a loss over responses is averaged over."""
+
+    TOKENS = "tokens", "All tokens alike"
+    SEQUENCES = "sequences", "Responses, each the mean of its tokens"
+    FIXED_LENGTH = "fixed_length", "Responses, each the sum of its tokens over one length"
+
+
+class SamplerConfig(Config):
+    """Sampler against trainer: generation computes the probabilities of tokens in another way than training, so both
+    are compared in every rollout."""
+
+    max_kl: float = Field(default=0.05, gt=0)
+    """Largest mean divergence of the two, in nats a token."""
+    max_ratio_error: float = Field(default=0.05, gt=0)
+    """Largest distance from 1 of the mean ratio of both probabilities."""
+    above: Literal["warn", "fail"] = "warn"
+    """What a rollout above one of the limits does: a warning in the log, or the end of the stage."""
+    truncation: float = Field(default=0.0, ge=0)
+    """Each token's policy loss is weighted by the ratio of training's to generation's probability, at most this, such
+    as 2 (truncated importance sampling); 0 = not weighted."""
 
 
 class PPOConfig(PostTrainConfig):
@@ -36,14 +59,47 @@ class PPOConfig(PostTrainConfig):
     """How advantages are estimated; `kind` chooses it, the other fields are its own."""
     clip_range: float = Field(default=0.2, gt=0)
     """The policy ratio is clipped to 1 +- this."""
+    clip_range_high: Annotated[float, AddedLater(0.0)] = Field(default=0.0, ge=0)
+    """Another range above 1, such as 0.28, which lets rare tokens become more likely (clip-higher of DAPO,
+    https://arxiv.org/abs/2503.14476); 0 = `clip_range` on both sides."""
+    dual_clip: Annotated[float, AddedLater(0.0)] = Field(default=0.0, ge=0)
+    """A token with a negative advantage costs at most this many times the advantage, such as 3
+    (https://arxiv.org/abs/1912.09729); 0 = no bound, else above 1."""
+    loss_over: Annotated[LossOver, AddedLater(LossOver.TOKENS)] = LossOver.TOKENS
+    """What the loss of a step averages over: `tokens`, each with the same weight; `sequences`, each the mean of its
+    tokens, as in GRPO; or `fixed_length`, each the sum of its tokens over `max_response_length`, as in Dr. GRPO."""
+    entropy_coefficient: Annotated[float, AddedLater(0.0)] = Field(default=0.0, ge=0)
+    """Weight of the bonus for the entropy of the policy, in nats a token; 0 = none."""
     kl_coefficient: float = Field(default=0.05, ge=0)
     """Penalty a token for leaving the reference, at the start."""
+    kl_place: Annotated[Literal["reward", "loss"], AddedLater("reward")] = "reward"
+    """Where the penalty is paid: as a part of each token's `reward`, or as a term of the `loss`, as in GRPO."""
+    kl_estimator: Annotated[Literal["k1", "k2", "k3"], AddedLater("k1")] = "k1"
+    """How the divergence of a token is estimated: `k1` in the reward, `k2` or `k3` in the loss. `k2` has the gradient
+    of the divergence that the reward penalises; `k3`, as in GRPO, that of the reverse one."""
     kl_target: float = Field(default=0.0, ge=0)
     """Nats a response that the adaptive controller aims for; 0 keeps the coefficient fixed."""
     kl_horizon: int = Field(default=2000, ge=1)
     """Responses over which the controller reacts."""
     missing_eos_penalty: float = Field(default=1.0, ge=0)
     """Subtracted from the score of a response without an end token."""
+    overlong_tokens: Annotated[int, AddedLater(0)] = Field(default=0, ge=0)
+    """Tokens before `max_response_length` over which the penalty for length grows from 0 to `overlong_penalty` (soft
+    overlong punishment of DAPO, https://arxiv.org/abs/2503.14476); 0 = no such penalty."""
+    overlong_penalty: Annotated[float, AddedLater(1.0)] = Field(default=1.0, gt=0)
+    """Subtracted from the score of a response of `max_response_length`, with `overlong_tokens`."""
+    reward_scaling: Annotated[Literal["none", "running"], AddedLater("none")] = "none"
+    """`running` divides rewards by their spread over all rollouts so far, after the scorer's own scale."""
+    reward_clip: Annotated[float, AddedLater(0.0)] = Field(default=0.0, ge=0)
+    """Scores in the unit of rewards are clipped to +- this, before penalties; 0 = not."""
+    pretraining_coefficient: Annotated[float, AddedLater(0.0)] = Field(default=0.0, ge=0)
+    """Weight of the loss of the run's own documents, which are mixed into every step so that the base model's knowledge
+    is kept (PPO-ptx, https://arxiv.org/abs/2203.02155); 0 = none."""
+    pretraining_rows: Annotated[int, AddedLater(8)] = Field(default=8, ge=1)
+    """Rows of documents, each `tokenize.sequence_length` tokens, in an optimizer step over all workers, with
+    `pretraining_coefficient`."""
+    sampler: Annotated[SamplerConfig, AddedLater(SamplerConfig())] = SamplerConfig()
+    """How far the probabilities of generation may be from those of training."""
     gold_patience: Annotated[int, AddedLater(0)] = Field(default=0, ge=0)
     """Evaluations in a row at which the score of the gold scorer fell while that of the reward model rose, after which
     training ends; 0 = it never does. The model has the last weights, or those that `best_metric` chooses, such as
@@ -76,6 +132,59 @@ class PPOConfig(PostTrainConfig):
             raise ValueError(
                 f"gold_patience={self.gold_patience} needs eval_every >= 1, got 0: without evaluations on the way "
                 "nothing is seen to fall; set eval_every, or gold_patience to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _estimator_fits_its_place(self) -> "PPOConfig":
+        place, estimator = self.kl_place, self.kl_estimator
+        if place == "loss" and estimator == "k1":
+            raise ValueError(
+                "kl_estimator=k1 has no useful gradient with kl_place=loss: on average over samples it is zero; use "
+                "kl_estimator=k2 (the divergence that rewards penalise) or k3 (as in GRPO), or kl_place=reward"
+            )
+        if place == "reward" and estimator != "k1":
+            raise ValueError(
+                f"kl_estimator={estimator} needs kl_place=loss, got reward: as a reward only k1 has the gradient of "
+                "the divergence on average; use kl_estimator=k1, or kl_place=loss"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bounds_bind(self) -> "PPOConfig":
+        if 0 < self.dual_clip <= 1:
+            raise ValueError(
+                f"dual_clip={self.dual_clip} would cut the loss at the old policy already; use more than 1, such as 3, "
+                "or 0 for none"
+            )
+        if 0 < self.sampler.truncation < 1:
+            raise ValueError(
+                f"sampler.truncation={self.sampler.truncation} would cut the weights of tokens on which both agree; "
+                "use at least 1, such as 2, or 0 for none"
+            )
+        if self.overlong_tokens >= self.max_response_length:
+            raise ValueError(
+                f"overlong_tokens={self.overlong_tokens} leaves no length without a penalty; use less than "
+                f"max_response_length={self.max_response_length}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_without_effect(self) -> "PPOConfig":
+        for name, needed in {
+            "overlong_penalty": "overlong_tokens",
+            "pretraining_rows": "pretraining_coefficient",
+        }.items():
+            value, unused = getattr(self, name), PPOConfig.model_fields[name].default
+            if value != unused and not getattr(self, needed):
+                raise ValueError(
+                    f"{name}={value} needs {needed} above 0, got 0; set {needed}, or leave {name} at {unused}"
+                )
+        estimator = self.estimator
+        if isinstance(estimator, GAE) and estimator.critic_warmup_rollouts >= self.num_rollouts:
+            raise ValueError(
+                f"estimator.critic_warmup_rollouts={estimator.critic_warmup_rollouts} leaves no rollout to train the "
+                f"policy; use less than num_rollouts={self.num_rollouts}"
             )
         return self
 

@@ -36,7 +36,7 @@ def gae(*, rewards_R: Tensor, values_R: Tensor, gamma: float, gae_lambda: float)
 
 def leave_one_out(rewards_G: np.ndarray) -> np.ndarray:
     """Return each reward minus the mean of the others. REINFORCE Leave-One-Out, Ahmadian et al. 2024
-    (arXiv:2402.14740), section 3; the baseline does not depend on the response itself, so it adds no bias."""
+    (arXiv:2402.14740); the baseline does not depend on the response itself, so it adds no bias."""
     others_G = (rewards_G.sum() - rewards_G) / (len(rewards_G) - 1)
     return rewards_G - others_G
 

@@ -10,8 +10,21 @@ def k1(log_ratio: Tensor) -> Tensor:
     return log_ratio
 
 
+def k2(log_ratio: Tensor) -> Tensor:
+    """KL(p||q) estimator (log p - log q)^2 / 2: biased, never negative. Schulman 2020, "Approximating KL".
+
+    As a loss on samples of p, which are not differentiated, its expected gradient is that of KL(p||q):
+    E_p[(log p - log q) grad log p].
+    """
+    return 0.5 * log_ratio.square()
+
+
 def k3(log_ratio: Tensor) -> Tensor:
-    """KL(p||q) estimator (q/p - 1) - log(q/p) with log_ratio = log p - log q: unbiased and never negative."""
+    """KL(p||q) estimator (q/p - 1) - log(q/p) with log_ratio = log p - log q: unbiased and never negative.
+
+    As a loss on samples of p, which are not differentiated, its expected gradient is that of the *other* divergence:
+    E_p[(1 - q/p) grad log p] = -E_q[grad log p], the gradient of KL(q||p).
+    """
     # expm1 keeps the digits near 0, where policies usually are and exp(x) - 1 would cancel.
     return torch.expm1(-log_ratio) + log_ratio
 

@@ -3,6 +3,10 @@
 Shape legend: R tokens of one response.
 """
 
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from torch import Tensor
 
 from stages.losses.divergence import k1
@@ -26,3 +30,35 @@ def shaped_rewards(*, logprobs_R: Tensor, ref_logprobs_R: Tensor, score: float, 
     rewards_R = -kl_coefficient * k1(logprobs_R - ref_logprobs_R)
     rewards_R[-1] += score
     return rewards_R
+
+
+def overlong_penalty(length: int, *, max_length: int, grace: int) -> float:
+    """Return how much of the penalty a response of that length deserves: 0 up to `grace` tokens before the limit, from
+    there in equal steps up to 1 at the limit. Soft overlong punishment of DAPO, Yu et al. 2025 (arXiv:2503.14476)."""
+    return min(max((length - (max_length - grace)) / grace, 0.0), 1.0)
+
+
+class Moments(NamedTuple):
+    """Number, mean and sum of squared distances from it."""
+
+    count: int
+    mean: float
+    squares: float
+
+    @property
+    def std(self) -> float:
+        return math.sqrt(self.squares / self.count) if self.count else 0.0
+
+
+def merged_moments(before: Moments, values: Sequence[float]) -> Moments:
+    """Return the moments of what was seen before and of more values. Chan, Golub and LeVeque 1983, "Algorithms for
+    computing the sample variance": nothing is subtracted that is nearly equal."""
+    count = len(values)
+    mean = math.fsum(values) / count
+    squares = math.fsum((value - mean) ** 2 for value in values)
+    total, shift = before.count + count, mean - before.mean
+    return Moments(
+        total,
+        before.mean + shift * count / total,
+        before.squares + squares + shift**2 * before.count * count / total,
+    )

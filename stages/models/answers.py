@@ -17,6 +17,9 @@ from torch import nn
 from stages.models.generation import Draws, Sampling, generate
 from stages.models.precision import autocast
 
+BATCH_SIZE = 64
+"""Responses that are generated at once, in rollouts too."""
+
 
 class Backend(Protocol):
     """Whatever can continue a batch of prompts."""
@@ -49,7 +52,7 @@ class Answerer:
     seed: int
     stream: int = 0
     """Keeps apart what shares a seed."""
-    batch_size: int = 64
+    batch_size: int = BATCH_SIZE
     """Responses generated at once. Another size may round logits differently, and so change a rare token."""
 
     def answers(self, prompts: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -22,8 +22,8 @@ class TokenLogprobs(NamedTuple):
     """One entry per target, in the order of the tokens."""
 
     logprobs_N: Tensor
-    entropy_sum: Tensor | None
-    """Summed over all targets, in nats, without gradient; None unless asked for, because it costs another softmax."""
+    entropies_N: Tensor | None
+    """Of the distribution that each target is of, in nats; None unless asked for, because it costs another softmax."""
 
 
 class TrunkOutput(NamedTuple):
@@ -143,14 +143,14 @@ def target_logprobs(
     """Return the log-probability of each target under softmax(logits / temperature), in float32."""
     where = target_positions(batch)
     # Rows of `before_targets` and of `where` are both in the order of the tokens, so they belong together one by one.
-    logprobs_N, entropy_sum = linear_logprobs(
+    logprobs_N, entropies_N = linear_logprobs(
         before_targets(hidden_states(model, batch, trunk), batch),
         _output_weight(model),
         batch.input_ids_BT[where],
         temperature=temperature,
         with_entropy=with_entropy,
     )
-    return TokenLogprobs(logprobs_N, entropy_sum if with_entropy else None)
+    return TokenLogprobs(logprobs_N, entropies_N if with_entropy else None)
 
 
 def segment_logprobs(model: nn.Module, batch: Packed) -> Tensor:

@@ -9,6 +9,7 @@ Shape legend: S sequences, R response tokens at most, P prompt length, V vocabul
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +45,20 @@ class Draws:
         return np.stack([np.random.Generator(np.random.Philox(seed)).random(length) for seed in seeds])
 
 
+class Generated(NamedTuple):
+    """A response, and the log-probability of each of its tokens in the distribution that it was drawn from."""
+
+    tokens_R: np.ndarray
+    logprobs_R: np.ndarray
+
+
+class Column(NamedTuple):
+    """The next token of every response and its probability; after a response's end `pad_id`, and any number."""
+
+    tokens_S: Tensor
+    probabilities_S: Tensor
+
+
 def generate(
     model: nn.Module,
     prompts: Sequence[np.ndarray],
@@ -53,11 +68,28 @@ def generate(
     all_done: Callable[[bool], bool] = lambda done: done,
 ) -> list[np.ndarray]:
     """Return one response per prompt, the end token included where it was reached."""
-    columns = list(token_columns(model, prompts, sampling, draws, all_done=all_done))
-    return [_up_to_end(tokens_R, sampling.eos_id) for tokens_R in torch.stack(columns, dim=1).cpu().numpy()]
+    return [one.tokens_R for one in generate_with_logprobs(model, prompts, sampling, draws, all_done=all_done)]
 
 
-@torch.no_grad()
+def generate_with_logprobs(
+    model: nn.Module,
+    prompts: Sequence[np.ndarray],
+    sampling: Sampling,
+    draws: Draws,
+    *,
+    all_done: Callable[[bool], bool] = lambda done: done,
+) -> list[Generated]:
+    """As `generate`, with the log-probabilities as generation computed them."""
+    columns = list(_columns(model, prompts, sampling, draws, all_done=all_done))
+    tokens_SR = torch.stack([column.tokens_S for column in columns], dim=1).cpu().numpy()
+    logprobs_SR = torch.stack([column.probabilities_S for column in columns], dim=1).log().cpu().numpy()
+    lengths = [len(_up_to_end(tokens_R, sampling.eos_id)) for tokens_R in tokens_SR]
+    return [
+        Generated(tokens_R[:length], logprobs_R[:length])
+        for tokens_R, logprobs_R, length in zip(tokens_SR, logprobs_SR, lengths, strict=True)
+    ]
+
+
 def token_columns(
     model: nn.Module,
     prompts: Sequence[np.ndarray],
@@ -70,6 +102,19 @@ def token_columns(
 
     `all_done` lets sharded models agree on when to stop, so that every rank runs the same number of forward passes.
     """
+    return (column.tokens_S for column in _columns(model, prompts, sampling, draws, all_done=all_done))
+
+
+@torch.no_grad()
+def _columns(
+    model: nn.Module,
+    prompts: Sequence[np.ndarray],
+    sampling: Sampling,
+    draws: Draws,
+    *,
+    all_done: Callable[[bool], bool],
+) -> Iterator[Column]:
+    """What `token_columns` says, with the probability of each token."""
     device = next(model.parameters()).device
     input_ids_SP, mask_SP = _left_padded(prompts, sampling.pad_id, device)
     # Padding is masked out, so its position does not matter; -1 would point outside the table of learned positions.
@@ -90,10 +135,10 @@ def token_columns(
             logits_to_keep=1,
         )
         cache = out.past_key_values
-        tokens_S = _choose(out.logits[:, -1].float(), sampling.temperature, draws_SR[:, step])
+        tokens_S, probabilities_S = _choose(out.logits[:, -1].float(), sampling.temperature, draws_SR[:, step])
         # A finished response stays in the batch until the others end: it is given padding, which is cut off in the end.
         tokens_S = torch.where(finished_S, sampling.pad_id, tokens_S)
-        yield tokens_S
+        yield Column(tokens_S, probabilities_S)
         finished_S |= tokens_S == sampling.eos_id
         if all_done(bool(finished_S.all())):
             break
@@ -102,10 +147,13 @@ def token_columns(
         position_ids_SP = position_ids_SP[:, -1:] + 1
 
 
-def _choose(logits_SV: Tensor, temperature: float, draws_S: Tensor) -> Tensor:
+def _choose(logits_SV: Tensor, temperature: float, draws_S: Tensor) -> Column:
     if temperature == 0:
-        return logits_SV.argmax(-1)
-    return token_at((logits_SV / temperature).softmax(-1), draws_S)
+        tokens_S = logits_SV.argmax(-1)
+        return Column(tokens_S, torch.ones_like(logits_SV[:, 0]))
+    probabilities_SV = (logits_SV / temperature).softmax(-1)
+    tokens_S = token_at(probabilities_SV, draws_S)
+    return Column(tokens_S, probabilities_SV.gather(1, tokens_S[:, None])[:, 0])
 
 
 def token_at(probabilities_SV: Tensor, draws_S: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ losses, rollouts and evaluations are functions given to the engine. Only `engine
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -18,6 +19,8 @@ from stages.train.shards import Piece, SavedState
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
+
+NO_FACTORS: Mapping[str, float] = MappingProxyType({})
 
 
 class Trainable(nn.Module):
@@ -101,8 +104,15 @@ class Engine(Protocol):
         ranks give equally many. Returns the outputs, detached."""
         ...
 
-    def step(self, learning_rate: float, *, accepts: Callable[[float], bool] = math.isfinite) -> StepReport:
-        """Clip, update and clear; a step whose gradient norm `accepts` refuses changes nothing."""
+    def step(
+        self,
+        learning_rate: float,
+        *,
+        accepts: Callable[[float], bool] = math.isfinite,
+        rate_factors: Mapping[str, float] = NO_FACTORS,
+    ) -> StepReport:
+        """Clip, update and clear; a step whose gradient norm `accepts` refuses changes nothing. `rate_factors` multiply
+        the learning rate of the parts that they name; a part with factor 0 stays as it is."""
         ...
 
     def sum(self, values: Iterable[float]) -> list[float]:

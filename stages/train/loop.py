@@ -64,7 +64,8 @@ def train(
         engine.seed(config.seed, step)
         metrics, tokens, flops = _accumulate(objective, engine, item, meter)
         # The guard judges global numbers, so all ranks take the step or none does.
-        outcome = engine.step(rate, accepts=guard.judging(loss=metrics["train/loss"], step=step + 1))
+        accepts = guard.judging(loss=metrics["train/loss"], step=step + 1)
+        outcome = engine.step(rate, accepts=accepts, rate_factors=item.rate_factors)
         step += 1
         now = clock()
         metrics |= item.metrics | {

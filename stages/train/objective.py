@@ -1,6 +1,6 @@
 """The role that pretraining, SFT, reward, DPO and PPO play for the one training loop."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,6 +23,8 @@ class Step:
     """False on a rank that a small last step leaves without items: it joins the collectives and counts nothing."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Numbers that belong to the step as a whole, already the same on every rank (a rollout's, say)."""
+    rate_factors: Mapping[str, float] = field(default_factory=dict)
+    """Factors on the learning rate of single parts in this step, by their names."""
     observe: Callable[[Tensor], dict[str, float]] = _observe_nothing
     """Takes the counts of the whole step, before the next one is requested, and returns metrics of them."""
 

@@ -35,7 +35,7 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig, *, dtype: torch.d
 
 
 def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Return groups with `params`, `weight_decay` and `muon`.
+    """Return groups with `params`, `weight_decay`, `muon` and `part`, the model of a `Trainable` that they belong to.
 
     Not decayed: norms, biases and other parameters that are no matrices, and embeddings unless the config says so. A
     tied weight counts as an embedding. Muon updates the matrices of the repeated layers.
@@ -47,9 +47,10 @@ def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[st
         for parameter in container.parameters()
     }
     # Modules come in order of definition, embeddings before the output layer: a tied weight is met as an embedding.
-    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    groups: dict[tuple[bool, bool, str], list[Tensor]] = {}
     seen: set[int] = set()
-    for owner in module.modules():
+    for path, owner in module.named_modules():
+        part = path.split(".")[1] if path.startswith("parts.") else ""
         for name, parameter in owner.named_parameters(recurse=False):
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
@@ -58,11 +59,11 @@ def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[st
             # The experts of a layer are one parameter of three dimensions: a stack of matrices.
             is_matrix = parameter.ndim >= 2 and "bias" not in name and "norm" not in type(owner).__name__.lower()
             decays = is_matrix and (config.decay_embeddings or not is_embedding)
-            key = (decays, is_matrix and not is_embedding and id(parameter) in repeated)
+            key = (decays, is_matrix and not is_embedding and id(parameter) in repeated, part)
             groups.setdefault(key, []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, "muon": muon}
-        for (decays, muon), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, "muon": muon, "part": part}
+        for (decays, muon, part), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
 
 

@@ -25,6 +25,7 @@ from stages.config.graph import GRAPH, Stage
 from stages.config.request import ArtifactRef, Manifest, RunInfo, StageRequest
 from tests.numerics.fork_server import ForkServer, shared_server
 from tests.numerics.kill_points import Kill, Visits, as_json, draw_kill, places_of
+from tests.numerics.rollout_variants import VARIANTS
 from tests.small_world import CONFIGS
 
 pytestmark = [pytest.mark.exact, pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -71,14 +72,17 @@ class Attempts:
         mlflow: str,
         *,
         checkpoint_every: int = 2,
+        variant: str = "",
     ) -> None:
+        """`variant` is one of VARIANTS, for another kind of reinforcement learning than the usual one."""
         self._server, self._home, self._stage, self._mlflow = server, home, stage, mlflow
         home.mkdir(parents=True)
         self._store = open_store((home / "store").as_uri())
-        self._config = CONFIGS[stage].model_copy(update={"eval_every": 2})
+        config = VARIANTS[variant] if variant else CONFIGS[stage]
+        self._config = config.model_copy(update={"eval_every": 2})
         self._request = StageRequest(
             stage=stage,
-            run=RunInfo(run_id=f"{stage.value}-{home.name}", name="kills", experiment="kills"),
+            run=RunInfo(run_id=f"{variant or stage.value}-{home.name}", name="kills", experiment="kills"),
             store_uri=self._store.root_uri,
             config=self._config.model_dump(mode="json"),
             execution=ExecutionConfig(micro_batch_size=4, checkpoint_every=checkpoint_every),
@@ -143,24 +147,28 @@ def contents(manifest: Manifest) -> dict[str, str]:
     return {file.path: file.sha256 for file in manifest.files}
 
 
-@pytest.mark.parametrize("stage", list(CONFIGS), ids=str)
+@pytest.mark.parametrize(
+    ("stage", "variant"),
+    [(stage, "") for stage in CONFIGS] + [(Stage.PPO, name) for name in VARIANTS],
+    ids=[*map(str, CONFIGS), *VARIANTS],
+)
 def test_killed_again_and_again_a_stage_ends_with_the_same_bits(
-    stage: Stage, server: ForkServer, stage_inputs: Inputs, mlflow: str, tmp_path: Path
+    stage: Stage, variant: str, server: ForkServer, stage_inputs: Inputs, mlflow: str, tmp_path: Path
 ) -> None:
-    whole = Attempts(server, tmp_path / "undisturbed", stage, stage_inputs, mlflow)
+    whole = Attempts(server, tmp_path / "undisturbed", stage, stage_inputs, mlflow, variant=variant)
     assert whole.run() == 0
     expected, visits = whole.ended(), whole.visits()
     for points in expected.series.values():
         assert len({step for step, _ in points}) == len(points)
     assert {"model.safetensors", "history.jsonl"} <= contents(expected.manifest).keys()
     assert len(expected.series["train/loss"]) >= 6
-    rng, places = random.Random(f"{stage} {os.environ.get('KILL_SEED', '0')}"), list(places_of(stage))
+    rng, places = random.Random(f"{variant or stage} {os.environ.get('KILL_SEED', '0')}"), list(places_of(stage))
     rng.shuffle(places)
     deaths: Counter[str] = Counter()
     chains = attempts = 0
     while deaths.total() < KILLS:
         chains += 1
-        chain = Attempts(server, tmp_path / f"chain-{chains}", stage, stage_inputs, mlflow)
+        chain = Attempts(server, tmp_path / f"chain-{chains}", stage, stage_inputs, mlflow, variant=variant)
         ended = False
         while not ended:
             kill = draw_kill(rng, places[attempts % len(places)], visits) if deaths.total() < KILLS else None
@@ -172,7 +180,7 @@ def test_killed_again_and_again_a_stage_ends_with_the_same_bits(
         assert contents(found.manifest) == contents(expected.manifest)
         assert found.manifest.metrics == expected.manifest.metrics
         assert found.series == expected.series
-    print(f"{stage}: {dict(deaths)} deaths in {chains} chains, {attempts} attempts")  # shown with -rP or -s
+    print(f"{variant or stage}: {dict(deaths)} deaths in {chains} chains, {attempts} attempts")  # shown with -rP or -s
 
 
 @pytest.mark.parametrize("stage", [Stage.SFT, Stage.PPO], ids=str)

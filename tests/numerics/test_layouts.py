@@ -14,6 +14,7 @@ from stages.config.request import ArtifactRef
 from stages.config.train import OptimizerConfig, TrainConfig
 from tests.numerics.fork_server import ForkServer, shared_server
 from tests.numerics.ranks import run_ranks
+from tests.numerics.rollout_variants import VARIANTS
 from tests.numerics.training import Case, Trained, run_on_processes, run_on_two_processes, run_training
 from tests.small_world import CONFIGS, EXPERTS
 
@@ -56,12 +57,15 @@ def losses(trained: Trained) -> list[float]:
     return [row["train/loss"] for row in trained.history]
 
 
+_PARTS = {"ppo/value_loss", "ppo/policy_loss", "ppo/kl_loss", "ppo/pretraining_loss", "ppo/entropy"}
+
+
 def assert_same(found: Trained, expected: Trained) -> None:
     """Every metric that the loss is made of, and all weights."""
     assert len(expected.history) >= 4
     assert losses(found) == pytest.approx(losses(expected), rel=0, abs=LOSS_TOLERANCE)
     for before, after in zip(expected.history, found.history, strict=True):
-        for name in {"ppo/value_loss", "ppo/policy_loss"} & before.keys():
+        for name in _PARTS & before.keys():
             assert after[name] == pytest.approx(before[name], rel=0, abs=LOSS_TOLERANCE)
     assert found.weights.keys() == expected.weights.keys()
     for name, weight in expected.weights.items():
@@ -80,6 +84,35 @@ def test_ranks_and_micro_batches_do_not_matter(
         home = tmp_path / f"{ranks}x{rows}"
         found = run_ranks(server, home, stage, config, inputs, ranks=ranks, micro_batch_size=rows)
         assert_same(found, whole)
+
+
+@pytest.fixture(scope="module")
+def variants_on_two_ranks(stage_inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    home, inputs = tmp_path_factory.mktemp("variants"), stage_inputs[Stage.PPO]
+    cases = {name: Case(home / name, Stage.PPO, variant_of(name), inputs, {"micro_batch_size": 2}) for name in VARIANTS}
+    return run_on_processes(cases, num_processes=2)
+
+
+def variant_of(name: str) -> TrainConfig:
+    """Two rollouts of two steps each, every one of which sees its responses once."""
+    return VARIANTS[name].model_copy(update={**_CHANGES[Stage.PPO], "num_epochs": 1, "optimizer": _OPTIMIZER})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_kind_of_reinforcement_learning_is_the_same_in_all_layouts(
+    name: str, variants_on_two_ranks: dict[str, Trained], stage_inputs: Inputs, tmp_path: Path
+) -> None:
+    whole = run_training(tmp_path, Stage.PPO, variant_of(name), stage_inputs[Stage.PPO], micro_batch_size=8)
+    assert_same(variants_on_two_ranks[name], whole)
+    for row in (whole.history[0], variants_on_two_ranks[name].history[0]):
+        assert abs(row["ppo/approx_kl"]) < 1e-6
+        assert row["ppo/clip_fraction"] == 0
+        assert row["ppo/sampler_ratio"] == pytest.approx(1.0, abs=1e-4)
+        assert 0 <= row["ppo/sampler_kl"] < 1e-8
+    moved = [row["ppo/approx_kl"] > 1e-7 for row in whole.history]
+    # The second step of a rollout sees a policy that the first one moved, unless only the critic learns.
+    assert moved == [False, name != "fresh_critic", False, True]
 
 
 def assert_same_balance(found: Trained, expected: Trained) -> None:

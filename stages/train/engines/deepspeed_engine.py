@@ -9,7 +9,7 @@ checkpoints are those of every engine. This reaches below DeepSpeed's public int
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -20,7 +20,7 @@ from stages.config.execution import ExecutionConfig
 from stages.config.train import Algorithm, OptimizerConfig, TrainConfig
 from stages.job.devices import local_device
 from stages.models.precision import autocast
-from stages.train.engine import LossOutput, Share, StepReport, Trainable
+from stages.train.engine import NO_FACTORS, LossOutput, Share, StepReport, Trainable
 from stages.train.engines.local import (
     check_precision,
     detached,
@@ -116,9 +116,15 @@ class DeepSpeedEngine:
             outputs.append(detached(out))
         return outputs
 
-    def step(self, learning_rate: float, *, accepts: Callable[[float], bool] = math.isfinite) -> StepReport:
+    def step(
+        self,
+        learning_rate: float,
+        *,
+        accepts: Callable[[float], bool] = math.isfinite,
+        rate_factors: Mapping[str, float] = NO_FACTORS,
+    ) -> StepReport:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * rate_factors.get(group["part"], 1.0)
         self._module.step()  # judges by itself, as `accepts` does where there is no spike rule
         grad_norm = float(self._module.get_global_grad_norm())
         accepted = accepts(float("inf") if self._zero.overflow else grad_norm)

@@ -3,7 +3,7 @@ with tensor and pipeline parallelism."""
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +20,7 @@ from stages.models.forward import hidden_states
 from stages.models.lora import has_adapter
 from stages.models.precision import autocast, compute_dtype
 from stages.train.averaging import averaged, update_average
-from stages.train.engine import LossOutput, Share, StepReport, Trainable
+from stages.train.engine import NO_FACTORS, LossOutput, Share, StepReport, Trainable
 from stages.train.engines.local import (
     check_precision,
     detached,
@@ -188,9 +188,15 @@ class TorchEngine:
         """This stage's part of a forward pass: hidden states, or the loss on the last stage."""
         return self._call(_run_stage, loss if self.grid.pipeline.is_last else None, share.batch, received)
 
-    def step(self, learning_rate: float, *, accepts: Callable[[float], bool] = math.isfinite) -> StepReport:
+    def step(
+        self,
+        learning_rate: float,
+        *,
+        accepts: Callable[[float], bool] = math.isfinite,
+        rate_factors: Mapping[str, float] = NO_FACTORS,
+    ) -> StepReport:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * rate_factors.get(group["part"], 1.0)
         self._complete_gradients()
         norm = self._grad_norm()
         grad_norm = float(norm)

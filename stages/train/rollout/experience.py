@@ -10,23 +10,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.config.estimators import Estimator
+from stages.config.estimators import GAE
+from stages.config.rollouts import LossOver, PPOConfig
 from stages.data.tokens.packing import TokenSequence, prompt_and_response
 from stages.losses.advantages import explained_variance
 from stages.losses.rewards import shaped_rewards
 from stages.train.rollout.advantages import Estimate, estimate, mean_total
+from stages.train.rollout.agreement import sampler_weights
 from stages.train.rollout.sampling import Sampled
 
-FIELDS = ("old_logprobs", "advantages", "old_values", "returns")
-"""Names of the values per token; the last two are there with a critic only."""
-
-
-@dataclass(frozen=True)
-class Shaping:
-    """How a response's score and its distance to the reference become rewards per token."""
-
-    kl_coefficient: float
-    missing_eos_penalty: float
+FIELDS = (
+    "old_logprobs",
+    "advantages",
+    "old_values",
+    "returns",
+    "ref_logprobs",
+    "kl_coefficients",
+    "loss_weights",
+    "policy_weights",
+)
+"""Names of the values per token. Values and returns are there with a critic; the reference and the coefficient with the
+penalty in the loss; weights where tokens do not all count alike, for all losses and for those of the policy alone."""
 
 
 @dataclass(frozen=True)
@@ -42,41 +46,61 @@ def to_experience(
     samples: Sequence[Sampled],
     rewards: Sequence[float],
     *,
-    shaping: Shaping,
-    estimator: Estimator,
+    config: PPOConfig,
+    kl_coefficient: float,
     baseline: float | None = None,
+    policy_learns: bool = True,
 ) -> Experience:
-    """Turn samples into sequences with advantages; `rewards` are their scores in the unit of rewards, `baseline` what
-    earlier rollouts earned.
+    """Turn samples into sequences with advantages; `rewards` are what they earn, `baseline` what earlier rollouts
+    earned; the policy does not learn while the critic warms up.
 
     Rewards are per token, a score is per response. The score is paid on the last token, once the whole response is
     known; each token pays on its own for what it departs from the reference. Which earlier token earned the score is
     for the estimator to say.
     """
-    shaped = []
-    for sample, reward in zip(samples, rewards, strict=True):
-        # A response that was cut off may have a good score so far: without the penalty the policy learns not to end.
-        score = reward - (0.0 if sample.finished else shaping.missing_eos_penalty)
-        # The KL that counts is that of the sampled tokens, against the frozen start; it is fixed with the rollout, so
-        # the update sees it as reward and does not differentiate it.
-        shaped.append(
-            shaped_rewards(
-                logprobs_R=torch.from_numpy(sample.logprobs_R),
-                ref_logprobs_R=torch.from_numpy(sample.ref_logprobs_R),
-                score=score,
-                kl_coefficient=shaping.kl_coefficient,
-            )
+    # The KL that counts is that of the sampled tokens, against the frozen start; as a reward it is fixed with the
+    # rollout, so the update does not differentiate it.
+    paid = kl_coefficient if config.kl_place == "reward" else 0.0
+    shaped = [
+        shaped_rewards(
+            logprobs_R=torch.from_numpy(sample.logprobs_R),
+            ref_logprobs_R=torch.from_numpy(sample.ref_logprobs_R),
+            score=reward,
+            kl_coefficient=paid,
         )
-    estimates = estimate(estimator, samples, shaped, baseline=baseline)
-    sequences = [_to_sequence(sample, result) for sample, result in zip(samples, estimates, strict=True)]
+        for sample, reward in zip(samples, rewards, strict=True)
+    ]
+    estimates = estimate(config.estimator, samples, shaped, baseline=baseline)
+    sequences = [
+        _to_sequence(sample, result, config, kl_coefficient=kl_coefficient, policy_learns=policy_learns)
+        for sample, result in zip(samples, estimates, strict=True)
+    ]
     return Experience(sequences, mean_total(shaped))
 
 
-def _to_sequence(sample: Sampled, result: Estimate) -> TokenSequence:
+def _to_sequence(
+    sample: Sampled, result: Estimate, config: PPOConfig, *, kl_coefficient: float, policy_learns: bool
+) -> TokenSequence:
     # Prompt tokens get zeros, which no loss reads: the loss mask is 0 there.
     fields = {"old_logprobs": sample.logprobs_R, "advantages": result.advantages_R}
     if sample.values_R is not None and result.returns_R is not None:
         fields |= {"old_values": sample.values_R, "returns": result.returns_R}
+    length = len(sample.response)
+    if config.kl_place == "loss":
+        # The coefficient of this rollout comes along: an adaptive one may have moved on when the update is resumed.
+        fields |= {"ref_logprobs": sample.ref_logprobs_R, "kl_coefficients": np.full(length, kl_coefficient)}
+    match config.loss_over:
+        case LossOver.TOKENS:
+            pass
+        case LossOver.SEQUENCES:
+            fields["loss_weights"] = np.full(length, 1 / length)
+        case LossOver.FIXED_LENGTH:
+            fields["loss_weights"] = np.full(length, 1 / config.max_response_length)
+    if config.sampler.truncation:
+        fields["policy_weights"] = sampler_weights(sample, most=config.sampler.truncation)
+    if isinstance(config.estimator, GAE) and config.estimator.critic_warmup_rollouts:
+        # In the batch and not a switch of the objective: the loss is a function of what the batch holds.
+        fields["policy_weights"] = fields.get("policy_weights", np.ones(length)) * float(policy_learns)
     return prompt_and_response(sample.prompt, sample.response, fields)
 
 

@@ -5,7 +5,7 @@ and without it. Its scores enter no reward; on request the training ends when th
 rise (over-optimisation, Gao et al. 2022, https://arxiv.org/abs/2210.10760).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ STATE = "gold_scores"
 
 
 class GoldWatch:
-    """Scores the responses of evaluations and counts those in a row at which gold fell while the proxy rose."""
+    """A `Watch`: scores the responses of evaluations and counts those in a row at which gold fell while the proxy
+    rose."""
 
     def __init__(self, scorer: Scorer, *, patience: int) -> None:
         """`patience` evaluations in a row of that kind end the training; 0 never does."""
@@ -29,7 +30,12 @@ class GoldWatch:
         self._before: tuple[float, float] | None = None
         self._falls = 0
 
-    def measure(self, engine: Engine, samples: Sequence[Sampled]) -> dict[str, float]:
+    def after_rollout(self, samples: Sequence[Sampled], metrics: Mapping[str, float]) -> dict[str, float]:
+        return {}  # the policy learns from these; gold is for what it does not
+
+    def after_evaluation(
+        self, engine: Engine, samples: Sequence[Sampled], metrics: Mapping[str, float]
+    ) -> dict[str, float]:
         """Return the mean gold score, the same on every rank; `samples` are the whole evaluation, on every rank."""
         everything = np.arange(len(samples))
         mine = share(everything, rank=engine.rank, world_size=engine.world_size)

@@ -1,18 +1,19 @@
 """The objective of reinforcement learning: rollouts, the steps over each of them, and the state between them.
 
 Experience is a generator: `steps` rolls out with the live policy and yields the minibatches of its epochs; the loop
-consumes them like any other steps. A gold scorer, where the run has one, is read in evaluations only.
+consumes them like any other steps. Whoever watches the training (`watch.py`), a gold scorer for one, looks after each
+rollout and each evaluation.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from stages.config.estimators import Reinforce
-from stages.config.rollouts import PPOConfig
+from stages.config.estimators import GAE, Reinforce
+from stages.config.rollouts import LossOver, PPOConfig
 from stages.data.tokens.packing import Packed, TokenSequence, lay_out
 from stages.data.tokens.ragged import Ragged
 from stages.data.tokens.views import evenly
@@ -21,11 +22,14 @@ from stages.losses.divergence import adapted_kl_coefficient
 from stages.train.engine import Engine, LossOutput
 from stages.train.objective import ObjectiveState, Step
 from stages.train.plan import batches, order_digest, share, shuffled
-from stages.train.rollout.experience import Shaping, critic_quality, describe, from_tensors, to_experience, to_tensors
-from stages.train.rollout.gold import GoldWatch
+from stages.train.rollout.agreement import agreement, check
+from stages.train.rollout.documents import PretrainingMix, with_field
+from stages.train.rollout.experience import critic_quality, describe, from_tensors, to_experience, to_tensors
 from stages.train.rollout.prompts import prompt_loss
+from stages.train.rollout.rewards import Payment
 from stages.train.rollout.sampling import Sampler
-from stages.train.rollout.update import update_loss
+from stages.train.rollout.update import update_loss, update_units
+from stages.train.rollout.watch import Watch
 from stages.train.routing import Balancing
 
 logger = logging.getLogger(__name__)
@@ -46,10 +50,12 @@ class PPOObjective:
         prompts: Ragged,
         heldout: Ragged,
         balancing: Balancing,
-        gold: GoldWatch | None = None,
+        watches: Sequence[Watch] = (),
+        mix: PretrainingMix | None = None,
     ) -> None:
         self._config, self._sampler, self._prompts, self._heldout = config, sampler, prompts, heldout
-        self._balancing, self._gold = balancing, gold
+        self._balancing, self._watches, self._mix = balancing, tuple(watches), mix
+        self._payment = Payment(config)
         # `global_batch_size` divides `rollout_size`: every epoch over a rollout sees each response once.
         self._steps_per_rollout = config.num_epochs * (config.rollout_size // config.global_batch_size)
         self.num_steps, self.tokens_per_step = config.num_rollouts * self._steps_per_rollout, 0
@@ -67,9 +73,9 @@ class PPOObjective:
 
     def steps(self, engine: Engine) -> Iterator[Step]:
         while self._rollout < self._config.num_rollouts:
-            if self._gold is not None and self._gold.ends:
+            if ended := self._ended():
                 if engine.is_main:
-                    logger.warning("training ends here: %s", self._gold.reason())
+                    logger.warning("training ends here: %s", ended)
                 return
             if not self._experience:  # a resume in the middle of a rollout's updates brings it along
                 self._roll_out(engine)
@@ -90,29 +96,47 @@ class PPOObjective:
             stream=self._rollout,
             responses_per_prompt=config.estimator.responses_per_prompt,
         )
+        agreed = agreement(samples)
+        check(agreed, config.sampler, is_main=engine.is_main)
+        scores = self._sampler.scorer.rewards([sample.score for sample in samples])
         experience = to_experience(
             samples,
-            self._sampler.scorer.rewards([sample.score for sample in samples]),
-            shaping=Shaping(self._kl_coefficient, config.missing_eos_penalty),
-            estimator=config.estimator,
+            self._payment.paid(samples, scores),
+            config=config,
+            kl_coefficient=self._kl_coefficient,
             baseline=self._baseline,
+            policy_learns=not self._warms_up,
         )
         self._experience = experience.sequences
         self._rollout_metrics = describe(samples) | {
             "ppo/reward": experience.mean_reward,
             "ppo/kl_coefficient": self._kl_coefficient,
+            **agreed,
             **critic_quality(self._experience),
         }
+        for watch in self._watches:
+            self._rollout_metrics |= watch.after_rollout(samples, self._rollout_metrics)
+        self._learn_from(self._rollout_metrics)
+
+    def _learn_from(self, rollout: dict[str, float]) -> None:
+        """Move what the next rollout goes by; this one's rewards are made."""
+        config = self._config
         if isinstance(config.estimator, Reinforce) and config.estimator.baseline == "running":
-            self._baseline = decayed(self._baseline, experience.mean_reward, decay=config.estimator.baseline_decay)
-        if config.kl_target:  # for the next rollout: this one's rewards are made
+            self._baseline = decayed(self._baseline, rollout["ppo/reward"], decay=config.estimator.baseline_decay)
+        if config.kl_target:
             self._kl_coefficient = adapted_kl_coefficient(
                 self._kl_coefficient,
-                kl=self._rollout_metrics["ppo/kl"],
+                kl=rollout["ppo/kl"],
                 target=config.kl_target,
                 horizon=config.kl_horizon,
                 num_responses=config.rollout_size,
             )
+
+    @property
+    def _warms_up(self) -> bool:
+        """Whether only the critic learns from this rollout."""
+        estimator = self._config.estimator
+        return isinstance(estimator, GAE) and self._rollout < estimator.critic_warmup_rollouts
 
     def _next_prompts(self) -> list[np.ndarray]:
         """Walk through shuffled prompts, epoch after epoch; a rollout may span the end of one and the start of the
@@ -137,11 +161,37 @@ class PPOObjective:
         mine = share(indices, rank=engine.rank, world_size=engine.world_size)
         # A rank without a response in this step runs one all the same, for the collectives, and it is not counted.
         sequences = [self._experience[int(index)] for index in (mine if len(mine) else indices[:1])]
+        if self._mix is not None:
+            sequences = self._mixed(self._mix, sequences, indices, engine)
         micro_batches = [lay_out(part) for part in self._sampler.budget.cut(sequences)]
-        return Step(micro_batches, counted=len(mine) > 0, metrics=dict(self._rollout_metrics))
+        return Step(
+            micro_batches, counted=len(mine) > 0, metrics=dict(self._rollout_metrics), rate_factors=self._rate_factors()
+        )
+
+    def _mixed(
+        self, mix: PretrainingMix, sequences: list[TokenSequence], indices: np.ndarray, engine: Engine
+    ) -> list[TokenSequence]:
+        """Add this rank's rows of documents to its responses; `indices` are the responses of all ranks."""
+        if self._warms_up:
+            return sequences
+        rows = mix.of_step(self._rollout * self._steps_per_rollout + self._inner)
+        tokens = sum(int(self._experience[int(index)].loss_mask.sum()) for index in indices)
+        units = tokens if self._config.loss_over is LossOver.TOKENS else len(indices)
+        weight = mix.weight(rows, units=units)
+        # Only ranks with responses take rows: what another one computes is not counted.
+        ranks = min(engine.world_size, len(indices))
+        mine = rows[engine.rank :: ranks] if engine.rank < ranks else []
+        documents = mix.sequences(mine, weight=weight, like=sequences[0].fields)
+        return [*map(with_field, sequences), *documents]
+
+    def _rate_factors(self) -> dict[str, float]:
+        estimator = self._config.estimator
+        if not isinstance(estimator, GAE):
+            return {}
+        return {"policy": 0.0 if self._warms_up else 1.0, "critic": estimator.critic_learning_rate_factor}
 
     def weight(self, batch: Packed) -> float:
-        return float(batch.num_targets)
+        return update_units(self._config, batch)
 
     def loss(self, parts: nn.ModuleDict, batch: Packed) -> LossOutput:
         return update_loss(self._config, parts, batch, self._balancing)
@@ -156,15 +206,21 @@ class PPOObjective:
         samples = self._sampler.sample(engine, prompts, stream=_EVALUATION_STREAM)
         found = {name.replace("ppo/", "eval/"): value for name, value in describe(samples).items()}
         found |= prompt_loss(engine, prompts, self._sampler.budget)
-        return found | (self._gold.measure(engine, samples) if self._gold is not None else {})
+        for watch in self._watches:
+            found |= watch.after_evaluation(engine, samples, found)
+        return found
+
+    def _ended(self) -> str:
+        """Why training ends before its last rollout; empty while it goes on."""
+        return "; ".join(watch.reason() for watch in self._watches if watch.ends)
 
     @property
     def ledger(self) -> dict[str, Any]:
         """Responses that were sampled to train on, and why there are not more of them."""
         # The cursor is behind the step that was handed out last, so a rollout amid its updates has begun.
         sampled = {"responses": (self._rollout + (self._inner > 0)) * self._config.rollout_size}
-        early = self._gold is not None and self._gold.ends and self._rollout < self._config.num_rollouts
-        return sampled | ({"stopped_early": self._gold.reason()} if early and self._gold is not None else {})
+        early = self._ended() if self._rollout < self._config.num_rollouts else ""
+        return sampled | ({"stopped_early": early} if early else {})
 
     def state_dict(self) -> ObjectiveState:
         # These names are in checkpoints of running stores.
@@ -176,8 +232,9 @@ class PPOObjective:
         }
         if self._baseline is not None:
             numbers["baseline"] = self._baseline
-        if self._gold is not None:
-            numbers |= self._gold.state_dict()
+        for watch in self._watches:
+            numbers |= watch.state_dict()
+        numbers |= self._payment.state_dict()
         return ObjectiveState(
             numbers | self._sampler.scorer.state_dict(), to_tensors(self._experience) | self._balancing.state_dict()
         )
@@ -187,8 +244,9 @@ class PPOObjective:
         self._kl_coefficient = state.numbers["kl_coefficient"]
         self._rollout_metrics = state.numbers["rollout_metrics"]
         self._baseline = state.numbers.get("baseline")
+        self._payment.load_state_dict(state.numbers)
         self._sampler.scorer.load_state_dict(state.numbers)
-        if self._gold is not None:
-            self._gold.load_state_dict(state.numbers)
+        for watch in self._watches:
+            watch.load_state_dict(state.numbers)
         self._experience = from_tensors(state.tensors)
         self._balancing.load_state_dict(state.tensors)

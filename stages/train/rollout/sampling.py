@@ -13,9 +13,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from stages.data.tokens.packing import Packed, RowBudget, TokenSequence, prompt_and_response
-from stages.models.answers import Answerer
+from stages.models.answers import BATCH_SIZE
 from stages.models.forward import target_logprobs, target_values
-from stages.models.generation import Draws, Sampling, generate
+from stages.models.generation import Draws, Generated, Sampling, generate_with_logprobs
 from stages.models.lora import start_of
 from stages.train.engine import Engine
 from stages.train.plan import batches, in_step, share
@@ -38,6 +38,8 @@ class Sampled:
     score: float
     finished: bool
     """True when it ended with the end token."""
+    sampler_logprobs_R: np.ndarray | None = None
+    """As generation computed them; None where it told none."""
 
     @property
     def kl(self) -> float:
@@ -52,13 +54,13 @@ class LivePolicy:
 
     engine: Engine
 
-    def respond(self, prompts: Sequence[np.ndarray], sampling: Sampling, draws: Draws) -> list[np.ndarray]:
+    def respond(self, prompts: Sequence[np.ndarray], sampling: Sampling, draws: Draws) -> list[Generated]:
         return self.engine.infer(self._generate, prompts, sampling, draws)
 
     def _generate(
         self, parts: nn.ModuleDict, prompts: Sequence[np.ndarray], sampling: Sampling, draws: Draws
-    ) -> list[np.ndarray]:
-        return generate(parts["policy"], prompts, sampling, draws, all_done=self.engine.all_done)
+    ) -> list[Generated]:
+        return generate_with_logprobs(parts["policy"], prompts, sampling, draws, all_done=self.engine.all_done)
 
 
 @dataclass(frozen=True)
@@ -79,25 +81,26 @@ class Sampler:
 
         Response number i draws from (seed, stream, i), whatever rank it is on.
         """
-        answerer = Answerer(LivePolicy(engine), self.sampling, seed=self.seed, stream=stream)
+        policy = LivePolicy(engine)
         everything = np.arange(len(prompts) * responses_per_prompt)
         # Dealt out in turn, so that ranks differ by one response at most. A rank without any, or with a batch less
         # than others, keeps them company with response 0, which is not counted.
-        mine = batches(share(everything, rank=engine.rank, world_size=engine.world_size), answerer.batch_size)
+        mine = batches(share(everything, rank=engine.rank, world_size=engine.world_size), BATCH_SIZE)
         numbered: list[tuple[int, Sampled]] = []
         for part, counted in in_step(engine, mine, spare=everything[:1]):
             numbers = part.tolist()
             groups = [number // responses_per_prompt for number in numbers]
             chosen = [prompts[group] for group in groups]
-            responses = answerer.batch(chosen, numbers=numbers)
-            samples = self._measure(engine, chosen, responses, groups)
+            generated = policy.respond(chosen, self.sampling, Draws(self.seed, stream, numbers))
+            samples = self._measure(engine, chosen, generated, groups)
             numbered += zip(numbers, samples, strict=True) if counted else ()
         # Ranks hand over their shares one after another; sorting restores the order of the prompts.
         return [sample for _, sample in sorted(engine.gather(numbered), key=lambda pair: pair[0])]
 
     def _measure(
-        self, engine: Engine, prompts: list[np.ndarray], responses: list[np.ndarray], groups: list[int]
+        self, engine: Engine, prompts: list[np.ndarray], generated: list[Generated], groups: list[int]
     ) -> list[Sampled]:
+        responses = [one.tokens_R for one in generated]
         # Responses of one batch are packed for measuring, in their order; nothing is padded.
         sequences = [prompt_and_response(*both) for both in zip(prompts, responses, strict=True)]
         per_token: list[dict[str, np.ndarray]] = []
@@ -114,6 +117,7 @@ class Sampler:
                 values_R=per_token[i].get("values"),
                 score=scores[i],
                 finished=bool(responses[i][-1] == self.sampling.eos_id),
+                sampler_logprobs_R=generated[i].logprobs_R,
             )
             for i in range(len(sequences))
         ]

@@ -1,11 +1,12 @@
 """KL estimators and the controller against arithmetic that a reader can redo by hand."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from stages.losses.divergence import adapted_kl_coefficient, k3
+from stages.losses.divergence import adapted_kl_coefficient, k1, k2, k3
 
 
 def test_k3_is_never_negative_and_zero_only_at_equality() -> None:
@@ -22,3 +23,36 @@ def test_kl_controller_reacts_to_both_sides_and_is_bounded() -> None:
     assert adapt(6.0) == pytest.approx(0.1)
     assert adapt(100.0) == pytest.approx(0.1 * (1 + 0.2 * 0.1))
     assert adapt(0.0) == pytest.approx(0.1 * (1 - 0.2 * 0.1))
+
+
+P, Q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64)
+
+
+def on_average(estimator: Any) -> tuple[float, list[float]]:
+    """An estimator's expectation over samples of P, and the expectation of its gradient, samples held fixed."""
+    logits = P.log().requires_grad_()
+    values = estimator(logits.log_softmax(0) - Q.log())
+    mean = (P * values).sum()
+    return mean.item(), torch.autograd.grad(mean, logits)[0].tolist()
+
+
+def gradient_of(divergence: Any) -> list[float]:
+    logits = P.log().requires_grad_()
+    return torch.autograd.grad(divergence(logits.softmax(0)), logits)[0].tolist()
+
+
+def test_k1_and_k3_are_unbiased_and_their_gradients_are_none_and_that_of_the_reverse_divergence() -> None:
+    forward = float((P * (P / Q).log()).sum())
+    value, gradient = on_average(k1)
+    assert value == pytest.approx(forward)
+    assert gradient == pytest.approx([0, 0, 0], abs=1e-12)
+    value, gradient = on_average(k3)
+    assert value == pytest.approx(forward)
+    assert gradient == pytest.approx(gradient_of(lambda p: (Q * (Q / p).log()).sum()))
+
+
+def test_k2_is_biased_and_has_the_gradient_of_the_divergence_that_rewards_penalise() -> None:
+    value, gradient = on_average(k2)
+    assert value == pytest.approx(float((P * 0.5 * (P / Q).log().square()).sum()))
+    assert gradient == pytest.approx(gradient_of(lambda p: (p * (p / Q).log()).sum()))
+    assert k2(torch.tensor([-0.4, 0.0])).tolist() == pytest.approx([0.08, 0.0])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stages.losses.policy import entropy, ppo_policy_loss, ppo_value_loss
+from stages.losses.policy import entropy, ppo_policy_loss, ppo_value_loss, truncated_weights
 
 
 def test_ppo_at_the_old_policy_has_no_kl_and_clips_nothing() -> None:
@@ -41,3 +41,56 @@ def test_value_loss_takes_the_worse_of_clipped_and_free() -> None:
 
 def test_entropy_of_a_uniform_row_is_ln_v() -> None:
     assert entropy(torch.zeros(1, 8)).item() == pytest.approx(math.log(8))
+
+
+def surrogate(ratios: list[float], advantages: list[float], **settings: float):
+    logprobs = torch.tensor(ratios).log().requires_grad_()
+    terms = ppo_policy_loss(
+        logprobs_N=logprobs,
+        old_logprobs_N=torch.zeros(len(ratios)),
+        advantages_N=torch.tensor(advantages),
+        clip_range=0.2,
+        **settings,  # type: ignore[arg-type]
+    )
+    (gradient,) = torch.autograd.grad(terms.loss_sum, logprobs)
+    return terms.loss_sum.item(), terms.clipped_sum.item(), gradient.tolist()
+
+
+def test_clip_higher_leaves_room_above_and_none_below() -> None:
+    # A=+1: 1.25 is free up to 1.28, 1.5 is clipped there; A=-1 at 0.7: max(0.7, 0.8), clipped below as ever
+    loss, clipped, gradient = surrogate([1.25, 1.5, 0.7], [1.0, 1.0, -1.0], clip_range_high=0.28)
+    assert loss == pytest.approx(-1.25 - 1.28 + 0.8)
+    assert clipped == 2
+    assert gradient == pytest.approx([-1.25, 0.0, 0.0])
+    assert surrogate([1.25], [1.0])[0] == pytest.approx(-1.2)
+
+
+def test_dual_clip_bounds_what_a_token_with_a_negative_advantage_costs() -> None:
+    # A=-2: at ratio 5 the loss would be 10, at most 3 x 2 = 6 without a gradient; at 2 it is 4; A=+1 is untouched
+    loss, clipped, gradient = surrogate([5.0, 2.0, 0.9], [-2.0, -2.0, 1.0], dual_clip=3.0)
+    assert loss == pytest.approx(6.0 + 4.0 - 0.9)
+    assert clipped == 1
+    assert gradient == pytest.approx([0.0, 4.0, -0.9])
+    assert surrogate([5.0], [-2.0])[0] == pytest.approx(10.0)
+
+
+def test_weights_count_in_the_loss_and_not_in_the_counts() -> None:
+    loss, clipped, gradient = surrogate([1.5, 1.1], [1.0, 2.0], weights_N=torch.tensor([3.0, 0.5]))  # type: ignore[arg-type]
+    assert loss == pytest.approx(-3 * 1.2 - 0.5 * 2.2)
+    assert clipped == 1
+    assert gradient == pytest.approx([0.0, -0.5 * 2.2])
+    value = ppo_value_loss(
+        values_N=torch.tensor([2.0, 1.0]),
+        old_values_N=torch.tensor([2.0, 1.0]),
+        returns_N=torch.tensor([0.0, 0.0]),
+        clip_range=0.2,
+        weights_N=torch.tensor([0.5, 2.0]),
+    )
+    assert value.item() == pytest.approx(0.5 * (0.5 * 4 + 2 * 1))
+
+
+def test_importance_weights_are_ratios_that_are_cut_above() -> None:
+    weights = truncated_weights(
+        logprobs_N=torch.tensor([0.5, 0.2, 0.9]).log(), sampler_logprobs_N=torch.tensor([0.4, 0.4, 0.1]).log(), most=2.0
+    )
+    assert weights.tolist() == pytest.approx([1.25, 0.5, 2.0])

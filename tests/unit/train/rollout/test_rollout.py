@@ -12,6 +12,7 @@ import torch
 
 from stages.config.estimators import GAE, GRPO, RLOO, Reinforce
 from stages.config.graph import Stage
+from stages.config.rollouts import PPOConfig
 from stages.data.tokens.packing import RowBudget, TokenSequence
 from stages.data.tokens.views import Split, TokensArtifact
 from stages.models.build import new_causal_lm
@@ -20,8 +21,9 @@ from stages.train.engine import Engine, Share
 from stages.train.engines.choose import make_engine
 from stages.train.objective import ObjectiveState
 from stages.train.rollout.advantages import estimate
-from stages.train.rollout.experience import Shaping, critic_quality, from_tensors, to_experience, to_tensors
+from stages.train.rollout.experience import critic_quality, from_tensors, to_experience, to_tensors
 from stages.train.rollout.objective import PPOObjective
+from stages.train.rollout.rewards import Payment
 from stages.train.rollout.sampling import Sampled, Sampler
 from stages.train.rollout.scoring import RewardModel
 from stages.train.routing import Balancing
@@ -29,6 +31,10 @@ from tests.small_world import CONFIGS, MODEL, make_context, make_tokens
 
 EOS = 1
 CONFIG: Any = CONFIGS[Stage.PPO]
+
+
+def configured(**changes: Any) -> PPOConfig:
+    return PPOConfig.model_validate(CONFIG.model_dump() | changes)
 
 
 def sampled(*, score: float = 0.0, finished: bool = True, kl: float = 0.0, values: bool = True, group: int = 0):
@@ -56,8 +62,9 @@ def test_scores_count_in_spreads_of_the_first_rollout_and_of_no_later_one() -> N
 
 def test_the_reward_is_the_score_less_the_kl_and_less_the_penalty_for_no_end() -> None:
     samples = [sampled(kl=0.3), sampled(finished=False)]
-    shaping = Shaping(kl_coefficient=0.1, missing_eos_penalty=1.5)
-    experience = to_experience(samples, [2.0, 2.0], shaping=shaping, estimator=GAE(gamma=1.0, gae_lambda=1.0))
+    config = configured(missing_eos_penalty=1.5, estimator=GAE(gae_lambda=1.0))
+    paid = Payment(config).paid(samples, [2.0, 2.0])
+    experience = to_experience(samples, paid, config=config, kl_coefficient=0.1)
     # 2 - 0.1 x 0.3 = 1.97, and 2 - 1.5 = 0.5
     assert experience.mean_reward == pytest.approx((1.97 + 0.5) / 2, abs=1e-6)
     # With gamma = lambda = 1 a return is the reward still to come: 1.97 before the KL of the first token is paid.
@@ -65,6 +72,7 @@ def test_the_reward_is_the_score_less_the_kl_and_less_the_penalty_for_no_end() -
     assert returns[0] == pytest.approx([0, 0, 0, 1.97, 2.0], abs=1e-6)
     assert returns[1] == pytest.approx([0, 0, 0, 0.5, 0.5], abs=1e-6)
     assert [sequence.loss_mask.tolist() for sequence in experience.sequences] == [[0, 0, 0, 1, 1]] * 2
+    assert experience.sequences[0].fields.keys() == {"old_logprobs", "advantages", "old_values", "returns"}
 
 
 def test_advantages_are_whitened_over_the_whole_rollout() -> None:
