@@ -6,7 +6,16 @@ from stages.artifacts.manifests import utc_now
 from stages.config.servers import is_web_address
 from stages.config.text import printable
 from stages.lineage.views import to_svg
-from stages.reporting import answers, data_views, gate_views, gold_views, mixture_views, model_views, suite_views
+from stages.reporting import (
+    answers,
+    data_views,
+    gate_views,
+    gold_views,
+    guard_views,
+    mixture_views,
+    model_views,
+    suite_views,
+)
 from stages.reporting.names import label_of
 from stages.reporting.story import Story
 
@@ -31,6 +40,8 @@ def render_page(story: Story) -> str:
         promotion=story.promotion,
         facts=model_views.facts(story),
         curves=model_views.curves(story),
+        guards=guard_views.guards_table(story),
+        guard_figures=guard_views.figures(story),
         suites=suite_views.suites_table(story),
         suite_views=suite_views.suite_views(story),
         judge=suite_views.judge_table(story),
