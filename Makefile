@@ -3,7 +3,7 @@
 # and shells would read spaces, quotes and $ in them. So no rule has a file as target or prerequisite outside the checkout.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: chat serve export verify setup-peers setup-browser setup-eval doctor gc backup restore audit sbom compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-stores test-exact test-chaos test-live test-real test-browser bench test-compose check format reference lock screenshots clean
+.PHONY: chat serve export verify setup-peers setup-browser setup-eval doctor gc backup restore audit sbom compose-env compose-up compose-down compose-demo help setup up down status logs demo test test-stores test-exact test-alignment test-chaos test-live test-real test-browser bench test-compose check format reference lock screenshots clean
 
 ifeq ($(value ATHANOR_HOME),)
 export ATHANOR_VENV := $(CURDIR)/.venv
@@ -122,14 +122,17 @@ serve: setup ## OpenAI's API and a page for a model, or for all models of a run:
 	@settings="$$($(PYTHON) -m infra env 2>/dev/null)" && eval "$$settings"; \
 	exec $(PYTHON) -m stages.serve $${MODEL:+"$$MODEL"} $${RUN:+--run "$$RUN"} $(SERVE)
 
-test: setup ## all tests except test-exact, test-chaos, test-live, test-real and test-compose
-	$(PYTHON) -m pytest $(PYTEST_PARALLEL) -m 'not exact and not chaos and not live and not real and not compose' $(TESTS)
+test: setup ## all tests except test-exact, test-alignment, test-chaos, test-live, test-real and test-compose
+	$(PYTHON) -m pytest $(PYTEST_PARALLEL) -m 'not exact and not alignment and not chaos and not live and not real and not compose' $(TESTS)
 
 test-stores: setup ## test the artifact store on a folder, on Ceph (if installed) and on Swift; 3 minutes
 	$(PYTHON) -m pytest $(STORE_TESTS)
 
 test-exact: setup ## test exact resume of every objective at random kill points (KILLS=4 each), and other world sizes
 	$(PYTHON) -m pytest -m exact tests/numerics
+
+test-alignment: setup ## train every method of alignment on a task whose right answer is known, on three seeds; hours
+	$(PYTHON) -m pytest -m alignment tests/alignment
 
 test-chaos: setup ## kill parts of a real Airflow and a real Ray: the rows of docs/DRILLS.md; 41 minutes
 	$(PYTHON) -m pytest -m chaos tests/chaos

@@ -1,7 +1,8 @@
 """From raw text to an aligned, registered model: the whole pipeline on one screen.
 
-    resolve ─ plan ─┬─ curate ──┬─ tokenize ─ pretrain ─ sft ─┬─ reward ─ ppo ─┬─ evaluate ─ approve ─ promote ─ report
-                    └─ convert ─┘                             └────── dpo ─────┘
+    resolve ─ plan ─ convert ─┬─ constitution ─┬─ curate ─ tokenize ─ pretrain ─ sft ─┬─ reward ─ ppo ─┐
+                              └─ synthesize ───┘                                      └────── dpo ─────┤
+                                         report ─ promote ─ approve ─ evaluate ────────────────────────┘
 
 Every stage is a Ray job. A stage whose artifact exists is not run again; a stage that the run does not include skips
 itself and says why: `first_stage` and given models decide where a run enters, `last_stage` where it ends. Skipped

@@ -26,8 +26,10 @@ from stages.config.train import TrainConfig
 # The sections of `llm_pipeline`'s form and their fields, in the order in which they are shown.
 _SECTIONS = {
     "Run": ("recipe", "run_name"),
-    "Data": ("documents", "instructions", "preferences", "benchmarks"),
+    "Data": ("documents", "instructions", "preferences", "prompts", "benchmarks"),
     "Model and alignment": ("base_model", "continue_pretraining", "previous_data", "alignment"),
+    "AI feedback": ("ai_feedback", "constitution_prompts", "principles", "critic"),
+    "Synthesis": ("synthesis", "synthesis_sources", "generator"),
     "Reward model": ("reward_model", "reward_base", "train_reward"),
     "Judges": ("gold_scorer", "gold_model", "judge"),
     "Course of the run": ("first_stage", "last_stage", "seed", "promotion", "dry_run"),

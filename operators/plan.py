@@ -42,6 +42,7 @@ from stages.config.graph import (
     GOLD_MODEL,
     GRAPH,
     JUDGE,
+    PROMPTS,
     REWARD_MODEL,
     Stage,
     pipeline_stages,
@@ -117,7 +118,7 @@ def _remarks(config: PipelineConfig) -> Iterator[str]:
     if not config.gates.recompute:
         yield f"gates do not load the models (gates.recompute=false), because {config.gates.reason}"
     for name in DATA_FIELDS if Stage.CURATE in config.selected else ():
-        if not getattr(config.curate, name):
+        if not getattr(config.curate, name) and name != PROMPTS:  # most runs have none, and miss nothing
             yield f"{name}: none are read, no stage of this run needs them"
 
 

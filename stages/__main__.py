@@ -21,6 +21,10 @@ def verb_of(stage: Stage) -> Verb:
     match stage:
         case Stage.CONVERT:
             from stages.convert import run
+        case Stage.CONSTITUTION:
+            from stages.constitution import run
+        case Stage.SYNTHESIZE:
+            from stages.synthesize import run
         case Stage.CURATE:
             from stages.curate import run
         case Stage.TOKENIZE:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from stages.config.curate import CurateConfig
 from stages.config.errors import DataError
+from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import PREVIOUS
 from stages.data.curation import account, acts
 from stages.data.curation.findings import Curation
@@ -29,7 +30,8 @@ def run(context: StageContext) -> StageOutcome:
     config = context.config
     assert isinstance(config, CurateConfig)
     previous = context.input_dir(PREVIOUS) if PREVIOUS in context.inputs else None
-    bench = Workbench(config, context.work_dir, context.output_dir, previous, _word_list(config))
+    made = {role: context.input_dir(role) for role, _ in GRAPH[Stage.CURATE].inputs if role in context.inputs}
+    bench = Workbench(config, context.work_dir, context.output_dir, previous, _word_list(config), made)
     with process_pool(num_processes(context.execution)) as pool:
         curation = Curation(bench, pool, context.progress)
         for act in acts_of(config):

@@ -1,5 +1,6 @@
-"""Reinforcement learning of the SFT model, or of a given one, against the reward model, with a KL penalty to the frozen
-start: PPO with a critic, RLOO, GRPO or REINFORCE without one. The objective is in `train/rollout/objective.py`.
+"""Reinforcement learning of the SFT model, or of a given one, against a reward model, rules or a mixture, with a KL
+penalty to the frozen start: PPO with a critic, RLOO, GRPO or REINFORCE without one. The objective is in
+`train/rollout/objective.py`.
 """
 
 import logging
@@ -13,6 +14,7 @@ from stages.config.errors import ConfigError
 from stages.config.estimators import GAE
 from stages.config.graph import BASE_MODEL, GOLD_MODEL, GRAPH, REWARD_MODEL, Stage
 from stages.config.rollouts import PPOConfig
+from stages.config.scorers import reads_reward_model
 from stages.data.tokens.packing import RowBudget
 from stages.data.tokens.rows import DocumentRows
 from stages.data.tokens.views import Split, TokensArtifact, require
@@ -24,11 +26,13 @@ from stages.models.lora import add_adapter
 from stages.models.same_tokenizer import check_given_scorer, check_one_score, check_same_tokenizer
 from stages.train.best import BestBy, Fallback
 from stages.train.engine import Engine
+from stages.train.rollout.asked import asked_of
 from stages.train.rollout.documents import PretrainingMix
 from stages.train.rollout.gold import GOLD_SCORE, GoldWatch
 from stages.train.rollout.guards import BeforeGuards, GuardWatch
 from stages.train.rollout.objective import PPOObjective
 from stages.train.rollout.sampling import Sampler
+from stages.train.rollout.scorers.ready import Keeping, ready_parts
 from stages.train.rollout.scoring import RewardModel
 from stages.train.rollout.watch import Watch
 from stages.train.routing import Balancing
@@ -48,17 +52,21 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     say."""
     config = context.config
     assert isinstance(config, PPOConfig)
-    prompts = tokens.prompts(Split.TRAIN)
-    heldout = tokens.prompts(Split.HELDOUT)
-    require(len(prompts), "training prompts", advice="Give instruction data, or `derived`.")
+    keeping = Keeping(context.store, context.fingerprint, context.progress.watchdog.beat)
+    parts_of_score = ready_parts(config, tokens, keeping)
+    asked, heldout = (
+        asked_of(config, tokens, split, with_rows=parts_of_score is not None) for split in (Split.TRAIN, Split.HELDOUT)
+    )
+    require(len(asked.prompts), "training prompts", advice="Give instruction data, `derived`, or prompt sets.")
     mix = _mix_of(config, tokens)
     gold = _gold_of(context, tokens)
     guards = GuardWatch(config) if config.guards.configured else None
     if needs_gold := config.needs_gold:
         advice = f"Hold out a larger share of the data, or set ppo.{needs_gold.split('=')[0]}=0."
-        require(len(heldout), "held-out prompts", advice=advice)
-    start_dir, reward_dir = context.model_dir("model", BASE_MODEL), context.model_dir("reward", REWARD_MODEL)
-    if context.has_given(REWARD_MODEL):
+        require(len(heldout.prompts), "held-out prompts", advice=advice)
+    start_dir = context.model_dir("model", BASE_MODEL)
+    reward_dir = context.model_dir("reward", REWARD_MODEL) if reads_reward_model(config.scorer) else None
+    if reward_dir is not None and context.has_given(REWARD_MODEL):
         check_given_scorer(reward_dir, tokens.tokenizer(), role=REWARD_MODEL)
     policy = load_causal_lm(start_dir, tokens, lora=config.lora)
     critic = _critic_of(config, tokens, start_dir=start_dir, reward_dir=reward_dir)
@@ -69,11 +77,15 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         adapted = bool(config.lora.rank)
         is_critic = adapted and isinstance(config.estimator, GAE) and config.estimator.critic == "reward_model"
         budget = RowBudget(row_length=tokens.sequence_length, max_rows=context.execution.micro_batch_size)
-        reward = None if is_critic else engine.freeze(load_reward_model(reward_dir, tokens))
+        scorer = None
+        if reward_dir is not None:
+            reward = None if is_critic else engine.freeze(load_reward_model(reward_dir, tokens))
+            scorer = RewardModel(reward, pad_id=tokens.pad_id, budget=budget)
         sampler = Sampler(
             Sampling(config.max_response_length, tokens.eos_id, tokens.pad_id, config.temperature),
             seed=config.seed,
-            scorer=RewardModel(reward, pad_id=tokens.pad_id, budget=budget),
+            scorer=scorer,
+            parts=parts_of_score,
             reference=None if adapted else engine.freeze(load_causal_lm(start_dir, tokens)),
             budget=budget,
         )
@@ -83,7 +95,15 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         if guards is not None:  # after the gold scorer, whose scores one of them reads
             watches.append(guards)
         return PPOObjective(
-            config, sampler, prompts=prompts, heldout=heldout, balancing=balancing, watches=watches, mix=mix
+            config,
+            sampler,
+            prompts=asked.prompts,
+            heldout=heldout.prompts,
+            balancing=balancing,
+            watches=watches,
+            mix=mix,
+            rows=asked.rows,
+            heldout_rows=heldout.rows,
         )
 
     parts: dict[str, nn.Module] = {"policy": add_adapter(policy, config.lora, seed=config.seed)}
@@ -93,8 +113,8 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         parts=parts,
         objective=objective,
         exported="policy",
-        ledger={"prompts": len(prompts), **({"gold_not_measured": gold.missing} if gold.missing else {})},
-        fallback=_fallback(config, guards, has_gold=gold.folder is not None and bool(len(heldout))),
+        ledger={**asked.counts, **({"gold_not_measured": gold.missing} if gold.missing else {})},
+        fallback=_fallback(config, guards, has_gold=gold.folder is not None and bool(len(heldout.prompts))),
     )
 
 
@@ -116,7 +136,7 @@ def _mix_of(config: PPOConfig, tokens: TokensArtifact) -> PretrainingMix | None:
 
 
 def _critic_of(
-    config: PPOConfig, tokens: TokensArtifact, *, start_dir: Path, reward_dir: Path
+    config: PPOConfig, tokens: TokensArtifact, *, start_dir: Path, reward_dir: Path | None
 ) -> PreTrainedModel | None:
     """The critic before training; None for an estimator that compares responses instead."""
     if not isinstance(config.estimator, GAE):
@@ -124,6 +144,7 @@ def _critic_of(
     # The reward model is a good start: it knows already what a whole response is worth, and learns to say so from its
     # beginning. A fresh head says 0 everywhere until it has learned.
     start = reward_dir if config.estimator.critic == "reward_model" else start_dir
+    assert start is not None, "PPOConfig refuses a critic from a reward model that is not read"
     return load_reward_model(start, tokens, lora=config.lora)
 
 

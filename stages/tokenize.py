@@ -19,6 +19,7 @@ from stages.config.graph import BASE_MODEL
 from stages.config.tokens import TokenizeConfig
 from stages.data.tokens.chat import ChatEncoder
 from stages.data.tokens.encoding import ConversationWriter, PairWriter
+from stages.data.tokens.prompt_sets import PromptSetWriter
 from stages.data.tokens.ragged import RaggedWriter
 from stages.data.tokens.tokenizer import LoadedTokenizer, train_tokenizer
 from stages.data.tokens.views import Split
@@ -54,6 +55,7 @@ def run(context: StageContext) -> StageOutcome:
             "documents": parts.documents(context),
             **parts.conversations(),
             "preferences": parts.preferences(),
+            **parts.prompt_sets(),
         }
     if not context.has_base_model:  # a given model may continue with SFT, without new text
         _require_training_text(ledger, config)
@@ -143,6 +145,13 @@ class _SplitWriter:
         writer = PairWriter(self.output, self.split, self.chat, self.config, self.dtype)
         return writer.write(self._rows("preferences"))
 
+    def prompt_sets(self) -> dict[str, Any]:
+        """Nothing where the curated data has none."""
+        if not (self.curated / "prompts").is_dir():
+            return {}
+        writer = PromptSetWriter(self.output, self.split, self.chat, self.config, self.dtype)
+        return {"prompt_sets": writer.write(self._rows("prompts"))}
+
     def _rows(self, part: str) -> Iterator[dict[str, Any]]:
         return map(json.loads, _lines(self.curated / part / f"{self.split}.jsonl.gz"))
 
@@ -165,4 +174,5 @@ def _metrics(ledger: dict[str, Any], tokenizer: LoadedTokenizer) -> dict[str, fl
         "tokens/bytes_per_token": train["bytes"] / max(train["tokens"], 1),
         "tokens/conversations": float(ledger["train"]["conversations"]["kept"]),
         "tokens/preferences": float(ledger["train"]["preferences"]["kept"]),
+        **({"tokens/prompts": float(sets["kept"])} if (sets := ledger["train"].get("prompt_sets")) else {}),
     }

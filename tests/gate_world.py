@@ -20,7 +20,19 @@ _SPLIT = {
     "prompts": {"kept": 7},
 }
 _EXAMPLES = {"tokens_available": 80, "targets_available": 50}
+_STEP = {"in": 9, "kept": 6, "dropped": {"too_short": 3}}
+BY_CONSTITUTION: dict[str, Any] = {
+    "prompts": {"in": 9, "kept": 9, "dropped": {}},
+    **dict.fromkeys(("responses", "rounds", "comparisons"), _STEP),
+    "published": {"instructions": 6, "preferences": 12},
+}
+SYNTHETIC: dict[str, Any] = {
+    **dict.fromkeys(("sources", "instructions", "inputs", "responses", "rows"), _STEP),
+    "published": {"instructions": 6},
+}
 CURATED: dict[str, Any] = {
+    "instructions": {"sources": {"constitution": {"in": 6}, "synthesize": {"in": 6}}},
+    "preferences": {"sources": {"constitution": {"in": 12}}},
     "documents": {
         "steps": [
             {"step": "read", "in": {"documents": 14}, "kept": {"documents": 12}, "dropped": {"bad": {"documents": 2}}},
@@ -65,6 +77,8 @@ def content(stage: Stage) -> dict[str, bytes]:
 def ledger_of(stage: Stage) -> dict[str, Any]:
     """What a stage accounts for; a training says what it found in the tokens."""
     known: dict[Stage, dict[str, Any]] = {
+        Stage.CONSTITUTION: BY_CONSTITUTION,
+        Stage.SYNTHESIZE: SYNTHETIC,
         Stage.CURATE: CURATED,
         Stage.TOKENIZE: TOKENS,
         Stage.PRETRAIN: {"tokens_available": 200, "rows_available": 20, "rows_trained": 6, "tokens_trained": 60},

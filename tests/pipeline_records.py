@@ -28,7 +28,7 @@ from stages.tracking.tracker import NullTracker, Tracker
 
 RAW_DIGEST = "5eed" + "0" * 60
 RAW_DATA = SourceEntry(role="documents", kind=SourceKind.DATA, uri="installed-docs", digest=RAW_DIGEST)
-WHOLE_RUN = tuple(stage for stage in pipeline_stages() if not GRAPH[stage].provides)
+WHOLE_RUN = tuple(stage for stage in pipeline_stages() if not GRAPH[stage].provides and not GRAPH[stage].asked_by)
 """The stages of a run that is given no model."""
 PLAIN_RUN = tuple(stage for stage in WHOLE_RUN if not GRAPH[stage].judges)
 """Those of a run that trains no gold scorer either."""

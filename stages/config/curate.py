@@ -1,12 +1,13 @@
 """What `curate` reads, keeps and holds out; every field changes the result; resources are set elsewhere."""
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from stages.config.base import Config
-from stages.config.sources import InstructionFormat, PreferenceFormat, Source, parse_sources
+from stages.config.base import AddedLater, Config
+from stages.config.graph import makers_of
+from stages.config.sources import InstructionFormat, PreferenceFormat, PromptFormat, Source, parse_sources
 
 INSTALLED_DOCS = "installed-docs"
 DERIVED = "derived"
@@ -113,6 +114,10 @@ class CurateConfig(Config):
     preferences: tuple[str, ...] = (DERIVED,)
     """Preference sources: `derived`, files, folders, s3:// or hf:// of pairs, transcripts or ranked responses; the
     format is detected from the fields, or named by `#format=ranked` after the source (docs/DATA.md); empty for none."""
+    prompts: Annotated[tuple[str, ...], AddedLater(())] = ()
+    """Sources of prompt sets, which have no answers but references or tests to judge responses by: files, folders,
+    s3:// or hf://; the format is detected from the fields, or named by `#format=gsm8k` (docs/SCORERS.md); empty for
+    none."""
     packages: tuple[str, ...] = ()
     """Distributions read by `installed-docs`; empty for every installed one."""
     exclude_packages: tuple[str, ...] = ("kubernetes", "kubernetes-asyncio")
@@ -159,8 +164,11 @@ class CurateConfig(Config):
     """Maximum training conversations, shared equally among the sources; what one does not need goes to the others."""
     max_preferences: int = Field(default=12_000, ge=0)
     """Maximum training preference pairs, shared among the sources in the same way."""
+    max_prompts: Annotated[int, AddedLater(20_000)] = Field(default=20_000, ge=0)
+    """Maximum training prompts of prompt sets, shared among the sources in the same way."""
     max_heldout_pairs: int = Field(default=1_000, ge=0)
-    """Maximum held-out conversations, and maximum held-out preference pairs, shared in the same way."""
+    """Maximum held-out conversations, maximum held-out preference pairs, and maximum held-out prompts of prompt sets,
+    shared in the same way."""
     preference_mix: tuple[float, float, float, float] = (0.15, 0.25, 0.25, 0.35)
     """Shares of derived rejected answers: `mismatch`, `truncated`, `rambling`, `garbled`; they add up to 1."""
     samples_per_reason: int = Field(default=3, ge=0)
@@ -184,6 +192,11 @@ class CurateConfig(Config):
         return parse_sources("preferences", self.preferences, PreferenceFormat)
 
     @property
+    def prompt_sources(self) -> tuple[Source, ...]:
+        """The sources of prompt sets, parsed."""
+        return parse_sources("prompts", self.prompts, PromptFormat)
+
+    @property
     def outside_sources(self) -> dict[str, str]:
         """URI -> name of the first setting that asks for it, for every source whose content lies outside the
         pipeline, in the order of their use."""
@@ -191,12 +204,13 @@ class CurateConfig(Config):
             "documents": self.documents,
             "instructions": tuple(source.uri for source in self.instruction_sources),
             "preferences": tuple(source.uri for source in self.preference_sources),
+            "prompts": tuple(source.uri for source in self.prompt_sources),
             "toxicity_word_list": (self.toxicity_word_list,) if self.toxicity == "word-list" else (),
         }
         roles: dict[str, str] = {}
         for role, named in uris.items():
             for uri in named:
-                if uri != DERIVED:
+                if uri != DERIVED and uri not in makers_of(role):
                     roles.setdefault(uri, role)
         return roles
 
@@ -207,7 +221,8 @@ class CurateConfig(Config):
         if not math.isclose(sum(self.preference_mix), 1.0, abs_tol=1e-6) or min(self.preference_mix) < 0:
             raise ValueError(f"preference_mix={self.preference_mix} must be four shares >= 0 that add up to 1")
         lines = {"documents": self.documents, "instructions": tuple(source.uri for source in self.instruction_sources)}
-        for name, uris in {**lines, "preferences": tuple(source.uri for source in self.preference_sources)}.items():
+        lines |= {"preferences": tuple(source.uri for source in self.preference_sources)}
+        for name, uris in {**lines, "prompts": tuple(source.uri for source in self.prompt_sources)}.items():
             if blank := [uri for uri in uris if not uri.strip()]:
                 # An empty path would be the folder in which the job works.
                 raise ValueError(
@@ -216,9 +231,18 @@ class CurateConfig(Config):
         outside = sorted(set(self.heldout_packages) - set(self.packages)) if self.packages else []
         if outside:
             raise ValueError(f"heldout_packages={outside} are not among packages; add them there or hold out others")
-        for name, sources in (("instructions", self.instruction_sources), ("preferences", self.preference_sources)):
+        if DERIVED in (source.uri for source in self.prompt_sources):
+            raise ValueError(f"prompts: {DERIVED!r} is a source of instructions and preferences; name a set of prompts")
+        sources_by_field = {
+            "instructions": self.instruction_sources,
+            "preferences": self.preference_sources,
+            "prompts": self.prompt_sources,
+        }
+        for name, sources in sources_by_field.items():
             if optioned := [str(source) for source in sources if source.uri == DERIVED and str(source) != DERIVED]:
                 raise ValueError(f"{name}: {optioned[0]!r} has options, but derived rows have one format; drop them")
+            if name == "prompts" and (weighted := [source.uri for source in sources if source.weight is not None]):
+                raise ValueError(f"prompts: {weighted} have a weight, and all prompts are asked alike; drop it")
             if weighted := [source.uri for source in sources if source.weight is not None]:
                 raise ValueError(
                     f"curate.{name}: {weighted} have a weight, on which curation does not depend; give it under the "

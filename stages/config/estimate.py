@@ -11,6 +11,7 @@ from stages.config.execution import Engine, ExecutionConfig
 from stages.config.graph import BASE_MODEL, GOLD_MODEL, GRAPH, JUDGE, REWARD_MODEL, Stage
 from stages.config.pipeline import PipelineConfig
 from stages.config.preferences import DPOConfig, PairsConfig, PairsHalf
+from stages.config.scorers import reads_reward_model
 from stages.config.text import compact
 from stages.config.train import LoRAConfig, ModelConfig, PostTrainConfig, PretrainConfig, SampledConfig, TrainConfig
 
@@ -170,9 +171,11 @@ def workload(
             ppo = config.ppo
             prompt = min(config.tokenize.max_prompt_length, length)
             tokens = ppo.num_rollouts * ppo.rollout_size * (prompt + ppo.max_response_length)
-            # Policy and perhaps critic are trained; each response is generated, and read by both, reference and reward.
+            # Policy and perhaps critic are trained; each response is generated, and read by both, by the reference and
+            # perhaps by a reward model.
             trained = ppo.models.trained
-            return Workload(trained_tokens=trained * ppo.num_epochs * tokens, forward_tokens=(3 + trained) * tokens)
+            read = 2 + trained + reads_reward_model(ppo.scorer)
+            return Workload(trained_tokens=trained * ppo.num_epochs * tokens, forward_tokens=read * tokens)
         case Stage.EVALUATE:
             evaluate = config.evaluate
             models = sum(GRAPH[stage].trains for stage in selected) + len(config.given_roles(stage))

@@ -8,19 +8,25 @@ from pydantic import Field, GetPydanticSchema, field_validator, model_validator
 
 from stages.config.base import Choice, Config
 from stages.config.closing import LONGEST_WAIT_HOURS, Promotion
+from stages.config.constitution import Feedback
 from stages.config.endpoints import is_endpoint
 from stages.config.gates import check_override
 from stages.config.graph import (
+    AI_FEEDBACK,
     BASE_MODEL,
     GIVEN_MODELS,
-    JUDGE,
+    INSTRUCTIONS,
+    MAY_BE_ENDPOINTS,
+    SYNTHESIS,
     Alignment,
     Stage,
     pipeline_stages,
 )
 from stages.config.names import Lines, ModelAddress, RunName
+from stages.config.nested import dotted
 from stages.config.places import is_gguf
 from stages.config.selection import Way, contradiction, selected_stages, skipped_stages
+from stages.config.synthesis import Synthesis
 
 PipelineStage = Annotated[
     Stage,
@@ -94,6 +100,22 @@ class RunOutline(Config):
     )
     """Curate only what this data has not seen: the URI of a `curated` artifact, or `models:/name@alias` for the data
     that a model was made from. Its held-out text and its pairs are taken over. Empty: curate everything."""
+    ai_feedback: Feedback = Field(default=Feedback.OFF, title="AI feedback")
+    """Data by a constitution: the base model responds to prompts, and the critic criticises and revises the responses
+    and compares them by principles. `revisions` are conversations for SFT, `pairs` are for reward model and DPO, `both`
+    makes both, `off` nothing. It is curated next to the other data, as the source `constitution`."""
+    critic: ModelAddress = Field(default="", title="Critic", examples=["org/instruct-model", "https://llm.example/v1"])
+    """Model that criticises, revises and compares: an address like those of a base model. Empty: the base model does.
+    Without a base model the critic responds, too."""
+    synthesis: Synthesis = Field(default=Synthesis.OFF, title="Synthesis")
+    """Instruction data that a model writes: new tasks like the seed tasks (`self_instruct`), responses to given prompts
+    (`distillation`), or questions about given texts (`grounded`). It is curated next to the other instructions, as the
+    source `synthesize`."""
+    generator: ModelAddress = Field(
+        default="", title="Generator", examples=["org/instruct-model", "https://llm.example/v1"]
+    )
+    """Model that writes: an address like those of a base model, or an OpenAI-compatible endpoint, whose model
+    `synthesize.generator.model` names. Empty: the base model."""
     alignment: Alignment = Field(default=Alignment.BOTH, title="Alignment")
     """Reinforcement learning (`ppo`), direct preference optimisation (`dpo`), `both`, or `none`."""
     last_stage: PipelineStage = Field(default=Stage.REPORT, title="Last stage")
@@ -125,6 +147,20 @@ class RunOutline(Config):
         """Whether the base model is a GGUF file, which a stage of its own turns into a Hugging Face model."""
         return is_gguf(self.base_model)
 
+    def makes(self, stage: Stage) -> tuple[str, ...]:
+        """The fields of data of which a stage is asked to make something."""
+        match stage:
+            case Stage.CONSTITUTION:
+                return self.ai_feedback.fields
+            case Stage.SYNTHESIZE:
+                return () if self.synthesis is Synthesis.OFF else (INSTRUCTIONS,)
+        return ()
+
+    @property
+    def scored_by_model(self) -> bool:
+        """Whether reinforcement learning takes its scores, or a part of them, from a reward model."""
+        return True
+
     def way_until(self, last_stage: Stage) -> Way:
         """Where the run enters and ends, if it ended with `last_stage`."""
         return Way(
@@ -136,6 +172,15 @@ class RunOutline(Config):
             train_reward=self.train_reward,
             train_gold=self.gold_scorer is GoldScorer.TRAIN,
             converts=self.converts,
+            asks_for=frozenset(
+                field
+                for field, is_asked in (
+                    (AI_FEEDBACK, self.ai_feedback is not Feedback.OFF),
+                    (SYNTHESIS, self.synthesis is not Synthesis.OFF),
+                )
+                if is_asked
+            ),
+            scored_by_model=self.scored_by_model,
         )
 
 
@@ -162,6 +207,26 @@ class PipelineParams(RunOutline):
     )
     """Preference pairs, one source per line, with `#weight=` and `#format=` as above; `derived` makes pairs from the
     documents. Empty: those of the recipe."""
+    constitution_prompts: Lines = Field(
+        default_factory=list,
+        title="Prompts of the constitution",
+        examples=["s3://bucket/red-team.jsonl#area=harmless", "s3://bucket/questions.jsonl#area=helpful+honest"],
+    )
+    """With AI feedback: prompts to respond to, one source per line. `#area=harmless` after a source draws only
+    principles of that area for its prompts."""
+    principles: str = Field(default="", title="Principles", examples=["s3://bucket/principles.yaml"])
+    """With AI feedback: a YAML file of principles. Empty: those that come with Athanor."""
+    synthesis_sources: Lines = Field(
+        default_factory=list,
+        title="Sources of the synthesis",
+        examples=["s3://bucket/seed-tasks.jsonl", "s3://bucket/prompts.jsonl", "/data/manuals"],
+    )
+    """With synthesis: seed tasks (`self_instruct`), prompts (`distillation`) or texts (`grounded`), one source per
+    line."""
+    prompts: Lines = Field(default_factory=list, title="Prompt sets", examples=["s3://bucket/gsm8k.jsonl"])
+    """Prompts for reinforcement learning with something to judge responses by, one source per line: questions of GSM8K,
+    or rows of `prompt` with `reference`, `tests` or `schema`. PPO then answers these instead of the prompts of the
+    instructions (`ppo.prompts_from`). Empty: those of the recipe."""
     benchmarks: Lines = Field(
         default_factory=list,
         title="Benchmarks",
@@ -184,13 +249,29 @@ class PipelineParams(RunOutline):
     """Changes to the recipe by dotted path, as JSON: `{"sft.optimizer.learning_rate": 0.0002}`. Unknown paths are
     refused."""
 
+    @property
+    def scored_by_model(self) -> bool:
+        """As the overrides say; no recipe has another scorer than the reward model."""
+        overrides = dotted(self.overrides)
+        match overrides.get("ppo.scorer.kind", "reward_model"):
+            case "reward_model":
+                return True
+            case "mixture":  # what is wrong about its parts is told when the configuration is validated
+                given = overrides.get("ppo.scorer.parts")
+                parts = [part for part in given if isinstance(part, dict)] if isinstance(given, list | tuple) else []
+                scorers = [one for part in parts if isinstance(one := part.get("scorer"), dict)]
+                return any(one.get("kind") == "reward_model" for one in scorers)
+            case _:
+                return False
+
     @model_validator(mode="after")
     def _all_goes_together(self) -> "PipelineParams":
         if self.override_gates:  # a reason alone may be for gates.recompute=false: GatesConfig knows
             check_override(self.override_gates, self.override_reason)
         for role in GIVEN_MODELS:
-            if role != JUDGE and is_endpoint(getattr(self, role)):
-                raise ValueError(f"{role}={getattr(self, role)!r} is an endpoint, which only judge may be")
+            if role not in MAY_BE_ENDPOINTS and is_endpoint(getattr(self, role)):
+                allowed = " and ".join(MAY_BE_ENDPOINTS)
+                raise ValueError(f"{role}={getattr(self, role)!r} is an endpoint, which only {allowed} may be")
         for role, address in self.given_models.items():
             if role != BASE_MODEL and is_gguf(address):
                 raise ValueError(
@@ -202,6 +283,17 @@ class PipelineParams(RunOutline):
                 f"gold_model={self.gold_model!r} is reward_model too, and a scorer that a model learnt from cannot say "
                 "whether it won; give another gold_model, or leave it empty"
             )
+        if self.synthesis_sources and self.synthesis is Synthesis.OFF:
+            raise ValueError(
+                f"synthesis_sources={self.synthesis_sources!r} is given and {SYNTHESIS} is off; choose a method in "
+                f"{SYNTHESIS}, or leave synthesis_sources empty"
+            )
+        for name in ("constitution_prompts", "principles"):
+            if getattr(self, name) and self.ai_feedback is Feedback.OFF:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is given and {AI_FEEDBACK} is off; choose what {AI_FEEDBACK} "
+                    f"makes, or leave {name} empty"
+                )
         if wrong := contradiction(self.way_until(self.last_stage)):
             raise ValueError(wrong)
         return self

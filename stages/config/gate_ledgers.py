@@ -9,8 +9,9 @@ from typing import Any
 
 from stages.config.gate_evidence import DEFECT, Evidence
 from stages.config.gate_records import Check, compared, failed, skipped
-from stages.config.graph import DOCUMENTS, GRAPH, INSTRUCTIONS, PREFERENCES, StageSpec
+from stages.config.graph import DOCUMENTS, GRAPH, INSTRUCTIONS, PREFERENCES, PROMPTS, StageSpec
 from stages.config.request import Manifest
+from stages.config.rollouts import PROMPT_FIELDS
 from stages.config.selection import learns_from_scores
 
 
@@ -83,6 +84,66 @@ def curated(manifest: Manifest) -> Iterable[Check]:
     )
 
 
+def by_constitution(manifest: Manifest) -> Iterable[Check]:
+    """Every prompt, revision and comparison is kept or dropped, and what was kept is what was published."""
+    ledger = manifest.ledger
+    for step in ("prompts", "responses", "rounds", "comparisons"):
+        yield _step_conserves(ledger, step)
+    revised, labelled = number_at(ledger, "responses", "kept") or 0, number_at(ledger, "comparisons", "kept") or 0
+    for field, expected in ((INSTRUCTIONS, revised), (PREFERENCES, revised + labelled)):
+        if (published := number_at(ledger, "published", field)) is not None:
+            yield _equal(
+                f"ledger_{field}", published, expected, found_is="published", allowed_is="revised responses and labels"
+            )
+
+
+def synthetic(manifest: Manifest) -> Iterable[Check]:
+    """Every seed, instruction, input, response and row is kept or dropped, and what was kept is what was published."""
+    ledger = manifest.ledger
+    # A method without a step has no count of it; rows it always has.
+    for step in ("sources", "instructions", "inputs", "responses"):
+        if step in ledger:
+            yield _step_conserves(ledger, step)
+    yield _step_conserves(ledger, "rows")
+    yield _equal(
+        f"ledger_{INSTRUCTIONS}",
+        number_at(ledger, "published", INSTRUCTIONS),
+        number_at(ledger, "rows", "kept"),
+        found_is="published",
+        allowed_is="rows kept",
+    )
+
+
+def _step_conserves(ledger: Mapping[str, Any], step: str) -> Check:
+    dropped = ledger.get(step, {}).get("dropped", {}) if isinstance(ledger.get(step), Mapping) else {}
+    kept = number_at(ledger, step, "kept")
+    return _equal(
+        f"ledger_{step}",
+        None if kept is None else kept + sum(number_at(dropped, reason) or 0 for reason in dropped),
+        number_at(ledger, step, "in"),
+        found_is="kept or dropped",
+        allowed_is="came in",
+    )
+
+
+def read_from_stages(evidence: Evidence) -> Iterable[Check]:
+    """What a stage of the run has made for curation is what curation counts in from it."""
+    makers = {role: source for role, source in GRAPH[evidence.manifest.stage].inputs if GRAPH[source].makes}
+    for role, source in makers.items():
+        made = evidence.inputs.get(role)
+        for field in GRAPH[source].makes if made is not None else ():
+            assert made is not None
+            if (published := number_at(made.ledger, "published", field)) is None:
+                continue
+            yield _equal(
+                f"ledger_{field}_{role}",
+                number_at(evidence.manifest.ledger, field, "sources", role, "in"),
+                published,
+                found_is="rows read",
+                allowed_is=f"published by {source.value}",
+            )
+
+
 def tokenized(evidence: Evidence) -> Iterable[Check]:
     """What curate published is what tokenize counts in, and every row and token is kept or dropped."""
     curated = evidence.inputs.get("curated")
@@ -109,6 +170,16 @@ def tokenized(evidence: Evidence) -> Iterable[Check]:
                 is_older=is_older,
             )
             yield from _conserves(f"{split}_{part}", mine.get(part))
+        posed = number_at(published, "published_pairs", f"prompts/{split}")
+        if posed is not None or "prompt_sets" in mine:
+            yield _equal(
+                f"ledger_{split}_prompt_sets",
+                number_at(mine, "prompt_sets", "in"),
+                posed,
+                found_is=f"{split} prompts of prompt sets that came in",
+                allowed_is="published by curate",
+            )
+            yield from _conserves(f"{split}_prompt_sets", mine.get("prompt_sets"))
 
 
 def _conserves(name: str, account: Any) -> Iterable[Check]:
@@ -157,6 +228,9 @@ def recounted(evidence: Evidence) -> Iterable[Check]:
                 number_at(mine, "preferences", "kept"),
             ),
         }
+        if "prompt_sets" in mine:
+            kept = number_at(mine, "prompt_sets", "kept")
+            counted["prompt_sets"] = (_rows(sizes, f"prompt_sets/{split}/ids-offsets.npy"), kept)
         for what, (found, told) in counted.items():
             yield _equal(
                 f"files_{split}_{what}",
@@ -193,6 +267,10 @@ def trained_on(evidence: Evidence) -> Iterable[Check]:
     spec = GRAPH[evidence.manifest.stage]
     part = _part_of(spec)
     told = {_COUNTED[part]: number_at(train, part, "tokens" if part == DOCUMENTS else "kept")}
+    if part == PROMPTS:
+        asked = PROMPT_FIELDS.get(evidence.manifest.config.get("prompts_from", INSTRUCTIONS), ())
+        of_sets = {"prompt_sets": number_at(train, "prompt_sets", "kept")} if PROMPTS in asked else {}
+        told = (told if INSTRUCTIONS in asked else {}) | of_sets
     if part in ("conversations", "preferences"):
         trained, masked = (number_at(train, part, f"{kind}_tokens") for kind in ("target", "masked"))
         told["targets_available"] = trained
@@ -238,5 +316,5 @@ _COUNTED = {
 
 def _part_of(spec: StageSpec) -> str:
     if learns_from_scores(spec):
-        return "prompts"
+        return PROMPTS
     return {DOCUMENTS: "documents", INSTRUCTIONS: "conversations", PREFERENCES: "preferences"}[spec.needs]

@@ -11,15 +11,20 @@ from typing import Literal
 from stages.config.base import Choice
 
 BASE_MODEL, REWARD_MODEL, REWARD_BASE = "base_model", "reward_model", "reward_base"
-GOLD_MODEL, JUDGE = "gold_model", "judge"
+GOLD_MODEL, JUDGE, CRITIC, GENERATOR = "gold_model", "judge", "critic", "generator"
 """Roles of the models that a run is given: what its policy starts from, the reward model that is used instead of a
-trained one, what a trained one starts from, the gold scorer that judges instead of a trained one, and the model that
-compares responses. Each is a field of the form under the same name."""
+trained one, what a trained one starts from, the gold scorer that judges instead of a trained one, the model that
+compares responses, the one that criticises and revises them, and the one that writes instruction data. Each is a field
+of the form under the same name."""
 
-GIVEN_MODELS = (BASE_MODEL, REWARD_MODEL, REWARD_BASE, GOLD_MODEL, JUDGE)
+GIVEN_MODELS = (BASE_MODEL, REWARD_MODEL, REWARD_BASE, GOLD_MODEL, JUDGE, CRITIC, GENERATOR)
+MAY_BE_ENDPOINTS = (JUDGE, CRITIC, GENERATOR)
+"""Of these, the ones that an HTTP endpoint may be."""
+AI_FEEDBACK, SYNTHESIS = "ai_feedback", "synthesis"
+"""Fields of the form that ask for data by a constitution, and for instruction data that a model writes."""
 
-DOCUMENTS, INSTRUCTIONS, PREFERENCES = "documents", "instructions", "preferences"
-DATA_FIELDS = (DOCUMENTS, INSTRUCTIONS, PREFERENCES)
+DOCUMENTS, INSTRUCTIONS, PREFERENCES, PROMPTS = "documents", "instructions", "preferences", "prompts"
+DATA_FIELDS = (DOCUMENTS, INSTRUCTIONS, PREFERENCES, PROMPTS)
 """The kinds of data, each a field of the form."""
 
 BENCHMARKS = "benchmarks"
@@ -30,6 +35,8 @@ class Stage(Choice):
     """The stages, in the order in which a run needs them."""
 
     CONVERT = "convert", "Convert: a given GGUF file as a Hugging Face model"
+    CONSTITUTION = "constitution", "Constitution: responses criticised, revised and compared by principles"
+    SYNTHESIZE = "synthesize", "Synthesize: instruction data that a model writes"
     CURATE = "curate", "Curate: clean, deduplicated text and pairs"
     TOKENIZE = "tokenize", "Tokenize: tokenizer and packed tokens"
     PRETRAIN = "pretrain", "Pretrain: the base model"
@@ -147,6 +154,10 @@ class StageSpec:
     given: tuple[tuple[str, str], ...] = ()
     """Given models that it may read: the role, and the input whose place the model takes (empty: in addition to its
     inputs). Of two for one place the first that is given counts."""
+    asked_by: str = ""
+    """Field of the form that asks for it; a run that does not ask does without."""
+    makes: tuple[str, ...] = ()
+    """Fields of the form whose kind of data it can make: curation reads its artifact as a source of its name."""
     provides: str = ""
     """Role of the given model that its artifact stands for in every other stage."""
     registered_as: str = ""
@@ -192,10 +203,50 @@ _DATA = (
         headlines=(Headline("convert/parameters", "parameters", ",.0f"),),
     ),
     StageSpec(
+        Stage.CONSTITUTION,
+        kind="constitution-data",
+        version=1,
+        inputs=(),
+        given=((BASE_MODEL, ""), (CRITIC, "")),
+        asked_by=AI_FEEDBACK,
+        makes=(INSTRUCTIONS, PREFERENCES),
+        heavy=True,
+        frozen_models=2,  # what responds, and what criticises
+        dataset=True,
+        gated=True,
+        seeded=True,
+        page="constitution.html",
+        headlines=(
+            Headline("constitution/accepted_share", "accepted", ".0%", "higher"),
+            Headline("constitution/pairs", "pairs", ",.0f"),
+            Headline("constitution/length_ratio", "length of revisions", ".2f"),
+        ),
+    ),
+    StageSpec(
+        Stage.SYNTHESIZE,
+        kind="synthetic-data",
+        version=1,
+        inputs=(),
+        given=((GENERATOR, ""), (BASE_MODEL, ""), (REWARD_MODEL, "")),
+        asked_by=SYNTHESIS,
+        makes=(INSTRUCTIONS,),
+        heavy=True,
+        frozen_models=1,
+        dataset=True,
+        gated=True,
+        seeded=True,
+        page="synthesis.html",
+        headlines=(
+            Headline("synthesize/rows", "rows", ",.0f"),
+            Headline("synthesize/accepted_share", "accepted", ".0%", "higher"),
+            Headline("synthesize/cost", "cost", ",.2f"),
+        ),
+    ),
+    StageSpec(
         Stage.CURATE,
         kind="curated",
         version=3,
-        inputs=(),
+        inputs=(("constitution", Stage.CONSTITUTION), ("synthesize", Stage.SYNTHESIZE)),
         role="curated",
         asset="llm/documents",
         heavy=True,
@@ -452,6 +503,11 @@ GRAPH: dict[Stage, StageSpec] = graph_of(_DATA, _TRAINED)
 def pipeline_stages() -> tuple[Stage, ...]:
     """Return the stages of `llm_pipeline`, in order."""
     return tuple(stage for stage, spec in GRAPH.items() if spec.in_pipeline)
+
+
+def makers_of(field: str) -> dict[str, Stage]:
+    """Return the stages that make data of a kind, by the name under which curation reads it."""
+    return {stage.value: stage for stage, spec in GRAPH.items() if field in spec.makes}
 
 
 def gated_stages() -> tuple[Stage, ...]:

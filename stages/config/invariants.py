@@ -8,7 +8,15 @@ check `skipped`, with the reason, and never `passed`.
 from collections.abc import Iterable, Mapping, Sequence
 
 from stages.config.gate_evidence import DEFECT, REBUILD, Evidence
-from stages.config.gate_ledgers import curated, recounted, tokenized, trained_on
+from stages.config.gate_ledgers import (
+    by_constitution,
+    curated,
+    read_from_stages,
+    recounted,
+    synthetic,
+    tokenized,
+    trained_on,
+)
 from stages.config.gate_records import Check, compared, failed, passed, skipped
 from stages.config.gate_start import initial_facts
 from stages.config.gates import (
@@ -30,8 +38,12 @@ def recorded_checks(evidence: Evidence, expected: Mapping[str, ArtifactRef]) -> 
     stage = evidence.manifest.stage
     checks = [*_inputs(evidence, expected)]
     match stage:
+        case Stage.CONSTITUTION:
+            checks += by_constitution(evidence.manifest)
+        case Stage.SYNTHESIZE:
+            checks += synthetic(evidence.manifest)
         case Stage.CURATE:
-            checks += curated(evidence.manifest)
+            checks += [*curated(evidence.manifest), *read_from_stages(evidence)]
         case Stage.TOKENIZE:
             checks += [*tokenized(evidence), *recounted(evidence), no_heldout_item_in_training()]
         case Stage.EVALUATE:

@@ -8,26 +8,36 @@ from pydantic import Field, ValidationError, model_validator
 from stages.config.base import Config
 from stages.config.closing import EvaluateConfig, PromoteConfig, ReportConfig
 from stages.config.collect import RateConfig, RespondConfig
+from stages.config.constitution import ConstitutionConfig
 from stages.config.convert import ConvertConfig
 from stages.config.curate import CurateConfig
 from stages.config.errors import ConfigError
 from stages.config.execution import ExecutionConfig
 from stages.config.forms import RunOutline
 from stages.config.gates import GatesConfig
-from stages.config.graph import BASE_MODEL, BENCHMARKS, GRAPH, Stage, stage_providing
+from stages.config.graph import BASE_MODEL, BENCHMARKS, GRAPH, REWARD_MODEL, Stage, stage_providing
 from stages.config.names import ExperimentName
 from stages.config.preferences import DPOConfig, GoldConfig, RewardConfig
+from stages.config.principles import PRINCIPLES
 from stages.config.records import first_error
 from stages.config.request import PREVIOUS, ArtifactRef, Source, SourceKind
 from stages.config.rollouts import PPOConfig
+from stages.config.scorers import reads_reward_model
+from stages.config.selection import learns_from_scores
+from stages.config.synthesis import SynthesizeConfig
 from stages.config.tokens import TokenizeConfig
 from stages.config.train import PretrainConfig, SFTConfig
 
+CONSTITUTION_PROMPTS, SYNTHESIS_SOURCES = "constitution_prompts", "synthesis_sources"
+"""Roles of the sources of prompts that a constitution is applied to, and of what synthesis starts from; fields of the
+form, too."""
 ONE_VERSION = "Trigger the run again, with one version of Athanor in Airflow and on the cluster."
 """The advice where what Airflow wrote for a stage is not what the stage reads."""
 
 CONFIG_CLASSES: dict[Stage, type[Config]] = {
     Stage.CONVERT: ConvertConfig,
+    Stage.CONSTITUTION: ConstitutionConfig,
+    Stage.SYNTHESIZE: SynthesizeConfig,
     Stage.CURATE: CurateConfig,
     Stage.TOKENIZE: TokenizeConfig,
     Stage.PRETRAIN: PretrainConfig,
@@ -48,6 +58,8 @@ class Executions(Config):
     """How each stage runs."""
 
     convert: ExecutionConfig = ExecutionConfig()
+    constitution: ExecutionConfig = ExecutionConfig()
+    synthesize: ExecutionConfig = ExecutionConfig()
     curate: ExecutionConfig = ExecutionConfig()
     tokenize: ExecutionConfig = ExecutionConfig()
     pretrain: ExecutionConfig = ExecutionConfig()
@@ -90,6 +102,8 @@ class PipelineConfig(RunOutline):
     experiment: ExperimentName = "athanor"
     """MLflow experiment."""
     convert: ConvertConfig = ConvertConfig()
+    constitution: ConstitutionConfig = ConstitutionConfig()
+    synthesize: SynthesizeConfig = SynthesizeConfig()
     curate: CurateConfig
     tokenize: TokenizeConfig
     pretrain: PretrainConfig
@@ -106,6 +120,10 @@ class PipelineConfig(RunOutline):
     execution: Executions = Executions()
     """Resources and layout by stage; never part of a fingerprint."""
 
+    @property
+    def scored_by_model(self) -> bool:
+        return reads_reward_model(self.ppo.scorer)
+
     def stage_config(self, stage: Stage) -> Config:
         """Return the part that belongs to `stage`."""
         return getattr(self, stage.value)
@@ -118,16 +136,32 @@ class PipelineConfig(RunOutline):
         if stage is Stage.CURATE:
             roles = self.curate.outside_sources
             return tuple(Source(role=role, kind=SourceKind.DATA, uri=uri) for uri, role in roles.items())
-        outside = [role for role in self.given_roles(stage) if role not in self.given]
-        models = tuple(
-            Source(role=role, kind=SourceKind.MODEL, uri=self.given_models[role])
-            for role in outside
-            if self._provider(role) in (None, stage)
-        )
+        if stage is Stage.CONSTITUTION:
+            asked = tuple(
+                Source(role=CONSTITUTION_PROMPTS, kind=SourceKind.DATA, uri=source.uri)
+                for source in self.constitution.prompt_sources
+            )
+            principles = Source(role=PRINCIPLES, kind=SourceKind.PRINCIPLES, uri=self.constitution.principles)
+            return (*asked, principles, *self._outside_models(stage))
+        if stage is Stage.SYNTHESIZE:
+            rows = tuple(
+                Source(role=SYNTHESIS_SOURCES, kind=SourceKind.DATA, uri=source.uri)
+                for source in self.synthesize.parsed_sources
+            )
+            return (*rows, *self._outside_models(stage))
+        models = self._outside_models(stage)
         if stage is not Stage.EVALUATE:
             return models
         uris = self.evaluate.outside_benchmarks
         return models + tuple(Source(role=BENCHMARKS, kind=SourceKind.BENCHMARK, uri=uri) for uri in uris)
+
+    def _outside_models(self, stage: Stage) -> tuple[Source, ...]:
+        outside = [role for role in self.given_roles(stage) if role not in self.given]
+        return tuple(
+            Source(role=role, kind=SourceKind.MODEL, uri=self.given_models[role])
+            for role in outside
+            if self._provider(role) in (None, stage)
+        )
 
     def stage_given(self, stage: Stage) -> dict[str, ArtifactRef]:
         """Return the given artifacts that a stage reads besides those of this run, by role."""
@@ -140,6 +174,8 @@ class PipelineConfig(RunOutline):
         """Return the inputs of a stage that this run makes, by role; a given model replaces the input that it stands
         for."""
         inputs = {role: source for role, source in GRAPH[stage].inputs if source in self.selected}
+        if self._does_without_reward_model(stage):
+            inputs = {role: source for role, source in inputs.items() if not GRAPH[source].learnt_from}
         places = dict(GRAPH[stage].given)
         for role in self.given_roles(stage):
             inputs.pop(places[role], None)
@@ -153,7 +189,11 @@ class PipelineConfig(RunOutline):
         """
         spec = GRAPH[stage]
         learners = (
-            other for other in self.selected if GRAPH[other].trains and stage in dict(GRAPH[other].inputs).values()
+            other
+            for other in self.selected
+            if GRAPH[other].trains
+            and stage in dict(GRAPH[other].inputs).values()
+            and not self._does_without_reward_model(other)
         )
         if stage in self.selected or not spec.learnt_from or not any(learners):
             return None
@@ -171,9 +211,15 @@ class PipelineConfig(RunOutline):
         roles: dict[str, str] = {}
         for role, place in GRAPH[stage].given:
             taken = place and (place in roles.values() or (role == BASE_MODEL and place in made))
-            if role in self.given_models and not taken:
+            unread = (role == REWARD_MODEL and self._does_without_reward_model(stage)) or (
+                stage is Stage.SYNTHESIZE and not self.synthesize.reads(role, self.given_models)
+            )
+            if role in self.given_models and not taken and not unread:
                 roles[role] = place
         return tuple(roles)
+
+    def _does_without_reward_model(self, stage: Stage) -> bool:
+        return learns_from_scores(GRAPH[stage]) and not self.scored_by_model
 
     def _provider(self, role: str) -> Stage | None:
         """The stage of this run whose artifact stands for a given model."""

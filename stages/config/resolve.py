@@ -15,6 +15,7 @@ from stages.config.combinations import contradictions
 from stages.config.curate import DERIVED, INSTALLED_DOCS
 from stages.config.endpoints import check_endpoint, is_endpoint
 from stages.config.errors import ConfigError
+from stages.config.feedback import add_made_data, apply_feedback, refuse_closed_feedback, refuse_useless_feedback
 from stages.config.forms import GoldScorer, PipelineParams, RunOutline
 from stages.config.graph import (
     BENCHMARKS,
@@ -23,6 +24,7 @@ from stages.config.graph import (
     GRAPH,
     INSTRUCTIONS,
     PREFERENCES,
+    PROMPTS,
     REWARD_BASE,
     Stage,
     pipeline_stages,
@@ -34,9 +36,12 @@ from stages.config.places import check_source
 from stages.config.preferences import PairsHalf
 from stages.config.recipes import RECIPES
 from stages.config.rollout_inputs import refuse_what_rollouts_lack
-from stages.config.selection import asks_for_gold, needed_data
+from stages.config.rollouts import PROMPT_FIELDS
+from stages.config.scorers import endpoints_of
+from stages.config.selection import asks_for_gold, learns_from_scores, needed_data
 from stages.config.sources import parse_source, take_weights
 from stages.config.suites import check_suites
+from stages.config.synthetic import apply_synthesis, refuse_closed_synthesis, refuse_useless_synthesis
 from stages.config.text import HALVES, one_line
 from stages.config.train import TrainConfig
 
@@ -56,6 +61,10 @@ _FILLED = {
     "evaluate.champion": "The task evaluate fills it, with the champion that it finds when it starts.",
     "evaluate.champion_missing": "The task evaluate fills it, when it cannot find the champion's artifact.",
     "evaluate.comparison": "Set promote.level, promote.power and promote.least_difference, from which it follows.",
+    "constitution.critic.endpoint": "It is the field critic of the form.",
+    "synthesize.generator.endpoint": "It is the field generator of the form.",
+    "synthesize.method": "It is the field synthesis of the form.",
+    "constitution.makes": "It is the field ai_feedback of the form.",
     "promote.approval": "The task approve fills it, with the answer of the person whom promotion=approval asks.",
 }
 """What `overrides` must not set, and who does: names would no longer agree, or a person's decision would be made up."""
@@ -86,12 +95,16 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     for path, value in _ordered(params.overrides):
         _set_dotted(tree, path, value)
     _apply_seed(tree, params)
+    add_made_data(tree, params)
     _place_weights(tree)
     _leave_out_unneeded(tree, params)
     config = _with_comparison(validated(type(template), tree))
     _refuse_closed_places(config)
     _refuse_nothing_to_read(config)
+    _refuse_unread_prompts(config)
     _refuse_underivable(config)
+    refuse_useless_feedback(config)
+    refuse_useless_synthesis(config)
     _refuse_uncuttable(config)
     _refuse_contradictions(config)
     check_suites(config)
@@ -157,8 +170,12 @@ def _apply_form(tree: dict[str, Any], params: PipelineParams) -> None:
     for name in DATA_FIELDS:
         if given := getattr(params, name):
             tree["curate"][name] = given
+    if params.prompts:
+        tree[Stage.PPO]["prompts_from"] = PROMPTS
     if params.benchmarks:
         tree["evaluate"]["benchmarks"] = params.benchmarks
+    apply_feedback(tree, params)
+    apply_synthesis(tree, params)
     # What a stage of the run converts is an input of tokenize, like an artifact (PipelineConfig.with_given).
     tree["tokenize"]["base_model"] = "" if params.converts else params.base_model
     tree["promote"] |= {"run_name": params.run_name, "promotion": params.promotion}
@@ -224,7 +241,8 @@ def _leave_out_unneeded(tree: dict[str, Any], params: PipelineParams) -> None:
     # A run that ends with its data makes what a run to the end would go on with.
     last = GRAPH[params.last_stage]
     stages = params.selected if last.trains or last.closing else params.selected_until(Stage.REPORT)
-    needed = needed_data(stages, has_base_model=True)
+    fields = PROMPT_FIELDS.get(tree[Stage.PPO]["prompts_from"], (INSTRUCTIONS,))  # what is no choice is refused later
+    needed = needed_data(stages, has_base_model=True, prompt_fields=fields)
     for name in (INSTRUCTIONS, PREFERENCES, DOCUMENTS):  # documents last: pairs may be derived from them
         derived_from = name == DOCUMENTS and any(_is_derived(curate[kind]) for kind in (INSTRUCTIONS, PREFERENCES))
         if not (name in needed or getattr(params, name) or f"curate.{name}" in asked or derived_from):
@@ -259,11 +277,16 @@ def _refuse_closed_places(config: PipelineConfig) -> None:
     for address, field in config.curate.outside_sources.items():
         if address != INSTALLED_DOCS:
             check_source(address, field=field)
+    refuse_closed_feedback(config)
+    refuse_closed_synthesis(config)
     for address in config.evaluate.outside_benchmarks:
         if not address.startswith(LM_EVAL):
             check_source(address, field=BENCHMARKS)
     if endpoint := config.evaluate.judge.endpoint:
         check_endpoint(endpoint, field="judge", with_key=bool(config.evaluate.judge.api_key_env), for_judges=True)
+    if any(learns_from_scores(GRAPH[stage]) for stage in config.selected):
+        for field, asked in endpoints_of(config.ppo.scorer, "ppo.scorer").items():
+            check_endpoint(asked.endpoint, field=f"{field}.endpoint", with_key=bool(asked.api_key_env), for_judges=True)
     for field, address in {**config.given_models, "previous_data": config.previous_data}.items():
         if address and not address.startswith("models:/"):
             check_source(address, field=field)
@@ -273,7 +296,7 @@ def _refuse_nothing_to_read(config: PipelineConfig) -> None:
     """What a stage of the run trains on must come from somewhere: from a source, or from the data before."""
     if config.previous_data:
         return
-    for name, stage in needed_data(config.selected, has_base_model=bool(config.base_model)).items():
+    for name, stage in _needed(config).items():
         if not getattr(config.curate, name):
             raise ConfigError(
                 f"{name} is empty, and {stage} has nothing to work on without",
@@ -286,13 +309,30 @@ def _refuse_nothing_to_read(config: PipelineConfig) -> None:
         )
 
 
+def _needed(config: PipelineConfig) -> dict[str, str]:
+    return needed_data(config.selected, has_base_model=bool(config.base_model), prompt_fields=config.ppo.prompt_fields)
+
+
+def _refuse_unread_prompts(config: PipelineConfig) -> None:
+    """Prompt sets are there for reinforcement learning alone."""
+    if not config.curate.prompts or Stage.CURATE not in config.selected:
+        return
+    learners = [stage.value for stage in config.selected_until(Stage.REPORT) if learns_from_scores(GRAPH[stage])]
+    if not learners or config.ppo.prompts_from == INSTRUCTIONS:
+        why = f"ppo.prompts_from={INSTRUCTIONS}" if learners else f"alignment={config.alignment.value} has no ppo"
+        raise ConfigError(
+            f"prompts={list(config.curate.prompts)} are given and {why}: no stage answers them",
+            advice="Leave prompts empty, or use ppo.prompts_from=prompts in a run with ppo.",
+        )
+
+
 def _refuse_underivable(config: PipelineConfig) -> None:
     """Pairs are derived from documentation; other documents need instructions and preferences of their own, or those
     of the data before them."""
     if config.previous_data or INSTALLED_DOCS in config.curate.documents:
         return
     for name in (INSTRUCTIONS, PREFERENCES):
-        needed_by = needed_data(config.selected, has_base_model=bool(config.base_model)).get(name)
+        needed_by = _needed(config).get(name)
         if needed_by and DERIVED in getattr(config.curate, name):
             raise ConfigError(
                 f"{name}={DERIVED!r} needs {INSTALLED_DOCS!r} among documents; got {list(config.curate.documents)}",
@@ -363,7 +403,8 @@ def _choose_kind(group: dict[str, Any], path: str, kind: Any) -> None:
         )
     if kind != group["kind"]:
         group.clear()
-        group.update(members[kind]().model_dump(mode="json"))
+        # Not validated: what has no useful default is empty until a later override fills it.
+        group.update(members[kind].model_construct().model_dump(mode="json"))
 
 
 def _set_dotted(tree: dict[str, Any], path: str, value: Any) -> None:

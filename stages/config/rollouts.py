@@ -9,11 +9,17 @@ from pydantic import Field, model_validator
 
 from stages.config.base import AddedLater, Choice, Config
 from stages.config.estimators import GAE, Estimator
+from stages.config.graph import INSTRUCTIONS, PROMPTS
 from stages.config.guards import GuardsConfig
+from stages.config.scorers import RewardModelScorer, ScorerConfig, described, reads_reward_model
 from stages.config.train import Models, PostTrainConfig
 
 PROMPT_LOSS = "eval/prompt_loss"
 """What PPO records of its weights that does not depend on sampled answers; a gate measures it again."""
+
+
+PROMPT_FIELDS = {INSTRUCTIONS: (INSTRUCTIONS,), PROMPTS: (PROMPTS,), "both": (INSTRUCTIONS, PROMPTS)}
+"""The fields of data behind each choice of `ppo.prompts_from`."""
 
 
 class LossOver(Choice):
@@ -40,8 +46,8 @@ class SamplerConfig(Config):
 
 
 class PPOConfig(PostTrainConfig):
-    """Policy optimisation against the reward model, with a KL penalty to the frozen SFT model: PPO, RLOO, GRPO or
-    REINFORCE, by `estimator`.
+    """Policy optimisation against a reward model, rules or a mixture, with a KL penalty to the frozen SFT model: PPO,
+    RLOO, GRPO or REINFORCE, by `estimator`.
 
     `global_batch_size` responses make one optimizer step; `rollout_size` responses make one rollout.
     """
@@ -56,6 +62,13 @@ class PPOConfig(PostTrainConfig):
     """Tokens of a response at most, the end token included."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature, also of the log-probabilities that are optimised."""
+    scorer: Annotated[ScorerConfig, AddedLater(RewardModelScorer())] = RewardModelScorer()
+    """What gives responses their scores; `kind` chooses it, the other fields are its own. Without `reward_model` the
+    run trains none for this stage, and needs no preference pairs."""
+    prompts_from: Annotated[Literal["instructions", "prompts", "both"], AddedLater("instructions")] = "instructions"
+    """Whose prompts are answered: those of the instructions, of the prompt sets (field `prompts`), or of both. Only
+    prompt sets have references and tests. With `prompts` in the form it is `prompts` unless an override says
+    otherwise."""
     estimator: Estimator = GAE()
     """How advantages are estimated; `kind` chooses it, the other fields are its own."""
     clip_range: float = Field(default=0.2, gt=0)
@@ -113,6 +126,11 @@ class PPOConfig(PostTrainConfig):
     }
 
     @property
+    def prompt_fields(self) -> tuple[str, ...]:
+        """The fields of data whose prompts are answered."""
+        return PROMPT_FIELDS[self.prompts_from]
+
+    @property
     def prompts_per_rollout(self) -> int:
         return self.rollout_size // self.estimator.responses_per_prompt
 
@@ -133,16 +151,40 @@ class PPOConfig(PostTrainConfig):
 
     @property
     def models(self) -> Models:
-        """Policy and critic, reference and reward model. With an adapter a model serves as its own frozen start, so the
-        reference needs no copy, nor does a reward model that the critic started as."""
+        """Policy and critic, reference and perhaps reward model. With an adapter a model serves as its own frozen
+        start, so the reference needs no copy, nor does a reward model that the critic started as."""
         trained, adapted = 1 + self.estimator.needs_critic, bool(self.lora.rank)
+        if not reads_reward_model(self.scorer):
+            return Models(trained, frozen=int(not adapted))
         serves_as_reward = adapted and isinstance(self.estimator, GAE) and self.estimator.critic == "reward_model"
         return Models(trained, frozen=(not adapted) + (not serves_as_reward))
 
     def summary(self) -> str:
         kind = "" if self.estimator.kind == "gae" else f"{self.estimator.kind}, "
         rollouts = f"{self.num_rollouts} rollouts of {self.rollout_size} responses"
+        kind += "" if isinstance(self.scorer, RewardModelScorer) else f"scored by {described(self.scorer)}, "
         return f"{kind}{rollouts}, {self.max_response_length} tokens each"
+
+    @model_validator(mode="after")
+    def _critic_has_a_start(self) -> "PPOConfig":
+        from_reward = isinstance(self.estimator, GAE) and self.estimator.critic == "reward_model"
+        if from_reward and not reads_reward_model(self.scorer):
+            raise ValueError(
+                f"estimator.critic=reward_model needs a reward model, and scorer ({described(self.scorer)}) reads "
+                "none; use estimator.critic=fresh, or an estimator without a critic, such as "
+                "estimator.kind=rloo"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _references_come_from_prompt_sets(self) -> "PPOConfig":
+        if self.scorer.needs and self.prompts_from != PROMPTS:
+            raise ValueError(
+                f"scorer ({described(self.scorer)}) needs {' and '.join(self.scorer.needs)} of each prompt, and "
+                f"prompts_from={self.prompts_from}: prompts of instructions have none; give prompt sets (the field "
+                "`prompts`) and use prompts_from=prompts"
+            )
+        return self
 
     @model_validator(mode="after")
     def _watching_needs_evaluations(self) -> "PPOConfig":

@@ -1,4 +1,4 @@
-"""What a response is worth in reinforcement learning: a reward model, a rule, or a weighted mixture.
+"""What a response is worth in reinforcement learning: a reward model, a rule, a judge or a weighted mixture.
 
 A union, as the preference losses are: each kind has its own settings, all with defaults or refused by a sentence while
 they are empty. All of it enters fingerprints: a field that is added is marked `AddedLater` (`stages.config.base`).
@@ -10,9 +10,13 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from stages.config.base import Config
+from stages.config.endpoints import EndpointConfig
 
 REFERENCE, TESTS, SCHEMA = "reference", "tests", "schema"
 """What the row of a prompt may bring besides its prompt."""
+
+SHIPPED_RUBRICS = ("rubric-v1",)
+"""Rubrics of `stages/train/rollout/scorers`; a file there never changes, another text gets another name."""
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -155,10 +159,49 @@ class FunctionRule(Config):
         return self
 
 
+class JudgeScorer(Config):
+    """The rating that a model behind an OpenAI-compatible endpoint gives a response, as a share of its scale."""
+
+    kind: Literal["judge"] = "judge"
+    """Which scorer."""
+    endpoint: EndpointConfig = EndpointConfig()
+    """The endpoint, and what may be spent there."""
+    prompt: str = "rubric-v1"
+    """Name of a shipped rubric, or the text of one with the places `{prompt}`, `{response}` and, if it is to be shown,
+    `{reference}`. It asks for a line `Score: ` with a number."""
+    lowest: float = 1.0
+    """Rating that counts as 0."""
+    highest: float = 10.0
+    """Rating that counts as 1."""
+    answer_tokens: int = Field(default=64, ge=1)
+    """Tokens of an answer at most; thinking counts too."""
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    """Sampling temperature of the answers."""
+    failed_value: float = Field(default=0.0, ge=0, le=1)
+    """Value of a response whose rating has no number or is outside of the scale; each is counted."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (REFERENCE,) if "{reference}" in self.prompt else ()
+
+    @model_validator(mode="after")
+    def _can_be_asked(self) -> "JudgeScorer":
+        if not self.endpoint.endpoint:
+            raise ValueError("endpoint.endpoint is empty; give the address of a judge, such as https://host/v1")
+        if self.lowest >= self.highest:
+            raise ValueError(f"lowest={self.lowest:g} is not below highest={self.highest:g}")
+        if self.prompt not in SHIPPED_RUBRICS and "{response}" not in self.prompt:
+            raise ValueError(
+                f"prompt={self.prompt[:80]!r} is not a shipped rubric ({', '.join(SHIPPED_RUBRICS)}) and has no place "
+                "{response}"
+            )
+        return self
+
+
 Rule = ExactRule | NumberRule | RegexRule | LengthRule | SchemaRule | UnitTestsRule | FunctionRule
 """Scorers that need no model."""
 
-SingleScorer = Annotated[RewardModelScorer | Rule, Field(discriminator="kind")]
+SingleScorer = Annotated[RewardModelScorer | JudgeScorer | Rule, Field(discriminator="kind")]
 """Scorers that are no mixture of others."""
 
 
@@ -210,7 +253,7 @@ class MixtureScorer(Config):
         return self
 
 
-ScorerConfig = Annotated[RewardModelScorer | Rule | MixtureScorer, Field(discriminator="kind")]
+ScorerConfig = Annotated[RewardModelScorer | JudgeScorer | Rule | MixtureScorer, Field(discriminator="kind")]
 
 
 def single_scorers(scorer: "ScorerConfig") -> tuple[Config, ...]:
@@ -221,6 +264,16 @@ def single_scorers(scorer: "ScorerConfig") -> tuple[Config, ...]:
 def reads_reward_model(scorer: "ScorerConfig") -> bool:
     """Whether a reward model gives the score or a part of it."""
     return any(isinstance(one, RewardModelScorer) for one in single_scorers(scorer))
+
+
+def endpoints_of(scorer: "ScorerConfig", field: str) -> dict[str, EndpointConfig]:
+    """The endpoints that a scorer asks, by the path of their settings."""
+    mixed = isinstance(scorer, MixtureScorer)
+    return {
+        f"{field}.parts[{number}].scorer.endpoint" if mixed else f"{field}.endpoint": one.endpoint
+        for number, one in enumerate(single_scorers(scorer))
+        if isinstance(one, JudgeScorer)
+    }
 
 
 def described(scorer: "ScorerConfig") -> str:

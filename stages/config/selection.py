@@ -8,13 +8,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from stages.config.graph import (
+    AI_FEEDBACK,
     BASE_MODEL,
+    CRITIC,
     DOCUMENTS,
+    GENERATOR,
     GOLD_MODEL,
     GRAPH,
+    INSTRUCTIONS,
     JUDGE,
     REWARD_BASE,
     REWARD_MODEL,
+    SYNTHESIS,
     Alignment,
     Stage,
     StageSpec,
@@ -39,6 +44,10 @@ class Way:
     train_gold: bool = False
     converts: bool = False
     """Its base model is a GGUF file."""
+    asks_for: frozenset[str] = frozenset()
+    """Fields of the form that ask for a stage of their own."""
+    scored_by_model: bool = True
+    """Reinforcement learning takes its scores, or a part of them, from a reward model."""
 
 
 def direct_inputs(stage: Stage) -> tuple[Stage, ...]:
@@ -96,6 +105,8 @@ def _why_not(spec: StageSpec, way: Way) -> str:
         return f"{spec.provides} is not a GGUF file" if spec.provides in way.given else f"no {spec.provides} is given"
     if way.last_stage not in order or order.index(stage) > order.index(way.last_stage):
         return f"the run ends with {way.last_stage.value} (last_stage)"
+    if spec.asked_by and spec.asked_by not in way.asks_for:
+        return f"it is not asked for ({spec.asked_by})"
     if not spec.trains:
         return ""
     if spec.replaced_by and spec.replaced_by in way.given:
@@ -149,7 +160,9 @@ def _wants_reward(way: Way) -> bool:
         return True
     if any(stage is not None and GRAPH[stage].learnt_from for stage in (way.first_stage, way.last_stage)):
         return True
-    return any(learns_from_scores(spec) and not _why_not(spec, way) for spec in aligned_models())
+    return way.scored_by_model and any(
+        learns_from_scores(spec) and not _why_not(spec, way) for spec in aligned_models()
+    )
 
 
 def learns_from_scores(spec: StageSpec) -> bool:
@@ -164,7 +177,7 @@ def contradiction(way: Way) -> str:
             "continue_pretraining=True needs base_model, which is empty; give the model to pretrain further, or "
             "leave continue_pretraining off to pretrain from scratch"
         )
-    return _wrong_entry(way) or _wrong_reward(way)
+    return _wrong_entry(way) or _wrong_reward(way) or _wrong_feedback(way)
 
 
 def _wrong_entry(way: Way) -> str:
@@ -195,7 +208,9 @@ def _wrong_entry(way: Way) -> str:
     learners = [
         spec.stage.value
         for spec in aligned_models()
-        if learns_from_scores(spec) and not _why_not(spec, replace(way, given=way.given | {REWARD_MODEL}))
+        if way.scored_by_model
+        and learns_from_scores(spec)
+        and not _why_not(spec, replace(way, given=way.given | {REWARD_MODEL}))
     ]
     if learners:
         return (
@@ -232,7 +247,12 @@ def _wrong_reward(way: Way) -> str:
         )
     selected = selected_stages(way)
     for role in (REWARD_MODEL, REWARD_BASE, GOLD_MODEL, JUDGE):
-        readers = [stage for stage, spec in GRAPH.items() if role in dict(spec.given)]
+        unread = role == REWARD_MODEL and not way.scored_by_model  # but in an evaluation
+        readers = [
+            stage
+            for stage, spec in GRAPH.items()
+            if role in dict(spec.given) and not (unread and learns_from_scores(spec))
+        ]
         if role in way.given and not selected & set(readers):
             names = " or ".join(stage.value for stage in readers)
             return (
@@ -247,17 +267,42 @@ def _wrong_reward(way: Way) -> str:
     return ""
 
 
+def _wrong_feedback(way: Way) -> str:
+    if CRITIC in way.given and AI_FEEDBACK not in way.asks_for:
+        return f"{CRITIC} is given and {AI_FEEDBACK} is off; choose what {AI_FEEDBACK} makes, or leave {CRITIC} empty"
+    if AI_FEEDBACK in way.asks_for and not way.given & {BASE_MODEL, CRITIC}:
+        return (
+            f"{AI_FEEDBACK} needs a model that responds, and {BASE_MODEL} and {CRITIC} are empty; give one of them, or "
+            f"set {AI_FEEDBACK}=off"
+        )
+    if GENERATOR in way.given and SYNTHESIS not in way.asks_for:
+        return f"{GENERATOR} is given and {SYNTHESIS} is off; choose a method, or leave {GENERATOR} empty"
+    if SYNTHESIS in way.asks_for and not way.given & {BASE_MODEL, GENERATOR}:
+        return (
+            f"{SYNTHESIS} needs a model that writes, and {GENERATOR} and {BASE_MODEL} are empty; give one of them, or "
+            f"set {SYNTHESIS}=off"
+        )
+    return ""
+
+
 def _named(stage: Stage) -> str:
     return GRAPH[stage].label.lower()
 
 
-def needed_data(selected: Iterable[Stage], *, has_base_model: bool) -> dict[str, str]:
-    """Return the fields of data that a run cannot do without, each with the stage that needs it.
+def needed_data(
+    selected: Iterable[Stage], *, has_base_model: bool, prompt_fields: Iterable[str] = (INSTRUCTIONS,)
+) -> dict[str, str]:
+    """Return the fields of data that a run cannot do without, each with the stage that needs it. `prompt_fields` are
+    those whose prompts reinforcement learning answers.
 
     Documents of which pairs are derived are not among them: that depends on the sources.
     """
     selected = set(selected)
-    needed = {spec.needs: stage.value for stage, spec in reversed(GRAPH.items()) if stage in selected and spec.needs}
+    needed: dict[str, str] = {}
+    for stage, spec in reversed(GRAPH.items()):
+        if stage in selected and spec.needs:
+            fields = prompt_fields if learns_from_scores(spec) else (spec.needs,)
+            needed |= dict.fromkeys(fields, stage.value)
     if Stage.TOKENIZE in selected and not has_base_model:  # nothing brings a tokenizer, so text must train one
         needed.setdefault(DOCUMENTS, Stage.TOKENIZE.value)
     return needed

@@ -7,7 +7,7 @@ other `#` in names of files and keys stay what they are.
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from enum import StrEnum
 from typing import Any
 
@@ -16,7 +16,7 @@ from pydantic import Field
 from stages.config.base import Config
 
 _OPTIONS = re.compile(r"#((?:\w+=[^#&]*)(?:&\w+=[^#&]*)*)$")
-_KNOWN = ("format", "weight", "first", "second")
+_KNOWN = ("format", "weight", "first", "second", "area")
 
 
 class InstructionFormat(StrEnum):
@@ -46,8 +46,15 @@ class PreferenceFormat(StrEnum):
     LABELLED = "labelled"
 
 
+class PromptFormat(StrEnum):
+    """Formats of prompt rows; docs/DATA.md says by which fields each is detected."""
+
+    GSM8K = "gsm8k"
+    ROWS = "rows"
+
+
 class Source(Config):
-    """One line of `instructions` or `preferences`, parsed."""
+    """One line of `instructions`, `preferences` or `prompts`, parsed."""
 
     uri: str
     """Where the data is, without options; this names the source in every account."""
@@ -59,10 +66,12 @@ class Source(Config):
     """What a label of two responses says when the first is better; empty = understood from the labels."""
     second: str = ""
     """The same for the second response."""
+    area: str = ""
+    """Of prompts: the areas of the principles by which they are treated, joined by `+`; empty = all."""
 
     def __str__(self) -> str:
         """As it is written, without the weight."""
-        options = {"format": self.format, "first": self.first, "second": self.second}
+        options = {"format": self.format, "first": self.first, "second": self.second, "area": self.area}
         tail = "&".join(f"{name}={value}" for name, value in options.items() if value)
         return f"{self.uri}#{tail}" if tail else self.uri
 
@@ -97,6 +106,7 @@ def parse_source(text: str) -> Source:
         format=options.get("format", ""),
         first=first,
         second=second,
+        area=options.get("area", ""),
         weight=_weight(text, options["weight"]) if "weight" in options else None,
     )
 
@@ -111,10 +121,16 @@ def _weight(text: str, value: str) -> float:
     return weight
 
 
-def parse_sources(field: str, lines: Iterable[str], formats: type[StrEnum]) -> tuple[Source, ...]:
-    """Parse all lines of a field; raises ValueError also for an unknown format and for a repeated source."""
+def parse_sources(field: str, lines: Iterable[str], formats: type[StrEnum] | None) -> tuple[Source, ...]:
+    """Parse all lines of a field; raises ValueError also for an unknown format and for a repeated source. Prompts, of
+    whatever form, have no `formats`."""
     sources = tuple(parse_source(line) for line in lines)
     for source in sources:
+        if formats is None:
+            _refuse_options_of_answers(field, source)
+            continue
+        if source.area:
+            raise ValueError(f"{field}: area={source.area!r} of {source.uri!r} is for the prompts of a constitution")
         if source.format and source.format not in list(formats):
             allowed = ", ".join(formats)
             raise ValueError(f"{field}: format={source.format!r} of {source.uri!r} is not one of {allowed}")
@@ -126,6 +142,26 @@ def parse_sources(field: str, lines: Iterable[str], formats: type[StrEnum]) -> t
             f"{field}: {repeated} appear twice; give each source once, its weight says how often it counts"
         )
     return sources
+
+
+def _refuse_options_of_answers(field: str, source: Source) -> None:
+    if source.format or source.first or source.weight is not None:
+        raise ValueError(
+            f"{field}: {source.uri!r} has an option that prompts do not have; allowed is #area=, such as "
+            f"{source.uri}#area=harmless"
+        )
+
+
+def check_areas(field: str, source: Source, allowed: Collection[str]) -> None:
+    """Raise ValueError for an area that there is not, or that is named twice."""
+    named = source.area.split("+") if source.area else []
+    if wrong := [name for name in named if name not in allowed]:
+        raise ValueError(
+            f"{field}: area={wrong[0]!r} of {source.uri!r} is not one of {', '.join(allowed)}; several are joined by "
+            "'+', as in #area=helpful+honest"
+        )
+    if len(set(named)) < len(named):
+        raise ValueError(f"{field}: area={source.area!r} of {source.uri!r} names an area twice")
 
 
 def take_weights(field: str, lines: Any) -> tuple[list[Any], list[SourceWeight]]:

@@ -1,12 +1,14 @@
 """What `synthesize` asks, and what it accepts; every field but those of speed changes the result."""
 
-from typing import Literal
+from collections.abc import Collection
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from stages.config.base import Choice, Config
 from stages.config.endpoints import EndpointConfig
-from stages.config.judging import parse_rule
+from stages.config.graph import BASE_MODEL, GENERATOR, REWARD_MODEL
+from stages.config.scorers import RewardModelScorer, Rule
 from stages.config.sources import InstructionFormat, Source, parse_sources
 
 
@@ -17,6 +19,18 @@ class Synthesis(Choice):
     SELF_INSTRUCT = "self_instruct", "Self-instruct: new tasks like the seed tasks, with responses"
     DISTILLATION = "distillation", "Distillation: responses to given prompts"
     GROUNDED = "grounded", "Grounded: questions about given texts, with answers"
+
+
+class FirstScorer(Config):
+    """The first response that passes the filters is as good as any."""
+
+    kind: Literal["first"] = "first"
+    """Which scorer."""
+
+    needs: ClassVar[tuple[str, ...]] = ()
+
+
+SynthesisScorer = Annotated[FirstScorer | RewardModelScorer | Rule, Field(discriminator="kind")]
 
 
 _ONLY_FOR: dict[tuple[Synthesis, ...], tuple[str, ...]] = {
@@ -37,7 +51,7 @@ _ONLY_FOR: dict[tuple[Synthesis, ...], tuple[str, ...]] = {
         "max_instruction_words",
         "excluded_words",
     ),
-    (Synthesis.SELF_INSTRUCT, Synthesis.DISTILLATION): ("num_responses", "best_by", "rule", "min_score"),
+    (Synthesis.SELF_INSTRUCT, Synthesis.DISTILLATION): ("num_responses", "scorer", "min_score"),
 }
 """Fields that only some methods read."""
 
@@ -102,12 +116,9 @@ class SynthesizeConfig(Config):
     """Grounded: put the passage into the prompt of the row. Off, the row asks for the answer from memory."""
     num_responses: int = Field(default=1, ge=1, le=64)
     """Responses that are sampled to each prompt, of which the best is kept."""
-    best_by: Literal["first", "rule", "reward_model"] = "first"
-    """Which response is best: the first that passes the filters, or the one with the highest value of `rule` or of the
-    run's reward model among those that do."""
-    rule: str = ""
-    """Rule of `best_by=rule`: `regex:<pattern>`, `length:1-400` (characters), `json`, or
-    `python:<module>:<function>` of a response and its prompt, as in `evaluate.gold.rule`."""
+    scorer: SynthesisScorer = FirstScorer()
+    """Which response that passes the filters is best: the first, or the one with the highest value of a rule or of the
+    run's given reward model."""
     min_score: float | None = None
     """Least value of the best response, where there is a score; a row below it is dropped."""
     temperature: float = Field(default=0.7, ge=0, le=2)
@@ -152,21 +163,23 @@ class SynthesizeConfig(Config):
                 )
         return self
 
-    @field_validator("rule")
-    @classmethod
-    def _understood(cls, rule: str) -> str:
-        if rule:
-            parse_rule(rule)
-        return rule
+    def reads(self, role: str, given: Collection[str]) -> bool:
+        """Whether the stage reads the given model in a role; `given` are the roles of those that the run has."""
+        if role == REWARD_MODEL:
+            return self.scorer.kind == "reward_model"
+        if role == BASE_MODEL:
+            return not self.generator.endpoint and GENERATOR not in given
+        return True
 
     @model_validator(mode="after")
     def _consistent(self) -> "SynthesizeConfig":
-        if (self.best_by == "rule") != bool(self.rule):
+        if self.scorer.needs:
             raise ValueError(
-                f"best_by={self.best_by!r} and rule={self.rule!r}: a rule is needed for best_by='rule' only"
+                f"scorer.kind={self.scorer.kind!r} compares with the {self.scorer.needs[0]} of a row, which rows of "
+                "synthesis do not have; use one that needs the response alone"
             )
-        if self.best_by == "first" and self.min_score is not None:
-            raise ValueError(f"min_score={self.min_score:g} has no effect with best_by='first'; leave it empty")
+        if isinstance(self.scorer, FirstScorer) and self.min_score is not None:
+            raise ValueError(f"min_score={self.min_score:g} has no effect with scorer.kind='first'; leave it empty")
         if self.num_responses > 1 and self.response_temperature == 0:
             raise ValueError(
                 f"num_responses={self.num_responses} with response_temperature=0 asks for one response many times; "

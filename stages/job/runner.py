@@ -155,10 +155,11 @@ def digest_of(source: Source, config: Config) -> str:
     """The digest of an outside source as it is now; `config` is that of the stage that reads it."""
     match source.kind:
         case SourceKind.DATA:
-            from stages.data.sources.readers import snapshot_source
+            from stages.data.sources.readers import snapshot_rows, snapshot_source
 
-            assert isinstance(config, CurateConfig)
-            return snapshot_source(source.uri, config)
+            if isinstance(config, CurateConfig):
+                return snapshot_source(source.uri, config)
+            return snapshot_rows(source.uri, field=source.role)
         case SourceKind.MODEL:
             from stages.models.given import snapshot_base_model
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import assert_never
+from typing import Any, assert_never
 
 from stages.config.errors import ConfigError
 from stages.config.scorers import (
@@ -59,6 +59,14 @@ class ReadyRule:
     """In the place of a value that could not be had."""
     processes: int = 1
     """How many responses are judged at once."""
+
+    @property
+    def on_main_only(self) -> bool:
+        return False
+
+    def account(self) -> dict[str, Any]:
+        """Nothing: a rule spends nothing."""
+        return {}
 
     def values(self, responses: Sequence[str], rows: Sequence[Row]) -> list[Value]:
         if self.processes == 1:

@@ -68,6 +68,17 @@ class StepReport(NamedTuple):
     """True when the step was not accepted and the parameters were left alone."""
 
 
+class Held(NamedTuple):
+    """The tensors that this process holds for a training; those of one kind may share storage."""
+
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    """Empty but between a backward pass and its step."""
+    optimizer: list[Tensor]
+    frozen: list[Tensor]
+    """Of models that are only read."""
+
+
 class Engine(Protocol):
     """Owns the trained parameters, their optimizer, the device and the collectives."""
 
@@ -133,6 +144,10 @@ class Engine(Protocol):
 
     def model_weights(self, part: str) -> dict[str, Tensor]:
         """Return one part's full weights for export, on the CPU; every process must call it, the main one gets them."""
+        ...
+
+    def held(self) -> Held:
+        """Return what this process holds now, without copies."""
         ...
 
     def state_dict(self) -> dict[str, Piece]:

@@ -20,6 +20,7 @@ from stages.train.checkpoint import Checkpoint, Checkpointer
 from stages.train.engine import Engine, Share
 from stages.train.guard import StepGuard
 from stages.train.interruption import Ask, wait_for_all
+from stages.train.memory import MemoryMeter
 from stages.train.objective import Objective, Step
 from stages.train.optimizer import learning_rate
 from stages.train.throughput import Meter, with_waiting
@@ -44,6 +45,7 @@ def train(
     checkpointer: Checkpointer,
     report: Reporter,
     meter: Meter,
+    memory: MemoryMeter | None = None,
     asked: Callable[[], Ask] = lambda: Ask.NOTHING,
     clock: Callable[[], float] = time.perf_counter,
 ) -> History:
@@ -63,6 +65,8 @@ def train(
         # Dropout follows from (seed, step, rank) and from nothing that a resume would have to restore.
         engine.seed(config.seed, step)
         metrics, tokens, flops = _accumulate(objective, engine, item, meter)
+        if memory is not None:
+            memory.after_backward(engine)
         # The guard judges global numbers, so all ranks take the step or none does.
         accepts = guard.judging(loss=metrics["train/loss"], step=step + 1)
         outcome = engine.step(rate, accepts=accepts, rate_factors=item.rate_factors)

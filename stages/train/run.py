@@ -12,6 +12,7 @@ from torch import nn
 
 from stages.config.errors import ConfigError, DataError
 from stages.config.graph import GRAPH
+from stages.config.memory import RECORDED_AS
 from stages.config.train import TrainConfig
 from stages.data.tokens.views import TokensArtifact
 from stages.job.context import StageContext, StageOutcome
@@ -26,6 +27,7 @@ from stages.train.engine import Engine
 from stages.train.engines.choose import make_engine
 from stages.train.interruption import Interruption, stop_flag, wait_for_all
 from stages.train.loop import train
+from stages.train.memory import MemoryMeter
 from stages.train.objective import Objective
 from stages.train.throughput import Meter
 
@@ -61,6 +63,7 @@ def train_on_worker(context: StageContext, prepare: Prepare) -> StageOutcome:
     assert isinstance(config, TrainConfig)
     torch.set_num_threads(max(1, int(execution.cpus_per_worker)))
     tokens = TokensArtifact(context.input_dir("tokens"))
+    memory = MemoryMeter(local_device())
     prepared = prepare(context, tokens)
     dtype = compute_dtype(local_device(), config.precision)
     meter = Meter.of(prepared.parts, device=local_device(), dtype=dtype)
@@ -92,8 +95,10 @@ def train_on_worker(context: StageContext, prepare: Prepare) -> StageOutcome:
             checkpointer=checkpointer,
             report=_reporter(context, engine),
             meter=meter,
+            memory=memory,
             asked=Interruption(engine.device, stop).asked,
         )
+    held = memory.measured(engine)  # before the weights are copied for the export
     chosen = _choose(engine, checkpointer, history)
     weights = engine.model_weights(prepared.exported)
     if engine.is_main:
@@ -106,6 +111,7 @@ def train_on_worker(context: StageContext, prepare: Prepare) -> StageOutcome:
             "device": engine.device.type,
             "compute_dtype": str(dtype).removeprefix("torch."),
             "dropout": dropout,
+            RECORDED_AS: held.model_dump(mode="json"),
         },
     )
 

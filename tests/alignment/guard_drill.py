@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.modeling_utils import PreTrainedModel
 
 from stages.config.estimators import RLOO
 from stages.config.graph import Stage
@@ -122,7 +123,7 @@ class Drill:
             optimizer=OptimizerConfig(learning_rate=3e-3, warmup_fraction=0.0, schedule="constant"),  # type: ignore[arg-type]
             precision="fp32",
             global_batch_size=32,
-            num_rollouts=40,
+            num_rollouts=20,
             rollout_size=32,
             num_epochs=2,
             max_response_length=LONGEST,
@@ -135,7 +136,7 @@ class Drill:
             guards=guards,
         )
 
-    def _start(self) -> torch.nn.Module:
+    def _start(self) -> PreTrainedModel:
         """Learn to give responses of any words with an end that comes by chance, about `USUAL` tokens long."""
         torch.manual_seed(self.seed)
         rng = np.random.default_rng(self.seed)

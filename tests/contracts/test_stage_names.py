@@ -32,6 +32,8 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
     "stages/reporting/gold_views.py": ({"gold"}, "name of a suite"),
     "stages/judge/benchmarks/items.py": ({"gold"}, "a field that rows have"),
     "stages/ppo.py": ({"reward"}, "role of its own input"),
+    "stages/config/rollouts.py": ({"reward"}, "where a penalty is paid"),
+    "stages/train/rollout/experience.py": ({"reward"}, "where a penalty is paid"),
     "stages/reward.py": ({"reward"}, "part of its own checkpoints"),
     "stages/reporting/model_views.py": ({"reward"}, "section of metrics.json"),
     "operators/evaluation.py": ({"reward"}, "field of its form"),

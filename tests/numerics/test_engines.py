@@ -198,6 +198,23 @@ def test_an_engine_draws_the_curve_of_a_single_process(name: str, pair: Any, alo
     assert_same(pair[name], alone["pretrain"])
 
 
+def test_the_measured_memory_of_a_worker_is_what_its_engine_leaves_on_it(pair: Any, alone: Any) -> None:
+    whole, of = alone["pretrain"].memory, {name: pair[name].memory for name in ENGINES}
+    moments = pytest.approx(2 * whole.gradients, rel=0.02)  # AdamW's two, and a step number for each parameter
+    assert whole.optimizer == moments
+    assert of["ddp"].parameters == whole.parameters
+    assert of["ddp"].optimizer == whole.optimizer
+    assert of["ddp"].gradients == pytest.approx(whole.gradients, rel=0.02)  # in buckets
+    for name in ("fsdp", "zero3"):
+        assert of[name].parameters == pytest.approx(whole.parameters / 2, rel=0.1), name
+    assert of["fsdp"].gradients == pytest.approx(whole.gradients / 2, rel=0.1)
+    assert of["fsdp"].optimizer == pytest.approx(whole.optimizer / 2, rel=0.1)
+    for name in ("zero1", "zero2", "zero3"):  # moments and a copy of the weights, by halves
+        assert of[name].optimizer == pytest.approx(1.5 * whole.parameters, rel=0.1), name
+    for name in ("tensor", "pipeline"):
+        assert whole.parameters / 3 < of[name].parameters < whole.parameters, name
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_what_an_engine_exports_loads_in_plain_transformers(name: str, pair: Any, alone: Any, home: Path) -> None:
     ids = torch.tensor([[3, 70, 71, 72, 1, 5, 200, 17]])

@@ -144,8 +144,11 @@ def test_sampling_follows_the_distribution(artifact: TokensArtifact) -> None:
 
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     draws = torch.from_numpy(Draws(seed=1, stream=0, indices=range(20_000)).uniforms(1)[:, 0]).float()
-    counts = torch.bincount(_choose(logits.expand(20_000, 4), 0.5, draws), minlength=4) / 20_000
-    torch.testing.assert_close(counts, (logits / 0.5).softmax(0), rtol=0, atol=0.01)
+    drawn = _choose(logits.expand(20_000, 4), 0.5, draws)
+    expected = (logits / 0.5).softmax(0)
+    counts = torch.bincount(drawn.tokens_S, minlength=4) / 20_000
+    torch.testing.assert_close(counts, expected, rtol=0, atol=0.01)
+    torch.testing.assert_close(drawn.probabilities_S, expected[drawn.tokens_S])
 
 
 def test_an_export_reloads_in_plain_transformers(artifact: TokensArtifact, stage_inputs: Inputs) -> None:

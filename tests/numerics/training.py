@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import Stage
+from stages.config.memory import TrainingMemory
 from stages.config.request import ArtifactRef
 from stages.config.train import TrainConfig
 from stages.data.tokens.views import TokensArtifact
@@ -23,6 +24,7 @@ from stages.models.build import save_model
 from stages.train.checkpoint import Checkpointer
 from stages.train.engines.choose import make_engine
 from stages.train.loop import train
+from stages.train.memory import MemoryMeter
 from stages.train.run import Prepared
 from stages.train.throughput import Meter
 from tests.numerics.fork_server import shared_server
@@ -42,6 +44,7 @@ class Trained:
 
     weights: dict[str, Tensor]
     history: list[dict[str, Any]]
+    memory: TrainingMemory | None = None
 
 
 def run_training(
@@ -64,6 +67,7 @@ def run_training(
         **execution_options,
     )
     context = make_context(home, stage, config, inputs, execution)
+    memory = MemoryMeter(torch.device("cpu"))
     prepared = prepare_in(context)
     engine = make_engine(prepared.parts, config, execution)
 
@@ -81,15 +85,17 @@ def run_training(
             checkpointer=checkpointer,
             report=report,
             meter=METER,
+            memory=memory,
         )
     finally:
         checkpointer.wait()
+    held = memory.measured(engine)
     weights = engine.model_weights(prepared.exported)
     if export and engine.is_main:
         artifact = TokensArtifact(context.input_dir("tokens"))
         (home / "model").mkdir()
         save_model(prepared.parts[prepared.exported], weights, home / "model", artifact)  # type: ignore[arg-type]
-    return Trained(weights, history)
+    return Trained(weights, history, held)
 
 
 def prepare(home: Path, stage: Stage, config: TrainConfig, inputs: dict[str, ArtifactRef]) -> Prepared:

@@ -71,6 +71,7 @@ def ledger(curation: Curation, pairs: PairsAccount, found: PlantedScore, *, prev
             "sources": pairs.sources["preferences"],
             "kinds": pairs.kinds,
         },
+        **({"prompts": _prompts(pairs)} if pairs.prompts else {}),
         "published_pairs": pairs.published,
         "carried": _carried(curation, pairs, previous) if previous else {},
         "pii": {"documents": dict(sorted(pii.items())), "pairs": pairs.pii},
@@ -78,6 +79,10 @@ def ledger(curation: Curation, pairs: PairsAccount, found: PlantedScore, *, prev
         "thresholds": config.quality.model_dump(mode="json"),
         "notes": _notes(config, carried=bool(previous)),
     }
+
+
+def _prompts(pairs: PairsAccount) -> dict[str, Any]:
+    return {"steps": [step.to_dict() for step in pairs.prompts], "sources": pairs.sources["prompts"]}
 
 
 def _by_source(units: Sequence[Extracted]) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from stages.config.graph import PROMPTS
 from stages.data.curation.ledger import Amount
 from stages.data.curation.workbench import SPLITS, Workbench, published_documents, published_rows
 
@@ -22,8 +23,8 @@ def carry_heldout(bench: Workbench) -> Amount:
 
 
 def carried_pairs(previous: Path | None, name: str) -> list[dict[str, Any]]:
-    """The published rows of `instructions` or `preferences`, marked with the split that they belong to."""
-    if previous is None:
+    """The published rows of `instructions`, `preferences` or `prompts`, marked with the split that they belong to."""
+    if previous is None or (name == PROMPTS and not (previous / name).is_dir()):  # most data has no prompt sets
         return []
     return [
         {**row, "heldout": split == "heldout"}

@@ -122,4 +122,6 @@ class PairsAccount:
     carried: dict[str, int]
     """Rows taken over from the previous data, part of `published`."""
     sources: dict[str, dict[str, Any]]
-    """For `instructions` and `preferences`: the account of each given source."""
+    """For `instructions`, `preferences` and, if there are any, `prompts`: the account of each given source."""
+    prompts: list[Step] = field(default_factory=list)
+    """Empty where no prompt sets are given."""

@@ -9,7 +9,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class Workbench:
     """The curated data of an earlier run, when this one is an increment."""
     words: tuple[str, ...] = ()
     """The word list of toxicity=`word-list`."""
+    made: Mapping[str, Path] = field(default_factory=dict)
+    """The data that stages of this run have made, by the name under which it is a source: a file for each kind."""
 
     def folder(self, name: str) -> str:
         """A scratch folder for a library that writes its own files."""

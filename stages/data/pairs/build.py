@@ -1,9 +1,10 @@
-"""Instruction and preference rows, derived or given: capped, without duplicates, toxic answers or personal data."""
+"""Instruction, preference and prompt rows: capped, without duplicates, toxic answers or personal data."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from stages.config.curate import DERIVED
@@ -24,7 +25,7 @@ Row = dict[str, Any]
 
 @dataclass
 class _Kind:
-    """Instructions or preferences on their way: the rows, their account so far, and what is taken over as it is."""
+    """One kind of rows on its way: the rows, their account so far, and what is taken over as it is."""
 
     name: str
     sources: tuple[str, ...]
@@ -48,7 +49,8 @@ class _Kind:
 
 
 def build_pairs(units: int, bench: Workbench) -> PairsAccount:
-    """Publish instructions/ and preferences/; both files of a kind exist even when they are empty.
+    """Publish instructions/ and preferences/; both files of a kind exist even when they are empty. prompts/ exists
+    where prompt sets are given, or were in the previous data.
 
     `units` is how many units have set symbols aside. Rows of the previous data come first; a new row that is among them
     already is dropped.
@@ -66,7 +68,9 @@ def build_pairs(units: int, bench: Workbench) -> PairsAccount:
         asked.rows = [derive.instruction(question) for question in questions]
     if asked.is_given or not asked.is_derived:
         read: list[Step] = []
-        asked.rows += given.given_instructions(_given(config.instruction_sources), config, read, asked.given)
+        asked.rows += given.given_instructions(
+            _given(config.instruction_sources), config, read, asked.given, made=_made(bench, asked.name)
+        )
         asked.steps = _one_chain(read, asked.steps)
     prepared.run(asked, answer=_answers, limit=config.max_instructions)
     _publish(asked, bench)  # before preferences are read: a useless source of instructions is told at once
@@ -77,13 +81,22 @@ def build_pairs(units: int, bench: Workbench) -> PairsAccount:
         paired.rows = derive.preferences(questions, config, wrong)
     if paired.is_given or not paired.is_derived:
         read = []
-        paired.rows += given.given_preferences(_given(config.preference_sources), config, read, paired.given)
+        paired.rows += given.given_preferences(
+            _given(config.preference_sources), config, read, paired.given, made=_made(bench, paired.name)
+        )
         paired.steps = _one_chain(read, paired.steps)
     prepared.run(paired, answer=lambda row: row["chosen"], limit=config.max_preferences)
     _publish(paired, bench)
 
-    kinds = (asked, paired)
+    posed = _Kind("prompts", config.prompts, carried_pairs(bench.previous, "prompts"))
+    if posed.sources or posed.carried:
+        posed.rows = given.given_prompts(config.prompt_sources, config, posed.steps, posed.given)
+        prepared.run(posed, answer=lambda row: "\n".join(row["reference"]), limit=config.max_prompts)
+        _publish(posed, bench)
+
+    kinds = (asked, paired, *([posed] if posed.steps else ()))
     return PairsAccount(
+        prompts=posed.steps,
         instructions=asked.steps,
         preferences=paired.steps,
         published=_sizes({kind.name: kind.published for kind in kinds}),
@@ -96,6 +109,11 @@ def build_pairs(units: int, bench: Workbench) -> PairsAccount:
 
 def _given(sources: Iterable[Source]) -> list[Source]:
     return [source for source in sources if source.uri != DERIVED]
+
+
+def _made(bench: Workbench, kind: str) -> dict[str, Path]:
+    """The files with rows of a kind that stages of this run have made, by the name of the source."""
+    return {name: folder / f"{kind}.jsonl" for name, folder in bench.made.items()}
 
 
 def _one_chain(read: Sequence[Step], derived: Sequence[Step]) -> list[Step]:
@@ -231,7 +249,7 @@ class _Preparation:
         step = Step("pii")
         kept: list[Row] = []
         for row in rows:
-            before = _size(row)
+            before, compared = _size(row), _compared(row)
             step.entered.add(before)
             if self._config.scrub_pii:
                 for holder, name in _fields(row):
@@ -239,6 +257,10 @@ class _Preparation:
                     holder[name] = result.text
                     self.pii.update(result.counts)
             step.rewritten += before - _size(row)
+            # A response is compared with this, and was never shown what stands in its place.
+            if compared and compared != _compared(row):
+                step.drop("personal_reference", row["id"], "", _size(row), samples=self._config.samples_per_reason)
+                continue
             if "chosen" in row and row["chosen"] == row["rejected"]:  # the two differed in personal data only
                 step.drop("equal_sides", row["id"], row["chosen"], _size(row), samples=self._config.samples_per_reason)
                 continue
@@ -262,8 +284,15 @@ def _gather_reasons(rows: Sequence[Row], repeated: Sequence[str]) -> None:
 def _fields(row: Row) -> list[tuple[Any, Any]]:
     """Every text of a row as (holder, key), so that it can be replaced."""
     turns = row.get("messages") or row["prompt"]
-    sides = [(row, name) for name in ("chosen", "rejected", "reason") if name in row]
+    sides: list[tuple[Any, Any]] = [(row, name) for name in ("chosen", "rejected", "reason") if name in row]
+    sides += [(row[name], place) for name in ("reference", "tests") for place in range(len(row.get(name, ())))]
+    sides += [(row, "schema")] if row.get("schema") else []
     return [place for turn in turns for place in text_fields(turn)] + sides
+
+
+def _compared(row: Row) -> tuple[str, ...]:
+    """What responses to a prompt are compared with."""
+    return (*row.get("reference", ()), *row.get("tests", ()), row.get("schema", "")) if "reference" in row else ()
 
 
 def _verify(kind: _Kind) -> None:

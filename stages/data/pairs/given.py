@@ -1,4 +1,4 @@
-"""Instruction and preference rows that users bring: detect the format, adapt the rows, count losses by source.
+"""Instruction, preference and prompt rows that users bring: detect the format, adapt the rows, count losses by source.
 
 A table mostly has one format, which its first rows show. A row that does not fit it is read as what it is, or dropped
 as a bad row whose number and fields the ledger names.
@@ -8,14 +8,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from stages.config.curate import CurateConfig
 from stages.config.errors import DataError
-from stages.config.sources import InstructionFormat, PreferenceFormat, Source
+from stages.config.sources import InstructionFormat, PreferenceFormat, PromptFormat, Source
 from stages.data.curation.extract import refuse_bad_share
 from stages.data.curation.ledger import Step
-from stages.data.pairs import instructions, preferences
+from stages.data.pairs import instructions, preferences, prompt_rows
 from stages.data.pairs.cells import unpacked
 from stages.data.pairs.labels import Coding, labels_of, numbers_in
 from stages.data.pairs.partners import pairs_of
@@ -29,12 +30,15 @@ from stages.data.sources.readers import data_files
 from stages.data.sources.records import BadRecord, Row, is_drawn
 from stages.data.sources.rows import read_rows
 from stages.data.sources.storage import ROW_SUFFIXES, Unread, unread_by_reason
+from stages.data.sources.streams import Stored
 
 _LOOKED_AT = 100
 """The format of a file is detected from the fields of this many rows."""
 
+_NONE_MADE: Mapping[str, Path] = {}
+
 Record = tuple[str, Row | BadRecord]
-Shape = TypeVar("Shape", InstructionFormat, PreferenceFormat)
+Shape = TypeVar("Shape", InstructionFormat, PreferenceFormat, PromptFormat)
 
 
 @dataclass
@@ -77,17 +81,34 @@ class _Outcome:
 
 
 def given_instructions(
-    sources: Iterable[Source], config: CurateConfig, steps: list[Step], accounts: dict[str, dict[str, Any]]
+    sources: Iterable[Source],
+    config: CurateConfig,
+    steps: list[Step],
+    accounts: dict[str, dict[str, Any]],
+    *,
+    made: Mapping[str, Path] = _NONE_MADE,
 ) -> list[dict[str, Any]]:
     """Conversations of all sources in our shape; appends the step `read` and fills the accounts."""
-    return _given(sources, _instructions, config, steps, accounts)
+    return _given(sources, _instructions, config, steps, accounts, made)
 
 
 def given_preferences(
-    sources: Iterable[Source], config: CurateConfig, steps: list[Step], accounts: dict[str, dict[str, Any]]
+    sources: Iterable[Source],
+    config: CurateConfig,
+    steps: list[Step],
+    accounts: dict[str, dict[str, Any]],
+    *,
+    made: Mapping[str, Path] = _NONE_MADE,
 ) -> list[dict[str, Any]]:
     """Preference pairs of all sources in our shape; appends the step `read` and fills the accounts."""
-    return _given(sources, _preferences, config, steps, accounts)
+    return _given(sources, _preferences, config, steps, accounts, made)
+
+
+def given_prompts(
+    sources: Iterable[Source], config: CurateConfig, steps: list[Step], accounts: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Prompts of all sources in our shape; appends the step `read` and fills the accounts."""
+    return _given(sources, _prompts, config, steps, accounts)
 
 
 @dataclass(frozen=True)
@@ -113,12 +134,13 @@ def _given(
     config: CurateConfig,
     steps: list[Step],
     accounts: dict[str, dict[str, Any]],
+    made_here: Mapping[str, Path],
 ) -> list[dict[str, Any]]:
     total = Step("read")
     made: list[dict[str, Any]] = []
     for number, source in enumerate(sources):
         account = SourceAccount()
-        for table in _tables(source, number, account):
+        for table in _tables(source, number, account, made_here.get(source.uri)):
             for outcome in adapt(table, config):
                 made += _counted(outcome, account, config)
         for outcome in _partnered(source, account, config):
@@ -132,9 +154,12 @@ def _given(
     return made
 
 
-def _tables(source: Source, number: int, account: SourceAccount) -> Iterator[_Table]:
-    """The files of a source, which may differ in format."""
-    if source.uri.startswith("hf://"):
+def _tables(source: Source, number: int, account: SourceAccount, made: Path | None) -> Iterator[_Table]:
+    """The files of a source, which may differ in format; of one that the run has `made`, that file."""
+    if made is not None:
+        stored = Stored(str(made.resolve()), made.name, made.stat().st_size)
+        named, count = [(stored.name, stored.name, read_rows(stored))], 1
+    elif source.uri.startswith("hf://"):
         named, count = [(source.uri, "", read_hub(source.uri))], 1
     else:
         found = data_files(source.uri, ROW_SUFFIXES)
@@ -172,7 +197,8 @@ def _counted(outcome: _Outcome, account: SourceAccount, config: CurateConfig) ->
 def _is_utf8(row: Mapping[str, Any]) -> bool:
     turns = row.get("messages") or row["prompt"]
     try:
-        for text in (*(turn["content"] for turn in turns), row.get("chosen"), row.get("rejected")):
+        compared = (*row.get("reference", ()), *row.get("tests", ()), row.get("schema"))
+        for text in (*(turn["content"] for turn in turns), row.get("chosen"), row.get("rejected"), *compared):
             if isinstance(text, str):
                 text.encode()
     except UnicodeEncodeError:
@@ -297,6 +323,22 @@ def _instruction_row(key: str, made: Conversation, source: Source, config: Curat
     messages = [dict(message) for message in made.messages]
     heldout = is_drawn(config.heldout_fraction, config.seed, "heldout", opening(messages))
     return {"id": key, "messages": messages, "group": source.uri, "origin": "given", "heldout": heldout}
+
+
+def _prompts(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
+    for shaped in _shaped(table, _shapes(table, PromptFormat, prompt_rows.fits, prompt_rows.fitting_formats)):
+        if isinstance(shaped, _Outcome):
+            yield shaped
+            continue
+        key, row = shaped.key, shaped.row
+        try:
+            made, tools = prompt_rows.to_prompt(shaped.shape, row.values), tools_of(row.values)
+        except Unusable as error:
+            yield _Outcome(key, row.size, None, error.reason, str(row.values))
+            continue
+        heldout = is_drawn(config.heldout_fraction, config.seed, "heldout", opening(made.messages))
+        ours = {"id": key, **made.to_dict(), "group": table.source.uri, "origin": "given", "heldout": heldout, **tools}
+        yield _Outcome(key, row.size, ours)
 
 
 def _preferences(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:

@@ -163,11 +163,16 @@ def snapshot_source(uri: str, config: CurateConfig) -> str:
     Installed docs are identified by their distributions' versions, files by name, size and sha256,
     S3 objects by key, size and etag, hub datasets by name and revision.
     """
-    field = config.outside_sources.get(uri, "source")
-    if uri == INSTALLED_DOCS:
-        lines = [package.group for package in installed_docs.chosen_packages(config)]
-        lines.append(f"python=={platform.python_version()}")
-    elif uri.startswith("hf://"):
+    if uri != INSTALLED_DOCS:
+        return snapshot_rows(uri, field=config.outside_sources.get(uri, "source"))
+    lines = [package.group for package in installed_docs.chosen_packages(config)]
+    lines.append(f"python=={platform.python_version()}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def snapshot_rows(uri: str, *, field: str) -> str:
+    """The identity of a source of files or of a hub dataset, whichever stage reads it; `field` names it in errors."""
+    if uri.startswith("hf://"):
         check_source(uri, field=field)
         lines = [str(parse_hub(uri))]
     else:

@@ -20,11 +20,12 @@ from stages.config.execution import ExecutionConfig
 from stages.config.train import Algorithm, OptimizerConfig, TrainConfig
 from stages.job.devices import local_device
 from stages.models.precision import autocast
-from stages.train.engine import NO_FACTORS, LossOutput, Share, StepReport, Trainable
+from stages.train.engine import NO_FACTORS, Held, LossOutput, Share, StepReport, Trainable
 from stages.train.engines.local import (
     check_precision,
     detached,
     evaluating,
+    held_by,
     make_deterministic,
     moved,
     part_of,
@@ -73,6 +74,7 @@ class DeepSpeedEngine:
         if self.device.type == "cpu":
             make_deterministic()
         self._config, self._stage = config, execution.zero_stage
+        self._frozen: list[nn.Module] = []
         self.trainable = Trainable(**parts).to(self.device)
         self._shapes = {name: parameter.shape for name, parameter in self.trainable.named_parameters()}
         for model in parts.values():
@@ -103,7 +105,8 @@ class DeepSpeedEngine:
         return contextlib.nullcontext()
 
     def freeze(self, model: nn.Module) -> nn.Module:
-        return model.requires_grad_(False).eval().to(self.device)
+        self._frozen.append(model.requires_grad_(False).eval().to(self.device))
+        return self._frozen[-1]
 
     def backward(self, loss: Callable[..., LossOutput], shares: Sequence[Share]) -> list[LossOutput]:
         outputs = []
@@ -147,6 +150,18 @@ class DeepSpeedEngine:
         shapes = part_of(self._shapes, part)
         buffers = persistent_buffers(self.trainable.parts[part])
         return {name: flat.view(shapes[name]) for name, flat in whole.items()} | buffers
+
+    def held(self) -> Held:
+        """Gradients lie in buffers of DeepSpeed's own, so there are none here."""
+        shards: list[Tensor] = [
+            parameter.ds_tensor if self._stage == 3 else parameter  # pyright: ignore[reportAttributeAccessIssue]
+            for parameter in self.trainable.parameters()
+        ]
+        found = held_by(self.trainable, self.optimizer, self._frozen, parameters=shards)
+        masters = (
+            self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._zero.single_partition_of_fp32_groups
+        )
+        return found._replace(optimizer=[*found.optimizer, *masters])
 
     def state_dict(self) -> dict[str, Piece]:
         trained = {name for name, parameter in self.trainable.named_parameters() if parameter.requires_grad}

@@ -12,7 +12,7 @@ from stages.config.errors import ConfigError
 from stages.config.execution import Engine, ExecutionConfig
 from stages.data.tokens.packing import Packed
 from stages.models.lora import adapts_parameters
-from stages.train.engine import LossOutput
+from stages.train.engine import Held, LossOutput
 
 
 def check_precision(precision: str, device: torch.device) -> None:
@@ -79,6 +79,19 @@ def prepare(model: nn.Module, execution: ExecutionConfig) -> None:
 
 def detached(output: LossOutput) -> LossOutput:
     return output._replace(loss_sum=output.loss_sum.detach(), token_loss_sum=None)
+
+
+def held_by(
+    module: nn.Module, optimizer: torch.optim.Optimizer, frozen: list[nn.Module], *, parameters: list[Tensor]
+) -> Held:
+    """What a process holds for a training, whose trained weights are `parameters`."""
+    states = (value for state in optimizer.state.values() for value in state.values())
+    return Held(
+        parameters=[*parameters, *module.buffers()],
+        gradients=[one.grad for one in module.parameters() if one.grad is not None],
+        optimizer=[value for value in states if isinstance(value, Tensor)],
+        frozen=[tensor for model in frozen for tensor in (*model.parameters(), *model.buffers())],
+    )
 
 
 def part_of(state: Mapping[str, Any], part: str) -> dict[str, Any]:

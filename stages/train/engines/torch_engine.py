@@ -20,11 +20,12 @@ from stages.models.forward import hidden_states
 from stages.models.lora import has_adapter
 from stages.models.precision import autocast, compute_dtype
 from stages.train.averaging import averaged, update_average
-from stages.train.engine import NO_FACTORS, LossOutput, Share, StepReport, Trainable
+from stages.train.engine import NO_FACTORS, Held, LossOutput, Share, StepReport, Trainable
 from stages.train.engines.local import (
     check_precision,
     detached,
     evaluating,
+    held_by,
     make_deterministic,
     moved,
     part_of,
@@ -62,6 +63,7 @@ class TorchEngine:
         self._slices: dict[str, Slice] = {}
         self._summed: set[str] = set()
         self._tied: set[str] = set()
+        self._frozen: list[nn.Module] = []
         # The order matters: cut, move to the device, prepare (compile, checkpointing), wrap. The optimizer comes last,
         # because FSDP puts parameters of its own in place of the model's.
         for name, model in parts.items():
@@ -137,7 +139,8 @@ class TorchEngine:
             self._reshard()  # what FSDP left whole are averages
 
     def freeze(self, model: nn.Module) -> nn.Module:
-        return model.requires_grad_(False).eval().to(self.device)
+        self._frozen.append(model.requires_grad_(False).eval().to(self.device))
+        return self._frozen[-1]
 
     def backward(self, loss: Callable[..., LossOutput], shares: Sequence[Share]) -> list[LossOutput]:
         if self._schedule is not None:
@@ -258,6 +261,10 @@ class TorchEngine:
             pieces = self._pieces()
         whole = whole_tensors(part_of(pieces, part), self.processes)
         return {**whole, **persistent_buffers(self.trainable.parts[part])}
+
+    def held(self) -> Held:
+        self._reshard()
+        return held_by(self.trainable, self.optimizer, self._frozen, parameters=list(self.trainable.parameters()))
 
     def state_dict(self) -> dict[str, Piece]:
         return (

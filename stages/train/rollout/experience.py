@@ -106,7 +106,14 @@ def _to_sequence(
 
 def describe(samples: Sequence[Sampled]) -> dict[str, float]:
     """Return a rollout's own numbers, averaged over responses."""
+    parts = {f"ppo/score/{name}": [sample.parts[name] for sample in samples] for name in samples[0].parts}
+    # A scorer without a value stands in with another one: how often must be seen.
+    parts |= {
+        f"ppo/score_failed/{name}": [float(name in sample.failed) for sample in samples]
+        for name in sorted({name for sample in samples for name in sample.failed})
+    }
     return {
+        **{name: float(np.mean(values)) for name, values in parts.items()},
         "ppo/score": float(np.mean([sample.score for sample in samples])),
         "ppo/kl": float(np.mean([sample.kl for sample in samples])),
         "ppo/response_length": float(np.mean([len(sample.response) for sample in samples])),

@@ -15,14 +15,15 @@ from torch import nn
 from stages.config.estimators import GAE, Reinforce
 from stages.config.rollouts import LossOver, PPOConfig
 from stages.data.tokens.packing import Packed, TokenSequence, lay_out
-from stages.data.tokens.ragged import Ragged
 from stages.data.tokens.views import evenly
 from stages.losses.advantages import decayed
 from stages.losses.divergence import adapted_kl_coefficient
+from stages.rules.ready import Row
 from stages.train.engine import Engine, LossOutput
 from stages.train.objective import ObjectiveState, Step
 from stages.train.plan import batches, order_digest, share, shuffled
 from stages.train.rollout.agreement import agreement, check
+from stages.train.rollout.asked import Prompts
 from stages.train.rollout.documents import PretrainingMix, with_field
 from stages.train.rollout.experience import critic_quality, describe, from_tensors, to_experience, to_tensors
 from stages.train.rollout.prompts import prompt_loss
@@ -47,13 +48,17 @@ class PPOObjective:
         config: PPOConfig,
         sampler: Sampler,
         *,
-        prompts: Ragged,
-        heldout: Ragged,
+        prompts: Prompts,
+        heldout: Prompts,
         balancing: Balancing,
         watches: Sequence[Watch] = (),
         mix: PretrainingMix | None = None,
+        rows: Sequence[Row] = (),
+        heldout_rows: Sequence[Row] = (),
     ) -> None:
+        """`rows` are those of the prompts, for scorers that read texts."""
         self._config, self._sampler, self._prompts, self._heldout = config, sampler, prompts, heldout
+        self._rows, self._heldout_rows = rows, heldout_rows
         self._balancing, self._watches, self._mix = balancing, tuple(watches), mix
         self._payment = Payment(config)
         self._steps_per_rollout = config.steps_per_rollout
@@ -89,18 +94,19 @@ class PPOObjective:
     def _roll_out(self, engine: Engine) -> None:
         config = self._config
         # Another stream in every rollout: a prompt that comes again gets new responses.
+        numbers = self._next_prompts()
         samples = self._sampler.sample(
             engine,
-            self._next_prompts(),
+            [self._prompts[number] for number in numbers],
+            rows=[self._rows[number] for number in numbers] if self._rows else (),
             stream=self._rollout,
             responses_per_prompt=config.estimator.responses_per_prompt,
         )
         agreed = agreement(samples)
         check(agreed, config.sampler, is_main=engine.is_main)
-        scores = self._sampler.scorer.rewards([sample.score for sample in samples])
         experience = to_experience(
             samples,
-            self._payment.paid(samples, scores),
+            self._payment.paid(samples, self._sampler.rewards(samples)),
             config=config,
             kl_coefficient=self._kl_coefficient,
             baseline=self._baseline,
@@ -137,7 +143,7 @@ class PPOObjective:
         estimator = self._config.estimator
         return isinstance(estimator, GAE) and self._rollout < estimator.critic_warmup_rollouts
 
-    def _next_prompts(self) -> list[np.ndarray]:
+    def _next_prompts(self) -> list[int]:
         """Walk through shuffled prompts, epoch after epoch; a rollout may span the end of one and the start of the
         next."""
         size, available = self._config.prompts_per_rollout, len(self._prompts)
@@ -146,7 +152,7 @@ class PPOObjective:
             epoch: shuffled(available, seed=self._config.seed, epoch=epoch)
             for epoch in {position // available for position in positions}
         }
-        return [self._prompts[int(orders[p // available][p % available])] for p in positions]
+        return [int(orders[p // available][p % available]) for p in positions]
 
     def _minibatch(self, engine: Engine) -> Step:
         config = self._config
@@ -207,7 +213,8 @@ class PPOObjective:
         if not len(chosen):
             return {}
         prompts = [self._heldout[int(i)] for i in chosen]
-        samples = self._sampler.sample(engine, prompts, stream=_EVALUATION_STREAM)
+        rows = [self._heldout_rows[int(i)] for i in chosen] if self._heldout_rows else ()
+        samples = self._sampler.sample(engine, prompts, stream=_EVALUATION_STREAM, rows=rows)
         found = {name.replace("ppo/", "eval/"): value for name, value in describe(samples).items()}
         found |= prompt_loss(engine, prompts, self._sampler.budget)
         for watch in self._watches:
@@ -223,6 +230,8 @@ class PPOObjective:
         """Responses that were sampled to train on, and why there are not more of them."""
         # The cursor is behind the step that was handed out last, so a rollout amid its updates has begun.
         sampled: dict[str, Any] = {"responses": (self._rollout + (self._inner > 0)) * self._config.rollout_size}
+        if self._sampler.parts is not None and (asked := self._sampler.parts.account()):
+            sampled["scorers"] = asked
         early = self._ended() if self._rollout < self._config.num_rollouts else ""
         for watch in self._watches:
             sampled |= watch.ledger
@@ -242,7 +251,7 @@ class PPOObjective:
             numbers |= watch.state_dict()
         numbers |= self._payment.state_dict()
         return ObjectiveState(
-            numbers | self._sampler.scorer.state_dict(), to_tensors(self._experience) | self._balancing.state_dict()
+            numbers | self._sampler.state_dict(), to_tensors(self._experience) | self._balancing.state_dict()
         )
 
     def load_state_dict(self, state: ObjectiveState) -> None:
@@ -251,7 +260,7 @@ class PPOObjective:
         self._rollout_metrics = state.numbers["rollout_metrics"]
         self._baseline = state.numbers.get("baseline")
         self._payment.load_state_dict(state.numbers)
-        self._sampler.scorer.load_state_dict(state.numbers)
+        self._sampler.load_state_dict(state.numbers)
         for watch in self._watches:
             watch.load_state_dict(state.numbers)
         self._experience = from_tensors(state.tensors)

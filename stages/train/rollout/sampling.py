@@ -6,8 +6,9 @@ on the number of ranks.
 Shape legend: N targets of a micro-batch, R tokens of one response.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -17,9 +18,11 @@ from stages.models.answers import BATCH_SIZE
 from stages.models.forward import target_logprobs, target_values
 from stages.models.generation import Draws, Generated, Sampling, generate_with_logprobs
 from stages.models.lora import start_of
+from stages.rules.ready import Row
 from stages.train.engine import Engine
 from stages.train.plan import batches, in_step, share
 from stages.train.rollout.inference import infer_each
+from stages.train.rollout.scorers.texts import Parts
 from stages.train.rollout.scoring import Scorer
 
 
@@ -40,6 +43,10 @@ class Sampled:
     """True when it ended with the end token."""
     sampler_logprobs_R: np.ndarray | None = None
     """As generation computed them; None where it told none."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Scores of the scorers that make up the score; none where it is the reward model's alone."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Scorers that had no value for it, with the reason."""
 
     @property
     def kl(self) -> float:
@@ -69,15 +76,25 @@ class Sampler:
 
     sampling: Sampling
     seed: int
-    scorer: Scorer
+    scorer: Scorer | None
+    """The reward model; None where no model gives scores."""
     reference: nn.Module | None
     """Frozen start of the policy; None is the policy without its adapter."""
     budget: RowBudget
+    parts: Parts | None = None
+    """What makes up the scores; None where they are the reward model's alone."""
 
     def sample(
-        self, engine: Engine, prompts: Sequence[np.ndarray], *, stream: int, responses_per_prompt: int = 1
+        self,
+        engine: Engine,
+        prompts: Sequence[np.ndarray],
+        *,
+        stream: int,
+        responses_per_prompt: int = 1,
+        rows: Sequence[Row] = (),
     ) -> list[Sampled]:
-        """Return the scored responses, those to one prompt next to each other, in order and on every rank.
+        """Return the scored responses, those to one prompt next to each other, in order and on every rank. `rows` are
+        those of the prompts, which scorers of texts need.
 
         Response number i draws from (seed, stream, i), whatever rank it is on.
         """
@@ -95,7 +112,40 @@ class Sampler:
             samples = self._measure(engine, chosen, generated, groups)
             numbered += zip(numbers, samples, strict=True) if counted else ()
         # Ranks hand over their shares one after another; sorting restores the order of the prompts.
-        return [sample for _, sample in sorted(engine.gather(numbered), key=lambda pair: pair[0])]
+        samples = [sample for _, sample in sorted(engine.gather(numbered), key=lambda pair: pair[0])]
+        return samples if self.parts is None else self._scored_by_parts(engine, self.parts, samples, rows)
+
+    def _scored_by_parts(
+        self, engine: Engine, parts: Parts, samples: Sequence[Sampled], rows: Sequence[Row]
+    ) -> list[Sampled]:
+        scored = parts.scored(
+            engine,
+            [sample.response for sample in samples],
+            [rows[sample.group] for sample in samples],
+            by_model=[sample.score for sample in samples],
+        )
+        return [
+            replace(sample, score=found.score, parts=found.parts, failed=found.failed)
+            for sample, found in zip(samples, scored, strict=True)
+        ]
+
+    def rewards(self, samples: Sequence[Sampled]) -> list[float]:
+        """Return the scores of a rollout in the unit of rewards."""
+        if self.parts is not None:
+            return self.parts.rewards([sample.parts for sample in samples], self._rewards_of_model)
+        return self._rewards_of_model([sample.score for sample in samples])
+
+    def _rewards_of_model(self, scores: Sequence[float]) -> list[float]:
+        assert self.scorer is not None, "a score without parts is the reward model's"
+        return self.scorer.rewards(scores)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What scorers keep from rollout to rollout."""
+        return {} if self.scorer is None else self.scorer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.scorer is not None:
+            self.scorer.load_state_dict(state)
 
     def _measure(
         self, engine: Engine, prompts: list[np.ndarray], generated: list[Generated], groups: list[int]
@@ -106,7 +156,7 @@ class Sampler:
         per_token: list[dict[str, np.ndarray]] = []
         for part, measured in infer_each(engine, self._per_token, sequences, self.budget):
             per_token += _by_sequence(part, measured)
-        scores = self.scorer.scores(engine, sequences)
+        scores = [0.0] * len(sequences) if self.scorer is None else self.scorer.scores(engine, sequences)
         return [
             Sampled(
                 prompt=prompts[i],

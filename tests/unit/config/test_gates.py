@@ -34,7 +34,9 @@ def test_what_is_no_bound_is_refused_with_an_example(line: str):
 
 
 def test_a_bound_on_a_stage_without_a_gate_names_those_that_have_one():
-    with pytest.raises(ConfigError, match="promote has no gate; allowed: curate, tokenize, pretrain, sft, reward, "):
+    with pytest.raises(
+        ConfigError, match="promote has no gate; allowed: constitution, synthesize, curate, tokenize, pretrain, "
+    ):
         resolve({"recipe": "tiny", "overrides": {"gates.bounds": ["promote: promotion/promoted > 0"]}})
 
 
@@ -62,7 +64,10 @@ def test_a_person_lets_gates_pass_by_name_and_for_a_reason():
         ({"override_gates": ["reward"]}, "needs override_reason, which is empty"),
         ({"override_gates": ["reward"], "override_reason": "  "}, "needs override_reason, which is empty"),
         ({"override_reason": "why not"}, "without override_gates"),
-        ({"override_gates": ["rewards"], "override_reason": "x"}, "'rewards' is no gate; allowed: curate, tokenize"),
+        (
+            {"override_gates": ["rewards"], "override_reason": "x"},
+            "'rewards' is no gate; allowed: constitution, synthesize, curate",
+        ),
         ({"overrides": {"gates.override": ["all"]}}, "cannot be set"),
         ({"overrides": {"gates.recompute": False}}, "gates.recompute=false leaves out .* needs override_reason"),
     ],

@@ -117,7 +117,10 @@ def test_the_field_of_the_form_takes_an_endpoint_or_a_model(monkeypatch: pytest.
         ({**local, "judge": "https://judge.example/v1", "overrides": {"evaluate.judge.model": "m"}}, "may be asked"),
         ({**local, "last_stage": "sft", "overrides": {"evaluate.judge.model": "m"}}, "judge is given and no stage"),
         ({"recipe": "tiny", "judge": "/j", "last_stage": "sft"}, "judge is given and no stage of this run reads it"),
-        ({"recipe": "tiny", "base_model": "http://127.0.0.1/v1"}, "is an endpoint, which only judge may be"),
+        (
+            {"recipe": "tiny", "base_model": "http://127.0.0.1/v1"},
+            "is an endpoint, which only judge and critic and generator",
+        ),
         ({"recipe": "tiny", "overrides": {"evaluate.judge.endpoint": "http://127.0.0.1"}}, "It is the field judge"),
     ):
         with pytest.raises(ConfigError) as raised:

@@ -15,7 +15,7 @@ from stages.config.selection import Way, selected_stages
 
 STAGES = {stage: llm_pipeline.task_dict[stage.value] for stage in pipeline_stages()}
 GATES = {stage: llm_pipeline.task_dict[gate_name(stage)] for stage in gated_stages()}
-OPTIONAL = {stage for stage, spec in GRAPH.items() if spec.scores or spec.aligned}
+OPTIONAL = {stage for stage, spec in GRAPH.items() if spec.scores or spec.aligned or spec.asked_by}
 LIGHT = {Stage.TOKENIZE, Stage.PROMOTE, Stage.REPORT}
 
 
@@ -30,13 +30,16 @@ def test_every_stage_is_a_task_of_its_own_name_between_resolve_and_close():
 
 
 def test_the_drawing_is_the_one_of_the_docstring():
-    trunk = ["resolve", "plan", "curate", "tokenize", "pretrain", "sft"]
+    trunk = ["resolve", "plan", "convert", "constitution", "curate", "tokenize", "pretrain", "sft"]
     end = ["evaluate", "approve", "promote", "report", "close"]
     for way in ([*trunk, "reward", "ppo", *end], [*trunk, "dpo", *end]):
         for before, after in pairwise(way):
             assert after in llm_pipeline.task_dict[before].get_flat_relative_ids(upstream=False), (before, after)
     assert "tokenize" in STAGES[Stage.CONVERT].get_flat_relative_ids(upstream=False)
-    assert STAGES[Stage.CONVERT].upstream_task_ids == STAGES[Stage.CURATE].upstream_task_ids == {"plan"}
+    assert STAGES[Stage.CONVERT].upstream_task_ids == {"plan"}
+    makers = (Stage.CONSTITUTION, Stage.SYNTHESIZE)
+    assert [STAGES[stage].upstream_task_ids for stage in makers] == [{"convert"}, {"convert"}]
+    assert STAGES[Stage.CURATE].upstream_task_ids == {"gate_constitution", "gate_synthesize"}
     beside = STAGES[Stage.DPO].get_flat_relative_ids(upstream=True)
     assert not {"reward", "ppo"} & beside
     # no arrow that only repeats a way through other tasks
@@ -55,7 +58,7 @@ def test_nothing_reads_what_a_stage_published_before_its_gate_has_let_it_pass():
         assert STAGES[stage].downstream_task_ids == {gate.task_id}
         assert gate.outlets == []
     after = {stage: task.upstream_task_ids for stage, task in STAGES.items()}
-    assert after[Stage.TOKENIZE] == {"gate_curate", "convert"}
+    assert after[Stage.TOKENIZE] == {"gate_curate"}
     assert after[Stage.PPO] == {"gate_reward"}
     assert after[Stage.EVALUATE] == {"gate_ppo", "gate_dpo"}
     assert llm_pipeline.task_dict["approve"].upstream_task_ids == {"gate_evaluate"}

@@ -51,6 +51,8 @@ def test_the_form_has_no_other_fields_and_shows_them_by_section():
         "Run",
         "Data",
         "Model and alignment",
+        "AI feedback",
+        "Synthesis",
         "Reward model",
         "Judges",
         "Course of the run",

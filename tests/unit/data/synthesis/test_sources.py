@@ -120,9 +120,8 @@ def test_sources_that_hold_nothing_are_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"best_by": "rule"}, "a rule is needed"),
-        ({"rule": "json"}, "a rule is needed"),
-        ({"best_by": "rule", "rule": "shorter"}, "is not one of regex"),
+        ({"scorer": {"kind": "exact"}}, "compares with the reference of a row"),
+        ({"scorer": {"kind": "regex", "pattern": "("}}, "is no regular expression"),
         ({"min_score": 1.0}, "min_score=1 has no effect"),
         ({"num_responses": 4, "response_temperature": 0}, "asks for one response many times"),
         (

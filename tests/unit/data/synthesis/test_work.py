@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from stages.config.scorers import LengthRule
 from stages.config.synthesis import Synthesis, SynthesizeConfig
 from stages.data.synthesis.asking import Task
 from stages.data.synthesis.filters import Rules
@@ -144,7 +145,7 @@ def test_the_best_of_several_responses_is_kept_and_equal_ones_by_their_order() -
         assert all(messages[0]["content"] == "Be brief." for messages, _ in pairs)
         return ["scorer_failed" if text == "word" else float(len(text.split()) > 2) for _, text in pairs]
 
-    settings = {"num_responses": 5, "best_by": "rule", "rule": "json", "max_repetition": 1.0}
+    settings = {"num_responses": 5, "scorer": LengthRule(), "max_repetition": 1.0}
     one, asked = work(answer, score=score, method="distillation", **settings)
     (draft,) = one.distillation([prompt("Say words.")])
     assert [each.number for each in asked] == [0, 1, 2, 3, 4]
@@ -161,7 +162,7 @@ def test_the_best_of_several_responses_is_kept_and_equal_ones_by_their_order() -
 
 
 def test_a_best_response_below_the_least_score_is_dropped() -> None:
-    settings = {"best_by": "rule", "rule": "json", "min_score": 0.5}
+    settings = {"scorer": LengthRule(), "min_score": 0.5}
     one, _ = work(lambda each: Written("Fine."), score=lambda pairs: [0.4 for _ in pairs], **settings)
     (draft,) = one.distillation([prompt("Hello?")])
     assert (draft.outcome, draft.chosen) == ("score_too_low", None)
