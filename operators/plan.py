@@ -109,7 +109,8 @@ def _remarks(config: PipelineConfig) -> Iterator[str]:
         yield f"{role}: `{address}` is given, read by {', '.join(readers) or 'no stage'}"
     stages_by_reason: dict[str, list[str]] = {}
     for stage, why in config.skipped.items():
-        if config.converts or not GRAPH[stage].provides:  # without a GGUF file nobody misses the conversion
+        # Without a GGUF file nobody misses the conversion, and what is not asked for nobody misses either.
+        if (config.converts or not GRAPH[stage].provides) and not GRAPH[stage].asked_by:
             stages_by_reason.setdefault(why, []).append(stage.value)
     for why, stages in stages_by_reason.items():
         yield f"{', '.join(stages)}: skipped, {why}"
@@ -309,6 +310,7 @@ def _counted(config: PipelineConfig, manifest: Manifest | None, builds: Builds) 
             conversations=kept,
             conversation_tokens=ledger["conversations"]["tokens"] / kept,
             preferences=ledger["preferences"].get("kept", 0),
+            unpaired=ledger.get("unpaired", {}).get("kept", 0),
             vocab_size=int(source.metrics["tokens/vocab_size"]) if manifest else config.tokenize.vocab_size,
             basis=f"data as counted in tokens {source.fingerprint[:12]}",
         )

@@ -22,7 +22,7 @@ Act = Callable[[Curation], None]
 
 
 def run(context: StageContext) -> StageOutcome:
-    """Write documents/, instructions/, preferences/, index/, ledger.json and planted.json.
+    """Write documents/, instructions/, preferences/, perhaps unpaired/, index/, ledger.json and planted.json.
 
     With an input `previous`, documents are those that it and its predecessors have not seen; its held-out documents and
     all of its pairs are taken over.

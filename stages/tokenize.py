@@ -18,7 +18,7 @@ from stages.config.errors import ConfigError, DataError
 from stages.config.graph import BASE_MODEL
 from stages.config.tokens import TokenizeConfig
 from stages.data.tokens.chat import ChatEncoder
-from stages.data.tokens.encoding import ConversationWriter, PairWriter
+from stages.data.tokens.encoding import ConversationWriter, PairWriter, UnpairedWriter
 from stages.data.tokens.prompt_sets import PromptSetWriter
 from stages.data.tokens.ragged import RaggedWriter
 from stages.data.tokens.tokenizer import LoadedTokenizer, train_tokenizer
@@ -55,6 +55,7 @@ def run(context: StageContext) -> StageOutcome:
             "documents": parts.documents(context),
             **parts.conversations(),
             "preferences": parts.preferences(),
+            **parts.unpaired(),
             **parts.prompt_sets(),
         }
     if not context.has_base_model:  # a given model may continue with SFT, without new text
@@ -145,6 +146,13 @@ class _SplitWriter:
         writer = PairWriter(self.output, self.split, self.chat, self.config, self.dtype)
         return writer.write(self._rows("preferences"))
 
+    def unpaired(self) -> dict[str, Any]:
+        """Only where the data has some: other data's tokens stay as they were."""
+        if not (self.curated / "unpaired").exists():
+            return {}
+        writer = UnpairedWriter(self.output, self.split, self.chat, self.config, self.dtype)
+        return {"unpaired": writer.write(self._rows("unpaired"))}
+
     def prompt_sets(self) -> dict[str, Any]:
         """Nothing where the curated data has none."""
         if not (self.curated / "prompts").is_dir():
@@ -174,5 +182,6 @@ def _metrics(ledger: dict[str, Any], tokenizer: LoadedTokenizer) -> dict[str, fl
         "tokens/bytes_per_token": train["bytes"] / max(train["tokens"], 1),
         "tokens/conversations": float(ledger["train"]["conversations"]["kept"]),
         "tokens/preferences": float(ledger["train"]["preferences"]["kept"]),
+        **({"tokens/unpaired": float(single["kept"])} if (single := ledger["train"].get("unpaired")) else {}),
         **({"tokens/prompts": float(sets["kept"])} if (sets := ledger["train"].get("prompt_sets")) else {}),
     }

@@ -113,7 +113,8 @@ class CurateConfig(Config):
     format is detected from the fields, or named by `#format=alpaca` after the source (docs/DATA.md); empty for none."""
     preferences: tuple[str, ...] = (DERIVED,)
     """Preference sources: `derived`, files, folders, s3:// or hf:// of pairs, transcripts or ranked responses; the
-    format is detected from the fields, or named by `#format=ranked` after the source (docs/DATA.md); empty for none."""
+    format is detected from the fields, or named by `#format=ranked` after the source (docs/DATA.md). Single responses
+    with a label, which only the loss `kto` trains on, are named by `#format=unpaired`. Empty for none."""
     prompts: Annotated[tuple[str, ...], AddedLater(())] = ()
     """Sources of prompt sets, which have no answers but references or tests to judge responses by: files, folders,
     s3:// or hf://; the format is detected from the fields, or named by `#format=gsm8k` (docs/SCORERS.md); empty for

@@ -10,6 +10,7 @@ from stages.config.base import Config
 from stages.config.execution import Engine, ExecutionConfig
 from stages.config.graph import BASE_MODEL, GOLD_MODEL, GRAPH, JUDGE, REWARD_MODEL, Stage
 from stages.config.pipeline import PipelineConfig
+from stages.config.preference_losses import KTOLoss
 from stages.config.preferences import DPOConfig, PairsConfig, PairsHalf
 from stages.config.scorers import reads_reward_model
 from stages.config.text import compact
@@ -46,6 +47,8 @@ class DataCounts(Config):
     """Tokens of a conversation, on average; also taken for each side of a pair."""
     preferences: int
     """Training pairs."""
+    unpaired: int = 0
+    """Training responses with a label of their own, which only the loss `kto` trains on."""
     vocab_size: int
     """Entries of the vocabulary."""
     basis: str
@@ -149,10 +152,12 @@ def forward_flops_per_token(model: ModelConfig, vocab_size: int, sequence_length
 def assumed_counts(config: PipelineConfig) -> DataCounts:
     """Before anything was counted: the recipe's caps and an assumed length."""
     length = min(ASSUMED_CONVERSATION_TOKENS, config.tokenize.sequence_length)
+    sources = config.curate.preference_sources
     return DataCounts(
         conversations=config.curate.max_instructions if config.curate.instructions else 0,
         conversation_tokens=length,
-        preferences=config.curate.max_preferences if config.curate.preferences else 0,
+        preferences=config.curate.max_preferences if any(not one.is_unpaired for one in sources) else 0,
+        unpaired=config.curate.max_preferences if any(one.is_unpaired for one in sources) else 0,
         vocab_size=config.tokenize.vocab_size,
         basis=f"assumes curate's caps on pairs are reached, {length} tokens a conversation",
     )
@@ -199,13 +204,22 @@ def _epochs_of_data(stage: Stage, train: Config, counts: DataCounts) -> Workload
     if not isinstance(train, SampledConfig):
         return None
     examples = 2 * counts.preferences if GRAPH[stage].weighs == "preferences" else counts.conversations
+    if _is_kto(train):
+        examples += counts.unpaired
     if isinstance(train, PairsConfig) and train.half is not PairsHalf.BOTH:
         examples /= 2
     tokens = examples * counts.conversation_tokens
     # The policy computes the log-probabilities of its reference once, before the first epoch, for what it trains on.
     refers = isinstance(train, DPOConfig) and train.loss.needs_reference
     forward = tokens * min(1.0, train.num_epochs) if refers else 0.0
+    if _is_kto(train):
+        # Every example has a mismatch, about as long, which the reference reads once and the policy in every epoch.
+        forward = 2 * forward + tokens * train.num_epochs
     return Workload(trained_tokens=tokens * train.num_epochs, forward_tokens=forward)
+
+
+def _is_kto(train: Config) -> bool:
+    return isinstance(train, DPOConfig) and isinstance(train.loss, KTOLoss)
 
 
 def memory_bytes(

@@ -160,7 +160,10 @@ def tokenized(evidence: Evidence) -> Iterable[Check]:
                 allowed_is="published by curate",
                 is_older=is_older,
             )
-        for part, theirs in (("conversations", "instructions"), ("preferences", "preferences")):
+        rows = [("conversations", "instructions"), ("preferences", "preferences")]
+        if "unpaired" in mine or number_at(published, "published_pairs", f"unpaired/{split}") is not None:
+            rows.append(("unpaired", "unpaired"))
+        for part, theirs in rows:
             yield _equal(
                 f"ledger_{split}_{part}",
                 number_at(mine, part, "in"),
@@ -228,6 +231,11 @@ def recounted(evidence: Evidence) -> Iterable[Check]:
                 number_at(mine, "preferences", "kept"),
             ),
         }
+        if "unpaired" in mine:
+            counted["unpaired"] = (
+                _rows(sizes, f"unpaired/{split}/ids-offsets.npy"),
+                number_at(mine, "unpaired", "kept"),
+            )
         if "prompt_sets" in mine:
             kept = number_at(mine, "prompt_sets", "kept")
             counted["prompt_sets"] = (_rows(sizes, f"prompt_sets/{split}/ids-offsets.npy"), kept)
@@ -275,6 +283,8 @@ def trained_on(evidence: Evidence) -> Iterable[Check]:
         trained, masked = (number_at(train, part, f"{kind}_tokens") for kind in ("target", "masked"))
         told["targets_available"] = trained
         told["tokens_available"] = None if trained is None or masked is None else trained + masked
+    if "unpaired" in mine:
+        told["unpaired"] = number_at(train, "unpaired", "kept")
     for name, published in told.items():
         yield _equal(
             f"ledger_{name}",

@@ -8,7 +8,7 @@ from stages.config.gate_evidence import DEFECT, Evidence
 from stages.config.gate_ledgers import number_at
 from stages.config.gate_records import Check, compared, skipped
 from stages.config.graph import BASE_MODEL, GRAPH, PREFERENCES, REWARD_BASE, Stage
-from stages.config.preference_losses import PreferenceLoss, read_loss
+from stages.config.preference_losses import KTOLoss, PreferenceLoss, read_loss
 from stages.config.request import Manifest
 from stages.config.selection import learns_from_scores
 
@@ -81,7 +81,9 @@ def _even(row: Mapping[str, Any], *, exact: bool) -> Check:
 
 def _preferences(row: Mapping[str, Any], loss: PreferenceLoss, *, exact: bool) -> Check:
     """A policy that still is its reference has no margins: each loss has a value of its own for that."""
-    start = loss.start
+    start, share = loss.start, row.get("dpo/desirable_share")
+    if isinstance(loss, KTOLoss) and isinstance(share, int | float):
+        start = loss.start_with(share)
     if start is None:
         return skipped("initial_loss", f"loss {loss.kind} compares with no reference: its start depends on the model")
     supervised = loss.sft_coefficient * float(row.get("dpo/sft_loss", 0.0))

@@ -424,6 +424,10 @@ _TRAINED = (
                 "Drift of the chosen (nats a response)",
                 (("dpo/chosen_drift", "training"), ("eval/dpo_chosen_drift", "held-out")),
             ),
+            Curve(
+                "Rewards by label, of the loss kto",
+                (("dpo/desirable_reward", "desirable"), ("dpo/undesirable_reward", "undesirable")),
+            ),
         ),
     ),
 )

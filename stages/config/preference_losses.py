@@ -187,9 +187,33 @@ class EXOLoss(WithSupervision):
         return -math.log(2) - 0.5 * math.log(self.label_smoothing * (1 - self.label_smoothing))
 
 
-# One more preference loss is a class like those above, with defaults for all its fields, a member here, and a case in
-# `stages.losses.preference`.
-PreferenceLoss = Annotated[
+class KTOLoss(WithSupervision):
+    """KTO: single responses that are desirable or undesirable, each compared with what the policy does on average.
+    Steps, batch sizes and epochs count examples: both sides of a pair, and responses of `#format=unpaired` sources."""
+
+    kind: Literal["kto"] = "kto"
+    """Which preference loss."""
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull towards the reference: how much of a log-ratio saturates the loss."""
+    desirable_weight: float = Field(default=1.0, gt=0)
+    """Weight of desirable examples. Where they are few, give them as much more that both kinds weigh about equally;
+    the paper's range for desirable over undesirable is 1 to 1.5."""
+    undesirable_weight: float = Field(default=1.0, gt=0)
+    """Weight of undesirable examples."""
+
+    needs_reference: ClassVar[bool] = True
+
+    @property
+    def start(self) -> float | None:
+        """For as many desirable as undesirable examples."""
+        return self.start_with(0.5)
+
+    def start_with(self, desirable_share: float) -> float:
+        """Half of the mean weight: at the reference every sigmoid is at its middle."""
+        return 0.5 * (desirable_share * self.desirable_weight + (1 - desirable_share) * self.undesirable_weight)
+
+
+PairLoss = (
     SigmoidLoss
     | RobustLoss
     | HingeLoss
@@ -199,9 +223,13 @@ PreferenceLoss = Annotated[
     | ORPOLoss
     | APOZeroLoss
     | NCALoss
-    | EXOLoss,
-    Field(discriminator="kind"),
-]
+    | EXOLoss
+)
+"""Losses that compare the two responses of a pair."""
+
+# One more preference loss is a class like those above, with defaults for all its fields, a member of PairLoss, and a
+# case in `stages.losses.preference`.
+PreferenceLoss = Annotated[PairLoss | KTOLoss, Field(discriminator="kind")]
 
 
 def read_loss(stored: Mapping[str, Any]) -> PreferenceLoss:

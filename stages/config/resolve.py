@@ -44,6 +44,7 @@ from stages.config.suites import check_suites
 from stages.config.synthetic import apply_synthesis, refuse_closed_synthesis, refuse_useless_synthesis
 from stages.config.text import HALVES, one_line
 from stages.config.train import TrainConfig
+from stages.config.unpaired import refuse_unused, weights_of
 
 Model = TypeVar("Model", bound=BaseModel)
 _HALF = re.compile(f"[{HALVES}]")
@@ -107,6 +108,7 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     refuse_useless_synthesis(config)
     _refuse_uncuttable(config)
     _refuse_contradictions(config)
+    refuse_unused(config)
     check_suites(config)
     refuse_what_rollouts_lack(config)
     return config
@@ -220,12 +222,13 @@ def _place_weights(tree: dict[str, Any]) -> None:
         except ValueError as error:
             raise ConfigError(str(error), advice=f"Correct {name}, one source a line: uri#weight=0.3.") from None
         for stage in _trained_on(name) if weights else ():
+            mine = weights_of(stage, weights, tree["curate"][name]) if name == PREFERENCES else weights
             if tree[stage]["mixture"]:
                 raise ConfigError(
                     f"{name} have weights and {stage.value}.mixture={tree[stage]['mixture']} is set; which one counts?",
                     advice=f"Give the weights behind the sources, or {stage.value}.mixture, not both.",
                 )
-            tree[stage]["mixture"] = [entry.model_dump(mode="json") for entry in weights]
+            tree[stage]["mixture"] = [entry.model_dump(mode="json") for entry in mine]
 
 
 def _leave_out_unneeded(tree: dict[str, Any], params: PipelineParams) -> None:

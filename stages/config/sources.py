@@ -44,6 +44,8 @@ class PreferenceFormat(StrEnum):
     RANKED = "ranked"
     PAIRWISE = "pairwise"
     LABELLED = "labelled"
+    UNPAIRED = "unpaired"
+    """The same rows as `labelled`, kept as single responses; never detected, only named."""
 
 
 class PromptFormat(StrEnum):
@@ -68,6 +70,11 @@ class Source(Config):
     """The same for the second response."""
     area: str = ""
     """Of prompts: the areas of the principles by which they are treated, joined by `+`; empty = all."""
+
+    @property
+    def is_unpaired(self) -> bool:
+        """Whether its rows are single labelled responses, which only the loss `kto` trains on."""
+        return self.format == PreferenceFormat.UNPAIRED
 
     def __str__(self) -> str:
         """As it is written, without the weight."""
@@ -136,6 +143,11 @@ def parse_sources(field: str, lines: Iterable[str], formats: type[StrEnum] | Non
             raise ValueError(f"{field}: format={source.format!r} of {source.uri!r} is not one of {allowed}")
         if source.first and formats is not PreferenceFormat:
             raise ValueError(f"{field}: first= and second= of {source.uri!r} say which response a label prefers")
+        if source.first and source.is_unpaired:
+            raise ValueError(
+                f"{field}: {source.uri!r} has format=unpaired, where a label is of one response; drop first= and "
+                "second="
+            )
     uris = [source.uri for source in sources]
     if repeated := sorted({uri for uri in uris if uris.count(uri) > 1}):
         raise ValueError(

@@ -169,8 +169,8 @@ class TrainConfig(Config):
     bfloat16 instructions computes them in float32, which is faster there and never less exact. `fp16` is for GPUs
     without bfloat16: it scales the loss, and steps whose gradient overflows are skipped and counted."""
     global_batch_size: int = Field(ge=1)
-    """Items of one optimizer step over all workers: packed sequences (pretrain, sft), pairs (reward, dpo) or
-    responses (ppo)."""
+    """Items of one optimizer step over all workers: packed sequences (pretrain, sft), pairs (reward, dpo;
+    single responses with the loss `kto`) or responses (ppo)."""
     eval_every: int = Field(default=0, ge=0)
     """Steps between evaluations on held-out data; 0 = at the end only."""
     eval_items: int = Field(default=64, ge=1)

@@ -21,7 +21,7 @@ from stages.config.preference_losses import (
     LengthNormalizedLoss,
     NCALoss,
     ORPOLoss,
-    PreferenceLoss,
+    PairLoss,
     RobustLoss,
     SigmoidLoss,
     SimPOLoss,
@@ -49,7 +49,7 @@ class PreferenceTerms(NamedTuple):
     rejected_rewards_P: Tensor
 
 
-def preference_loss(loss: PreferenceLoss, logprobs: PairLogprobs) -> PreferenceTerms:
+def preference_loss(loss: PairLoss, logprobs: PairLogprobs) -> PreferenceTerms:
     """Apply the configured preference loss to pairs, with its supervised term where it has one."""
     terms = _preference_loss(loss, logprobs)
     if not loss.sft_coefficient:
@@ -57,7 +57,7 @@ def preference_loss(loss: PreferenceLoss, logprobs: PairLogprobs) -> PreferenceT
     return terms._replace(loss_sum=terms.loss_sum + loss.sft_coefficient * supervised_loss(logprobs))
 
 
-def _preference_loss(loss: PreferenceLoss, logprobs: PairLogprobs) -> PreferenceTerms:
+def _preference_loss(loss: PairLoss, logprobs: PairLogprobs) -> PreferenceTerms:
     match loss:
         case SigmoidLoss():
             return dpo_loss(logprobs, beta=loss.beta, label_smoothing=loss.label_smoothing)

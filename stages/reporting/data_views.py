@@ -40,12 +40,12 @@ class Account:
 
 
 def accounts(story: Story) -> list[Account]:
-    """The ledgers of `curate`: documents, instructions, preferences, prompts."""
+    """The ledgers of `curate`: documents, instructions, preferences, single labelled responses, prompts."""
     manifest = story.manifests.get("curated")
     if manifest is None:
         return []
     found = []
-    for name in ("documents", "instructions", "preferences", "prompts"):
+    for name in ("documents", "instructions", "preferences", "unpaired", "prompts"):
         steps = (manifest.ledger.get(name) or {}).get("steps") or []
         if steps:
             found.append(_account(name, steps))

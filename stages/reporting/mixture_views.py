@@ -19,7 +19,7 @@ def sources_table(story: Story) -> Table | None:
     """Given sources of conversations and pairs, as curate read them."""
     manifest = story.manifests.get("curated")
     rows: list[tuple[Cell, ...]] = []
-    for part in ("instructions", "preferences"):
+    for part in ("instructions", "preferences", "unpaired"):
         found = ((manifest.ledger.get(part) or {}).get("sources") if manifest else None) or {}
         for source, account in found.items():
             rows.append(

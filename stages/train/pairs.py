@@ -18,9 +18,10 @@ from stages.data.tokens.packing import Packed, TokenSequence, lay_out, split_by_
 from stages.data.tokens.views import Pair, PairView, Split, TokensArtifact, evenly, require
 from stages.models.forward import TrunkOutput
 from stages.train.engine import Engine, LossOutput
+from stages.train.measuring import measured
 from stages.train.mixture import training_order
 from stages.train.objective import ObjectiveState, Step
-from stages.train.plan import batches, in_step, order_digest, share
+from stages.train.plan import batches, order_digest, share
 from stages.train.routing import Balancing
 
 
@@ -167,24 +168,11 @@ class PairObjective:
     def evaluate(self, engine: Engine) -> dict[str, float]:
         """Return the loss a pair and its metrics over evenly spread held-out pairs, under `eval/...`."""
         spread = evenly(len(self._heldout), at_most=self._eval_items)
-        totals: dict[str, float] = {"pairs": 0.0, "loss": 0.0}
         if not len(spread):
             return {}
         mine = self._steps.micro_batches(self._heldout, share(spread, rank=engine.rank, world_size=engine.world_size))
         spare = mine[0] if mine else self._steps.micro_batches(self._heldout, spread[:1])[0]
-        for batch, counted in in_step(engine, mine, spare=spare):
-            out = engine.infer(self._pair_loss, batch)
-            if not counted:
-                continue
-            totals["pairs"] += num_pairs(batch)
-            totals["loss"] += float(out.loss_sum)
-            # Every metric of a pair loss is a sum over pairs, so the number of pairs is the weight of all of them.
-            for name, pair in out.metrics.items():
-                totals[name] = totals.get(name, 0.0) + float(pair[0])
-        names = sorted(set(engine.gather(list(totals))))  # a rank without pairs knows no metric names; all sum the same
-        summed = dict(zip(names, engine.sum(totals.get(name, 0.0) for name in names), strict=True))
-        count = summed.pop("pairs")
-        return {f"eval/{name.replace('/', '_')}": value / count for name, value in summed.items()} if count else {}
+        return measured(engine, self._pair_loss, mine, spare=spare, units=num_pairs)
 
     def state_dict(self) -> ObjectiveState:
         return ObjectiveState({"cursor": self._steps.cursor}, self._balancing.state_dict())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stages.artifacts.manifests import canonical_json
 from stages.config.graph import BASE_MODEL
 from stages.data.tokens.packing import Packed, TokenSequence
-from stages.data.tokens.views import Pair, PairView
+from stages.data.tokens.views import Pair
 from stages.job.context import StageContext
 from stages.models.forward import target_logprobs
 from stages.models.precision import compute_dtype
@@ -58,8 +58,11 @@ class Reference:
     context: StageContext
     engine: Engine
     steps: PairSteps
+    """How pairs become micro-batches."""
+    of: str = ""
+    """What stands in the place of pairs, where something else does."""
 
-    def carried_by(self, pairs: PairView, indices: np.ndarray, *, split: str) -> WithReference:
+    def carried_by(self, pairs: Pairs, indices: np.ndarray, *, split: str) -> WithReference:
         """Return the pairs with log-probabilities for `indices`."""
         key = f"reference-logprobs/{self._identity(indices, split)}.safetensors"
         store = self.context.store
@@ -84,10 +87,11 @@ class Reference:
             "pairs": hashlib.sha256(indices.astype(np.int64).tobytes()).hexdigest(),
             "dtype": str(compute_dtype(self.engine.device, config.precision)),
             "quantization": config.lora.quantization,
+            **({"of": self.of} if self.of else {}),
         }
         return hashlib.sha256(canonical_json(identity)).hexdigest()
 
-    def _compute(self, pairs: PairView, indices: np.ndarray) -> dict[int, Sides]:
+    def _compute(self, pairs: Pairs, indices: np.ndarray) -> dict[int, Sides]:
         mine = share(indices, rank=self.engine.rank, world_size=self.engine.world_size)
         found: list[tuple[int, Sides]] = []
         for part, counted in in_step(self.engine, batches(mine, _PAIRS_AT_ONCE), spare=indices[:1]):

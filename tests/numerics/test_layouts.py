@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from stages.config.graph import Stage
+from stages.config.preference_losses import IPOLoss, KTOLoss, ORPOLoss, PreferenceLoss, SimPOLoss
 from stages.config.request import ArtifactRef
 from stages.config.train import OptimizerConfig, TrainConfig
 from tests.numerics.fork_server import ForkServer, shared_server
@@ -142,6 +143,34 @@ def test_experts_are_balanced_over_the_whole_step(
     whole = run_training(tmp_path, stage, expert_config_of(stage), expert_inputs[stage], micro_batch_size=8)
     assert_same(experts_on_two_ranks[stage.value], whole)
     assert_same_balance(experts_on_two_ranks[stage.value], whole)
+
+
+_LOSSES: dict[str, PreferenceLoss] = {
+    "kto": KTOLoss(desirable_weight=1.5, sft_coefficient=0.1),
+    "simpo": SimPOLoss(),
+    "orpo": ORPOLoss(),
+    "ipo": IPOLoss(length_averaged=True, beta=0.5),
+}
+"""One with a baseline of the whole step, and those that divide by lengths; all others are sums over pairs of what DPO's
+loss is made of."""
+
+
+@pytest.mark.slow
+def test_preference_losses_do_not_depend_on_the_layout(stage_inputs: Inputs, tmp_path: Path) -> None:
+    inputs = stage_inputs[Stage.DPO]
+    configs = {kind: config_of(Stage.DPO).model_copy(update={"loss": loss}) for kind, loss in _LOSSES.items()}
+    cases = {
+        kind: Case(tmp_path / f"two-{kind}", Stage.DPO, config, inputs, {"micro_batch_size": 2})
+        for kind, config in configs.items()
+    }
+    together = run_on_processes(cases, num_processes=2)
+    for kind, config in configs.items():
+        whole = run_training(tmp_path / f"one-{kind}", Stage.DPO, config, inputs, micro_batch_size=8)
+        assert_same(together[kind], whole)
+        if kind == "kto":
+            baselines = [row["dpo/kl"] for row in whole.history]
+            assert [row["dpo/kl"] for row in together[kind].history] == pytest.approx(baselines, rel=0, abs=1e-4)
+            assert len(set(baselines)) > 2
 
 
 @pytest.mark.exact

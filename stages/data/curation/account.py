@@ -71,6 +71,7 @@ def ledger(curation: Curation, pairs: PairsAccount, found: PlantedScore, *, prev
             "sources": pairs.sources["preferences"],
             "kinds": pairs.kinds,
         },
+        **_unpaired(pairs),
         **({"prompts": _prompts(pairs)} if pairs.prompts else {}),
         "published_pairs": pairs.published,
         "carried": _carried(curation, pairs, previous) if previous else {},
@@ -79,6 +80,14 @@ def ledger(curation: Curation, pairs: PairsAccount, found: PlantedScore, *, prev
         "thresholds": config.quality.model_dump(mode="json"),
         "notes": _notes(config, carried=bool(previous)),
     }
+
+
+def _unpaired(pairs: PairsAccount) -> dict[str, Any]:
+    """Only where there are some, so that the ledgers of all other data stay as they were."""
+    if not pairs.unpaired:
+        return {}
+    steps = [step.to_dict() for step in pairs.unpaired]
+    return {"unpaired": {"steps": steps, "sources": pairs.sources["unpaired"]}}
 
 
 def _prompts(pairs: PairsAccount) -> dict[str, Any]:

@@ -23,8 +23,9 @@ def carry_heldout(bench: Workbench) -> Amount:
 
 
 def carried_pairs(previous: Path | None, name: str) -> list[dict[str, Any]]:
-    """The published rows of `instructions`, `preferences` or `prompts`, marked with the split that they belong to."""
-    if previous is None or (name == PROMPTS and not (previous / name).is_dir()):  # most data has no prompt sets
+    """The published rows of `instructions`, `preferences`, `prompts` or `unpaired`, marked with the split that they
+    belong to; most data has none of the last two."""
+    if previous is None or (name in (PROMPTS, "unpaired") and not (previous / name).is_dir()):
         return []
     return [
         {**row, "heldout": split == "heldout"}

@@ -122,6 +122,9 @@ class PairsAccount:
     carried: dict[str, int]
     """Rows taken over from the previous data, part of `published`."""
     sources: dict[str, dict[str, Any]]
-    """For `instructions`, `preferences` and, if there are any, `prompts`: the account of each given source."""
+    """For `instructions`, `preferences` and, if there are any, `prompts` and `unpaired`: the account of each given
+    source."""
     prompts: list[Step] = field(default_factory=list)
     """Empty where no prompt sets are given."""
+    unpaired: list[Step] = field(default_factory=list)
+    """Of single labelled responses; empty where no source has them."""

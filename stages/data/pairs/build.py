@@ -49,8 +49,8 @@ class _Kind:
 
 
 def build_pairs(units: int, bench: Workbench) -> PairsAccount:
-    """Publish instructions/ and preferences/; both files of a kind exist even when they are empty. prompts/ exists
-    where prompt sets are given, or were in the previous data.
+    """Publish instructions/ and preferences/; both files of a kind exist even when they are empty. unpaired/ and
+    prompts/ exist where sources of single responses or prompt sets are given, or were in the previous data.
 
     `units` is how many units have set symbols aside. Rows of the previous data come first; a new row that is among them
     already is dropped.
@@ -75,18 +75,27 @@ def build_pairs(units: int, bench: Workbench) -> PairsAccount:
     prepared.run(asked, answer=_answers, limit=config.max_instructions)
     _publish(asked, bench)  # before preferences are read: a useless source of instructions is told at once
 
-    paired = _Kind("preferences", config.preferences, carried_pairs(bench.previous, "preferences"))
+    given_sources = _given(config.preference_sources)
+    of_pairs = tuple(source.uri for source in config.preference_sources if not source.is_unpaired)
+    paired = _Kind("preferences", of_pairs, carried_pairs(bench.previous, "preferences"))
     if paired.is_derived:
         paired.steps = [unique, wrong]
         paired.rows = derive.preferences(questions, config, wrong)
     if paired.is_given or not paired.is_derived:
         read = []
-        paired.rows += given.given_preferences(
-            _given(config.preference_sources), config, read, paired.given, made=_made(bench, paired.name)
-        )
+        sources = [source for source in given_sources if not source.is_unpaired]
+        paired.rows += given.given_preferences(sources, config, read, paired.given, made=_made(bench, paired.name))
         paired.steps = _one_chain(read, paired.steps)
     prepared.run(paired, answer=lambda row: row["chosen"], limit=config.max_preferences)
     _publish(paired, bench)
+
+    alone = tuple(source for source in given_sources if source.is_unpaired)
+    single = _Kind("unpaired", tuple(source.uri for source in alone), carried_pairs(bench.previous, "unpaired"))
+    if single.sources or single.carried:
+        single.rows = given.given_unpaired(alone, config, single.steps, single.given)
+        # As of pairs: a bad response may be toxic, which is what it is there for.
+        prepared.run(single, answer=lambda row: row["response"] * row["label"], limit=config.max_preferences)
+        _publish(single, bench)
 
     posed = _Kind("prompts", config.prompts, carried_pairs(bench.previous, "prompts"))
     if posed.sources or posed.carried:
@@ -94,11 +103,12 @@ def build_pairs(units: int, bench: Workbench) -> PairsAccount:
         prepared.run(posed, answer=lambda row: "\n".join(row["reference"]), limit=config.max_prompts)
         _publish(posed, bench)
 
-    kinds = (asked, paired, *([posed] if posed.steps else ()))
+    kinds = (asked, paired, *(kind for kind in (single, posed) if kind.steps))
     return PairsAccount(
         prompts=posed.steps,
         instructions=asked.steps,
         preferences=paired.steps,
+        unpaired=single.steps,
         published=_sizes({kind.name: kind.published for kind in kinds}),
         kinds=dict(sorted(Counter(row["kind"] for row in paired.published).items())),
         pii=dict(sorted(prepared.pii.items())),
@@ -155,8 +165,13 @@ def _sizes(kinds: Mapping[str, list[Row]]) -> dict[str, int]:
 
 
 def _texts(row: Row) -> list[str]:
-    """What tells a row from another: all its texts but the rater's reason."""
+    """All texts of a row but the rater's reason."""
     return [holder[key] for holder, key in _fields(row) if holder is not row or key != "reason"]
+
+
+def _identity(row: Row) -> tuple[str, ...]:
+    """What tells a row from another: its texts, and the label of a single response, of which people may differ."""
+    return (*_texts(row), *([str(row["label"])] if "label" in row else []))
 
 
 def _answers(row: Row) -> str:
@@ -217,11 +232,11 @@ class _Preparation:
 
     def _repeated(self, rows: list[Row], carried: Sequence[Row]) -> list[str]:
         """Carried rows are already scrubbed, so a new row is compared with them as it would be published."""
-        known = {tuple(_texts(row)) for row in carried}
+        known = {_identity(row) for row in carried}
         seen: set[tuple[str, ...]] = set()
         reasons: list[str] = []
         for row in rows:
-            texts = tuple(_texts(row))
+            texts = _identity(row)
             is_known = bool(known) and (tuple(map(self._published, texts)) in known)
             reasons.append("seen_before" if is_known else "duplicate" if texts in seen else "")
             seen.add(texts)
@@ -284,7 +299,8 @@ def _gather_reasons(rows: Sequence[Row], repeated: Sequence[str]) -> None:
 def _fields(row: Row) -> list[tuple[Any, Any]]:
     """Every text of a row as (holder, key), so that it can be replaced."""
     turns = row.get("messages") or row["prompt"]
-    sides: list[tuple[Any, Any]] = [(row, name) for name in ("chosen", "rejected", "reason") if name in row]
+    named = ("chosen", "rejected", "response", "reason")
+    sides: list[tuple[Any, Any]] = [(row, name) for name in named if name in row]
     sides += [(row[name], place) for name in ("reference", "tests") for place in range(len(row.get(name, ())))]
     sides += [(row, "schema")] if row.get("schema") else []
     return [place for turn in turns for place in text_fields(turn)] + sides

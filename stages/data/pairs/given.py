@@ -104,6 +104,13 @@ def given_preferences(
     return _given(sources, _preferences, config, steps, accounts, made)
 
 
+def given_unpaired(
+    sources: Iterable[Source], config: CurateConfig, steps: list[Step], accounts: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Single labelled responses of all sources in our shape; appends the step `read` and fills the accounts."""
+    return _given(sources, _unpaired, config, steps, accounts)
+
+
 def given_prompts(
     sources: Iterable[Source], config: CurateConfig, steps: list[Step], accounts: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -134,7 +141,7 @@ def _given(
     config: CurateConfig,
     steps: list[Step],
     accounts: dict[str, dict[str, Any]],
-    made_here: Mapping[str, Path],
+    made_here: Mapping[str, Path] = _NONE_MADE,
 ) -> list[dict[str, Any]]:
     total = Step("read")
     made: list[dict[str, Any]] = []
@@ -197,8 +204,8 @@ def _counted(outcome: _Outcome, account: SourceAccount, config: CurateConfig) ->
 def _is_utf8(row: Mapping[str, Any]) -> bool:
     turns = row.get("messages") or row["prompt"]
     try:
-        compared = (*row.get("reference", ()), *row.get("tests", ()), row.get("schema"))
-        for text in (*(turn["content"] for turn in turns), row.get("chosen"), row.get("rejected"), *compared):
+        sides = (row.get(name) for name in ("chosen", "rejected", "response", "schema"))
+        for text in (*(turn["content"] for turn in turns), *sides, *row.get("reference", ()), *row.get("tests", ())):
             if isinstance(text, str):
                 text.encode()
     except UnicodeEncodeError:
@@ -415,3 +422,32 @@ def _preference_row(key: str, made: Preference, source: Source, config: CurateCo
         **({"reason": made.reason} if made.reason else {}),
         "heldout": is_drawn(config.heldout_fraction, config.seed, "heldout", opening(prompt)),
     }
+
+
+def _unpaired(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
+    shapes = _shapes(table, PreferenceFormat, preferences.fits, preferences.fitting_formats)
+    for shaped in _shaped(table, shapes):
+        if isinstance(shaped, _Outcome):
+            yield shaped
+            continue
+        key, row = shaped.key, shaped.row
+        try:
+            if shaped.shape is not PreferenceFormat.UNPAIRED:
+                raise Unusable("not_labelled")
+            found, tools = preferences.to_labelled(row.values), tools_of(row.values)
+        except Unusable as error:
+            yield _Outcome(key, row.size, None, error.reason, str(row.values))
+            continue
+        prompt = [dict(message) for message in found.prompt]
+        ours = {
+            "id": key,
+            "prompt": prompt,
+            "response": found.response,
+            "label": found.is_good,
+            "group": table.source.uri,
+            "origin": "given",
+            **({"reason": found.reason} if found.reason else {}),
+            "heldout": is_drawn(config.heldout_fraction, config.seed, "heldout", opening(prompt)),
+            **tools,
+        }
+        yield _Outcome(key, row.size, ours)

@@ -1,7 +1,7 @@
 """Pairs out of labelled responses: those to the same prompt of which one was found good and another one bad.
 
-A response whose prompt has none of the other kind is in no pair. It is counted as `unpaired_label`: what trains on
-single labelled responses, as KTO does, would take `Labelled` as it is.
+A response whose prompt has none of the other kind is in no pair. It is counted as `unpaired_label`. Sources of the
+format `unpaired` keep all responses single, for KTO.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

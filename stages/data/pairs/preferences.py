@@ -32,6 +32,8 @@ from stages.data.pairs.turns import Message, Unusable, plain_text, with_system
 _RESPONSES = ("responses", "completions", "answers")
 _TEXTS = ("response", "text", "content", "answer", "completion")
 _SCORES = ("score", "rating", "overall_score", "fine-grained_score")
+_ONLY_NAMED = (PreferenceFormat.UNPAIRED,)
+"""Its rows are those of another format: which one is meant is for people to say."""
 _ONE_RESPONSE = ("completion", "response", "answer", "output")
 _SIDE = re.compile(
     r"(response|answer|output|completion|conversation|candidate|option|summary|text|reply|human_ref)_?([abAB0-9])"
@@ -94,7 +96,7 @@ def fitting_formats(values: Mapping[str, Any], *, by_name: bool = True) -> list[
     """Every format that rows with these fields fit; `by_name`, empty fields count where the others fit nothing."""
     filled = _filled(values)
     for found in (filled, values) if by_name and len(filled) < len(values) else (filled,):
-        if shapes := [shape for shape in PreferenceFormat if _fits(shape, found)]:
+        if shapes := [shape for shape in PreferenceFormat if _fits(shape, found) and shape not in _ONLY_NAMED]:
             return shapes
     return []
 
@@ -120,7 +122,7 @@ def _fits(shape: PreferenceFormat, values: Mapping[str, Any]) -> bool:
             return asks and any(isinstance(values.get(name), list) for name in _RESPONSES)
         case PreferenceFormat.PAIRWISE:
             return not has_both and _fits_pairwise(values, asks=asks_somehow)
-        case PreferenceFormat.LABELLED:
+        case PreferenceFormat.LABELLED | PreferenceFormat.UNPAIRED:
             has_response = any(name in values for name in _ONE_RESPONSE)
             return asks and has_response and "label" in values and not both and sides_of(values) is None
 
@@ -171,7 +173,7 @@ def to_preferences(
             sides = [transcript_of(values.get(name)) for name in ("chosen", "rejected")]
         case PreferenceFormat.PAIR | PreferenceFormat.DIALOGUES:
             sides = [side_of(values.get(name)) for name in ("chosen", "rejected")]
-        case PreferenceFormat.LABELLED:
+        case PreferenceFormat.LABELLED | PreferenceFormat.UNPAIRED:
             raise AssertionError("a labelled response is no pair: see to_labelled and stages.data.pairs.partners")
     return [paired(common_prompt(sides, values), sides[0].answer, sides[1].answer, reason_of(values))]
 

@@ -299,11 +299,52 @@ class PairWriter:
             self._account.keep(source, sides.values(), tokens_in=tokens)
 
     def _side(self, prompt: list[Message], answer: str, tools: list[Any]) -> EncodedChat:
-        messages = self._messages(prompt, answer)
-        if not messages[-1]["content"]:
-            raise Unusable("empty_response")
-        # A pair compares only the last turn, so the rest is masked.
-        return self._chat.encode(messages, tools=tools, turns={len(messages) - 1})
+        return _encoded_answer(self._chat, self._messages(prompt, answer), tools)
 
     def _messages(self, prompt: list[Message], answer: str) -> list[Message]:
         return _thought([*prompt, {"role": "assistant", "content": answer}], self._config)
+
+
+def _encoded_answer(chat: ChatEncoder, messages: list[Message], tools: list[Any]) -> EncodedChat:
+    """Encode with a loss on the last turn alone, which is what a preference is about."""
+    if not messages[-1]["content"]:
+        raise Unusable("empty_response")
+    return chat.encode(messages, tools=tools, turns={len(messages) - 1})
+
+
+class UnpairedWriter:
+    """Writes single labelled answers; the loss masks cover the answers."""
+
+    def __init__(self, output: Path, split: str, chat: ChatEncoder, config: TokenizeConfig, dtype: np.dtype) -> None:
+        self._folder, self._chat, self._config = output / "unpaired" / split, chat, config
+        self._ids = RaggedWriter(self._folder, "ids", dtype)
+        self._mask = RaggedWriter(self._folder, "mask", _MASK)
+        self._origins, self._account = _Origins(), Account()
+        self._labels: list[bool] = []
+
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        """Write all rows and return their account, with the number of desirable ones."""
+        for row in rows:
+            self._add(source_of(row), row)
+        self._ids.close()
+        self._mask.close()
+        self._origins.write(self._folder)
+        np.save(self._folder / "labels.npy", np.asarray(self._labels, dtype=np.uint8))
+        return {**self._account.to_dict("unpaired responses"), "desirable": sum(self._labels)}
+
+    def _add(self, source: str, row: Mapping[str, Any]) -> None:
+        self._account.count(source, **{"in": 1})
+        messages = _thought([*row["prompt"], {"role": "assistant", "content": row["response"]}], self._config)
+        try:
+            encoded = _encoded_answer(self._chat, messages, row.get("tools") or [])
+        except Unusable as error:
+            self._account.drop(source, error.reason)
+            return
+        if (tokens := len(encoded.ids)) > self._config.sequence_length:
+            self._account.drop(source, "longer_than_context", tokens=tokens)
+            return
+        self._ids.append(encoded.ids)
+        self._mask.append(encoded.loss_mask)
+        self._labels.append(bool(row["label"]))
+        self._origins.append(source)
+        self._account.keep(source, [encoded], tokens_in=tokens)

@@ -31,6 +31,14 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Labelled:
+    """One answer to a prompt, found good or bad by itself; the loss mask covers the answer."""
+
+    sequence: TokenSequence
+    is_desirable: bool
+
+
+@dataclass(frozen=True)
 class Sources:
     """Which source each conversation or pair is of."""
 
@@ -90,6 +98,19 @@ class TokensArtifact:
 
     def pair_kinds(self, split: Split) -> list[str]:
         return json.loads((self.folder / "preferences" / split / "kinds.json").read_text())
+
+    def unpaired(self, split: Split) -> "UnpairedView":
+        """Answers with a label of their own; none in a folder of data that has no such source."""
+        folder = self.folder / "unpaired" / split
+        if not folder.exists():
+            return UnpairedView(None, np.zeros(0, dtype=np.uint8))
+        answers = SequenceView(self._ragged("unpaired", split, "ids"), self._ragged("unpaired", split, "mask"))
+        return UnpairedView(answers, np.load(folder / "labels.npy"))
+
+    def unpaired_sources(self, split: Split) -> "Sources":
+        if not (self.folder / "unpaired" / split).exists():
+            return Sources((), np.zeros(0, dtype=np.int32))
+        return self._sources("unpaired", split)
 
     def conversation_sources(self, split: Split) -> "Sources":
         return self._sources("conversations", split)
@@ -156,6 +177,25 @@ class PairView:
     def num_targets(self) -> np.ndarray:
         """Trained tokens of each pair, both answers together."""
         return self.chosen.num_targets + self.rejected.num_targets
+
+
+class UnpairedView:
+    """Labelled sequences by index."""
+
+    def __init__(self, answers: SequenceView | None, labels: np.ndarray) -> None:
+        self._answers, self._labels = answers, labels
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    @property
+    def num_targets(self) -> np.ndarray:
+        """Trained tokens of each answer."""
+        return self._answers.num_targets if self._answers is not None else np.zeros(0, dtype=np.int64)
+
+    def __getitem__(self, index: int) -> Labelled:
+        assert self._answers is not None
+        return Labelled(self._answers[index], bool(self._labels[index]))
 
 
 def require(items: int, what: str, *, advice: str) -> None:

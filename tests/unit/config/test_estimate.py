@@ -20,7 +20,7 @@ from stages.config.estimate import (
 from stages.config.execution import Engine, ExecutionConfig
 from stages.config.graph import Stage
 from stages.config.pipeline import PipelineConfig
-from stages.config.preference_losses import SimPOLoss
+from stages.config.preference_losses import KTOLoss, SimPOLoss
 from stages.config.recipes import tiny
 from stages.config.resolve import resolve
 from stages.config.text import compact
@@ -142,13 +142,19 @@ def test_tokens_through_models(stage: Stage, trained: float, forward: float):
     assert load.passes == 3 * trained + forward
 
 
-def test_a_loss_without_a_reference_reads_nothing_twice():
+def test_a_loss_without_a_reference_reads_nothing_twice_and_kto_mismatches_too():
     config = tiny()
     free = config.model_copy(update={"dpo": config.dpo.model_copy(update={"loss": SimPOLoss()})})
     with_reference, without = (workload(Stage.DPO, one, COUNTS, selected=ALL) for one in (config, free))
     assert with_reference is not None
     assert without is not None
     assert (without.trained_tokens, without.forward_tokens) == (with_reference.trained_tokens, 0)
+    of_kto = config.model_copy(update={"dpo": config.dpo.model_copy(update={"loss": KTOLoss(), "num_epochs": 2.0})})
+    load = workload(Stage.DPO, of_kto, COUNTS, selected=ALL)
+    assert load is not None
+    # Two epochs of 100 responses with 40 tokens: the reference reads them and their mismatches once, the policy the
+    # mismatches in each epoch.
+    assert (load.trained_tokens, load.forward_tokens) == (2 * 4000, 2 * 4000 + 2 * 4000)
     # The reference's log-probabilities are computed by the policy itself, so no loss holds a second model.
     kept, free_of_it = (memory_bytes(Stage.DPO, one, vocab_size=512) for one in (config, free))
     assert kept == free_of_it

@@ -326,6 +326,13 @@ def test_the_supervised_term_is_not_part_of_what_the_reference_decides():
     assert check.allowed == "apo_zero without margins = 1.000000, and 1.500000 of the supervised term ± 0.00025"
 
 
+def test_kto_starts_at_half_the_mean_weight_of_its_first_examples():
+    loss = {"kind": "kto", "desirable_weight": 2.0, "undesirable_weight": 1.0}
+    at_start = 0.5 * (0.25 * 2.0 + 0.75 * 1.0)
+    assert not failures(losing(loss, **{"train/loss": at_start, "dpo/desirable_share": 0.25}))
+    assert set(failures(losing(loss, **{"train/loss": at_start, "dpo/desirable_share": 0.5}))) == {"initial_loss"}
+
+
 @pytest.mark.parametrize("kind", ["simpo", "orpo"])
 def test_a_loss_without_a_reference_may_start_anywhere(kind: str):
     check = outcomes(losing({"kind": kind}, **{"train/loss": 3.3}))["initial_loss"]

@@ -13,7 +13,7 @@ from stages.config.preference_losses import (
     HingeLoss,
     IPOLoss,
     LengthNormalizedLoss,
-    PreferenceLoss,
+    PairLoss,
     RobustLoss,
     SigmoidLoss,
     SimPOLoss,
@@ -33,7 +33,7 @@ def preferred(a: int, b: int) -> float:
     return float(torch.sigmoid(REWARDS[a] - REWARDS[b]))
 
 
-def learnt(loss: PreferenceLoss, share: Callable[[int, int], float], reference: Tensor = REFERENCE) -> list[float]:
+def learnt(loss: PairLoss, share: Callable[[int, int], float], reference: Tensor = REFERENCE) -> list[float]:
     """The policy that minimises the loss where each pair of arms is compared equally often, a won with `share`."""
     logits = reference.double().log().requires_grad_()
     log_reference = logits.detach().clone()
@@ -62,7 +62,7 @@ def distance(found: list[float], expected: list[float]) -> float:
 @pytest.mark.parametrize(
     "loss", [SigmoidLoss(beta=BETA), LengthNormalizedLoss(beta=BETA), RobustLoss(beta=BETA)], ids=lambda it: it.kind
 )
-def test_losses_of_the_bradley_terry_model_reach_the_known_optimum(loss: PreferenceLoss) -> None:
+def test_losses_of_the_bradley_terry_model_reach_the_known_optimum(loss: PairLoss) -> None:
     """Robust smoothing does so from labels of which it knows that a share is flipped."""
     e = loss.label_smoothing if isinstance(loss, RobustLoss) else 0.0
     assert distance(learnt(loss, lambda a, b: (1 - e) * preferred(a, b) + e * preferred(b, a)), OPTIMUM) < 0.01
@@ -80,7 +80,7 @@ def test_two_arms_of_hinge_exo_and_simpo_end_where_their_own_equations_say() -> 
     """The ratio of two arms that follows from the margin at which the slopes of both labels cancel, for 3 of 4 wins."""
     reference, share = torch.tensor([0.4, 0.6]), 0.75
 
-    def odds(loss: PreferenceLoss) -> float:
+    def odds(loss: PairLoss) -> float:
         first, second = learnt(loss, lambda a, b: share, reference)
         return first / second
 

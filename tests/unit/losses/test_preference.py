@@ -15,7 +15,7 @@ from stages.config.preference_losses import (
     LengthNormalizedLoss,
     NCALoss,
     ORPOLoss,
-    PreferenceLoss,
+    PairLoss,
     RobustLoss,
     SigmoidLoss,
     SimPOLoss,
@@ -62,7 +62,7 @@ def test_a_pair_that_is_hopelessly_wrong_still_has_a_finite_loss_and_gradient() 
 
 
 LN2 = math.log(2)
-LOSSES: list[PreferenceLoss] = [member() for member in get_args(get_args(PreferenceLoss)[0])]
+LOSSES: list[PairLoss] = [member() for member in get_args(PairLoss)]
 
 
 def four_and_two_tokens(chosen: float, rejected: float, ref_chosen: float, ref_rejected: float) -> PairLogprobs:
@@ -77,7 +77,7 @@ def four_and_two_tokens(chosen: float, rejected: float, ref_chosen: float, ref_r
     )
 
 
-def slopes(loss: PreferenceLoss, logprobs: PairLogprobs) -> tuple[float, float]:
+def slopes(loss: PairLoss, logprobs: PairLogprobs) -> tuple[float, float]:
     """How the loss changes with the log-probabilities of both answers."""
     chosen, rejected = torch.autograd.grad(
         preference_loss(loss, logprobs).loss_sum, [logprobs.chosen_P, logprobs.rejected_P]
@@ -106,9 +106,7 @@ AT_THE_START = [
 
 
 @pytest.mark.parametrize(("loss", "value", "slope"), AT_THE_START, ids=lambda it: getattr(it, "kind", ""))
-def test_a_policy_that_is_its_reference_starts_as_computed_by_hand(
-    loss: PreferenceLoss, value: float, slope: float
-) -> None:
+def test_a_policy_that_is_its_reference_starts_as_computed_by_hand(loss: PairLoss, value: float, slope: float) -> None:
     logprobs = four_and_two_tokens(-8.0, -3.0, -8.0, -3.0)
     terms = preference_loss(loss, logprobs)
     assert terms.loss_sum.item() == pytest.approx(value)
@@ -144,7 +142,7 @@ def test_every_loss_with_a_reference_is_in_the_table_of_starts() -> None:
     ],
     ids=lambda it: getattr(it, "kind", ""),
 )  # fmt: skip
-def test_losses_with_a_reference_by_hand(loss: PreferenceLoss, value: float) -> None:
+def test_losses_with_a_reference_by_hand(loss: PairLoss, value: float) -> None:
     terms = preference_loss(loss, four_and_two_tokens(-1.0, -4.0, -3.0, -2.0))
     assert terms.loss_sum.item() == pytest.approx(value)
 
@@ -195,7 +193,7 @@ def test_robust_smoothing_undoes_flips_on_average_and_conservative_smoothing_doe
     pair, flipped = four_and_two_tokens(-1.0, -4.0, -3.0, -2.0), four_and_two_tokens(-4.0, -1.0, -2.0, -3.0)
     clean = preference_loss(SigmoidLoss(beta=0.5), pair).loss_sum.item()
 
-    def on_average(loss: PreferenceLoss) -> float:
+    def on_average(loss: PairLoss) -> float:
         return 0.8 * preference_loss(loss, pair).loss_sum.item() + 0.2 * preference_loss(loss, flipped).loss_sum.item()
 
     assert on_average(RobustLoss(beta=0.5, label_smoothing=0.2)) == pytest.approx(clean)
@@ -203,7 +201,7 @@ def test_robust_smoothing_undoes_flips_on_average_and_conservative_smoothing_doe
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.kind)
-def test_a_loss_is_a_sum_over_pairs(loss: PreferenceLoss) -> None:
+def test_a_loss_is_a_sum_over_pairs(loss: PairLoss) -> None:
     values = torch.tensor([[-8.0, -3.0, -7.5, -3.5], [-2.0, -6.0, -4.0, -4.5], [-9.0, -1.0, -9.0, -2.0]])
     lengths = torch.tensor([[4.0, 2.0], [3.0, 5.0], [6.0, 1.0]])
 
@@ -216,7 +214,7 @@ def test_a_loss_is_a_sum_over_pairs(loss: PreferenceLoss) -> None:
 
 
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss.kind != "orpo"], ids=lambda loss: loss.kind)
-def test_the_supervised_term_is_the_nll_of_a_chosen_token(loss: PreferenceLoss) -> None:
+def test_the_supervised_term_is_the_nll_of_a_chosen_token(loss: PairLoss) -> None:
     pair = four_and_two_tokens(-8.0, -3.0, -8.0, -3.0)
     bare = preference_loss(loss, pair).loss_sum.item()
     with_term = loss.model_copy(update={"sft_coefficient": 0.5})
@@ -225,7 +223,7 @@ def test_the_supervised_term_is_the_nll_of_a_chosen_token(loss: PreferenceLoss) 
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.kind)
-def test_hopeless_and_perfect_pairs_have_finite_losses_and_gradients(loss: PreferenceLoss) -> None:
+def test_hopeless_and_perfect_pairs_have_finite_losses_and_gradients(loss: PairLoss) -> None:
     for chosen, rejected in ((-3000.0, -1.0), (-1.0, -3000.0)):
         logprobs = PairLogprobs(
             torch.tensor([chosen], requires_grad=True),
