@@ -83,6 +83,8 @@ class GuardWatch:
 
     def __init__(self, config: PPOConfig) -> None:
         self._config, self._guards = config, config.guards.configured
+        self._of_rollouts = [name for name, guard in self._guards.items() if guard.looks_at == "rollouts"]
+        self._of_evaluations = [name for name in self._guards if name not in self._of_rollouts]
         self._streaks = {name: Streak(guard) for name, guard in self._guards.items()}
         self._rollouts = self._evaluations = 0
         self._first_length: float | None = None
@@ -99,7 +101,7 @@ class GuardWatch:
         """Measure a rollout, whose metrics every step over it logs."""
         step = self._rollouts * self._config.steps_per_rollout
         self._rollouts += 1
-        values = {name: self._measured(name, samples, metrics) for name in self._guards if name != "gold"}
+        values = {name: self._measured(name, samples, metrics) for name in self._of_rollouts}
         found = self._judged(values, step=step, is_main=engine.is_main)
         if not self._is_beyond:
             self._good_step = step
@@ -111,7 +113,7 @@ class GuardWatch:
         """Compare the gold score with its best so far; the gold scorer has looked before."""
         self._evaluations += 1
         # The evaluation of the step that a guard ended training with tells nothing about where to go.
-        if "gold" not in self._guards or self._stopped:
+        if not self._of_evaluations or self._stopped:
             return {}
         gold = metrics[GOLD_SCORE]
         if self._best_gold is None:
@@ -119,7 +121,7 @@ class GuardWatch:
         self._best_gold = max(self._best_gold, gold)
         config = self._config
         step = min(self._evaluations * config.eval_every, config.num_rollouts * config.steps_per_rollout)
-        values = {"gold": (self._best_gold - gold) / self._gold_spread}
+        values = dict.fromkeys(self._of_evaluations, (self._best_gold - gold) / self._gold_spread)
         return self._judged(values, step=step, is_main=engine.is_main)
 
     def _measured(self, name: str, samples: Sequence[Sampled], metrics: Mapping[str, float]) -> float:
@@ -180,7 +182,7 @@ class GuardWatch:
     @property
     def _is_beyond(self) -> bool:
         """Whether a rollout's guard is beyond its limit to stop at, patient or not."""
-        return any(streak.beyond["stop"] for name, streak in self._streaks.items() if name != "gold")
+        return any(self._streaks[name].beyond["stop"] for name in self._of_rollouts)
 
     @property
     def good_step(self) -> float:
