@@ -36,7 +36,7 @@ from stages.config.gate_records import (
 )
 from stages.config.gates import ACCURACY_LOW, GatesConfig, gate_name, parse_bounds
 from stages.config.graph import BASE_MODEL, GOLD_MODEL, GRAPH, Stage
-from stages.config.invariants import bound_checks, recorded_checks
+from stages.config.invariants import bound_checks, earlier_checks, recorded_checks
 from stages.config.records import parse_record
 from stages.config.request import ArtifactRef, Failure, RunInfo
 
@@ -96,6 +96,7 @@ class GateOperator(StageOperator):
             inputs={**_given_start(config, given), **asked.inputs},
             is_given=given is not None,
             gold=_gold(ti, config, stage),
+            earlier=None if given else _earlier(config, stage),
             max_pairs=config.gates.max_pairs,
             max_response_length=config.evaluate.max_response_length,
             execution=execution,
@@ -225,6 +226,22 @@ def _gold(ti: Any, config: "PipelineConfig", stage: Stage) -> ArtifactRef | None
     return ArtifactRef.model_validate(published) if published else None
 
 
+def _earlier(config: "PipelineConfig", stage: Stage) -> ArtifactRef | None:
+    """The reward model that the model was trained with which the run starts from, such as a champion; None where that
+    was trained with none, or cannot be read."""
+    from stages.artifacts.manifests import read_manifest
+
+    spec, start = GRAPH[stage], config.given.get(BASE_MODEL)
+    if not spec.learnt_from or start is None:
+        return None
+    try:
+        manifest = read_manifest(start)
+    except (DamagedArtifactError, DataError, ConfigError, FileNotFoundError) as error:
+        logger.warning("The reward model is not compared with an earlier one: %s", error)
+        return None
+    return next((entry.ref() for entry in manifest.inputs if entry.role == spec.role), None)
+
+
 @dataclass(frozen=True)
 class Recorded:
     """What the records tell of an artifact."""
@@ -288,7 +305,7 @@ def judged(
         if pointless
         else bound_checks(bounds, metrics, findings.unmeasured, no_job=no_job)
     )
-    checks = (*known.checks, *findings.checks, *kept_bounds)
+    checks = (*known.checks, *findings.checks, *earlier_checks(findings.metrics, gates), *kept_bounds)
     is_failed = any(check.outcome is Outcome.FAILED for check in checks)
     override = GateOverride(by=by, reason=gates.reason) if is_failed and gates.overrides(request.stage) else None
     return GateRecord(

@@ -222,6 +222,16 @@ class StageOperator(BaseOperator):
         """Return what the task returns although its job failed; None where it fails with it."""
         return None
 
+    def _made_by(self, ti: Any, source: Stage) -> Any:
+        """Return what the task of an input stage returned."""
+        return ti.xcom_pull(task_ids=source.value)
+
+    def _run_of_instance(self, ti: Any, run: RunInfo) -> RunInfo:
+        """The run as the stage of this task instance knows it, with a folder of its own."""
+        from operators.dispatch import of_mapped
+
+        return of_mapped(run, ti.map_index)
+
     def _explained(self, **known: Any) -> StageFailed:
         from operators.results import explain_failure
 
@@ -318,7 +328,7 @@ class StageOperator(BaseOperator):
 
     def _request(self, context: Any, *, run: RunInfo, store: "Store") -> StageRequest:
         from operators.champion import with_champion
-        from operators.dispatch import of_mapped, submission_log, within_memory
+        from operators.dispatch import submission_log, within_memory
         from operators.prepare import build_request, input_stages, load_config, selection, with_approval
 
         config = load_config(store, run)
@@ -326,9 +336,10 @@ class StageOperator(BaseOperator):
         if stage not in selection(config):
             why = "dry run" if config.dry_run else config.skipped.get(stage, "it runs other stages alone")
             raise AirflowSkipException(f"{stage.value} is not part of this run: {why}")
-        sources = set(input_stages(stage, config).values())
-        upstream = {source: ti.xcom_pull(task_ids=source.value) for source in sources}
-        request = build_request(stage, run=of_mapped(run, ti.map_index), store=store, config=config, upstream=upstream)
+        upstream = {source: self._made_by(ti, source) for source in set(input_stages(stage, config).values())}
+        request = build_request(
+            stage, run=self._run_of_instance(ti, run), store=store, config=config, upstream=upstream
+        )
         if "approval" in request.config:
             request = with_approval(request, config, ti.xcom_pull(task_ids=self.approve_task_id))
         if "champion" in request.config:

@@ -47,6 +47,8 @@ def verb_of(stage: Stage) -> Verb:
             from stages.report import run
         case Stage.RESPOND:
             from stages.respond import run
+        case Stage.COMPARE:
+            from stages.compare import run
         case Stage.RATE:
             raise AssertionError("stage `rate` has no job: people rate, and an Airflow task publishes their answers")
     return run

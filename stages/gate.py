@@ -148,7 +148,7 @@ class _Examination:
         from stages.judge.gates.computing import Computing, reserved_device
         from stages.judge.gates.scorer import Scorer, examined_scorer
         from stages.judge.gates.templates import given_template, plain_questions, same_ids
-        from stages.models.build import load_causal_lm, load_reward_model
+        from stages.models.build import load_causal_lm, load_scorer
 
         execution, scores = self._request.execution, self._spec.scores
         torch.set_num_threads(max(1, int(execution.cpus_per_worker)))
@@ -167,7 +167,7 @@ class _Examination:
             if prompts:
                 checks += given_template(manifest, theirs, self._scratch)
         plain, why = loaded(lambda: reload.plain_model(folder, scores=scores))
-        model, why_not_ours = loaded(lambda: (load_reward_model if scores else load_causal_lm)(folder, tokens).eval())
+        model, why_not_ours = loaded(lambda: (load_scorer if scores else load_causal_lm)(folder, tokens).eval())
         if plain is None or model is None:
             checks.append(_not_loaded(why, why_not_ours))
         else:

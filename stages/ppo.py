@@ -19,7 +19,8 @@ from stages.data.tokens.packing import RowBudget
 from stages.data.tokens.rows import DocumentRows
 from stages.data.tokens.views import Split, TokensArtifact, require
 from stages.job.context import StageContext, StageOutcome
-from stages.models.build import load_causal_lm, load_reward_model
+from stages.models.build import load_causal_lm, load_reward_model, load_scorer
+from stages.models.ensemble import member_folders
 from stages.models.experts import routing_of
 from stages.models.generation import Sampling
 from stages.models.lora import add_adapter
@@ -31,9 +32,10 @@ from stages.train.rollout.documents import PretrainingMix
 from stages.train.rollout.gold import GOLD_SCORE, GoldWatch
 from stages.train.rollout.guards import BeforeGuards, GuardWatch
 from stages.train.rollout.objective import PPOObjective
+from stages.train.rollout.reading import reading_of, scale_of
 from stages.train.rollout.sampling import Sampler
 from stages.train.rollout.scorers.ready import Keeping, ready_parts
-from stages.train.rollout.scoring import RewardModel
+from stages.train.rollout.scoring import Reading, RewardModel
 from stages.train.rollout.watch import Watch
 from stages.train.routing import Balancing
 from stages.train.run import Prepared, train_stage
@@ -68,6 +70,9 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     reward_dir = context.model_dir("reward", REWARD_MODEL) if reads_reward_model(config.scorer) else None
     if reward_dir is not None and context.has_given(REWARD_MODEL):
         check_given_scorer(reward_dir, tokens.tokenizer(), role=REWARD_MODEL)
+    members = member_folders(reward_dir) if reward_dir is not None else []
+    reading = reading_of(config, reward_dir, size=len(members)) if reward_dir is not None else Reading()
+    scale = scale_of(config, reward_dir) if reward_dir is not None else None
     policy = load_causal_lm(start_dir, tokens, lora=config.lora)
     critic = _critic_of(config, tokens, start_dir=start_dir, reward_dir=reward_dir)
 
@@ -80,7 +85,10 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         scorer = None
         if reward_dir is not None:
             reward = None if is_critic else engine.freeze(load_reward_model(reward_dir, tokens))
-            scorer = RewardModel(reward, pad_id=tokens.pad_id, budget=budget)
+            further = [engine.freeze(load_reward_model(member, tokens)) for member in members[1:]]
+            scorer = RewardModel(
+                reward, pad_id=tokens.pad_id, budget=budget, further=further, reading=reading, scale=scale
+            )
         sampler = Sampler(
             Sampling(config.max_response_length, tokens.eos_id, tokens.pad_id, config.temperature),
             seed=config.seed,
@@ -162,7 +170,7 @@ class _Gold:
             logger.warning("no gold scores while PPO trains, only in `evaluate`: %s", self.missing)
         if self.folder is None:
             return None
-        frozen = engine.freeze(load_reward_model(self.folder, tokens))
+        frozen = engine.freeze(load_scorer(self.folder, tokens))
         scorer = RewardModel(frozen, pad_id=tokens.pad_id, budget=budget)
         return GoldWatch(scorer, patience=config.gold_patience)
 

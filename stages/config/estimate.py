@@ -11,7 +11,7 @@ from stages.config.execution import Engine, ExecutionConfig
 from stages.config.graph import BASE_MODEL, GOLD_MODEL, GRAPH, JUDGE, REWARD_MODEL, Stage
 from stages.config.pipeline import PipelineConfig
 from stages.config.preference_losses import KTOLoss
-from stages.config.preferences import DPOConfig, PairsConfig, PairsHalf
+from stages.config.preferences import DPOConfig, PairsConfig, PairsHalf, RewardConfig
 from stages.config.scorers import reads_reward_model
 from stages.config.text import compact
 from stages.config.train import LoRAConfig, ModelConfig, PostTrainConfig, PretrainConfig, SampledConfig, TrainConfig
@@ -215,7 +215,7 @@ def _epochs_of_data(stage: Stage, train: Config, counts: DataCounts) -> Workload
     if _is_kto(train):
         # Every example has a mismatch, about as long, which the reference reads once and the policy in every epoch.
         forward = 2 * forward + tokens * train.num_epochs
-    return Workload(trained_tokens=tokens * train.num_epochs, forward_tokens=forward)
+    return Workload(trained_tokens=_members(train) * tokens * train.num_epochs, forward_tokens=forward)
 
 
 def _is_kto(train: Config) -> bool:
@@ -260,9 +260,17 @@ def memory_bytes(
 
 
 def _num_judges(stage: Stage, config: PipelineConfig) -> int:
-    """Models that only judge, which a stage holds next to those that it measures or trains."""
-    made = sum(GRAPH[source].judges for source in config.stage_inputs(stage).values())
-    return made + sum(role in (GOLD_MODEL, JUDGE) for role in config.given_roles(stage))
+    """Models that only judge, which a stage holds next to those that it measures or trains, and the further members of
+    the ensembles that it reads."""
+    sources = set(config.stage_inputs(stage).values())
+    made = sum(GRAPH[source].judges for source in sources)
+    further = sum(_members(config.stage_config(source)) - 1 for source in sources)
+    return made + further + sum(role in (GOLD_MODEL, JUDGE) for role in config.given_roles(stage))
+
+
+def _members(train: Config) -> int:
+    """How many models a stage trains one after another."""
+    return train.ensemble_size if isinstance(train, RewardConfig) else 1
 
 
 def _frozen_bytes(lora: LoRAConfig, num_weights: float) -> float:

@@ -106,6 +106,8 @@ class GateRequest(GateQuestions):
     check; it is asked about the run's data."""
     gold: ArtifactRef | None = None
     """A scorer that training never saw, for the best of n."""
+    earlier: ArtifactRef | None = None
+    """The reward model that the run's start was trained with: the new one is compared with it."""
     execution: ExecutionConfig = ExecutionConfig()
     task_id: str = ""
     try_number: int = 1
@@ -128,6 +130,7 @@ class GateRequest(GateQuestions):
             "max_pairs": self.max_pairs,
             "on_gpu": self.execution.gpus_per_worker > 0,  # a CPU leaves out what takes too long
             "max_response_length": self.max_response_length if self.gold else 0,
+            **({"earlier": self.earlier.digest} if self.earlier else {}),  # without one, as before there was any
         }
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 

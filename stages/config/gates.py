@@ -22,6 +22,10 @@ MEASURED_BY_JOB = "accept/"
 """How metrics begin that only the job of a gate measures."""
 ACCURACY_LOW, BALANCED_LOW = "accept/accuracy_low", "accept/balanced_low"
 """What a reward model is accepted by: lower ends of 95 % intervals, see `stages/judge/gates/acceptance.py`."""
+EARLIER = "accept/earlier_accuracy"
+"""Of the earlier reward model, on the same pairs."""
+GAIN, GAIN_LOW, GAIN_HIGH = "accept/gain", "accept/gain_low", "accept/gain_high"
+"""Accuracy of the new reward model minus that of the earlier one, with its 95 % interval."""
 OVER_LENGTH_LOW, CHANCE = "accept/over_length_low", 0.5
 
 _BOUND = re.compile(r"(?P<stage>[a-z_]+)\s*:\s*(?P<metric>[^\s<>=]+)\s*(?P<sign>>=|<=|>|<)\s*(?P<number>\S+)")
@@ -93,6 +97,9 @@ class GatesConfig(Config):
     override_reason: only what manifests and histories tell."""
     max_pairs: int = Field(default=512, ge=2)
     """Held-out pairs that a reward model is accepted by."""
+    earlier_margin: float = Field(default=0.02, ge=0, le=1)
+    """Accuracy that a reward model may lose against the one that the run's start was trained with, on the same
+    held-out pairs. Its gate is red where it lost more and the interval of the difference is below 0."""
     override: tuple[str, ...] = ()
     """Gates that a person lets pass though they fail: names of stages, or `all`; filled from the form."""
     reason: str = ""

@@ -48,9 +48,10 @@ class Stage(Choice):
     EVALUATE = "evaluate", "Evaluate: all models side by side"
     PROMOTE = "promote", "Promote: registered models and the champion"
     REPORT = "report", "Report: the whole pipeline"
-    # Outside the pipeline, in DAGs of their own: what a model says, and what people say about it.
+    # Outside the pipeline, in DAGs of their own: what a model says, what people say about it, which method is better.
     RESPOND = "respond"
     RATE = "rate"
+    COMPARE = "compare", "Compare: alignment methods side by side"
 
 
 class Alignment(Choice):
@@ -142,6 +143,8 @@ class StageSpec:
     """Its model may become champion."""
     closing: bool = False
     """Runs after all models are made, over all of them."""
+    strength: str = ""
+    """Setting that says how strongly an aligned model is kept to its start: the beta of a comparison."""
     seeded: bool = False
     """Has a `seed`, which the run's seed fills."""
     seed_shift: int = 0
@@ -374,6 +377,7 @@ _TRAINED = (
         trained_models=2,  # policy and critic
         frozen_models=2,  # reference and reward model
         aligned=True,
+        strength="kl_coefficient",
         seeded=True,
         registered_as="aligned",
         headlines=(
@@ -408,6 +412,7 @@ _TRAINED = (
         heavy=True,
         trains=True,
         aligned=True,
+        strength="loss.beta",
         seeded=True,
         weighs="preferences",
         registered_as="aligned",
@@ -444,6 +449,19 @@ _PEOPLE = (
         in_pipeline=False,
         asset="llm/preferences",
     ),
+)
+
+
+# Its models are of many trainings of one stage, so the DAG says who fills the roles.
+_COMPARE = StageSpec(
+    Stage.COMPARE,
+    kind="comparison",
+    version=1,
+    inputs=(),
+    in_pipeline=False,
+    closing=True,
+    page="comparison.html",
+    headlines=(Headline("compare/models", "models", ".0f"), Headline("compare/failed", "failed", ".0f")),
 )
 
 
@@ -493,7 +511,7 @@ def graph_of(data: Iterable[StageSpec], trained: Iterable[StageSpec]) -> dict[St
         page="report.html",
         headlines=(Headline("report/bytes", "bytes", ",.0f"),),
     )
-    return {spec.stage: spec for spec in (*data, *trained, evaluate, promote, report, *_PEOPLE)}
+    return {spec.stage: spec for spec in (*data, *trained, evaluate, promote, report, *_PEOPLE, _COMPARE)}
 
 
 def _as_inputs(*specs: StageSpec) -> tuple[tuple[str, Stage], ...]:

@@ -22,9 +22,14 @@ from stages.config.gate_start import initial_facts
 from stages.config.gates import (
     BALANCED_LOW,
     CHANCE,
+    EARLIER,
+    GAIN,
+    GAIN_HIGH,
+    GAIN_LOW,
     MEASURED_BY_JOB,
     OVER_LENGTH_LOW,
     Bound,
+    GatesConfig,
     closest,
     parse_bounds,
 )
@@ -147,6 +152,24 @@ def bound_checks(
     """Compare metrics with the run's bounds. What could not be measured does not keep its bound; `no_job` says why no
     job was asked for the metrics that only a job measures."""
     return [_bound_check(bound, metrics, unmeasured, no_job) for bound in parse_bounds(bounds)]
+
+
+def earlier_checks(metrics: Mapping[str, float], gates: GatesConfig) -> list[Check]:
+    """Whether a reward model is not clearly worse than the one before it; no check where there is none to compare."""
+    if GAIN not in metrics:
+        return []
+    gain, low, high, allowed = metrics[GAIN], metrics[GAIN_LOW], metrics[GAIN_HIGH], gates.earlier_margin
+    found = f"accuracy {gain:+.4f} [{low:+.4f}, {high:+.4f}] against {metrics[EARLIER]:.4f} of the earlier reward model"
+    return [
+        compared(
+            "earlier_reward_model",
+            gain >= -allowed or high >= 0,
+            found,
+            f"at least {-allowed:+.4f}, or an interval that is not below 0",
+            "Look at what the new preference data teaches (accuracy by source), add it to the earlier data, or raise "
+            "gates.earlier_margin.",
+        )
+    ]
 
 
 def _bound_check(bound: Bound, metrics: Mapping[str, float], unmeasured: Mapping[str, str], no_job: str) -> Check:

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 from stages.config.base import Config
 from stages.config.closing import EvaluateConfig, PromoteConfig, ReportConfig
 from stages.config.collect import RateConfig, RespondConfig
+from stages.config.compare import CompareConfig
 from stages.config.constitution import ConstitutionConfig
 from stages.config.convert import ConvertConfig
 from stages.config.curate import CurateConfig
@@ -51,6 +52,7 @@ CONFIG_CLASSES: dict[Stage, type[Config]] = {
     Stage.REPORT: ReportConfig,
     Stage.RESPOND: RespondConfig,
     Stage.RATE: RateConfig,
+    Stage.COMPARE: CompareConfig,
 }
 
 
@@ -73,6 +75,8 @@ class Executions(Config):
     report: ExecutionConfig = ExecutionConfig()
     respond: ExecutionConfig = ExecutionConfig()
     """Outside the pipeline: `collect_preferences` samples responses with it."""
+    compare: ExecutionConfig = ExecutionConfig()
+    """Outside the pipeline: the page of `compare_alignment`, which loads no model."""
 
     @model_validator(mode="after")
     def _pipelines_predict_tokens(self) -> "Executions":

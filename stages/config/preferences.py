@@ -3,9 +3,9 @@
 All of it decides results and enters fingerprints: a field that is added is marked `AddedLater` (`stages.config.base`).
 """
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.config.base import AddedLater, Choice
 from stages.config.preference_losses import PreferenceLoss, SigmoidLoss
@@ -34,6 +34,28 @@ class RewardConfig(PairsConfig):
 
     center_coefficient: float = Field(default=0.01, ge=0)
     """Weight of (r_chosen + r_rejected)^2, which keeps scores around zero."""
+    margin: Annotated[float, AddedLater(0.0)] = Field(default=0.0, ge=0)
+    """By how much the scores of a pair are to differ for each unit of its margin, which a source with `#margin=` has
+    (Llama 2, https://arxiv.org/abs/2307.09288); 0 = margins do not count."""
+    label_smoothing: Annotated[float, AddedLater(0.0)] = Field(default=0.0, ge=0, lt=0.5)
+    """Assumed share of pairs whose sides are exchanged by mistake."""
+    counted: Annotated[Literal["pair", "prompt"], AddedLater("pair")] = "pair"
+    """What counts once in the loss: each `pair`, or each `prompt`, whose pairs then share a weight of 1 and are trained
+    on in a row. A ranking of K responses has K (K - 1) / 2 pairs of one prompt (InstructGPT,
+    https://arxiv.org/abs/2203.02155)."""
+    ensemble_size: Annotated[int, AddedLater(1)] = Field(default=1, ge=1, le=16)
+    """Reward models that are trained, one after another, and published together. They differ by the seed of their head
+    and of the order of the data. Their mean is the score; how far they are apart shows where it is not to be trusted
+    (https://arxiv.org/abs/2312.09244)."""
+    ensemble_bootstrap: Annotated[bool, AddedLater(False)] = False
+    """Whether each member of an ensemble learns from as many pairs drawn with replacement, so that members differ by
+    their data too."""
+
+    @model_validator(mode="after")
+    def _only_ensembles_differ(self) -> "RewardConfig":
+        if self.ensemble_bootstrap and self.ensemble_size == 1:
+            raise ValueError("ensemble_bootstrap=true needs ensemble_size above 1, got 1")
+        return self
 
 
 class GoldConfig(RewardConfig):

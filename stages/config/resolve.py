@@ -38,6 +38,7 @@ from stages.config.recipes import RECIPES
 from stages.config.rollout_inputs import refuse_what_rollouts_lack
 from stages.config.rollouts import PROMPT_FIELDS
 from stages.config.scorers import endpoints_of
+from stages.config.scoring import refuse_aggregation_of_one, refuse_margins_without_effect
 from stages.config.selection import asks_for_gold, learns_from_scores, needed_data
 from stages.config.sources import parse_source, take_weights
 from stages.config.suites import check_suites
@@ -111,6 +112,8 @@ def resolve(values: Mapping[str, Any]) -> PipelineConfig:
     refuse_unused(config)
     check_suites(config)
     refuse_what_rollouts_lack(config)
+    refuse_margins_without_effect(config)
+    refuse_aggregation_of_one(config)
     return config
 
 

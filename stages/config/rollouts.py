@@ -20,6 +20,8 @@ PROMPT_LOSS = "eval/prompt_loss"
 
 PROMPT_FIELDS = {INSTRUCTIONS: (INSTRUCTIONS,), PROMPTS: (PROMPTS,), "both": (INSTRUCTIONS, PROMPTS)}
 """The fields of data behind each choice of `ppo.prompts_from`."""
+Aggregation = Literal["mean", "minimum", "lower"]
+"""How the scores of an ensemble's members become one."""
 
 
 class LossOver(Choice):
@@ -121,6 +123,15 @@ class PPOConfig(PostTrainConfig):
     guards: Annotated[GuardsConfig, AddedLater(GuardsConfig())] = GuardsConfig()
     """What is watched while training, with limits to warn and to stop at."""
 
+    aggregation: Annotated[Aggregation, AddedLater("mean")] = "mean"
+    """What an ensemble of reward models says of a response: the `mean` of its members' scores, their `minimum`, or the
+    `lower` mean, from which `spread_coefficient` times their standard deviation is taken."""
+    spread_coefficient: Annotated[float, AddedLater(0.0)] = Field(default=0.0, ge=0)
+    """Part of the members' spread that aggregation=lower takes from their mean."""
+    score_scale: Annotated[Literal["rollout", "model"], AddedLater("rollout")] = "rollout"
+    """By which mean and spread scores become rewards: those of the first `rollout`, or those of held-out answers that
+    the reward model's own training measured (`model`, which its scores.json has)."""
+
     moved: ClassVar = {
         name: f"estimator.{name}" for name in ("gamma", "gae_lambda", "value_clip_range", "value_coefficient")
     }
@@ -206,6 +217,16 @@ class PPOConfig(PostTrainConfig):
                 f"guards.groups.{name}={getattr(guard, name):g} needs estimator.responses_per_prompt >= 2, got "
                 f"{self.estimator.responses_per_prompt}: one response is no group; raise it, or set "
                 f"guards.groups.{name} to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _spread_counts_once(self) -> "PPOConfig":
+        if (self.aggregation == "lower") != (self.spread_coefficient > 0):
+            raise ValueError(
+                f"aggregation={self.aggregation} and spread_coefficient={self.spread_coefficient:g} do not go "
+                "together; use aggregation=lower with a spread_coefficient above 0, such as 1, or another aggregation "
+                "with 0"
             )
         return self
 

@@ -16,7 +16,9 @@ from pydantic import Field
 from stages.config.base import Config
 
 _OPTIONS = re.compile(r"#((?:\w+=[^#&]*)(?:&\w+=[^#&]*)*)$")
-_KNOWN = ("format", "weight", "first", "second", "area")
+_KNOWN = ("format", "weight", "first", "second", "area", "margin")
+RATINGS = "ratings"
+"""The `margin` of a source whose rows rate both responses, in whatever fields their format has for it."""
 
 
 class InstructionFormat(StrEnum):
@@ -70,6 +72,9 @@ class Source(Config):
     """The same for the second response."""
     area: str = ""
     """Of prompts: the areas of the principles by which they are treated, joined by `+`; empty = all."""
+    margin: str = ""
+    """Where a pair's margin is: `ratings` = how much better the chosen response is rated; else a field of the row that
+    says how much better it is. Empty = pairs have none."""
 
     @property
     def is_unpaired(self) -> bool:
@@ -78,7 +83,7 @@ class Source(Config):
 
     def __str__(self) -> str:
         """As it is written, without the weight."""
-        options = {"format": self.format, "first": self.first, "second": self.second, "area": self.area}
+        options = {name: getattr(self, name) for name in ("format", "first", "second", "area", "margin")}
         tail = "&".join(f"{name}={value}" for name, value in options.items() if value)
         return f"{self.uri}#{tail}" if tail else self.uri
 
@@ -108,12 +113,18 @@ def parse_source(text: str) -> Source:
         raise ValueError(
             f"source {text!r} needs both first= and second=, two different labels, such as first=1&second=0"
         )
+    if "margin" in options and not options["margin"]:
+        raise ValueError(
+            f"source {text!r} has an empty margin=; use margin={RATINGS}, or the field that says how much better the "
+            "chosen response is"
+        )
     return Source(
         uri=text[: found.start()],
         format=options.get("format", ""),
         first=first,
         second=second,
         area=options.get("area", ""),
+        margin=options.get("margin", ""),
         weight=_weight(text, options["weight"]) if "weight" in options else None,
     )
 
@@ -143,6 +154,8 @@ def parse_sources(field: str, lines: Iterable[str], formats: type[StrEnum] | Non
             raise ValueError(f"{field}: format={source.format!r} of {source.uri!r} is not one of {allowed}")
         if source.first and formats is not PreferenceFormat:
             raise ValueError(f"{field}: first= and second= of {source.uri!r} say which response a label prefers")
+        if source.margin and formats is not PreferenceFormat:
+            raise ValueError(f"{field}: margin= of {source.uri!r} says how much better a chosen response is")
         if source.first and source.is_unpaired:
             raise ValueError(
                 f"{field}: {source.uri!r} has format=unpaired, where a label is of one response; drop first= and "

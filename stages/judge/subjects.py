@@ -24,7 +24,7 @@ from stages.data.tokens.views import TokensArtifact
 from stages.job.context import StageContext
 from stages.judge.suite import Subject
 from stages.models.answers import Answerer, InProcess
-from stages.models.build import load_causal_lm, load_reward_model, load_with_own_tokenizer, positions_of
+from stages.models.build import load_causal_lm, load_scorer, load_with_own_tokenizer, positions_of
 from stages.models.generation import Sampling
 from stages.models.given_tokenizer import given_tokenizer
 from stages.models.precision import compute_dtype
@@ -126,7 +126,7 @@ class Subjects:
             folder = self._context.model_dir(role, REWARD_MODEL)
             if self._context.has_given(REWARD_MODEL):
                 check_given_scorer(folder, self._tokenizer.backend, role=REWARD_MODEL)
-            self._scorers[role] = self._placed(load_reward_model(folder, self._tokens))
+            self._scorers[role] = self._placed(load_scorer(folder, self._tokens))
         return self._scorers[role]
 
     def scorer_as_subject(self) -> Subject:

@@ -8,19 +8,37 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def bradley_terry_loss(chosen_scores_P: Tensor, rejected_scores_P: Tensor) -> Tensor:
-    """Return sum over pairs of -log sigmoid(r_chosen - r_rejected).
+def bradley_terry_loss(
+    chosen_scores_P: Tensor,
+    rejected_scores_P: Tensor,
+    *,
+    margins_P: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    weights_P: Tensor | None = None,
+) -> Tensor:
+    """Return sum over pairs of -log sigmoid(r_chosen - r_rejected - m), times the pairs' weights.
 
-    Bradley & Terry 1952; Ouyang et al. 2022 (arXiv:2203.02155), eq. 1. Equal scores give ln 2 a pair.
+    Bradley & Terry 1952; Ouyang et al. 2022 (arXiv:2203.02155), eq. 1, whose factor 1 / (K choose 2) is the weight of
+    each pair of a ranking of K responses. Margins m: Touvron et al. 2023 (arXiv:2307.09288), section 3.2.2. With
+    `label_smoothing` e, a pair counts 1 - e as it is and e with its sides exchanged, as in conservative DPO (Mitchell
+    2023); the margin is that of the stated preference and is left out of the exchanged side. Equal scores without
+    margins give ln 2 a pair.
     """
+    differences_P = chosen_scores_P - rejected_scores_P
     # Not log(sigmoid(x)): in float32 a difference of -100 gives log(0), and a gradient of NaN.
-    return -F.logsigmoid(chosen_scores_P - rejected_scores_P).sum()
+    losses_P = -F.logsigmoid(differences_P if margins_P is None else differences_P - margins_P)
+    if label_smoothing:
+        losses_P = (1 - label_smoothing) * losses_P - label_smoothing * F.logsigmoid(-differences_P)
+    return (losses_P if weights_P is None else weights_P * losses_P).sum()
 
 
-def score_centering_loss(chosen_scores_P: Tensor, rejected_scores_P: Tensor) -> Tensor:
-    """Return sum of (r_chosen + r_rejected)^2, which fixes the free offset of scores (Eisenstein et al. 2023,
-    arXiv:2312.09244)."""
-    return (chosen_scores_P + rejected_scores_P).square().sum()
+def score_centering_loss(
+    chosen_scores_P: Tensor, rejected_scores_P: Tensor, *, weights_P: Tensor | None = None
+) -> Tensor:
+    """Return sum of (r_chosen + r_rejected)^2, times the pairs' weights, which fixes the free offset of scores
+    (Eisenstein et al. 2023, arXiv:2312.09244)."""
+    squares_P = (chosen_scores_P + rejected_scores_P).square()
+    return (squares_P if weights_P is None else weights_P * squares_P).sum()
 
 
 def pair_accuracy(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:

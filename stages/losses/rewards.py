@@ -1,6 +1,6 @@
 """From the score of a response to rewards for its tokens.
 
-Shape legend: R tokens of one response.
+Shape legend: R tokens of one response, M members of an ensemble, S responses.
 """
 
 import math
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from stages.config.rollouts import Aggregation
 from stages.losses.divergence import k1
 
 
@@ -19,6 +20,26 @@ def normalised_score(score: float, *, mean: float, std: float) -> float:
     al. 2019 (arXiv:1909.08593), section 2.1, normalise to the same end.
     """
     return (score - mean) / (std + 1e-8)
+
+
+def aggregated_scores(scores_MS: Tensor, *, how: Aggregation, spread_coefficient: float = 0.0) -> Tensor:
+    """Return one score for each response from those of the members of an ensemble, shape (S,).
+
+    Mean, minimum, or mean minus the spread times a coefficient: Eisenstein et al. 2023 (arXiv:2312.09244), section 4;
+    Coste et al. 2023 (arXiv:2310.02743), section 3, subtract the variance in the place of the standard deviation.
+    """
+    match how:
+        case "mean":
+            return scores_MS.mean(dim=0)
+        case "minimum":
+            return scores_MS.amin(dim=0)
+        case "lower":
+            return scores_MS.mean(dim=0) - spread_coefficient * score_spreads(scores_MS)
+
+
+def score_spreads(scores_MS: Tensor) -> Tensor:
+    """Return the standard deviation of the members' scores of each response, shape (S,)."""
+    return scores_MS.std(dim=0, correction=0)
 
 
 def shaped_rewards(*, logprobs_R: Tensor, ref_logprobs_R: Tensor, score: float, kl_coefficient: float) -> Tensor:

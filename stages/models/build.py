@@ -30,6 +30,7 @@ from stages.config.train import LoRAConfig, ModelConfig
 from stages.data.tokens.tokenizer import LoadedTokenizer
 from stages.data.tokens.views import TokensArtifact
 from stages.models.attention import attend_within_documents
+from stages.models.ensemble import Ensemble, as_one, member_folders
 from stages.models.folder import check_folder, is_malformed, read_settings, told
 from stages.models.foreign_code import brings_code, copy_code, may_run_code
 from stages.models.given_tokenizer import check_growth
@@ -153,9 +154,13 @@ def load_with_own_tokenizer(folder: Path, tokenizer: LoadedTokenizer) -> PreTrai
     return model
 
 
-def load_scorer_with_own_tokenizer(folder: Path, tokenizer: LoadedTokenizer) -> PreTrainedModel:
-    """Load a sequence classifier with one output that reads its own ids, whatever tokens the run has; raises
-    ConfigError when it is malformed, has no `score` or cannot pack."""
+def load_scorer_with_own_tokenizer(folder: Path, tokenizer: LoadedTokenizer) -> PreTrainedModel | Ensemble:
+    """Load a sequence classifier with one output, or an ensemble, that reads its own ids, whatever tokens the run has;
+    raises ConfigError when it is malformed, has no `score` or cannot pack."""
+    return as_one([_load_own(member, tokenizer) for member in member_folders(folder)])
+
+
+def _load_own(folder: Path, tokenizer: LoadedTokenizer) -> PreTrainedModel:
     model, loading = _load(AutoModelForSequenceClassification, folder, num_labels=1, pad_token_id=tokenizer.pad_id)
     check_complete(loading, folder)
     _grow(model, tokenizer.backend)
@@ -186,6 +191,11 @@ def load_reward_model(folder: Path, tokens: TokensArtifact, *, lora: LoRAConfig 
     if fresh:
         torch.nn.init.zeros_(model.score.weight)
     return model
+
+
+def load_scorer(folder: Path, tokens: TokensArtifact) -> PreTrainedModel | Ensemble:
+    """Load a reward model to read scores from it: with all its members, where it is an ensemble."""
+    return as_one([load_reward_model(member, tokens) for member in member_folders(folder)])
 
 
 def save_model(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path, tokens: TokensArtifact) -> None:
@@ -265,7 +275,7 @@ def check_score(model: PreTrainedModel) -> None:
         )
 
 
-def positions_of(model: PreTrainedModel) -> int | None:
+def positions_of(model: PreTrainedModel | Ensemble) -> int | None:
     """How many positions a model has, None where it names no limit."""
     limit = getattr(model.config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) else None

@@ -3,7 +3,7 @@
 Logits exist only where a target is predicted. Models are plain transformers models; nothing here knows an architecture
 beyond `base_model` (the trunk), output embeddings, and `score` (the head of a sequence classifier).
 
-Shape legend: B rows, T positions, N targets, S segments, H hidden size, V vocabulary, K tokens, L layers,
+Shape legend: B rows, T positions, N targets, S segments, M members, H hidden size, V vocabulary, K tokens, L layers,
 E experts.
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stages.data.tokens.packing import Packed
 from stages.models.attention import attends_within_documents, document_arguments
+from stages.models.ensemble import Ensemble, members_of
 from stages.models.linear_cross_entropy import linear_cross_entropy
 from stages.models.linear_logprobs import linear_logprobs
 
@@ -168,8 +169,11 @@ def sum_by_segment(values_N: Tensor, batch: Packed) -> Tensor:
 def segment_scores(model: nn.Module, batch: Packed, *, pad_id: int, trunk: TrunkOutput | None = None) -> Tensor:
     """Return the reward model's score of each segment, shape (S,), read at its last token that is not `pad_id`.
 
-    That is where transformers' sequence classifiers read it, so the exported model gives the same number.
+    That is where transformers' sequence classifiers read it, so the exported model gives the same number. Of an
+    ensemble it is the mean of its members' scores.
     """
+    if isinstance(model, Ensemble):
+        return member_scores(model, batch, pad_id=pad_id).mean(dim=0)
     flat_ids = batch.input_ids_BT.flatten()
     flat_segments = batch.segment_ids_BT.flatten()
     # By place in the row, not by counting tokens: where pad and end token are the same id, a response's end token
@@ -179,6 +183,11 @@ def segment_scores(model: nn.Module, batch: Packed, *, pad_id: int, trunk: Trunk
     last_S = last_S.scatter_reduce(0, flat_segments[counted], counted, reduce="amax")
     hidden_SH = hidden_states(model, batch, trunk).flatten(0, 1)[last_S]
     return model.score(hidden_SH)[:, 0].float()  # type: ignore[operator]
+
+
+def member_scores(model: nn.Module, batch: Packed, *, pad_id: int) -> Tensor:
+    """Return the scores by each member of an ensemble, shape (M, S); a single reward model is its only member."""
+    return torch.stack([segment_scores(member, batch, pad_id=pad_id) for member in members_of(model)])
 
 
 def target_values(critic: nn.Module, batch: Packed, trunk: TrunkOutput | None = None) -> Tensor:

@@ -38,7 +38,7 @@ def line_plot(series: Sequence[Series], *, label: str, x_label: str = "step") ->
     return "\n".join(
         (
             f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(summary)}">',
-            *_grid(x_scale, y_scale, x_label),
+            *grid_lines(x_scale, y_scale, x_label),
             *(part for one in drawn for part in _draw(one, x_scale, y_scale)),
             "</svg>",
         )
@@ -100,7 +100,8 @@ def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
     return out
 
 
-def _grid(x_scale: Scale, y_scale: Scale, x_label: str) -> list[str]:
+def grid_lines(x_scale: Scale, y_scale: Scale, x_label: str) -> list[str]:
+    """Axes, grid and labels of the plot area that all plots of two axes share."""
     right, floor = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     parts = [f'<path class="axis" d="M{_LEFT} {_TOP}V{floor}H{right}"/>']
     for tick in y_scale.ticks:

@@ -1,6 +1,4 @@
-"""The report as one HTML page: jinja2 with autoescaping on, because model output and raw data are untrusted."""
-
-from importlib.resources import files
+"""The report as one HTML page."""
 
 from stages.artifacts.manifests import utc_now
 from stages.config.servers import is_web_address
@@ -19,18 +17,15 @@ from stages.reporting import (
 )
 from stages.reporting.names import label_of
 from stages.reporting.story import Story
+from stages.reporting.templates import template
 
 
 def render_page(story: Story) -> str:
     """Return the page; its own content policy forbids scripts and requests."""
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["drawing"] = Markup  # only for what we draw, texts in it are escaped
-    template = environment.from_string(files("stages.reporting").joinpath("report.html.jinja").read_text("utf-8"))
     commit = next((manifest.execution.get("git_commit", "") for manifest in story.manifests.values()), "")
-    page = template.render(
+    page = template("report.html.jinja").render(
         title=story.title,
         run=story.run,
         made_at=utc_now(),

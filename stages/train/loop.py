@@ -47,12 +47,14 @@ def train(
     meter: Meter,
     memory: MemoryMeter | None = None,
     asked: Callable[[], Ask] = lambda: Ask.NOTHING,
+    saves_last: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> History:
     """Train to the last step, from the newest checkpoint if there is one; return the metrics of every logged step.
 
     Timing is reported but not returned: the same training gives the same history, byte for byte. `asked` says at every
-    step boundary whether to save or to stop now, the same on every rank.
+    step boundary whether to save or to stop now, the same on every rank. `saves_last` is for a training that others of
+    its stage follow: what it ends with must survive them.
     """
     guard = StepGuard(config.optimizer)
     step, history = _resume(objective, engine, guard, checkpointer)
@@ -97,7 +99,7 @@ def train(
         ask = asked()
         due = _is_multiple(step, execution.checkpoint_every) or (evaluated and checkpointer.is_best(step, history))
         # None after the last step: the artifact comes next. But one that was asked for, because the process is going.
-        if ask is not Ask.NOTHING or (due and step < num_steps):
+        if ask is not Ask.NOTHING or (saves_last if step == num_steps else due):
             started = clock()
             checkpointer.wait()
             state = Checkpoint(step, engine.state_dict(), objective.state_dict(), guard.state_dict(), list(history))

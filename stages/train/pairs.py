@@ -24,6 +24,9 @@ from stages.train.objective import ObjectiveState, Step
 from stages.train.plan import batches, order_digest, share
 from stages.train.routing import Balancing
 
+WEIGHT = "pair_weight"
+"""Field of what a pair counts in the loss, the same for all tokens of both answers; without it every pair counts 1."""
+
 
 class Pairs(Protocol):
     """Pairs by index."""
@@ -78,6 +81,8 @@ class PlannedPairs:
     """The training pairs of a stage, their steps, and the account of both."""
 
     pairs: PairView
+    order: np.ndarray
+    """Indices of pairs as they are trained on."""
     steps: PairSteps
     ledger: dict[str, Any]
 
@@ -100,16 +105,16 @@ def planned_pairs(tokens: TokensArtifact, config: PairsConfig, *, micro_batch_si
         sources, sizes = some_sources(sources, indices), sizes[indices]
         counts["pairs_of_the_other_half"] = len(pairs) - len(indices)
     mixture = training_order(sources, sizes, config)
+    order = indices[mixture.order]  # by their numbers among all pairs: what is kept about a pair is kept under its own
     steps = PairSteps(
         pairs,
-        # By their numbers among all pairs: what is kept about a pair is kept under its number.
-        order=indices[mixture.order],
+        order=order,
         global_batch_size=config.global_batch_size,
         row_length=tokens.sequence_length,
         micro_batch_size=micro_batch_size,
     )
     ledger = {**counts, "pairs_trained": len(mixture.order), "mixture": mixture.to_dict()}
-    return PlannedPairs(pairs, steps, ledger)
+    return PlannedPairs(pairs, order, steps, ledger)
 
 
 def both_answers(pair: Pair, *, share_prompt: bool) -> tuple[TokenSequence, TokenSequence]:
@@ -159,7 +164,8 @@ class PairObjective:
         return map(self._balancing.watching, self._steps.steps(engine))
 
     def weight(self, batch: Packed) -> float:
-        return float(num_pairs(batch))
+        weights_P = of_pairs(batch, WEIGHT)
+        return float(num_pairs(batch)) if weights_P is None else float(weights_P.sum(dtype=torch.float64))
 
     def loss(self, parts: nn.ModuleDict, batch: Packed) -> LossOutput:
         trunk = self._balancing.run_trunk(parts, self._part, batch)
@@ -185,6 +191,13 @@ class PairObjective:
 def over_pairs(total: Tensor, values_P: Tensor) -> Tensor:
     """Return a metric as the loop averages it: its sum over the pairs of `values_P`, and their number."""
     return torch.stack([total, values_P.new_tensor(float(len(values_P)))])
+
+
+def of_pairs(batch: Packed, field: str) -> Tensor | None:
+    """Return a field that all tokens of a pair share, shape (P,); None in a batch without it."""
+    if field not in batch.fields:
+        return None
+    return batch.fields[field].flatten()[batch.spans_D4[0::2, 0]]
 
 
 def num_pairs(batch: Packed) -> int:

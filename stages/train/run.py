@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from stages.train.interruption import Interruption, stop_flag, wait_for_all
 from stages.train.loop import train
 from stages.train.memory import MemoryMeter
 from stages.train.objective import Objective
+from stages.train.scores import Scores, score_metrics, write_statistics
 from stages.train.throughput import Meter
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class Prepared:
     objective: Callable[[Engine], Objective]
     exported: str
     """Name of the part that becomes the artifact."""
+    scores: Callable[[Engine], Scores] | None = None
+    """What the trained model scores, where it is one that scores, for the statistics that lie next to it."""
     ledger: dict[str, Any] = field(default_factory=dict)
     fallback: Fallback | None = None
     """Whose weights become the model where the objective ended because something went wrong."""
@@ -57,8 +60,45 @@ def train_stage(context: StageContext, prepare: Prepare) -> StageOutcome:
     return launch(context, train_on_worker, prepare)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where one model's training stands among those that its stage makes one after another; alone, by default."""
+
+    number: int = 0
+    count: int = 1
+
+    @property
+    def checkpoints(self) -> str:
+        """What is added to the place of the stage's checkpoints."""
+        return f"/member-{self.number:02d}" if self.count > 1 else ""
+
+
+ALONE = Place()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained and exported model, before the stage sums up what it made."""
+
+    history: list[dict[str, Any]]
+    scores: Scores | None
+    outcome: StageOutcome
+    is_main: bool
+    """Whether this process writes the files."""
+
+
 def train_on_worker(context: StageContext, prepare: Prepare) -> StageOutcome:
     """Prepare, train, export: the body that runs on every worker."""
+    trained = train_model(context, prepare)
+    if trained.scores is None:
+        return trained.outcome
+    if trained.is_main:
+        write_statistics(context.output_dir, [trained.scores])
+    return replace(trained.outcome, metrics=trained.outcome.metrics | score_metrics(trained.scores))
+
+
+def train_model(context: StageContext, prepare: Prepare, place: Place = ALONE) -> Trained:
+    """Train one model and export it to the context's output folder."""
     config, execution = context.config, context.execution
     assert isinstance(config, TrainConfig)
     torch.set_num_threads(max(1, int(execution.cpus_per_worker)))
@@ -72,12 +112,12 @@ def train_on_worker(context: StageContext, prepare: Prepare) -> StageOutcome:
     objective = prepared.objective(engine)
     _check_size(objective, context)
     unmeasured = _unmeasured(objective, config)
-    if engine.is_main:  # of many workers one says so
+    if engine.is_main and not place.number:  # of many workers one says so
         for reason in unmeasured.values():
             logger.warning("%s", reason)
     checkpointer = Checkpointer(
         context.store,
-        context.fingerprint,
+        context.fingerprint + place.checkpoints,
         keep=execution.keep_checkpoints,
         processes=engine.processes,
         best=BestBy.of(config),
@@ -93,19 +133,21 @@ def train_on_worker(context: StageContext, prepare: Prepare) -> StageOutcome:
             config=config,
             execution=execution,
             checkpointer=checkpointer,
-            report=_reporter(context, engine),
+            report=_reporter(context, engine, place),
             meter=meter,
             memory=memory,
             asked=Interruption(engine.device, stop).asked,
+            saves_last=place.count > 1,
         )
     held = memory.measured(engine)  # before the weights are copied for the export
     chosen = _choose(engine, checkpointer, history)
     weights = engine.model_weights(prepared.exported)
+    with engine.averaged():
+        scores = prepared.scores(engine) if prepared.scores is not None else None
     if engine.is_main:
         _export(context.output_dir, prepared, weights, history, tokens)
-    final = {name: value for name, value in chosen.items() if name != "step"}
-    return StageOutcome(
-        metrics=final,
+    outcome = StageOutcome(
+        metrics={name: value for name, value in chosen.items() if name != "step"},
         ledger=prepared.ledger | objective.ledger | _steps(history, chosen) | unmeasured,
         execution={
             "device": engine.device.type,
@@ -114,6 +156,7 @@ def train_on_worker(context: StageContext, prepare: Prepare) -> StageOutcome:
             RECORDED_AS: held.model_dump(mode="json"),
         },
     )
+    return Trained(history, scores, outcome, engine.is_main)
 
 
 def _trained_on(context: StageContext, objective: Objective) -> dict[str, str]:
@@ -162,7 +205,7 @@ def _unmeasured(objective: Objective, config: TrainConfig) -> dict[str, str]:
     return {"not_evaluated": reason}
 
 
-def _reporter(context: StageContext, engine: Engine) -> Callable[..., None]:
+def _reporter(context: StageContext, engine: Engine, place: Place) -> Callable[..., None]:
     """Numbers leave from the main process alone; progress shows those of the stage's headlines that training has."""
     stage = context.request.stage
     headlines = [headline.key for headline in GRAPH[stage].headlines if headline.key.startswith(f"{stage}/")]
@@ -171,6 +214,7 @@ def _reporter(context: StageContext, engine: Engine) -> Callable[..., None]:
         context.progress.watchdog.beat()
         if not engine.is_main:
             return
+        step, num_steps = place.number * num_steps + step, place.count * num_steps
         context.tracker.log(metrics, step)
         shown = {key.split("/")[-1]: metrics[key] for key in headlines if key in metrics}
         context.progress(

@@ -38,6 +38,7 @@ from stages.train.rollout.gold import GOLD_SCORE, GoldWatch
 from stages.train.rollout.guards import BeforeGuards, GuardWatch
 from stages.train.rollout.objective import PPOObjective
 from stages.train.rollout.sampling import Sampler
+from stages.train.rollout.scoring import Score
 from stages.train.routing import Balancing
 from stages.train.run import Prepared, train_on_worker
 from tests.small_world import MODEL, make_context, make_tokens, published
@@ -46,7 +47,7 @@ LONGEST, USUAL = 32, 6
 """Tokens of a response at most, and of those that the start has learnt, on average."""
 WORDS, GOOD = range(40, 64), range(40, 46)
 """Ids that the start uses, and those that are worth something."""
-BONUS, COST = 0.3, 0.5
+BONUS, COST = 0.15, 0.25
 """Planted: what the reward pays for a token of length; what gold takes for one beyond the usual length."""
 MEASURED = 512
 """Responses by which a finished model is measured."""
@@ -78,8 +79,8 @@ class ByRule:
 
     rule: Any
 
-    def scores(self, engine: Engine, sequences: Sequence[TokenSequence]) -> list[float]:
-        return [self.rule(one.ids[one.loss_mask == 1]) for one in sequences]
+    def scores(self, engine: Engine, sequences: Sequence[TokenSequence]) -> list[Score]:
+        return [Score(self.rule(one.ids[one.loss_mask == 1])) for one in sequences]
 
     def rewards(self, scores: Sequence[float]) -> list[float]:
         return list(scores)
@@ -116,21 +117,21 @@ class Drill:
         self.artifact = TokensArtifact(context.input_dir("tokens"))
         model = self._start()
         save_model(model, model.state_dict(), context.output_dir, self.artifact)
-        self._model = published(context)
+        self._model, self._folder = published(context), context.output_dir
 
     def _config(self, guards: GuardsConfig) -> PPOConfig:
         return PPOConfig(
             optimizer=OptimizerConfig(learning_rate=3e-3, warmup_fraction=0.0, schedule="constant"),  # type: ignore[arg-type]
             precision="fp32",
             global_batch_size=32,
-            num_rollouts=20,
+            num_rollouts=16,
             rollout_size=32,
             num_epochs=2,
             max_response_length=LONGEST,
             missing_eos_penalty=0.0,
             kl_coefficient=0.02,
             estimator=RLOO(responses_per_prompt=4),
-            eval_every=4,
+            eval_every=2,
             eval_items=16,
             seed=self.seed,
             guards=guards,
@@ -162,19 +163,25 @@ class Drill:
         inputs = {"tokens": self._tokens, "model": self._model}
         context = make_context(self.home / guards.replace(" ", "-"), Stage.PPO, config, inputs)
         outcome = train_on_worker(context, self._prepare)
-        responses = self._responses(load_causal_lm(context.output_dir, self.artifact).eval())
         lines = (context.output_dir / "history.jsonl").read_text().splitlines()
-        return Drilled(
-            guards=guards,
-            seed=self.seed,
+        return self._measured(
+            guards,
+            context.output_dir,
             steps=outcome.ledger["steps"],
             model_step=outcome.ledger.get("model_step", outcome.ledger["steps"]),
-            gold=float(np.mean([gold_reward(one) for one in responses])),
-            reward=float(np.mean([reward(one) for one in responses])),
-            length=float(np.mean([len(one) for one in responses])),
             why=outcome.ledger.get("stopped_early", ""),
             history=[json.loads(line) for line in lines],
         )
+
+    def start(self) -> Drilled:
+        """The model before any training of the drill."""
+        return self._measured("(the start)", self._folder, steps=0, model_step=0, why="", history=[])
+
+    def _measured(self, guards: str, folder: Path, **trained: Any) -> Drilled:
+        responses = self._responses(load_causal_lm(folder, self.artifact).eval())
+        gold, paid = (float(np.mean([rule(one) for one in responses])) for rule in (gold_reward, reward))
+        length = float(np.mean([len(one) for one in responses]))
+        return Drilled(guards=guards, seed=self.seed, gold=gold, reward=paid, length=length, **trained)
 
     def _prepare(self, context: StageContext, tokens: TokensArtifact) -> Prepared:
         """As the stage prepares it, with rules in the place of the two scorers."""
@@ -218,7 +225,11 @@ def table(drilled: Sequence[Drilled]) -> str:
     lines = ["| seed | guards | steps | model of step | reward | gold | minus unguarded | tokens |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for one in drilled:
-        gain = f"{one.gold - unguarded[one.seed]:+.1f}" if one.seed in unguarded and one.guards != "none" else ""
+        gain = (
+            f"{one.gold - unguarded[one.seed]:+.1f}"
+            if one.seed in unguarded and one.guards in GUARDS and one.guards != "none"
+            else ""
+        )
         lines.append(
             f"| {one.seed} | {one.guards} | {one.steps} | {one.model_step} | {one.reward:.1f} | {one.gold:.1f} "
             f"| {gain} | {one.length:.0f} |"
@@ -236,6 +247,7 @@ def main() -> None:
     for seed in map(int, chosen.seeds.split(",")):
         with tempfile.TemporaryDirectory() as folder:
             drill = Drill(Path(folder), seed)
+            drilled.append(drill.start())
             for guards in GUARDS:
                 drilled.append(drill.train(guards))
                 print(table(drilled), drilled[-1].why, flush=True)

@@ -25,6 +25,7 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
     "stages/judge/gates/acceptance.py": ({"gold"}, "column of a table: the gain by the gold scorer"),
     "stages/judge/gates/best_of.py": ({"gold"}, "column of a table: the gain by the gold scorer"),
     "stages/config/forms.py": ({"reward"}, "an example in the form"),
+    "stages/config/compare.py": ({"ppo", "dpo"}, "defaults and examples of its form"),
     "stages/config/benchmarks.py": ({"gold"}, "name of a suite"),
     "stages/config/closing.py": ({"gold"}, "name of a suite"),
     "stages/config/recipes.py": ({"gold"}, "name of a suite"),
@@ -35,9 +36,11 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
     "stages/config/rollouts.py": ({"reward"}, "where a penalty is paid"),
     "stages/train/rollout/experience.py": ({"reward"}, "where a penalty is paid"),
     "stages/reward.py": ({"reward"}, "part of its own checkpoints"),
+    "stages/train/scores.py": ({"reward"}, "part of the training that scores"),
     "stages/reporting/model_views.py": ({"reward"}, "section of metrics.json"),
     "operators/evaluation.py": ({"reward"}, "field of its form"),
     "stages/data/pairs/preferences.py": ({"reward"}, "a field that rows have"),
+    "stages/data/pairs/margins.py": ({"reward"}, "a field that rows have"),
     "stages/convert.py": ({"convert"}, "phase of its own progress"),
     "stages/job/progress.py": ({"rate"}, "steps a second"),
     "operators/ray/logs.py": ({"rate"}, "steps a second"),
@@ -47,6 +50,7 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
 
 # Files that may write two or more members of Stage side by side, and why.
 LISTING: dict[str, str] = {
+    "stages/config/scoring.py": "the two stages that learn scores from pairs",
     "stages/config/pipeline.py": "the class of each stage's settings, and who starts from a given base model",
     "operators/evaluation.py": "an aligned model comes with the SFT and the reward model that it was made from",
 }

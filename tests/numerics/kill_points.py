@@ -44,9 +44,17 @@ Visits = dict[str, list[float]]
 """Seconds of every visit, by place."""
 
 
-def places_of(stage: Stage) -> dict[str, str]:
+_OF_KTO = {
+    "evaluation": "stages.train.examples:ExampleObjective.evaluate",
+    "baseline": "stages.train.examples:ExampleSteps.laid_out",
+}
+"""Its steps begin with a pass over the mismatches of all examples."""
+
+
+def places_of(stage: Stage, loss: str = "") -> dict[str, str]:
+    """Return the places of a stage, with the loss of this kind where it has several."""
     rollout = {"rollout": "stages.train.rollout.objective:PPOObjective._roll_out"} if stage is Stage.PPO else {}
-    return {**_PLACES, "evaluation": _EVALUATIONS[stage], **rollout}
+    return {**_PLACES, "evaluation": _EVALUATIONS[stage], **rollout, **(_OF_KTO if loss == "kto" else {})}
 
 
 @dataclass(frozen=True)
@@ -72,9 +80,10 @@ def run(config_uri: str, *, kill: dict[str, Any] | None, record: str | None) -> 
     from stages.job.runner import load_request, run_stage
 
     companion = _Companion()
-    stage = load_request(config_uri)[0].stage
+    request = load_request(config_uri)[0]
+    loss = request.config.get("loss", {}).get("kind", "")
     seconds: defaultdict[str, list[float]] = defaultdict(list)
-    for place, target in places_of(stage).items():
+    for place, target in places_of(request.stage, loss).items():
         _watch(target, _visits(place, seconds, Kill(**kill) if kill else None, companion))
     status = run_stage(config_uri, verb_of)
     if record:

@@ -22,7 +22,9 @@ from stages.artifacts.store import read_json, write_json
 from stages.config.errors import ExitCode
 from stages.config.execution import ExecutionConfig
 from stages.config.graph import GRAPH, Stage
+from stages.config.preference_losses import KTOLoss, ORPOLoss, SimPOLoss
 from stages.config.request import ArtifactRef, Manifest, RunInfo, StageRequest
+from stages.config.train import TrainConfig
 from tests.numerics.fork_server import ForkServer, shared_server
 from tests.numerics.kill_points import Kill, Visits, as_json, draw_kill, places_of
 from tests.numerics.rollout_variants import VARIANTS
@@ -30,11 +32,24 @@ from tests.small_world import CONFIGS
 
 pytestmark = [pytest.mark.exact, pytest.mark.slow, pytest.mark.timeout(3600)]
 
+LOSSES: dict[str, TrainConfig] = {
+    loss.kind: CONFIGS[Stage.DPO].model_copy(update={"loss": loss}) for loss in (KTOLoss(), SimPOLoss(), ORPOLoss())
+}
+"""The losses of stage `dpo` that differ in more than an equation: the one of single responses with a baseline, and
+those without a reference."""
 KILLS = int(os.environ.get("KILLS", "4"))
 _STATUS: dict[int, int] = {signal.SIGKILL: -9, signal.SIGTERM: int(ExitCode.PREEMPTED)}
 Inputs = dict[Stage, dict[str, ArtifactRef]]
 Series = dict[str, list[list[float]]]
 """MLflow's points [step, value] of every metric; each step once."""
+
+
+ENSEMBLES: dict[str, TrainConfig] = {
+    "ensemble": CONFIGS[Stage.REWARD].model_copy(
+        update={"ensemble_size": 2, "ensemble_bootstrap": True, "counted": "prompt", "label_smoothing": 0.1}
+    )
+}
+"""Two members, of which the first may be done when the stage dies; pairs are weighted and drawn again."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +89,11 @@ class Attempts:
         checkpoint_every: int = 2,
         variant: str = "",
     ) -> None:
-        """`variant` is one of VARIANTS, for another kind of reinforcement learning than the usual one."""
+        """`variant` is one of VARIANTS, LOSSES or ENSEMBLES: another kind than the usual."""
         self._server, self._home, self._stage, self._mlflow = server, home, stage, mlflow
         home.mkdir(parents=True)
         self._store = open_store((home / "store").as_uri())
-        config = VARIANTS[variant] if variant else CONFIGS[stage]
+        config = {**VARIANTS, **LOSSES, **ENSEMBLES}[variant] if variant else CONFIGS[stage]
         self._config = config.model_copy(update={"eval_every": 2})
         self._request = StageRequest(
             stage=stage,
@@ -149,8 +164,13 @@ def contents(manifest: Manifest) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("stage", "variant"),
-    [(stage, "") for stage in CONFIGS] + [(Stage.PPO, name) for name in VARIANTS],
-    ids=[*map(str, CONFIGS), *VARIANTS],
+    [
+        *((stage, "") for stage in CONFIGS),
+        *((Stage.PPO, name) for name in VARIANTS),
+        *((Stage.DPO, name) for name in LOSSES),
+        *((Stage.REWARD, name) for name in ENSEMBLES),
+    ],
+    ids=[*map(str, CONFIGS), *VARIANTS, *LOSSES, *ENSEMBLES],
 )
 def test_killed_again_and_again_a_stage_ends_with_the_same_bits(
     stage: Stage, variant: str, server: ForkServer, stage_inputs: Inputs, mlflow: str, tmp_path: Path
@@ -162,7 +182,10 @@ def test_killed_again_and_again_a_stage_ends_with_the_same_bits(
         assert len({step for step, _ in points}) == len(points)
     assert {"model.safetensors", "history.jsonl"} <= contents(expected.manifest).keys()
     assert len(expected.series["train/loss"]) >= 6
-    rng, places = random.Random(f"{variant or stage} {os.environ.get('KILL_SEED', '0')}"), list(places_of(stage))
+    rng, places = (
+        random.Random(f"{variant or stage} {os.environ.get('KILL_SEED', '0')}"),
+        list(places_of(stage, variant)),
+    )
     rng.shuffle(places)
     deaths: Counter[str] = Counter()
     chains = attempts = 0

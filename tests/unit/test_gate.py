@@ -129,6 +129,20 @@ def test_a_reward_model_of_quality_is_accepted(world: Trained):
     assert len(found.tables["by_length_difference"]) == 4
 
 
+def test_an_ensemble_is_accepted_as_one_scorer_and_compared_with_the_reward_model_before_it(world: Trained):
+    inputs = {"tokens": world.tokens, "model": world.start}
+    ensemble = built(world.home, Stage.REWARD, REWARD.model_copy(update={"ensemble_size": 2}), inputs)
+    found = examined(ensemble, Stage.REWARD, earlier=world.reward, inputs=inputs)
+    assert red(found) == set()
+    checks = named(found)
+    for name in ("reload", "heldout_again", "swap_probe", "padding_probe", "batch_probe"):
+        assert checks[name].outcome is Outcome.PASSED, name
+    before = examined(world.reward, Stage.REWARD).metrics["accept/accuracy"]
+    assert found.metrics["accept/earlier_accuracy"] == before
+    assert found.metrics["accept/gain"] == pytest.approx(found.metrics["accept/accuracy"] - before)
+    assert found.metrics["accept/gain_low"] <= found.metrics["accept/gain"] <= found.metrics["accept/gain_high"]
+
+
 def test_a_reward_model_of_shuffled_labels_is_not(tmp_path: Path):
     found = examined(trained(tmp_path, learnt_by_chance).reward, Stage.REWARD)
     assert red(found) == set()  # it is what training made

@@ -15,6 +15,8 @@ from stages.data.constitution.prompts import Prompt
 ACCEPTED = "accepted"
 _MIN_CRITIQUE_WORDS = 3
 _LONGEST_PREFACE = 160
+_MOST_REPEATED = 0.4
+"""Good prose of this length repeats next to no run of four words; SmolLM2 in a loop, more than half."""
 _LABEL = re.compile(
     r"^\W*(?:the |my |your )?(?:revised|rewritten|improved|better|new|corrected) (?:response|answer|version)\W*:[\s*_]*"
     r"|^\W*(?:revision|response|answer|assistant|rewrite)\W*:[\s*_]*",
@@ -57,6 +59,13 @@ def copied(text: str, source: str) -> float:
     return sum(block.size for block in matches) / len(mine) if mine else 0.0
 
 
+def repeated(text: str) -> float:
+    """Share (0..1) of the runs of four words that stood there before: near 1 for a model that loops."""
+    found = words(text)
+    runs = [tuple(found[place : place + 4]) for place in range(len(found) - 3)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
 def _matcher(first: Sequence[str], second: Sequence[str]) -> SequenceMatcher:
     return SequenceMatcher(None, first, second, autojunk=False)
 
@@ -82,6 +91,8 @@ def verdict_on(attempt: Attempt, config: ConstitutionConfig, *, declines: Callab
     response, critique, revision = attempt.response, attempt.critique, attempt.revision
     if len(words(critique)) < _MIN_CRITIQUE_WORDS:
         return "no_critique"
+    if repeated(critique) > _MOST_REPEATED:
+        return "critique_repeats_itself"
     if copied(critique, response) > config.max_copied:
         return "critique_copies_response"
     if copied(critique, f"{attempt.principle.critique} {attempt.prompt.text}") > config.max_copied:
@@ -90,6 +101,8 @@ def verdict_on(attempt: Attempt, config: ConstitutionConfig, *, declines: Callab
         return "cut_off"
     if len(words(revision)) < config.min_words:
         return "too_short"
+    if repeated(revision) > _MOST_REPEATED:
+        return "repeats_itself"
     if similarity(revision, response) >= config.max_similarity:
         return "unchanged"
     if copied(revision, attempt.prompt.text) > config.max_copied:

@@ -19,6 +19,7 @@ from stages.data.curation.ledger import Step
 from stages.data.pairs import instructions, preferences, prompt_rows
 from stages.data.pairs.cells import unpacked
 from stages.data.pairs.labels import Coding, labels_of, numbers_in
+from stages.data.pairs.margins import NONE, margin_of, require_margins
 from stages.data.pairs.partners import pairs_of
 from stages.data.pairs.preferences import Labelled, sides_of
 from stages.data.pairs.shapes import Fits, Fitting, Misfit, Shapes, shapes_of
@@ -32,6 +33,7 @@ from stages.data.sources.rows import read_rows
 from stages.data.sources.storage import ROW_SUFFIXES, Unread, unread_by_reason
 from stages.data.sources.streams import Stored
 
+_NOTHING: Mapping[str, Any] = {}
 _LOOKED_AT = 100
 """The format of a file is detected from the fields of this many rows."""
 
@@ -154,6 +156,7 @@ def _given(
             made += _counted(outcome, account, config)
         if account.misfit and not account.formats:
             raise account.misfit
+        require_margins(source, kept=account.step.kept.documents, without=account.changes[NONE])
         total.merge(account.step, samples=config.samples_per_reason)
         accounts[source.uri] = account.to_dict()
         refuse_bad_share(source.uri, account.unreadable, config)
@@ -374,8 +377,7 @@ def _preferences(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
             if isinstance(made, str):
                 yield _Outcome(key, size, None, made, str(row.values))
             else:
-                ours = {**_preference_row(key, made, source, config), **tools}
-                yield _Outcome(key, size, ours, changes=made.changes)
+                yield _preferred(key, size, made, source, config, values=row.values, more=tools)
 
 
 def _require_clear_labels(table: _Table, shapes: Shapes[PreferenceFormat], coding: Coding) -> None:
@@ -404,9 +406,24 @@ def _partnered(source: Source, account: SourceAccount, config: CurateConfig) -> 
         if made.pair is None:
             yield _Outcome(made.key, sizes[made.key], None, made.reason, made.sample)
         else:
-            ours = _preference_row(made.key, made.pair, source, config)
-            yield _Outcome(made.key, sizes[made.key], ours)
+            yield _preferred(made.key, sizes[made.key], made.pair, source, config)
     account.labelled.clear()
+
+
+def _preferred(
+    key: str,
+    size: int,
+    made: Preference,
+    source: Source,
+    config: CurateConfig,
+    *,
+    values: Mapping[str, Any] = _NOTHING,
+    more: Mapping[str, Any] = _NOTHING,
+) -> _Outcome:
+    """A pair in our shape, with its margin where the source has one; `values` is the row that it comes from."""
+    margin = margin_of(source.margin, made, values) if source.margin else None
+    ours = {**_preference_row(key, made, source, config), **more, **({"margin": margin.value} if margin else {})}
+    return _Outcome(key, size, ours, changes=(*made.changes, *(margin.changes if margin else ())))
 
 
 def _preference_row(key: str, made: Preference, source: Source, config: CurateConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from stages.config.sources import PreferenceFormat
 from stages.data.pairs import labels
 from stages.data.pairs.cells import number_of
 from stages.data.pairs.labels import Coding, Sides, Verdict
+from stages.data.pairs.margins import gap_of_sides
 from stages.data.pairs.reasons import joined, reason_of
 from stages.data.pairs.shapes import is_empty
 from stages.data.pairs.sides import (
@@ -175,7 +176,8 @@ def to_preferences(
             sides = [side_of(values.get(name)) for name in ("chosen", "rejected")]
         case PreferenceFormat.LABELLED | PreferenceFormat.UNPAIRED:
             raise AssertionError("a labelled response is no pair: see to_labelled and stages.data.pairs.partners")
-    return [paired(common_prompt(sides, values), sides[0].answer, sides[1].answer, reason_of(values))]
+    prompt, gap = common_prompt(sides, values), gap_of_sides(values)
+    return [paired(prompt, sides[0].answer, sides[1].answer, reason_of(values), gap=gap)]
 
 
 def _judged(values: Mapping[str, Any], coding: Coding) -> Preference | str:
@@ -202,7 +204,7 @@ def _judged(values: Mapping[str, Any], coding: Coding) -> Preference | str:
         entries = values.get(name)
         listed = entries.values() if isinstance(entries, Mapping) else entries if isinstance(entries, list) else ()
         reasons += [reason_of(entry) for entry in listed if isinstance(entry, Mapping)]
-    return paired(prompt, better.answer, worse.answer, joined(reasons), changes)
+    return paired(prompt, better.answer, worse.answer, joined(reasons), changes, gap=_gap(values, names))
 
 
 def _verdicts(values: Mapping[str, Any], sides: Sides, coding: Coding) -> list[Verdict]:
@@ -238,6 +240,15 @@ def _side_scores(values: Mapping[str, Any], sides: Sides) -> list[float] | None:
     return None
 
 
+def _gap(values: Mapping[str, Any], sides: Sides) -> float | None:
+    """How far two responses are apart: by their scores, or by the mean of signed strengths."""
+    if scores := _side_scores(values, sides):
+        return abs(scores[0] - scores[1])
+    found, is_signed = labels.labels_of(values)
+    strengths = [number for number in map(number_of, found) if number is not None] if is_signed else []
+    return abs(sum(strengths) / len(strengths)) if strengths else None
+
+
 def _truth(value: object) -> bool | None:
     """What a label of one response says; None when it is not known."""
     if isinstance(value, bool):
@@ -270,7 +281,8 @@ def _ranked(values: Mapping[str, Any]) -> Iterator[Preference | str]:
     responses = next((values[name] for name in _RESPONSES if isinstance(values.get(name), list)), [])
     if len(responses) < 2:
         raise Unusable("one_response")
-    ranks = _ranks(values, responses)
+    ranked = _ranks(values, responses)
+    ranks = ranked.places
     texts = [plain_text(first_named(entry, _TEXTS) if isinstance(entry, Mapping) else entry) for entry in responses]
     # A critique of one response is a reason only for the pairs that it is in.
     said = [reason_of(entry) if isinstance(entry, Mapping) else "" for entry in responses]
@@ -283,11 +295,20 @@ def _ranked(values: Mapping[str, Any]) -> Iterator[Preference | str]:
         critiques = [
             f"{what}: {said[place]}" if said[place] else "" for what, place in (("chosen", better), ("rejected", worse))
         ]
-        yield paired(prompt, texts[better], texts[worse], joined([whole, *critiques]))
+        gap = ranks[worse] - ranks[better] if ranked.are_ratings else None
+        yield paired(prompt, texts[better], texts[worse], joined([whole, *critiques]), gap=gap)
 
 
-def _ranks(values: Mapping[str, Any], responses: Sequence[Any]) -> list[float]:
-    """One number for each response, lowest for the best.
+@dataclass(frozen=True)
+class _Ranks:
+    places: list[float]
+    """One number for each response, lowest for the best."""
+    are_ratings: bool
+    """Whether their differences say how much better one is: those of scores do, those of places do not."""
+
+
+def _ranks(values: Mapping[str, Any], responses: Sequence[Any]) -> _Ranks:
+    """The ranks of the responses.
 
     `ranking` lists places, best first; `ranks` are 1 for the best; of `scores` higher is better. Ranks and scores may
     also be fields of the responses, and UltraFeedback's annotations are scores by their mean.
@@ -296,7 +317,7 @@ def _ranks(values: Mapping[str, Any], responses: Sequence[Any]) -> list[float]:
     if (ranking := values.get("ranking")) is not None:
         if not isinstance(ranking, list) or not all(map(_is_number, ranking)) or sorted(ranking) != list(range(count)):
             raise Unusable("malformed_ranking")
-        return [float(ranking.index(place)) for place in range(count)]
+        return _Ranks([float(ranking.index(place)) for place in range(count)], are_ratings=False)
     inside = [entry if isinstance(entry, Mapping) else {} for entry in responses]
     for found, sign in (
         (values.get("ranks"), 1.0),
@@ -309,7 +330,7 @@ def _ranks(values: Mapping[str, Any], responses: Sequence[Any]) -> list[float]:
         if isinstance(found, list) and len(found) == count:
             numbers = [number if sign > 0 else -number for number in map(number_of, found) if number is not None]
             if len(numbers) == count:
-                return numbers
+                return _Ranks(numbers, are_ratings=sign < 0)
     raise Unusable("no_ranking")
 
 

@@ -1,7 +1,7 @@
 """One response with the turns before it, from texts, messages, dialogues or transcripts; and two of them as a pair."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from stages.data.pairs.shapes import is_empty
@@ -25,6 +25,8 @@ class Preference:
     """Why, in the words of those who preferred it."""
     changes: tuple[str, ...] = ()
     """What was decided on the way, such as that annotators disagreed."""
+    gap: float | None = field(default=None, compare=False)
+    """By how much the first is rated higher, where both are rated."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,13 @@ def _read_prompt(prompt: object) -> list[Message]:
 
 
 def paired(
-    prompt: Sequence[Message], chosen: str, rejected: str, reason: str = "", changes: tuple[str, ...] = ()
+    prompt: Sequence[Message],
+    chosen: str,
+    rejected: str,
+    reason: str = "",
+    changes: tuple[str, ...] = (),
+    *,
+    gap: float | None = None,
 ) -> Preference | str:
     if not chosen or not rejected:
         return "side_missing"
@@ -138,7 +146,7 @@ def paired(
         asked = answered(prompt, chosen)
     except Unusable as error:
         return error.reason
-    return "equal_sides" if chosen == rejected else Preference(asked, chosen, rejected, reason, changes)
+    return "equal_sides" if chosen == rejected else Preference(asked, chosen, rejected, reason, changes, gap)
 
 
 def answered(prompt: Sequence[Message], answer: str) -> tuple[Message, ...]:

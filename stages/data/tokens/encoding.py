@@ -262,6 +262,7 @@ class PairWriter:
             for part in ("ids", "mask")
         }
         self._origins, self._account, self._kinds = _Origins(), Account(), []
+        self._margins: list[float | None] = []
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         """Write all rows and return their account."""
@@ -271,6 +272,9 @@ class PairWriter:
             writer.close()
         self._origins.write(self._folder)
         (self._folder / "kinds.json").write_text(json.dumps(self._kinds))
+        if any(margin is not None for margin in self._margins):
+            margins = [0.0 if margin is None else margin for margin in self._margins]
+            np.save(self._folder / "margins.npy", np.asarray(margins, dtype=np.float32))
         return self._account.to_dict("preferences")
 
     def _add(self, source: str, row: Mapping[str, Any]) -> None:
@@ -295,6 +299,7 @@ class PairWriter:
                 chosen, rejected = (Chat(self._messages(row["prompt"], row[side]), tools) for side in _SIDES)
                 self._originals.pairs.append((chosen, rejected))
             self._kinds.append(row.get("kind", "given"))
+            self._margins.append(row.get("margin"))
             self._origins.append(source)
             self._account.keep(source, sides.values(), tokens_in=tokens)
 

@@ -12,12 +12,16 @@ from stages.config.preferences import PairsHalf
 from stages.data.tokens.views import Pair, PairView, Sources
 
 
-def half_of(pair: Pair) -> PairsHalf:
-    """Return the half that a pair belongs to; its prompt is what precedes the answer."""
+def prompt_digest(pair: Pair) -> bytes:
+    """Return what identifies the prompt of a pair: a hash of the tokens that precede the answer."""
     targets = np.flatnonzero(pair.chosen.loss_mask)
     prompt = pair.chosen.ids[: int(targets[0]) if len(targets) else len(pair.chosen.ids)]
-    digest = hashlib.sha256(np.asarray(prompt, dtype="<i8").tobytes()).digest()
-    return PairsHalf.SECOND if digest[0] & 1 else PairsHalf.FIRST
+    return hashlib.sha256(np.asarray(prompt, dtype="<i8").tobytes()).digest()
+
+
+def half_of(pair: Pair) -> PairsHalf:
+    """Return the half that a pair belongs to."""
+    return PairsHalf.SECOND if prompt_digest(pair)[0] & 1 else PairsHalf.FIRST
 
 
 def indices_of(pairs: PairView, half: PairsHalf) -> np.ndarray:

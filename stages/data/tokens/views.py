@@ -99,6 +99,11 @@ class TokensArtifact:
     def pair_kinds(self, split: Split) -> list[str]:
         return json.loads((self.folder / "preferences" / split / "kinds.json").read_text())
 
+    def pair_margins(self, split: Split) -> np.ndarray | None:
+        """By how much the chosen response of each pair is better, 0 where its row does not say; None without any."""
+        path = self.folder / "preferences" / split / "margins.npy"
+        return np.load(path) if path.exists() else None
+
     def unpaired(self, split: Split) -> "UnpairedView":
         """Answers with a label of their own; none in a folder of data that has no such source."""
         folder = self.folder / "unpaired" / split

@@ -18,6 +18,7 @@ from stages.data.tokens.views import Pair, PairView
 from stages.judge.gates.acceptance import wins
 from stages.judge.gates.computing import Computing
 from stages.judge.gates.heldout import pair_scores
+from stages.models.ensemble import members_of
 from stages.models.forward import segment_scores
 
 PROBED = 16
@@ -99,4 +100,8 @@ def _padded(plain: Any, ids: list[np.ndarray], *, pad_id: int) -> np.ndarray:
         rows[number, : len(row)] = torch.from_numpy(row)
         mask[number, : len(row)] = 1
     device = next(plain.parameters()).device
-    return plain(rows.to(device), attention_mask=mask.to(device)).logits[:, 0].float().cpu().numpy()
+    scores_MS = [
+        member(rows.to(device), attention_mask=mask.to(device)).logits[:, 0].float().cpu().numpy()
+        for member in members_of(plain)
+    ]
+    return np.mean(scores_MS, axis=0)

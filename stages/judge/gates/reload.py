@@ -15,6 +15,7 @@ from torch import nn
 
 from stages.config.gate_records import Check, compared
 from stages.data.tokens.packing import TokenSequence, lay_out
+from stages.models.ensemble import as_one, member_folders, members_of
 from stages.models.folder import check_folder
 from stages.models.foreign_code import may_run_code
 from stages.models.forward import hidden_states, segment_scores
@@ -45,7 +46,12 @@ def published_tokenizer(folder: Path) -> Any:
 
 
 def plain_model(folder: Path, *, scores: bool) -> Any:
-    """As transformers loads it, in float32; number of scores and padding are what its own config.json says."""
+    """As transformers loads it, in float32; number of scores and padding are what its own config.json says. Of an
+    ensemble, every member."""
+    return as_one([_plain(member, scores=scores) for member in member_folders(folder)])
+
+
+def _plain(folder: Path, *, scores: bool) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     check_folder(folder)
@@ -108,8 +114,12 @@ def our_outputs(model: nn.Module, prompts: Sequence[np.ndarray], *, scores: bool
 
 def reloaded(plain: Any, model: nn.Module, prompts: Sequence[np.ndarray], *, scores: bool, pad_id: int) -> Check:
     """Compare what both make of the prompts."""
-    ours = our_outputs(model, prompts, scores=scores, pad_id=pad_id)
-    return same_outputs("reload", plain_outputs(plain, prompts), ours)
+    both = zip(members_of(plain), members_of(model), strict=True)
+    outputs = [
+        (plain_outputs(one, prompts), our_outputs(other, prompts, scores=scores, pad_id=pad_id)) for one, other in both
+    ]
+    # Of an ensemble, the outputs of all members one after another.
+    return same_outputs("reload", *([out for member in side for out in member] for side in zip(*outputs, strict=True)))
 
 
 def same_outputs(name: str, plain: Sequence[torch.Tensor], ours: Sequence[torch.Tensor]) -> Check:

@@ -5,23 +5,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from stages.artifacts.manifests import fetch
 from stages.config.errors import ConfigError, DamagedArtifactError
 from stages.config.gate_records import NO_PAIRS, Check, Findings, GateRequest, Outcome, skipped
-from stages.config.graph import GOLD_MODEL
+from stages.config.graph import GOLD_MODEL, REWARD_MODEL
 from stages.config.request import Manifest
 from stages.data.tokens.views import Split, TokensArtifact, evenly
 from stages.judge.gates import heldout, reload
-from stages.judge.gates.acceptance import acceptance
+from stages.judge.gates.acceptance import JudgedPairs, acceptance
 from stages.judge.gates.again import pair_lengths
 from stages.judge.gates.best_of import METRICS, best_of
 from stages.judge.gates.computing import Computing
+from stages.judge.gates.earlier import compared_with_earlier, without_earlier
 from stages.judge.gates.pairs import judged_pairs
 from stages.judge.gates.probes import PROBED, probe
 from stages.judge.gates.templates import blames_the_model
-from stages.models.build import load_causal_lm, load_reward_model
+from stages.models.build import load_causal_lm, load_scorer
 from stages.models.folder import told
 from stages.models.generation import Sampling
 from stages.models.same_tokenizer import check_given_scorer
@@ -60,14 +62,38 @@ def examined_scorer(
         checks += probe(scorer.model, scorer.plain.to(computing.device), pairs, chosen[:PROBED], computing)
         scorer.plain.to("cpu")
     scored = heldout.pair_scores(scorer.model, pairs, chosen, computing)
-    found = acceptance(judged_pairs(scorer.tokens, pairs, chosen, scored), why_none=why)
+    judged = judged_pairs(scorer.tokens, pairs, chosen, scored)
+    found = acceptance(judged, why_none=why)
+    against = _against_earlier(scorer, request, judged, chosen, scratch)
     gained = _best_of(scorer, request, inputs, scratch)
     return Findings(
         checks=(*checks, *found.checks, *gained.checks),
-        metrics={**found.metrics, **gained.metrics},
-        unmeasured={**found.unmeasured, **gained.unmeasured},
+        metrics={**found.metrics, **against.metrics, **gained.metrics},
+        unmeasured={**found.unmeasured, **against.unmeasured, **gained.unmeasured},
         tables={**found.tables, **gained.tables},
     )
+
+
+def _against_earlier(
+    scorer: Scorer, request: GateRequest, judged: JudgedPairs, chosen: np.ndarray, scratch: Path
+) -> Findings:
+    """The earlier reward model on the same pairs; whatever is wrong with that one is told, and no reason to stop."""
+    if request.earlier is None:
+        return without_earlier("what the run starts from was trained with no reward model that is an artifact")
+    tokens, computing = scorer.tokens, scorer.computing
+    try:
+        folder = fetch(request.earlier, scratch)
+        check_given_scorer(folder, tokens.tokenizer(), role=REWARD_MODEL)
+        earlier: Any = load_scorer(folder, tokens).eval()
+        earlier = earlier.to(computing.device)
+    except ConfigError as error:
+        return without_earlier(f"the earlier reward model does not read the run's tokens: {error.message}")
+    except Exception as error:
+        if not (blames_the_model(error) or isinstance(error, DamagedArtifactError | FileNotFoundError)):
+            raise
+        return without_earlier(f"the earlier reward model cannot be loaded: {told(error)}")
+    scores_P2 = heldout.pair_scores(earlier, tokens.pairs(Split.HELDOUT), chosen, computing)
+    return compared_with_earlier(judged, scores_P2)
 
 
 def _knows_these_pairs(manifest: Manifest, request: GateRequest) -> bool:
@@ -110,7 +136,7 @@ def _best_of(scorer: Scorer, request: GateRequest, inputs: Mapping[str, Path], s
         asked = reload.same_text_same_ids(GOLD_MODEL, mine, theirs, of_mine="the run", of_theirs="the gold scorer")
         if asked.outcome is Outcome.FAILED:
             return _unmeasured(f"the gold scorer has a chat template of its own: {asked.found}; {asked.allowed}")
-        gold = load_reward_model(folder, tokens).eval()
+        gold = load_scorer(folder, tokens).eval()
         policy = load_causal_lm(inputs["model"], tokens).eval()
     except ConfigError as error:
         return _unmeasured(f"the gold scorer does not read the run's tokens: {error.message}")

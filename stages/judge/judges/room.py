@@ -33,7 +33,7 @@ from stages.judge.pairwise import AWAY, UNUSABLE, Answer, Judge, JudgeAwayError,
 from stages.judge.subjects import Subjects, end_id, writes_nothing
 from stages.judge.suite import Subject, Suite
 from stages.models.build import (
-    load_reward_model,
+    load_scorer,
     load_scorer_with_own_tokenizer,
     load_with_own_tokenizer,
     positions_of,
@@ -172,7 +172,7 @@ class _Gold:
     @cached_property
     def _model(self) -> nn.Module:
         if self._own is None:
-            model = load_reward_model(self._folder, self._heldout.tokens)
+            model = load_scorer(self._folder, self._heldout.tokens)
         else:
             model = load_scorer_with_own_tokenizer(self._folder, self._own)
         return _placed(model, self._forward)

@@ -106,6 +106,7 @@ def _to_sequence(
 
 def describe(samples: Sequence[Sampled]) -> dict[str, float]:
     """Return a rollout's own numbers, averaged over responses."""
+    spreads = [sample.spread for sample in samples if sample.spread is not None]
     parts = {f"ppo/score/{name}": [sample.parts[name] for sample in samples] for name in samples[0].parts}
     # A scorer without a value stands in with another one: how often must be seen.
     parts |= {
@@ -118,6 +119,7 @@ def describe(samples: Sequence[Sampled]) -> dict[str, float]:
         "ppo/kl": float(np.mean([sample.kl for sample in samples])),
         "ppo/response_length": float(np.mean([len(sample.response) for sample in samples])),
         "ppo/finished": float(np.mean([sample.finished for sample in samples])),
+        **({"ppo/score_spread": float(np.mean(spreads))} if spreads else {}),
     }
 
 

@@ -46,7 +46,7 @@ class GoldWatch:
         # A rank without a response scores one all the same, for the collectives, and it is not counted.
         chosen = [samples[int(number)] for number in (mine if len(mine) else everything[:1])]
         scores = self._scorer.scores(engine, [prompt_and_response(one.prompt, one.response) for one in chosen])
-        numbered = list(zip(mine.tolist(), scores[: len(mine)], strict=True))
+        numbered = list(zip(mine.tolist(), [score.value for score in scores[: len(mine)]], strict=True))
         golds = [score for _, score in sorted(engine.gather(numbered))]
         gold = float(np.mean(golds))
         self._compare(float(np.mean([sample.score for sample in samples])), gold)

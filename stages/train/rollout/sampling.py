@@ -23,7 +23,7 @@ from stages.train.engine import Engine
 from stages.train.plan import batches, in_step, share
 from stages.train.rollout.inference import infer_each
 from stages.train.rollout.scorers.texts import Parts
-from stages.train.rollout.scoring import Scorer
+from stages.train.rollout.scoring import Score, Scorer
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Sampled:
     score: float
     finished: bool
     """True when it ended with the end token."""
+    spread: float | None = None
+    """How far the members of an ensemble of reward models are apart about it; None without one."""
     sampler_logprobs_R: np.ndarray | None = None
     """As generation computed them; None where it told none."""
     parts: Mapping[str, float] = field(default_factory=dict)
@@ -156,7 +158,7 @@ class Sampler:
         per_token: list[dict[str, np.ndarray]] = []
         for part, measured in infer_each(engine, self._per_token, sequences, self.budget):
             per_token += _by_sequence(part, measured)
-        scores = [0.0] * len(sequences) if self.scorer is None else self.scorer.scores(engine, sequences)
+        scores = [Score(0.0)] * len(sequences) if self.scorer is None else self.scorer.scores(engine, sequences)
         return [
             Sampled(
                 prompt=prompts[i],
@@ -165,7 +167,8 @@ class Sampler:
                 logprobs_R=per_token[i]["logprobs"],
                 ref_logprobs_R=per_token[i]["ref_logprobs"],
                 values_R=per_token[i].get("values"),
-                score=scores[i],
+                score=scores[i].value,
+                spread=scores[i].spread,
                 finished=bool(responses[i][-1] == self.sampling.eos_id),
                 sampler_logprobs_R=generated[i].logprobs_R,
             )

@@ -306,3 +306,17 @@ def test_before_anything_is_counted_the_assumptions_are_named():
 @pytest.mark.parametrize(("number", "text"), [(10_059_840, "10.1 M"), (999, "999"), (2.5e19, "25 E"), (0, "0")])
 def test_numbers_are_short(number: float, text: str):
     assert compact(number) == text
+
+
+def test_an_ensemble_is_trained_one_by_one_and_read_whole():
+    """Four members take four times as long and no more memory; who reads them holds three more models."""
+    one, four = (resolve({"recipe": "tiny", "overrides": {"reward.ensemble_size": size}}) for size in (1, 4))
+    works = [workload(Stage.REWARD, config, COUNTS, selected=ALL) for config in (one, four)]
+    assert works[0] is not None
+    assert works[1] is not None
+    assert works[1].trained_tokens == 4 * works[0].trained_tokens
+    assert memory_bytes(Stage.REWARD, one, vocab_size=512) == memory_bytes(Stage.REWARD, four, vocab_size=512)
+    weights = count_parameters(one.pretrain.model, 512)
+    for stage in (Stage.PPO, Stage.EVALUATE):
+        more = memory_bytes(stage, four, vocab_size=512) - memory_bytes(stage, one, vocab_size=512)
+        assert more == 3 * 4 * weights

@@ -9,8 +9,9 @@ import pytest
 
 from stages.config.gate_evidence import Evidence
 from stages.config.gate_records import Check, Outcome
+from stages.config.gates import GatesConfig
 from stages.config.graph import GRAPH, Stage
-from stages.config.invariants import bound_checks, recorded_checks
+from stages.config.invariants import bound_checks, earlier_checks, recorded_checks
 from stages.config.request import ArtifactRef, FileEntry, InputEntry, Manifest
 from tests.gate_world import CURATED, META, MODEL_FILES, SIZES, TOKENS, VOCABULARY, WIDTH, ledger_of
 
@@ -293,6 +294,22 @@ def test_pairs_start_at_ln_2(stage: Stage):
     assert not failures(starting(stage, **{"train/loss": 0.69315}))
 
 
+def test_with_margins_a_reward_model_starts_where_equal_scores_put_it():
+    asked = {"reward/even_loss": 0.91}
+    assert not failures(starting(Stage.REWARD, **asked, **{"train/loss": 0.91}))
+    check = failures(starting(Stage.REWARD, **asked, **{"train/loss": 0.693147}))["initial_loss"]
+    assert check.allowed == "equal scores = 0.910000 ± 0.0001"
+
+
+def test_the_members_of_an_ensemble_start_near_equal_scores():
+    near, far = (starting(Stage.REWARD, **{"train/loss": loss}) for loss in (0.75, 0.95))
+    assert failures(near)
+    for found, is_red in ((near, False), (far, True)):
+        config = {**found.manifest.config, "ensemble_size": 3}
+        ensemble = replace(found, manifest=found.manifest.model_copy(update={"config": config}))
+        assert ("initial_loss" in failures(ensemble)) is is_red
+
+
 def losing(loss: dict[str, Any], **row: Any) -> Evidence:
     """DPO with another loss, as its manifest records it."""
     found = starting(Stage.DPO, **row)
@@ -468,3 +485,28 @@ def test_a_guard_that_stopped_a_training_is_told_and_makes_no_gate_red(guards: A
     assert (check.outcome, check.found) == (Outcome.PASSED, said)
     assert not failures(found)
     assert "guards" not in outcomes(good), "a training without guards has nothing to tell"
+
+
+@pytest.mark.parametrize(
+    ("gain", "high", "margin", "is_red"),
+    [
+        (0.04, 0.09, 0.02, False),
+        (-0.01, -0.005, 0.02, False),  # surely worse, by less than the margin
+        (-0.08, 0.01, 0.02, False),  # much worse on few pairs: it may be chance
+        (-0.08, -0.01, 0.02, True),
+        (-0.08, -0.01, 0.1, False),
+    ],
+)
+def test_a_reward_model_that_lost_clearly_more_than_the_margin_is_red(
+    gain: float, high: float, margin: float, is_red: bool
+):
+    metrics = {
+        "accept/earlier_accuracy": 0.8,
+        "accept/gain": gain,
+        "accept/gain_low": 2 * gain - high,
+        "accept/gain_high": high,
+    }
+    (check,) = earlier_checks(metrics, GatesConfig(earlier_margin=margin))
+    assert (check.outcome is Outcome.FAILED) is is_red
+    assert f"accuracy {gain:+.4f} [" in check.found
+    assert earlier_checks({"accept/accuracy": 0.7}, GatesConfig()) == []

@@ -367,3 +367,29 @@ def test_suites_of_a_task_are_known_when_it_has_been_looked_at() -> None:
     with pytest.raises(ConfigError, match=r"'my_task_em'.*allowed: .*, my_task_f1, arc") as caught:
         check_suites(config, {"/tasks/my.yaml": ["my_task_f1"], "/data/arc.jsonl": ["arc", "arc-raw"]})
     assert caught.value.advice == "Did you mean 'my_task_f1'?"
+
+
+RATED = {"preferences": ["/p.jsonl#margin=ratings"]}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            {"preferences": ["/p.jsonl"], "overrides": {"reward.margin": 1}},
+            "reward.margin=1 needs a source of preferences",
+        ),
+        ({"alignment": "ppo", **RATED}, "margin= of '/p.jsonl#margin=ratings' counts nowhere, because reward.margin=0"),
+        ({"instructions": ["/a#margin=x"]}, "margin= of '/a' says how much better"),
+    ],
+)
+def test_margins_that_come_from_nowhere_or_count_nowhere_are_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        resolve({"recipe": "tiny", **values})
+
+
+def test_margins_that_count_are_part_of_what_is_curated() -> None:
+    config = resolve({"recipe": "tiny", **RATED, "overrides": {"reward.margin": 0.5}})
+    assert config.curate.preferences == ("/p.jsonl#margin=ratings",)
+    assert list(config.curate.outside_sources)[-1] == "/p.jsonl"
+    resolve({"recipe": "tiny", **RATED, "last_stage": "tokenize"})  # a later run may train on it

@@ -1,11 +1,12 @@
 """The reward model's equations against arithmetic that a reader can redo by hand."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from stages.losses.reward import bradley_terry_loss, calibration_error, pair_accuracy
+from stages.losses.reward import bradley_terry_loss, calibration_error, pair_accuracy, score_centering_loss
 
 
 def test_equal_scores_cost_ln_2_a_pair() -> None:
@@ -35,3 +36,61 @@ def test_calibration_error_by_hand() -> None:
 
 def test_a_pair_without_preference_counts_as_wrong_with_even_odds() -> None:
     assert calibration_error(torch.zeros(3)) == pytest.approx(0.5)
+
+
+def test_a_margin_asks_for_so_much_more_of_the_difference() -> None:
+    # Scores 3 and 1, margin 2: -log sigmoid(0) = ln 2; margin 0: log(1 + e^-2). Both together:
+    chosen, rejected = torch.tensor([3.0, 3.0]), torch.tensor([1.0, 1.0])
+    loss = bradley_terry_loss(chosen, rejected, margins_P=torch.tensor([2.0, 0.0]))
+    assert loss.item() == pytest.approx(math.log(2) + math.log(1 + math.exp(-2)))
+
+
+def gradients(**options: Any) -> tuple[list[float], list[float]]:
+    """Of the loss of two pairs whose scores are equal."""
+    chosen, rejected = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+    bradley_terry_loss(chosen, rejected, **options).backward()
+    assert chosen.grad is not None
+    assert rejected.grad is not None
+    return chosen.grad.tolist(), rejected.grad.tolist()
+
+
+def test_gradients_at_equal_scores_by_hand() -> None:
+    # The derivative of -log sigmoid(d - m) is -sigmoid(m - d): -1/2 without a margin, -e/(1 + e) with margin 1.
+    assert gradients() == ([-0.5, -0.5], [0.5, 0.5])
+    with_margin = math.e / (1 + math.e)
+    found = gradients(margins_P=torch.tensor([1.0, 0.0]))
+    assert found[0] == pytest.approx([-with_margin, -0.5])
+    assert found[1] == pytest.approx([with_margin, 0.5])
+    # Smoothing: (1 - e) of it and e of the exchanged pair: -0.5 x 0.9 + 0.5 x 0.1 = -0.4.
+    assert gradients(label_smoothing=0.1)[0] == pytest.approx([-0.4, -0.4])
+    assert gradients(weights_P=torch.tensor([0.25, 3.0]))[0] == pytest.approx([-0.125, -1.5])
+
+
+def test_label_smoothing_by_hand_and_where_it_is_least() -> None:
+    # Difference 2, smoothing 0.2: 0.8 log(1 + e^-2) + 0.2 log(1 + e^2).
+    loss = bradley_terry_loss(torch.tensor([2.0]), torch.tensor([0.0]), label_smoothing=0.2)
+    assert loss.item() == pytest.approx(0.8 * math.log(1 + math.exp(-2)) + 0.2 * math.log(1 + math.exp(2)))
+    # A model that knows of 20 % exchanged labels is sure to 80 %: the difference ln(0.8 / 0.2) has no gradient.
+    best = torch.tensor([math.log(4)], requires_grad=True)
+    bradley_terry_loss(best, torch.zeros(1), label_smoothing=0.2).backward()
+    assert best.grad is not None
+    assert best.grad.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_exchanged_side_of_smoothing_has_no_margin() -> None:
+    # Equal scores, margin 1, smoothing 0.25: 0.75 log(1 + e) + 0.25 ln 2.
+    zeros = torch.zeros(1)
+    loss = bradley_terry_loss(zeros, zeros, margins_P=torch.ones(1), label_smoothing=0.25)
+    assert loss.item() == pytest.approx(0.75 * math.log(1 + math.e) + 0.25 * math.log(2))
+
+
+def test_a_ranking_of_k_with_its_weights_costs_as_much_as_one_pair() -> None:
+    # Four responses with equal scores have six pairs, each of which counts 1 / (4 choose 2): ln 2 in all.
+    scores = torch.zeros(6)
+    assert bradley_terry_loss(scores, scores, weights_P=torch.full((6,), 1 / 6)).item() == pytest.approx(math.log(2))
+
+
+def test_centring_by_hand_and_weighted() -> None:
+    chosen, rejected = torch.tensor([2.0, 1.0]), torch.tensor([1.0, -1.0])
+    assert score_centering_loss(chosen, rejected).item() == 9.0
+    assert score_centering_loss(chosen, rejected, weights_P=torch.tensor([0.5, 7.0])).item() == 4.5

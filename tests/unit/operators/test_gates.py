@@ -22,7 +22,7 @@ from operators.failures import (
     StagePreempted,
     StageRetryPolicy,
 )
-from operators.gates import GateOperator, Recorded, judged, pointless, tell_mlflow
+from operators.gates import GateOperator, Recorded, _earlier, judged, pointless, tell_mlflow
 from operators.prepare import PIPELINE_RECORD, build_request, pipeline_key
 from stages.artifacts.addresses import open_store
 from stages.artifacts.store import Store, read_json, write_json
@@ -44,7 +44,7 @@ from stages.config.gate_records import (
     skipped,
 )
 from stages.config.gates import GatesConfig
-from stages.config.graph import GRAPH, REWARD_MODEL, Stage, gated_stages
+from stages.config.graph import BASE_MODEL, GRAPH, REWARD_MODEL, Stage, gated_stages
 from stages.config.pipeline import PREVIOUS
 from stages.config.request import ArtifactRef, Failure, RunInfo, sha256_of
 from stages.config.resolve import resolve
@@ -542,6 +542,31 @@ def test_a_reward_model_is_asked_about_by_the_runs_gold_scorer(world: World):
     assert (found.gold.digest, found.gold.kind) == (world.made[Stage.GOLD].digest, "gold-model")
     assert asked(Stage.GOLD).gold is None
     assert len(world.ray.jobs) == 3  # with a gold scorer the same reward model is examined again
+
+
+def test_a_run_that_starts_from_a_champion_asks_about_the_reward_model_that_this_was_trained_with(world: World):
+    world.publish()
+    champion = world.made[Stage.PPO]
+    world.values |= {"base_model": champion.uri, "train_reward": True}
+    world.given = {BASE_MODEL: champion}
+    config = resolve(world.values).with_given(world.given)
+    assert _earlier(config, Stage.REWARD) == world.made[Stage.REWARD].model_copy(
+        update={"mlflow_run_id": None, "mlflow_model_id": None}
+    )
+    assert _earlier(config, Stage.GOLD) is _earlier(config, Stage.SFT) is None
+    assert _earlier(config.with_given({BASE_MODEL: world.made[Stage.DPO]}), Stage.REWARD) is None
+    assert _earlier(config.with_given({}), Stage.REWARD) is None
+    world.store.delete(f"{champion.uri.removeprefix(world.store.root_uri + '/')}/manifest.json")
+    assert _earlier(config, Stage.REWARD) is None
+
+
+def test_a_reward_model_that_lost_clearly_is_red_in_the_record(world: World):
+    world.publish()
+    worse = {"accept/earlier_accuracy": 0.9, "accept/gain": -0.2, "accept/gain_low": -0.3, "accept/gain_high": -0.1}
+    known = Recorded(GateRequest(stage=Stage.REWARD, run=RunInfo(run_id="r", name="n"), store_uri="file:///s",
+                                 artifact=world.made[Stage.REWARD]), ())  # fmt: skip
+    record = judged(known, GatesConfig(bounds=()), Findings(metrics=worse), job="j", by="ada")
+    assert [check.name for check in record.failures] == ["earlier_reward_model"]
 
 
 def test_a_gate_of_a_stage_that_the_run_does_without_skips_itself(world: World):

@@ -10,6 +10,7 @@ from stages.data.constitution.acceptance import (
     Attempt,
     cleaned,
     copied,
+    repeated,
     similarity,
     unusable_response,
     verdict_on,
@@ -36,6 +37,9 @@ def test_shares_of_common_words_by_hand() -> None:
     assert copied("The cat sat.", "the dog never sat") == pytest.approx(2 / 3)
     assert copied("sat the", "the dog never sat") == pytest.approx(1 / 2)
     assert copied("", "anything") == 0.0
+    # Eight words have five runs of four; the fifth is the first again.
+    assert repeated("a b c d a b c d") == pytest.approx(1 / 5)
+    assert repeated("one two three") == 0.0
 
 
 def test_a_critique_and_a_revision_that_break_no_rule_are_accepted() -> None:
@@ -46,6 +50,8 @@ def test_a_critique_and_a_revision_that_break_no_rule_are_accepted() -> None:
     ("reason", "changes"),
     [
         ("no_critique", {"critique": "Yes, wrong."}),
+        ("critique_repeats_itself", {"critique": "It is a joke, no more. " * 3}),
+        ("repeats_itself", {"revision": "Air scatters blue light most. " * 3}),
         ("critique_copies_response", {"critique": "The sky is blue because it mirrors the water."}),
         ("critique_copies_request", {"critique": "What is not honest about this response?"}),
         ("critique_copies_request", {"critique": "Why is the sky blue on a clear day in summer?"}),

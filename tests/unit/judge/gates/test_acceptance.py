@@ -15,6 +15,7 @@ from stages.judge.gates.acceptance import (
     length_weight,
     wilson,
 )
+from stages.judge.gates.earlier import compared_with_earlier
 
 
 def judged(margins: Any, longer: Any = None, **fields: Any) -> JudgedPairs:
@@ -224,3 +225,15 @@ def test_a_proxy_that_agrees_with_gold_gains_and_one_that_opposes_it_loses():
     assert gained is not None
     assert lost is not None
     assert gained.low > 0 > lost.high
+
+
+def test_the_gain_over_the_earlier_model_by_hand() -> None:
+    # The new one tells 3 of 4 right, the earlier one 1 of 4 and a tie: 0.75 - 0.375.
+    earlier = np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.0, 2.0]])
+    found = compared_with_earlier(judged([1.0, 2.0, 3.0, -1.0]), earlier)
+    assert found.metrics["accept/earlier_accuracy"] == 0.375
+    assert found.metrics["accept/gain"] == 0.375
+    assert found.metrics["accept/gain_low"] < 0.375 <= found.metrics["accept/gain_high"]
+    same = compared_with_earlier(judged([1.0, -2.0]), np.array([[3.0, 0.0], [0.0, 4.0]]))
+    assert (same.metrics["accept/gain"], same.metrics["accept/gain_low"]) == (0.0, 0.0)
+    assert set(compared_with_earlier(judged([]), np.empty((0, 2))).unmeasured) == set(found.metrics)

@@ -233,10 +233,11 @@ def test_other_settings_are_other_questions_and_speed_is_none(tmp_path: Path) ->
         request("q").digest(config.model_copy(update={"endpoint": "http://127.0.0.1:2/v1"})),
         request("p").digest(config),
         request("q", number=1).digest(config),
+        request("q").digest(config.model_copy(update={"send_seed": False})),
         request("q", number=1).digest(config.model_copy(update={"send_seed": False})),
         request("q", max_tokens=9).digest(config),
     }
-    assert len({one, *different}) == 7
+    assert len({one, *different}) == 8
     assert config.identity() == config.model_copy(update={"concurrency": 9, "max_retries": 0}).identity()
     assert config.identity() != config.model_copy(update={"budget_tokens": 3}).identity()
 

@@ -25,7 +25,7 @@ from stages.train.rollout.experience import critic_quality, from_tensors, to_exp
 from stages.train.rollout.objective import PPOObjective
 from stages.train.rollout.rewards import Payment
 from stages.train.rollout.sampling import Sampled, Sampler
-from stages.train.rollout.scoring import RewardModel
+from stages.train.rollout.scoring import RewardModel, Score
 from stages.train.routing import Balancing
 from tests.small_world import CONFIGS, MODEL, make_context, make_tokens
 
@@ -99,8 +99,8 @@ def test_a_rollout_comes_back_from_a_checkpoint_with_or_without_a_critic() -> No
 class Lengths:
     """A rule: the longer the response, the better."""
 
-    def scores(self, engine: Engine, sequences: Sequence[TokenSequence]) -> list[float]:
-        return [float(sequence.loss_mask.sum()) for sequence in sequences]
+    def scores(self, engine: Engine, sequences: Sequence[TokenSequence]) -> list[Score]:
+        return [Score(float(sequence.loss_mask.sum())) for sequence in sequences]
 
     def rewards(self, scores: Sequence[float]) -> list[float]:
         return list(scores)

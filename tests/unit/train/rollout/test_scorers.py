@@ -25,6 +25,7 @@ from stages.train.rollout.experience import describe
 from stages.train.rollout.sampling import Sampler
 from stages.train.rollout.scorers.ready import ready_parts
 from stages.train.rollout.scorers.texts import Part, Parts
+from stages.train.rollout.scoring import Score
 from tests.small_world import CONFIGS, MODEL, make_context, make_models, make_tokens
 
 CONFIG: Any = CONFIGS[Stage.PPO]
@@ -33,8 +34,8 @@ CONFIG: Any = CONFIGS[Stage.PPO]
 class ByModel:
     """Stands where the reward model does: the score is the length, a reward is in units of ten."""
 
-    def scores(self, engine: Engine, sequences: Sequence[TokenSequence]) -> list[float]:
-        return [float(sequence.loss_mask.sum()) for sequence in sequences]
+    def scores(self, engine: Engine, sequences: Sequence[TokenSequence]) -> list[Score]:
+        return [Score(float(sequence.loss_mask.sum())) for sequence in sequences]
 
     def rewards(self, scores: Sequence[float]) -> list[float]:
         return [score / 10 for score in scores]
