@@ -15,6 +15,7 @@ from stages.config.estimators import GAE
 from stages.config.graph import BASE_MODEL, GOLD_MODEL, GRAPH, REWARD_MODEL, Stage
 from stages.config.rollouts import PPOConfig
 from stages.config.scorers import reads_reward_model
+from stages.data.tokens.asked import asked_of
 from stages.data.tokens.packing import RowBudget
 from stages.data.tokens.rows import DocumentRows
 from stages.data.tokens.views import Split, TokensArtifact, require
@@ -27,7 +28,6 @@ from stages.models.lora import add_adapter
 from stages.models.same_tokenizer import check_given_scorer, check_one_score, check_same_tokenizer
 from stages.train.best import BestBy, Fallback
 from stages.train.engine import Engine
-from stages.train.rollout.asked import asked_of
 from stages.train.rollout.documents import PretrainingMix
 from stages.train.rollout.gold import GOLD_SCORE, GoldWatch
 from stages.train.rollout.guards import BeforeGuards, GuardWatch
@@ -57,7 +57,8 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     keeping = Keeping(context.store, context.fingerprint, context.progress.watchdog.beat)
     parts_of_score = ready_parts(config, tokens, keeping)
     asked, heldout = (
-        asked_of(config, tokens, split, with_rows=parts_of_score is not None) for split in (Split.TRAIN, Split.HELDOUT)
+        asked_of(config.prompt_fields, tokens, split, needs=config.scorer.needs if parts_of_score else None)
+        for split in (Split.TRAIN, Split.HELDOUT)
     )
     require(len(asked.prompts), "training prompts", advice="Give instruction data, `derived`, or prompt sets.")
     mix = _mix_of(config, tokens)

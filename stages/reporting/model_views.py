@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from stages.config.base import Config
 from stages.config.evaluation import CHAMPION_ROLE
 from stages.config.graph import (
     GRAPH,
@@ -18,6 +19,8 @@ from stages.config.graph import (
 from stages.config.metrics import EVALUATION_METRICS
 from stages.config.pipeline import CONFIG_CLASSES
 from stages.config.request import Manifest
+from stages.config.rollouts import PPOConfig
+from stages.config.scorers import RewardModelScorer, described
 from stages.config.text import byte_size, duration
 from stages.config.train import Models, TrainConfig
 from stages.reporting.figures import Figure, figure_data
@@ -237,17 +240,30 @@ def _means(spec: StageSpec, manifest: Manifest) -> str:
     held = _models(spec, manifest)
     frozen = f" beside {held.frozen} frozen one{'s' * (held.frozen > 1)}" if held.frozen else ""
     models = "1 model" if held.trained == 1 else f"{held.trained} models"
-    teacher = "preference pairs" if spec.weighs == "preferences" else "the reward model"
-    return f"{spec.label} trains {models}{frozen} and learns from {teacher}."
+    return f"{spec.label} trains {models}{frozen} and learns from {_teacher(spec, manifest)}."
+
+
+def _teacher(spec: StageSpec, manifest: Manifest) -> str:
+    if spec.weighs == "preferences":
+        return "preference pairs"
+    config = _config(spec, manifest)
+    if not isinstance(config, PPOConfig) or isinstance(config.scorer, RewardModelScorer):
+        return "the reward model"
+    return f"scores ({described(config.scorer)})"
 
 
 def _models(spec: StageSpec, manifest: Manifest) -> Models:
     """What the stage held, by its settings; at most, where this version cannot read those."""
-    try:
-        config = CONFIG_CLASSES[spec.stage].model_validate(manifest.config)
-    except ValidationError:
-        config = None
+    config = _config(spec, manifest)
     return config.models if isinstance(config, TrainConfig) else Models(spec.trained_models, spec.frozen_models)
+
+
+def _config(spec: StageSpec, manifest: Manifest) -> Config | None:
+    """The settings of a stage; None where this version cannot read them."""
+    try:
+        return CONFIG_CLASSES[spec.stage].model_validate(manifest.config)
+    except ValidationError:
+        return None
 
 
 def _steps(manifest: Manifest) -> str:

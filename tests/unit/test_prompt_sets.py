@@ -3,21 +3,28 @@
 import gzip
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 
 from stages import tokenize
 from stages.config.curate import CurateConfig
 from stages.config.errors import DataError
+from stages.config.gate_records import Outcome
 from stages.config.graph import Stage
-from stages.config.scorers import NumberRule
 from stages.config.tokens import TokenizeConfig
+from stages.data.tokens.asked import asked_of
+from stages.data.tokens.packing import all_targets, lay_out
 from stages.data.tokens.views import Split, TokensArtifact
-from stages.train.rollout.asked import asked_of
+from stages.judge.gates.again import measured_again
+from stages.judge.gates.computing import Computing
+from stages.models.build import new_causal_lm
+from stages.models.forward import next_token_loss_sum
 from tests.curating import PLAIN, curated, rows_of, write_jsonl
 from tests.places import REPOSITORY
-from tests.small_world import CONFIGS, make_context, published, write_curated
+from tests.small_world import MODEL, make_context, published, write_curated
 
 GSM8K = REPOSITORY.parent / "shared" / "data" / "eval" / "gsm8k_test.jsonl.gz"
 TOKENIZE = TokenizeConfig(vocab_size=300, sequence_length=64, max_prompt_length=40, bpe_train_bytes=10_000)
@@ -103,26 +110,40 @@ def test_prompts_are_tokenized_with_their_rows_and_their_ledger_conserves(tmp_pa
     assert (account["dropped.prompt_too_long"], account["dropped.repeated"]) == (1, 1)
     lost = account["dropped_tokens.prompt_too_long"] + account["dropped_tokens.repeated"]
     assert account["tokens_in"] == account["masked_tokens"] + lost
-    config: Any = CONFIGS[Stage.PPO].model_copy(update={"scorer": NumberRule(), "prompts_from": "prompts"})
-    asked = asked_of(config, tokens, Split.TRAIN, with_rows=True)
+    asked = asked_of(("prompts",), tokens, Split.TRAIN, needs=("reference",))
     assert [one.reference for one in asked.rows] == [("4",), ("6",)]
     decoded = [tokens.tokenizer().decode(asked.prompts[number].tolist()) for number in range(len(asked.prompts))]
     assert ["2 + 2?" in decoded[0], "3 + 3?" in decoded[1]] == [True, True]
-    both = config.model_copy(update={"prompts_from": "both"})
-    joined = asked_of(both, tokens, Split.TRAIN, with_rows=False)
+    joined = asked_of(("instructions", "prompts"), tokens, Split.TRAIN)
     assert joined.counts == {"prompts": len(tokens.prompts(Split.TRAIN)), "prompt_sets": 2}
     assert joined.prompts[len(joined.prompts) - 1].tolist() == asked.prompts[1].tolist()
-    with_texts = asked_of(
-        config.model_copy(update={"prompts_from": "instructions"}), tokens, Split.TRAIN, with_rows=True
-    )
+    with_texts = asked_of(("instructions",), tokens, Split.TRAIN, needs=())
     assert with_texts.rows[0].prompt.startswith("What does `")
+
+
+def test_the_gate_measures_the_held_out_prompts_that_training_asked(tmp_path: Path) -> None:
+    _, tokens = tokenized(tmp_path, [row("2 + 2?", "4"), row("3 + 3?", "6")])
+    model = new_causal_lm(MODEL, tokens, seed=3).eval()
+    asked = tokens.prompts(Split.HELDOUT), asked_of(("prompts",), tokens, Split.HELDOUT).prompts
+    computing = Computing(torch.device("cpu"), row_length=64, max_rows=4, pad_id=tokens.pad_id)
+    for field, prompts in zip(("instructions", "prompts"), asked, strict=True):
+        packed = lay_out([all_targets(prompts[number]) for number in range(len(prompts))])
+        with torch.no_grad():
+            loss = float(next_token_loss_sum(model, packed)) / packed.num_targets
+        manifest = SimpleNamespace(
+            stage=Stage.PPO,
+            config={"eval_items": 100, "prompts_from": field},
+            metrics={"eval/prompt_loss": loss},
+            execution={"compute_dtype": "float32"},
+        )
+        check = measured_again(cast(Any, manifest), model, tokens, computing, inputs={}, rows=cast(Any, []))
+        assert check.outcome is Outcome.PASSED, (field, check)
 
 
 def test_rows_that_lack_what_the_scorer_needs_are_counted_in_the_refusal(tmp_path: Path) -> None:
     _, tokens = tokenized(tmp_path, [row("2 + 2?", "4"), row("3 + 3?"), row("4 + 4?")])
-    config: Any = CONFIGS[Stage.PPO].model_copy(update={"scorer": NumberRule(), "prompts_from": "prompts"})
     with pytest.raises(DataError, match=r"2 of 3 train prompts have no reference, which ppo\.scorer needs"):
-        asked_of(config, tokens, Split.TRAIN, with_rows=True)
+        asked_of(("prompts",), tokens, Split.TRAIN, needs=("reference",))
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="the shared data is not here")

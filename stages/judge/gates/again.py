@@ -8,9 +8,10 @@ import numpy as np
 from torch import nn
 
 from stages.config.gate_records import Check, skipped
-from stages.config.graph import Stage
+from stages.config.graph import INSTRUCTIONS, Stage
 from stages.config.request import Manifest
-from stages.config.rollouts import PROMPT_LOSS
+from stages.config.rollouts import PROMPT_FIELDS, PROMPT_LOSS
+from stages.data.tokens.asked import asked_of
 from stages.data.tokens.packing import RowBudget, TokenSequence, all_targets
 from stages.data.tokens.views import PairView, Split, TokensArtifact, evenly
 from stages.judge.gates import heldout
@@ -42,7 +43,8 @@ def measured_again(
             chosen = evenly(len(rows), at_most=_eval_items(manifest)) if len(rows) else np.empty(0, dtype=np.int64)
             return _loss_again(manifest, "eval/loss", model, [rows[int(index)] for index in chosen], computing)
         case Stage.PPO:
-            prompts = tokens.prompts(Split.HELDOUT)
+            asked = PROMPT_FIELDS[manifest.config.get("prompts_from", INSTRUCTIONS)]
+            prompts = asked_of(asked, tokens, Split.HELDOUT).prompts
             chosen = evenly(len(prompts), at_most=_eval_items(manifest))
             sequences = [all_targets(prompts[int(index)]) for index in chosen]
             # In rows that bound the memory; which prompts share one does not matter.

@@ -14,6 +14,7 @@ from torch import nn
 
 from stages.config.estimators import GAE, Reinforce
 from stages.config.rollouts import LossOver, PPOConfig
+from stages.data.tokens.asked import Prompts
 from stages.data.tokens.packing import Packed, TokenSequence, lay_out
 from stages.data.tokens.views import evenly
 from stages.losses.advantages import decayed
@@ -23,7 +24,6 @@ from stages.train.engine import Engine, LossOutput
 from stages.train.objective import ObjectiveState, Step
 from stages.train.plan import batches, order_digest, share, shuffled
 from stages.train.rollout.agreement import agreement, check
-from stages.train.rollout.asked import Prompts
 from stages.train.rollout.documents import PretrainingMix, with_field
 from stages.train.rollout.experience import critic_quality, describe, from_tensors, to_experience, to_tensors
 from stages.train.rollout.prompts import prompt_loss

@@ -102,7 +102,9 @@ def test_code_that_waits_or_ignores_its_limit_is_ended() -> None:
 def test_output_and_forged_verdicts_do_not_count() -> None:
     flood = "import os\nprint('x' * 10**7)\nfor number in range(3, 64):\n    try:\n        os.write(number, {!r})\n"
     flood += "    except OSError:\n        pass"
-    assert reasons(flood.format(b'["", 0, ""]\n' * 1000), "assert False") == ("AssertionError",)
+    forged = flood.format(b'["", 0, ""]\n' * 1000)
+    assert reasons(forged, "assert False") == ("AssertionError",)
+    assert reasons(f"{forged}\nos._exit(0)", "assert False") == ("ended_early",)
 
 
 def test_without_tests_there_is_no_value() -> None:

@@ -10,7 +10,6 @@ import numpy as np
 
 from stages.config.errors import DataError
 from stages.config.graph import INSTRUCTIONS, PROMPTS
-from stages.config.rollouts import PPOConfig
 from stages.data.tokens.prompt_sets import read_prompt_set
 from stages.data.tokens.views import Split, TokensArtifact, require
 from stages.rules.ready import Row
@@ -49,37 +48,36 @@ class Asked:
     """How many come from where, for the ledger."""
 
 
-def asked_of(config: PPOConfig, tokens: TokensArtifact, split: Split, *, with_rows: bool) -> Asked:
-    """Return the prompts of a split. `with_rows` also what scorers of texts need; raises DataError where that is not
-    there."""
+def asked_of(
+    fields: Sequence[str], tokens: TokensArtifact, split: Split, *, needs: Sequence[str] | None = None
+) -> Asked:
+    """Return the prompts of a split, of these fields of the form. With `needs` also their rows, for scorers that read
+    texts; raises DataError where a row lacks one of them."""
     parts: list[Asked] = []
-    if INSTRUCTIONS in config.prompt_fields:
+    if INSTRUCTIONS in fields:
         found = tokens.prompts(split)
-        parts.append(Asked(found, _texts(tokens, split, len(found)) if with_rows else (), {"prompts": len(found)}))
-    if PROMPTS in config.prompt_fields:
-        parts.append(_of_prompt_sets(config, tokens, split, with_rows=with_rows))
+        parts.append(
+            Asked(found, _texts(tokens, split, len(found)) if needs is not None else (), {"prompts": len(found)})
+        )
+    if PROMPTS in fields:
+        parts.append(_of_prompt_sets(tokens, split, needs))
     if len(parts) == 1:
         return parts[0]
     one, two = parts
     return Asked(Joined(one.prompts, two.prompts), [*one.rows, *two.rows], one.counts | two.counts)
 
 
-def _of_prompt_sets(config: PPOConfig, tokens: TokensArtifact, split: Split, *, with_rows: bool) -> Asked:
+def _of_prompt_sets(tokens: TokensArtifact, split: Split, needs: Sequence[str] | None) -> Asked:
     given = read_prompt_set(tokens.folder, split)
     if split is Split.TRAIN:
         require(len(given), "prompts of prompt sets", advice="Give some (prompts), or ppo.prompts_from=instructions.")
-    if with_rows:
-        _require_what_scorers_need(config, given.rows, split)
-    return Asked(given.prompts, given.rows if with_rows else (), {"prompt_sets": len(given)})
-
-
-def _require_what_scorers_need(config: PPOConfig, rows: Sequence[Row], split: Split) -> None:
-    for need in config.scorer.needs:
-        if lacking := sum(not getattr(row, need) for row in rows):
+    for need in needs or ():
+        if lacking := sum(not getattr(row, need) for row in given.rows):
             raise DataError(
-                f"{lacking} of {len(rows)} {split} prompts have no {need}, which ppo.scorer needs of each",
+                f"{lacking} of {len(given)} {split} prompts have no {need}, which ppo.scorer needs of each",
                 advice=f"Add the field {need!r} to the rows, or leave those rows out.",
             )
+    return Asked(given.prompts, given.rows if needs is not None else (), {"prompt_sets": len(given)})
 
 
 def _texts(tokens: TokensArtifact, split: Split, number: int) -> list[Row]:
