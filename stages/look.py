@@ -257,7 +257,7 @@ class _Looker:
         try:
             check_same_tokenizer(self._folder, policy.backend, role=GOLD_MODEL)
         except ConfigError:
-            if self._config.ppo.gold_patience:
+            if self._config.ppo.needs_gold:
                 raise
             note = "its tokenizer is not the policy's: it judges in `evaluate`, and not while PPO trains"
             self._notes.append(note)

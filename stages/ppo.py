@@ -26,14 +26,17 @@ from stages.models.experts import routing_of
 from stages.models.generation import Sampling
 from stages.models.lora import add_adapter
 from stages.models.same_tokenizer import check_given_scorer, check_one_score, check_same_tokenizer
+from stages.train.best import BestBy, Fallback
 from stages.train.engine import Engine
 from stages.train.rollout.documents import PretrainingMix
-from stages.train.rollout.gold import GoldWatch
+from stages.train.rollout.gold import GOLD_SCORE, GoldWatch
+from stages.train.rollout.guards import BeforeGuards, GuardWatch
 from stages.train.rollout.objective import PPOObjective
 from stages.train.rollout.reading import reading_of, scale_of
 from stages.train.rollout.sampling import Sampler
 from stages.train.rollout.scorers.ready import Keeping, ready_parts
 from stages.train.rollout.scoring import Reading, RewardModel
+from stages.train.rollout.watch import Watch
 from stages.train.routing import Balancing
 from stages.train.run import Prepared, train_stage
 
@@ -60,8 +63,9 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
     require(len(asked.prompts), "training prompts", advice="Give instruction data, `derived`, or prompt sets.")
     mix = _mix_of(config, tokens)
     gold = _gold_of(context, tokens)
-    if config.gold_patience:
-        advice = "Hold out a larger share of the data, or set ppo.gold_patience=0."
+    guards = GuardWatch(config) if config.guards.configured else None
+    if needs_gold := config.needs_gold:
+        advice = f"Hold out a larger share of the data, or set ppo.{needs_gold.split('=')[0]}=0."
         require(len(heldout.prompts), "held-out prompts", advice=advice)
     start_dir = context.model_dir("model", BASE_MODEL)
     reward_dir = context.model_dir("reward", REWARD_MODEL) if reads_reward_model(config.scorer) else None
@@ -96,13 +100,16 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         )
         balancing = Balancing(policy=routing_of(policy), critic=routing_of(critic) if critic is not None else None)
         watch = gold.watch(engine, tokens, budget, config)
+        watches: list[Watch] = [watch] if watch is not None else []
+        if guards is not None:  # after the gold scorer, whose scores one of them reads
+            watches.append(guards)
         return PPOObjective(
             config,
             sampler,
             prompts=asked.prompts,
             heldout=heldout.prompts,
             balancing=balancing,
-            watches=[watch] if watch is not None else [],
+            watches=watches,
             mix=mix,
             rows=asked.rows,
             heldout_rows=heldout.rows,
@@ -116,7 +123,16 @@ def prepare(context: StageContext, tokens: TokensArtifact) -> Prepared:
         objective=objective,
         exported="policy",
         ledger={**asked.counts, **({"gold_not_measured": gold.missing} if gold.missing else {})},
+        fallback=_fallback(config, guards, has_gold=gold.folder is not None and bool(len(heldout.prompts))),
     )
+
+
+def _fallback(config: PPOConfig, guards: GuardWatch | None, *, has_gold: bool) -> Fallback | None:
+    """What a stopped training goes back to: the weights that gold liked best, where there is a gold scorer."""
+    if guards is None or not config.guards.stopping:
+        return None
+    by = BestBy(GOLD_SCORE, highest=True, every=config.eval_every) if has_gold else BestBy.of(config)
+    return BeforeGuards(guards, by, config)
 
 
 def _mix_of(config: PPOConfig, tokens: TokensArtifact) -> PretrainingMix | None:
@@ -162,11 +178,11 @@ class _Gold:
 
 def _gold_of(context: StageContext, tokens: TokensArtifact) -> _Gold:
     """Find it; one with a tokenizer of its own judges in `evaluate` alone, which has the texts. Raises ConfigError when
-    `gold_patience` then has nothing to go by."""
+    `gold_patience` or a guard then has nothing to go by."""
     config = context.config
     assert isinstance(config, PPOConfig)
     if not (context.has_given(GOLD_MODEL) or _GOLD in context.inputs):
-        found = _Gold(missing="the run has no gold scorer" if config.gold_patience else "")
+        found = _Gold(missing="the run has no gold scorer" if config.needs_gold else "")
     else:
         folder = context.model_dir(_GOLD, GOLD_MODEL)
         found = _Gold(folder)
@@ -176,9 +192,10 @@ def _gold_of(context: StageContext, tokens: TokensArtifact) -> _Gold:
                 check_same_tokenizer(folder, tokens.tokenizer(), role=GOLD_MODEL)
             except ConfigError as error:
                 found = _Gold(missing=error.message)
-    if found.missing and config.gold_patience:
+    if found.missing and (needs_gold := config.needs_gold):
+        off = needs_gold.split("=")[0]
         raise ConfigError(
-            f"ppo.gold_patience={config.gold_patience} needs a gold scorer with the policy's ids: {found.missing}",
-            advice="Use gold_scorer=train, give a gold_model with the policy's tokenizer, or set ppo.gold_patience=0.",
+            f"ppo.{needs_gold} needs a gold scorer with the policy's ids: {found.missing}",
+            advice=f"Use gold_scorer=train, give a gold_model with the policy's tokenizer, or set ppo.{off}=0.",
         )
     return found

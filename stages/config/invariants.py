@@ -17,7 +17,7 @@ from stages.config.gate_ledgers import (
     tokenized,
     trained_on,
 )
-from stages.config.gate_records import Check, compared, failed, skipped
+from stages.config.gate_records import Check, compared, failed, passed, skipped
 from stages.config.gate_start import initial_facts
 from stages.config.gates import (
     BALANCED_LOW,
@@ -34,7 +34,7 @@ from stages.config.gates import (
     parse_bounds,
 )
 from stages.config.graph import GRAPH, Stage
-from stages.config.request import ArtifactRef
+from stages.config.request import ArtifactRef, Manifest
 
 
 def recorded_checks(evidence: Evidence, expected: Mapping[str, ArtifactRef]) -> list[Check]:
@@ -55,6 +55,7 @@ def recorded_checks(evidence: Evidence, expected: Mapping[str, ArtifactRef]) -> 
             checks += _evaluated(evidence)
         case _ if GRAPH[stage].trains:
             checks += [*_tokenizer(evidence), *trained_on(evidence), *initial_facts(evidence)]
+            checks += guarded(evidence.manifest)
     return checks
 
 
@@ -82,6 +83,22 @@ def _inputs(evidence: Evidence, expected: Mapping[str, ArtifactRef]) -> Iterable
     missing = [role for role in expected if role not in {entry.role for entry in evidence.manifest.inputs}]
     for role in missing:
         yield failed(f"input_{role}", "the artifact was made without it", f"the run gives {role}", REBUILD)
+
+
+def guarded(manifest: Manifest) -> Iterable[Check]:
+    """What guards of the training said. That one stopped it makes no gate red: its model is from before."""
+    guards = manifest.ledger.get("guards")
+    if not isinstance(guards, Mapping):
+        return
+    if stopped := guards.get("stopped"):
+        made = manifest.ledger.get("steps")
+        taken = manifest.ledger.get("model_step", made)
+        yield passed("guards", f"stopped training after step {made}; the model is that of step {taken}: {stopped}")
+    elif events := guards.get("events"):
+        names = ", ".join(dict.fromkeys(str(event.get("guard")) for event in events))
+        yield passed("guards", f"did not stop the training; warned: {names}")
+    else:
+        yield passed("guards", "neither warned nor stopped the training")
 
 
 def _tokenizer(evidence: Evidence) -> Iterable[Check]:

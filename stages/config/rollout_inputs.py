@@ -9,12 +9,13 @@ def refuse_what_rollouts_lack(config: PipelineConfig) -> None:
     """Raise ConfigError for settings of PPO whose scorer or data the run does not have."""
     if Stage.PPO not in config.selected:
         return
-    patience, mixed = config.ppo.gold_patience, config.ppo.pretraining_coefficient
+    watching, mixed = config.ppo.needs_gold, config.ppo.pretraining_coefficient
     has_gold = GOLD_MODEL in config.given_roles(Stage.PPO) or Stage.GOLD in config.stage_inputs(Stage.PPO).values()
-    if patience and not has_gold:
+    if watching and not has_gold:
+        off = watching.split("=")[0]
         raise ConfigError(
-            f"ppo.gold_patience={patience} needs a gold scorer, and this run has none",
-            advice="Use gold_scorer=train, give a gold_model with the policy's tokenizer, or set ppo.gold_patience=0.",
+            f"ppo.{watching} needs a gold scorer, and this run has none",
+            advice=f"Use gold_scorer=train, give a gold_model with the policy's tokenizer, or set ppo.{off}=0.",
         )
     if mixed and not (config.curate.documents or config.previous_data):
         raise ConfigError(

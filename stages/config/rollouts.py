@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from stages.config.base import AddedLater, Choice, Config
 from stages.config.estimators import GAE, Estimator
 from stages.config.graph import INSTRUCTIONS, PROMPTS
+from stages.config.guards import GuardsConfig
 from stages.config.scorers import RewardModelScorer, ScorerConfig, described, reads_reward_model
 from stages.config.train import Models, PostTrainConfig
 
@@ -119,6 +120,8 @@ class PPOConfig(PostTrainConfig):
     """Evaluations in a row at which the score of the gold scorer fell while that of the reward model rose, after which
     training ends; 0 = it never does. The model has the last weights, or those that `best_metric` chooses, such as
     `eval/gold_score` with `best_is` highest. Needs a gold scorer with the policy's tokenizer, and `eval_every`."""
+    guards: Annotated[GuardsConfig, AddedLater(GuardsConfig())] = GuardsConfig()
+    """What is watched while training, with limits to warn and to stop at."""
 
     aggregation: Annotated[Aggregation, AddedLater("mean")] = "mean"
     """What an ensemble of reward models says of a response: the `mean` of its members' scores, their `minimum`, or the
@@ -141,6 +144,21 @@ class PPOConfig(PostTrainConfig):
     @property
     def prompts_per_rollout(self) -> int:
         return self.rollout_size // self.estimator.responses_per_prompt
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps over each rollout; `global_batch_size` divides `rollout_size`, so every epoch sees each
+        response once."""
+        return self.num_epochs * (self.rollout_size // self.global_batch_size)
+
+    @property
+    def needs_gold(self) -> str:
+        """The setting that needs a gold scorer, with its value; empty when none does."""
+        if self.gold_patience:
+            return f"gold_patience={self.gold_patience}"
+        guard = self.guards.gold
+        name = "stop" if guard.stop else "warn"
+        return f"guards.gold.{name}={getattr(guard, name):g}" if guard.on else ""
 
     @property
     def models(self) -> Models:
@@ -180,11 +198,25 @@ class PPOConfig(PostTrainConfig):
         return self
 
     @model_validator(mode="after")
-    def _patience_needs_evaluations(self) -> "PPOConfig":
-        if self.gold_patience and not self.eval_every:
+    def _watching_needs_evaluations(self) -> "PPOConfig":
+        why = "without evaluations on the way nothing is seen to fall"
+        needing = self.needs_gold
+        if not needing:
+            needing, why = self.guards.stopping, "without evaluations on the way there are no weights to go back to"
+        if needing and not self.eval_every:
+            name = needing.split("=")[0]
+            raise ValueError(f"{needing} needs eval_every >= 1, got 0: {why}; set eval_every, or {name} to 0")
+        return self
+
+    @model_validator(mode="after")
+    def _groups_have_several(self) -> "PPOConfig":
+        guard = self.guards.groups
+        if guard.on and self.estimator.responses_per_prompt < 2:
+            name = "stop" if guard.stop else "warn"
             raise ValueError(
-                f"gold_patience={self.gold_patience} needs eval_every >= 1, got 0: without evaluations on the way "
-                "nothing is seen to fall; set eval_every, or gold_patience to 0"
+                f"guards.groups.{name}={getattr(guard, name):g} needs estimator.responses_per_prompt >= 2, got "
+                f"{self.estimator.responses_per_prompt}: one response is no group; raise it, or set "
+                f"guards.groups.{name} to 0"
             )
         return self
 

@@ -1,9 +1,9 @@
 """Which step was the best on held-out data: a function of the metrics so far, so a resume need not remember it."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from stages.config.errors import ConfigError
 from stages.config.train import TrainConfig
@@ -47,3 +47,20 @@ class BestBy:
         value = float(row[self.metric])
         # NaN compares false with everything and would stay the best for ever if it came first.
         return -math.inf if math.isnan(value) else value if self.highest else -value
+
+
+class Fallback(Protocol):
+    """Which step's weights become the model where something went wrong on the way, whatever is the best otherwise."""
+
+    @property
+    def tripped(self) -> bool:
+        """Whether it did."""
+        ...
+
+    def step(self, history: Sequence[Mapping[str, Any]]) -> int | None:
+        """Return the step to go back to; None when there is none and the last weights are the model."""
+        ...
+
+    def kept(self, history: Sequence[Mapping[str, Any]]) -> set[int]:
+        """Return the steps that may yet be gone back to, by the metrics so far; their checkpoints are kept."""
+        ...

@@ -25,7 +25,7 @@ from safetensors.torch import load, save, save_file
 from stages.artifacts.manifests import hash_file
 from stages.artifacts.store import Store, write_json
 from stages.config.errors import ConfigError, DataError, StageError
-from stages.train.best import BestBy
+from stages.train.best import BestBy, Fallback
 from stages.train.objective import ObjectiveState
 from stages.train.ranks import Processes
 from stages.train.shards import Box, Piece, Readable, SavedState, StoredPiece
@@ -92,13 +92,17 @@ class Checkpointer:
         keep: int,
         processes: Processes,
         best: BestBy | None = None,
+        fallback: Fallback | None = None,
         trained_on: Mapping[str, str] | None = None,
         before_publishing: Callable[[], None] = lambda: None,
     ) -> None:
-        """Keep the `keep` newest and the best; `trained_on` names what a resumed training must share with the one that
-        saved; `before_publishing` raises when this process may not write any more."""
+        """Keep the `keep` newest, the best, and what `fallback` may go back to.
+
+        `trained_on` names what a resumed training must share with the one that saved; `before_publishing` raises when
+        this process may not write any more.
+        """
         self._store, self._keep, self._processes = store, keep, processes
-        self._best, self._trained_on = best, dict(trained_on or {})
+        self._best, self._fallback, self._trained_on = best, fallback, dict(trained_on or {})
         self._before_publishing = before_publishing
         self._prefix = f"checkpoints/{fingerprint}"
         self._writer: threading.Thread | None = None
@@ -143,11 +147,12 @@ class Checkpointer:
 
     def is_best(self, step: int, history: list[dict[str, Any]]) -> bool:
         """Whether this step's weights would become the model if nothing better came."""
-        return self._best is not None and self._best.step(history) == step
+        return step in self._wanted(history)
 
     def best(self, history: list[dict[str, Any]]) -> SavedCheckpoint | None:
         """Return the best step's checkpoint; None when the last weights are the ones."""
-        step = self._best.step(history) if self._best else None
+        decides = self._fallback if self._fallback is not None and self._fallback.tripped else self._best
+        step = decides.step(history) if decides is not None else None
         if step is None or step == history[-1]["step"]:
             return None
         try:
@@ -157,6 +162,12 @@ class Checkpointer:
                 f"the best checkpoint, {self._prefix}/{_folder(step)}, is damaged: {error}",
                 advice=f"Delete {self._store.root_uri}/{self._prefix} to train anew.",
             ) from error
+
+    def _wanted(self, history: list[dict[str, Any]]) -> set[int]:
+        """The steps that may become the model, by the metrics so far."""
+        best = self._best.step(history) if self._best is not None else None
+        kept = self._fallback.kept(history) if self._fallback is not None else set()
+        return kept | ({best} if best is not None else set())
 
     def _steps(self) -> list[int]:
         found = (_STEP.fullmatch(key.removeprefix(self._prefix)) for key in self._store.list(self._prefix))
@@ -216,9 +227,9 @@ class Checkpointer:
         self._remove_superseded(checkpoint.history)
 
     def _remove_superseded(self, history: list[dict[str, Any]]) -> None:
-        best = self._best.step(history) if self._best else None
+        wanted = self._wanted(history)
         for old in self._steps()[: -self._keep]:
-            if old != best:
+            if old not in wanted:
                 # The record first: without it a half-deleted folder is no checkpoint.
                 self._store.delete(f"{self._prefix}/{_folder(old)}/{_RECORD}")
                 self._store.delete(f"{self._prefix}/{_folder(old)}")

@@ -86,20 +86,20 @@ def train(
             "train/checkpoint_blocked_seconds": blocked,
         }
         last = now
-        if evaluated := _due(step, config.eval_every, objective.num_steps):
+        num_steps = step if item.is_last else objective.num_steps
+        if evaluated := _due(step, config.eval_every, num_steps):
             with engine.averaged():
                 metrics |= objective.evaluate(engine)
             last = clock()  # evaluation is not training: it must not lower the next step's tokens a second
         # The first step is always logged: what its loss must be is known exactly, and a gate looks.
-        if evaluated or step == 1 or _due(step, execution.log_every, objective.num_steps):
+        if evaluated or step == 1 or _due(step, execution.log_every, num_steps):
             history.append({"step": step, **metrics})
             report(metrics | timing, step=step, num_steps=objective.num_steps)
             blocked = 0.0
         ask = asked()
         due = _is_multiple(step, execution.checkpoint_every) or (evaluated and checkpointer.is_best(step, history))
         # None after the last step: the artifact comes next. But one that was asked for, because the process is going.
-        is_last = step == objective.num_steps
-        if ask is not Ask.NOTHING or (saves_last if is_last else due):
+        if ask is not Ask.NOTHING or (saves_last if step == num_steps else due):
             started = clock()
             checkpointer.wait()
             state = Checkpoint(step, engine.state_dict(), objective.state_dict(), guard.state_dict(), list(history))

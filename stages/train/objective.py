@@ -23,6 +23,8 @@ class Step:
     """False on a rank that a small last step leaves without items: it joins the collectives and counts nothing."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Numbers that belong to the step as a whole, already the same on every rank (a rollout's, say)."""
+    is_last: bool = False
+    """Whether the objective ends with this step, whatever `num_steps` says: it is evaluated and logged as the last."""
     rate_factors: Mapping[str, float] = field(default_factory=dict)
     """Factors on the learning rate of single parts in this step, by their names."""
     observe: Callable[[Tensor], dict[str, float]] = _observe_nothing

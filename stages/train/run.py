@@ -21,7 +21,7 @@ from stages.job.workers import launch
 from stages.models.build import save_model
 from stages.models.dropout import largest_dropout
 from stages.models.precision import compute_dtype
-from stages.train.best import BestBy
+from stages.train.best import BestBy, Fallback
 from stages.train.checkpoint import Checkpointer
 from stages.train.engine import Engine
 from stages.train.engines.choose import make_engine
@@ -47,6 +47,8 @@ class Prepared:
     scores: Callable[[Engine], Scores] | None = None
     """What the trained model scores, where it is one that scores, for the statistics that lie next to it."""
     ledger: dict[str, Any] = field(default_factory=dict)
+    fallback: Fallback | None = None
+    """Whose weights become the model where the objective ended because something went wrong."""
 
 
 Prepare = Callable[[StageContext, TokensArtifact], Prepared]
@@ -119,6 +121,7 @@ def train_model(context: StageContext, prepare: Prepare, place: Place = ALONE) -
         keep=execution.keep_checkpoints,
         processes=engine.processes,
         best=BestBy.of(config),
+        fallback=prepared.fallback,
         trained_on=_trained_on(context, objective),
         before_publishing=context.check_lease,
     )
@@ -145,7 +148,7 @@ def train_model(context: StageContext, prepare: Prepare, place: Place = ALONE) -
         _export(context.output_dir, prepared, weights, history, tokens)
     outcome = StageOutcome(
         metrics={name: value for name, value in chosen.items() if name != "step"},
-        ledger=prepared.ledger | objective.ledger | {"steps": history[-1]["step"]} | unmeasured,
+        ledger=prepared.ledger | objective.ledger | _steps(history, chosen) | unmeasured,
         execution={
             "device": engine.device.type,
             "compute_dtype": str(dtype).removeprefix("torch."),
@@ -172,6 +175,12 @@ def _choose(engine: Engine, checkpointer: Checkpointer, history: list[dict[str, 
     engine.load_state_dict(best.engine)
     logger.info("the model is that of step %d, the best one", best.step)
     return next(row for row in history if row["step"] == best.step)
+
+
+def _steps(history: list[dict[str, Any]], chosen: dict[str, Any]) -> dict[str, int]:
+    """How many steps were made, and after which the model was taken, where it was not the last."""
+    made, taken = history[-1]["step"], chosen["step"]
+    return {"steps": made, **({"model_step": taken} if taken != made else {})}
 
 
 def _check_size(objective: Objective, context: StageContext) -> None:

@@ -64,7 +64,7 @@ def test_gold_scores_every_evaluation_and_changes_no_bit_of_the_training(
 ) -> None:
     alone = run_training(tmp_path / "alone", Stage.PPO, CONFIG, inputs)
     watched = run_training(tmp_path / "watched", Stage.PPO, CONFIG, {**inputs, "gold": opposite})
-    same_training(alone, watched, but=frozenset({"eval/gold_score", "eval/gold_falls"}))
+    same_training(alone, watched, but=frozenset({"eval/gold_score", "eval/gold_score_std", "eval/gold_falls"}))
     measured = [row for row in watched.history if "eval/score" in row]
     assert [row["step"] for row in measured] == [4, 8, 12]
     for row in measured:

@@ -16,6 +16,7 @@ from stages.train.plan import share
 from stages.train.rollout.sampling import Sampled
 from stages.train.rollout.scoring import Scorer
 
+GOLD_SCORE, GOLD_SPREAD = "eval/gold_score", "eval/gold_score_std"
 STATE = "gold_scores"
 """Name of its numbers in checkpoints; a training without a gold scorer has none."""
 
@@ -30,22 +31,26 @@ class GoldWatch:
         self._before: tuple[float, float] | None = None
         self._falls = 0
 
-    def after_rollout(self, samples: Sequence[Sampled], metrics: Mapping[str, float]) -> dict[str, float]:
+    def after_rollout(
+        self, engine: Engine, samples: Sequence[Sampled], metrics: Mapping[str, float]
+    ) -> dict[str, float]:
         return {}  # the policy learns from these; gold is for what it does not
 
     def after_evaluation(
         self, engine: Engine, samples: Sequence[Sampled], metrics: Mapping[str, float]
     ) -> dict[str, float]:
-        """Return the mean gold score, the same on every rank; `samples` are the whole evaluation, on every rank."""
+        """Return mean and spread of the gold scores, the same on every rank; `samples` are the whole evaluation, on
+        every rank."""
         everything = np.arange(len(samples))
         mine = share(everything, rank=engine.rank, world_size=engine.world_size)
         # A rank without a response scores one all the same, for the collectives, and it is not counted.
         chosen = [samples[int(number)] for number in (mine if len(mine) else everything[:1])]
         scores = self._scorer.scores(engine, [prompt_and_response(one.prompt, one.response) for one in chosen])
         numbered = list(zip(mine.tolist(), [score.value for score in scores[: len(mine)]], strict=True))
-        gold = float(np.mean([score for _, score in sorted(engine.gather(numbered))]))
+        golds = [score for _, score in sorted(engine.gather(numbered))]
+        gold = float(np.mean(golds))
         self._compare(float(np.mean([sample.score for sample in samples])), gold)
-        return {"eval/gold_score": gold, "eval/gold_falls": float(self._falls)}
+        return {GOLD_SCORE: gold, GOLD_SPREAD: float(np.std(golds)), "eval/gold_falls": float(self._falls)}
 
     def _compare(self, proxy: float, gold: float) -> None:
         if self._before is not None:
@@ -65,6 +70,10 @@ class GoldWatch:
             f"the gold score fell (to {gold:.4g}) while the score rose (to {proxy:.4g}) in {self._falls} evaluations "
             f"in a row (ppo.gold_patience={self._patience})"
         )
+
+    @property
+    def ledger(self) -> dict[str, Any]:
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return {STATE: {"before": self._before and list(self._before), "falls": self._falls}}

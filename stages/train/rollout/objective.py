@@ -61,8 +61,7 @@ class PPOObjective:
         self._rows, self._heldout_rows = rows, heldout_rows
         self._balancing, self._watches, self._mix = balancing, tuple(watches), mix
         self._payment = Payment(config)
-        # `global_batch_size` divides `rollout_size`: every epoch over a rollout sees each response once.
-        self._steps_per_rollout = config.num_epochs * (config.rollout_size // config.global_batch_size)
+        self._steps_per_rollout = config.steps_per_rollout
         self.num_steps, self.tokens_per_step = config.num_rollouts * self._steps_per_rollout, 0
         # Responses depend on the weights, so only the order of prompts can be promised; one epoch's stands for all.
         self.order = order_digest([shuffled(len(prompts), seed=config.seed, epoch=0)])
@@ -121,7 +120,7 @@ class PPOObjective:
             **critic_quality(self._experience),
         }
         for watch in self._watches:
-            self._rollout_metrics |= watch.after_rollout(samples, self._rollout_metrics)
+            self._rollout_metrics |= watch.after_rollout(engine, samples, self._rollout_metrics)
         self._learn_from(self._rollout_metrics)
 
     def _learn_from(self, rollout: dict[str, float]) -> None:
@@ -171,7 +170,12 @@ class PPOObjective:
             sequences = self._mixed(self._mix, sequences, indices, engine)
         micro_batches = [lay_out(part) for part in self._sampler.budget.cut(sequences)]
         return Step(
-            micro_batches, counted=len(mine) > 0, metrics=dict(self._rollout_metrics), rate_factors=self._rate_factors()
+            micro_batches,
+            counted=len(mine) > 0,
+            metrics=dict(self._rollout_metrics),
+            rate_factors=self._rate_factors(),
+            # What ended it was seen in this rollout, which no step has told of yet: the history has it in this one.
+            is_last=bool(self._ended()),
         )
 
     def _mixed(
@@ -229,6 +233,8 @@ class PPOObjective:
         if self._sampler.parts is not None and (asked := self._sampler.parts.account()):
             sampled["scorers"] = asked
         early = self._ended() if self._rollout < self._config.num_rollouts else ""
+        for watch in self._watches:
+            sampled |= watch.ledger
         return sampled | ({"stopped_early": early} if early else {})
 
     def state_dict(self) -> ObjectiveState:

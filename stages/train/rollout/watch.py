@@ -15,7 +15,9 @@ from stages.train.rollout.sampling import Sampled
 class Watch(Protocol):
     """Sees what training sampled; all ranks see the same and call it alike."""
 
-    def after_rollout(self, samples: Sequence[Sampled], metrics: Mapping[str, float]) -> dict[str, float]:
+    def after_rollout(
+        self, engine: Engine, samples: Sequence[Sampled], metrics: Mapping[str, float]
+    ) -> dict[str, float]:
         """Look at a rollout before its first update; return metrics that every step over it logs."""
         ...
 
@@ -32,6 +34,11 @@ class Watch(Protocol):
 
     def reason(self) -> str:
         """Say why training ends, with the numbers; the manifest's ledger keeps it."""
+        ...
+
+    @property
+    def ledger(self) -> dict[str, Any]:
+        """What else the manifest's ledger keeps; nothing for most."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -461,6 +461,33 @@ def test_where_one_side_has_few_pairs_a_reward_model_must_be_better_than_the_bes
 
 
 @pytest.mark.parametrize(
+    ("guards", "more", "said"),
+    [
+        ({"stopped": "", "events": []}, {}, "neither warned nor stopped the training"),
+        ({"stopped": "", "events": [{"guard": "kl"}, {"guard": "kl"}]}, {}, "did not stop the training; warned: kl"),
+        (
+            {"stopped": "kl: above", "events": [{"guard": "kl"}]},
+            {"steps": 9, "model_step": 4},
+            "stopped training after step 9; the model is that of step 4: kl: above",
+        ),
+        (
+            {"stopped": "kl: above"},
+            {"steps": 9},
+            "stopped training after step 9; the model is that of step 9: kl: above",
+        ),
+    ],
+)
+def test_a_guard_that_stopped_a_training_is_told_and_makes_no_gate_red(guards: Any, more: Any, said: str) -> None:
+    good = evidence(Stage.PPO)
+    ledger = {**good.manifest.ledger, "guards": guards, **more}
+    found = replace(good, manifest=good.manifest.model_copy(update={"ledger": ledger}))
+    check = outcomes(found)["guards"]
+    assert (check.outcome, check.found) == (Outcome.PASSED, said)
+    assert not failures(found)
+    assert "guards" not in outcomes(good), "a training without guards has nothing to tell"
+
+
+@pytest.mark.parametrize(
     ("gain", "high", "margin", "is_red"),
     [
         (0.04, 0.09, 0.02, False),
