@@ -1,0 +1,3 @@
+"""Airflow gets its temporary home before a test module imports it."""
+
+import tests.airflow_home  # noqa: F401
