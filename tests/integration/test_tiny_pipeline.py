@@ -162,7 +162,8 @@ def test_every_gate_has_checked_what_it_stands_after_and_nothing_is_wrong(first:
 def test_ledgers_conserve_and_manifests_name_their_parents(first: Run) -> None:
     for stage, result in first.results.items():
         manifest = read_manifest(result.artifact)
-        assert {entry.role for entry in manifest.inputs} == {role for role, _ in GRAPH[stage].inputs}
+        read = {role for role, source in GRAPH[stage].inputs if source in first.results}
+        assert {entry.role for entry in manifest.inputs} == read
         for entry in manifest.inputs:
             assert read_manifest(entry.uri).digest == entry.digest
     tokens = read_manifest(first.results[Stage.TOKENIZE].artifact).ledger["train"]["conversations"]
@@ -280,7 +281,7 @@ def test_a_changed_setting_changes_its_stage_and_what_descends_from_it_alone() -
         config = resolve({"recipe": "tiny", "overrides": overrides})
         refs: dict[Stage, ArtifactRef] = {}
         for stage in WHOLE_RUN:
-            inputs = {role: refs[source] for role, source in GRAPH[stage].inputs}
+            inputs = {role: refs[source] for role, source in GRAPH[stage].inputs if source in refs}
             identity = fingerprint(stage, config.stage_config(stage), inputs=inputs, store_uri="s")
             refs[stage] = ArtifactRef(kind="x", uri=f"s/artifacts/x/{identity}", fingerprint=identity, digest="x")
         return {stage: ref.fingerprint for stage, ref in refs.items()}
