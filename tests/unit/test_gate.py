@@ -117,7 +117,7 @@ def bounds_missed(findings: Findings) -> set[str]:
 
 def test_a_reward_model_of_quality_is_accepted(world: Trained):
     found = examined(world.reward, Stage.REWARD)
-    assert red(found) == set()
+    assert red(found) == set(), [check for check in found.checks if check.outcome.value == "failed"]
     assert bounds_missed(found) == set()
     checks = named(found)
     for name in ("reload", "same_ids", "heldout_again", "swap_probe", "padding_probe", "batch_probe", "files_model"):
@@ -133,7 +133,7 @@ def test_an_ensemble_is_accepted_as_one_scorer_and_compared_with_the_reward_mode
     inputs = {"tokens": world.tokens, "model": world.start}
     ensemble = built(world.home, Stage.REWARD, REWARD.model_copy(update={"ensemble_size": 2}), inputs)
     found = examined(ensemble, Stage.REWARD, earlier=world.reward, inputs=inputs)
-    assert red(found) == set()
+    assert red(found) == set(), [check for check in found.checks if check.outcome.value == "failed"]
     checks = named(found)
     for name in ("reload", "heldout_again", "swap_probe", "padding_probe", "batch_probe"):
         assert checks[name].outcome is Outcome.PASSED, name
@@ -187,7 +187,7 @@ def test_a_document_that_is_lost_from_a_published_file_is_found(tmp_path: Path):
 @pytest.mark.parametrize("stage", [Stage.PRETRAIN, Stage.SFT, Stage.DPO, Stage.PPO])
 def test_a_trained_language_model_passes(world: Trained, stage: Stage):
     found = examined(world.model(stage), stage)
-    assert red(found) == set()
+    assert red(found) == set(), [check for check in found.checks if check.outcome.value == "failed"]
     assert named(found)["heldout_again"].outcome is Outcome.PASSED
     assert named(found)["reload"].outcome is Outcome.PASSED
 
@@ -356,7 +356,7 @@ def test_a_given_reward_model_is_asked_about_the_data_of_the_run(world: Trained,
     path.write_text(json.dumps(manifest))
     asked = {"is_given": True, "inputs": {"tokens": world.tokens, "model": world.start}, "max_response_length": 6}
     found = examined(given, Stage.REWARD, gold=world.reward, **asked)
-    assert red(found) == set()
+    assert red(found) == set(), [check for check in found.checks if check.outcome.value == "failed"]
     assert bounds_missed(found) == set()
     assert found.metrics["accept/pairs"] == 160
     assert found.metrics["accept/best_of_n_gold"] > 0
@@ -394,7 +394,7 @@ def test_a_gold_scorer_with_another_chat_template_is_not_asked_in_the_run_s(worl
 
     gold = republished(tmp_path, world.reward, change)
     found = examined(world.reward, Stage.REWARD, gold=gold, max_response_length=6)
-    assert red(found) == set()
+    assert red(found) == set(), [check for check in found.checks if check.outcome.value == "failed"]
     assert "chat template of its own" in found.unmeasured["accept/best_of_n_gold"]
 
 
@@ -422,7 +422,7 @@ def test_a_model_that_was_trained_in_half_precision_passes(
     assert read_manifest(model).execution["compute_dtype"] == "bfloat16"
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device_type: gate_has_it)
     found = examined(model, stage)
-    assert red(found) == set()
+    assert red(found) == set(), [check for check in found.checks if check.outcome.value == "failed"]
     assert named(found)["heldout_again"].outcome is Outcome.PASSED
 
 

@@ -68,6 +68,8 @@ LATER = {
     # By a stage:
     "peft puts adapters of": "asked in the look too, but no architecture is known with which peft does it",
     "needs bitsandbytes, which is not installed": "the workers' image decides; the look may run in another one",
+    "says members=": "the record of an ensemble, which `reward` writes; a given folder is loaded by the first stage",
+    "is an ensemble of": "the same",
     "but the text supports only": "a tokenizer that the run trains, which no given model has",
 }
 """What the look cannot refuse, by a part of its message."""
