@@ -73,6 +73,9 @@ def _answer(word: str, length: int, rng: random.Random) -> str:
 def built(home: Path, stage: Stage, config: Config, inputs: dict[str, ArtifactRef]) -> ArtifactRef:
     """Run a verb and publish what it made with all that the runner records."""
     context = make_context(home, stage, config, inputs)
+    # The runner gives each job an empty folder; here a stage is built more than once in one home.
+    shutil.rmtree(context.output_dir)
+    context.output_dir.mkdir()
     outcome = verb_of(stage)(context)
     return _published(context, _manifest(context, outcome))
 
