@@ -44,7 +44,7 @@ with DAG(
         from operators.form import form_values
         from operators.retrain import Skip, announced_data, pipeline_run_id, tell
         from operators.retrain import decide as decide_by
-        from stages.config.resolve import validated
+        from stages.config.validation import validated
 
         context: Any = get_current_context()
         with as_stage_failures():

@@ -34,7 +34,7 @@ with DAG(
         from operators.failures import as_stage_failures
         from operators.form import form_values
         from operators.rollback import roll_back
-        from stages.config.resolve import validated
+        from stages.config.validation import validated
 
         context: Any = get_current_context()
         with as_stage_failures():

@@ -24,8 +24,8 @@ from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import PipelineConfig
 from stages.config.records import parse_record
 from stages.config.request import ArtifactRef, Failure, RunInfo, StageRequest, sha256_of
-from stages.config.resolve import validated
 from stages.config.text import one_line
+from stages.config.validation import validated
 
 logger = logging.getLogger(__name__)
 

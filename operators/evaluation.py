@@ -19,7 +19,8 @@ from stages.config.pipeline import PipelineConfig
 from stages.config.places import is_gguf
 from stages.config.records import parse_object
 from stages.config.request import ArtifactRef
-from stages.config.resolve import resolve, validated
+from stages.config.resolve import resolve
+from stages.config.validation import validated
 
 logger = logging.getLogger(__name__)
 

@@ -29,10 +29,11 @@ from stages.config.errors import ConfigError, DataError
 from stages.config.forms import RetrainParams
 from stages.config.graph import pipeline_stages
 from stages.config.nested import dotted_once
+from stages.config.overrides import filled_by
 from stages.config.pipeline import PipelineConfig
 from stages.config.places import check_source
 from stages.config.request import run_folder, safe_run_id, sha256_of
-from stages.config.resolve import filled_by, resolve
+from stages.config.resolve import resolve
 
 logger = logging.getLogger(__name__)
 

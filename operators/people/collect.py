@@ -24,8 +24,9 @@ from stages.config.forms import CollectParams
 from stages.config.graph import Stage, language_models
 from stages.config.records import parse_record
 from stages.config.request import ArtifactRef, RunInfo, StageRequest, sha256_of
-from stages.config.resolve import resolve, validated
+from stages.config.resolve import resolve
 from stages.config.text import one_line
+from stages.config.validation import validated
 
 PREFERENCES = Asset(name="llm/preferences", group="llm")
 _TITLE_LENGTH = 60

@@ -21,7 +21,8 @@ from stages.config.errors import ConfigError
 
 ALLOWED, ALLOWED_FOR_JUDGES = "ATHANOR_ENDPOINTS", "ATHANOR_JUDGE_ENDPOINTS"
 
-_KEY_VARIABLE = re.compile(r"ATHANOR_(?:ENDPOINT|JUDGE)_[A-Z0-9_]+")
+FOR_ENDPOINTS, FOR_JUDGES = "ATHANOR_ENDPOINT_", "ATHANOR_JUDGE_"
+"""How the names of variables begin that may hold a key."""
 
 
 class EndpointConfig(Config):
@@ -84,13 +85,7 @@ class EndpointConfig(Config):
     @field_validator("api_key_env")
     @classmethod
     def _a_variable_for_endpoints(cls, name: str) -> str:
-        # Whoever triggers a run chooses address and variable: the storage's keys must not be among the choices.
-        if name and not _KEY_VARIABLE.fullmatch(name):
-            raise ValueError(
-                f"api_key_env={name[:80]!r} is not a variable for endpoints; use a name such as "
-                "ATHANOR_ENDPOINT_API_KEY"
-            )
-        return name
+        return key_variable(name, FOR_ENDPOINTS, FOR_JUDGES, whose="endpoints")
 
     @model_validator(mode="after")
     def _consistent(self) -> "EndpointConfig":
@@ -102,6 +97,16 @@ class EndpointConfig(Config):
                 "tokens"
             )
         return self
+
+
+def key_variable(name: str, *beginnings: str, whose: str) -> str:
+    """Return the name of the variable with an endpoint's key, empty for none; raises ValueError for any other one."""
+    # Whoever triggers a run chooses address and variable: the storage's keys must not be among the choices.
+    if name and not any(re.fullmatch(f"{beginning}[A-Z0-9_]+", name) for beginning in beginnings):
+        raise ValueError(
+            f"api_key_env={name[:80]!r} is not a variable for {whose}; use a name such as {beginnings[0]}API_KEY"
+        )
+    return name
 
 
 def plain_address(endpoint: str) -> str:

@@ -1,15 +1,15 @@
-"""Data by a constitution, from the form to the configuration: where prompts come from, and who reads what is made."""
+"""Data by a constitution, from the form to the configuration: where prompts and principles come from."""
 
 from typing import Any
 
 from stages.config.endpoints import check_endpoint, is_endpoint
 from stages.config.errors import ConfigError
 from stages.config.forms import PipelineParams
-from stages.config.graph import AI_FEEDBACK, CRITIC, GRAPH, INSTRUCTIONS, PREFERENCES, Stage, makers_of
+from stages.config.graph import AI_FEEDBACK, CRITIC, Stage
+from stages.config.made_data import check_made_data
 from stages.config.pipeline import CONSTITUTION_PROMPTS, PipelineConfig
 from stages.config.places import check_source
 from stages.config.principles import PRINCIPLES, SHIPPED
-from stages.config.selection import needed_data
 
 
 def apply_feedback(tree: dict[str, Any], params: PipelineParams) -> None:
@@ -37,27 +37,6 @@ def refuse_closed_feedback(config: PipelineConfig) -> None:
         check_source(source.uri, field=CONSTITUTION_PROMPTS)
 
 
-def add_made_data(tree: dict[str, Any], params: PipelineParams) -> None:
-    """What a stage of the run makes is curated with the rest, without a person having to name it; one who does, to give
-    it a weight, is right."""
-    for field in (INSTRUCTIONS, PREFERENCES):
-        lines = tree[Stage.CURATE.value][field]
-        if not isinstance(lines, list):
-            continue  # what is no list of sources is refused where sources are read
-        named = {line.partition("#")[0] for line in lines if isinstance(line, str)}
-        for name, stage in makers_of(field).items():
-            makes = stage in params.selected_until(Stage.REPORT) and field in params.makes(stage)
-            if makes and name not in named:
-                lines.append(name)
-            elif name in named and not makes:
-                asked_by = GRAPH[stage].asked_by
-                raise ConfigError(
-                    f"{field}: {name!r} is what the stage {name} makes, and {asked_by}="
-                    f"{getattr(params, asked_by).value!r} makes no {field}",
-                    advice=f"Choose what {asked_by} makes, or leave {name!r} out of {field}.",
-                )
-
-
 def refuse_useless_feedback(config: PipelineConfig) -> None:
     """Prompts must come from somewhere, and what is made of them must be what a stage of the run learns from."""
     made = config.constitution
@@ -68,18 +47,4 @@ def refuse_useless_feedback(config: PipelineConfig) -> None:
             f"{AI_FEEDBACK}={made.makes.value!r} needs prompts, and {CONSTITUTION_PROMPTS} is empty",
             advice=f"Give {CONSTITUTION_PROMPTS}, or set {AI_FEEDBACK}=off.",
         )
-    # A run that ends with its data makes what a run to the end would go on with.
-    last = GRAPH[config.last_stage]
-    stages = config.selected if last.trains or last.closing else config.selected_until(Stage.REPORT)
-    needed = needed_data(stages, has_base_model=bool(config.base_model))
-    for field in made.makes.fields:
-        if field not in needed:
-            raise ConfigError(
-                f"{AI_FEEDBACK}={made.makes.value!r} makes {field}, and no stage of this run reads {field}",
-                advice=f"Choose what {AI_FEEDBACK} makes by the stages of the run, or set {AI_FEEDBACK}=off.",
-            )
-    if (workers := config.execution.constitution.num_workers) > 1:
-        raise ConfigError(
-            f"execution.constitution.num_workers={workers}: this stage asks its models in one process",
-            advice="Use 1 for a worker of its own, such as one with a GPU, or 0.",
-        )
+    check_made_data(config, Stage.CONSTITUTION, made.makes.fields, chosen=made.makes.value)

@@ -15,6 +15,7 @@ from stages.config.graph import (
     AI_FEEDBACK,
     BASE_MODEL,
     GIVEN_MODELS,
+    GRAPH,
     INSTRUCTIONS,
     MAY_BE_ENDPOINTS,
     SYNTHESIS,
@@ -131,6 +132,13 @@ class RunOutline(Config):
     def selected_until(self, last_stage: Stage) -> frozenset[Stage]:
         """The stages that the run would execute with another last stage."""
         return selected_stages(self.way_until(last_stage))
+
+    @property
+    def read_for(self) -> frozenset[Stage]:
+        """The stages whose data the run reads. One that ends with its data makes what a run to the end would go on
+        with."""
+        last = GRAPH[self.last_stage]
+        return self.selected if last.trains or last.closing else self.selected_until(Stage.REPORT)
 
     @property
     def skipped(self) -> dict[Stage, str]:

@@ -7,14 +7,12 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from stages.config.base import Config
-from stages.config.endpoints import EndpointConfig, plain_address
+from stages.config.endpoints import FOR_JUDGES, EndpointConfig, key_variable, plain_address
 
 SHIPPED_PROMPTS = ("pairwise-v1",)
 """Prompts of `stages/judge/prompts`; a file there never changes, another text gets another name."""
 PLACES = ("{question}", "{first}", "{second}")
 """What a judge's prompt must have places for."""
-
-_KEY_VARIABLE = re.compile(r"ATHANOR_JUDGE_[A-Z0-9_]+")
 
 
 class JudgeConfig(Config):
@@ -78,12 +76,7 @@ class JudgeConfig(Config):
     @field_validator("api_key_env")
     @classmethod
     def _a_variable_for_judges(cls, name: str) -> str:
-        # Whoever triggers a run chooses address and variable: the storage's keys must not be among the choices.
-        if name and not _KEY_VARIABLE.fullmatch(name):
-            raise ValueError(
-                f"api_key_env={name[:80]!r} is not a variable for judges; use a name such as ATHANOR_JUDGE_API_KEY"
-            )
-        return name
+        return key_variable(name, FOR_JUDGES, whose="judges")
 
     @field_validator("prompt")
     @classmethod

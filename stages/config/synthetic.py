@@ -5,10 +5,10 @@ from typing import Any
 from stages.config.endpoints import check_endpoint, is_endpoint
 from stages.config.errors import ConfigError
 from stages.config.forms import PipelineParams
-from stages.config.graph import GENERATOR, GRAPH, INSTRUCTIONS, REWARD_MODEL, SYNTHESIS, Stage
+from stages.config.graph import GENERATOR, INSTRUCTIONS, REWARD_MODEL, SYNTHESIS, Stage
+from stages.config.made_data import check_made_data
 from stages.config.pipeline import SYNTHESIS_SOURCES, PipelineConfig
 from stages.config.places import check_source
-from stages.config.selection import needed_data
 from stages.config.synthesis import Synthesis
 
 
@@ -49,16 +49,4 @@ def refuse_useless_synthesis(config: PipelineConfig) -> None:
             f"synthesize.scorer.kind='reward_model' needs a given {REWARD_MODEL}: that of this run is made later",
             advice=f"Give {REWARD_MODEL}, or choose another scorer.",
         )
-    # A run that ends with its data makes what a run to the end would go on with.
-    last = GRAPH[config.last_stage]
-    stages = config.selected if last.trains or last.closing else config.selected_until(Stage.REPORT)
-    if INSTRUCTIONS not in needed_data(stages, has_base_model=bool(config.base_model)):
-        raise ConfigError(
-            f"{asked} makes {INSTRUCTIONS}, and no stage of this run reads {INSTRUCTIONS}",
-            advice=f"Choose another course of the run, or set {SYNTHESIS}=off.",
-        )
-    if (workers := config.execution.synthesize.num_workers) > 1:
-        raise ConfigError(
-            f"execution.synthesize.num_workers={workers}: this stage asks its model in one process",
-            advice="Use 1 for a worker of its own, such as one with a GPU, or 0.",
-        )
+    check_made_data(config, Stage.SYNTHESIZE, (INSTRUCTIONS,), chosen=made.method.value)

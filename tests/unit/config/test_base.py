@@ -9,11 +9,12 @@ from stages.artifacts.manifests import fingerprint
 from stages.config.base import AddedLater, Config
 from stages.config.errors import ConfigError
 from stages.config.graph import Stage
+from stages.config.overrides import ordered, set_dotted
 from stages.config.pipeline import PipelineConfig, stored_identity
 from stages.config.preferences import DPOConfig, PreferenceLoss, SigmoidLoss
 from stages.config.recipes import tiny
 from stages.config.request import ArtifactRef
-from stages.config.resolve import _ordered, _set_dotted, resolve
+from stages.config.resolve import resolve
 
 
 class Inner(Config):
@@ -174,15 +175,15 @@ def test_another_kind_brings_its_own_settings_and_is_chosen_before_they_are_set(
 ) -> None:
     monkeypatch.setattr(PipelineConfig, "members", lambda path: {"plain": Plain, "fancy": Fancy})
     tree = {"rule": {"kind": "plain", "rate": 0.7}}
-    for path, value in _ordered({"rule": {"slope": 3.0, "kind": "fancy"}}):
-        _set_dotted(tree, path, value)
+    for path, value in ordered({"rule": {"slope": 3.0, "kind": "fancy"}}):
+        set_dotted(tree, path, value)
     assert tree == {"rule": {"kind": "fancy", "rate": 0.1, "slope": 3.0}}
 
 
 def test_the_kind_that_is_there_keeps_the_recipes_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PipelineConfig, "members", lambda path: {"plain": Plain, "fancy": Fancy})
     tree = {"rule": {"kind": "plain", "rate": 0.7}}
-    _set_dotted(tree, "rule.kind", "plain")
+    set_dotted(tree, "rule.kind", "plain")
     assert tree == {"rule": {"kind": "plain", "rate": 0.7}}
 
 

@@ -9,8 +9,8 @@ from stages.config.errors import ConfigError
 from stages.config.expansion import expand
 from stages.config.graph import Stage
 from stages.config.preferences import DPOConfig
-from stages.config.resolve import validated
 from stages.config.rollouts import PPOConfig
+from stages.config.validation import validated
 
 
 def form(**values: Any) -> CompareParams:

@@ -11,7 +11,8 @@ from stages.config.errors import ConfigError
 from stages.config.forms import CollectParams, EvaluationParams, PipelineParams, RetrainParams
 from stages.config.mlflow_limits import EXPERIMENT_NAME
 from stages.config.nested import dotted
-from stages.config.resolve import resolve, validated
+from stages.config.resolve import resolve
+from stages.config.validation import validated
 
 HOSTILE = ("../../evil", "a/b", "a b", "a\nb", "", ".", "-a", "a" * 65, "{{ x }}", "a\0", "é")
 

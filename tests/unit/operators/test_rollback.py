@@ -11,7 +11,7 @@ from stages.artifacts.addresses import open_store
 from stages.config.errors import ConfigError, StageError
 from stages.config.forms import RollbackParams
 from stages.config.graph import Stage
-from stages.config.resolve import validated
+from stages.config.validation import validated
 from tests.pipeline_records import publish_run
 from tests.registry import RegisteredModels, serving
 
