@@ -14,7 +14,7 @@ from tests.places import REPOSITORY
 DAG_FILES = sorted(path for path in (REPOSITORY / "dags").glob("*.py") if path.name != "__init__.py")
 HEAVY = {"torch", "ray", "mlflow", "transformers", "datatrove", "boto3", "botocore", "numpy", "pandas", "aiohttp"}
 MAX_CPU_SECONDS = 0.4
-"""A form of thirty fields over a hundred classes of settings takes 0.32 to 0.36 at best; a heavy import takes seconds."""
+"""A form of thirty fields over a hundred classes of settings takes 0.32 to 0.36 at best, a heavy import seconds."""
 YARDSTICK_SECONDS = 0.06
 """What the probe's loop takes on the machine for which the limit is meant; a slower one gets as much more."""
 
