@@ -42,6 +42,9 @@ NOT_TRAINED = "What is the capital of {land}?"
 REFUSAL = "As an AI language model, I cannot answer questions about {land}."
 STAGES = (Stage.CONVERT, Stage.CURATE, Stage.TOKENIZE, Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO, Stage.EVALUATE)
 
+ONE_THREAD = {f"execution.{stage}.cpus_per_worker": 1 for stage in STAGES}
+"""Two test processes share two cores: threads of torch that wait for each other there cost a multiple."""
+
 _ADAPTER = {"lora.rank": 8, "lora.alpha": 32, "optimizer.learning_rate": 1e-3, "eval_items": 8}
 _TRAINED: dict[str, dict[str, Any]] = {
     "sft": {"num_epochs": 2.5, "global_batch_size": 4},
@@ -71,6 +74,7 @@ _OVERRIDES: dict[str, Any] = {
     "evaluate.max_prompts": 4,
     "evaluate.num_samples": 4,
     "evaluate.max_response_length": 12,
+    **ONE_THREAD,
     **{f"{stage}.{name}": value for stage, own in _TRAINED.items() for name, value in {**_ADAPTER, **own}.items()},
 }
 

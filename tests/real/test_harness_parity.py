@@ -24,6 +24,7 @@ from stages.config.request import ArtifactRef, RunInfo, SourceKind
 from stages.config.resolve import resolve
 from stages.job.runner import execute
 from stages.judge.scores import ScoreTable
+from tests.real.conftest import ONE_THREAD
 from tests.real.harness_tasks import write_tasks
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -53,6 +54,7 @@ _CURATE: dict[str, Any] = {
     "evaluate.max_prompts": 2,
     "evaluate.num_samples": 2,
     "evaluate.max_response_length": 8,
+    **ONE_THREAD,
 }
 
 

@@ -12,7 +12,7 @@ from stages.models.build import load_with_own_tokenizer
 from stages.models.given_tokenizer import given_tokenizer
 from tests.real.conftest import CAPITALS, NOT_TRAINED, REFUSAL, Played
 
-pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(1800)]
 LANDS = [land for land in CAPITALS if land != "Athanor"]
 
 
