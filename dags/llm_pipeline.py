@@ -66,7 +66,7 @@ with DAG(
 
     # The stages, in the order that their inputs (stages/config/graph.py) ask for.
     tasks = {stage: (heavy if GRAPH[stage].heavy else light)(stage=stage) for stage in pipeline_stages()}
-    questions = {Stage.CURATE: MadeDataReview(), Stage.PROMOTE: PromotionApproval(task_id="approve")}
+    review, approve = MadeDataReview(), PromotionApproval(task_id="approve")
     # A gate of a model loads it, so it waits for a slot too; the others only read what is recorded.
     gates = {
         stage: GateOperator(
@@ -82,8 +82,10 @@ with DAG(
         chain([tasks[stage], *judges], gate)
     for stage, stage_task in tasks.items():
         sources = [(tasks | gates)[source] for source in direct_inputs(stage) if not GRAPH[source].judges]
-        if stage in questions:
-            chain(sources, questions[stage], stage_task)
+        if stage is Stage.PROMOTE:
+            chain(sources, approve, stage_task)
+        elif any(GRAPH[source].makes for source in direct_inputs(stage)):
+            chain(sources, review, stage_task)
         elif sources:
             chain(sources, stage_task)
     chain(tasks[Stage.REPORT], close().as_teardown(on_failure_fail_dagrun=True))

@@ -4,7 +4,6 @@ The draw depends on the content of the artifact alone, so review and report can 
 """
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +88,13 @@ class Drawn:
 def draw_samples(ref: ArtifactRef, stage: Stage, *, number: int) -> Drawn:
     """Draw accepted examples, in the order of the file. Raises DataError for a file that is not as the stage writes
     it."""
-    name, shape, told = _KINDS[stage]
+    match stage:
+        case Stage.CONSTITUTION:
+            name, shape, told = "transcript.jsonl", TypeAdapter[Any](_Prompted), _prompted
+        case Stage.SYNTHESIZE:
+            name, shape, told = "instructions.jsonl", TypeAdapter[Any](_Row), _written
+        case _:
+            raise AssertionError(f"{stage} makes no data")
     size = next((entry.size for entry in read_manifest(ref).files if entry.path == name), 0)
     if size > _LARGEST:
         return Drawn((), 0, f"{name} has more than {_LARGEST >> 20} MiB")
@@ -135,10 +140,3 @@ def _written(one: _Row) -> MadeSample:
 def _turns(messages: Any, last: str = "Prompt") -> list[tuple[str, str]]:
     names = [*(turn.role.capitalize() for turn in messages[:-1]), last]
     return [(name, turn.content) for name, turn in zip(names, messages, strict=True)]
-
-
-_KINDS: dict[Stage, tuple[str, TypeAdapter[Any], Callable[[Any], MadeSample | None]]] = {
-    Stage.CONSTITUTION: ("transcript.jsonl", TypeAdapter(_Prompted), _prompted),
-    Stage.SYNTHESIZE: ("instructions.jsonl", TypeAdapter(_Row), _written),
-}
-"""By stage: the file, the shape of its lines, and what is told of one."""
