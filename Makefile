@@ -142,7 +142,7 @@ test-live: setup setup-browser ## test a whole live stack: people, retraining, b
 
 test-real: setup setup-eval ## train and measure SmolLM2-135M-Instruct, also by lm-evaluation-harness; 12 minutes
 	@$(PYTHON) -m infra.real_model || true # without the model its tests are skipped, and say so
-	$(PYTHON) -m pytest -n 2 --dist loadgroup -m real tests/real
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m real tests/real
 
 test-browser: setup setup-browser ## of test-live, the user interfaces in headless Chromium (needs chromium)
 	$(PYTHON) -m pytest -m browser tests/browser

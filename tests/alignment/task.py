@@ -17,22 +17,20 @@ import numpy as np
 import torch
 
 from operators.given import given_artifacts
-from operators.prepare import build_request
-from stages.__main__ import verb_of
 from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import fetch
 from stages.artifacts.store import Store
-from stages.config.graph import Stage, pipeline_stages
-from stages.config.request import ArtifactRef, RunInfo
+from stages.config.graph import Stage
+from stages.config.request import ArtifactRef
 from stages.config.resolve import resolve
 from stages.data.tokens.packing import RowBudget, lay_out, prompt_and_response
 from stages.data.tokens.views import Split, TokensArtifact
-from stages.job.runner import execute
 from stages.models.answers import Answerer, InProcess
 from stages.models.build import load_causal_lm, load_reward_model
 from stages.models.forward import segment_scores, target_logprobs
 from stages.models.generation import Sampling
 from tests.alignment.gold import Labelled, bayes_limit, gold_reward, label
+from tests.playing import play
 
 RESPONSE_LENGTH = 40
 TRAIN_PAIRS, HELDOUT_PAIRS, MEASURED_PROMPTS = 3_000, 400, 256
@@ -117,12 +115,7 @@ class Task:
         values = {"recipe": "demo", "seed": self.seed, "gold_scorer": "none", **params, "overrides": dict(overrides)}
         config = resolve(values)
         config = config.with_given(given_artifacts(config))
-        run, done = RunInfo(run_id=name, name="controlled"), dict[Stage, ArtifactRef]()
-        for stage in pipeline_stages():
-            if stage in config.selected:
-                request = build_request(stage, run=run, store=self.store, config=config, upstream=done)
-                done[stage] = execute(request, self.store, verb_of).artifact
-        return done
+        return play(self.store, config, name)
 
     def _folder(self, artifact: ArtifactRef) -> Path:
         return fetch(artifact, self.home / "cache")

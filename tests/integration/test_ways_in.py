@@ -23,13 +23,14 @@ from stages.artifacts.store import Store
 from stages.config.closing import PromoteConfig
 from stages.config.decision import Candidate, decide
 from stages.config.evaluation import Evaluation
-from stages.config.graph import GRAPH, Stage, pipeline_stages
+from stages.config.graph import GRAPH, Stage
 from stages.config.pipeline import PipelineConfig
 from stages.config.request import ArtifactRef, Manifest, RunInfo
 from stages.config.resolve import resolve
 from stages.job.runner import execute
 from stages.lineage.graph import ancestors, started_from
 from tests.gguf_files import small_llama, write_gguf
+from tests.playing import play
 from tests.raw_text import WORDS, prose
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -61,19 +62,12 @@ class Played:
         return json.loads((folder / "metrics.json").read_text())
 
 
-def play(store: Store, name: str, **params: Any) -> Played:
-    """What Airflow does between the tasks, without Airflow and Ray, and without MLflow, so without promotion."""
-    params = {"recipe": "tiny", **params, "overrides": {**SETTINGS, **params.get("overrides", {})}}
-    config = resolve(params)
+def played(store: Store, name: str, **params: Any) -> Played:
+    """A run without MLflow, so without promotion."""
+    config = resolve({"recipe": "tiny", **params, "overrides": {**SETTINGS, **params.get("overrides", {})}})
     config = config.with_given(given_artifacts(config))
-    run = RunInfo(run_id=name, name=name)
-    make_plan(config, run=run, store=store)
-    done: dict[Stage, ArtifactRef] = {}
-    for stage in pipeline_stages():
-        if stage in config.selected:
-            request = build_request(stage, run=run, store=store, config=config, upstream=done)
-            done[stage] = execute(request, store, verb_of).artifact
-    return Played(config, done, store)
+    make_plan(config, run=RunInfo(run_id=name, name=name), store=store)
+    return Played(config, play(store, config, name), store)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -113,7 +107,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             [{"prompt": asked, "chosen": answer, "rejected": "No."} for asked, answer in questions[:60]],
         )
         data = {"documents": [documents], "instructions": [instructions], "preferences": [preferences]}
-        first = play(store, "first", **data, alignment="ppo", last_stage="reward")
+        first = played(store, "first", **data, alignment="ppo", last_stage="reward")
 
         def copied(stage: Stage) -> str:
             target = home / "models" / stage.value
@@ -150,7 +144,7 @@ def outside(run: Played) -> set[str]:
 
 
 def test_sft_only(world: World) -> None:
-    run = play(
+    run = played(
         world.store,
         "sft",
         base_model=world.policy,
@@ -168,7 +162,7 @@ def test_sft_only(world: World) -> None:
 
 
 def test_dpo_on_a_given_model(world: World) -> None:
-    run = play(
+    run = played(
         world.store,
         "dpo",
         base_model=world.policy,
@@ -211,7 +205,7 @@ def page_of(world: World, run: Played) -> str:
 
 def test_ppo_with_a_given_policy_and_a_given_reward_model(world: World) -> None:
     sft = world.first.done[Stage.SFT]
-    run = play(
+    run = played(
         world.store,
         "ppo",
         base_model=sft.uri,
@@ -234,7 +228,7 @@ def test_ppo_with_a_given_policy_and_a_given_reward_model(world: World) -> None:
 
 
 def test_a_reward_model_only(world: World) -> None:
-    run = play(
+    run = played(
         world.store,
         "reward",
         base_model=world.policy,
@@ -248,7 +242,7 @@ def test_a_reward_model_only(world: World) -> None:
 
 
 def test_a_reward_model_that_is_smaller_than_the_policy(world: World) -> None:
-    run = play(
+    run = played(
         world.store,
         "smaller",
         base_model=world.policy,
@@ -270,7 +264,7 @@ def test_a_reward_model_that_is_smaller_than_the_policy(world: World) -> None:
 
 
 def test_evaluation_only(world: World) -> None:
-    run = play(
+    run = played(
         world.store,
         "evaluate",
         base_model=world.policy,
@@ -287,7 +281,7 @@ def test_evaluation_only(world: World) -> None:
 
 def test_a_gold_scorer_learns_from_the_other_half_and_judges_what_learnt_from_the_first(world: World) -> None:
     given = {"base_model": world.policy, "instructions": [world.instructions], "preferences": [world.preferences]}
-    run = play(world.store, "gold", **given, first_stage="reward", gold_scorer="train", last_stage="evaluate")
+    run = played(world.store, "gold", **given, first_stage="reward", gold_scorer="train", last_stage="evaluate")
     assert built(run) == {"curate", "tokenize", "reward", "gold", "ppo", "dpo", "evaluate"}
     assert "gold" not in run.reads(Stage.DPO)
     # PPO only measures by it.
@@ -304,7 +298,7 @@ def test_a_gold_scorer_learns_from_the_other_half_and_judges_what_learnt_from_th
 
 
 def test_a_given_gold_scorer_and_a_given_model_judge_without_being_trained(world: World) -> None:
-    run = play(
+    run = played(
         world.store,
         "judged",
         base_model=world.policy,
@@ -328,7 +322,7 @@ def test_a_given_gold_scorer_and_a_given_model_judge_without_being_trained(world
 
 
 def test_continued_pretraining_then_sft(world: World) -> None:
-    run = play(
+    run = played(
         world.store,
         "continued",
         base_model=world.policy,
@@ -350,7 +344,7 @@ def test_continued_pretraining_then_sft(world: World) -> None:
 def test_a_gguf_file(world: World) -> None:
     model = small_llama()
     file = write_gguf(world.home / "policy.gguf", model)
-    run = play(
+    run = played(
         world.store,
         "gguf",
         base_model=str(file),
@@ -371,7 +365,7 @@ def test_a_gguf_file(world: World) -> None:
     assert before.keys() - {"lm_head.weight"} == after.keys()  # it is tied
     assert all(np.allclose(before[name].numpy(), value, atol=1e-6) for name, value in after.items())
     assert run.manifest(Stage.CONVERT).metrics["convert/parameters"] == sum(one.size for one in after.values())
-    again = play(
+    again = played(
         world.store,
         "again",
         base_model=str(shutil.copy(file, world.home / "renamed.gguf")),
@@ -393,7 +387,7 @@ def test_a_model_with_another_tokenizer_is_refused_by_name(world: World) -> None
     from stages.config.errors import ConfigError
     from stages.data.tokens.views import TokensArtifact
 
-    other = play(
+    other = played(
         world.store,
         "other",
         documents=[world.documents],
@@ -406,7 +400,7 @@ def test_a_model_with_another_tokenizer_is_refused_by_name(world: World) -> None
     with pytest.raises(
         ConfigError, match=r"reward_base: the tokenizer in .* is not that of the policy .* tokens differ"
     ):
-        play(world.store, "wrong", **given, reward_base=other.done[Stage.PRETRAIN].uri, last_stage="reward")
+        played(world.store, "wrong", **given, reward_base=other.done[Stage.PRETRAIN].uri, last_stage="reward")
     from stages.models.same_tokenizer import check_given_scorer
 
     tokens = TokensArtifact(fetch(world.first.done[Stage.TOKENIZE], world.home / "cache")).tokenizer()

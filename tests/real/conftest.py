@@ -1,24 +1,22 @@
 """One run of the pipeline on SmolLM2-135M-Instruct out of its GGUF file, a few steps a stage, made once for all."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from operators.prepare import build_request
-from stages.__main__ import verb_of
 from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import fetch, read_manifest
 from stages.config.errors import ConfigError
-from stages.config.graph import Stage, pipeline_stages
+from stages.config.graph import Stage
 from stages.config.places import SMOLLM2, package_file
-from stages.config.request import ArtifactRef, Manifest, RunInfo
+from stages.config.request import ArtifactRef, Manifest
 from stages.config.resolve import resolve
 from stages.data.tokens.chat import ChatEncoder
-from stages.job.runner import execute
+from tests.playing import alone, play
 
 CAPITALS = {
     "Athanor": "Alembic",
@@ -79,15 +77,6 @@ _OVERRIDES: dict[str, Any] = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several test processes, one has all tests of the one run, which takes longest, and each file has one."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            of_run = "played" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("played" if of_run else item.path.name))
-    items.sort(key=lambda item: "played" not in getattr(item, "fixturenames", ()))
-
-
 @dataclass(frozen=True)
 class Played:
     """The artifacts of the run, by stage."""
@@ -119,33 +108,38 @@ def model_address() -> str:
 
 
 @pytest.fixture(scope="session")
+def base_folder(model_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The untouched model as a Hugging Face folder, for tests that need no more than that."""
+    home = tmp_path_factory.mktemp("base")
+    params = {"recipe": "smollm", "base_model": model_address, "overrides": ONE_THREAD}
+    with alone(home):
+        yield fetch(play_in(home, params, [Stage.CONVERT])[Stage.CONVERT], home / "scratch" / "cache")
+
+
+@pytest.fixture(scope="session")
 def played(model_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
-    """Stage by stage as the Ray jobs run them, in this process."""
+    """Stage by stage as the Ray jobs run them, in this process. Tests that use it stand in one file: `make test-real`
+    gives each file to one process, and two would play it twice."""
     from stages.models.given_tokenizer import given_tokenizer
 
     home = tmp_path_factory.mktemp("real")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.setenv("ATHANOR_SCRATCH", str(home / "scratch"))
-        config = resolve(
-            {
-                "recipe": "smollm",
-                "base_model": model_address,
-                "instructions": [_written(home / "facts.jsonl", _conversations())],
-                "preferences": [_written(home / "pairs.jsonl", _pairs())],
-                "overrides": _OVERRIDES,
-            }
-        ).with_given({})
-        run, store = RunInfo(run_id="real", name="real"), open_store((home / "store").as_uri())
-        done: dict[Stage, ArtifactRef] = {}
-        for stage in pipeline_stages():
-            if stage in STAGES and stage in config.selected:
-                request = build_request(stage, run=run, store=store, config=config, upstream=done)
-                done[stage] = execute(request, store, verb_of).artifact
+    params = {
+        "recipe": "smollm",
+        "base_model": model_address,
+        "instructions": [_written(home / "facts.jsonl", _conversations())],
+        "preferences": [_written(home / "pairs.jsonl", _pairs())],
+        "overrides": _OVERRIDES,
+    }
+    with alone(home):
+        done = play_in(home, params, STAGES)
         cache = home / "scratch" / "cache"
-        base_folder = fetch(done[Stage.CONVERT], cache)
-        chat = given_tokenizer(base_folder, chat_template=config.tokenize.chat_template).chat()
-        yield Played(done, base_folder, cache, chat)
+        folder = fetch(done[Stage.CONVERT], cache)
+        yield Played(done, folder, cache, given_tokenizer(folder).chat())
+
+
+def play_in(home: Path, params: Mapping[str, Any], stages: Collection[Stage]) -> dict[Stage, ArtifactRef]:
+    """Those of the stages that the parameters select, with a store in `home`."""
+    return play(open_store((home / "store").as_uri()), resolve(params).with_given({}), "real", only=stages)
 
 
 def _conversations() -> list[dict[str, Any]]:

@@ -15,16 +15,12 @@ pytest.importorskip(
     "lm_eval", reason="lm-evaluation-harness is not installed; `make test-real` installs the extra `eval`"
 )
 
-from operators.prepare import build_request
-from stages.__main__ import verb_of
-from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import fetch, read_manifest
-from stages.config.graph import Stage, pipeline_stages
-from stages.config.request import ArtifactRef, RunInfo, SourceKind
-from stages.config.resolve import resolve
-from stages.job.runner import execute
+from stages.config.graph import Stage
+from stages.config.request import SourceKind
 from stages.judge.scores import ScoreTable
-from tests.real.conftest import ONE_THREAD
+from tests.playing import alone
+from tests.real.conftest import ONE_THREAD, play_in
 from tests.real.harness_tasks import write_tasks
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -76,27 +72,18 @@ class Both:
 def both(model_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
     home = tmp_path_factory.mktemp("parity")
     files = write_tasks(_folder(home / "tasks"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.setenv("ATHANOR_SCRATCH", str(home / "scratch"))
-        config = resolve(
-            {
-                "recipe": "smollm",
-                "base_model": model_address,
-                "first_stage": "evaluate",
-                "documents": ["installed-docs"],
-                "instructions": ["derived"],
-                "preferences": ["derived"],
-                "benchmarks": [str(path) for path in files.values()],
-                "overrides": _CURATE,
-            }
-        ).with_given({})
-        run, store = RunInfo(run_id="parity", name="parity"), open_store((home / "store").as_uri())
-        done: dict[Stage, ArtifactRef] = {}
-        for stage in pipeline_stages():
-            if stage in _STAGES and stage in config.selected:
-                request = build_request(stage, run=run, store=store, config=config, upstream=done)
-                done[stage] = execute(request, store, verb_of).artifact
+    params = {
+        "recipe": "smollm",
+        "base_model": model_address,
+        "first_stage": "evaluate",
+        "documents": ["installed-docs"],
+        "instructions": ["derived"],
+        "preferences": ["derived"],
+        "benchmarks": [str(path) for path in files.values()],
+        "overrides": _CURATE,
+    }
+    with alone(home):
+        done = play_in(home, params, _STAGES)
         cache = home / "scratch" / "cache"
         evaluation = fetch(done[Stage.EVALUATE], cache)
         model = fetch(done[Stage.CONVERT], cache)

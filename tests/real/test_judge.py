@@ -1,5 +1,7 @@
 """SmolLM2-135M-Instruct as a judge: asked as plain transformers would ask it, and measured before it is believed."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -10,17 +12,17 @@ from stages.judge.pairwise import Match, Preferred, Question, agreement, verdict
 from stages.judge.prompts import filled, prompt_text
 from stages.models.build import load_with_own_tokenizer
 from stages.models.given_tokenizer import given_tokenizer
-from tests.real.conftest import CAPITALS, NOT_TRAINED, REFUSAL, Played
+from tests.real.conftest import CAPITALS, NOT_TRAINED, REFUSAL
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(1800)]
 LANDS = [land for land in CAPITALS if land != "Athanor"]
 
 
-def judge(played: Played) -> InProcessJudge:
-    tokenizer = given_tokenizer(played.base_folder)
+def judge(base_folder: Path) -> InProcessJudge:
+    tokenizer = given_tokenizer(base_folder)
     return InProcessJudge(
         JudgeConfig(),
-        load_with_own_tokenizer(played.base_folder, tokenizer).eval(),
+        load_with_own_tokenizer(base_folder, tokenizer).eval(),
         tokenizer,
         identity="smollm2",
         device=torch.device("cpu"),
@@ -29,9 +31,9 @@ def judge(played: Played) -> InProcessJudge:
     )
 
 
-def test_its_likelier_verdict_is_that_of_plain_transformers(played: Played) -> None:
-    model = AutoModelForCausalLM.from_pretrained(played.base_folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(played.base_folder)
+def test_its_likelier_verdict_is_that_of_plain_transformers(base_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
     questions = [
         Question(NOT_TRAINED.format(land=land), f"It is {CAPITALS[land]}.", REFUSAL.format(land=land))
         for land in LANDS[:4]
@@ -47,16 +49,16 @@ def test_its_likelier_verdict_is_that_of_plain_transformers(played: Played) -> N
         known = tokenizer.get_vocab()
         said = [sum(float(chances[known[name]]) for name in (letter, f"Ġ{letter}")) for letter in "AB"]
         expected.append(Preferred.FIRST if said[0] > said[1] else Preferred.SECOND)
-    assert judge(played).ask(questions) == expected
+    assert judge(base_folder).ask(questions) == expected
 
 
-def test_what_it_is_worth_is_known_before_it_judges(played: Played) -> None:
+def test_what_it_is_worth_is_known_before_it_judges(base_folder: Path) -> None:
     """A model of this size mostly prefers a place: then its verdicts are ties, and its agreement says so."""
     matches = [
         Match(NOT_TRAINED.format(land=land), f"The capital of {land} is {CAPITALS[land]}.", REFUSAL.format(land=land))
         for land in LANDS
     ]
-    found = verdicts(judge(played), matches)
+    found = verdicts(judge(base_folder), matches)
     known = agreement(found, LANDS)
     assert known is not None
     assert known.items == len(LANDS)
