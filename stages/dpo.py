@@ -26,7 +26,15 @@ from stages.models.lora import add_adapter
 from stages.train.engine import Engine, LossOutput
 from stages.train.examples import ExampleObjective, ExampleSteps, heldout_examples, planned_examples
 from stages.train.objective import Objective
-from stages.train.pairs import PairObjective, Pairs, PairSteps, over_pairs, planned_pairs, sides
+from stages.train.pairs import (
+    PairObjective,
+    Pairs,
+    PairSteps,
+    Selected,
+    over_pairs,
+    planned_pairs,
+    sides,
+)
 from stages.train.reference import FIELD, Reference
 from stages.train.routing import Balancing
 from stages.train.run import Prepared, train_stage
@@ -65,16 +73,17 @@ def _on_pairs(context: StageContext, tokens: TokensArtifact, config: DPOConfig, 
     assert not isinstance(loss, KTOLoss)
 
     def objective(engine: Engine) -> PairObjective:
-        steps, heldout = planned.steps, tokens.pairs(Split.HELDOUT)
-        evaluated: Pairs = heldout
+        steps, chosen = planned.steps, tokens.pairs_naming(Split.HELDOUT, config.reasons)
+        evaluated: Pairs = tokens.pairs(Split.HELDOUT)
         if loss.needs_reference:
             reference = Reference(context, engine, steps)
             steps.pairs = reference.carried_by(planned.pairs, steps.indices, split="train")
-            spread = evenly(len(heldout), at_most=config.eval_items)
-            evaluated = reference.carried_by(heldout, spread, split="heldout")
+            # By their numbers among all pairs, under which other trainings find the same values.
+            spread = chosen[evenly(len(chosen), at_most=config.eval_items)]
+            evaluated = reference.carried_by(evaluated, spread, split="heldout")
         return PairObjective(
             steps,
-            heldout=evaluated,
+            heldout=Selected(evaluated, chosen),
             eval_items=config.eval_items,
             part="policy",
             balancing=Balancing(policy=routing),
@@ -97,17 +106,18 @@ def _on_examples(context: StageContext, tokens: TokensArtifact, config: DPOConfi
 
     def objective(engine: Engine) -> ExampleObjective:
         # An example and its mismatch share a prompt, as the sides of a pair do, and are read like one. Mismatches are
-        # chosen inside a half, so the half says which.
+        # chosen among what a half and reasons leave, so these say which.
+        named = f", reasons {'+'.join(config.reasons)}" if config.reasons else ""
         reference = Reference(
-            context, engine, PairSteps(planned.examples, **layout), of=f"examples, {config.half} half"
+            context, engine, PairSteps(planned.examples, **layout), of=f"examples, {config.half} half{named}"
         )
         steps = ExampleSteps(planned.examples, **layout)
         steps.examples = reference.carried_by(planned.examples, steps.indices, split="train")
-        heldout = heldout_examples(tokens)
-        spread = evenly(len(heldout), at_most=config.eval_items)
+        heldout, chosen = heldout_examples(tokens, config)
+        spread = chosen[evenly(len(chosen), at_most=config.eval_items)]
         return ExampleObjective(
             steps,
-            heldout=reference.carried_by(heldout, spread, split="heldout"),
+            heldout=Selected(reference.carried_by(heldout, spread, split="heldout"), chosen),
             eval_items=config.eval_items,
             balancing=Balancing(policy=routing),
             loss=loss,

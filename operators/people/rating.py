@@ -19,6 +19,7 @@ from operators.people.asking import ask_once, comment_of, name_of, with_usable_f
 from stages.artifacts.manifests import read_file
 from stages.config.graph import Stage
 from stages.config.markdown import block
+from stages.config.principles import Area
 from stages.config.records import parse_object
 from stages.config.request import ArtifactRef
 
@@ -35,7 +36,7 @@ class Outcome(StrEnum):
     UNANSWERED = "unanswered"
 
 
-_REASONS = ["helpful", "honest", "harmless"]
+_REASONS = [area.value for area in Area]
 
 
 def _fields() -> dict[str, Param]:

@@ -295,6 +295,9 @@ def trained_on(evidence: Evidence) -> Iterable[Check]:
             # Trainings of today's version count tokens of examples only since their gates compare them.
             is_older=is_older or (name != _COUNTED[part] and name not in mine),
         )
+    for unit in ("pairs", "examples"):
+        if f"{unit}_of_the_reasons" in mine:
+            yield _reasons(unit, mine)
     length = tokens.config.get("sequence_length")
     if spec.needs == DOCUMENTS and isinstance(length, int) and (available := number_at(mine, "tokens_available")):
         yield _equal(
@@ -313,6 +316,19 @@ def trained_on(evidence: Evidence) -> Iterable[Check]:
             found_is="tokens trained",
             allowed_is=f"{mine['rows_trained']:,} rows of {length:,}",
         )
+
+
+def _reasons(unit: str, mine: Mapping[str, Any]) -> Check:
+    """What is there = what the reasons leave + what they leave out + what the other half has."""
+    left = sum(number_at(mine, f"{unit}_of_{what}") or 0 for what in ("the_reasons", "other_reasons", "the_other_half"))
+    pairs, alone = (number_at(mine, name) or 0 for name in ("pairs", "unpaired"))
+    return _equal(
+        "ledger_reasons",
+        left,
+        pairs if unit == "pairs" else 2 * pairs + alone,
+        found_is="of these reasons, of others, and of the other half",
+        allowed_is=f"{unit} there are",
+    )
 
 
 _COUNTED = {

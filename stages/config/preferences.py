@@ -5,10 +5,11 @@ All of it decides results and enters fingerprints: a field that is added is mark
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from stages.config.base import AddedLater, Choice
 from stages.config.preference_losses import PreferenceLoss, SigmoidLoss
+from stages.config.principles import Area
 from stages.config.train import OptimizerConfig, SampledConfig
 
 
@@ -20,6 +21,15 @@ class PairsHalf(Choice):
     SECOND = "second", "The half that only the gold scorer learns from"
 
 
+def _each_once(areas: tuple[Area, ...]) -> tuple[Area, ...]:
+    """In the order of the class, so that the same choice has one fingerprint however it is written."""
+    return tuple(area for area in Area if area in areas)
+
+
+Reasons = Annotated[tuple[Area, ...], AfterValidator(_each_once)]
+"""Areas of which a pair must name at least one; none = every pair will do."""
+
+
 class PairsConfig(SampledConfig):
     """What the objectives share that learn from preference pairs."""
 
@@ -27,6 +37,9 @@ class PairsConfig(SampledConfig):
     """Training pairs that are used: `both` halves, or only the `first` or the `second`. A prompt decides the half of
     its pairs, so no prompt is in both. A run with a gold scorer trains that on the second half and everything else on
     the first."""
+    reasons: Annotated[Reasons, AddedLater(())] = ()
+    """Only pairs whose reason names one of these are trained on and held out: `helpful`, `honest`, `harmless`, the tags
+    of raters and the areas of a constitution. Empty = all pairs, also those without a reason."""
 
 
 class RewardConfig(PairsConfig):

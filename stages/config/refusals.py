@@ -22,7 +22,7 @@ from stages.config.pipeline import PipelineConfig
 from stages.config.places import check_source
 from stages.config.rollout_inputs import refuse_what_rollouts_lack
 from stages.config.scorers import endpoints_of
-from stages.config.scoring import refuse_aggregation_of_one, refuse_margins_without_effect
+from stages.config.scoring import refuse_aggregation_of_one, refuse_margins_without_effect, refuse_reasons_of_nobody
 from stages.config.selection import learns_from_scores, needed_data
 from stages.config.suites import check_suites
 from stages.config.synthetic import refuse_closed_synthesis, refuse_useless_synthesis
@@ -59,6 +59,7 @@ def check_run(config: PipelineConfig) -> None:
     check_suites(config)
     refuse_what_rollouts_lack(config)
     refuse_margins_without_effect(config)
+    refuse_reasons_of_nobody(config)
     refuse_aggregation_of_one(config)
 
 

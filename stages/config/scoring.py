@@ -1,9 +1,11 @@
-"""What settings of the reward model ask of others: margins of the sources, and of PPO that it reads an ensemble."""
+"""What settings of the stages that learn from pairs ask of others: margins and reasons of the sources, and of PPO that
+it reads an ensemble."""
 
+from stages.config.curate import DERIVED
 from stages.config.errors import ConfigError
 from stages.config.graph import PREFERENCES, Stage
 from stages.config.pipeline import PipelineConfig
-from stages.config.preferences import RewardConfig
+from stages.config.preferences import PairsConfig, RewardConfig
 from stages.config.sources import parse_source
 
 
@@ -30,6 +32,20 @@ def refuse_margins_without_effect(config: PipelineConfig) -> None:
             f"{PREFERENCES}: margin= of {with_margin[0]!r} counts nowhere, because {stages[0]}.margin=0",
             advice=f"Set {stages[0]}.margin, such as 1.0, or leave margin= out.",
         )
+
+
+def refuse_reasons_of_nobody(config: PipelineConfig) -> None:
+    """Raise ConfigError for reasons where all pairs are derived, which nobody preferred for a reason."""
+    if config.previous_data or any(source.uri != DERIVED for source in config.curate.preference_sources):
+        return
+    for stage in config.selected:
+        train = config.stage_config(stage)
+        if isinstance(train, PairsConfig) and train.reasons:
+            raise ConfigError(
+                f"{stage}.reasons={[area.value for area in train.reasons]} needs a source of {PREFERENCES} with "
+                f"reasons, got {list(config.curate.preferences)}, whose pairs have none",
+                advice=f"Give pairs whose field `reasons` has these words, or leave {stage}.reasons out.",
+            )
 
 
 def refuse_aggregation_of_one(config: PipelineConfig) -> None:

@@ -14,7 +14,7 @@ from stages.config.preferences import RewardConfig
 from stages.data.tokens.halves import prompt_digest
 from stages.data.tokens.packing import TokenSequence
 from stages.data.tokens.views import Pair, Split, TokensArtifact
-from stages.train.pairs import WEIGHT, Pairs, PairSteps, PlannedPairs, planned_pairs
+from stages.train.pairs import WEIGHT, Pairs, PairSteps, PlannedPairs, Selected, planned_pairs
 
 MARGIN = "pair_margin"
 _BOOTSTRAP = 1 << 20
@@ -76,9 +76,10 @@ def planned_comparisons(tokens: TokensArtifact, config: RewardConfig, *, micro_b
     )
     held = tokens.pairs(Split.HELDOUT)
     # Held-out pairs count one each: what they are measured by does not depend on how training weighs them.
-    return Comparisons(
-        replace(planned, order=order, steps=steps, ledger=ledger), Annotated(held, heldout) if heldout else held
+    measured = Selected(
+        Annotated(held, heldout) if heldout else held, tokens.pairs_naming(Split.HELDOUT, config.reasons)
     )
+    return Comparisons(replace(planned, order=order, steps=steps, ledger=ledger), measured)
 
 
 def _margins(tokens: TokensArtifact, config: RewardConfig, split: Split) -> dict[str, np.ndarray]:

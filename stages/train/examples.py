@@ -20,6 +20,7 @@ from stages.config.preference_losses import KTOLoss
 from stages.config.preferences import DPOConfig, PairsHalf
 from stages.data.tokens.halves import half_of, some_sources
 from stages.data.tokens.packing import Packed, TokenSequence, lay_out, split_by_rows
+from stages.data.tokens.reasons import counts_of, names_any, require_named
 from stages.data.tokens.views import (
     Labelled,
     Pair,
@@ -143,8 +144,16 @@ def planned_examples(tokens: TokensArtifact, config: DPOConfig) -> PlannedExampl
             f"training preferences in the {config.half} half ({len(examples)} in both)",
             advice="Give more preference data, or train without a gold scorer (gold_scorer=none).",
         )
-        sources, sizes = some_sources(sources, indices), sizes[indices]
         counts["examples_of_the_other_half"] = len(examples) - len(indices)
+    if config.reasons:
+        bits = _reasons(tokens, Split.TRAIN)[indices]
+        named = names_any(bits, config.reasons)
+        require_named(int(named.sum()), bits, config.reasons, "training preferences")
+        indices = indices[named]
+        counts |= {"examples_of_the_reasons": len(indices), "examples_of_other_reasons": len(bits) - len(indices)}
+        counts["reasons"] = counts_of(bits[named])
+    if len(indices) < len(examples):
+        sources, sizes = some_sources(sources, indices), sizes[indices]
     require(
         examples.match(indices) - 1,
         "responses to another prompt, with which KTO compares",
@@ -157,11 +166,21 @@ def planned_examples(tokens: TokensArtifact, config: DPOConfig) -> PlannedExampl
     return PlannedExamples(examples, order, {**counts, "mixture": mixture.to_dict()})
 
 
-def heldout_examples(tokens: TokensArtifact) -> Examples:
-    """All held-out examples. Where they have one prompt, each is its own mismatch."""
+def heldout_examples(tokens: TokensArtifact, config: DPOConfig) -> tuple[Examples, np.ndarray]:
+    """Held-out examples, and which of them a training is measured on: all, or those of its reasons. Where these have
+    one prompt, each is its own mismatch."""
     examples = Examples(tokens.pairs(Split.HELDOUT), tokens.unpaired(Split.HELDOUT), max_length=tokens.sequence_length)
-    examples.match(np.arange(len(examples)))
-    return examples
+    indices = np.arange(len(examples))
+    if config.reasons:
+        indices = np.flatnonzero(names_any(_reasons(tokens, Split.HELDOUT), config.reasons))
+    examples.match(indices)
+    return examples, indices
+
+
+def _reasons(tokens: TokensArtifact, split: Split) -> np.ndarray:
+    """The areas that the reason of each example names: both sides of a pair have the pair's."""
+    pairs = tokens.pair_reasons(split)
+    return np.concatenate([pairs, pairs, tokens.unpaired_reasons(split)])
 
 
 def _sources(tokens: TokensArtifact) -> Sources:

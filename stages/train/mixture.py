@@ -81,7 +81,8 @@ def asked_shares(totals: Mapping[str, float], weights: Mapping[str, float]) -> d
     if absent := sorted(set(weights) - set(totals)):
         raise DataError(
             f"mixture names {absent}, of which there is no example; the data has {sorted(totals)}",
-            advice="Look at the ledgers of curate and tokenize for what was dropped and why, or correct the names.",
+            advice="Look at the ledgers of curate and tokenize for what was dropped and why, or correct the names. "
+            "With `reasons`, only sources count that have a pair which names one.",
         )
     free = {name: total for name, total in totals.items() if name not in weights}
     given = sum(weights.values())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stages.config.preferences import PairsConfig, PairsHalf
 from stages.data.tokens.halves import indices_of, some_sources
 from stages.data.tokens.packing import Packed, TokenSequence, lay_out, split_by_rows
+from stages.data.tokens.reasons import counts_of, names_any, require_named
 from stages.data.tokens.views import Pair, PairView, Split, TokensArtifact, evenly, require
 from stages.models.forward import TrunkOutput
 from stages.train.engine import Engine, LossOutput
@@ -33,6 +34,20 @@ class Pairs(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Pair: ...
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Some of the pairs, numbered anew."""
+
+    pairs: Pairs
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Pair:
+        return self.pairs[int(self.indices[index])]
 
 
 class PairSteps:
@@ -94,7 +109,11 @@ def planned_pairs(tokens: TokensArtifact, config: PairsConfig, *, micro_batch_si
     require(len(pairs), "training preference pairs", advice="Give preference data, or `derived`.")
     indices, sizes = np.arange(len(pairs)), pairs.num_targets
     num_tokens = sum(int(side.lengths.sum()) for side in (pairs.chosen, pairs.rejected))
-    counts = {"pairs": len(pairs), "tokens_available": num_tokens, "targets_available": int(sizes.sum())}
+    counts: dict[str, Any] = {
+        "pairs": len(pairs),
+        "tokens_available": num_tokens,
+        "targets_available": int(sizes.sum()),
+    }
     if config.half is not PairsHalf.BOTH:
         indices = indices_of(pairs, config.half)
         require(
@@ -102,8 +121,16 @@ def planned_pairs(tokens: TokensArtifact, config: PairsConfig, *, micro_batch_si
             f"training preference pairs in the {config.half} half ({len(pairs)} in both)",
             advice="Give more preference data, or train without a gold scorer (gold_scorer=none).",
         )
-        sources, sizes = some_sources(sources, indices), sizes[indices]
         counts["pairs_of_the_other_half"] = len(pairs) - len(indices)
+    if config.reasons:
+        bits = tokens.pair_reasons(Split.TRAIN)[indices]
+        named = names_any(bits, config.reasons)
+        require_named(int(named.sum()), bits, config.reasons, "training preference pairs")
+        indices = indices[named]
+        counts |= {"pairs_of_the_reasons": len(indices), "pairs_of_other_reasons": len(bits) - len(indices)}
+        counts["reasons"] = counts_of(bits[named])
+    if len(indices) < len(pairs):
+        sources, sizes = some_sources(sources, indices), sizes[indices]
     mixture = training_order(sources, sizes, config)
     order = indices[mixture.order]  # by their numbers among all pairs: what is kept about a pair is kept under its own
     steps = PairSteps(

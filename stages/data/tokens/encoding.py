@@ -18,6 +18,7 @@ from stages.data.pairs.turns import Message, Unusable, split_thinking, trained_t
 from stages.data.sources.records import source_of
 from stages.data.tokens.chat import ChatEncoder, EncodedChat
 from stages.data.tokens.ragged import RaggedWriter
+from stages.data.tokens.reasons import ReasonsWriter
 
 _MASK = np.dtype(np.uint8)
 _SIDES = ("chosen", "rejected")
@@ -263,6 +264,7 @@ class PairWriter:
         }
         self._origins, self._account, self._kinds = _Origins(), Account(), []
         self._margins: list[float | None] = []
+        self._reasons = ReasonsWriter()
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         """Write all rows and return their account."""
@@ -275,7 +277,7 @@ class PairWriter:
         if any(margin is not None for margin in self._margins):
             margins = [0.0 if margin is None else margin for margin in self._margins]
             np.save(self._folder / "margins.npy", np.asarray(margins, dtype=np.float32))
-        return self._account.to_dict("preferences")
+        return {**self._account.to_dict("preferences"), **self._reasons.write(self._folder)}
 
     def _add(self, source: str, row: Mapping[str, Any]) -> None:
         self._account.count(source, **{"in": 1})
@@ -300,6 +302,7 @@ class PairWriter:
                 self._originals.pairs.append((chosen, rejected))
             self._kinds.append(row.get("kind", "given"))
             self._margins.append(row.get("margin"))
+            self._reasons.append(row)
             self._origins.append(source)
             self._account.keep(source, sides.values(), tokens_in=tokens)
 
@@ -326,6 +329,7 @@ class UnpairedWriter:
         self._mask = RaggedWriter(self._folder, "mask", _MASK)
         self._origins, self._account = _Origins(), Account()
         self._labels: list[bool] = []
+        self._reasons = ReasonsWriter()
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         """Write all rows and return their account, with the number of desirable ones."""
@@ -335,7 +339,8 @@ class UnpairedWriter:
         self._mask.close()
         self._origins.write(self._folder)
         np.save(self._folder / "labels.npy", np.asarray(self._labels, dtype=np.uint8))
-        return {**self._account.to_dict("unpaired responses"), "desirable": sum(self._labels)}
+        account = {**self._account.to_dict("unpaired responses"), "desirable": sum(self._labels)}
+        return {**account, **self._reasons.write(self._folder)}
 
     def _add(self, source: str, row: Mapping[str, Any]) -> None:
         self._account.count(source, **{"in": 1})
@@ -351,5 +356,6 @@ class UnpairedWriter:
         self._ids.append(encoded.ids)
         self._mask.append(encoded.loss_mask)
         self._labels.append(bool(row["label"]))
+        self._reasons.append(row)
         self._origins.append(source)
         self._account.keep(source, [encoded], tokens_in=tokens)

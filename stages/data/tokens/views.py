@@ -1,6 +1,7 @@
 """The `tokens` artifact as typed views: documents, conversations, pairs and prompts of one split."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -10,9 +11,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from stages.config.errors import DataError
+from stages.config.principles import Area
 from stages.data.tokens.controls import is_of_tokenizers
 from stages.data.tokens.packing import TokenSequence
 from stages.data.tokens.ragged import Ragged
+from stages.data.tokens.reasons import FILE as REASONS
+from stages.data.tokens.reasons import names_any
 
 
 class Split(StrEnum):
@@ -104,6 +108,18 @@ class TokensArtifact:
         path = self.folder / "preferences" / split / "margins.npy"
         return np.load(path) if path.exists() else None
 
+    def pair_reasons(self, split: Split) -> np.ndarray:
+        """The areas that the reason of each pair names, as bits (`stages.data.tokens.reasons`); 0 for none."""
+        return self._reasons("preferences", split, len(self.pairs(split)))
+
+    def pairs_naming(self, split: Split, areas: Sequence[Area]) -> np.ndarray:
+        """Return which pairs name one of these areas, in order; of no areas, all pairs."""
+        return np.flatnonzero(names_any(self.pair_reasons(split), areas))
+
+    def unpaired_reasons(self, split: Split) -> np.ndarray:
+        """The same of each answer with a label of its own."""
+        return self._reasons("unpaired", split, len(self.unpaired(split)))
+
     def unpaired(self, split: Split) -> "UnpairedView":
         """Answers with a label of their own; none in a folder of data that has no such source."""
         folder = self.folder / "unpaired" / split
@@ -126,6 +142,10 @@ class TokensArtifact:
     def _sources(self, part: str, split: Split) -> "Sources":
         folder = self.folder / part / split
         return Sources(tuple(json.loads((folder / "sources.json").read_text())), np.load(folder / "sources.npy"))
+
+    def _reasons(self, part: str, split: Split, size: int) -> np.ndarray:
+        path = self.folder / part / split / REASONS
+        return np.load(path) if path.exists() else np.zeros(size, dtype=np.uint8)
 
     def _ragged(self, part: str, split: Split, name: str) -> Ragged:
         return Ragged(self.folder / part / split, name)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from stages.config.gate_records import NO_PAIRS, Findings
+from stages.data.tokens.reasons import by_area
 from stages.judge.statistics import Interval, interval
 from stages.losses.reward import calibration_error
 
@@ -43,6 +44,8 @@ class JudgedPairs:
     """What pairs of one prompt share."""
     sources_P: np.ndarray
     kinds_P: np.ndarray
+    reasons_P: np.ndarray
+    """Areas that the raters' reasons name, as bits."""
 
     @property
     def margins_P(self) -> np.ndarray:
@@ -90,10 +93,15 @@ def acceptance(pairs: JudgedPairs, *, why_none: str = NO_PAIRS) -> Findings:
         metrics |= {"balanced": balanced.value, "balanced_low": balanced.low}
     else:
         unmeasured = {f"{PREFIX}balanced": balanced, f"{PREFIX}balanced_low": balanced}
+    named = _by_reason(right_P, pairs)
+    for row in named:
+        metrics |= {f"{key}_{row['name']}": float(row[key]) for key in ("pairs", "accuracy")}
+        metrics |= {f"accuracy_{row['name']}_low": float(row["low"])}
     tables = {
         "by_source": _by_group(right_P, pairs.sources_P, pairs),
         "by_kind": _by_group(right_P, pairs.kinds_P, pairs),
         "by_length_difference": _by_length(right_P, pairs),
+        **({"by_reason": named} if named else {}),
     }
     return Findings(
         metrics={f"{PREFIX}{name}": value for name, value in metrics.items()}, unmeasured=unmeasured, tables=tables
@@ -207,6 +215,15 @@ def _root(falling: Any, low: float, high: float) -> float:
 def _by_group(right_P: np.ndarray, groups_P: np.ndarray, pairs: JudgedPairs) -> list[dict[str, Any]]:
     names = sorted(set(groups_P.tolist()))
     return [_row(str(name), groups_P == name, right_P, pairs) for name in names[:_LONGEST_TABLE]]
+
+
+def _by_reason(right_P: np.ndarray, pairs: JudgedPairs) -> list[dict[str, Any]]:
+    """By what raters found the chosen answer better in, and the pairs of which nobody said; nothing where none has a
+    reason. A pair with two reasons is in both rows."""
+    if not pairs.reasons_P.any():
+        return []
+    groups = by_area(pairs.reasons_P)
+    return [_row(name, inside_P, right_P, pairs) for name, inside_P in groups.items() if inside_P.any()]
 
 
 def _by_length(right_P: np.ndarray, pairs: JudgedPairs) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from stages.config.gate_records import Check, skipped
 from stages.config.graph import INSTRUCTIONS, Stage
+from stages.config.principles import Area
 from stages.config.request import Manifest
 from stages.config.rollouts import PROMPT_FIELDS, PROMPT_LOSS
 from stages.data.tokens.asked import asked_of
@@ -79,8 +80,8 @@ def _drift_again(
     manifest: Manifest, model: nn.Module, tokens: TokensArtifact, computing: Computing, reference_dir: Path
 ) -> Check:
     """The drift is the difference of two sums over an answer, so both models compute as in training."""
-    pairs = tokens.pairs(Split.HELDOUT)
-    indices = evenly(len(pairs), at_most=_eval_items(manifest))
+    pairs, measured = tokens.pairs(Split.HELDOUT), pairs_of(manifest, tokens)
+    indices = measured[evenly(len(measured), at_most=_eval_items(manifest))]
     affordable = computing.affordable([model, model], pair_lengths(pairs)[indices], asked=len(indices))
     if affordable.why:
         return skipped(heldout.CHECK, f"held-out pairs are not measured again: {affordable.why}")
@@ -98,6 +99,11 @@ def _drift_again(
         alike=computing.computes_as(manifest),
         targets=float(pairs.chosen.num_targets[indices].mean()),
     )
+
+
+def pairs_of(manifest: Manifest, tokens: TokensArtifact) -> np.ndarray:
+    """Which held-out pairs a model is measured on: those of the reasons that it learnt from, or all."""
+    return tokens.pairs_naming(Split.HELDOUT, [Area(name) for name in manifest.config.get("reasons", ())])
 
 
 def pair_lengths(pairs: PairView) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Held-out pairs of a run with what their acceptance groups them by: prompt, source, kind, lengths of the answers."""
+"""Held-out pairs of a run with what their acceptance groups them by: prompt, source, kind, reason, lengths of the
+answers."""
 
 import hashlib
 
@@ -23,6 +24,7 @@ def judged_pairs(tokens: TokensArtifact, pairs: PairView, indices: np.ndarray, s
         prompts_P=np.array([_prompt(pair.chosen) for pair in chosen], dtype=object),
         sources_P=names[sources.indices[indices]] if len(indices) else np.empty(0, dtype=object),
         kinds_P=kinds[indices] if len(indices) else np.empty(0, dtype=object),
+        reasons_P=tokens.pair_reasons(Split.HELDOUT)[indices],
     )
 
 

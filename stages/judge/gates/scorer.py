@@ -16,7 +16,7 @@ from stages.config.request import Manifest
 from stages.data.tokens.views import Split, TokensArtifact, evenly
 from stages.judge.gates import heldout, reload
 from stages.judge.gates.acceptance import JudgedPairs, acceptance
-from stages.judge.gates.again import pair_lengths
+from stages.judge.gates.again import pair_lengths, pairs_of
 from stages.judge.gates.best_of import METRICS, best_of
 from stages.judge.gates.computing import Computing
 from stages.judge.gates.earlier import compared_with_earlier, without_earlier
@@ -47,14 +47,15 @@ def examined_scorer(
 ) -> Findings:
     """Return the checks and numbers of a reward model, and of those that are missing the reason."""
     pairs, computing = scorer.tokens.pairs(Split.HELDOUT), scorer.computing
+    known = pairs_of(manifest, scorer.tokens)
     if request.is_given and not _knows_these_pairs(manifest, request):
         checks = [skipped(heldout.CHECK, "whether these pairs were held out from its training is not known")]
     else:
         checks = [_margin_again(scorer, manifest)]
-    asked = len(evenly(len(pairs), at_most=request.max_pairs))
-    affordable = computing.affordable([scorer.model], pair_lengths(pairs), asked=asked)
-    chosen = evenly(len(pairs), at_most=affordable.items)
-    why = NO_PAIRS
+    asked = len(evenly(len(known), at_most=request.max_pairs))
+    affordable = computing.affordable([scorer.model], pair_lengths(pairs)[known], asked=asked)
+    chosen = known[evenly(len(known), at_most=affordable.items)]
+    why = NO_PAIRS if len(known) == len(pairs) else _none_named(manifest, len(pairs))
     if affordable.why:
         why = f"pairs: {affordable.why}; give the stage a GPU"
         checks.append(skipped("all_pairs", f"{len(chosen)} of {asked} pairs are measured: {affordable.why}"))
@@ -96,6 +97,11 @@ def _against_earlier(
     return compared_with_earlier(judged, scores_P2)
 
 
+def _none_named(manifest: Manifest, num_pairs: int) -> str:
+    named = " or ".join(manifest.config["reasons"])
+    return f"none of the {num_pairs} held-out pairs has the reason {named}, which the model learnt from"
+
+
 def _knows_these_pairs(manifest: Manifest, request: GateRequest) -> bool:
     """Whether it was trained on the run's own tokens, so that these pairs were held out from it, too."""
     return any(entry.role == "tokens" and entry.digest == request.inputs["tokens"].digest for entry in manifest.inputs)
@@ -104,7 +110,8 @@ def _knows_these_pairs(manifest: Manifest, request: GateRequest) -> bool:
 def _margin_again(scorer: Scorer, manifest: Manifest) -> Check:
     """The held-out margin as training measured it last."""
     pairs, computing = scorer.tokens.pairs(Split.HELDOUT), scorer.computing
-    watched = evenly(len(pairs), at_most=int(manifest.config.get("eval_items", 0)))
+    known = pairs_of(manifest, scorer.tokens)
+    watched = known[evenly(len(known), at_most=int(manifest.config.get("eval_items", 0)))]
     affordable = computing.affordable([scorer.model], pair_lengths(pairs)[watched], asked=len(watched))
     if affordable.why:  # another number of pairs would have another margin
         return skipped(heldout.CHECK, f"held-out pairs are not measured again: {affordable.why}")

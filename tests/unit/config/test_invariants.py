@@ -214,6 +214,27 @@ def test_tokens_of_examples_are_those_that_tokenize_accounted_for(stage: Stage, 
     assert outcomes(earlier)[f"ledger_{name}"].outcome is Outcome.SKIPPED
 
 
+@pytest.mark.parametrize(
+    ("stage", "ledger", "there"),
+    [
+        (Stage.REWARD, {"pairs_of_the_reasons": 3, "pairs_of_other_reasons": 5}, "8 (pairs there are)"),
+        (
+            Stage.GOLD,
+            {"pairs_of_the_reasons": 3, "pairs_of_other_reasons": 1, "pairs_of_the_other_half": 4},
+            "8 (pairs there are)",
+        ),
+        (Stage.DPO, {"examples_of_the_reasons": 6, "examples_of_other_reasons": 10}, "16 (examples there are)"),
+    ],
+)
+def test_what_reasons_leave_and_leave_out_is_all_there_is(stage: Stage, ledger: dict[str, int], there: str):
+    found = with_ledger(evidence(stage), lambda it: it.update(ledger))
+    assert outcomes(found)["ledger_reasons"].outcome is Outcome.PASSED
+    for name in ledger:
+        lost = with_ledger(found, lambda it, name=name: it.update({name: ledger[name] - 1}))
+        assert failures(lost)["ledger_reasons"].allowed == there
+    assert "ledger_reasons" not in outcomes(evidence(stage))
+
+
 def test_the_rows_of_pretraining_are_all_its_tokens():
     broken = with_ledger(evidence(Stage.PRETRAIN), lambda it: it.update(rows_available=19))
     assert failures(broken)["ledger_rows_available"].allowed == "20 (whole rows of 10 in 200 tokens)"

@@ -393,3 +393,39 @@ def test_margins_that_count_are_part_of_what_is_curated() -> None:
     assert config.curate.preferences == ("/p.jsonl#margin=ratings",)
     assert list(config.curate.outside_sources)[-1] == "/p.jsonl"
     resolve({"recipe": "tiny", **RATED, "last_stage": "tokenize"})  # a later run may train on it
+
+
+def test_reasons_are_one_setting_in_whatever_order_and_leave_earlier_fingerprints_as_they_were() -> None:
+    given = {"recipe": "tiny", "preferences": ["/p.jsonl"]}
+    plain = resolve(given).reward
+    both, turned = (
+        resolve({**given, "overrides": {"reward.reasons": reasons}}).reward
+        for reasons in (["harmless", "helpful"], ["helpful", "harmless", "helpful"])
+    )
+    assert both.identity() == turned.identity() != plain.identity()
+    assert "reasons" not in plain.identity()
+    assert [area.value for area in both.reasons] == ["helpful", "harmless"]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            {"overrides": {"dpo.reasons": ["harmful"]}},
+            r"dpo.reasons.0='harmful': Input should be 'helpful', 'honest' or 'harmless'",
+        ),
+        (
+            {"preferences": ["derived"], "overrides": {"reward.reasons": ["helpful"]}},
+            r"reward.reasons=\['helpful'\] needs a source of preferences with reasons, got \['derived'\]",
+        ),
+    ],
+)
+def test_reasons_that_no_pair_can_have_are_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        resolve({"recipe": "tiny", "preferences": ["/p.jsonl"], **values})
+
+
+def test_reasons_of_a_stage_that_is_not_in_the_run_are_no_matter() -> None:
+    resolve(
+        {"recipe": "tiny", "preferences": ["derived"], "alignment": "ppo", "overrides": {"dpo.reasons": ["honest"]}}
+    )

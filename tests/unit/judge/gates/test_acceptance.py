@@ -25,6 +25,7 @@ def judged(margins: Any, longer: Any = None, **fields: Any) -> JudgedPairs:
         "prompts_P": np.arange(len(margins)).astype(str),
         "sources_P": np.full(len(margins), "given", dtype=object),
         "kinds_P": np.full(len(margins), "given", dtype=object),
+        "reasons_P": np.zeros(len(margins), dtype=np.uint8),
     }
     return JudgedPairs(
         chosen_P=margins,
@@ -55,6 +56,18 @@ def test_pairs_of_one_prompt_are_one_observation():
     assert apart["accuracy"] == together["accuracy"] == 0.75
     assert apart["accuracy_low"] > 0.66
     assert together["accuracy_low"] < 0.5
+
+
+def test_helpfulness_and_harmlessness_are_told_apart():
+    """Right on both pairs that are only helpful, wrong on the harmless one, and right where both are named."""
+    found = acceptance(judged([1.0, 2.0, -1.0, 1.0, 0.0], reasons_P=np.array([1, 1, 4, 5, 0], dtype=np.uint8)))
+    shares = {row["name"]: (row["pairs"], row["accuracy"]) for row in found.tables["by_reason"]}
+    assert shares == {"helpful": (3, 1.0), "harmless": (2, 0.5), "none": (1, 0.5)}
+    told = {name: found.metrics[f"accept/{name}"] for name in ("pairs_helpful", "accuracy_harmless")}
+    assert told == {"pairs_helpful": 3.0, "accuracy_harmless": 0.5}
+    assert 0.4 < found.metrics["accept/accuracy_helpful_low"] < 0.5  # Wilson's interval of 3 of 3
+    assert "accept/pairs_honest" not in found.metrics
+    assert "by_reason" not in acceptance(judged([1.0, -1.0])).tables
 
 
 @pytest.fixture
