@@ -1,13 +1,14 @@
 """From raw text to an aligned, registered model: the whole pipeline on one screen.
 
-    resolve ─ plan ─ convert ─┬─ constitution ─┬─ curate ─ tokenize ─ pretrain ─ sft ─┬─ reward ─ ppo ─┐
-                              └─ synthesize ───┘                                      └────── dpo ─────┤
-                                         report ─ promote ─ approve ─ evaluate ────────────────────────┘
+    resolve ─ plan ─ convert ─┬─ constitution ─┬─ review ─ curate ─ tokenize ─ pretrain ─ sft ─┬─ reward ─ ppo ─┐
+                              └─ synthesize ───┘                                               └────── dpo ─────┤
+                                                  report ─ promote ─ approve ─ evaluate ────────────────────────┘
 
 Every stage is a Ray job. A stage whose artifact exists is not run again; a stage that the run does not include skips
 itself and says why: `first_stage` and given models decide where a run enters, `last_stage` where it ends. Skipped
-stages let the rest run, failed ones do not. With `promotion=approval`, `approve` asks a person. A gate, `gate_<stage>`,
-stands after each stage that makes data or a model and after `evaluate`: a failed one stops the run (docs/GATES.md).
+stages let the rest run, failed ones do not. With `review_made_data`, `review` asks a person about what models have
+written, with `promotion=approval`, `approve` about the champion. A gate, `gate_<stage>`, stands after each stage that
+makes data or a model and after `evaluate`: a failed one stops the run (docs/GATES.md).
 """
 
 from datetime import timedelta
@@ -21,6 +22,7 @@ from operators.gates import GateOperator
 from operators.notify import deadline, notifications
 from operators.operator import StageOperator
 from operators.people.approval import PromotionApproval
+from operators.people.review import MadeDataReview
 from stages.config.graph import GRAPH, Stage, gated_stages, pipeline_stages
 from stages.config.selection import direct_inputs
 
@@ -64,7 +66,7 @@ with DAG(
 
     # The stages, in the order that their inputs (stages/config/graph.py) ask for.
     tasks = {stage: (heavy if GRAPH[stage].heavy else light)(stage=stage) for stage in pipeline_stages()}
-    approve = PromotionApproval(task_id="approve")
+    review, approve = MadeDataReview(), PromotionApproval(task_id="approve")
     # A gate of a model loads it, so it waits for a slot too; the others only read what is recorded.
     gates = {
         stage: GateOperator(
@@ -82,6 +84,8 @@ with DAG(
         sources = [(tasks | gates)[source] for source in direct_inputs(stage) if not GRAPH[source].judges]
         if stage is Stage.PROMOTE:
             chain(sources, approve, stage_task)
+        elif any(GRAPH[source].makes for source in direct_inputs(stage)):
+            chain(sources, review, stage_task)
         elif sources:
             chain(sources, stage_task)
     chain(tasks[Stage.REPORT], close().as_teardown(on_failure_fail_dagrun=True))

@@ -101,6 +101,13 @@ class GateFailed(StageFailed):
     retryable = False
 
 
+class MadeDataRejected(StageFailed):
+    """A person read what models of the run had made and rejected it, or none answered in time."""
+
+    category = Category.DATA
+    retryable = False
+
+
 class RunIncomplete(StageFailed):
     """The run is over, and not all stages that it was asked for succeeded."""
 

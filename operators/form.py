@@ -32,7 +32,7 @@ _SECTIONS = {
     "Synthesis": ("synthesis", "synthesis_sources", "generator"),
     "Reward model": ("reward_model", "reward_base", "train_reward"),
     "Judges": ("gold_scorer", "gold_model", "judge"),
-    "Course of the run": ("first_stage", "last_stage", "seed", "promotion", "dry_run"),
+    "Course of the run": ("first_stage", "last_stage", "seed", "review_made_data", "promotion", "dry_run"),
     "Gates": ("override_gates", "override_reason"),
     "Changes to the recipe": ("overrides",),
 }

@@ -28,6 +28,7 @@ from operators.ray.jobs import JobStatus
 from stages.config.graph import GRAPH, Stage
 from stages.config.mlflow import tracking_server
 from stages.config.request import RunInfo, StageRequest, StageResult
+from stages.config.review import REVIEW_TASK
 
 if TYPE_CHECKING:
     from operators.dispatch import Carried
@@ -47,7 +48,8 @@ class StageOperator(BaseOperator):
 
     The task `resolve_task_id` returned the RunInfo; inputs come from the tasks named after the stages in GRAPH. A stage
     whose config has an `approval` gets the answer of the task `approve_task_id`, one whose config has a `champion` gets
-    the present champion as an input.
+    the present champion as an input, and one that reads data which a person reviews needs the approval of the task
+    `review_task_id`.
     `timeout` bounds the job's time and stops the job; Airflow's own `execution_timeout` does so too, but does not count
     deferred time.
     Give it `retries=MAX_RETRIES` and a StageRetryPolicy.
@@ -64,6 +66,7 @@ class StageOperator(BaseOperator):
         ray_conn_id: str = DEFAULT_CONN_ID,
         resolve_task_id: str = "resolve",
         approve_task_id: str = "approve",
+        review_task_id: str = REVIEW_TASK,
         store_uri: str = "",
         entrypoint: str = ENTRYPOINT,
         deferrable: bool = True,
@@ -82,6 +85,7 @@ class StageOperator(BaseOperator):
         self.ray_conn_id = ray_conn_id
         self.resolve_task_id = resolve_task_id
         self.approve_task_id = approve_task_id
+        self.review_task_id = review_task_id
         self.store_uri = store_uri
         self.entrypoint = entrypoint
         self.deferrable = deferrable
@@ -329,7 +333,15 @@ class StageOperator(BaseOperator):
     def _request(self, context: Any, *, run: RunInfo, store: "Store") -> StageRequest:
         from operators.champion import with_champion
         from operators.dispatch import submission_log, within_memory
-        from operators.prepare import build_request, input_stages, load_config, selection, with_approval
+        from operators.prepare import (
+            build_request,
+            input_stages,
+            load_config,
+            require_review,
+            reviewed_inputs,
+            selection,
+            with_approval,
+        )
 
         config = load_config(store, run)
         ti, stage = context["ti"], Stage(self.stage)
@@ -342,6 +354,8 @@ class StageOperator(BaseOperator):
         )
         if "approval" in request.config:
             request = with_approval(request, config, ti.xcom_pull(task_ids=self.approve_task_id))
+        if reviewed_inputs(stage, config):
+            require_review(request, config, ti.xcom_pull(task_ids=self.review_task_id))
         if "champion" in request.config:
             request = with_champion(request, config)
         execution = within_memory(request.execution, stage=stage, log=submission_log(context))

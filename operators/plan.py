@@ -118,6 +118,10 @@ def _remarks(config: PipelineConfig) -> Iterator[str]:
         yield f"gates that may fail: {', '.join(config.gates.override)}, because {config.gates.reason}"
     if not config.gates.recompute:
         yield f"gates do not load the models (gates.recompute=false), because {config.gates.reason}"
+    if config.reviewed:
+        names = " and ".join(stage.value for stage in config.reviewed)
+        hours = config.review.timeout_hours
+        yield f"review: waits up to {hours:g} hours for a person to read what {names} made (review_made_data)"
     for name in DATA_FIELDS if Stage.CURATE in config.selected else ():
         if not getattr(config.curate, name) and name != PROMPTS:  # most runs have none, and miss nothing
             yield f"{name}: none are read, no stage of this run needs them"

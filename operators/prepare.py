@@ -14,6 +14,7 @@ from stages.config.graph import GOLD_MODEL, GRAPH, Stage
 from stages.config.pipeline import PREVIOUS, PipelineConfig, stage_config_from_json
 from stages.config.records import parse_record
 from stages.config.request import ArtifactRef, GateQuestions, RunInfo, StageRequest, StageResult, sha256_of
+from stages.config.review import REVIEW_TASK, ReviewRecord
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +160,25 @@ def with_approval(request: StageRequest, config: PipelineConfig, answer: Any) ->
         )
     approval = Approval.model_validate(answer).model_dump(mode="json")
     return request.model_copy(update={"config": {**request.config, "approval": approval}})
+
+
+def reviewed_inputs(stage: Stage, config: PipelineConfig) -> dict[str, Stage]:
+    """Return role -> stage for the inputs that a person reads before this stage does."""
+    return {role: source for role, source in input_stages(stage, config).items() if source in config.reviewed}
+
+
+def require_review(request: StageRequest, config: PipelineConfig, answer: Any) -> None:
+    """Raise ConfigError unless a person has approved exactly what the stage would read of made data."""
+    advice = f"Clear {REVIEW_TASK!r} together with its downstream tasks."
+    if answer is None:
+        raise ConfigError(f"review_made_data=True, and the task {REVIEW_TASK!r} left no approval", advice=advice)
+    record = ReviewRecord.model_validate(answer)
+    for role, source in reviewed_inputs(request.stage, config).items():
+        seen = record.artifacts.get(source.value)
+        if not record.is_approved or seen is None or seen.digest != request.inputs[role].digest:
+            raise ConfigError(
+                f"what {source.value} has made is not what was approved in the task {REVIEW_TASK!r}", advice=advice
+            )
 
 
 def find_hit(store: Store, request: StageRequest) -> StageResult | None:

@@ -10,6 +10,7 @@ from stages.config.errors import DataError
 from stages.config.gates import gate_name
 from stages.config.graph import Stage, gated_stages
 from stages.config.request import RunInfo, sha256_of
+from stages.config.review import REVIEW_TASK
 
 if TYPE_CHECKING:
     from stages.artifacts.store import Store
@@ -97,7 +98,7 @@ def finish_run(context: Any, *, resolve_task_id: str = "resolve", plan_task_id: 
     states = ti.get_task_states(dag_id=ti.dag_id, run_ids=[ti.run_id]).get(ti.run_id, {})
     unfinished = [
         f"{task} {states[task]}"
-        for task in (plan_task_id, *Stage, *map(gate_name, gated_stages()))
+        for task in (plan_task_id, REVIEW_TASK, *Stage, *map(gate_name, gated_stages()))
         if task in wanted & states.keys() and states[task] != "success"
     ]
     with as_stage_failures():
@@ -116,10 +117,11 @@ def finish_run(context: Any, *, resolve_task_id: str = "resolve", plan_task_id: 
 
 
 def _wanted(config: "PipelineConfig") -> set[str]:
-    """The tasks that must succeed: stages, and the gates after them, or of what is given in their place."""
+    """The tasks that must succeed: stages, the gates after them, or of what is given in their place, and a review that
+    was asked for."""
     selected = config.selected
     gated = (stage for stage in gated_stages() if stage in selected or config.given_instead(stage))
-    return {*selected, *map(gate_name, gated)}
+    return {*selected, *map(gate_name, gated), *([REVIEW_TASK] if config.reviewed else [])}
 
 
 def _passed_by_hand(store: "Store", run: RunInfo, stage: Stage) -> str:

@@ -45,7 +45,7 @@ class PromotionApproval(ApprovalOperator):
 
     def __init__(self, *, resolve_task_id: str = "resolve", store_uri: str = "", **kwargs: Any) -> None:
         kwargs.setdefault("subject", "Promote the aligned model to champion?")
-        kwargs["params"] = {"comment": _comment()}  # in place of the DAG's, which Airflow passes here
+        kwargs["params"] = {"comment": comment_field()}  # in place of the DAG's, which Airflow passes here
         kwargs.setdefault("response_timeout", timedelta(days=7))  # until the run's configuration is read
         super().__init__(defaults=self.REJECT, **kwargs)
         self.resolve_task_id = resolve_task_id
@@ -83,13 +83,14 @@ class PromotionApproval(ApprovalOperator):
         return approval.model_dump(mode="json")
 
 
-def _comment() -> Param:
+def comment_field() -> Param:
+    """Why a person decides so, next to the choice."""
     text = "Why; it is kept with the decision."
     return Param("", source="task", type=["string", "null"], title="Comment", description=text)
 
 
 def read_answer(answer: Mapping[str, Any], *, timed_out: bool) -> Approval:
-    """Turn what Airflow returns into the part of `promote`'s configuration that says who decided what."""
+    """Turn what Airflow returns into the record of who decided what."""
     approved = answer["chosen_options"] == [ApprovalOperator.APPROVE]
     return Approval(
         verdict=Verdict.TIMED_OUT if timed_out else Verdict.APPROVED if approved else Verdict.REJECTED,

@@ -111,7 +111,7 @@ class Promotion(Choice):
 
 
 class Verdict(StrEnum):
-    """The answer to the question whether a model becomes champion."""
+    """The answer to a question about a model or about data."""
 
     APPROVED = "approved"
     REJECTED = "rejected"
@@ -119,7 +119,8 @@ class Verdict(StrEnum):
 
 
 class Approval(Config):
-    """A person's answer; part of the configuration of `promote`, so it is in its fingerprint and its manifest."""
+    """A person's answer. About the champion it is part of the configuration of `promote`, so it is in its fingerprint
+    and its manifest."""
 
     verdict: Verdict
     """`approved`, `rejected`, or `timed_out`: no answer in time, which counts as a rejection."""

@@ -23,6 +23,8 @@ _DECIDED = {
     "train_reward": "A reward model is trained in every comparison, or given by reward_model.",
     "promotion": "Nothing is promoted by a comparison.",
     "promote.promotion": "Nothing is promoted by a comparison.",
+    "review_made_data": "A comparison asks no person. Make the data in a run of llm_pipeline with a review first: the "
+    "comparison finds what was made with the same settings.",
     "dry_run": "Set it in the form of llm_pipeline, for one of the methods.",
 }
 """What overrides must not set, and why."""

@@ -117,6 +117,10 @@ class RunOutline(Config):
     )
     """Model that writes: an address like those of a base model, or an OpenAI-compatible endpoint, whose model
     `synthesize.generator.model` names. Empty: the base model."""
+    review_made_data: bool = Field(default=False, title="Review of made data")
+    """With AI feedback or synthesis: a person reads examples of what was made, in Airflow under Required Actions, and
+    approves or rejects it before it is curated. A rejection, or no answer within `review.timeout_hours`, fails the
+    run."""
     alignment: Alignment = Field(default=Alignment.BOTH, title="Alignment")
     """Reinforcement learning (`ppo`), direct preference optimisation (`dpo`), `both`, or `none`."""
     last_stage: PipelineStage = Field(default=Stage.REPORT, title="Last stage")
@@ -163,6 +167,13 @@ class RunOutline(Config):
             case Stage.SYNTHESIZE:
                 return () if self.synthesis is Synthesis.OFF else (INSTRUCTIONS,)
         return ()
+
+    @property
+    def reviewed(self) -> tuple[Stage, ...]:
+        """The stages of the run whose data a person reads before it is used."""
+        if not self.review_made_data:
+            return ()
+        return tuple(stage for stage, spec in GRAPH.items() if spec.makes and stage in self.selected)
 
     @property
     def scored_by_model(self) -> bool:
@@ -302,6 +313,11 @@ class PipelineParams(RunOutline):
                     f"{name}={getattr(self, name)!r} is given and {AI_FEEDBACK} is off; choose what {AI_FEEDBACK} "
                     f"makes, or leave {name} empty"
                 )
+        if self.review_made_data and self.ai_feedback is Feedback.OFF and self.synthesis is Synthesis.OFF:
+            raise ValueError(
+                f"review_made_data=True, and {AI_FEEDBACK} and {SYNTHESIS} are off: the run makes no data that a "
+                "person could read; choose one of them, or leave review_made_data off"
+            )
         if wrong := contradiction(self.way_until(self.last_stage)):
             raise ValueError(wrong)
         return self

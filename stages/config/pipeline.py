@@ -22,6 +22,7 @@ from stages.config.preferences import DPOConfig, GoldConfig, RewardConfig
 from stages.config.principles import PRINCIPLES
 from stages.config.records import first_error
 from stages.config.request import PREVIOUS, ArtifactRef, Source, SourceKind
+from stages.config.review import ReviewConfig
 from stages.config.rollouts import PPOConfig
 from stages.config.scorers import reads_reward_model
 from stages.config.selection import learns_from_scores
@@ -121,6 +122,8 @@ class PipelineConfig(RunOutline):
     report: ReportConfig = ReportConfig()
     gates: GatesConfig = GatesConfig()
     """What the run must show to go on after each stage; never part of a fingerprint."""
+    review: ReviewConfig = ReviewConfig()
+    """What a person is shown of made data; never part of a fingerprint."""
     execution: Executions = Executions()
     """Resources and layout by stage; never part of a fingerprint."""
 

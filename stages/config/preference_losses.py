@@ -112,7 +112,7 @@ class SimPOLoss(WithSupervision):
     beta: float = Field(default=2.0, gt=0)
     """Scale of the rewards; the paper uses 2 to 2.5."""
     gamma: float = Field(default=1.0, ge=0)
-    """Margin that the chosen response's reward must have; the paper uses half of beta."""
+    """Margin that the chosen response's reward must have; the paper finds 0.5 to 1.5 good."""
 
     needs_reference: ClassVar[bool] = False
 
@@ -160,7 +160,7 @@ class NCALoss(WithSupervision):
     kind: Literal["nca"] = "nca"
     """Which preference loss."""
     beta: float = Field(default=0.01, gt=0)
-    """Strength of the pull towards the reference; the paper uses 0.01."""
+    """Strength of the pull towards the reference; the paper uses 0.01, and 0.1 for reasoning."""
 
     needs_reference: ClassVar[bool] = True
 

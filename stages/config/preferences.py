@@ -49,7 +49,7 @@ class RewardConfig(PairsConfig):
     """Weight of (r_chosen + r_rejected)^2, which keeps scores around zero."""
     margin: Annotated[float, AddedLater(0.0)] = Field(default=0.0, ge=0)
     """By how much the scores of a pair are to differ for each unit of its margin, which a source with `#margin=` has
-    (Llama 2, https://arxiv.org/abs/2307.09288); 0 = margins do not count."""
+    (Llama 2, https://arxiv.org/abs/2307.09288, eq. 2); 0 = margins do not count."""
     label_smoothing: Annotated[float, AddedLater(0.0)] = Field(default=0.0, ge=0, lt=0.5)
     """Assumed share of pairs whose sides are exchanged by mistake."""
     counted: Annotated[Literal["pair", "prompt"], AddedLater("pair")] = "pair"

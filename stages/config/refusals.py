@@ -20,6 +20,7 @@ from stages.config.graph import (
 )
 from stages.config.pipeline import PipelineConfig
 from stages.config.places import check_source
+from stages.config.review import ReviewConfig
 from stages.config.rollout_inputs import refuse_what_rollouts_lack
 from stages.config.scorers import endpoints_of
 from stages.config.scoring import refuse_aggregation_of_one, refuse_margins_without_effect, refuse_reasons_of_nobody
@@ -53,6 +54,7 @@ def check_run(config: PipelineConfig) -> None:
     _refuse_underivable(config)
     refuse_useless_feedback(config)
     refuse_useless_synthesis(config)
+    _refuse_settings_of_no_review(config)
     _refuse_uncuttable(config)
     _refuse_contradictions(config)
     refuse_unused(config)
@@ -128,6 +130,17 @@ def _refuse_underivable(config: PipelineConfig) -> None:
             raise ConfigError(
                 f"{name}={DERIVED!r} needs {INSTALLED_DOCS!r} among documents; got {list(config.curate.documents)}",
                 advice=f"Give {name} as files, or previous_data, or stop before {needed_by} with last_stage.",
+            )
+
+
+def _refuse_settings_of_no_review(config: PipelineConfig) -> None:
+    if config.reviewed:
+        return
+    for name, field in ReviewConfig.model_fields.items():
+        if (value := getattr(config.review, name)) != field.default:
+            raise ConfigError(
+                f"review.{name}={value!r} has no effect: no person reads made data in this run",
+                advice=f"Switch review_made_data on in a run that makes data, or leave review.{name} out.",
             )
 
 

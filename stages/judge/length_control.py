@@ -1,9 +1,9 @@
 """The win rate that a model would have if its responses were as long as its opponent's.
 
-Judges prefer long answers. As AlpacaEval 2 does (Dubois et al. 2024, https://arxiv.org/abs/2404.04475, eq. 2), the
+Judges prefer long answers. As AlpacaEval 2 does (Dubois et al. 2024, https://arxiv.org/abs/2404.04475, eq. 1), the
 verdicts are explained by a logistic regression on an intercept and on the difference in length; without the second the
-intercept alone gives the win rate. Their third term, the difficulty of a prompt, needs many models' verdicts and is
-left out.
+intercept alone gives the win rate (eq. 2). Their third term, the difficulty of a prompt, needs many models'
+verdicts and is left out.
 
 Shape legend: N verdicts, R resamples, G clusters, 2 coefficients (intercept, length).
 """
@@ -53,7 +53,7 @@ def length_controlled(
 
 
 def _bounded(difference_N: np.ndarray) -> np.ndarray:
-    """tanh of the difference in its own spread, so that one rambling response decides nothing (eq. 2 there)."""
+    """tanh of the difference in its own spread, so that one rambling response decides nothing (eq. 1 there)."""
     spread = difference_N.std()
     return np.tanh(difference_N / spread) if spread > 0 else np.zeros(len(difference_N))
 

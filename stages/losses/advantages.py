@@ -20,7 +20,8 @@ class Advantages(NamedTuple):
 def gae(*, rewards_R: Tensor, values_R: Tensor, gamma: float, gae_lambda: float) -> Advantages:
     """Generalised advantage estimation of one finished response (value 0 after its end).
 
-    Schulman et al. 2015 (arXiv:1506.02438), eq. 16: A_t = sum_k (gamma lambda)^k delta_{t+k}.
+    Schulman et al. 2015 (arXiv:1506.02438), eq. 16: A_t = sum_k (gamma lambda)^k delta_{t+k}. With an end: Schulman et
+    al. 2017 (arXiv:1707.06347), eq. 11 and 12.
     """
     # From the end, because A_t = delta_t + gamma lambda A_{t+1}. A response cut at its length counts as finished too:
     # there is no value after its last token, and `missing_eos_penalty` is in the rewards already.
@@ -36,7 +37,8 @@ def gae(*, rewards_R: Tensor, values_R: Tensor, gamma: float, gae_lambda: float)
 
 def leave_one_out(rewards_G: np.ndarray) -> np.ndarray:
     """Return each reward minus the mean of the others. REINFORCE Leave-One-Out, Ahmadian et al. 2024
-    (arXiv:2402.14740); the baseline does not depend on the response itself, so it adds no bias."""
+    (arXiv:2402.14740), section 2.3: the estimator after eq. 8, which has no number of its own. The baseline does not
+    depend on the response itself, so it adds no bias."""
     others_G = (rewards_G.sum() - rewards_G) / (len(rewards_G) - 1)
     return rewards_G - others_G
 
@@ -44,8 +46,9 @@ def leave_one_out(rewards_G: np.ndarray) -> np.ndarray:
 def group_relative(rewards_G: np.ndarray, *, divide_by_std: bool) -> np.ndarray:
     """Return each reward minus the mean of its group, in units of the group's spread on request.
 
-    With it: GRPO with outcome rewards, Shao et al. 2024 (arXiv:2402.03300), section 4.1. Without: Dr. GRPO, Liu et al.
-    2025 (arXiv:2503.20783), which shows that the division weighs prompts by how alike their responses are.
+    With it: GRPO with outcome rewards, Shao et al. 2024 (arXiv:2402.03300), section 4.1.2. Without: Dr. GRPO, Liu et
+    al. 2025 (arXiv:2503.20783), section 3.2; section 3.1 shows that the division weighs prompts by how alike their
+    responses are.
     """
     centred_G = rewards_G - rewards_G.mean()
     # The spread of the group itself, not an estimate for a population. A group of equal rewards teaches nothing: the
@@ -54,12 +57,17 @@ def group_relative(rewards_G: np.ndarray, *, divide_by_std: bool) -> np.ndarray:
 
 
 def rewards_to_go(rewards_R: Tensor) -> Tensor:
-    """Return at each token the sum of its and all later rewards, undiscounted."""
+    """Return at each token the sum of its and all later rewards, undiscounted: the return of REINFORCE (Williams 1992),
+    as REINFORCE++ has it, Hu 2025 (arXiv:2501.03262, version 2), eq. 8."""
     return rewards_R.flip(0).cumsum(0).flip(0)
 
 
 def decayed(average: float | None, value: float, *, decay: float) -> float:
-    """Return an exponential moving average with one more value; the first value starts it."""
+    """Return an exponential moving average with one more value; the first value starts it.
+
+    As the baseline of REINFORCE it stands where Ahmadian et al. 2024 (arXiv:2402.14740), eq. 8, have the plain mean of
+    all earlier rewards: it forgets those of a policy that was worse.
+    """
     return value if average is None else decay * average + (1 - decay) * value
 
 
@@ -71,6 +79,10 @@ def explained_variance(returns_N: np.ndarray, values_N: np.ndarray) -> float:
 
 
 def whiten(values_N: Tensor, *, mean: float, std: float) -> Tensor:
-    """Shift and scale by statistics taken over all ranks; a spread of zero leaves the values centred and finite."""
+    """Shift and scale by statistics taken over all ranks; a spread of zero leaves the values centred and finite.
+
+    Not in the papers of PPO and GAE; over all tokens of a rollout as in REINFORCE++, Hu 2025 (arXiv:2501.03262,
+    version 2), eq. 10.
+    """
     # The caller takes the statistics over the whole rollout: over a micro-batch they would depend on the layout.
     return (values_N - mean) / (std + 1e-8)

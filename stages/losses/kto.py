@@ -58,5 +58,6 @@ def kl_baseline(log_ratio_sum: float, num_examples: int) -> float:
 
 
 def desirable_loss(logprobs: ExampleLogprobs) -> Tensor:
-    """Return the sum over desirable responses of the negative log-likelihood a token."""
+    """Return the sum over desirable responses of the negative log-likelihood a token: the supervised term of pairs, see
+    `stages.losses.preference.supervised_loss`, for single responses. Not of the KTO paper."""
     return -(logprobs.desirable_E * logprobs.policy_E / logprobs.tokens_E).sum()

@@ -31,9 +31,9 @@ def ppo_policy_loss(
 ) -> PolicyTerms:
     """Clipped surrogate objective, negated. Schulman et al. 2017 (arXiv:1707.06347), eq. 7.
 
-    `clip_range_high` is the range above 1 where it is another (clip-higher of DAPO, Yu et al. 2025, arXiv:2503.14476).
-    `dual_clip` bounds what a token with a negative advantage costs at that many times the advantage (Ye et al. 2019,
-    arXiv:1912.09729). Each is off at 0. `weights_N` weighs the loss of each token, but none of the counts.
+    `clip_range_high` is the range above 1 where it is another (clip-higher of DAPO, Yu et al. 2025, arXiv:2503.14476,
+    eq. 10). `dual_clip` bounds what a token with a negative advantage costs at that many times the advantage (Ye et al.
+    2019, arXiv:1912.09729, eq. 5). Each is off at 0. `weights_N` weighs the loss of each token, but none of the counts.
     """
     # A ratio per token, not per response: products of ratios over a response would explode.
     log_ratio_N = logprobs_N - old_logprobs_N
@@ -61,9 +61,11 @@ def truncated_weights(*, logprobs_N: Tensor, sampler_logprobs_N: Tensor, most: f
     """Return the importance weights min(p / q, most) of tokens that a sampler drew from q, while p is trained.
 
     Truncated importance sampling, Ionides 2008 ("Truncated Importance Sampling", JCGS 17), a token at a time: the
-    policy gradient of samples whose probabilities another engine, or other rounding, computed.
+    policy gradient of samples whose probabilities another engine, or other rounding, computed, as in Yao et al. 2025
+    ("Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"). Weights are data, without gradient: p is
+    the policy as it sampled, not as it is updated.
     """
-    return (logprobs_N - sampler_logprobs_N).exp().clamp(max=most)
+    return (logprobs_N - sampler_logprobs_N).detach().exp().clamp(max=most)
 
 
 def ppo_value_loss(
@@ -74,7 +76,8 @@ def ppo_value_loss(
     clip_range: float,
     weights_N: Tensor | None = None,
 ) -> Tensor:
-    """Half the squared error with clipped predictions, summed. Schulman et al. 2017, as in OpenAI baselines."""
+    """Half the squared error with clipped predictions, summed. The squared error is L^VF of Schulman et al. 2017
+    (arXiv:1707.06347), eq. 9; the half and the clipping are not in the paper but in OpenAI baselines."""
     # The larger error counts: clipping holds a prediction back, but never makes a wrong one look better than it is.
     clipped_N = old_values_N + (values_N - old_values_N).clamp(-clip_range, clip_range)
     errors_N = torch.maximum((values_N - returns_N).square(), (clipped_N - returns_N).square())
@@ -82,6 +85,7 @@ def ppo_value_loss(
 
 
 def entropy(logits_NV: Tensor) -> Tensor:
-    """Return the entropy in nats of each row of logits, shape (N,)."""
+    """Return the entropy in nats of each row of logits, shape (N,): S of Schulman et al. 2017 (arXiv:1707.06347),
+    eq. 9."""
     logprobs_NV = logits_NV.log_softmax(-1)
     return -(logprobs_NV.exp() * logprobs_NV).sum(-1)

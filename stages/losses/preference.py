@@ -94,7 +94,7 @@ class _Rewards(NamedTuple):
 
 
 def _rewards(logprobs: PairLogprobs, *, beta: float, per_token: bool = False) -> _Rewards:
-    """Beta times log(pi / pi_ref) of each answer, or of its tokens on average. Rafailov et al. 2023, section 4: beta
+    """Beta times log(pi / pi_ref) of each answer, or of its tokens on average. Rafailov et al. 2023, eq. 5: beta
     log(pi / pi_ref) is the reward that the policy is optimal for, up to a term of the prompt alone."""
     assert logprobs.ref_chosen_P is not None
     assert logprobs.ref_rejected_P is not None
@@ -131,9 +131,9 @@ def dpo_loss(logprobs: PairLogprobs, *, beta: float, label_smoothing: float = 0.
 def robust_dpo_loss(logprobs: PairLogprobs, *, beta: float, label_smoothing: float) -> PreferenceTerms:
     """DPO for labels of which a share e is flipped: ((1 - e) L(pair) - e L(swapped pair)) / (1 - 2 e).
 
-    Chowdhury et al. 2024 (arXiv:2403.00409). Its mean over flips is the DPO loss of the true label; conservative DPO
-    is the same with the other sign and without the division, and its mean is not. The loss of one pair has no lower
-    bound, since a wrong label must be able to cost what it would have gained.
+    The loss of rDPO, Chowdhury et al. 2024 (arXiv:2403.00409). Its mean over flips is the DPO loss of the true label;
+    conservative DPO is the same with the other sign and without the division, and its mean is not. The loss of one pair
+    has no lower bound, since a wrong label must be able to cost what it would have gained.
     """
     rewards = _rewards(logprobs, beta=beta)
     margins_P, e = rewards.margins_P, label_smoothing
@@ -141,8 +141,8 @@ def robust_dpo_loss(logprobs: PairLogprobs, *, beta: float, label_smoothing: flo
 
 
 def hinge_loss(logprobs: PairLogprobs, *, beta: float) -> PreferenceTerms:
-    """max(0, 1 - margin): the calibration loss of SLiC (Zhao et al. 2023, arXiv:2305.10425) on ratios to the
-    reference, as Liu et al. 2023 normalise it (arXiv:2309.06657)."""
+    """max(0, 1 - margin): the calibration loss of SLiC (Zhao et al. 2023, arXiv:2305.10425, section 2) on ratios to the
+    reference, as Liu et al. 2023 (arXiv:2309.06657), eq. 10, normalise it; their gamma is beta."""
     rewards = _rewards(logprobs, beta=beta)
     return rewards.terms(F.relu(1 - rewards.margins_P))
 
@@ -174,8 +174,9 @@ def simpo_loss(logprobs: PairLogprobs, *, beta: float, gamma: float) -> Preferen
 def orpo_loss(logprobs: PairLogprobs, *, odds_coefficient: float) -> PreferenceTerms:
     """Negative log-likelihood of the chosen answer, plus lambda times -log sigmoid of the log of the odds' ratio.
 
-    Hong et al. 2024 (arXiv:2403.07691), eq. 4 for the odds P / (1 - P), eq. 7 for the ratio, eq. 6 for the sum. P is
-    the geometric mean of the tokens' probabilities. The likelihood is of the answer alone, not of its prompt.
+    Hong et al. 2024 (arXiv:2403.07691): eq. 3 for P, the geometric mean of the tokens' probabilities, eq. 4 for the
+    odds P / (1 - P), eq. 5 for their ratio, eq. 7 for its loss, eq. 6 for the sum. The likelihood is of the answer
+    alone, not of its prompt.
     """
     rewards = _Rewards(
         _log_odds(logprobs.chosen_P / logprobs.chosen_tokens_P),
@@ -201,7 +202,7 @@ def apo_zero_loss(logprobs: PairLogprobs, *, beta: float) -> PreferenceTerms:
 
 def nca_loss(logprobs: PairLogprobs, *, beta: float) -> PreferenceTerms:
     """-log sigmoid(r_chosen) - (log sigmoid(-r_chosen) + log sigmoid(-r_rejected)) / 2: each answer is told from noise
-    by itself. Chen et al. 2024 (arXiv:2402.05369), section 4, for pairs."""
+    by itself. Chen et al. 2024 (arXiv:2402.05369), table 1, for pairs."""
     rewards = _rewards(logprobs, beta=beta)
     noise_P = F.logsigmoid(-rewards.chosen_P) + F.logsigmoid(-rewards.rejected_P)
     return rewards.terms(-F.logsigmoid(rewards.chosen_P) - 0.5 * noise_P)

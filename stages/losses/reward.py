@@ -19,7 +19,7 @@ def bradley_terry_loss(
     """Return sum over pairs of -log sigmoid(r_chosen - r_rejected - m), times the pairs' weights.
 
     Bradley & Terry 1952; Ouyang et al. 2022 (arXiv:2203.02155), eq. 1, whose factor 1 / (K choose 2) is the weight of
-    each pair of a ranking of K responses. Margins m: Touvron et al. 2023 (arXiv:2307.09288), section 3.2.2. With
+    each pair of a ranking of K responses. Margins m: Touvron et al. 2023 (arXiv:2307.09288), eq. 2. With
     `label_smoothing` e, a pair counts 1 - e as it is and e with its sides exchanged, as in conservative DPO (Mitchell
     2023); the margin is that of the stated preference and is left out of the exchanged side. Equal scores without
     margins give ln 2 a pair.
@@ -35,8 +35,8 @@ def bradley_terry_loss(
 def score_centering_loss(
     chosen_scores_P: Tensor, rejected_scores_P: Tensor, *, weights_P: Tensor | None = None
 ) -> Tensor:
-    """Return sum of (r_chosen + r_rejected)^2, times the pairs' weights, which fixes the free offset of scores
-    (Eisenstein et al. 2023, arXiv:2312.09244)."""
+    """Return sum of (r_chosen + r_rejected)^2, times the pairs' weights, which fixes the free offset of scores.
+    Eisenstein et al. 2023 (arXiv:2312.09244), eq. 2."""
     squares_P = (chosen_scores_P + rejected_scores_P).square()
     return (squares_P if weights_P is None else weights_P * squares_P).sum()
 
@@ -51,7 +51,7 @@ def calibration_error(margins_P: Tensor, *, num_bins: int = 10) -> float:
     """Return the expected calibration error of sigmoid(|margin|) as the probability that the preferred answer of a pair
     is the chosen one.
 
-    Guo et al. 2017 (arXiv:1706.04599), eq. 5, with equal-width bins. The preferred answer has at least even odds, so
+    Guo et al. 2017 (arXiv:1706.04599), eq. 3, with equal-width bins. The preferred answer has at least even odds, so
     the bins cover [0.5, 1].
     """
     confidence_P = torch.sigmoid(margins_P.abs())

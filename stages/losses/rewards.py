@@ -17,7 +17,7 @@ def normalised_score(score: float, *, mean: float, std: float) -> float:
     """Return a reward model's score in units of the spread of reference answers' scores.
 
     Bradley-Terry fixes neither origin nor scale of scores, but `kl_coefficient` weighs nats against them. Ziegler et
-    al. 2019 (arXiv:1909.08593), section 2.1, normalise to the same end.
+    al. 2019 (arXiv:1909.08593), section 2, normalise to the same end.
     """
     return (score - mean) / (std + 1e-8)
 
@@ -25,8 +25,8 @@ def normalised_score(score: float, *, mean: float, std: float) -> float:
 def aggregated_scores(scores_MS: Tensor, *, how: Aggregation, spread_coefficient: float = 0.0) -> Tensor:
     """Return one score for each response from those of the members of an ensemble, shape (S,).
 
-    Mean, minimum, or mean minus the spread times a coefficient: Eisenstein et al. 2023 (arXiv:2312.09244), section 4;
-    Coste et al. 2023 (arXiv:2310.02743), section 3, subtract the variance in the place of the standard deviation.
+    Coste et al. 2023 (arXiv:2310.02743): the mean is eq. 3, the minimum eq. 4; "lower" is eq. 5 with the standard
+    deviation in the place of the variance, so that the result scales with the scores.
     """
     match how:
         case "mean":
@@ -55,7 +55,8 @@ def shaped_rewards(*, logprobs_R: Tensor, ref_logprobs_R: Tensor, score: float, 
 
 def overlong_penalty(length: int, *, max_length: int, grace: int) -> float:
     """Return how much of the penalty a response of that length deserves: 0 up to `grace` tokens before the limit, from
-    there in equal steps up to 1 at the limit. Soft overlong punishment of DAPO, Yu et al. 2025 (arXiv:2503.14476)."""
+    there in equal steps up to 1 at the limit. Soft overlong punishment of DAPO, Yu et al. 2025 (arXiv:2503.14476),
+    eq. 13, without its sign."""
     return min(max((length - (max_length - grace)) / grace, 0.0), 1.0)
 
 

@@ -1,4 +1,4 @@
-"""What PPO optimised next to what it never saw, over the root of KL, as Gao et al. 2023 draw over-optimisation."""
+"""What PPO optimised next to what it never saw, over the root of KL, as Gao et al. 2022 draw over-optimisation."""
 
 import math
 from collections.abc import Iterable

@@ -77,14 +77,15 @@ _PAIRS = {
 }
 _RULE = {
     "ppo.scorer.kind": "json_schema",
+    "ppo.scorer.fenced": False,
     "ppo.estimator.kind": "rloo",
     "ppo.estimator.responses_per_prompt": 4,
-    "ppo.num_rollouts": 24,
+    "ppo.num_rollouts": 20,
     "ppo.rollout_size": 32,
     "ppo.global_batch_size": 32,
-    "ppo.num_epochs": 2,
+    "ppo.num_epochs": 1,
     "ppo.max_response_length": RESPONSE_LENGTH,
-    "ppo.optimizer.learning_rate": 3e-4,
+    "ppo.optimizer.learning_rate": 4e-4,
     "ppo.kl_coefficient": 0.01,
     "ppo.eval_items": 8,
     "curate.heldout_fraction": 0.2,
@@ -181,7 +182,7 @@ def _follows(model: torch.nn.Module, tokens: TokensArtifact) -> np.ndarray:
     texts = [tokenizer.decode(answer.tolist(), skip_special_tokens=True) for answer in answers]
     for text in texts[:10]:
         print(repr(text))
-    return np.array([schema_value(text, SCHEMA, fenced=True, parsed_value=0.0) for text in texts])
+    return np.array([schema_value(text, SCHEMA, fenced=False, parsed_value=0.0) for text in texts])
 
 
 def main() -> None:

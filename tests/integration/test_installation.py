@@ -132,6 +132,7 @@ def test_the_dags_survive_serialisation_with_operators_and_links(probe: dict[str
     }
     assert tasks["llm_pipeline"]["report"] == ["StageOperator", ["Ray job", "MLflow run", "Artifact", "Report"]]
     assert tasks["llm_pipeline"]["approve"][0] == "PromotionApproval"
+    assert tasks["llm_pipeline"]["review"][0] == "MadeDataReview"
     assert tasks["collect_preferences"]["rate"][0] == "PreferenceRating"
 
 

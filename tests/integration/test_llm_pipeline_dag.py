@@ -97,7 +97,7 @@ def test_a_run_without_alignment_skips_what_it_does_not_need_and_its_repetition_
     )
     expected = {
         **dict.fromkeys(done, "success"),
-        **dict.fromkeys(skipped | {"approve", "convert", "promote", "report"}, "skipped"),
+        **dict.fromkeys(skipped | {"review", "approve", "convert", "promote", "report"}, "skipped"),
         **{stage.value: "skipped" for stage, spec in GRAPH.items() if spec.asked_by},
     }
     expected |= {gate_name(stage): expected[stage] for stage in gated_stages()}
@@ -115,7 +115,7 @@ def test_a_dry_run_ends_green_after_its_plan_and_spends_nothing(
 ):
     run = play("succeed", dry_run=True, seed=3)
     expected = {
-        **dict.fromkeys((*pipeline_stages(), *map(gate_name, gated_stages()), "approve"), "skipped"),
+        **dict.fromkeys((*pipeline_stages(), *map(gate_name, gated_stages()), "review", "approve"), "skipped"),
         **dict.fromkeys(("resolve", "plan", "close"), "success"),
     }
     assert (run.state, run.states) == ("success", expected)

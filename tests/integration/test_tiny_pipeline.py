@@ -137,7 +137,7 @@ def test_every_stage_is_built_by_a_ray_job_of_its_own(first: Run) -> None:
     assert first.state == "success"
     # Nobody is asked, there is no GGUF file, and no field asks for data that a model writes.
     on_demand = {stage for stage, spec in GRAPH.items() if spec.asked_by}
-    expected = {"approve", "convert", *on_demand, *map(gate_name, on_demand)}
+    expected = {"review", "approve", "convert", *on_demand, *map(gate_name, on_demand)}
     assert {task for task, state in first.states.items() if state != "success"} == expected
     assert first.built == BUILT
     # What trained a model examines it; the reward model, which a gold scorer is asked about, has a job for that.

@@ -250,8 +250,9 @@ def best_of_n(proxy_KN: np.ndarray, gold_KN: np.ndarray, sizes: tuple[int, ...])
     """Expected scores of the best of n by the proxy, for prompts with N answers each, against the KL that it costs.
 
     Exact over all subsets of n of the N answers: the answer of rank i (from the worst, 1) is the best of a subset with
-    probability C(i-1, n-1) / C(N, n). KL = ln n - (n-1)/n (Stiennon et al. 2020, appendix G.3; Gao et al. 2022,
-    section 2). Both gains are over one answer, in units of the spread of that scorer over all answers.
+    probability C(i-1, n-1) / C(N, n). KL = ln n - (n-1)/n (Stiennon et al. 2020, appendix G.3; Gao et al. 2022),
+    which is the most that it can be (Beirami et al. 2024, arXiv:2401.01879). Both gains are over one answer, in units
+    of the spread of that scorer over all answers.
     """
     order_KN = np.argsort(proxy_KN, axis=1, kind="stable")
     gold_KN = np.take_along_axis(gold_KN, order_KN, axis=1)

@@ -135,7 +135,7 @@ def test_without_a_gold_scorer_there_is_no_comparison() -> None:
     refused("a comparison needs a scorer that no method is trained with", overrides={"gold_scorer": "none"})
 
 
-@pytest.mark.parametrize("path", ["alignment", "last_stage", "train_reward", "dry_run"])
+@pytest.mark.parametrize("path", ["alignment", "last_stage", "train_reward", "review_made_data", "dry_run"])
 def test_what_the_comparison_decides_is_not_overridden(path: str) -> None:
     refused(f"'{path}' cannot be set in a comparison", overrides={path: "dpo"})
 

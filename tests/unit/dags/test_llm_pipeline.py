@@ -21,7 +21,7 @@ LIGHT = {Stage.TOKENIZE, Stage.PROMOTE, Stage.REPORT}
 
 def test_every_stage_is_a_task_of_its_own_name_between_resolve_and_close():
     gates = set(map(gate_name, gated_stages()))
-    assert set(llm_pipeline.task_ids) == {"resolve", "plan", "approve", "close", *pipeline_stages(), *gates}
+    assert set(llm_pipeline.task_ids) == {"resolve", "plan", "review", "approve", "close", *pipeline_stages(), *gates}
     assert {stage: task.stage for stage, task in STAGES.items() if isinstance(task, StageOperator)} == {
         stage: stage.value for stage in pipeline_stages()
     }
@@ -30,7 +30,7 @@ def test_every_stage_is_a_task_of_its_own_name_between_resolve_and_close():
 
 
 def test_the_drawing_is_the_one_of_the_docstring():
-    trunk = ["resolve", "plan", "convert", "constitution", "curate", "tokenize", "pretrain", "sft"]
+    trunk = ["resolve", "plan", "convert", "constitution", "review", "curate", "tokenize", "pretrain", "sft"]
     end = ["evaluate", "approve", "promote", "report", "close"]
     for way in ([*trunk, "reward", "ppo", *end], [*trunk, "dpo", *end]):
         for before, after in pairwise(way):
@@ -39,7 +39,8 @@ def test_the_drawing_is_the_one_of_the_docstring():
     assert STAGES[Stage.CONVERT].upstream_task_ids == {"plan"}
     makers = (Stage.CONSTITUTION, Stage.SYNTHESIZE)
     assert [STAGES[stage].upstream_task_ids for stage in makers] == [{"convert"}, {"convert"}]
-    assert STAGES[Stage.CURATE].upstream_task_ids == {"gate_constitution", "gate_synthesize"}
+    assert llm_pipeline.task_dict["review"].upstream_task_ids == {"gate_constitution", "gate_synthesize"}
+    assert STAGES[Stage.CURATE].upstream_task_ids == {"review"}
     beside = STAGES[Stage.DPO].get_flat_relative_ids(upstream=True)
     assert not {"reward", "ppo"} & beside
     # no arrow that only repeats a way through other tasks
@@ -92,7 +93,8 @@ def test_a_run_may_end_anywhere_and_what_it_does_not_ask_for_is_skipped(alignmen
 
 
 def test_skipped_tasks_let_the_rest_run_and_failed_ones_do_not():
-    assert {task.trigger_rule for task in (*STAGES.values(), *GATES.values())} == {TriggerRule.NONE_FAILED}
+    asking = [llm_pipeline.task_dict[name] for name in ("review", "approve")]
+    assert {task.trigger_rule for task in (*STAGES.values(), *GATES.values(), *asking)} == {TriggerRule.NONE_FAILED}
 
 
 def test_close_runs_whatever_happened_and_alone_decides_about_the_run():

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from stages.losses.advantages import decayed, gae, group_relative, leave_one_out, rewards_to_go, whiten
+from stages.losses.advantages import (
+    decayed,
+    explained_variance,
+    gae,
+    group_relative,
+    leave_one_out,
+    rewards_to_go,
+    whiten,
+)
 
 
 @pytest.mark.parametrize(("length", "gamma", "lam"), [(1, 1.0, 1.0), (7, 0.9, 0.7), (40, 1.0, 0.95), (40, 0.99, 0.0)])
@@ -19,10 +27,23 @@ def test_gae_equals_brute_force(length: int, gamma: float, lam: float) -> None:
     assert result.returns_R.tolist() == pytest.approx(returns, rel=0, abs=1e-10)
 
 
+def test_gae_of_three_tokens_by_hand() -> None:
+    # deltas 4/2 - 2 = 0, 8/2 - 4 = 0, 16 - 8 = 8; each token further back discounts by gamma lambda = 1/4
+    result = gae(
+        rewards_R=torch.tensor([0.0, 0.0, 16.0]), values_R=torch.tensor([2.0, 4.0, 8.0]), gamma=0.5, gae_lambda=0.5
+    )
+    assert result.advantages_R.tolist() == [0.5, 2.0, 8.0]
+    assert result.returns_R.tolist() == [2.5, 6.0, 16.0]
+
+
 def test_gae_of_one_token_by_hand() -> None:
     result = gae(rewards_R=torch.tensor([2.0]), values_R=torch.tensor([0.5]), gamma=1.0, gae_lambda=0.95)
     assert result.advantages_R.item() == 1.5
     assert result.returns_R.item() == 2.0
+
+
+def test_whitened_values_are_spreads_from_the_mean() -> None:
+    assert whiten(torch.tensor([5.0, 1.0]), mean=2.0, std=4.0).tolist() == pytest.approx([0.75, -0.25])
 
 
 def test_whitening_one_element_stays_finite() -> None:
@@ -45,6 +66,13 @@ def test_a_group_is_centred_and_on_request_scaled_by_its_own_spread() -> None:
     expected = np.array([-1, 1, -2, 2]) / np.sqrt(2.5)
     assert group_relative(rewards, divide_by_std=True) == pytest.approx(expected, rel=1e-5)
     assert group_relative(np.full(3, 0.1), divide_by_std=True) == pytest.approx([0, 0, 0], abs=1e-9)
+
+
+def test_the_explained_variance_by_hand() -> None:
+    # variance of the returns (1 + 1) / 2 = 1, of the errors (0.25 + 0.25) / 2
+    assert explained_variance(np.array([1.0, 3.0]), np.array([1.5, 2.5])) == pytest.approx(0.75)
+    assert explained_variance(np.array([1.0, 3.0]), np.array([7.0, 7.0])) == 0.0
+    assert explained_variance(np.array([2.0, 2.0]), np.array([1.0, 3.0])) == 0.0
 
 
 def test_rewards_to_go_are_those_from_a_token_to_the_end() -> None:

@@ -16,6 +16,34 @@ def test_k3_is_never_negative_and_zero_only_at_equality() -> None:
     assert k3(torch.tensor(1.0)).item() == pytest.approx(math.exp(-1) - 1 + 1)
 
 
+@pytest.mark.parametrize(
+    ("estimator", "value", "slope"),
+    # p twice as likely as q: the log-ratio is ln 2, q/p is 1/2
+    [(k1, math.log(2), 1.0), (k2, math.log(2) ** 2 / 2, math.log(2)), (k3, 1 / 2 - 1 + math.log(2), 1 - 1 / 2)],
+    ids=["k1", "k2", "k3"],
+)
+def test_an_estimate_and_its_slope_by_hand_at_the_start_and_away_from_it(
+    estimator: Any, value: float, slope: float
+) -> None:
+    log_ratio = torch.tensor([0.0, math.log(2)], dtype=torch.float64, requires_grad=True)
+    estimates = estimator(log_ratio)
+    assert estimates.tolist() == pytest.approx([0.0, value])
+    (slopes,) = torch.autograd.grad(estimates.sum(), log_ratio)
+    # Where both agree, as at the start of training, only k1 has a slope; its mean over samples is zero.
+    assert slopes.tolist() == pytest.approx([1.0 if estimator is k1 else 0.0, slope])
+
+
+def test_kl_controller_within_its_bounds_by_hand() -> None:
+    # 6.6 of 6 is 10 % too much; a gain of 20 / 200 = 0.1, as in the paper: 0.5 x (1 + 0.1 x 0.1)
+    def adapt(kl: float) -> float:
+        return adapted_kl_coefficient(0.5, kl=kl, target=6.0, horizon=200, num_responses=20)
+
+    assert adapt(6.6) == pytest.approx(0.505)
+    assert adapt(5.4) == pytest.approx(0.495)
+    assert adapt(7.2) == adapt(9.0) == pytest.approx(0.51)
+    assert adapt(4.8) == adapt(1.0) == pytest.approx(0.49)
+
+
 def test_kl_controller_reacts_to_both_sides_and_is_bounded() -> None:
     def adapt(kl: float) -> float:
         return adapted_kl_coefficient(0.1, kl=kl, target=6.0, horizon=100, num_responses=10)

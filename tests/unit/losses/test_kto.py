@@ -62,7 +62,10 @@ def test_the_loss_is_a_sum_over_examples() -> None:
 
 
 def test_the_supervised_term_counts_tokens_of_desirable_responses_alone() -> None:
-    assert desirable_loss(examples([0.0, 0.0, 2.0], [1.0, 0.0, 1.0])).item() == pytest.approx(8 / 4 + 6 / 4)
+    logprobs = examples([0.0, 0.0, 2.0], [1.0, 0.0, 1.0])
+    loss = desirable_loss(logprobs)
+    assert loss.item() == pytest.approx(8 / 4 + 6 / 4)
+    assert torch.autograd.grad(loss, [logprobs.policy_E])[0].tolist() == [-1 / 4, 0.0, -1 / 4]
 
 
 def test_hopeless_and_perfect_examples_have_finite_losses_and_gradients() -> None:

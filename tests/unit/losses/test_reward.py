@@ -94,3 +94,11 @@ def test_centring_by_hand_and_weighted() -> None:
     chosen, rejected = torch.tensor([2.0, 1.0]), torch.tensor([1.0, -1.0])
     assert score_centering_loss(chosen, rejected).item() == 9.0
     assert score_centering_loss(chosen, rejected, weights_P=torch.tensor([0.5, 7.0])).item() == 4.5
+
+
+def test_centring_pulls_both_scores_alike_and_not_at_all_at_the_start() -> None:
+    # The slope is 2 w (r_c + r_r): 2 x 0.5 x 3 for the first pair; scores of a head of zeros stay where they are.
+    chosen = torch.tensor([2.0, 0.0], requires_grad=True)
+    rejected = torch.tensor([1.0, 0.0], requires_grad=True)
+    loss = score_centering_loss(chosen, rejected, weights_P=torch.tensor([0.5, 7.0]))
+    assert [slope.tolist() for slope in torch.autograd.grad(loss, [chosen, rejected])] == [[3.0, 0.0], [3.0, 0.0]]

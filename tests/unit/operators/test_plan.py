@@ -335,6 +335,15 @@ def test_the_plan_says_which_gates_may_fail_and_why(store: Store):
     assert "gates that may fail: reward, ppo, because few pairs" in make_plan(config, run=RUN, store=store).remarks
 
 
+def test_the_plan_says_that_a_person_is_waited_for(store: Store):
+    made = {"base_model": "/models/x", "synthesis": "distillation", "synthesis_sources": ["/s.jsonl"]}
+    config = resolve(
+        {"recipe": "tiny", **made, "instructions": ["/i"], "preferences": ["/p"], "review_made_data": True}
+    )
+    told = "review: waits up to 168 hours for a person to read what synthesize made (review_made_data)"
+    assert told in make_plan(config, run=RUN, store=store).remarks
+
+
 def test_the_plan_says_what_a_run_is_given_and_what_it_does_without(store: Store):
     given = {"base_model": "/models/policy", "reward_model": "/models/reward", "first_stage": "ppo", "alignment": "ppo"}
     config = resolve({"recipe": "tiny", **given, "instructions": ["/chats"], "last_stage": "evaluate"})

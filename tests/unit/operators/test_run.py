@@ -150,6 +150,20 @@ def test_a_run_is_red_when_a_gate_of_it_is(state: str):
     finish({**DONE, **SKIPPED, "gate_ppo": "skipped", "gate_sft": "success"})
 
 
+def test_a_run_is_red_when_a_person_rejects_what_its_models_have_made():
+    made = {"base_model": "/models/x", "instructions": ["/i.jsonl"], "preferences": ["/p.jsonl"]}
+    asked = {"synthesis": "distillation", "synthesis_sources": ["/s.jsonl"], "review_made_data": True}
+    config = resolve({"recipe": "tiny", **made, **asked})
+    assert "review" in _wanted(config)
+    assert "review" not in _wanted(resolve({"recipe": "tiny", **made, **asked, "review_made_data": False}))
+    run = RunInfo(run_id="r", name="n")
+    store = open_default_store()
+    store.write_bytes("runs/r/pipeline.json", config.model_dump_json().encode())
+    states = {"plan": "success", "synthesize": "success", "review": "failed"}
+    with pytest.raises(RunIncomplete, match=r"Not every stage succeeded: review failed\."):
+        finish_run({"ti": Task(states, run.model_dump(mode="json"))})
+
+
 def test_what_mlflow_does_not_have_at_the_end_is_said_with_what_to_do(tmp_path: Path, caplog):
     finish({**DONE, **SKIPPED})
     assert "stages.tracking.tracker" not in caplog.text
