@@ -7,10 +7,9 @@ from pydantic import Field, model_validator
 
 from stages.config.base import AddedLater, Config
 from stages.config.graph import makers_of
-from stages.config.sources import InstructionFormat, PreferenceFormat, PromptFormat, Source, parse_sources
+from stages.config.sources import DERIVED, InstructionFormat, PreferenceFormat, PromptFormat, Source, parse_sources
 
 INSTALLED_DOCS = "installed-docs"
-DERIVED = "derived"
 NEW_BYTES, NEW_PAIRS = "curate/bytes_new", "curate/pairs_new"
 """Metrics of a curation that builds on previous data: new training text, and new pairs of both kinds and splits."""
 

@@ -222,10 +222,12 @@ class PipelineParams(RunOutline):
     it 30 % of the training, and `#format=sharegpt` names the format if the fields do not show it. Empty: those of the
     recipe."""
     preferences: Lines = Field(
-        default_factory=list, title="Preferences", examples=["derived", "s3://bucket/pairs.jsonl"]
+        default_factory=list,
+        title="Preferences",
+        examples=["derived", "s3://bucket/pairs.jsonl", "s3://bucket/harmless-base.jsonl#area=harmless"],
     )
     """Preference pairs, one source per line, with `#weight=` and `#format=` as above; `derived` makes pairs from the
-    documents. Empty: those of the recipe."""
+    documents. `#area=harmless` says what the responses of a source were preferred for. Empty: those of the recipe."""
     constitution_prompts: Lines = Field(
         default_factory=list,
         title="Prompts of the constitution",

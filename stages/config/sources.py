@@ -14,9 +14,12 @@ from typing import Any
 from pydantic import Field
 
 from stages.config.base import Config
+from stages.config.principles import Area
 
 _OPTIONS = re.compile(r"#((?:\w+=[^#&]*)(?:&\w+=[^#&]*)*)$")
 _KNOWN = ("format", "weight", "first", "second", "area", "margin")
+DERIVED = "derived"
+"""The source of pairs that are made from the documents."""
 RATINGS = "ratings"
 """The `margin` of a source whose rows rate both responses, in whatever fields their format has for it."""
 
@@ -71,7 +74,8 @@ class Source(Config):
     second: str = ""
     """The same for the second response."""
     area: str = ""
-    """Of prompts: the areas of the principles by which they are treated, joined by `+`; empty = all."""
+    """Joined by `+`. Of prompts: the areas of the principles by which they are treated; empty = all. Of preferences:
+    what the better response is better in, as if the rater of every row had said so."""
     margin: str = ""
     """Where a pair's margin is: `ratings` = how much better the chosen response is rated; else a field of the row that
     says how much better it is. Empty = pairs have none."""
@@ -147,8 +151,12 @@ def parse_sources(field: str, lines: Iterable[str], formats: type[StrEnum] | Non
         if formats is None:
             _refuse_options_of_answers(field, source)
             continue
-        if source.area:
-            raise ValueError(f"{field}: area={source.area!r} of {source.uri!r} is for the prompts of a constitution")
+        if source.area and (formats is not PreferenceFormat or source.uri == DERIVED):
+            raise ValueError(
+                f"{field}: area={source.area!r} of {source.uri!r} is for given preferences and the prompts of a "
+                "constitution"
+            )
+        check_areas(field, source, [area.value for area in Area])
         if source.format and source.format not in list(formats):
             allowed = ", ".join(formats)
             raise ValueError(f"{field}: format={source.format!r} of {source.uri!r} is not one of {allowed}")

@@ -22,6 +22,7 @@ from stages.data.pairs.labels import Coding, labels_of, numbers_in
 from stages.data.pairs.margins import NONE, margin_of, require_margins
 from stages.data.pairs.partners import pairs_of
 from stages.data.pairs.preferences import Labelled, sides_of
+from stages.data.pairs.reasons import joined
 from stages.data.pairs.shapes import Fits, Fitting, Misfit, Shapes, shapes_of
 from stages.data.pairs.sides import Preference
 from stages.data.pairs.trees import conversations_of
@@ -410,6 +411,12 @@ def _partnered(source: Source, account: SourceAccount, config: CurateConfig) -> 
     account.labelled.clear()
 
 
+def _reason(source: Source, said: str) -> dict[str, str]:
+    """What a rater said, and what the source says of all its rows; no field where neither says anything."""
+    reason = joined([", ".join(source.area.split("+")), *said.split("\n")])
+    return {"reason": reason} if reason else {}
+
+
 def _preferred(
     key: str,
     size: int,
@@ -436,7 +443,7 @@ def _preference_row(key: str, made: Preference, source: Source, config: CurateCo
         "kind": "given",
         "group": source.uri,
         "origin": "given",
-        **({"reason": made.reason} if made.reason else {}),
+        **_reason(source, made.reason),
         "heldout": is_drawn(config.heldout_fraction, config.seed, "heldout", opening(prompt)),
     }
 
@@ -463,7 +470,7 @@ def _unpaired(table: _Table, config: CurateConfig) -> Iterator[_Outcome]:
             "label": found.is_good,
             "group": table.source.uri,
             "origin": "given",
-            **({"reason": found.reason} if found.reason else {}),
+            **_reason(table.source, found.reason),
             "heldout": is_drawn(config.heldout_fraction, config.seed, "heldout", opening(prompt)),
             **tools,
         }

@@ -84,7 +84,10 @@ def test_a_critic_may_be_an_endpoint_and_then_needs_the_name_of_its_model() -> N
         ({"constitution_prompts": ["/x#area=nice"]}, "area='nice' of '/x' is not one of helpful, honest, harmless"),
         ({"constitution_prompts": ["/x#area=honest+honest"]}, "names an area twice"),
         ({"constitution_prompts": ["/x#weight=0.3"]}, "'/x' has an option that prompts do not have"),
-        ({"instructions": ["/i#area=honest"]}, "area='honest' of '/i' is for the prompts of a constitution"),
+        (
+            {"instructions": ["/i#area=honest"]},
+            "area='honest' of '/i' is for given preferences",
+        ),
         ({"ai_feedback": "pairs", "instructions": ["constitution"]}, "ai_feedback='pairs' makes no instructions"),
         ({"constitution_prompts": ["/etc/passwd"]}, "constitution_prompts='/etc/passwd' leads to"),
         ({"principles": "/etc/passwd"}, "principles='/etc/passwd' leads to"),
