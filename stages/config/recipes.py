@@ -200,6 +200,8 @@ def smollm(*, seed: int = 0) -> PipelineConfig:
             max_prompts=16,
             num_samples=8,
             max_response_length=40,
+            # Every stage may change what a model declines.
+            benchmarks=("refusals",),
         ),
         promote=PromoteConfig(
             primary=("gold", "judge", "pairs"),

@@ -42,8 +42,8 @@ SCHEMA = json.dumps(
 )
 """What the rule asks for; the prompts say it in words."""
 ASKED = (
-    'Describe {thing} as a JSON object with the keys "name" and "color". Write only the JSON object.',
-    'Write a JSON object with the keys "name" and "color" that describes {thing}, and nothing else.',
+    'Describe {thing} as a JSON object with the keys "name" and "color".',
+    'Write a JSON object with the keys "name" and "color" for {thing}.',
 )
 THINGS = """an apple; a hammer; the moon; a cat; a violin; gold; a bicycle; rice; a candle; the sea; a tiger; a
 book; a lemon; a banana; a carrot; snow; coal; a rose; grass; a crow; a swan; milk; coffee; a brick; a tomato; a
@@ -77,7 +77,6 @@ _PAIRS = {
 }
 _RULE = {
     "ppo.scorer.kind": "json_schema",
-    "ppo.scorer.fenced": False,
     "ppo.estimator.kind": "rloo",
     "ppo.estimator.responses_per_prompt": 4,
     "ppo.num_rollouts": 20,
@@ -182,7 +181,7 @@ def _follows(model: torch.nn.Module, tokens: TokensArtifact) -> np.ndarray:
     texts = [tokenizer.decode(answer.tolist(), skip_special_tokens=True) for answer in answers]
     for text in texts[:10]:
         print(repr(text))
-    return np.array([schema_value(text, SCHEMA, fenced=False, parsed_value=0.0) for text in texts])
+    return np.array([schema_value(text, SCHEMA, fenced=True, parsed_value=0.0) for text in texts])
 
 
 def main() -> None:

@@ -72,6 +72,7 @@ _OVERRIDES: dict[str, Any] = {
     "evaluate.max_prompts": 4,
     "evaluate.num_samples": 4,
     "evaluate.max_response_length": 12,
+    "evaluate.benchmarks": ["refusals#limit=8&max_tokens=12"],
     **ONE_THREAD,
     **{f"{stage}.{name}": value for stage, own in _TRAINED.items() for name, value in {**_ADAPTER, **own}.items()},
 }

@@ -154,6 +154,8 @@ def test_the_evaluation_shows_every_model_beside_the_untouched_one(played: Playe
     assert {"base", "sft", "ppo", "dpo"} <= set(report["models"])
     assert report["models"]["sft"]["eval/response_loss"] < 0.5 * report["models"]["base"]["eval/response_loss"]
     assert report["models"]["dpo"]["eval/preference_accuracy"] >= 0.9
+    for suite in ("refusals", "over-refusals"):
+        assert set(report["suites"][suite]["roles"]) >= {"base", "sft", "ppo", "dpo"}
     samples = read_samples((folder / "samples.json").read_bytes(), str(folder))
     assert len(samples) >= 2
     for sample in samples:
