@@ -24,6 +24,9 @@ REWARD_SUITE = "score"
 GOLD_SUITE, GOLD_AGREEMENT = "gold", "gold_agreement"
 """The suite of the gold scorer, and how often that agrees with held-out pairs, under its own role."""
 
+REWARD_PAIRS = "reward"
+"""In the place of a suite: how often the run's reward model is right about held-out pairs."""
+
 JUDGE_SUITE = "judge"
 """The suite of a judge that is a model, which must first have shown that it agrees with known pairs."""
 
@@ -103,6 +106,20 @@ class SuiteResult:
         if self.chance is None or score.low is None or score.high is None:
             return False
         return score.high < self.chance if self.better == "lower" else score.low > self.chance
+
+
+@dataclass(frozen=True)
+class ByReason:
+    """What one model got on the held-out pairs whose raters gave a reason."""
+
+    role: str
+    suite: str
+    reason: str
+    """`helpful`, `honest`, `harmless`, or `none` for pairs without one of them."""
+    value: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+    items: NonNegativeInt
 
 
 @dataclass(frozen=True)

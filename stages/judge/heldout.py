@@ -79,6 +79,8 @@ class PairItem:
     cluster: str
     chosen: Reply
     rejected: Reply
+    reasons: int = 0
+    """Areas that the raters' reasons name, as bits."""
 
 
 @dataclass(frozen=True)
@@ -224,8 +226,8 @@ class Heldout:
             [self._spelled(chosen, pair.chosen.ids), self._spelled(rejected, pair.rejected.ids)]
             for (pair, _), (chosen, rejected) in zip(sides, chats, strict=True)
         ]
-        pairs = []
-        for name, (pair, _), (chosen, rejected) in zip(_named(spelled), sides, chats, strict=True):
+        pairs, reasons = [], self.tokens.pair_reasons(Split.HELDOUT)
+        for name, (pair, number), (chosen, rejected) in zip(_named(spelled), sides, chats, strict=True):
             start = int(np.argmax(pair.chosen.loss_mask))
             cluster = _digest(_prompt_of(chosen) if chosen else pair.chosen.ids[:start].tolist())
             pairs.append(
@@ -234,6 +236,7 @@ class Heldout:
                     cluster,
                     self._reply(f"{name}-chosen", cluster, pair.chosen, chosen, last_only=True),
                     self._reply(f"{name}-rejected", cluster, pair.rejected, rejected, last_only=True),
+                    reasons=int(reasons[number]),
                 )
             )
         return pairs

@@ -20,6 +20,7 @@ from stages.data.tokens.views import Split
 from stages.job.context import StageContext
 from stages.judge.aggregates import metrics_of, reward_quality, unigram_perplexity, win_rates, without_infinite
 from stages.judge.bench import Bench, Measured, Unit
+from stages.judge.by_reason import by_reason, flat_by_reason
 from stages.judge.judges.pairwise_suite import facts_of, silent_judge
 from stages.judge.scores import Column, write_scores
 from stages.judge.statistics import compare, interval
@@ -53,6 +54,7 @@ def report_of(context: StageContext, bench: Bench, measured: Measured, left_out:
         "reward": quality,
         "suites": suites,
         "comparisons": comparisons_of(context, bench, measured),
+        **({"by_reason": reasons} if (reasons := by_reason(bench, measured)) else {}),
         **({"champion": champion} if champion else {}),
         **({"judge": judge} if judge else {}),
         **({"left_out": left_out} if left_out else {}),
@@ -69,6 +71,7 @@ def flat(report: Mapping[str, Any]) -> dict[str, float]:
             if "value" in result:
                 found[f"{role}/suite/{name}/{suite['metric']}"] = result["value"]
     unigram = report.get("unigram_perplexity")
+    found |= flat_by_reason(report.get("by_reason", []))
     return found | report["reward"] | ({} if unigram is None else {"eval/unigram_perplexity": unigram})
 
 

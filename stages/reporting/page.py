@@ -51,6 +51,7 @@ def render_page(story: Story) -> str:
         sorted_samples=answers.are_sorted(story),
         evaluation=model_views.evaluation_table(story),
         reward=model_views.reward_table(story),
+        by_reason=suite_views.reasons_table(story),
         alignment=model_views.alignment_table(story),
         samples=answers.samples(story),
         made=made_views.made_views(story),

@@ -6,7 +6,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, field_valid
 
 from stages.config.base import Config
 from stages.config.decision import Decision, Ruling
-from stages.config.evaluation import Compared, MeasuredChampion, SuiteResult
+from stages.config.evaluation import ByReason, Compared, MeasuredChampion, SuiteResult
 
 
 def _with_step(row: dict[str, float | None]) -> dict[str, float | None]:
@@ -67,6 +67,7 @@ class Evaluated(_Shape):
     left_out: dict[str, str] = Field(default_factory=dict)
     suites: dict[str, SuiteResult] = Field(default_factory=dict)
     comparisons: tuple[Compared, ...] = ()
+    by_reason: tuple[ByReason, ...] = ()
     champion: MeasuredChampion | None = None
     judge: Judge | None = None
 

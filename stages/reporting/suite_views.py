@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from stages.config.decision_table import ARROWS, HEAD, decision_rows
-from stages.config.evaluation import CHAMPION_ROLE, Compared, SuiteResult, SuiteScore
+from stages.config.evaluation import CHAMPION_ROLE, ByReason, Compared, SuiteResult, SuiteScore
 from stages.config.graph import spec_of_role, trained_stages
+from stages.config.principles import Area
 from stages.config.text import one_line
 from stages.reporting.figures import Figure, figure_data
 from stages.reporting.interval_plot import Estimate, interval_plot
@@ -19,6 +20,7 @@ from stages.reporting.story import Story
 from stages.reporting.tables import Cell, Table, code, num, shown, text
 
 _COLOURS = 4
+_NO_REASON = "none"
 _LONGEST = 400
 """Characters of an answer in a table."""
 
@@ -65,6 +67,34 @@ def _cell(score: SuiteScore | None, suite: SuiteResult) -> Cell:
 
 def _interval(score: SuiteScore) -> str:
     return "" if score.low is None or score.high is None else f"{number(score.low)} to {number(score.high)}"
+
+
+def reasons_table(story: Story) -> Table | None:
+    """Accuracy on held-out pairs by what raters found the chosen reply better in; None where no pair has a reason."""
+    found = story.evaluation.by_reason
+    if not found:
+        return None
+    scores = {(one.suite, one.role, one.reason): one for one in found}
+    reasons = [name for name in (*(area.value for area in Area), _NO_REASON) if any(name == key[2] for key in scores)]
+    suites = dict.fromkeys(one.suite for one in found)
+    rows = []
+    for suite in suites:
+        for role in in_order({one.role for one in found if one.suite == suite}):
+            cells = [_by_reason(scores.get((suite, role, reason))) for reason in reasons]
+            rows.append((text(name_of(role, story)), text(suite), *cells))
+    head = ("model", "suite", *("no reason" if name == _NO_REASON else name for name in reasons))
+    note = (
+        "Share of the pairs that the model tells right, by the reason for which raters chose: a pair with two reasons "
+        "counts in both. Each with its 95 % interval. Green: the interval is better than chance."
+    )
+    return Table("Held-out pairs by reason", head, tuple(rows), note)
+
+
+def _by_reason(score: ByReason | None) -> Cell:
+    if score is None:
+        return Cell("–", is_number=True)
+    between = f"{number(score.low)} to {number(score.high)}, {score.items} pairs"
+    return Cell(number(score.value), is_number=True, is_best=score.low > 0.5, detail=between)
 
 
 def _roles(suites: Mapping[str, SuiteResult]) -> list[str]:

@@ -5,7 +5,7 @@ own: then it reads prompt and answer as text, by its own chat template.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,14 +108,21 @@ class GoldAgreement(Facts):
     """Of held-out preference pairs: 1 where the gold scorer, the subject, scores the chosen reply higher, 0.5 for a
     tie."""
 
-    def __init__(self, heldout: Heldout, forward: Forward, foreign: Callable[[], ForeignScorer] | None) -> None:
-        """`foreign` opens a scorer that has a tokenizer of its own."""
-        self._heldout, self._forward, self._foreign = heldout, forward, foreign
-        items = [pair.id for pair in heldout.pairs]
+    def __init__(
+        self,
+        heldout: Heldout,
+        pairs: Sequence[PairItem],
+        forward: Forward,
+        foreign: Callable[[], ForeignScorer] | None,
+    ) -> None:
+        """`pairs` are those of `heldout` that it is asked about; `foreign` opens a scorer that has a tokenizer of its
+        own."""
+        self._heldout, self._pairs, self._forward, self._foreign = heldout, pairs, forward, foreign
+        items = [pair.id for pair in pairs]
         super().__init__(AGREEMENT, "accuracy", "higher", digest_of(AGREEMENT, items), chance=0.5)
 
     def __len__(self) -> int:
-        return len(self._heldout.pairs)
+        return len(self._pairs)
 
     def measure(self, subject: Subject) -> Measurement:
         skipped: Counter[str] = Counter()
@@ -126,7 +133,7 @@ class GoldAgreement(Facts):
                 return pair.chosen.tokens, pair.rejected.tokens
             return foreign.read_reply(pair.chosen), foreign.read_reply(pair.rejected)
 
-        kept = measurable(self._heldout.pairs, read, skipped)
+        kept = measurable(self._pairs, read, skipped)
         pad_id = self._heldout.tokens.pad_id if foreign is None else foreign.tokenizer.pad_id
         found = self._forward.scores(subject.model, [side for _, sides in kept for side in sides], pad_id=pad_id)
         margins = found[0::2] - found[1::2]

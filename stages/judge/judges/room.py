@@ -16,16 +16,19 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from stages.artifacts.manifests import read_manifest
 from stages.config.closing import EvaluateConfig
 from stages.config.errors import ConfigError
 from stages.config.graph import GOLD_MODEL, GRAPH, JUDGE, Stage
 from stages.config.judging import JudgeConfig
+from stages.config.principles import Area
+from stages.data.tokens.reasons import bits_of
 from stages.data.tokens.tokenizer import LoadedTokenizer
 from stages.job.context import StageContext
 from stages.judge.builtin.sampled import RewardScores, Sampler
 from stages.judge.failures import costs_its_suite, reason_of
 from stages.judge.forward import Forward
-from stages.judge.heldout import Heldout
+from stages.judge.heldout import Heldout, PairItem
 from stages.judge.judges.gold import GOLD, ForeignScorer, ForeignScores, GoldAgreement
 from stages.judge.judges.pairwise_suite import JudgeAgreement, JudgeWins
 from stages.judge.judges.rules import RULE, RuleScores, ready_rule
@@ -104,8 +107,8 @@ def open_judges(
             left_out[f"suite {GOLD}"] = reason_of(error)
     if gold:
         of_answers.append(gold.scores(sampler))
-        if heldout.pairs:
-            of_themselves.append((gold.as_subject(), gold.agreement()))
+        if pairs := _pairs_of_gold(context, heldout):
+            of_themselves.append((gold.as_subject(), gold.agreement(pairs)))
     judge, start = source.asked(), subjects.start
     if judge is not None and not start:
         left_out[f"suite {JUDGE}"] = "no model that an aligned one started from is measured, so there is no opponent"
@@ -136,6 +139,14 @@ def _gold_content(context: StageContext) -> str:
         return ""
 
 
+def _pairs_of_gold(context: StageContext, heldout: Heldout) -> list[PairItem]:
+    """The held-out pairs that the gold scorer can be asked about: where it learnt from those of some reasons alone,
+    the pairs of these reasons."""
+    ref = next((context.inputs[role] for role in (_GOLD_ROLE, GOLD_MODEL) if role in context.inputs), None)
+    learnt = [Area(name) for name in read_manifest(ref).config.get("reasons", ())] if ref else []
+    return [pair for pair in heldout.pairs if not learnt or pair.reasons & bits_of(learnt)]
+
+
 class _Gold:
     """The gold scorer, in the run's tokens where it has its tokenizer, else in its own."""
 
@@ -156,8 +167,8 @@ class _Gold:
             return RewardScores(sampler, self._forward, lambda: self._model, self._identity, name=GOLD)
         return ForeignScores(sampler, self._forward, lambda: self._foreign, self._identity)
 
-    def agreement(self) -> Suite:
-        return GoldAgreement(self._heldout, self._forward, (lambda: self._foreign) if self._own else None)
+    def agreement(self, pairs: Sequence[PairItem]) -> Suite:
+        return GoldAgreement(self._heldout, pairs, self._forward, (lambda: self._foreign) if self._own else None)
 
     def as_subject(self) -> OtherSubject:
         tokenizer = self._own or self._heldout.tokenizer

@@ -224,6 +224,23 @@ def test_only_a_whole_interval_above_chance_is_marked(tmp_path: Path) -> None:
     assert ["best" in value for value in values] == [False, True, True, True]  # 0.22 to 0.32 holds 0.25
 
 
+def test_accuracy_on_pairs_stands_apart_by_reason(tmp_path: Path) -> None:
+    found = [("reward", "reward", "harmless", 0.4), ("dpo", "preferences", "helpful", 0.9)]
+    found += [("reward", "reward", "helpful", 0.8), ("dpo", "preferences", "none", 0.5)]
+    rows = [
+        {"role": role, "suite": suite, "reason": reason, "value": value, "low": value - 0.2, "high": 1.0, "items": 9}
+        for role, suite, reason, value in found
+    ]
+    page = make(tmp_path / "reasons", evaluation={**JUDGED, "by_reason": rows})
+    told = rows_of(page, "Held-out pairs by reason")
+    assert told[0] == ["model", "suite", "helpful", "harmless", "no reason"]
+    assert told[1] == ["Reward model", "reward", "0.8 0.6 to 1, 9 pairs", "0.4 0.2 to 1, 9 pairs", "–"]
+    assert told[2] == ["DPO", "preferences", "0.9 0.7 to 1, 9 pairs", "–", "0.5 0.3 to 1, 9 pairs"]
+    cells = next(row for row in re.findall(r"<tr>.*?</tr>", page, re.DOTALL) if "0.4" in row and "9 pairs" in row)
+    assert ["best" in value for value in re.findall(r'<td class="([^"]*)">', cells)][-3:] == [True, False, False]
+    assert "Held-out pairs by reason" not in make(tmp_path / "none")
+
+
 def test_what_a_model_was_not_measured_on_is_counted_with_its_reason(tmp_path: Path) -> None:
     rows = rows_of(make(tmp_path), "questions, accuracy")
     assert rows[2] == ["SFT", "0.38", "0.32", "0.44", "200", "10", "too_long 10"]
