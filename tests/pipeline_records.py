@@ -146,10 +146,12 @@ def publish_run(
     salt: str = "",
     evaluation: Mapping[str, Any] = EVALUATION,
     promotion: Mapping[str, Any] | None = None,
+    made_data: Mapping[Stage, ArtifactRef] | None = None,
 ) -> tuple[Store, dict[Stage, ArtifactRef]]:
-    """Publish every stage's artifact up to promote; `salt` makes another run's models in the same store."""
+    """Publish every stage's artifact up to promote; `salt` makes another run's models in the same store, `made_data` is
+    curated with the rest."""
     store = open_store((root / "store").as_uri())
-    made: dict[Stage, ArtifactRef] = {}
+    made: dict[Stage, ArtifactRef] = dict(made_data or {})
     for stage, spec in GRAPH.items():
         if not spec.role or stage in without:
             continue

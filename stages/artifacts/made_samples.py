@@ -95,7 +95,9 @@ def draw_samples(ref: ArtifactRef, stage: Stage, *, number: int) -> Drawn:
             name, shape, told = "instructions.jsonl", TypeAdapter[Any](_Row), _written
         case _:
             raise AssertionError(f"{stage} makes no data")
-    size = next((entry.size for entry in read_manifest(ref).files if entry.path == name), 0)
+    size = next((entry.size for entry in read_manifest(ref).files if entry.path == name), None)
+    if size is None:
+        return Drawn((), 0, f"there is no {name}")
     if size > _LARGEST:
         return Drawn((), 0, f"{name} has more than {_LARGEST >> 20} MiB")
     found = [told(_parsed(line, shape, f"{ref.uri}/{name}")) for line in read_file(ref, name).splitlines()]

@@ -10,14 +10,16 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from stages.artifacts.made_samples import Drawn, draw_samples
 from stages.artifacts.manifests import read_file, read_manifest
 from stages.artifacts.store import Store
-from stages.config.closing import read_samples
+from stages.config.closing import Approval, read_samples
 from stages.config.errors import ConfigError, DamagedArtifactError, DataError
 from stages.config.gate_records import gate_key
-from stages.config.graph import GRAPH, language_models, trained_stages
-from stages.config.records import first_error, parse_json
+from stages.config.graph import GRAPH, Stage, language_models, spec_of_kind, trained_stages
+from stages.config.records import first_error, parse_json, parse_record
 from stages.config.request import ArtifactRef, Manifest, RunInfo
+from stages.config.review import ReviewRecord, review_key
 from stages.lineage.graph import Graph, ancestors
 from stages.lineage.tags import is_model
 from stages.reporting.shapes import EVALUATION, GATE, HISTORY_ROW, PROMOTION, Evaluated, GateFound, Promoted
@@ -54,6 +56,10 @@ class Story:
     promotion: Promoted | None = None
     gates: dict[str, GateFound] = field(default_factory=dict)
     """Outcomes by stage."""
+    made: dict[str, Drawn] = field(default_factory=dict)
+    """Examples of the data that stages of the run have made, by stage; their manifests are among `manifests`."""
+    review: Approval | None = None
+    """A person's answer about that data."""
     changed: str = ""
     """Role of the aligned model that `changes` are about."""
     changes: dict[str, list[ItemChange]] = field(default_factory=dict)
@@ -75,8 +81,11 @@ def read_story(
 ) -> Story:
     """Read what the report needs; every file of an artifact is checked against its manifest.
 
-    `store` has the run's folder with what its gates found; without one, the page has no gates.
+    `store` has the run's folder with what its gates found and a person answered; without one, the page has neither.
     """
+    lineage, no_lineage = _whole_lineage(inputs)
+    made = _made(inputs)
+    inputs = {**made, **inputs}
     manifests = {role: read_manifest(ref) for role, ref in inputs.items()}
 
     def read(role: str, name: str, shape: TypeAdapter[Any]) -> Any:
@@ -84,7 +93,6 @@ def read_story(
             return None
         return _parsed(read_file(inputs[role], name), inputs[role], name, shape)
 
-    lineage, no_lineage = _whole_lineage(inputs)
     return Story(
         title=title,
         run=run,
@@ -99,6 +107,8 @@ def read_story(
         samples=_samples(inputs, manifests),
         promotion=read("promotion", "promotion.json", PROMOTION),
         gates=read_gates(store, run.run_id) if store else {},
+        made={name: draw_samples(ref, Stage(name), number=max_samples) for name, ref in made.items()},
+        review=_review(store, run.run_id) if store else None,
         max_samples=max_samples,
         lineage=lineage,
         no_lineage=no_lineage,
@@ -120,6 +130,36 @@ def read_gates(store: Store, run_id: str) -> dict[str, GateFound]:
             reason = first_error(error) if isinstance(error, ValidationError) else error.message
             logger.warning("the report leaves out %s: %s", where, reason)
     return found
+
+
+def _made(inputs: Mapping[str, ArtifactRef]) -> dict[str, ArtifactRef]:
+    """What stages of the run have made for curation, by stage: the report's inputs do not name it, what was curated
+    does. What is gone is named in the log and left out."""
+    curated = next((ref for role, ref in inputs.items() if role == GRAPH[Stage.CURATE].role), None)
+    found = {}
+    for entry in read_manifest(curated).inputs if curated else ():
+        spec = spec_of_kind(entry.kind)
+        if spec is None or not spec.makes:
+            continue
+        try:
+            read_manifest(entry.ref())
+        except (ConfigError, DataError, DamagedArtifactError, FileNotFoundError) as error:
+            logger.warning("the report leaves out what %s has made: %s", spec.stage.value, error)
+            continue
+        found[spec.stage.value] = entry.ref()
+    return found
+
+
+def _review(store: Store, run_id: str) -> Approval | None:
+    """A person's answer about made data; None where none was asked, or the record cannot be read."""
+    where = f"{store.root_uri}/{review_key(run_id)}"
+    try:
+        return parse_record(ReviewRecord, store.read_bytes(review_key(run_id)), where).answer
+    except FileNotFoundError:
+        return None
+    except DataError as error:  # others may write there, and the page is no gate
+        logger.warning("the report leaves out %s: %s", where, error.message)
+        return None
 
 
 def _caution(manifests: Mapping[str, Manifest], lineage: Graph | None) -> str:

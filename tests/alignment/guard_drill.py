@@ -47,7 +47,7 @@ LONGEST, USUAL = 32, 6
 """Tokens of a response at most, and of those that the start has learnt, on average."""
 WORDS, GOOD = range(40, 64), range(40, 46)
 """Ids that the start uses, and those that are worth something."""
-BONUS, COST = 0.3, 0.5
+BONUS, COST = 0.05, 0.15
 """Planted: what the reward pays for a token of length; what gold takes for one beyond the usual length."""
 MEASURED = 512
 """Responses by which a finished model is measured."""
@@ -121,17 +121,17 @@ class Drill:
 
     def _config(self, guards: GuardsConfig) -> PPOConfig:
         return PPOConfig(
-            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_fraction=0.0, schedule="constant"),  # type: ignore[arg-type]
+            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_fraction=0.0, schedule="constant"),  # type: ignore[arg-type]
             precision="fp32",
             global_batch_size=32,
-            num_rollouts=20,
+            num_rollouts=30,
             rollout_size=32,
             num_epochs=2,
             max_response_length=LONGEST,
             missing_eos_penalty=0.0,
             kl_coefficient=0.02,
             estimator=RLOO(responses_per_prompt=4),
-            eval_every=4,
+            eval_every=2,
             eval_items=16,
             seed=self.seed,
             guards=guards,

@@ -79,7 +79,7 @@ _RULE = {
     "ppo.scorer.kind": "json_schema",
     "ppo.estimator.kind": "rloo",
     "ppo.estimator.responses_per_prompt": 4,
-    "ppo.num_rollouts": 20,
+    "ppo.num_rollouts": 10,
     "ppo.rollout_size": 32,
     "ppo.global_batch_size": 32,
     "ppo.num_epochs": 1,

@@ -54,6 +54,11 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """By name the settings in which a method differs from recipe `demo`; the prefix says which stage it is."""
 
+_ONE_THREAD = {
+    f"execution.{stage}.cpus_per_worker": 1
+    for stage in (Stage.CURATE, Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO)
+}
+"""To models of this size a second core is worth little; another seed may have it."""
 _QUICK = {
     "curate.planted": 0,
     "curate.toxicity": "none",
@@ -112,7 +117,8 @@ class Task:
 
     def _play(self, name: str, params: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[Stage, ArtifactRef]:
         """What Airflow does between the tasks, without Airflow, Ray and MLflow."""
-        values = {"recipe": "demo", "seed": self.seed, "gold_scorer": "none", **params, "overrides": dict(overrides)}
+        values = {"recipe": "demo", "seed": self.seed, "gold_scorer": "none", **params}
+        values["overrides"] = {**_ONE_THREAD, **overrides}
         config = resolve(values)
         config = config.with_given(given_artifacts(config))
         return play(self.store, config, name)

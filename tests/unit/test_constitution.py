@@ -4,15 +4,10 @@ and the gate make of it."""
 import gzip
 import json
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from stages import curate
 from stages.artifacts.manifests import read_manifest
@@ -24,16 +19,13 @@ from stages.config.gate_ledgers import by_constitution, read_from_stages
 from stages.config.gate_records import Outcome
 from stages.config.graph import Stage
 from stages.config.request import ArtifactRef, Manifest
-from stages.config.tokens import PLAIN, TokenizeConfig
 from stages.constitution import DISAGREEMENT, apply_constitution
 from stages.data.sources.records import stable_hash
-from stages.data.tokens.views import TokensArtifact
 from stages.job.context import StageContext, StageOutcome
-from stages.models.build import new_causal_lm, save_model
 from tests.curating import digests, write_jsonl
 from tests.judge_server import Asked, Reply, judge_server
-from tests.judging import make_world
-from tests.small_world import CONFIGS, MODEL, make_context, published
+from tests.making import kill_after, random_model, rows_of
+from tests.small_world import make_context, published
 
 QUESTIONS = [f"What does a {thing} do at night?" for thing in ("fox", "lamp", "river", "baker", "train", "harbour")]
 _TWO = re.compile(r"Answer A:\n(.*?)\n\nAnswer B:\n(.*?)\n\n", re.DOTALL)
@@ -67,10 +59,6 @@ def run(
     return apply_constitution(context), context
 
 
-def rows(context: StageContext, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (context.output_dir / f"{name}.jsonl").read_text().splitlines()]
-
-
 def recorded(context: StageContext, outcome: StageOutcome) -> Manifest:
     return read_manifest(published(context)).model_copy(update={"ledger": outcome.ledger})
 
@@ -89,10 +77,10 @@ def test_an_endpoint_responds_criticises_revises_and_compares(made: tuple[StageO
     assert ledger["responses"]["kept"] == ledger["rounds"]["kept"] == ledger["comparisons"]["kept"] == 6
     assert ledger["published"] == {"instructions": 6, "preferences": 12, "revision": 6, "labelled": 6}
     assert outcome.metrics["constitution/accepted_share"] == 1.0
-    labelled = [row for row in rows(context, "preferences") if row["made"] == "labelled"]
+    labelled = [row for row in rows_of(context, "preferences") if row["made"] == "labelled"]
     numbers = [[int(re.findall(r"\d+", row[side])[0]) for side in ("chosen", "rejected")] for row in labelled]
     assert all(chosen > rejected for chosen, rejected in numbers)
-    assert all(row["messages"][-1]["content"].startswith("With reason") for row in rows(context, "instructions"))
+    assert all(row["messages"][-1]["content"].startswith("With reason") for row in rows_of(context, "instructions"))
     assert ledger["models"]["critic"] == ledger["models"]["responder"]
 
 
@@ -152,7 +140,22 @@ def test_a_critic_that_prefers_a_place_labels_nothing(tmp_path: Path) -> None:
         outcome, context = run(tmp_path, config_of(tmp_path, server.url))
     assert outcome.ledger["comparisons"] == {"in": 6, "kept": 0, "dropped": {DISAGREEMENT: 6}}
     assert outcome.metrics["constitution/first_place_share"] == 1.0
-    assert {row["made"] for row in rows(context, "preferences")} == {"revision"}
+    assert {row["made"] for row in rows_of(context, "preferences")} == {"revision"}
+
+
+def test_every_step_of_the_work_on_a_prompt_has_random_numbers_of_its_own(tmp_path: Path) -> None:
+    """Critique and revision are asked with different messages, which no test of the work alone would miss."""
+    with judge_server(talk) as server:
+        run(tmp_path, config_of(tmp_path, server.url, rounds=2, critic_temperature=1.0))
+        kinds = {"Revision request:": "revision", "Critique request:": "critique", "Answer A:": "comparison"}
+        seeds: dict[str, set[int]] = {}
+        for one in server.asked:
+            kind = next((kind for words, kind in kinds.items() if words in one.text), "response")
+            seeds.setdefault(kind, set()).add(one.body["seed"])
+    assert {kind: len(found) for kind, found in seeds.items()} == {
+        "response": 2, "critique": 2, "revision": 2, "comparison": 1,
+    }  # fmt: skip
+    assert len(set().union(*seeds.values())) == 7
 
 
 def test_an_endpoint_that_goes_away_ends_the_attempt_and_the_next_one_asks_only_what_is_missing(tmp_path: Path) -> None:
@@ -189,61 +192,23 @@ def test_prompts_of_an_area_without_principles_are_refused_before_a_model_is_ask
         assert server.asked == []
 
 
-_CHILD = """
-import sys
-from pathlib import Path
-from stages.config.constitution import ConstitutionConfig
-from stages.config.graph import Stage
-from stages.constitution import apply_constitution
-from tests.small_world import make_context
-config = ConstitutionConfig.model_validate_json(Path(sys.argv[2]).read_text())
-apply_constitution(make_context(Path(sys.argv[1]), Stage.CONSTITUTION, config))
-"""
-
-
 def test_a_kill_in_the_middle_changes_nothing_and_nothing_is_asked_twice(tmp_path: Path) -> None:
     with judge_server(talk) as server:
         config = config_of(tmp_path, server.url)
         _, undisturbed = run(tmp_path / "whole", config)
-        settings = tmp_path / "config.json"
-        settings.write_text(config.model_dump_json())
-        before = len(server.asked)
-        child = subprocess.Popen([sys.executable, "-c", _CHILD, str(tmp_path / "killed"), str(settings)])
-        while len(server.asked) < before + 14 and child.poll() is None:
-            time.sleep(0.002)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        asked = len(server.asked) - before
+        before, home = len(server.asked), tmp_path / "killed"
+        asked = kill_after(14, server, apply_constitution, stage=Stage.CONSTITUTION, config=config, home=home)
         assert 14 <= asked < 36
-        _, resumed = run(tmp_path / "killed", config)
+        _, resumed = run(home, config)
         # What was under way when the process died may be asked again: one request, with concurrency=1.
         assert 36 <= len(server.asked) - before <= 37
     assert digests(resumed.output_dir) == digests(undisturbed.output_dir)
 
 
-@pytest.fixture(scope="module")
-def random_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ArtifactRef]:
-    """A model of random weights whose responses end: each token is followed by the end one time in ten or so."""
-    home = tmp_path_factory.mktemp("model")
-    world = make_world(
-        home, TokenizeConfig(vocab_size=340, sequence_length=3000, bpe_train_bytes=10_000, chat_template=PLAIN)
-    )
-    context = make_context(home, Stage.DPO, CONFIGS[Stage.DPO], world.inputs)
-    tokens = TokensArtifact(context.input_dir("tokens"))
-    model = new_causal_lm(MODEL, tokens, seed=7)
-    with torch.no_grad():
-        weight: Any = model.get_input_embeddings().weight
-        shared = torch.full_like(weight[0], 0.02)
-        weight += shared
-        weight[tokens.eos_id] = 8 * shared
-    save_model(model, model.state_dict(), context.output_dir, tokens)
-    return home, published(context)
-
-
 def test_a_model_of_the_process_is_its_own_critic_and_a_second_attempt_generates_nothing(
-    random_model: tuple[Path, ArtifactRef], tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    _, model = random_model
+    model = random_model(tmp_path / "model", sequence_length=3000, ending=8)
     asked = [{"prompt": f"What is {number}?"} for number in range(48)]
     prompts = write_jsonl(tmp_path / "asked.jsonl", asked)
     config = config_of(
@@ -259,7 +224,7 @@ def test_a_model_of_the_process_is_its_own_critic_and_a_second_attempt_generates
     account = outcome.ledger["asked"]["critic"]
     assert account["found_in_store"] == 0
     assert list(outcome.ledger["asked"]) == ["critic"]  # one model in memory
-    assert outcome.ledger["published"]["preferences"] == len(rows(context, "preferences")) > 0
+    assert outcome.ledger["published"]["preferences"] == len(rows_of(context, "preferences")) > 0
     before = digests(context.output_dir)
     again, second = run(tmp_path, config, {"base_model": model})
     assert again.ledger["asked"]["critic"]["found_in_store"] == account["requests"]

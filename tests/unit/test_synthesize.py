@@ -4,15 +4,10 @@ curation."""
 import gzip
 import hashlib
 import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from stages import curate
 from stages.config.curate import CurateConfig
@@ -22,14 +17,13 @@ from stages.config.request import ArtifactRef
 from stages.config.synthesis import SynthesizeConfig
 from stages.config.tokens import PLAIN, TokenizeConfig
 from stages.data.sources.records import stable_hash
-from stages.data.tokens.views import TokensArtifact
 from stages.job.context import StageContext, StageOutcome
-from stages.models.build import new_causal_lm, save_model
 from stages.synthesize import synthesize
 from tests.curating import write_jsonl
 from tests.judge_server import Asked, Reply, judge_server
 from tests.judging import make_world
-from tests.small_world import CONFIGS, MODEL, make_context, published
+from tests.making import kill_after, random_model, rows_of
+from tests.small_world import make_context, published
 
 SEEDS = [
     {"instruction": "Sum up the text.", "input": "A long text about ships.", "output": "Ships."},
@@ -75,7 +69,7 @@ def digests(folder: Path, name: str) -> str:
 
 
 def rows(context: StageContext, name: str = "instructions") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (context.output_dir / f"{name}.jsonl").read_text().splitlines()]
+    return rows_of(context, name)
 
 
 @pytest.fixture(scope="module")
@@ -211,32 +205,14 @@ def test_distillation_keeps_the_best_by_a_rule(tmp_path: Path) -> None:
     assert outcome.ledger["responses"] == {"in": 12, "kept": 12, "dropped": {}}
 
 
-_CHILD = """
-import sys
-from pathlib import Path
-from stages.config.graph import Stage
-from stages.config.synthesis import SynthesizeConfig
-from stages.synthesize import synthesize
-from tests.small_world import make_context
-config = SynthesizeConfig.model_validate_json(Path(sys.argv[2]).read_text())
-synthesize(make_context(Path(sys.argv[1]), Stage.SYNTHESIZE, config))
-"""
-
-
 def test_a_kill_in_the_middle_changes_no_row_and_nothing_is_asked_twice(tmp_path: Path) -> None:
     with judge_server(talk) as server:
         config = config_of(tmp_path, server.url)
         _, undisturbed = run(tmp_path / "whole", config)
-        whole = len(server.asked)
-        settings = tmp_path / "config.json"
-        settings.write_text(config.model_dump_json())
-        child = subprocess.Popen([sys.executable, "-c", _CHILD, str(tmp_path / "killed"), str(settings)])
-        while len(server.asked) < whole + 9 and child.poll() is None:
-            time.sleep(0.002)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        assert whole + 9 <= len(server.asked) < 2 * whole
-        outcome, resumed = run(tmp_path / "killed", config)
+        whole, home = len(server.asked), tmp_path / "killed"
+        asked = kill_after(9, server, synthesize, stage=Stage.SYNTHESIZE, config=config, home=home)
+        assert 9 <= asked < whole
+        outcome, resumed = run(home, config)
         # What was under way when the process died may be asked again: one request, with concurrency=1.
         assert 2 * whole <= len(server.asked) <= 2 * whole + 1
     assert outcome.ledger["asked"]["found_in_store"] >= 8
@@ -244,26 +220,8 @@ def test_a_kill_in_the_middle_changes_no_row_and_nothing_is_asked_twice(tmp_path
     assert rows(resumed, "transcript") == rows(undisturbed, "transcript")
 
 
-@pytest.fixture(scope="module")
-def random_model(tmp_path_factory: pytest.TempPathFactory) -> ArtifactRef:
-    """A model of random weights whose responses end: each token is followed by the end one time in ten or so."""
-    settings = TokenizeConfig(vocab_size=340, sequence_length=1024, bpe_train_bytes=10_000, chat_template=PLAIN)
-    world = make_world(tmp_path_factory.mktemp("model"), settings)
-    context = make_context(world.home, Stage.DPO, CONFIGS[Stage.DPO], world.inputs)
-    tokens = TokensArtifact(context.input_dir("tokens"))
-    model = new_causal_lm(MODEL, tokens, seed=7)
-    with torch.no_grad():
-        weight = model.get_input_embeddings().weight
-        shared = torch.full_like(weight[0], 0.02)
-        weight += shared
-        weight[tokens.eos_id] = 12 * shared
-    save_model(model, model.state_dict(), context.output_dir, tokens)
-    return published(context)
-
-
-def test_a_model_of_the_process_writes_and_a_second_attempt_generates_nothing(
-    random_model: ArtifactRef, tmp_path: Path
-) -> None:
+def test_a_model_of_the_process_writes_and_a_second_attempt_generates_nothing(tmp_path: Path) -> None:
+    model = random_model(tmp_path / "model", sequence_length=1024, ending=12)
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"What is {number}?"} for number in range(20)])
     loose = {"max_copied": 1.0, "max_repetition": 1.0, "min_language_score": 0.0, "num_responses": 2}
     config = SynthesizeConfig.model_validate(
@@ -275,14 +233,14 @@ def test_a_model_of_the_process_writes_and_a_second_attempt_generates_nothing(
             **loose,
         }
     )
-    outcome, context = run(tmp_path, config, {"base_model": random_model})
+    outcome, context = run(tmp_path, config, {"base_model": model})
     assert outcome.ledger["sources"]["kept"] == 20
     assert outcome.ledger["responses"]["in"] == 40
     assert 0 < outcome.ledger["rows"]["kept"] == len(rows(context))
     assert outcome.ledger["generator"].startswith("dpo-model ")
     assert outcome.ledger["asked"]["requests"] == 40
     before = digests(context.output_dir, "instructions.jsonl")
-    again, second = run(tmp_path, config, {"base_model": random_model})
+    again, second = run(tmp_path, config, {"base_model": model})
     assert again.ledger["asked"]["found_in_store"] == 40
     assert digests(second.output_dir, "instructions.jsonl") == before
     assert again.metrics == outcome.metrics

@@ -53,6 +53,15 @@ def test_rounds_repeat_no_principle_before_all_were_drawn_and_keep_to_the_areas_
     assert chosen.area is Area.HONEST
 
 
+def test_after_all_principles_were_drawn_they_are_drawn_anew_and_not_in_the_order_of_before() -> None:
+    """Two principles have two orders, so a second turn has that of the first for every other prompt."""
+    prompts = [prompt_about("x", areas=frozenset({Area.HONEST}), id=str(number)) for number in range(400)]
+    turns = [[one.id for one in drawn_principles(CONSTITUTION, one, seed=0, number=6)] for one in prompts]
+    repeated = [sum(ids[:2] == ids[start : start + 2] for ids in turns) for start in (2, 4)]
+    assert all(150 < number < 250 for number in repeated)  # 200, standard deviation 10
+    assert 150 < sum(ids[2:4] == ids[4:] for ids in turns) < 250
+
+
 def test_the_second_round_criticises_the_revision_of_the_first() -> None:
     revisions = iter([REVISION, "Rock and dust, brought there by four billion years of impacts."])
     found = worked(
@@ -104,6 +113,19 @@ def test_nothing_is_asked_of_an_empty_critique_and_random_numbers_differ_by_step
     assert len(writer.asked) == 2  # two critiques and no revision
     steps: list[Asked] = [*responder.asked, *writer.asked]
     assert len({one.step for one in steps}) == len(steps) == 4
+
+
+def test_critique_and_revision_of_every_round_are_steps_of_their_own() -> None:
+    revisions = iter([REVISION, "Rock and dust, brought there by four billion years of impacts."])
+    responder, writer = (
+        Says(lambda text: RESPONSE),
+        Says(lambda text: CRITIQUE if "Critique request" in text else next(revisions)),
+    )
+    Work(config_of(rounds=2), CONSTITUTION, responder, writer, Prefers("first"), lambda text: False).on(
+        [prompt_about("Moon?")]
+    )
+    assert [one.step for one in responder.asked] == [0, 1]
+    assert [one.step for one in writer.asked] == [2, 3, 4, 5]
 
 
 def test_pairs_are_the_revision_against_the_response_and_what_both_orders_prefer() -> None:

@@ -114,6 +114,21 @@ def test_rows_say_where_they_come_from() -> None:
     assert len({each.digest for each in asked}) == 3
 
 
+def test_every_prompt_for_tasks_shows_other_examples_in_its_round_and_in_later_ones() -> None:
+    """Nothing is accepted, so the pool is the same in every round; only the draw can differ."""
+    seeds = [Task(f"s:{number}", f"Name the {number}th letter of it.") for number in range(40)]
+    settings: dict[str, Any] = {"prompts_per_round": 3, "max_rounds": 4, "shown_seeds": 6, "num_rows": 5}
+    one, asked = work(lambda each: Written("I would rather not."), method="self_instruct", **settings)
+    one.self_instruct(seeds)
+    shown = [tuple(task.id for task in seeds if task.instruction in said(each)) for each in asked]
+    assert [len(ids) for ids in shown] == [6] * 12
+    assert len(set(shown)) == 12
+    assert [each.number for each in asked] == list(range(12))
+    again, asked_again = work(lambda each: Written("I would rather not."), method="self_instruct", **settings)
+    again.self_instruct(seeds)
+    assert [said(each) for each in asked_again] == [said(each) for each in asked]
+
+
 def test_a_spent_budget_ends_the_rounds_and_what_is_done_is_kept() -> None:
     left = [3]
 
