@@ -237,10 +237,36 @@ def table(drilled: Sequence[Drilled]) -> str:
     return "\n".join(lines)
 
 
+def draw(drilled: Sequence[Drilled], path: Path) -> None:
+    """Reward and gold of the unguarded trainings by step, and where the guards stopped and what they went back to."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "drill"  # the same picture, the same bytes
+    from matplotlib import pyplot
+
+    figure, (rewards, golds) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for number, one in enumerate(one for one in drilled if one.guards == "none"):
+        rows = [row for row in one.history if GOLD_SCORE in row]
+        steps, colour = [row["step"] for row in rows], f"C{number}"
+        rewards.plot(steps, [row["eval/score"] for row in rows], color=colour, label=f"seed {one.seed}")
+        gold = [row[GOLD_SCORE] for row in rows]
+        golds.plot(steps, gold, color=colour)
+        for guarded in drilled:
+            if guarded.seed == one.seed and guarded.guards == "gold":
+                golds.plot(guarded.steps, np.interp(guarded.steps, steps, gold), "x", color=colour)
+                golds.plot(guarded.model_step, np.interp(guarded.model_step, steps, gold), "o", color=colour)
+    rewards.set(title="reward, with the planted bonus", xlabel="step")
+    golds.set(title="gold; x: the guard stops, o: the model it returns", xlabel="step")
+    rewards.legend(fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.alignment.guard_drill")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--curves", action="store_true", help="print gold at every evaluation too")
+    parser.add_argument("--plot", type=Path, help="draw the curves to this SVG")
     chosen = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
     drilled: list[Drilled] = []
@@ -255,6 +281,8 @@ def main() -> None:
                     rows = [row for row in drilled[-1].history if GOLD_SCORE in row]
                     for row in rows:
                         print(row["step"], *(f"{row[key]:.2f}" for key in ("eval/score", GOLD_SCORE, "eval/kl")))
+    if chosen.plot:
+        draw(drilled, chosen.plot)
 
 
 if __name__ == "__main__":

@@ -240,22 +240,11 @@ class Task:
         for part in RowBudget(row_length=self.tokens.sequence_length, max_rows=16).cut(sequences):
             yield lay_out(part)
 
-    @torch.no_grad()
     def score(self) -> Scored:
         """Measure the reward model on held-out pairs."""
         model = load_reward_model(self.reward_model(), self.tokens).eval()
-        pairs, chat, tokenizer = self.pairs(Split.HELDOUT, at_most=HELDOUT_PAIRS), self._chat(), self.tokens.tokenizer()
-        end = np.array([self.tokens.eos_id])
-        scores: dict[str, list[float]] = {}
-        for side in ("chosen", "rejected"):
-            prompts = [chat.encode_prompt([{"role": "user", "content": pair.prompt}]) for pair in pairs]
-            ids = [np.array(tokenizer.encode(getattr(pair, side), add_special_tokens=False).ids) for pair in pairs]
-            answers = [Response(np.concatenate([one, end]), "") for one in ids]
-            scores[side] = [
-                float(score)
-                for batch in self._batches(prompts, answers)
-                for score in segment_scores(model, batch, pad_id=self.tokens.pad_id)
-            ]
+        pairs = self.pairs(Split.HELDOUT, at_most=HELDOUT_PAIRS)
+        scores = {side: self._scores(model, pairs, side) for side in ("chosen", "rejected")}
         agreed = 0.0
         for pair, chosen, rejected in zip(pairs, scores["chosen"], scores["rejected"], strict=True):
             golds = [gold_reward(pair.prompt, text) for text in (pair.chosen, pair.rejected)]
@@ -263,6 +252,18 @@ class Task:
             with_gold = 0.5 if golds[0] == golds[1] else float((chosen > rejected) == (golds[0] > golds[1]))
             agreed += with_gold * pair.odds + (1 - with_gold) * (1 - pair.odds)
         return Scored(agreed / len(pairs), bayes_limit(pairs))
+
+    @torch.no_grad()
+    def _scores(self, model: torch.nn.Module, pairs: list[Labelled], side: str) -> list[float]:
+        chat, tokenizer = self._chat(), self.tokens.tokenizer()
+        prompts = [chat.encode_prompt([{"role": "user", "content": pair.prompt}]) for pair in pairs]
+        texts = [tokenizer.encode(getattr(pair, side), add_special_tokens=False).ids for pair in pairs]
+        answers = [Response(np.array([*ids, self.tokens.eos_id]), "") for ids in texts]
+        return [
+            float(score)
+            for batch in self._batches(prompts, answers)
+            for score in segment_scores(model, batch, pad_id=self.tokens.pad_id)
+        ]
 
 
 @dataclass(frozen=True)
