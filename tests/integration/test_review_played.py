@@ -1,5 +1,5 @@
-"""`llm_pipeline` in Airflow where a person reads made data and rejects it. A stand-in builds what the stages publish, in
-the tasks themselves, so no Ray is needed."""
+"""`llm_pipeline` in Airflow where a person reads made data and rejects it. A stand-in builds what the stages publish,
+in the tasks themselves, so no Ray is needed."""
 
 import json
 from datetime import UTC, datetime
