@@ -24,6 +24,7 @@ from stages.config.places import SMOLLM2
 from stages.config.request import ArtifactRef
 from stages.config.resolve import resolve
 from stages.data.tokens.packing import RowBudget, TokenSequence, lay_out
+from stages.data.tokens.prompt_sets import read_prompt_set
 from stages.data.tokens.views import Split, TokensArtifact
 from stages.models.answers import Answerer, InProcess
 from stages.models.build import load_causal_lm
@@ -176,7 +177,7 @@ def on_a_rule(home: Path, **settings: Any) -> Share:
 def _follows(model: torch.nn.Module, tokens: TokensArtifact) -> np.ndarray:
     sampling = Sampling(RESPONSE_LENGTH, tokens.eos_id, tokens.pad_id, temperature=1.0)
     answerer = Answerer(InProcess(model, torch.device("cpu"), "fp32"), sampling, seed=0, stream=5)
-    prompts, tokenizer = tokens.prompts(Split.HELDOUT), tokens.tokenizer()
+    prompts, tokenizer = read_prompt_set(tokens.folder, Split.HELDOUT).prompts, tokens.tokenizer()
     answers = answerer.answers([prompts[number] for number in range(len(prompts))])
     texts = [tokenizer.decode(answer.tolist(), skip_special_tokens=True) for answer in answers]
     for text in texts[:10]:
