@@ -198,7 +198,7 @@ def test_a_stored_config_stands_for_what_it_says_and_not_for_defaults_of_today()
 
 def test_every_preference_loss_has_fingerprints_of_its_own() -> None:
     """Two losses with the same fields must differ by their `kind`, which only the first member may leave out."""
-    members = get_args(get_args(PreferenceLoss)[0]) if get_args(PreferenceLoss) else (PreferenceLoss,)
+    members = get_args(get_args(PreferenceLoss)[0])
     kinds = [member.model_fields["kind"] for member in members]
     left_out = [kind.default for kind in kinds if any(isinstance(mark, AddedLater) for mark in kind.metadata)]
     assert left_out == ["sigmoid"]
