@@ -15,7 +15,8 @@ from tests.judge_server import Asked, Reply, judge_server
 
 
 def judge(url: str, store: FileStore | None = None, *, budget_requests: int = 0, **settings: Any) -> Judge:
-    how: dict[str, Any] = {"timeout_seconds": 0.5, "max_retries": 2, "budget_requests": budget_requests}
+    # Five attempts, because one request may meet all four failures of `rated`.
+    how: dict[str, Any] = {"timeout_seconds": 10, "max_retries": 4, "budget_requests": budget_requests}
     scorer = JudgeScorer(endpoint=EndpointConfig(endpoint=url, model="m", **how), **settings)
     return Judge(scorer, field="ppo.scorer", store=store, artifact="a" * 64, sleep=lambda seconds: None)
 
