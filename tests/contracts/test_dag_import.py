@@ -16,7 +16,7 @@ HEAVY = {"torch", "ray", "mlflow", "transformers", "datatrove", "boto3", "botoco
 MAX_CPU_SECONDS = 0.4
 """A form of thirty fields over a hundred classes of settings takes 0.32 to 0.36 at best, a heavy import seconds."""
 READINGS = 4
-"""One of so many must be quick: next to other tests the same reading takes up to half as long again, of CPU time too."""
+"""One of so many must be quick: next to other tests the same reading takes up to half as long again, in CPU time."""
 YARDSTICK_SECONDS = 0.06
 """What the probe's loop takes on the machine for which the limit is meant; a slower one gets as much more."""
 
