@@ -20,7 +20,7 @@ from stages.config.preference_losses import KTOLoss
 from stages.config.preferences import DPOConfig, PairsHalf
 from stages.data.tokens.halves import half_of, some_sources
 from stages.data.tokens.packing import Packed, TokenSequence, lay_out, split_by_rows
-from stages.data.tokens.reasons import counts_of, names_any, require_named
+from stages.data.tokens.reasons import names_any, of_reasons
 from stages.data.tokens.views import (
     Labelled,
     Pair,
@@ -147,11 +147,8 @@ def planned_examples(tokens: TokensArtifact, config: DPOConfig) -> PlannedExampl
         counts["examples_of_the_other_half"] = len(examples) - len(indices)
     if config.reasons:
         bits = _reasons(tokens, Split.TRAIN)[indices]
-        named = names_any(bits, config.reasons)
-        require_named(int(named.sum()), bits, config.reasons, "training preferences")
-        indices = indices[named]
-        counts |= {"examples_of_the_reasons": len(indices), "examples_of_other_reasons": len(bits) - len(indices)}
-        counts["reasons"] = counts_of(bits[named])
+        indices, named = of_reasons(indices, bits, config.reasons, one="examples", what="training preferences")
+        counts |= named
     if len(indices) < len(examples):
         sources, sizes = some_sources(sources, indices), sizes[indices]
     require(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stages.config.preferences import PairsConfig, PairsHalf
 from stages.data.tokens.halves import indices_of, some_sources
 from stages.data.tokens.packing import Packed, TokenSequence, lay_out, split_by_rows
-from stages.data.tokens.reasons import counts_of, names_any, require_named
+from stages.data.tokens.reasons import of_reasons
 from stages.data.tokens.views import Pair, PairView, Split, TokensArtifact, evenly, require
 from stages.models.forward import TrunkOutput
 from stages.train.engine import Engine, LossOutput
@@ -124,11 +124,8 @@ def planned_pairs(tokens: TokensArtifact, config: PairsConfig, *, micro_batch_si
         counts["pairs_of_the_other_half"] = len(pairs) - len(indices)
     if config.reasons:
         bits = tokens.pair_reasons(Split.TRAIN)[indices]
-        named = names_any(bits, config.reasons)
-        require_named(int(named.sum()), bits, config.reasons, "training preference pairs")
-        indices = indices[named]
-        counts |= {"pairs_of_the_reasons": len(indices), "pairs_of_other_reasons": len(bits) - len(indices)}
-        counts["reasons"] = counts_of(bits[named])
+        indices, named = of_reasons(indices, bits, config.reasons, one="pairs", what="training preference pairs")
+        counts |= named
     if len(indices) < len(pairs):
         sources, sizes = some_sources(sources, indices), sizes[indices]
     mixture = training_order(sources, sizes, config)

@@ -57,7 +57,19 @@ def counts_of(bits: np.ndarray) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def require_named(left: int, bits: np.ndarray, areas: Sequence[Area], what: str) -> None:
+def of_reasons(
+    indices: np.ndarray, bits: np.ndarray, areas: Sequence[Area], *, one: str, what: str
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return those of the indices whose row names one of these areas, and their account; `bits` are those of the
+    indices, `one` is what the ledger counts. Raises DataError when no row does."""
+    named = names_any(bits, areas)
+    _require_named(int(named.sum()), bits, areas, what)
+    kept = indices[named]
+    counts = {f"{one}_of_the_reasons": len(kept), f"{one}_of_other_reasons": len(bits) - len(kept)}
+    return kept, {**counts, "reasons": counts_of(bits[named])}
+
+
+def _require_named(left: int, bits: np.ndarray, areas: Sequence[Area], what: str) -> None:
     """Raise DataError when no row names one of the areas; `bits` are those of the rows that might have."""
     if left:
         return
