@@ -187,8 +187,6 @@ def _follows(model: torch.nn.Module, tokens: TokensArtifact) -> np.ndarray:
     prompts, tokenizer = read_prompt_set(tokens.folder, Split.HELDOUT).prompts, tokens.tokenizer()
     answers = answerer.answers([prompts[number] for number in range(len(prompts))])
     texts = [tokenizer.decode(answer.tolist(), skip_special_tokens=True) for answer in answers]
-    for text in texts[:10]:
-        print(repr(text))
     return np.array([schema_value(text, SCHEMA, fenced=True, parsed_value=0.0) for text in texts])
 
 
