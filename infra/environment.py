@@ -95,6 +95,7 @@ def _airflow(layout: Layout, record: StackRecord, secrets: StackSecrets) -> dict
             "dags_folder": layout.checkout / "dags",
             "plugins_folder": layout.airflow / "plugins",  # airflow.cfg keeps the path that was true when it was made
             "load_examples": False,
+            "dagbag_import_timeout": 120,  # seconds, default 30; jobs use the same cores, and a task reads its DAG beside them
             "dags_are_paused_at_creation": False,
             "fernet_key": secrets.fernet_key,
             "execution_api_server_url": f"{record.airflow_url}/execution/",
@@ -107,10 +108,14 @@ def _airflow(layout: Layout, record: StackRecord, secrets: StackSecrets) -> dict
         "api": {"base_url": record.airflow_url, "secret_key": secrets.api_secret, "workers": 1},
         "api_auth": {"jwt_secret": secrets.jwt_secret},
         "scheduler": {"allowed_run_id_pattern": RUN_IDS},
-        "workers": {"min_heartbeat_interval": 1},  # default 5 s: how late the end of a task may be noticed
+        "workers": {
+            "min_heartbeat_interval": 1,  # default 5 s: how late the end of a task may be noticed
+            "execution_api_timeout": 30,  # seconds, default 5: the API server answers late while jobs use the same cores
+        },
         "dag_processor": {
             "dag_bundle_config_list": json.dumps([bundle]),
             "parsing_processes": 1,
+            "dag_file_processor_timeout": 150,  # seconds, default 50; beyond `dagbag_import_timeout`
             "min_file_process_interval": 300,  # a changed file is read at once, whatever this says
             "refresh_interval": 60,
             "print_stats_interval": 600,

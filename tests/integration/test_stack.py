@@ -61,8 +61,8 @@ def run_through(stack: Stack, record: StackRecord) -> dict[str, str]:
     while (state := api.run_state("hello", run)) not in ("success", "failed"):
         assert time.monotonic() < deadline, f"the run is still {state}"
         time.sleep(0.3)
-    assert state == "success"
     task = f"dags/hello/dagRuns/{run}/taskInstances/environment"
+    assert state == "success", api.call("GET", f"{task}/logs/1", params={"full_content": True})
     return api.call("GET", f"{task}/xcomEntries/return_value", params={"stringify": False})["value"]
 
 
