@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from stages.config.base import AddedLater, Config
 from stages.config.graph import makers_of
+from stages.config.pii import PiiConfig
 from stages.config.sources import DERIVED, InstructionFormat, PreferenceFormat, PromptFormat, Source, parse_sources
 
 INSTALLED_DOCS = "installed-docs"
@@ -149,7 +150,8 @@ class CurateConfig(Config):
     toxicity_word_list: str = ""
     """File or s3:// object with one word or phrase a line, for toxicity=`word-list`."""
     scrub_pii: bool = True
-    """Whether e-mail, IP, phone, card, IBAN and US social security numbers become placeholders such as <EMAIL>."""
+    """Whether personal data and secrets become placeholders such as <EMAIL>; `pii` says which types."""
+    pii: Annotated[PiiConfig, AddedLater(PiiConfig())] = PiiConfig()
     near_duplicates: bool = True
     """Whether near duplicates (MinHash) are removed in addition to exact ones."""
     minhash_ngram: int = Field(default=5, gt=0)
@@ -218,6 +220,9 @@ class CurateConfig(Config):
     def _consistent(self) -> "CurateConfig":
         if self.toxicity == "word-list" and not self.toxicity_word_list:
             raise ValueError("toxicity='word-list' needs toxicity_word_list; give a file or use 'classifier' or 'none'")
+        if not self.scrub_pii and self.pii != PiiConfig():
+            changed = sorted(name for name, value in self.pii if value != getattr(PiiConfig(), name))
+            raise ValueError(f"pii: {changed} are set, but scrub_pii=false replaces nothing; leave them, or scrub")
         if not math.isclose(sum(self.preference_mix), 1.0, abs_tol=1e-6) or min(self.preference_mix) < 0:
             raise ValueError(f"preference_mix={self.preference_mix} must be four shares >= 0 that add up to 1")
         lines = {"documents": self.documents, "instructions": tuple(source.uri for source in self.instruction_sources)}

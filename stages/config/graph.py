@@ -248,7 +248,7 @@ _DATA = (
     StageSpec(
         Stage.CURATE,
         kind="curated",
-        version=3,
+        version=4,
         inputs=(("constitution", Stage.CONSTITUTION), ("synthesize", Stage.SYNTHESIZE)),
         role="curated",
         asset="llm/documents",

@@ -70,7 +70,7 @@ def test_the_ledger_conserves_and_agrees_with_the_files(tiny: tuple[StageOutcome
 def test_planted_documents_are_found_and_never_published(tiny: tuple[StageOutcome, Path]) -> None:
     _, output = tiny
     found = json.loads((output / "planted.json").read_text())
-    kinds = {"email", "ipv4", "ipv6", "phone", "credit_card", "iban", "ssn"}
+    kinds = {"email", "ipv4", "ipv6", "phone", "credit_card", "iban", "ssn", "login", "secret", "private_key"}
     assert {f"pii_{kind}" for kind in kinds} | {"toxic", "near_duplicate"} <= set(found)
     for kind, entry in found.items():
         assert entry["planted"] == entry["found"] + entry["missed"] + entry["dropped_elsewhere"] == 2

@@ -17,7 +17,7 @@ from stages.data.curation import dedup
 from stages.data.curation.filters import Accounted, document_filters
 from stages.data.curation.ledger import Amount, Step
 from stages.data.curation.marks import Mark
-from stages.data.curation.pii import scrub
+from stages.data.curation.pii import Scrubber
 from stages.data.curation.workbench import SPLITS, Workbench
 
 _PUBLISHED = ("source", "group", "path", "symbol")
@@ -78,16 +78,15 @@ class PiiScrubber(BaseFilter):
 
     name = "pii"
 
-    def __init__(self, counts: Counter[str], *, enabled: bool) -> None:
+    def __init__(self, counts: Counter[str], scrubber: Scrubber) -> None:
         super().__init__()
-        self.counts, self.enabled = counts, enabled
+        self.counts, self.scrubber = counts, scrubber
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        if self.enabled:
-            result = scrub(doc.text)
-            doc.text = result.text
-            if not doc.metadata["planted"]:
-                self.counts.update(result.counts)
+        result = self.scrubber.scrub(doc.text)
+        doc.text = result.text
+        if not doc.metadata["planted"]:
+            self.counts.update(result.counts)
         return True
 
 
@@ -155,7 +154,7 @@ def finish_shard(shard: int, marks: np.ndarray, bench: Workbench) -> PassResult:
     texts, pii = dict[str, str](), Counter[str]()
     blocks: dict[str, list[BaseFilter]] = {
         "near_duplicates": [Marked(Mark.NEAR_DUPLICATE), Marked(Mark.NEAR_DUPLICATE_OF_SEEN)],
-        "pii": [PiiScrubber(pii, enabled=bench.config.scrub_pii)],
+        "pii": [PiiScrubber(pii, Scrubber(bench.config.pii, enabled=bench.config.scrub_pii))],
         "planted": [PlantedOut(texts)],
     }
     result = PassResult([Step(name) for name in blocks], planted_texts=texts, pii=pii)

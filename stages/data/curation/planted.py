@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from stages.data.curation.pii import luhn_valid
+from stages.data.curation.pii_numbers import luhn_valid
 from stages.data.sources.records import SourceDocument
 
 SOURCE = "planted"
@@ -48,6 +48,9 @@ _CONTEXT: dict[str, str] = {
     "PHONE": "If nobody opens the door, please call {value} and ask for the person who is on duty that evening.",
     "CREDIT_CARD": "The guest has paid with card {value} and wants to have the receipt sent to the usual place.",
     "IBAN": "Please transfer the amount to the account {value} and give the number of the invoice in the subject line.",
+    "LOGIN": "The job reads its rows from {value} and stops with an error if the server does not answer in time.",
+    "SECRET": "The settings of the old service still say {value} and nobody has changed that since the first release.",
+    "PRIVATE_KEY": "Somebody pasted the key of the server into the ticket, {value} and it had to be replaced.",
     "SSN": "The applicant has given the social security number {value} and signed the form at the bottom of the page.",
 }
 
@@ -166,6 +169,27 @@ def _ssn(rng: random.Random) -> str:
     return f"{rng.randint(100, 665)}-{rng.randint(10, 99)}-{rng.randint(1000, 9999)}"
 
 
+def _login(rng: random.Random) -> str:
+    return (
+        f"https://{rng.choice(('anna', 'bruno', 'clara'))}:{_random(rng, 14)}@rows{rng.randint(1, 99)}.example.com/data"
+    )
+
+
+def _secret(rng: random.Random) -> str:
+    name = rng.choice(("password", "api_key", "auth_token"))
+    return rng.choice((f'{name} = "{_random(rng, 20)}"', f"ghp_{_random(rng, 36)}", f"AKIA{_random(rng, 16).upper()}"))
+
+
+def _private_key(rng: random.Random) -> str:
+    lines = "\n".join(_random(rng, 64) for _ in range(3))
+    return f"-----BEGIN PRIVATE KEY-----\n{lines}\n-----END PRIVATE KEY-----"
+
+
+def _random(rng: random.Random, length: int) -> str:
+    """Letters and digits, both in it."""
+    return "Qz7" + "".join(rng.choices(string.ascii_letters + string.digits, k=length - 3))
+
+
 _SECRETS: dict[str, Callable[[random.Random], str]] = {
     "EMAIL": _email,
     "IPV4": _ipv4,
@@ -174,6 +198,9 @@ _SECRETS: dict[str, Callable[[random.Random], str]] = {
     "CREDIT_CARD": _credit_card,
     "IBAN": _iban,
     "SSN": _ssn,
+    "LOGIN": _login,
+    "SECRET": _secret,
+    "PRIVATE_KEY": _private_key,
 }
 
 # Where a planted document of a kind must be dropped; a PII one must instead come out without its secret.

@@ -12,7 +12,7 @@ from stages.config.errors import DataError
 from stages.config.sources import Source
 from stages.data.curation.carried import carried_pairs
 from stages.data.curation.ledger import PairsAccount, Step, verify_chain
-from stages.data.curation.pii import scrub
+from stages.data.curation.pii import Scrubber
 from stages.data.curation.toxicity import toxicity_scorer
 from stages.data.curation.workbench import SPLITS, Workbench
 from stages.data.pairs import derive, given
@@ -197,6 +197,7 @@ class _Preparation:
     def __init__(self, bench: Workbench) -> None:
         self._config = bench.config
         self._scorer = toxicity_scorer(bench.config.toxicity, bench.words)
+        self._scrubber = Scrubber(bench.config.pii, enabled=bench.config.scrub_pii)
         self.pii: Counter[str] = Counter()
         """Personal data that was replaced, by type."""
 
@@ -231,8 +232,8 @@ class _Preparation:
         return kept
 
     def _repeated(self, rows: list[Row], carried: Sequence[Row]) -> list[str]:
-        """Carried rows are already scrubbed, so a new row is compared with them as it would be published."""
-        known = {_identity(row) for row in carried}
+        """Carried rows are already scrubbed, perhaps of fewer types: both are compared as they would be published."""
+        known = {tuple(map(self._published, _identity(row))) for row in carried}
         seen: set[tuple[str, ...]] = set()
         reasons: list[str] = []
         for row in rows:
@@ -243,7 +244,7 @@ class _Preparation:
         return reasons
 
     def _published(self, text: str) -> str:
-        return scrub(text).text if self._config.scrub_pii else text
+        return self._scrubber.scrub(text).text
 
     def _over(self, rows: list[Row], limit: int) -> list[str]:
         """The cap of each split is shared among the sources, so that a large one does not crowd out a small one."""
@@ -266,11 +267,10 @@ class _Preparation:
         for row in rows:
             before, compared = _size(row), _compared(row)
             step.entered.add(before)
-            if self._config.scrub_pii:
-                for holder, name in _fields(row):
-                    result = scrub(holder[name])
-                    holder[name] = result.text
-                    self.pii.update(result.counts)
+            for holder, name in _fields(row):
+                result = self._scrubber.scrub(holder[name])
+                holder[name] = result.text
+                self.pii.update(result.counts)
             step.rewritten += before - _size(row)
             # A response is compared with this, and was never shown what stands in its place.
             if compared and compared != _compared(row):

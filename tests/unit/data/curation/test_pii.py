@@ -2,7 +2,8 @@
 
 import pytest
 
-from stages.data.curation.pii import iban_valid, luhn_valid, scrub
+from stages.data.curation.pii import scrub
+from stages.data.curation.pii_numbers import iban_valid, luhn_valid
 
 
 @pytest.mark.parametrize(
