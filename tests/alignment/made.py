@@ -18,11 +18,8 @@ from stages.artifacts.manifests import fetch, read_manifest
 from stages.config.graph import Stage
 from stages.config.places import SMOLLM2
 from stages.config.resolve import resolve
-from tests.playing import play
+from tests.playing import ONE_THREAD, play
 
-_ONE_THREAD = {
-    f"execution.{stage}.cpus_per_worker": 1 for stage in (Stage.CONVERT, Stage.CONSTITUTION, Stage.SYNTHESIZE)
-}
 _TASKS: dict[str, tuple[Stage, dict[str, Any], dict[str, Any]]] = {
     "constitution": (
         Stage.CONSTITUTION,
@@ -58,7 +55,7 @@ def made(home: Path, task: str, sources: Sequence[str], **settings: Any) -> tupl
             "last_stage": "curate",
             _SOURCES[task]: list(sources),
             **params,
-            "overrides": {**_ONE_THREAD, **overrides, **settings},
+            "overrides": {**ONE_THREAD, **overrides, **settings},
         }
     )
     config = config.with_given(given_artifacts(config))
