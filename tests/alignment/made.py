@@ -25,9 +25,9 @@ _TASKS: dict[str, tuple[Stage, dict[str, Any], dict[str, Any]]] = {
         Stage.CONSTITUTION,
         {"ai_feedback": "both"},
         {
-            "constitution.num_prompts": 20,
-            "constitution.max_response_length": 96,
-            "constitution.max_critique_length": 64,
+            "constitution.num_prompts": 32,
+            "constitution.max_response_length": 256,
+            "constitution.max_critique_length": 96,
         },
     ),
     "synthesis": (
