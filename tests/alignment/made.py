@@ -28,6 +28,7 @@ _TASKS: dict[str, tuple[Stage, dict[str, Any], dict[str, Any]]] = {
             "constitution.num_prompts": 32,
             "constitution.max_response_length": 256,
             "constitution.max_critique_length": 96,
+            "constitution.temperature": 0.5,
         },
     ),
     "synthesis": (
