@@ -2,7 +2,6 @@
 `make test-alignment`."""
 
 import json
-
 from pathlib import Path
 
 import pytest
