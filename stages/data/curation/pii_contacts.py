@@ -47,7 +47,6 @@ _NO_USER = _SERVICES | {
     "anonymous",
     "anon",
     "guest",
-    "me",
     "root",
     "admin",
     "login",
@@ -125,15 +124,16 @@ def _email_around(text: str, at: int) -> Found | None:
     local, host, top = text[start:at], labels[-2], labels[-1]
     if not _is_top_level(top) or local.lower() in _SERVICES:
         return None
-    # One letter, or mixed case before a country, is more often a product of matrices than an address.
-    if len(local) == 1 and (len(host) < 3 or top.lower() not in _COMMON):
-        return None
+    # Mixed case before a country, or one letter, is more often a product of matrices than an address.
     if len(top) == 2 and not top.islower() and (len(local) < 2 or len(host) < 3):
         return None
     front = before(text, start, 80)
+    is_said = bool(_MAIL_BEFORE.search(front))
+    if len(local) == 1 and not is_said and (len(host) < 3 or top.lower() not in _COMMON):
+        return None
     if _USERINFO_BEFORE.search(front) or front.endswith(("@", "＠")):
         return None
-    if top.lower() in _AMBIGUOUS and not _MAIL_BEFORE.search(front):
+    if top.lower() in _AMBIGUOUS and not is_said:
         return None
     return Found(start, end, "EMAIL")
 
