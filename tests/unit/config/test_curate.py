@@ -6,7 +6,7 @@ import json
 from stages.config.curate import QUALITY_PROFILES
 from stages.config.graph import GRAPH, Stage
 
-THRESHOLDS_BY_VERSION = {3: "28bb5ed5cc366ce1"}
+THRESHOLDS_BY_VERSION = {3: "28bb5ed5cc366ce1", 4: "28bb5ed5cc366ce1"}
 
 
 def test_the_thresholds_of_a_profile_belong_to_the_version_of_the_stage() -> None:
