@@ -18,19 +18,17 @@ from stages.artifacts.manifests import fetch, read_manifest
 from stages.config.graph import Stage
 from stages.config.places import SMOLLM2
 from stages.config.resolve import resolve
-from tests.playing import play
+from tests.playing import ONE_THREAD, play
 
-_ONE_THREAD = {
-    f"execution.{stage}.cpus_per_worker": 1 for stage in (Stage.CONVERT, Stage.CONSTITUTION, Stage.SYNTHESIZE)
-}
 _TASKS: dict[str, tuple[Stage, dict[str, Any], dict[str, Any]]] = {
     "constitution": (
         Stage.CONSTITUTION,
         {"ai_feedback": "both"},
         {
-            "constitution.num_prompts": 20,
-            "constitution.max_response_length": 96,
-            "constitution.max_critique_length": 64,
+            "constitution.num_prompts": 32,
+            "constitution.max_response_length": 256,
+            "constitution.max_critique_length": 96,
+            "constitution.temperature": 0.5,
         },
     ),
     "synthesis": (
@@ -58,7 +56,7 @@ def made(home: Path, task: str, sources: Sequence[str], **settings: Any) -> tupl
             "last_stage": "curate",
             _SOURCES[task]: list(sources),
             **params,
-            "overrides": {**_ONE_THREAD, **overrides, **settings},
+            "overrides": {**ONE_THREAD, **overrides, **settings},
         }
     )
     config = config.with_given(given_artifacts(config))
