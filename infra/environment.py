@@ -13,6 +13,7 @@ from infra.components import BIN, RAY_ON_LOOPBACK
 from infra.layout import Layout, StackRecord, StackSecrets
 from infra.processes import marking, usable_cpus
 from stages.config.execution import LOCAL_CPUS
+from stages.config.seals import SEAL_KEY
 
 # A shell that is attached to another cluster, tracking run or Python must not leak into the stack.
 DROPPED = (
@@ -71,6 +72,7 @@ def client_environment(record: StackRecord, secrets: StackSecrets) -> dict[str, 
         "AIRFLOW_CONN_RAY_DEFAULT": json.dumps(connection),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.ray_token,
+        SEAL_KEY: secrets.seal_key,
         **RAY_ON_LOOPBACK,
     }
 
@@ -95,7 +97,7 @@ def _airflow(layout: Layout, record: StackRecord, secrets: StackSecrets) -> dict
             "dags_folder": layout.checkout / "dags",
             "plugins_folder": layout.airflow / "plugins",  # airflow.cfg keeps the path that was true when it was made
             "load_examples": False,
-            "dagbag_import_timeout": 120,  # seconds, default 30; jobs use the same cores, and a task reads its DAG beside them
+            "dagbag_import_timeout": 120,  # seconds, default 30: a task reads its DAG while jobs use the same cores
             "dags_are_paused_at_creation": False,
             "fernet_key": secrets.fernet_key,
             "execution_api_server_url": f"{record.airflow_url}/execution/",
@@ -110,7 +112,7 @@ def _airflow(layout: Layout, record: StackRecord, secrets: StackSecrets) -> dict
         "scheduler": {"allowed_run_id_pattern": RUN_IDS},
         "workers": {
             "min_heartbeat_interval": 1,  # default 5 s: how late the end of a task may be noticed
-            "execution_api_timeout": 30,  # seconds, default 5: the API server answers late while jobs use the same cores
+            "execution_api_timeout": 30,  # seconds, default 5: the API server is late while jobs use the same cores
         },
         "dag_processor": {
             "dag_bundle_config_list": json.dumps([bundle]),
