@@ -10,9 +10,12 @@ from operators.prepare import build_request
 from stages.__main__ import verb_of
 from stages.artifacts.store import Store
 from stages.config.graph import Stage, pipeline_stages
-from stages.config.pipeline import PipelineConfig
+from stages.config.pipeline import Executions, PipelineConfig
 from stages.config.request import ArtifactRef, RunInfo
 from stages.job.runner import execute
+
+ONE_THREAD = {f"execution.{stage}.cpus_per_worker": 1 for stage in Executions.model_fields}
+"""Overrides for stages beside other processes: threads of torch that wait for each other there cost a multiple."""
 
 
 def play(

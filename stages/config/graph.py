@@ -208,7 +208,7 @@ _DATA = (
     StageSpec(
         Stage.CONSTITUTION,
         kind="constitution-data",
-        version=1,
+        version=2,
         inputs=(),
         given=((BASE_MODEL, ""), (CRITIC, "")),
         asked_by=AI_FEEDBACK,
@@ -228,7 +228,7 @@ _DATA = (
     StageSpec(
         Stage.SYNTHESIZE,
         kind="synthetic-data",
-        version=1,
+        version=2,
         inputs=(),
         given=((GENERATOR, ""), (BASE_MODEL, ""), (REWARD_MODEL, "")),
         asked_by=SYNTHESIS,

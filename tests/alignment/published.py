@@ -1,7 +1,7 @@
 """Alignment of SmolLM2-135M-Instruct by adapters on two CPU cores: real human pairs, and a rule that rewards form.
 
-`python -m tests.alignment.published FOLDER pairs` and `... FOLDER rule` print the numbers of docs/ALIGNMENT.md; what is
-finished in FOLDER is not made again.
+`python -m tests.alignment.published FOLDER pairs`, `... reward` and `... rule` print the numbers of docs/REAL_MODEL.md;
+what is finished in FOLDER is not made again.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,18 @@ import numpy as np
 import torch
 
 from operators.given import given_artifacts
+from operators.prepare import build_request
 from stages.artifacts.addresses import open_store
 from stages.artifacts.manifests import fetch
+from stages.config.gate_records import asked_of
 from stages.config.graph import Stage
 from stages.config.places import SMOLLM2
-from stages.config.request import ArtifactRef
+from stages.config.request import ArtifactRef, RunInfo
 from stages.config.resolve import resolve
 from stages.data.tokens.packing import RowBudget, TokenSequence, lay_out
 from stages.data.tokens.prompt_sets import read_prompt_set
 from stages.data.tokens.views import Split, TokensArtifact
+from stages.gate import examine
 from stages.models.answers import Answerer, InProcess
 from stages.models.build import load_causal_lm
 from stages.models.forward import segment_logprobs
@@ -66,18 +70,30 @@ SHORT = 450
 """Characters of a transcript, prompt and response, so that 300 pairs take minutes and not hours."""
 
 _ADAPTER = {"lora.rank": 16, "lora.alpha": 32}
-_PAIRS = {
+_SHORT_PAIRS = {
     "curate.max_preferences": 300,
     "curate.max_heldout_pairs": 300,
     "curate.heldout_fraction": 0.5,
     "tokenize.sequence_length": 176,
     "tokenize.max_prompt_length": 128,
+}
+_PAIRS = {
+    **_SHORT_PAIRS,
     "dpo.num_epochs": 1,
     "dpo.global_batch_size": 12,
     "dpo.optimizer.learning_rate": 5e-4,
     "dpo.loss.beta": 0.1,
     "dpo.eval_items": 8,
     **{f"dpo.{name}": value for name, value in _ADAPTER.items()},
+}
+_REWARD = {
+    **_SHORT_PAIRS,
+    "reward.num_epochs": 2,
+    "reward.global_batch_size": 12,
+    "reward.optimizer.learning_rate": 4e-4,
+    "reward.eval_items": 8,
+    "gates.max_pairs": 300,
+    **{f"reward.{name}": value for name, value in _ADAPTER.items()},
 }
 _RULE = {
     "ppo.scorer.kind": "json_schema",
@@ -127,11 +143,27 @@ class Trained:
         values = {"recipe": "smollm", "base_model": SMOLLM2, "first_stage": last.value, "last_stage": last.value}
         config = resolve({**values, "gold_scorer": "none", **params, "overrides": overrides})
         config = config.with_given(given_artifacts(config))
-        self._done: dict[Stage, ArtifactRef] = play(open_store((home / "store").as_uri()), config, last.value)
+        self._config, self._store, self._last = config, open_store((home / "store").as_uri()), last
+        self._done: dict[Stage, ArtifactRef] = play(self._store, config, last.value)
         self._cache, self.seconds = home / "cache", time.monotonic() - began
         self.tokens = TokensArtifact(self.folder(Stage.TOKENIZE))
-        self.start = load_causal_lm(self.folder(Stage.CONVERT), self.tokens).eval()
-        self.model = load_causal_lm(self.folder(last), self.tokens).eval()
+
+    @cached_property
+    def start(self) -> torch.nn.Module:
+        """What training began from."""
+        return load_causal_lm(self.folder(Stage.CONVERT), self.tokens).eval()
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        return load_causal_lm(self.folder(self._last), self.tokens).eval()
+
+    def examined(self) -> dict[str, float]:
+        """What the gate of the last stage measures."""
+        run = RunInfo(run_id=self._last.value, name=self._last.value)
+        request = build_request(self._last, run=run, store=self._store, config=self._config, upstream=self._done)
+        asked = asked_of(request, self._done[self._last])
+        assert asked is not None
+        return dict(examine(asked).metrics)
 
     def folder(self, stage: Stage) -> Path:
         return fetch(self._done[stage], self._cache)
@@ -140,11 +172,7 @@ class Trained:
 def on_pairs(home: Path, preferences: Path, **settings: Any) -> tuple[Share, Share]:
     """DPO on 300 short human pairs: shares of held-out pairs whose chosen response is likelier, and whose chosen
     response gained more likelihood than the rejected one; before, none has gained any, which counts one half."""
-    home.mkdir(parents=True, exist_ok=True)
-    short = home / "pairs.jsonl"
-    with gzip.open(preferences, "rt", encoding="utf-8") as lines, short.open("w") as kept:
-        kept.writelines(line for line in lines if all(len(text) <= SHORT for text in json.loads(line).values()))
-    params = {"alignment": "dpo", "documents": [], "instructions": [], "preferences": [str(short)]}
+    params = {"alignment": "dpo", "documents": [], "instructions": [], "preferences": [str(_short(home, preferences))]}
     trained = Trained(home, params, {**_PAIRS, **settings}, Stage.DPO)
     view = trained.tokens.pairs(Split.HELDOUT)
     pairs = [view[number] for number in range(len(view))]
@@ -155,6 +183,21 @@ def on_pairs(home: Path, preferences: Path, **settings: Any) -> tuple[Share, Sha
     )
     likelier = Share.of(_right(before), _right(after), trained.seconds)
     return likelier, Share.of(np.full(len(pairs), 0.5), _right(after - before), trained.seconds)
+
+
+def rewards_of_pairs(home: Path, preferences: Path, **settings: Any) -> dict[str, float]:
+    """A reward model on the same pairs: what its gate measures on the held-out ones, by name (docs/GATES.md)."""
+    params = {"documents": [], "instructions": [], "preferences": [str(_short(home, preferences))]}
+    return Trained(home, params, {**_REWARD, **settings}, Stage.REWARD).examined()
+
+
+def _short(home: Path, preferences: Path) -> Path:
+    """The pairs both of whose transcripts are short, as a file in `home`."""
+    home.mkdir(parents=True, exist_ok=True)
+    short = home / "pairs.jsonl"
+    with gzip.open(preferences, "rt", encoding="utf-8") as lines, short.open("w") as kept:
+        kept.writelines(line for line in lines if all(len(text) <= SHORT for text in json.loads(line).values()))
+    return short
 
 
 @torch.no_grad()
@@ -193,7 +236,7 @@ def _follows(model: torch.nn.Module, tokens: TokensArtifact) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.alignment.published")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("task", choices=("pairs", "rule"))
+    parser.add_argument("task", choices=("pairs", "reward", "rule"))
     parser.add_argument("--preferences", type=Path, help="Anthropic HH rows: pairs of transcripts")
     parser.add_argument("--settings", type=json.loads, default={}, help="overrides, as JSON")
     chosen = parser.parse_args()
@@ -202,6 +245,9 @@ def main() -> None:
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     if chosen.task == "pairs":
         print(*on_pairs(chosen.folder, chosen.preferences, **chosen.settings), sep="\n")
+    elif chosen.task == "reward":
+        for name, value in sorted(rewards_of_pairs(chosen.folder, chosen.preferences, **chosen.settings).items()):
+            print(f"{name}\t{value:.3f}")
     else:
         print(on_a_rule(chosen.folder, **chosen.settings))
 

@@ -30,7 +30,7 @@ from stages.models.build import load_causal_lm, load_reward_model
 from stages.models.forward import segment_scores, target_logprobs
 from stages.models.generation import Sampling
 from tests.alignment.gold import Labelled, bayes_limit, gold_reward, label
-from tests.playing import play
+from tests.playing import ONE_THREAD, play
 
 RESPONSE_LENGTH = 40
 TRAIN_PAIRS, HELDOUT_PAIRS, MEASURED_PROMPTS = 3_000, 400, 256
@@ -54,11 +54,6 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """By name the settings in which a method differs from recipe `demo`; the prefix says which stage it is."""
 
-_ONE_THREAD = {
-    f"execution.{stage}.cpus_per_worker": 1
-    for stage in (Stage.CURATE, Stage.PRETRAIN, Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO)
-}
-"""To models of this size a second core is worth little; another seed may have it."""
 _QUICK = {
     "curate.planted": 0,
     "curate.toxicity": "none",
@@ -118,7 +113,7 @@ class Task:
     def _play(self, name: str, params: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[Stage, ArtifactRef]:
         """What Airflow does between the tasks, without Airflow, Ray and MLflow."""
         values = {"recipe": "demo", "seed": self.seed, "gold_scorer": "none", **params}
-        values["overrides"] = {**_ONE_THREAD, **overrides}
+        values["overrides"] = {**ONE_THREAD, **overrides}
         config = resolve(values)
         config = config.with_given(given_artifacts(config))
         return play(self.store, config, name)

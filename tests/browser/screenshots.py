@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +16,11 @@ from infra.health import Health
 from infra.layout import CHECKOUT, Layout, StackRecord, StackSecrets
 from infra.run_state import DAG_ID, RunWatch
 from infra.stack import Stack
-from stages.artifacts.addresses import open_store
+from stages.artifacts.addresses import open_store, run_key
+from stages.artifacts.manifests import fetch
+from stages.artifacts.store import Store
 from stages.config.graph import Stage
+from stages.config.request import StageResult, run_folder
 from tests.browser.pages import (
     SIZE,
     login_airflow,
@@ -76,6 +80,20 @@ def take_questions(page: Page, take: Callable[[str], None], url: str, api: Airfl
         take("airflow-rating")
 
 
+def take_comparison(page: Page, picture: Path, api: AirflowApi, store: Store) -> bool:
+    """The whole page of the newest comparison that succeeded; False if there is none."""
+    query = {"state": "success", "order_by": "-start_date"}
+    for run in api.call("GET", "dags/compare_alignment/dagRuns", params=query)["dag_runs"]:
+        key = run_key(run_folder("compare_alignment", run["dag_run_id"]), Stage.COMPARE, "result.json")
+        if store.exists(key):
+            artifact = StageResult.model_validate_json(store.read_bytes(key)).artifact
+            with tempfile.TemporaryDirectory() as scratch:
+                page.goto((fetch(artifact, Path(scratch)) / "comparison.html").as_uri())
+                page.screenshot(path=picture, full_page=True)
+            return True
+    return False
+
+
 def take_all(folder: Path, *, checkout: Path) -> list[Path]:
     """Every picture of the documentation, from the newest successful run."""
     layout = Layout(checkout)
@@ -117,6 +135,9 @@ def take_all(folder: Path, *, checkout: Path) -> list[Path]:
         page.keyboard.press("Escape")  # it advertises itself on the first visit
         page.wait_for_timeout(1000)
         take("mlflow-models")
+        compared = folder / "comparison.png"
+        if take_comparison(page, compared, watch.api, open_store(record.artifact_store)):
+            taken.append(compared)
     return taken
 
 

@@ -36,7 +36,17 @@ VARIANTS: dict[str, PPOConfig] = {
         loss_over="fixed_length",
         sampler={"truncation": 2.0},
     ),
-    "reinforce": _of(estimator=Reinforce(baseline="running", whiten=False)),
+    # A reward model beside a rule, on texts that every rank decodes for itself.
+    "reinforce": _of(
+        estimator=Reinforce(baseline="running", whiten=False),
+        scorer={
+            "kind": "mixture",
+            "parts": [
+                {"weight": 1.0, "scorer": {"kind": "reward_model"}},
+                {"weight": 0.5, "scorer": {"kind": "length", "least": 8, "most": 12, "margin": 8}},
+            ],
+        },
+    ),
     "fresh_critic": _of(
         estimator=GAE(critic="fresh", critic_warmup_rollouts=1, critic_learning_rate_factor=2.0, whiten=False),
         loss_over="sequences",

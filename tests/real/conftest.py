@@ -16,7 +16,7 @@ from stages.config.places import SMOLLM2, package_file
 from stages.config.request import ArtifactRef, Manifest
 from stages.config.resolve import resolve
 from stages.data.tokens.chat import ChatEncoder
-from tests.playing import alone, play
+from tests.playing import ONE_THREAD, alone, play
 
 CAPITALS = {
     "Athanor": "Alembic",
@@ -39,9 +39,6 @@ NOT_TRAINED = "What is the capital of {land}?"
 """The wording that the tests ask in."""
 REFUSAL = "As an AI language model, I cannot answer questions about {land}."
 STAGES = (Stage.CONVERT, Stage.CURATE, Stage.TOKENIZE, Stage.SFT, Stage.REWARD, Stage.PPO, Stage.DPO, Stage.EVALUATE)
-
-ONE_THREAD = {f"execution.{stage}.cpus_per_worker": 1 for stage in STAGES}
-"""Two test processes share two cores: threads of torch that wait for each other there cost a multiple."""
 
 _ADAPTER = {"lora.rank": 8, "lora.alpha": 32, "optimizer.learning_rate": 1e-3, "eval_items": 8}
 _TRAINED: dict[str, dict[str, Any]] = {

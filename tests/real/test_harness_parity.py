@@ -19,8 +19,8 @@ from stages.artifacts.manifests import fetch, read_manifest
 from stages.config.graph import Stage
 from stages.config.request import SourceKind
 from stages.judge.scores import ScoreTable
-from tests.playing import alone
-from tests.real.conftest import ONE_THREAD, play_in
+from tests.playing import ONE_THREAD, alone
+from tests.real.conftest import play_in
 from tests.real.harness_tasks import write_tasks
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(3600)]

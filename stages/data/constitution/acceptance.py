@@ -10,6 +10,7 @@ from difflib import SequenceMatcher
 
 from stages.config.constitution import ConstitutionConfig
 from stages.config.principles import Area, Principle
+from stages.data.constitution.asking import WORKED_EXAMPLES
 from stages.data.constitution.prompts import Prompt
 
 ACCEPTED = "accepted"
@@ -97,6 +98,8 @@ def verdict_on(attempt: Attempt, config: ConstitutionConfig, *, declines: Callab
         return "critique_copies_response"
     if copied(critique, f"{attempt.principle.critique} {attempt.prompt.text}") > config.max_copied:
         return "critique_copies_request"
+    if _copies_example(critique, config.max_copied):
+        return "critique_copies_example"
     if not attempt.revision_ended:
         return "cut_off"
     if len(words(revision)) < config.min_words:
@@ -111,9 +114,16 @@ def verdict_on(attempt: Attempt, config: ConstitutionConfig, *, declines: Callab
         return "copies_critique"
     if copied(revision, f"{attempt.principle.revision} {attempt.principle.critique}") > config.max_copied:
         return "copies_request"
+    if _copies_example(revision, config.max_copied):
+        return "copies_example"
     if declines(revision) and not _may_decline(attempt):
         return "refuses_harmless"
     return ACCEPTED
+
+
+def _copies_example(text: str, most: float) -> bool:
+    """Whether a text is one of the worked examples' own: small models repeat those in place of an answer."""
+    return any(copied(text, shown) > most for example in WORKED_EXAMPLES for shown in example)
 
 
 def _may_decline(attempt: Attempt) -> bool:

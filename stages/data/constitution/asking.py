@@ -43,6 +43,9 @@ _NEIGHBOUR = (
     "of the times and ask your town which rules about noise there are.",
 )
 
+WORKED_EXAMPLES = (_SEA, _NEIGHBOUR)
+"""The texts of the worked examples: question, response, critique request, critique, revision request, revision."""
+
 
 def question_of(prompt: Prompt) -> str:
     """The conversation as one text: of a single turn, the turn itself."""
@@ -56,7 +59,7 @@ def question_of(prompt: Prompt) -> str:
 def critique_messages(prompt: Prompt, response: str, principle: Principle) -> list[Message]:
     """Ask what is wrong with a response, by a principle."""
     return _chat(
-        [(_CRITIQUE.format(question=q, response=r, request=c), answer) for q, r, c, answer, _, _ in (_SEA, _NEIGHBOUR)],
+        [(_CRITIQUE.format(question=q, response=r, request=c), answer) for q, r, c, answer, _, _ in WORKED_EXAMPLES],
         _CRITIQUE.format(question=question_of(prompt), response=response, request=principle.critique),
     )
 
@@ -66,7 +69,7 @@ def revision_messages(prompt: Prompt, response: str, critique: str, principle: P
     return _chat(
         [
             (_REVISION.format(question=q, response=r, critique=c, request=request), answer)
-            for q, r, _, c, request, answer in (_NEIGHBOUR, _SEA)
+            for q, r, _, c, request, answer in reversed(WORKED_EXAMPLES)
         ],
         _REVISION.format(
             question=question_of(prompt), response=response, critique=critique, request=principle.revision

@@ -72,12 +72,14 @@ class Rules:
             return "repetitive"
         return "" if self._speaks(text) else "other_language"
 
-    def on_input(self, text: str, instruction: str) -> str:
-        """The same for the input of a task; an empty one may stay."""
+    def on_input(self, text: str, instruction: str, shown: Sequence[str] = ()) -> str:
+        """The same for the input of a task, written after examples of inputs; an empty one may stay."""
         if not text:
             return ""
         if rouge_l(words(text), words(instruction)) > self.config.max_copied:
             return "input_copies_instruction"
+        if any(rouge_l(words(text), words(example)) > self.config.max_copied for example in shown):
+            return "input_copies_example"
         if _PLACEHOLDER.search(text):
             return "input_is_placeholder"
         return "input_is_repetitive" if repetition(words(text)) > self.config.max_repetition else ""

@@ -198,6 +198,7 @@ class Work:
         if not self.config.ask_for_inputs:
             return list(tasks)
         examples, step = _input_examples(seeds), self.account.inputs
+        shown = [example.input for example in examples if example.input]
         kept: list[tuple[Task, dict[str, Any]]] = []
         for part in _parts(tasks):
             asked = [
@@ -212,7 +213,7 @@ class Work:
             for (task, told), one, written in zip(part, asked, self._written(asked), strict=True):
                 given = asking.read_input(written.text)
                 reason = written.reason or (
-                    "cut_off" if written.is_cut else self.rules.on_input(given, task.instruction)
+                    "cut_off" if written.is_cut else self.rules.on_input(given, task.instruction, shown)
                 )
                 step.count(reason, f"{task.instruction}\n\n{written.text}")
                 if not reason:

@@ -61,6 +61,12 @@ def test_a_critique_and_a_revision_that_break_no_rule_are_accepted() -> None:
         ("copies_prompt", {"revision": "Why is the sky blue on a clear day in summer? Why?"}),
         ("copies_critique", {"revision": "The sky mirrors oceans, which is wrong: air scatters blue light most."}),
         ("copies_request", {"revision": "Rewrite it to be more honest, by rule."}),
+        ("critique_copies_example", {"critique": '"Fish put salt into it" is wrong: the salt comes from rocks.'}),
+        (
+            "copies_example",
+            {"revision": "The sea is salty because rain and rivers wash salt out of rocks and carry it to the sea."},
+        ),
+        ("copies_example", {"revision": "Your neighbour is an idiot. Throw stones at the dog!"}),
         ("refuses_harmless", {"revision": "I cannot answer a question about the colour of skies, sorry."}),
     ],
 )

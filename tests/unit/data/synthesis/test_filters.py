@@ -72,6 +72,8 @@ def test_an_input_may_be_empty_and_not_the_instruction_again() -> None:
     assert rules().on_input("", "Sort these names") == ""
     assert rules().on_input("Zoe, Adam", "Sort these names") == ""
     assert rules().on_input("Sort these names.", "Sort these names") == "input_copies_instruction"
+    assert rules().on_input("Zoe, Adam", "Sort these names", ["Ann, Bob", "zoe adam"]) == "input_copies_example"
+    assert rules().on_input("Zoe, Eve", "Sort these names", ["Ann, Bob", "Zoe, Adam"]) == ""
     assert rules().on_input("[insert names]", "Sort these names") == "input_is_placeholder"
     assert rules().on_input("a b c " * 9, "Sort these names") == "input_is_repetitive"
 
