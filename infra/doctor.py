@@ -20,6 +20,7 @@ import httpx
 from infra.store_probe import Finding, Verdict, examine, ok, warning, wrong
 from operators.ray.jobs import RayEndpoint, RayRefusedError
 from stages.config.errors import without_logins
+from stages.config.seals import NEW_KEY, SEAL_KEY, read_key_ring
 
 TIMEOUT_SECONDS = 10.0
 _MARKS = {Verdict.OK: "ok     ", Verdict.WARNING: "warning", Verdict.WRONG: "WRONG  ", Verdict.NOT_ASKED: "-      "}
@@ -58,6 +59,21 @@ def findings(settings: Mapping[str, str]) -> Iterator[Finding]:
     yield from _asked(
         "MLflow", settings.get("MLFLOW_TRACKING_URI", ""), "MLFLOW_TRACKING_URI", lambda url: _mlflow(url, settings)
     )
+    yield _sealing_key(settings.get(SEAL_KEY, "").strip())
+
+
+def _sealing_key(text: str) -> Finding:
+    """Whether it is one; that both sides have the same one is seen by its name, in containers of both."""
+    subject = "sealing key"
+    if not text:
+        what = f"{SEAL_KEY} is not set: no key of an endpoint can come from an Airflow connection"
+        return Finding(Verdict.NOT_ASKED, subject, what)
+    try:
+        names = list(read_key_ring(text))
+    except ValueError as error:
+        return wrong(subject, f"{SEAL_KEY}: {error}", f"Make one with {NEW_KEY}, the same for Airflow and Ray.")
+    others = f", and opens what {' and '.join(names[1:])} sealed" if names[1:] else ""
+    return ok(subject, f"{names[0]}{others}; Airflow's tasks and Ray's nodes must have the same")
 
 
 def _asked(subject: str, url: str, variable: str, ask: Callable[[str], Iterable[Finding]]) -> Iterator[Finding]:

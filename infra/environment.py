@@ -13,6 +13,7 @@ from infra.components import BIN, RAY_ON_LOOPBACK
 from infra.layout import Layout, StackRecord, StackSecrets
 from infra.processes import marking, usable_cpus
 from stages.config.execution import LOCAL_CPUS
+from stages.config.seals import SEAL_KEY
 
 # A shell that is attached to another cluster, tracking run or Python must not leak into the stack.
 DROPPED = (
@@ -71,6 +72,7 @@ def client_environment(record: StackRecord, secrets: StackSecrets) -> dict[str, 
         "AIRFLOW_CONN_RAY_DEFAULT": json.dumps(connection),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.ray_token,
+        SEAL_KEY: secrets.seal_key,
         **RAY_ON_LOOPBACK,
     }
 

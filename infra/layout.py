@@ -178,12 +178,15 @@ class StackSecrets(BaseModel):
     api_secret: str
     jwt_secret: str
     ray_token: str
+    seal_key: str = ""
+    "Seals keys of endpoints for jobs; empty only in files that are older than it."
 
     @classmethod
     def load_or_generate(cls, layout: Layout) -> Self:
         """Raises DamagedStateError: new secrets in the place of lost ones would make databases unreadable unasked."""
         try:
-            return cls.model_validate_json(layout.secrets.read_bytes())
+            found = cls.model_validate_json(layout.secrets.read_bytes())
+            return found if found.seal_key else found._with_seal_key(layout)
         except ValidationError as error:
             raise DamagedStateError(
                 f"{layout.secrets} is damaged ({error.errors()[0]['msg']})",
@@ -194,13 +197,27 @@ class StackSecrets(BaseModel):
         except FileNotFoundError:
             made = cls(
                 admin_password=secrets.token_urlsafe(12),
-                fernet_key=base64.urlsafe_b64encode(secrets.token_bytes(32)).decode(),
+                fernet_key=_fernet_key(),
                 api_secret=secrets.token_urlsafe(48),
                 jwt_secret=secrets.token_urlsafe(72),
                 ray_token=secrets.token_hex(32),
+                seal_key=_fernet_key(),
             )
-            write_private(layout.secrets, made.model_dump_json(indent=2) + "\n")
+            made._save(layout)
             return made
+
+    def _with_seal_key(self, layout: Layout) -> Self:
+        """Nothing was ever kept under it, so a new one loses nothing."""
+        completed = self.model_copy(update={"seal_key": _fernet_key()})
+        completed._save(layout)
+        return completed
+
+    def _save(self, layout: Layout) -> None:
+        write_private(layout.secrets, self.model_dump_json(indent=2) + "\n")
+
+
+def _fernet_key() -> str:
+    return base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()
 
 
 def write_airflow_passwords(layout: Layout, admin_password: str) -> None:

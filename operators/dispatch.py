@@ -13,6 +13,7 @@ from typing import Any
 
 from airflow.sdk.execution_time.context import NEVER_EXPIRE
 
+from operators.endpoint import sealed_environment
 from operators.ray.hook import RayJobHook
 from operators.ray.ownership import GENERATION, airflow_id, job_metadata
 from operators.ray.submission import Attached, Submission, SubmissionLog, TaskKey, attach_or_submit
@@ -110,8 +111,11 @@ def attach(
         return f"runs/{request.run.run_id}/{request.name}/{name}"
 
     written: dict[str, str] = {}
+    environment: dict[str, dict[str, str]] = {}
 
     def prepare(submission: Submission) -> None:
+        # First, so that nothing is written where a connection is not as it should be.
+        environment[submission.submission_id] = sealed_environment(request, job=submission.submission_id)
         complete = request.model_copy(update={"submission_id": submission.submission_id})
         for stale in ("result.json", "failure.json"):
             store.delete(key(stale))
@@ -129,6 +133,8 @@ def attach(
             metadata={**metadata, GENERATION: str(submission.generation)},
             num_cpus=entrypoint_cpus(request),
             num_gpus=entrypoint_gpus(request),
+            # A runtime environment, which Ray's workers of the job inherit; what `env` sets they do not see.
+            env_vars=environment[submission.submission_id],
         )
         logger.info("Submitted Ray job %s.", submission.submission_id)
 

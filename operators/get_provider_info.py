@@ -10,7 +10,12 @@ def get_provider_info() -> dict[str, Any]:
         "name": "Athanor",
         "description": "Language-model stages as Ray jobs: hook, deferrable operator, trigger and links.",
         "integrations": [
-            {"integration-name": "Ray Jobs", "external-doc-url": "https://docs.ray.io/", "tags": ["service"]}
+            {"integration-name": "Ray Jobs", "external-doc-url": "https://docs.ray.io/", "tags": ["service"]},
+            {
+                "integration-name": "Model endpoint",
+                "external-doc-url": "https://platform.openai.com/docs/api-reference/chat",
+                "tags": ["service"],
+            },
         ],
         "operators": [
             {
@@ -18,7 +23,10 @@ def get_provider_info() -> dict[str, Any]:
                 "python-modules": ["operators.operator", "operators.people.approval", "operators.people.rating"],
             }
         ],
-        "hooks": [{"integration-name": "Ray Jobs", "python-modules": ["operators.ray.hook"]}],
+        "hooks": [
+            {"integration-name": "Ray Jobs", "python-modules": ["operators.ray.hook"]},
+            {"integration-name": "Model endpoint", "python-modules": ["operators.endpoint"]},
+        ],
         "triggers": [{"integration-name": "Ray Jobs", "python-modules": ["operators.trigger", "operators.watcher"]}],
         "connection-types": [
             {
@@ -36,7 +44,20 @@ def get_provider_info() -> dict[str, Any]:
                     },
                 },
                 "conn-fields": _CONNECTION_FIELDS,
-            }
+            },
+            {
+                "connection-type": "model_endpoint",
+                "hook-class-name": "operators.endpoint.EndpointHook",
+                "hook-name": "Model endpoint",
+                "ui-field-behaviour": {
+                    "hidden-fields": ["login", "schema", "port", "extra"],
+                    "relabeling": {"host": "Address", "password": "API key"},
+                    "placeholders": {
+                        "host": "https://api.example.org/v1",
+                        "password": "sent to endpoints below this address only",
+                    },
+                },
+            },
         ],
         "notifications": ["operators.notify.WebhookNotifier"],
         "extra-links": [

@@ -1,5 +1,5 @@
 """The look at a run's given models and benchmarks, in the task `resolve`: a short Ray job, because they lie where jobs
-run.
+run. It also opens the sealed keys of endpoints, which only Ray's side can tell to be possible.
 
 It is submitted, attached to again and watched as the job of a stage is. The task waits in its own process, and stops
 the job when it is killed: nothing is lost with it.
@@ -21,6 +21,7 @@ from operators.failures import (
 )
 from operators.ray.hook import DEFAULT_CONN_ID, RayJobHook
 from operators.ray.jobs import JobStatus
+from stages.config.endpoint_keys import keyed_endpoints_of_run
 from stages.config.errors import DataError
 from stages.config.look import Look, LookRequest, given_benchmarks, given_models, look_key
 from stages.config.records import parse_record
@@ -44,12 +45,13 @@ _STARTS_ANEW = "The next attempt looks again."
 def look_at_models(
     context: Any, store: "Store", run: "RunInfo", config: "PipelineConfig", *, entrypoint: str = ENTRYPOINT
 ) -> Look:
-    """Return what is known of the models and benchmarks that a run is given; without any, no job is started.
+    """Return what is known of the models and benchmarks that a run is given; without any, and without keys of endpoints
+    from connections, no job is started.
 
     Raises StageConfigFailed or StageDataFailed, as the stages would, for what one of them would refuse.
     """
-    models, benchmarks = given_models(config), given_benchmarks(config)
-    if not models and not benchmarks:
+    models, benchmarks, keyed = given_models(config), given_benchmarks(config), keyed_endpoints_of_run(config)
+    if not models and not benchmarks and not keyed:
         return Look()
     # As `tokenize`, the first stage that reads them.
     execution = config.execution.tokenize
@@ -63,6 +65,7 @@ def look_at_models(
         try_number=context["ti"].try_number,
     )
     named = [*(f"{model.role}={model.uri!r}" for model in models), *(f"benchmarks={uri!r}" for uri in benchmarks)]
+    named += [f"{one.field}={one.connection!r}" for one in keyed]
     logger.info("Looking at %s.", ", ".join(named))
     outcome = _watched(context, store, request, entrypoint=entrypoint)
     with as_stage_failures(execution.max_retries):

@@ -41,6 +41,7 @@ def open_run(context: Any, config: "PipelineConfig", values: dict[str, Any]) -> 
 
     Raises what the job that looks at them ended with, before there is anything in MLflow that would have to end too.
     """
+    from operators.endpoint import require_sealable_keys
     from operators.folders import claim_folder
     from operators.look import look_at_models
     from operators.prepare import PIPELINE_RECORD, params_key, pipeline_key
@@ -50,6 +51,7 @@ def open_run(context: Any, config: "PipelineConfig", values: dict[str, Any]) -> 
 
     ti = context["ti"]
     with as_stage_failures():
+        require_sealable_keys(config)
         store = open_default_store()
         run_id = claim_folder(store, ti.dag_id, ti.run_id)
         stored = config.model_dump_json(indent=1).encode()

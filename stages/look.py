@@ -1,4 +1,5 @@
-"""`python -m stages.look <config uri>`: a look at a run's given models and benchmarks, before anything is spent on it.
+"""`python -m stages.look <config uri>`: a look at a run's given models and benchmarks, and whether this cluster opens
+the keys of its endpoints, before anything is spent on it.
 
 Everything that a stage would refuse about such a model is refused here, with the stage's own words, because the
 stage's own checks are asked: on the model's small files, on its architecture without numbers, and on a small model of
@@ -20,6 +21,7 @@ from pydantic import ValidationError
 from stages.artifacts.manifests import read_file
 from stages.artifacts.store import Store, write_json
 from stages.config.benchmarks import names_of
+from stages.config.endpoint_keys import keyed_endpoints_of_run
 from stages.config.errors import EXIT_CODES, Category, ConfigError, ExitCode, StageError
 from stages.config.estimate import memory_bytes
 from stages.config.execution import ExecutionConfig
@@ -44,6 +46,7 @@ from stages.job.failures import describe_failure
 from stages.job.logs import log_for_uri
 from stages.job.runner import read_request
 from stages.job.stopping import raise_stopped
+from stages.models.endpoint.keys import require_keys
 
 logger = logging.getLogger("athanor")
 
@@ -83,11 +86,13 @@ def _hush() -> None:
 
 
 def look_at(request: LookRequest) -> Look:
-    """Look at every model of the request; raises ConfigError for the first that a stage would refuse."""
+    """Look at every model of the request, and open the keys of endpoints; raises ConfigError for the first that a stage
+    would refuse."""
     try:
         config = PipelineConfig.model_validate(request.config)
     except ValidationError as error:
         raise ConfigError(f"the stored configuration is not valid: {first_error(error)}", advice=ONE_VERSION) from None
+    require_keys(keyed_endpoints_of_run(config), job=request.submission_id)
     found = []
     policy: Any = None
     with tempfile.TemporaryDirectory(prefix="athanor-look-") as scratch:

@@ -68,6 +68,7 @@ SECRETS = (
     Secret("AIRFLOW_API_SECRET", "signs Airflow's sessions", _long_token),
     Secret("AIRFLOW_JWT_SECRET", "signs tokens between Airflow's components", _long_token),
     Secret("MLFLOW_FLASK_SECRET", "signs MLflow's forms", _long_token),
+    Secret("ATHANOR_SEAL_KEY", "seals keys of endpoints that jobs get from Airflow's connections", _fernet_key),
 )
 
 # name -> (default, what it is); docker-compose.yml has the same defaults
@@ -90,7 +91,7 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "S3_BUCKET": ("athanor", ""),
     "ATHANOR_ALLOW_REMOTE_CODE": ("", "digests of models' code that may run, docs/SECURITY.md"),
     "ATHANOR_ENDPOINTS": ("", "addresses where runs may ask models, with commas between, docs/SYNTHESIS.md"),
-    "ATHANOR_ENDPOINT_API_KEY": ("", "key for them, where runs name it in api_key_env"),
+    "ATHANOR_ENDPOINT_API_KEY": ("", "key for them, where runs name it in api_key_env and no connection"),
     "ATHANOR_JUDGE_ENDPOINTS": ("", "more of them, for judges only, docs/EVALUATION.md"),
     "ATHANOR_JUDGE_API_KEY": ("", "key for them, where runs name it in evaluate.judge.api_key_env"),
     "ATHANOR_LOG_FORMAT": ("text", "of stages' jobs; json for Loki, Elastic and the like, docs/OPERATIONS.md"),

@@ -24,6 +24,9 @@ ALLOWED, ALLOWED_FOR_JUDGES = "ATHANOR_ENDPOINTS", "ATHANOR_JUDGE_ENDPOINTS"
 FOR_ENDPOINTS, FOR_JUDGES = "ATHANOR_ENDPOINT_", "ATHANOR_JUDGE_"
 """How the names of variables begin that may hold a key."""
 
+KEY_CONNECTION = "api_key_connection"
+"""Name of the field that names a connection."""
+
 
 class EndpointConfig(Config):
     """An OpenAI-compatible endpoint, how it is asked, and what may be spent there."""
@@ -34,7 +37,10 @@ class EndpointConfig(Config):
     """Name by which the endpoint knows the model."""
     api_key_env: str = ""
     """Variable in the environment of Ray's workers that holds the endpoint's key; its name begins with
-    `ATHANOR_ENDPOINT_`. Empty: no key is sent. The key itself is never stored."""
+    `ATHANOR_ENDPOINT_`. Empty: no key is sent, unless a connection has it. The key itself is never stored."""
+    api_key_connection: str = ""
+    """Airflow connection that holds the endpoint's key as its password, in place of `api_key_env`. Its type is
+    `model_endpoint`, its host the address that the key is for. Not part of the fingerprint."""
     limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """Name of the limit of an answer in requests; some models take only the second."""
     send_seed: bool = True
@@ -69,9 +75,15 @@ class EndpointConfig(Config):
     """Fields that decide nothing but speed."""
 
     def identity(self, *, only_given: bool = False) -> dict[str, Any]:
-        """As for every config, without what decides nothing but speed."""
+        """As for every config, without what decides nothing but speed, and without where the key is kept."""
         found = super().identity(only_given=only_given)
-        return {name: value for name, value in found.items() if name not in self.how_fast}
+        left_out = {*self.how_fast, KEY_CONNECTION}
+        return {name: value for name, value in found.items() if name not in left_out}
+
+    @property
+    def has_key(self) -> bool:
+        """Whether a key is sent along."""
+        return bool(self.api_key_env or self.api_key_connection)
 
     def cost(self, prompt_tokens: float, answer_tokens: float) -> float:
         """Return the price of so many tokens."""
@@ -87,8 +99,14 @@ class EndpointConfig(Config):
     def _a_variable_for_endpoints(cls, name: str) -> str:
         return key_variable(name, FOR_ENDPOINTS, FOR_JUDGES, whose="endpoints")
 
+    @field_validator(KEY_CONNECTION)
+    @classmethod
+    def _a_connection(cls, name: str) -> str:
+        return key_connection(name)
+
     @model_validator(mode="after")
     def _consistent(self) -> "EndpointConfig":
+        check_key_fields(self.endpoint, env=self.api_key_env, connection=self.api_key_connection)
         if self.endpoint and not self.model:
             raise ValueError(f"model is empty, and {self.endpoint} may serve several; set model")
         if self.budget_cost and not (self.price_prompt or self.price_answer):
@@ -109,12 +127,35 @@ def key_variable(name: str, *beginnings: str, whose: str) -> str:
     return name
 
 
+def key_connection(name: str) -> str:
+    """Return the id of the connection with an endpoint's key, empty for none; raises ValueError for what is no id."""
+    if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}", name):
+        raise ValueError(
+            f"{KEY_CONNECTION}={name[:80]!r} is not the id of a connection; allowed are letters, digits, '.', '_' and "
+            "'-', at most 200; the key itself belongs into the connection"
+        )
+    return name
+
+
+def check_key_fields(endpoint: str, *, env: str, connection: str) -> None:
+    """Raise ValueError where a key has two places, or a connection is named for an endpoint that is not."""
+    if env and connection:
+        raise ValueError(f"api_key_env={env!r} and {KEY_CONNECTION}={connection!r} both name a key; give one of them")
+    if connection and not endpoint:
+        raise ValueError(f"{KEY_CONNECTION}={connection!r} has no effect: there is no endpoint; give one, or leave it")
+
+
+def is_fit_for_header(key: str) -> bool:
+    """Whether an HTTP header may hold a key."""
+    return key.isascii() and key.isprintable()
+
+
 def plain_address(endpoint: str) -> str:
     """Return the address unchanged if it is empty or plain; ValueError for what is no address, or holds more."""
     if endpoint and (not is_endpoint(endpoint) or without_credentials(endpoint) != endpoint):
         raise ValueError(
             f"endpoint={without_credentials(endpoint)!r} must be http:// or https:// with a host, and without "
-            "user, password, query and fragment; a key is named by api_key_env"
+            "user, password, query and fragment; a key is named by api_key_env or api_key_connection"
         )
     return endpoint
 
@@ -143,7 +184,7 @@ def check_endpoint(address: str, *, field: str, with_key: bool, for_judges: bool
         raise ConfigError(f"{field}={without_credentials(address)!r} is no address of an endpoint")
     variables = (ALLOWED, ALLOWED_FOR_JUDGES) if for_judges else (ALLOWED,)
     allowed = _listed_in(variables)
-    if any(_begins_with(address, prefix) for prefix in allowed) or (_on_loopback(address) and not with_key):
+    if any(is_below(address, prefix) for prefix in allowed) or (_on_loopback(address) and not with_key):
         return
     what = "may be sent a key" if with_key else "may be asked"
     raise ConfigError(
@@ -157,8 +198,9 @@ def _listed_in(variables: Sequence[str]) -> list[str]:
     return [one for name in variables for one in os.environ.get(name, "").replace(",", " ").split()]
 
 
-def _begins_with(address: str, prefix: str) -> bool:
-    """By whole parts: https://host does not allow https://host.elsewhere, nor another port or scheme."""
+def is_below(address: str, prefix: str) -> bool:
+    """Whether an address begins with another one, by whole parts: https://host.elsewhere is not below https://host, and
+    neither is another port or scheme."""
     asked, given = urlsplit(address), urlsplit(prefix)
     path, folder = asked.path.rstrip("/"), given.path.rstrip("/")
     same_server = (asked.scheme, asked.hostname, _port(asked.scheme, asked.port)) == (

@@ -30,7 +30,7 @@ def refuse_closed_feedback(config: PipelineConfig) -> None:
     if not made.makes.fields:
         return
     if made.critic.endpoint:
-        check_endpoint(made.critic.endpoint, field=CRITIC, with_key=bool(made.critic.api_key_env))
+        check_endpoint(made.critic.endpoint, field=CRITIC, with_key=made.critic.has_key)
     if made.principles != SHIPPED:
         check_source(made.principles, field=PRINCIPLES)
     for source in made.prompt_sources:

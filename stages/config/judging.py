@@ -2,12 +2,20 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from stages.config.base import Config
-from stages.config.endpoints import FOR_JUDGES, EndpointConfig, key_variable, plain_address
+from stages.config.endpoints import (
+    FOR_JUDGES,
+    KEY_CONNECTION,
+    EndpointConfig,
+    check_key_fields,
+    key_connection,
+    key_variable,
+    plain_address,
+)
 
 SHIPPED_PROMPTS = ("pairwise-v1",)
 """Prompts of `stages/judge/prompts`; a file there never changes, another text gets another name."""
@@ -25,7 +33,10 @@ class JudgeConfig(Config):
     """Name by which the endpoint knows the model."""
     api_key_env: str = ""
     """Variable in the environment of Ray's workers that holds the endpoint's key; its name begins with
-    `ATHANOR_JUDGE_`. Empty: no key is sent. The key itself is never stored."""
+    `ATHANOR_JUDGE_`. Empty: no key is sent, unless a connection has it. The key itself is never stored."""
+    api_key_connection: str = ""
+    """Airflow connection that holds the endpoint's key as its password, in place of `api_key_env`. Its type is
+    `model_endpoint`, its host the address that the key is for. Not part of the fingerprint."""
     prompt: str = "pairwise-v1"
     """Name of a shipped prompt, or the text of one with the places `{question}`, `{first}` and `{second}`."""
     method: Literal["likelihood", "generation"] = "likelihood"
@@ -52,6 +63,16 @@ class JudgeConfig(Config):
     max_minutes: float = Field(default=120.0, gt=0, le=10_000)
     """Time for all questions to the endpoint in one evaluation. What is left then is not judged."""
 
+    def identity(self, *, only_given: bool = False) -> dict[str, Any]:
+        """As for every config, without where the key is kept."""
+        found = super().identity(only_given=only_given)
+        return {name: value for name, value in found.items() if name != KEY_CONNECTION}
+
+    @property
+    def has_key(self) -> bool:
+        """Whether a key is sent along."""
+        return bool(self.api_key_env or self.api_key_connection)
+
     @property
     def asked(self) -> EndpointConfig:
         """The endpoint as every client of one asks it."""
@@ -59,6 +80,7 @@ class JudgeConfig(Config):
             endpoint=self.endpoint,
             model=self.model,
             api_key_env=self.api_key_env,
+            api_key_connection=self.api_key_connection,
             limit_field=self.limit_field,
             send_seed=False,
             concurrency=self.concurrency,
@@ -78,6 +100,11 @@ class JudgeConfig(Config):
     def _a_variable_for_judges(cls, name: str) -> str:
         return key_variable(name, FOR_JUDGES, whose="judges")
 
+    @field_validator(KEY_CONNECTION)
+    @classmethod
+    def _a_connection(cls, name: str) -> str:
+        return key_connection(name)
+
     @field_validator("prompt")
     @classmethod
     def _has_all_places(cls, prompt: str) -> str:
@@ -92,6 +119,7 @@ class JudgeConfig(Config):
 
     @model_validator(mode="after")
     def _endpoint_and_model(self) -> "JudgeConfig":
+        check_key_fields(self.endpoint, env=self.api_key_env, connection=self.api_key_connection)
         if self.endpoint and not self.model:
             raise ValueError(f"model is empty, and {self.endpoint} may serve several; set evaluate.judge.model")
         return self

@@ -76,10 +76,10 @@ def _refuse_closed_places(config: PipelineConfig) -> None:
         if not address.startswith(LM_EVAL):
             check_source(address, field=BENCHMARKS)
     if endpoint := config.evaluate.judge.endpoint:
-        check_endpoint(endpoint, field="judge", with_key=bool(config.evaluate.judge.api_key_env), for_judges=True)
+        check_endpoint(endpoint, field="judge", with_key=config.evaluate.judge.has_key, for_judges=True)
     if any(learns_from_scores(GRAPH[stage]) for stage in config.selected):
         for field, asked in endpoints_of(config.ppo.scorer, "ppo.scorer").items():
-            check_endpoint(asked.endpoint, field=f"{field}.endpoint", with_key=bool(asked.api_key_env), for_judges=True)
+            check_endpoint(asked.endpoint, field=f"{field}.endpoint", with_key=asked.has_key, for_judges=True)
     for field, address in {**config.given_models, "previous_data": config.previous_data}.items():
         if address and not address.startswith("models:/"):
             check_source(address, field=field)

@@ -28,7 +28,7 @@ def refuse_closed_synthesis(config: PipelineConfig) -> None:
     if made.method is Synthesis.OFF:
         return
     if made.generator.endpoint:
-        check_endpoint(made.generator.endpoint, field=GENERATOR, with_key=bool(made.generator.api_key_env))
+        check_endpoint(made.generator.endpoint, field=GENERATOR, with_key=made.generator.has_key)
     for source in made.parsed_sources:
         check_source(source.uri, field=SYNTHESIS_SOURCES)
 

@@ -19,6 +19,7 @@ from stages.artifacts.manifests import content_digest, manifest_bytes, publish, 
 from stages.artifacts.store import Store, write_json
 from stages.config.base import Config
 from stages.config.curate import CurateConfig
+from stages.config.endpoint_keys import keyed_endpoints
 from stages.config.errors import EXIT_CODES, ConfigError, DataError, ExitCode, StageError
 from stages.config.gate_records import GateRequest, asked_of
 from stages.config.graph import GRAPH
@@ -113,6 +114,7 @@ def execute(request: StageRequest, store: Store, verb_of: VerbOf) -> StageResult
     """Return the stage's artifact, building it when it does not exist yet."""
     started = time.monotonic()
     config = stage_config_from_json(request.stage, request.config)
+    _require_keys(request, config)
     sources = identify_sources(request, config)
     kind = GRAPH[request.stage].kind
     # `acquire` waits while another run builds the artifact and returns None once it exists. It is then looked for
@@ -144,6 +146,14 @@ def execute(request: StageRequest, store: Store, verb_of: VerbOf) -> StageResult
         wall_seconds=round(time.monotonic() - started, 3),
         cost=manifest.cost,
     )
+
+
+def _require_keys(request: StageRequest, config: Config) -> None:
+    """Open the sealed keys of endpoints once, before anything is done: not at the first question, hours later."""
+    if endpoints := keyed_endpoints(config, request.stage.value):
+        from stages.models.endpoint.keys import require_keys
+
+        require_keys(endpoints, job=request.submission_id)
 
 
 def identify_sources(request: StageRequest, config: Config) -> tuple[SourceEntry, ...]:

@@ -21,7 +21,7 @@ from typing import Any
 from stages.config.endpoints import EndpointConfig, check_endpoint
 from stages.models.endpoint.budget import Budget, Spent
 from stages.models.endpoint.journal import Journal
-from stages.models.endpoint.keys import key_in
+from stages.models.endpoint.keys import key_of
 from stages.models.endpoint.pace import Pace, Sent
 from stages.models.endpoint.records import AWAY, BUDGET, ChatRequest, Completion, Outcome, Unanswered, Usage
 from stages.models.endpoint.transport import AttemptFailed, Transport
@@ -64,12 +64,10 @@ class ChatClient:
     ) -> None:
         """Raises ConfigError for an endpoint that may not be asked, or a key that is not there; `field` is the path of
         its settings. `beat` is called after every attempt."""
-        check_endpoint(
-            config.endpoint, field=f"{field}.endpoint", with_key=bool(config.api_key_env), for_judges=for_judges
-        )
+        check_endpoint(config.endpoint, field=f"{field}.endpoint", with_key=config.has_key, for_judges=for_judges)
         self._config, self._journal = config, journal
         self._sleep, self._clock, self._beat = sleep, clock, beat
-        self._transport = Transport(config, key_in(config.api_key_env, field=f"{field}.api_key_env"))
+        self._transport = Transport(config, key_of(config, field=field))
         self._pace = Pace(config.requests_per_minute, config.tokens_per_minute)
         self._budget = Budget(config, journal.spent if journal else Spent())
         self._earlier = journal.spent if journal else Spent()

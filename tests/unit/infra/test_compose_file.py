@@ -141,12 +141,17 @@ def test_each_program_holds_only_the_secrets_it_needs(env_file: Path) -> None:
     """Who reads one container's environment must not get all the others."""
     values = parse(env_file.read_text())
     allowed = {
-        "ray-head": {"RAY_TOKEN", "S3_ACCESS_KEY", "S3_SECRET_KEY", "MLFLOW_PASSWORD"},
-        "ray-worker": {"RAY_TOKEN", "S3_ACCESS_KEY", "S3_SECRET_KEY", "MLFLOW_PASSWORD"},
+        "ray-head": {"RAY_TOKEN", "S3_ACCESS_KEY", "S3_SECRET_KEY", "MLFLOW_PASSWORD", "ATHANOR_SEAL_KEY"},
+        "ray-worker": {"RAY_TOKEN", "S3_ACCESS_KEY", "S3_SECRET_KEY", "MLFLOW_PASSWORD", "ATHANOR_SEAL_KEY"},
         "postgres": {"POSTGRES_PASSWORD"},
         "airflow-triggerer": {
             *("S3_ACCESS_KEY", "S3_SECRET_KEY", "MLFLOW_PASSWORD", "AIRFLOW_DB_PASSWORD"),
             *("AIRFLOW_FERNET_KEY", "AIRFLOW_API_SECRET", "AIRFLOW_JWT_SECRET"),
+        },
+        # its task processes seal what jobs open
+        "airflow-scheduler": {
+            *("S3_ACCESS_KEY", "S3_SECRET_KEY", "MLFLOW_PASSWORD", "AIRFLOW_DB_PASSWORD"),
+            *("AIRFLOW_FERNET_KEY", "AIRFLOW_API_SECRET", "AIRFLOW_JWT_SECRET", "ATHANOR_SEAL_KEY"),
         },
     }
     services = read(env_file)["services"]

@@ -16,9 +16,11 @@ from infra.doctor import doctor, findings
 from infra.ports import any_free
 from infra.store_probe import ROUNDS, Finding, Verdict, examine
 from stages.artifacts.folder import FileStore
+from stages.config.seals import SEAL_KEY, name_of_key
 from tests.answering import answering
 from tests.conftest import enter
 from tests.s3 import S3Server
+from tests.unit.config.test_seals import FIRST, SECOND
 from tests.unit.infra.test_deploy_probe import serving
 
 HEALTHY = {
@@ -31,6 +33,22 @@ SEARCH = "/api/2.0/mlflow/experiments/search?max_results=1"
 
 def told(found: list[Finding], verdict: Verdict) -> list[str]:
     return [f"{finding.subject}: {finding.what}" for finding in found if finding.verdict is verdict]
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict", "said"),
+    [
+        ("", Verdict.NOT_ASKED, "ATHANOR_SEAL_KEY is not set"),
+        (FIRST, Verdict.OK, f"{name_of_key(FIRST)}; Airflow's tasks and Ray's nodes must have the same"),
+        (f"{SECOND},{FIRST}", Verdict.OK, f"{name_of_key(SECOND)}, and opens what {name_of_key(FIRST)} sealed"),
+        ("changed-by-hand", Verdict.WRONG, "ATHANOR_SEAL_KEY: key 1 is no base64; it must be 32 bytes"),
+    ],
+)
+def test_the_sealing_key_is_told_by_its_name_and_never_shown(value: str, verdict: Verdict, said: str) -> None:
+    (finding,) = [found for found in findings({SEAL_KEY: value}) if found.subject == "sealing key"]
+    assert finding.verdict is verdict
+    assert said in finding.what
+    assert not value or value not in f"{finding.what} {finding.advice}"
 
 
 # ------------------------------------------------------------------- stores

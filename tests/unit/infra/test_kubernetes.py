@@ -33,6 +33,7 @@ SECRETS = {
     "athanor-s3": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"},
     "athanor-mlflow": {"user", "password", "admin-password", "flask-secret", "backend-store-uri"},
     "athanor-ray": {"auth_token"},
+    "athanor-endpoints": {"ATHANOR_SEAL_KEY", "ATHANOR_ENDPOINT_API_KEY", "ATHANOR_JUDGE_API_KEY"},
 }
 
 
@@ -195,6 +196,17 @@ def test_every_pod_may_run_under_the_restricted_standard(folder: str) -> None:
                 assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}, where
                 assert {"cpu", "memory"} <= container["resources"]["limits"].keys(), where
             assert all(volume.keys() & {"emptyDir", "configMap", "secret"} for volume in pod.get("volumes", ())), where
+
+
+def test_every_ray_node_gets_the_keys_of_endpoints_and_starts_without_them() -> None:
+    """Airflow's task pods have the same ATHANOR_SEAL_KEY from the Secret `airflow-athanor`."""
+    for folder in ("overlays/cpu", "overlays/gpu", "overlays/multi-node"):
+        spec = named(folder, "RayCluster", "athanor")["spec"]
+        groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+        assert len(groups) > 1
+        for group in groups:
+            (container,) = group["template"]["spec"]["containers"]
+            assert {"secretRef": {"name": "athanor-endpoints", "optional": True}} in container["envFrom"]
 
 
 @pytest.mark.parametrize("folder", RENDERED)

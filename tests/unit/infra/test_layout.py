@@ -23,6 +23,7 @@ from infra.layout import (
 from infra.plain_paths import is_plain, plain
 from infra.ports import PREFERRED
 from infra.private import NotPrivateError, write_private
+from stages.config.seals import read_key_ring
 
 
 def permissions(path: Path) -> int:
@@ -36,6 +37,18 @@ def test_secrets_are_generated_once_and_readable_by_the_owner_alone(tmp_path: Pa
     assert permissions(layout.secrets) == 0o600
     assert len(first.jwt_secret) >= 64
     assert StackSecrets.load_or_generate(Layout(tmp_path / "other")) != first
+
+
+def test_a_file_that_is_older_than_the_sealing_key_gets_one_and_keeps_the_rest(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    made = StackSecrets.load_or_generate(layout)
+    older = made.model_dump(exclude={"seal_key"})
+    write_private(layout.secrets, json.dumps(older))
+    found = StackSecrets.load_or_generate(layout)
+    assert found.model_dump(exclude={"seal_key"}) == older
+    assert len(read_key_ring(found.seal_key)) == len(read_key_ring(made.seal_key)) == 1
+    assert StackSecrets.load_or_generate(layout) == found
+    assert permissions(layout.secrets) == 0o600
 
 
 def test_the_login_file_is_private_and_holds_the_printed_password(tmp_path: Path) -> None:

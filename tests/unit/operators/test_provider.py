@@ -13,6 +13,7 @@ from airflow.models import Connection
 from airflow.sdk import DAG
 from airflow.serialization.serialized_objects import DagSerialization
 
+from operators.endpoint import EndpointHook
 from operators.get_provider_info import get_provider_info
 from operators.operator import StageOperator
 from operators.prepare import pipeline_key
@@ -41,9 +42,9 @@ def test_everything_that_is_named_exists():
         __import__(name)
     for path in INFO["extra-links"]:
         pkgutil.resolve_name(path)
-    (connection,) = INFO["connection-types"]
-    assert pkgutil.resolve_name(connection["hook-class-name"]) is RayJobHook
-    assert (connection["connection-type"], connection["hook-name"]) == (RayJobHook.conn_type, RayJobHook.hook_name)
+    for connection, hook in zip(INFO["connection-types"], (RayJobHook, EndpointHook), strict=True):
+        assert pkgutil.resolve_name(connection["hook-class-name"]) is hook
+        assert (connection["connection-type"], connection["hook-name"]) == (hook.conn_type, hook.hook_name)
 
 
 def test_fields_that_may_hold_secrets_are_marked():
@@ -66,9 +67,11 @@ def test_airflow_lists_the_provider_and_its_connection_type():
 
     manager = ProvidersManager()
     assert manager.providers["athanor"].data["name"] == "Athanor"
-    hook = ProvidersManagerTaskRuntime().hooks["ray_jobs"]
-    assert hook is not None
-    assert hook.hook_name == "Ray Jobs"
+    hooks = ProvidersManagerTaskRuntime().hooks
+    for kind in (RayJobHook, EndpointHook):
+        hook = hooks[kind.conn_type]
+        assert hook is not None
+        assert hook.hook_name == kind.hook_name
     assert {path for path in manager.extra_links_class_names if path.startswith("operators.")} == set(
         INFO["extra-links"]
     )
