@@ -88,7 +88,7 @@ _PAIRS = {
 }
 _REWARD = {
     **_SHORT_PAIRS,
-    "reward.num_epochs": 2,
+    "reward.num_epochs": 1,
     "reward.global_batch_size": 12,
     "reward.optimizer.learning_rate": 4e-4,
     "reward.eval_items": 8,
