@@ -24,7 +24,7 @@ from tests.servers import RayServer
 from tests.task_state import Memory
 from tests.unit.models.test_given import save
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 def test_a_real_job_looks_and_refuses(
