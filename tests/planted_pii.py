@@ -45,7 +45,8 @@ def phone(rng: random.Random) -> Sample:
     region = rng.choice(("US", "GB", "DE", "FR", "BE", "NL", "IT", "ES", "AU", "IN", "JP", "BR", "SE", "CH", "PL"))
     kind = rng.choice((phonenumbers.PhoneNumberType.MOBILE, phonenumbers.PhoneNumberType.FIXED_LINE))
     start = phonenumbers.example_number_for_type(region, kind)
-    assert start is not None and start.national_number is not None
+    assert start is not None
+    assert start.national_number is not None
     number = phonenumbers.PhoneNumber(start.country_code, start.national_number // 1000 * 1000 + rng.randrange(1000))
     number.italian_leading_zero = start.italian_leading_zero
     styles = phonenumbers.PhoneNumberFormat
