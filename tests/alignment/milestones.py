@@ -52,11 +52,13 @@ MILESTONES = (
     Milestone(Stage.SFT, "loss of held-out answers, nats a token", "eval/loss", most=5.0),
     Milestone(Stage.REWARD, "held-out pairs told right", "eval/reward_accuracy", least=0.7),
     Milestone(Stage.GOLD, "held-out pairs told right", "eval/reward_accuracy", least=0.62),
-    Milestone(Stage.PPO, "wins against SFT by the reward model", "ppo/eval/win_rate", 0.75, None, Stage.EVALUATE),
-    Milestone(Stage.PPO, "KL to SFT, nats a response", "ppo/eval/kl", None, 12, Stage.EVALUATE),
+    Milestone(
+        Stage.PPO, "wins against SFT by the reward model", "ppo/eval/win_rate", least=0.75, measured_by=Stage.EVALUATE
+    ),
+    Milestone(Stage.PPO, "KL to SFT, nats a response", "ppo/eval/kl", most=12, measured_by=Stage.EVALUATE),
     Milestone(Stage.PPO, "responses that end by themselves", "eval/finished", least=0.9),
     Milestone(Stage.DPO, "held-out pairs told right, relative to SFT", "eval/dpo_accuracy", least=0.65),
-    Milestone(Stage.DPO, "KL to SFT, nats a response", "dpo/eval/kl", None, 6, Stage.EVALUATE),
+    Milestone(Stage.DPO, "KL to SFT, nats a response", "dpo/eval/kl", most=6, measured_by=Stage.EVALUATE),
 )
 
 

@@ -54,7 +54,6 @@ def test_rloo_on_a_rule_makes_most_responses_follow_it_within_half_an_hour(tmp_p
 def test_a_reward_model_on_300_human_pairs_is_measured_against_length_alone(human_pairs: Path, tmp_path: Path) -> None:
     with alone(tmp_path):
         measured = rewards_of_pairs(tmp_path, human_pairs)
-    print(measured)
     assert measured["accept/accuracy_low"] < measured["accept/accuracy"] < measured["accept/accuracy_high"]
     gain = measured["accept/accuracy"] - measured["accept/length_accuracy"]
     assert measured["accept/over_length"] == pytest.approx(gain, abs=1e-9)
@@ -81,8 +80,7 @@ def test_its_critiques_speak_of_the_response_that_they_are_about(tmp_path: Path)
     others = [
         copied(critique, other) for (_, critique), (other, _) in zip(rounds, rounds[1:] + rounds[:1], strict=True)
     ]
-    print(ledger, sum(own) / len(own), sum(others) / len(others))
-    assert sum(own) > sum(others)
+    assert sum(own) > sum(others), ledger
     for step in ("prompts", "responses", "rounds", "comparisons"):
         assert ledger[step]["in"] == ledger[step]["kept"] + sum(ledger[step]["dropped"].values())
 
@@ -90,8 +88,7 @@ def test_its_critiques_speak_of_the_response_that_they_are_about(tmp_path: Path)
 def test_it_writes_tasks_that_are_not_those_it_was_shown_and_answers_them(tmp_path: Path) -> None:
     with alone(tmp_path):
         ledger, transcript = made(tmp_path, "synthesis", [_written(tmp_path, "instruction", ASKED)])
-    print(ledger)
-    assert ledger["published"]["instructions"] > 0
+    assert ledger["published"]["instructions"] > 0, ledger
     assert not {record["messages"][0]["content"] for record in transcript} & set(ASKED)
     for step in ("instructions", "inputs", "responses", "rows"):
         assert ledger[step]["in"] == ledger[step]["kept"] + sum(ledger[step]["dropped"].values())
