@@ -236,7 +236,7 @@ def test_a_key_that_an_answer_repeats_is_masked_before_the_answer_is_cut(
 def test_what_the_library_says_of_a_header_is_not_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("stages.models.endpoint.client.key_in", lambda variable, field: f"{KEY}\n")
+    monkeypatch.setattr("stages.models.endpoint.client.key_of", lambda config, field: f"{KEY}\n")
     with judge_server() as server:
         monkeypatch.setenv("ATHANOR_JUDGE_ENDPOINTS", server.url)
         with judge(server.url, api_key_env="ATHANOR_JUDGE_API_KEY") as asked:
