@@ -26,9 +26,28 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def pytest_configure(config: pytest.Config) -> None:
     """End servers that a killed test session left behind, before their ports and memory get in our way."""
     end_leftovers()
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Failures(config))
 
 
-LONGEST = ("test_tiny_pipeline.py", "test_retrain.py", "test_llm_pipeline_dag.py")
+class Failures:
+    """Names each failure when it happens: a session that is stopped by force prints no summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            why = (crash.message if crash else report.longreprtext).strip().partition("\n")[0]
+            terminal.write_line(
+                f"\n{report.nodeid} failed in {report.when}, after {report.duration:.0f} s: {why[:200]}"
+            )
+
+
+LONGEST = ("test_tiny_pipeline.py", "test_retrain.py", "test_llm_pipeline_dag.py", "test_stack.py", "test_gate.py")
 """Files that take minutes: they begin first, so that no process still has one when the others are through."""
 
 

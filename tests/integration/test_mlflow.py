@@ -122,7 +122,7 @@ def test_a_stage_is_a_child_run_with_params_metrics_inputs_and_a_model(tracked: 
     tracker = tracked.tracker(Stage.SFT)
     for step in range(1, 6):
         tracker.log({"train/loss": 3.0 - step / 10}, step)
-    run_id = tracker.wait_run_id(30)
+    run_id = tracker.wait_run_id(120)
     run_id_again, model_id = tracked.finish(Stage.SFT, tracker, metrics={"eval/loss": 2.5, "train/loss": 2.5})
     assert run_id == run_id_again
     run = tracked.client.get_run(run_id)
@@ -203,12 +203,12 @@ def test_a_retried_stage_keeps_its_run_and_logs_no_step_twice(tracked: Tracked) 
     first = tracked.tracker(Stage.PRETRAIN)
     for step in range(1, 8):
         first.log({"train/loss": 10.0 - step}, step)
-    run_id = first.wait_run_id(30)
+    run_id = first.wait_run_id(120)
     first.fail("RuntimeError: boom")
     failed = tracked.client.get_run(run_id)
     assert (failed.info.status, failed.data.tags["athanor.failure"]) == ("FAILED", "RuntimeError: boom")
     second = tracked.tracker(Stage.PRETRAIN)
-    assert second.wait_run_id(30) == run_id
+    assert second.wait_run_id(120) == run_id
     assert tracked.client.get_run(run_id).info.status == "RUNNING"
     for step in range(5, 11):  # resumed from the checkpoint of step 4
         second.log({"train/loss": 10.0 - step}, step)
@@ -271,7 +271,7 @@ def test_what_a_killed_attempt_did_not_deliver_comes_from_the_history(tracked: T
 def test_a_worker_process_and_the_job_share_one_run(tracked: Tracked) -> None:
     tracked.build(Stage.CURATE, Stage.TOKENIZE)
     job = tracked.tracker(Stage.PRETRAIN)
-    run_id = job.wait_run_id(30)
+    run_id = job.wait_run_id(120)
     worker = tracked.tracker(Stage.PRETRAIN)
     worker.log({"train/loss": 1.0}, 1)
     worker.close()
@@ -330,7 +330,7 @@ def test_an_outage_in_the_middle_loses_and_doubles_nothing(outage: tuple[int, Pa
         tracker = tracked.tracker(Stage.PRETRAIN)
         for step in range(1, 51):
             tracker.log({"train/loss": float(step)}, step)
-        run_id = tracker.wait_run_id(30)
+        run_id = tracker.wait_run_id(120)
         assert run_id
         kill(process)
     started = time.monotonic()

@@ -232,7 +232,7 @@ def test_a_deleted_experiment_is_told_as_what_it_is(tracked: Tracked, caplog, mo
 
 def test_a_run_that_is_deleted_while_its_stage_works_is_told_and_its_rest_waits(tracked: Tracked, caplog) -> None:
     tracker = tracked.tracker(Stage.CURATE)
-    run_id = tracker.wait_run_id(30)
+    run_id = tracker.wait_run_id(120)
     assert run_id
     tracked.client.delete_run(run_id)
     with caplog.at_level(logging.WARNING):
@@ -262,7 +262,7 @@ def test_a_run_that_a_replay_made_ends_though_its_spool_has_no_end(tracked: Trac
     tracked.build(Stage.TOKENIZE)
     plant(tracked, Stage.TOKENIZE, measured)
     running = tracked.tracker(Stage.EVALUATE)
-    assert running.wait_run_id(30)
+    assert running.wait_run_id(120)
     plant(tracked, Stage.EVALUATE, measured)
     assert deliver(tracked) == 0
     ends = {
@@ -343,7 +343,11 @@ def test_a_file_that_the_storage_never_takes_is_set_aside_whole(tracked: Tracked
     assert json.loads(kept["what"])["content"] == "aGVsbG8="
 
 
-def test_files_of_earlier_attempts_stay_in_the_store_until_they_are_taken(tracked: Tracked, storage: Storage) -> None:
+def test_files_of_earlier_attempts_stay_in_the_store_until_they_are_taken(
+    tracked: Tracked, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A busy machine's MLflow may need more than the usual 10 s for what it does take.
+    monkeypatch.setattr("stages.tracking.tracker._FAIL_SECONDS", 120.0)
     storage.status = 500
     first = tracked.tracker(Stage.CURATE)
     first.log_text("hello", "note.txt")
@@ -351,10 +355,10 @@ def test_files_of_earlier_attempts_stay_in_the_store_until_they_are_taken(tracke
     key = run_key(tracked.run.run_id, Stage.CURATE, SPOOL)
     assert [event.type for event in read_spool(tracked.store, key).events] == ["start", "file"]
     for _ in range(2):  # attempts that are killed as soon as they have begun
-        assert tracked.tracker(Stage.CURATE).wait_run_id(30)
+        assert tracked.tracker(Stage.CURATE).wait_run_id(120)
         assert [event.type for event in read_spool(tracked.store, key).events] == ["start", "file"]
     storage.status = 0
-    run_id = tracked.tracker(Stage.CURATE).wait_run_id(30)
+    run_id = tracked.tracker(Stage.CURATE).wait_run_id(120)
     assert files_of(str(run_id)) == ["note.txt"]
     assert not tracked.store.exists(key)
 
