@@ -10,6 +10,7 @@ from stages.config.errors import ExitCode
 from stages.config.gate_records import GateRequest
 from stages.config.graph import Stage
 from stages.job.context import Verb
+from stages.job.ending import end
 from stages.job.runner import run_stage
 
 
@@ -68,4 +69,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end(main(sys.argv[1:]))

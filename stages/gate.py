@@ -32,6 +32,7 @@ from stages.config.gate_records import (
 )
 from stages.config.graph import GRAPH, REWARD_MODEL, Stage, StageSpec
 from stages.config.request import Manifest
+from stages.job.ending import end
 from stages.job.failures import describe_failure
 from stages.job.logs import log_for_uri
 from stages.job.runner import read_request
@@ -251,4 +252,4 @@ def _damaged(name: str, error: Exception) -> Check:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end(main(sys.argv[1:]))

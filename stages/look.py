@@ -42,6 +42,7 @@ from stages.config.selection import learns_from_scores
 from stages.config.text import byte_size
 from stages.config.tokens import AUTO
 from stages.config.train import ModelConfig, PostTrainConfig, TrainConfig
+from stages.job.ending import end
 from stages.job.failures import describe_failure
 from stages.job.logs import log_for_uri
 from stages.job.runner import read_request
@@ -420,4 +421,4 @@ def shape_of(config: Any) -> ModelConfig | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end(main(sys.argv[1:]))

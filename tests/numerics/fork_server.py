@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 from stages.__main__ import verb_of
 from stages.config.graph import trained_stages
+from stages.job.ending import end
 from tests.places import REPOSITORY
 
 PRELOADED = (
@@ -177,18 +178,9 @@ def _become(order: dict[str, Any]) -> NoReturn:
     except BaseException:  # noqa: BLE001 - the log and the status tell it
         traceback.print_exc()
         status = 1
-    _end(int(status or 0))
-
-
-def _end(status: int) -> NoReturn:
-    """Do what Python does at the end of a program, but for freeing all objects, which takes seconds here."""
-    threading._shutdown()  # type: ignore[attr-defined] - it waits for threads
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    end(int(status or 0))
 
 
 if __name__ == "__main__":
     _serve()
-    _end(0)
+    end(0)
