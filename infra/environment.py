@@ -97,7 +97,7 @@ def _airflow(layout: Layout, record: StackRecord, secrets: StackSecrets) -> dict
             "dags_folder": layout.checkout / "dags",
             "plugins_folder": layout.airflow / "plugins",  # airflow.cfg keeps the path that was true when it was made
             "load_examples": False,
-            "dagbag_import_timeout": 120,  # seconds, default 30: a task reads its DAG while jobs use the same cores
+            "dagbag_import_timeout": 120,  # seconds, default 30; a task reads its DAG while jobs use the same cores
             "dags_are_paused_at_creation": False,
             "fernet_key": secrets.fernet_key,
             "execution_api_server_url": f"{record.airflow_url}/execution/",
@@ -112,7 +112,7 @@ def _airflow(layout: Layout, record: StackRecord, secrets: StackSecrets) -> dict
         "scheduler": {"allowed_run_id_pattern": RUN_IDS},
         "workers": {
             "min_heartbeat_interval": 1,  # default 5 s: how late the end of a task may be noticed
-            "execution_api_timeout": 30,  # seconds, default 5: the API server is late while jobs use the same cores
+            "execution_api_timeout": 30,  # seconds, default 5; the API server is late while jobs use the same cores
         },
         "dag_processor": {
             "dag_bundle_config_list": json.dumps([bundle]),

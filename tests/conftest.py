@@ -1,4 +1,5 @@
-"""Fixtures every test may use: real servers, started when the first test asks and stopped at the end of the session."""
+"""Fixtures every test may use: real servers, started when the first test asks and stopped at the end of the session, or
+of the file."""
 
 from __future__ import annotations
 
@@ -39,9 +40,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_head() -> Iterator[RayServer]:
-    """A Ray head with token authentication and 2 CPUs, which opens keys of endpoints."""
+    """A Ray head with token authentication and 2 CPUs, which opens keys of endpoints. It ends with the file, because an
+    idle one costs a tenth of a core."""
     with ray_server(environment={SEAL_KEY: SEALING_KEY}) as server:
         yield server
 

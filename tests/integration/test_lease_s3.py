@@ -1,8 +1,10 @@
 """The lease on every kind of store: of eight that need an artifact one publishes, and a holder that slept is fenced."""
 
 import multiprocessing
+import os
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -22,8 +24,9 @@ PATIENT = LeaseTimes(beat_seconds=0.5, stale_seconds=120, poll_seconds=0.2)
 """Nobody is taken for dead here, however busy the machine is."""
 
 
-def need(number: int, store_uri: str, folder: Path, start, told) -> None:
+def need(number: int, environment: Mapping[str, str], store_uri: str, folder: Path, start, told) -> None:
     """What the runner does, with files like no other process's; a lost lease is tried again, as by Airflow."""
+    os.environ.update(environment)  # the process that was forked is older than the test
     store, output = open_store(store_uri), folder / str(number)
     output.mkdir()
     (output / "a.txt").write_text(f"publisher {number}")
@@ -49,10 +52,13 @@ def need(number: int, store_uri: str, folder: Path, start, told) -> None:
 def test_of_eight_processes_with_a_lease_exactly_one_publishes_on_every_store(
     every_store: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    context = multiprocessing.get_context("spawn")
+    # Processes of their own, forked from one that has imported this file: that is what costs.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])
+    environment = dict(os.environ)
     start, told = context.Barrier(PUBLISHERS), context.Queue()
     processes = [
-        context.Process(target=need, args=(number, every_store, tmp_path, start, told), daemon=True)
+        context.Process(target=need, args=(number, environment, every_store, tmp_path, start, told), daemon=True)
         for number in range(PUBLISHERS)
     ]
     for process in processes:

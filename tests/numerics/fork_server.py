@@ -1,14 +1,15 @@
 """Processes by the hundred: one parent imports torch, transformers, Ray and MLflow once and forks a child per process.
 
 A forked child is a process like any other (own pid, own memory, killed like any other), it merely skips the seconds of
-imports. The parent must not have started a thread, which it checks: a lock held by a thread that is not there after the
-fork would never be released.
+imports, and at its end those in which Python frees all that was imported. The parent must not have started a thread,
+which it checks: a lock held by a thread that is not there after the fork would never be released.
 
     python -m tests.numerics.fork_server   reads one JSON object a line: {"start": …}, {"wait": pid} or {"poll": pid}
 """
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -16,11 +17,12 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from stages.__main__ import verb_of
 from stages.config.graph import trained_stages
@@ -122,15 +124,13 @@ def _serve() -> None:
         importlib.import_module(module)
     for spec in trained_stages():
         verb_of(spec.stage)
+    gc.freeze()  # a child that collects garbage does not walk through all of this, which would copy its pages
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever prints here prints to the test's standard error
     for line in sys.stdin:
         match json.loads(line):
             case {"start": order}:
-                pid = _fork(order)
-                if pid == 0:
-                    return
-                answer = {"pid": pid}
+                answer = {"pid": _fork(order)}
             case {"wait": pid}:
                 status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                 answer = {"status": status}
@@ -160,7 +160,7 @@ def _threads() -> list[str]:
     return [name for name in names if name != "jemalloc_bg_thd"]  # Arrow's allocator knows how to be forked
 
 
-def _become(order: dict[str, Any]) -> None:
+def _become(order: dict[str, Any]) -> NoReturn:
     """In the child: leave the server's loop for good and end as a program ends."""
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -170,8 +170,25 @@ def _become(order: dict[str, Any]) -> None:
     sys.stdin = open(0)  # noqa: SIM115 - for the life of the process
     os.environ.update(order["environment"])
     module, _, name = order["function"].partition(":")
-    sys.exit(getattr(importlib.import_module(module), name)(**order["arguments"]))
+    try:
+        status = getattr(importlib.import_module(module), name)(**order["arguments"])
+    except SystemExit as ended:
+        status = ended.code
+    except BaseException:  # noqa: BLE001 - the log and the status tell it
+        traceback.print_exc()
+        status = 1
+    _end(int(status or 0))
+
+
+def _end(status: int) -> NoReturn:
+    """Do what Python does at the end of a program, but for freeing all objects, which takes seconds here."""
+    threading._shutdown()  # type: ignore[attr-defined] - it waits for threads
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
     _serve()
+    _end(0)

@@ -73,17 +73,31 @@ def assert_same(found: Trained, expected: Trained) -> None:
         torch.testing.assert_close(found.weights[name], weight, rtol=0, atol=WEIGHT_TOLERANCE)
 
 
+@pytest.fixture(scope="module")
+def on_two_ranks(stage_inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    """Every objective on two ranks, with four rows at once and with 2 x 2."""
+    home = tmp_path_factory.mktemp("ranks")
+    cases = {
+        f"{stage.value} {rows}": Case(
+            home / f"{stage.value}-{rows}", stage, config_of(stage), stage_inputs[stage], {"micro_batch_size": rows}
+        )
+        for stage in CONFIGS
+        for rows in (4, 2)
+    }
+    return run_on_processes(cases, num_processes=2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", list(CONFIGS), ids=str)
 def test_ranks_and_micro_batches_do_not_matter(
-    stage: Stage, server: ForkServer, stage_inputs: Inputs, tmp_path: Path
+    stage: Stage, on_two_ranks: dict[str, Trained], stage_inputs: Inputs, tmp_path: Path
 ) -> None:
     """One process with 8 rows at once against 8 accumulated single rows, two processes with 4 at once, with 2 x 2."""
     config, inputs = config_of(stage), stage_inputs[stage]
-    whole = run_ranks(server, tmp_path / "1x8", stage, config, inputs, ranks=1, micro_batch_size=8)
-    for ranks, rows in ((1, 1), (2, 4), (2, 2)):
-        home = tmp_path / f"{ranks}x{rows}"
-        found = run_ranks(server, home, stage, config, inputs, ranks=ranks, micro_batch_size=rows)
+    whole, single = (
+        run_training(tmp_path / f"1x{rows}", stage, config, inputs, micro_batch_size=rows) for rows in (8, 1)
+    )
+    for found in (single, on_two_ranks[f"{stage.value} 4"], on_two_ranks[f"{stage.value} 2"]):
         assert_same(found, whole)
 
 

@@ -28,6 +28,8 @@ _ALONE = threading.Lock()
 """The limit on memory is the process's: two threads would restore each other's."""
 _SIZE = 10_000_000
 """Characters and items of the template's variables together."""
+_LOOKED_INTO = 8
+"""First items of a list that are looked into for lists and texts, of which a few lines can nest billions."""
 _BITS = 100_000
 """Of a whole number: larger ones take long to multiply."""
 _TEMPLATE = "<template>"
@@ -49,7 +51,7 @@ def bounded(run: Callable[[], Result], *, steps: int = STEPS) -> Result:
             inside = value._Namespace__attrs if isinstance(value, Namespace) else {"": value}  # type: ignore[attr-defined]
             for item in inside.values():
                 if isinstance(item, str | list | tuple):
-                    size += len(item)
+                    size += _extent(item, {})
                 elif isinstance(item, int) and item.bit_length() > _BITS:
                     return True
         return size > _SIZE
@@ -71,6 +73,18 @@ def bounded(run: Callable[[], Result], *, steps: int = STEPS) -> Result:
             return run()
         finally:
             sys.settrace(before)
+
+
+def _extent(value: object, known: dict[int, int]) -> int:
+    """Characters and items, those of inner lists included as often as they occur; `known` has lists by their id."""
+    if isinstance(value, str):
+        return len(value)
+    if not isinstance(value, list | tuple):
+        return 0
+    if id(value) not in known:
+        known[id(value)] = _SIZE + 1  # a list within itself
+        known[id(value)] = len(value) + sum(_extent(item, known) for item in value[:_LOOKED_INTO])
+    return known[id(value)]
 
 
 def computes_powers(template: str) -> bool:

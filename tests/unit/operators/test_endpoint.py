@@ -126,8 +126,8 @@ def submitted(ray: StandInRay, request: StageRequest, told: dict[str, Any]) -> A
     """Attach to the request's job, or submit it."""
     with RayJobHook() as hook:
         store = open_store(request.store_uri)
-        how = {"entrypoint": "python -m stages {config_uri}", "cancel_on_kill": True, "patience_seconds": 5.0}
-        return attach(told, hook, store, request, on_submit=lambda job: None, **how)
+        how: dict[str, Any] = {"cancel_on_kill": True, "patience_seconds": 5.0, "on_submit": lambda job: None}
+        return attach(told, hook, store, request, entrypoint="python -m stages {config_uri}", **how)
 
 
 def test_ray_and_the_store_see_a_seal_that_is_good_for_this_job_alone(

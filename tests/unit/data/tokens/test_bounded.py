@@ -56,6 +56,12 @@ def test_a_template_without_an_end_is_refused(template: str) -> None:
     assert resource.getrlimit(resource.RLIMIT_AS) == limits
 
 
+def test_lists_of_lists_are_refused_before_they_are_written_out() -> None:
+    """As text they would fill the memory that a template may have, which takes half a minute."""
+    with pytest.raises(ConfigError, match="its variables are larger than"):
+        encoder(ENDLESS["lists of lists"] + CHAT_TEMPLATE)
+
+
 @pytest.mark.parametrize("template", FAILING.values(), ids=FAILING)
 @pytest.mark.timeout(60)
 def test_a_template_that_fails_is_refused(template: str) -> None:
