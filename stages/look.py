@@ -70,7 +70,8 @@ def main(arguments: list[str]) -> int:
         logger.error("%s %s", error.message, error.advice)
         return EXIT_CODES[error.category]
     try:
-        _hush()
+        if request.models:
+            _hush()
         look = look_at(request)
     except BaseException as error:  # noqa: BLE001 - every failure becomes an exit code and a file; none is swallowed
         return _record_failure(store, request, error)

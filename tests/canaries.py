@@ -22,6 +22,10 @@ def as_login(user: str, password: str) -> str:
     return base64.b64encode(f"{user}:{password}".encode()).decode()
 
 
+SEALING_KEY = base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()
+"""What seals keys of endpoints, on both sides, in tests with a Ray of their own."""
+
+
 @dataclass
 class Search:
     """Looks for words by name in everything it is given; `found` are (place, name), `seen` counts what it looked at."""

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from stages.config.graph import StageSpec
+from stages.config.seals import SEAL_KEY
+from tests.canaries import SEALING_KEY
 from tests.live_stack import PIPELINE, LiveStack, live_stack
 from tests.s3 import S3Server, best_kind, missing_of_ceph
 from tests.s3 import s3_server as start_s3
@@ -59,9 +61,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def ray_head() -> Iterator[RayServer]:
-    """A Ray head with token authentication and 2 CPUs. It ends with the file, because an idle one costs a tenth of a
-    core."""
-    with ray_server() as server:
+    """A Ray head with token authentication and 2 CPUs, which opens keys of endpoints. It ends with the file, because an
+    idle one costs a tenth of a core."""
+    with ray_server(environment={SEAL_KEY: SEALING_KEY}) as server:
         yield server
 
 

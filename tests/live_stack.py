@@ -6,6 +6,7 @@ take is saved by Athanor itself, because a run whose stages exist already builds
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -158,7 +159,8 @@ def live_stack(home: Path) -> Iterator[LiveStack]:
     incoming = home / "incoming"
     incoming.mkdir()
     stack = Stack(Layout(home), say=print)
-    canaries = {name: canary(name) for name in ("s3-key", "mlflow", "webhook")}
+    canaries = {name: canary(name) for name in ("s3-key", "mlflow", "webhook", "endpoint")}
+    provider = {"conn_type": "model_endpoint", "host": "https://endpoint.example/v1", "password": canaries["endpoint"]}
     canaries["mlflow login"] = as_login("athanor", canaries["mlflow"])
     with open_inbox() as inbox:
         settings = {
@@ -167,6 +169,7 @@ def live_stack(home: Path) -> Iterator[LiveStack]:
             "ATHANOR_RETRAIN_POLL_SECONDS": "1",
             "ATHANOR_DEADLINE_HOURS": str(DEADLINE_SECONDS / 3600),
             "ATHANOR_NOTIFY_URL": f"{inbox.url}/{canaries['webhook']}",
+            "AIRFLOW_CONN_PROVIDER": json.dumps(provider),
             "AWS_SECRET_ACCESS_KEY": canaries["s3-key"],
             "MLFLOW_TRACKING_USERNAME": "athanor",
             "MLFLOW_TRACKING_PASSWORD": canaries["mlflow"],

@@ -27,8 +27,9 @@ def keyed_endpoints(config: Config, path: str) -> tuple[KeyedEndpoint, ...]:
 
 def keyed_endpoints_of_run(config: PipelineConfig) -> tuple[KeyedEndpoint, ...]:
     """Return those of all stages that the run executes."""
-    stages = (stage for stage in config.selected)
-    return tuple(found for stage in sorted(stages) for found in _found(config.stage_config(stage), stage.value))
+    return tuple(
+        found for stage in sorted(config.selected) for found in _found(config.stage_config(stage), stage.value)
+    )
 
 
 def _found(value: object, path: str) -> Iterator[KeyedEndpoint]:

@@ -19,8 +19,9 @@ from stages.config.gate_records import GateRecord, Outcome, gate_key
 from stages.config.gates import gate_name
 from stages.config.graph import GRAPH, Stage, gated_stages
 from stages.config.request import ArtifactRef, StageResult, run_folder
+from stages.config.seals import SEAL_KEY
 from tests.airflow_home import HOME
-from tests.canaries import Search, as_login, canary
+from tests.canaries import SEALING_KEY, Search, as_login, canary
 from tests.inbox import open_inbox
 from tests.pipeline_records import WHOLE_RUN
 from tests.s3 import S3Server
@@ -59,13 +60,14 @@ class Services:
 def services(airflow_db: None, mlflow_server: str, s3_server: S3Server) -> Iterator[Services]:
     """Ray with the environment of a cluster node, and secrets of every kind planted."""
     store_uri = f"s3://{s3_server.new_bucket()}/tiny"
-    header, password, hook = canary("header"), canary("mlflow"), canary("webhook")
+    header, password, hook, key = canary("header"), canary("mlflow"), canary("webhook"), canary("endpoint")
     shared = {
         **s3_server.environment,
         "ARTIFACT_STORE": store_uri,
         "MLFLOW_TRACKING_URI": mlflow_server,
         "MLFLOW_TRACKING_USERNAME": "athanor",
         "MLFLOW_TRACKING_PASSWORD": password,
+        SEAL_KEY: SEALING_KEY,
     }
     with open_inbox() as inbox, pytest.MonkeyPatch.context() as patch, ray_server(environment=shared) as ray:
         for name, value in {**shared, "ATHANOR_NOTIFY_URL": f"{inbox.url}/{hook}"}.items():
@@ -79,6 +81,8 @@ def services(airflow_db: None, mlflow_server: str, s3_server: S3Server) -> Itera
             "extra": {"secret_headers": json.dumps({"X-Proxy": header})},
         }
         patch.setenv("AIRFLOW_CONN_RAY_DEFAULT", json.dumps(connection))
+        endpoint = {"conn_type": "model_endpoint", "host": "https://endpoint.example/v1", "password": key}
+        patch.setenv("AIRFLOW_CONN_PROVIDER", json.dumps(endpoint))
         secrets = {
             "Ray's token": ray.token,
             "header of the connection": header,
@@ -86,6 +90,8 @@ def services(airflow_db: None, mlflow_server: str, s3_server: S3Server) -> Itera
             "MLflow password": password,
             "MLflow login": as_login("athanor", password),
             "webhook": hook,
+            "key of an endpoint": key,
+            "sealing key": SEALING_KEY,
         }
         yield Services(store_uri, ray, secrets)
 
