@@ -18,13 +18,21 @@ from infra.supervisor import ProgramState
 HEARTBEATS = {"scheduler": "scheduler", "dag-processor": "dag_processor", "triggerer": "triggerer"}
 
 
-def ray_missing(url: str, token: str) -> str | None:
-    """None when a Ray head can run jobs: its HTTP API answers seconds before its node has joined."""
-    response = _client().get(f"{url}/api/v0/nodes", headers={"Authorization": f"Bearer {token}"})
+def ray_missing(url: str, token: str, *, agent_url: str) -> str | None:
+    """None when a Ray head can run jobs: its HTTP API answers seconds before its node has joined, and also where the agent
+    that starts jobs found its port taken."""
+    authorized = {"Authorization": f"Bearer {token}"}
+    response = _client().get(f"{url}/api/v0/nodes", headers=authorized)
     if not response.is_success:
         return f"{url} answers {response.status_code}"
     nodes = response.json()["data"]["result"]["result"]
-    return None if any(node["state"] == "ALIVE" for node in nodes) else "its node has not joined yet"
+    if not any(node["state"] == "ALIVE" for node in nodes):
+        return "its node has not joined yet"
+    try:
+        response = _client().get(f"{agent_url}/api/local_raylet_healthz", headers=authorized)
+    except httpx.HTTPError as error:
+        return f"its agent, which starts jobs, does not answer at {agent_url} ({type(error).__name__})"
+    return None if response.is_success else f"its agent, which starts jobs, answers {response.status_code}"
 
 
 def mlflow_missing(url: str) -> str | None:
@@ -59,7 +67,7 @@ class Health:
         try:
             match program.name:
                 case "ray":
-                    return ray_missing(self._record.ray_url, self._token)
+                    return ray_missing(self._record.ray_url, self._token, agent_url=self._record.ray_agent_url)
                 case "mlflow":
                     return mlflow_missing(self._record.mlflow_url)
                 case "api-server":

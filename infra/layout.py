@@ -140,6 +140,10 @@ class StackRecord(BaseModel):
         return f"http://127.0.0.1:{self.ports['ray_dashboard']}"
 
     @property
+    def ray_agent_url(self) -> str:
+        return f"http://127.0.0.1:{self.ports['ray_agent_http']}"
+
+    @property
     def mlflow_url(self) -> str:
         return f"http://127.0.0.1:{self.ports['mlflow']}"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import socket
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 # name -> the port users expect; searched upwards from there
 PREFERRED = {
@@ -11,7 +13,8 @@ PREFERRED = {
     "mlflow": 5000,
     "ray_dashboard": 8265,
     "ray_gcs": 6379,
-    "ray_agent_http": 52365,
+    # Ray's own default, 52365, is among the ports that the kernel gives to whoever asks for none, such as Ray's agents.
+    "ray_agent_http": 8266,
 }
 SEARCHED = 200
 
@@ -54,7 +57,22 @@ def assign(recorded: Mapping[str, int]) -> dict[str, int]:
 
 
 def any_free() -> int:
-    """Some free port, for servers of tests that live for seconds."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Some free port, for servers of tests. It is below those that the kernel gives to connections and to servers that
+    ask for none: one of these could take it before its own server starts."""
+    candidates = range(_LOWEST, _first_given())
+    for port in random.SystemRandom().sample(candidates, min(SEARCHED, len(candidates))):
+        if is_free(port):
+            return port
+    raise RuntimeError(f"none of {SEARCHED} ports from {_LOWEST} to {_first_given() - 1} is free")
+
+
+_LOWEST = 10_000
+
+
+def _first_given() -> int:
+    """The first port that the kernel gives away itself."""
+    try:
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError):
+        first = 0
+    return first if first > _LOWEST + SEARCHED else 32_768

@@ -195,6 +195,7 @@ def ray_server(
         ports=ports, session_root=root, num_cpus=num_cpus, object_store_bytes=128 * 2**20, address=address
     )
     token, log, url = secrets.token_hex(32), root / "head.log", f"http://{address}:{ports['ray_dashboard']}"
+    agent_url = f"http://{address}:{ports['ray_agent_http']}"
     shared = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
@@ -209,7 +210,7 @@ def ray_server(
                 component,
                 log=log,
                 environment=shared,
-                answers=lambda: ray_missing(url, token) is None,
+                answers=lambda: ray_missing(url, token, agent_url=agent_url) is None,
                 within=within,
             )
 

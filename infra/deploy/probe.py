@@ -38,9 +38,9 @@ def probe(component: str) -> str:
         case "mlflow":
             return _text("http://127.0.0.1:5000/health")
         case "ray-head":
-            return _ray_nodes("http://127.0.0.1:8265")
+            return f"{_ray_nodes('http://127.0.0.1:8265')}, {_ray_agent()}"
         case "ray-worker":
-            return _text("http://127.0.0.1:52365/api/local_raylet_healthz", _token())
+            return _ray_agent()
         case "cluster":
             return _cluster()
         case _:
@@ -65,6 +65,11 @@ def _ray_nodes(base: str) -> str:
     if not alive:
         raise Unhealthy("no node has joined yet")
     return f"{len(alive)} nodes"
+
+
+def _ray_agent() -> str:
+    """It starts jobs and supervises them; its port may be taken."""
+    return _text("http://127.0.0.1:52365/api/local_raylet_healthz", _token())
 
 
 def _token() -> dict[str, str]:

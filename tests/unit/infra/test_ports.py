@@ -47,3 +47,15 @@ def test_a_recorded_port_is_kept_until_somebody_else_takes_it() -> None:
     assert ports.assign(recorded)["mlflow"] == port
     with listener(port):
         assert ports.assign(recorded)["mlflow"] != port
+
+
+def test_a_free_port_is_none_that_the_kernel_gives_away() -> None:
+    with listener() as given:
+        chosen = {ports.any_free() for _ in range(20)}
+    assert len(chosen) > 10
+    assert max(chosen) < 32_768 <= given
+    assert all(map(ports.is_free, chosen))
+
+
+def test_ray_s_agent_gets_a_port_that_no_other_part_of_ray_is_given() -> None:
+    assert max(ports.PREFERRED.values()) < 32_768
