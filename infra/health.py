@@ -19,8 +19,8 @@ HEARTBEATS = {"scheduler": "scheduler", "dag-processor": "dag_processor", "trigg
 
 
 def ray_missing(url: str, token: str, *, agent_url: str) -> str | None:
-    """None when a Ray head can run jobs: its HTTP API answers seconds before its node has joined, and also where the agent
-    that starts jobs found its port taken."""
+    """None when a Ray head can run jobs: its HTTP API answers seconds before its node has joined, and without the
+    agent that starts jobs, whose port may be taken."""
     authorized = {"Authorization": f"Bearer {token}"}
     response = _client().get(f"{url}/api/v0/nodes", headers=authorized)
     if not response.is_success:
